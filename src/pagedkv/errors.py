@@ -1,0 +1,120 @@
+"""The exception tree.
+
+::
+
+    PagedKvError
+    ├── OutOfMemory          (MemoryError)   requested, available
+    ├── SequenceNotFound     (KeyError)      seq_id
+    ├── BlockNotFound        (KeyError)      block_id
+    ├── InvalidOperation     (ValueError)    reason
+    └── MissingExtra         (ImportError)   extra
+
+Every error leaves the cache as it was before the call.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BlockNotFound",
+    "InvalidOperation",
+    "MissingExtra",
+    "OutOfMemory",
+    "PagedKvError",
+    "SequenceNotFound",
+]
+
+
+class PagedKvError(Exception):
+    """Base class of every error that pagedkv raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError would show the repr of its argument.
+        return str(self.args[0]) if self.args else ""
+
+
+class OutOfMemory(PagedKvError, MemoryError):
+    """An allocation needs more blocks than can be had.
+
+    Attributes
+    ----------
+    requested : int
+        Blocks that the call needs beyond those it can share.
+    available : int
+        Blocks that an allocation can have now: free, or cached and unpinned.
+    """
+
+    def __init__(self, requested: int, available: int, hint: str = "") -> None:
+        message = f"Out of memory: requested {requested} blocks, {available} available"
+        super().__init__(message + (f" ({hint})" if hint else ""))
+        self.requested = requested
+        self.available = available
+        self.hint = hint
+
+    def __reduce__(self) -> tuple[type, tuple[int, int, str]]:
+        return type(self), (self.requested, self.available, self.hint)
+
+
+class SequenceNotFound(PagedKvError, KeyError):
+    """No live sequence has this id.
+
+    Attributes
+    ----------
+    seq_id : int
+    """
+
+    def __init__(self, seq_id: int) -> None:
+        super().__init__(f"Sequence not found: S{int(seq_id)}")
+        self.seq_id = seq_id
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.seq_id,)
+
+
+class BlockNotFound(PagedKvError, KeyError):
+    """No block of the pool has this id.
+
+    Attributes
+    ----------
+    block_id : int
+    """
+
+    def __init__(self, block_id: int) -> None:
+        super().__init__(f"Block not found: B{int(block_id)}")
+        self.block_id = block_id
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        return type(self), (self.block_id,)
+
+
+class InvalidOperation(PagedKvError, ValueError):
+    """The arguments, or the state that they meet, do not allow the call.
+
+    Attributes
+    ----------
+    reason : str
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Invalid operation: {reason}")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.reason,)
+
+
+class MissingExtra(PagedKvError, ImportError):
+    """An optional dependency is not installed.
+
+    Attributes
+    ----------
+    extra : str
+        The extra that brings it: ``pip install 'pagedkv[<extra>]'``.
+    """
+
+    def __init__(self, module: str, extra: str) -> None:
+        super().__init__(f"{module} is not installed; install it with: pip install 'pagedkv[{extra}]'")
+        self.module = module
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.module, self.extra)
