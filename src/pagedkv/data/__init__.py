@@ -1,0 +1,1 @@
+"""The data plane: where keys and values live, and attention over them. torch and Numba."""

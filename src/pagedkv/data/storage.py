@@ -1,0 +1,343 @@
+"""KvStorage: the memory in which keys and values live, and every way of moving them.
+
+Layers of one shape live in one allocation, so that a block is one view over all of them and copying blocks is one
+gather and one scatter. Layers of their own shape have an allocation each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device
+from pagedkv.errors import BlockNotFound, InvalidOperation
+from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
+
+__all__ = ["KvStorage", "SlotIndex"]
+
+
+@dataclass(slots=True, eq=False)
+class SlotIndex:
+    """Slots that one storage has checked and brought to its device, to be used for all its layers.
+
+    Made by :meth:`KvStorage.slot_index`. It may share memory with the array that it was made from.
+    """
+
+    owner: KvStorage
+    slots: Tensor
+    places: tuple[Tensor, ...]
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+class KvStorage:
+    """The keys and values of a pool of blocks.
+
+    Memory comes uninitialised: what nobody wrote may hold anything, NaN included, and the system commits it only as it
+    is written. Readers must therefore read slots that were written and no others; every reader in pagedkv does.
+
+    A storage knows nothing about owners: it is handed slots (``block_id * block_size + offset``) and block ids. It
+    takes no locks; threads may write different slots at once.
+
+    Parameters
+    ----------
+    spec : KvCacheSpec
+        Shapes, dtype and layout. With no layers the storage starts empty and grows by :meth:`add_layer`.
+    device : str or torch.device
+        Where the memory lives.
+
+    Raises
+    ------
+    InvalidOperation
+        The spec is none, or torch has no such device here.
+    OutOfMemory
+        The device cannot give that much memory.
+    """
+
+    def __init__(self, spec: KvCacheSpec, device: str | torch.device = "cpu") -> None:
+        if not isinstance(spec, KvCacheSpec):
+            raise InvalidOperation(f"spec: expected a KvCacheSpec, got {type(spec).__name__}")
+        self._base = replace(spec, num_layers=0, layers=())
+        self._device = checked_device(device)
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._is_hnd = spec.layout == "HND"
+        self._num_slots = spec.num_blocks * spec.block_size
+        self._pools: list[Pool] = []
+        self._layers: list[tuple[LayerSide, LayerSide]] = []
+        self._shapes: tuple[LayerSpec, ...] = ()
+        runs = [spec.layer_specs] if spec.layers is None else [(layer,) for layer in spec.layers]
+        for run in runs:
+            if run:
+                self._add(run)
+
+    @property
+    def spec(self) -> KvCacheSpec:
+        """The present shape; it grows with :meth:`add_layer`."""
+        return replace(self._base, num_layers=len(self._shapes), layers=self._shapes)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers there are."""
+        return len(self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the memory lives."""
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of one element."""
+        return self._dtype
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of all tensors; the system may have committed fewer."""
+        return sum(tensor.nbytes for pool in self._pools for tensor in pool.tensors)
+
+    def __repr__(self) -> str:
+        return f"KvStorage({self.spec}, device={str(self._device)!r})"
+
+    def add_layer(self, layer: LayerSpec) -> int:
+        """Add a layer of this shape behind the last one and return its index.
+
+        Raises
+        ------
+        InvalidOperation
+            The argument is no LayerSpec.
+        OutOfMemory
+            The device cannot give that much memory.
+        """
+        if not isinstance(layer, LayerSpec):
+            raise InvalidOperation(f"layer: expected a LayerSpec, got {type(layer).__name__}")
+        self._add((layer,))
+        return self.num_layers - 1
+
+    def _add(self, run: tuple[LayerSpec, ...]) -> None:
+        pool = Pool.allocate(replace(self._base, layers=run, num_layers=len(run)), self._device)
+        layers = [tuple(LayerSide.over(side, self._is_hnd) for side in pool.sides(i)) for i in range(len(run))]
+        self._pools.append(pool)
+        self._layers.extend((keys, values) for keys, values in layers)
+        self._shapes += run
+
+    def _layer(self, layer: int) -> tuple[LayerSide, LayerSide]:
+        if type(layer) is int and 0 <= layer < len(self._layers):
+            return self._layers[layer]
+        if not self._layers:
+            raise InvalidOperation(f"layer: the storage has no layers yet, got {layer!r}")
+        return self._layers[require_int("layer", layer, 0, len(self._layers) - 1)]
+
+    # --- views ---------------------------------------------------------------------------------------------------
+
+    def keys(self, layer: int) -> Tensor:
+        """Return the keys of a layer, a live view.
+
+        Returns
+        -------
+        Tensor
+            ``[num_blocks, block_size, num_kv_heads, head_dim]``; in the HND layout the middle two are swapped.
+
+        Raises
+        ------
+        InvalidOperation
+            There is no such layer.
+        """
+        return self._layer(layer)[0].blocks
+
+    def values(self, layer: int) -> Tensor:
+        """Return the values of a layer, a live view like :meth:`keys` with ``v_head_dim`` at the end."""
+        return self._layer(layer)[1].blocks
+
+    def layer_tensor(self, layer: int) -> Tensor:
+        """Return keys and values of a layer as one live view, ``[2, num_blocks, …]`` in the storage's layout.
+
+        Raises
+        ------
+        InvalidOperation
+            There is no such layer, or its keys and values differ in size and so are two tensors.
+        """
+        self._layer(layer)
+        place = int(layer)
+        for pool in self._pools:
+            if place < len(pool.tensors[0]):
+                break
+            place -= len(pool.tensors[0])
+        if len(pool.tensors) == 2:
+            raise InvalidOperation(
+                f"layer {layer}: keys and values differ in size and are two tensors: keys(), values()"
+            )
+        return pool.tensors[0][place]
+
+    def block(self, block_id: int) -> tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
+        """Return :meth:`block_keys` and :meth:`block_values` of a block."""
+        return self.block_keys(block_id), self.block_values(block_id)
+
+    def block_keys(self, block_id: int) -> Tensor | list[Tensor]:
+        """Return the keys of a block in all layers, live views in NHD order whatever the layout.
+
+        Returns
+        -------
+        Tensor or list of Tensor
+            ``[num_layers, block_size, num_kv_heads, head_dim]``; where layers differ or were added one by one, a list
+            with one ``[block_size, num_kv_heads, head_dim]`` per layer.
+
+        Raises
+        ------
+        BlockNotFound
+            The pool has no such block.
+        """
+        return self._block_side(block_id, 0)
+
+    def block_values(self, block_id: int) -> Tensor | list[Tensor]:
+        """Return the values of a block in all layers, like :meth:`block_keys` with ``v_head_dim`` at the end."""
+        return self._block_side(block_id, 1)
+
+    def _block_side(self, block_id: int, side: int) -> Tensor | list[Tensor]:
+        block = self._checked_block(block_id)
+        views = [pool.block(block)[side] for pool in self._pools]
+        if self._is_hnd:
+            views = [view.transpose(1, 2) for view in views]
+        return views[0] if len(views) == 1 else [layer for view in views for layer in view]
+
+    def _checked_block(self, block_id: int) -> int:
+        block = require_int("block_id", block_id, -(2**63), 2**63)
+        if not 0 <= block < self._base.num_blocks:
+            raise BlockNotFound(block)
+        return block
+
+    # --- moving tokens -------------------------------------------------------------------------------------------
+
+    def slot_index(self, slot_mapping: Any) -> SlotIndex:
+        """Check slots and bring them to the device once, to write or read many layers with them.
+
+        Parameters
+        ----------
+        slot_mapping : integer array or tensor [n]
+            ``block_id * block_size + offset`` of each token. Slots that are already on an accelerator are not checked:
+            that would make the host wait for the device.
+
+        Raises
+        ------
+        InvalidOperation
+            Not one-dimensional integers, or a slot outside of the pool.
+        """
+        if isinstance(slot_mapping, SlotIndex):
+            if slot_mapping.owner is not self:
+                raise InvalidOperation("slot_mapping: expected slots of this storage, got a SlotIndex of another one")
+            return slot_mapping
+        slots = as_int64("slot_mapping", slot_mapping)
+        if slots.dim() != 1:
+            raise InvalidOperation(f"slot_mapping: expected shape [n], got {list(slots.shape)}")
+        if slots.device.type == "cpu":
+            self._check_slots(slots)
+        if slots.device != self._device:
+            slots = slots.to(self._device, non_blocking=True)
+        if not self._is_hnd:
+            return SlotIndex(self, slots, (slots,))
+        size = self._base.block_size
+        return SlotIndex(self, slots, (slots.div(size, rounding_mode="floor"), slots.remainder(size)))
+
+    def _check_slots(self, slots: Tensor) -> None:
+        # As unsigned numbers negative slots are huge: one pass finds both kinds.
+        numbers = slots.numpy().view(np.uint64)
+        if len(numbers) and int(numbers.max()) >= self._num_slots:
+            wrong = int(numbers[numbers >= self._num_slots][0].view(np.int64))
+            raise InvalidOperation(f"slot_mapping: expected slots in 0 … {self._num_slots - 1}, got {wrong}")
+
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Any) -> None:
+        """Write the keys and values of tokens into their slots.
+
+        Parameters
+        ----------
+        layer : int
+        keys : Tensor [total_tokens, num_kv_heads, head_dim]
+            Any floating dtype and any strides; cast to the storage's dtype, gradients are not followed.
+        values : Tensor [total_tokens, num_kv_heads, v_head_dim]
+        slot_mapping : integer array or tensor [total_tokens], or SlotIndex
+            Where each token goes. Two tokens for one slot leave one of them there, undefined which.
+
+        Raises
+        ------
+        InvalidOperation
+            No such layer, a shape, dtype or device that does not fit, a slot outside of the pool. Nothing is written.
+        """
+        key_side, value_side = self._layer(layer)
+        index = self.slot_index(slot_mapping)
+        new_keys = self._checked_tokens("keys", keys, len(index), key_side.token_shape)
+        new_values = self._checked_tokens("values", values, len(index), value_side.token_shape)
+        key_side.write(new_keys, index.places)
+        value_side.write(new_values, index.places)
+
+    def _checked_tokens(self, name: str, tokens: Tensor, count: int, token_shape: tuple[int, int]) -> Tensor:
+        """Return the tokens contiguous and in our dtype."""
+        if not isinstance(tokens, Tensor):
+            raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
+        if tokens.shape != (count, *token_shape):
+            raise InvalidOperation(f"{name}: expected shape {[count, *token_shape]}, got {list(tokens.shape)}")
+        if tokens.device != self._device:
+            raise InvalidOperation(f"{name}: expected a tensor on {self._device}, got one on {tokens.device}")
+        if tokens.dtype != self._dtype:
+            if not tokens.is_floating_point():
+                raise InvalidOperation(f"{name}: expected a floating dtype, got {tokens.dtype}")
+            tokens = tokens.to(self._dtype)
+        return (tokens.detach() if tokens.requires_grad else tokens).contiguous()
+
+    def gather(self, layer: int, slots: Any) -> tuple[Tensor, Tensor]:
+        """Return copies of the keys and values of slots, in the order given.
+
+        Parameters
+        ----------
+        layer : int
+        slots : integer array or tensor [n], or SlotIndex
+
+        Returns
+        -------
+        keys : Tensor [n, num_kv_heads, head_dim]
+        values : Tensor [n, num_kv_heads, v_head_dim]
+
+        Raises
+        ------
+        InvalidOperation
+            No such layer, or a slot outside of the pool.
+        """
+        key_side, value_side = self._layer(layer)
+        index = self.slot_index(slots)
+        return key_side.read(index.slots, index.places), value_side.read(index.slots, index.places)
+
+    def copy_blocks(self, copies: Any) -> None:
+        """Copy whole blocks over all layers, as if all at once: every source is read before any block is written.
+
+        Parameters
+        ----------
+        copies : integer array or tensor [k, 2]
+            Rows (source, destination). Chains and swaps are fine, two rows with one destination are not.
+
+        Raises
+        ------
+        InvalidOperation
+            Not integers of that shape, or a destination named twice. Nothing is copied.
+        BlockNotFound
+            The pool has no such block. Nothing is copied.
+        """
+        pairs = as_int64("copies", copies).cpu()
+        if pairs.dim() != 2 or pairs.shape[1] != 2:
+            raise InvalidOperation(f"copies: expected shape [k, 2], got {list(pairs.shape)}")
+        if not len(pairs):
+            return
+        self._check_copies(pairs.numpy())
+        pairs = pairs.to(self._device, non_blocking=True)
+        for pool in self._pools:
+            pool.copy_blocks(pairs[:, 0], pairs[:, 1])
+
+    def _check_copies(self, pairs: np.ndarray[Any, Any]) -> None:
+        outside = (pairs < 0) | (pairs >= self._base.num_blocks)
+        if outside.any():
+            raise BlockNotFound(int(pairs[outside][0]))
+        destinations, counts = np.unique(pairs[:, 1], return_counts=True)
+        if len(destinations) != len(pairs):
+            raise InvalidOperation(f"copies: expected distinct destinations, got B{destinations[counts > 1][0]} twice")
