@@ -35,7 +35,9 @@ def test_every_name_resolves_to_a_documented_object(name):
 
 def test_all_and_the_type_checkers_view_agree():
     tree = ast.parse(Path(pagedkv.__file__).read_text())
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module.startswith("pagedkv")]
+    imports = [
+        node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module.startswith("pagedkv")
+    ]
     seen = {(alias.name, node.module) for node in imports for alias in node.names}
     assert seen == set(pagedkv._HOME_OF.items())
     assert set(pagedkv._HOME_OF) == set(pagedkv.__all__)

@@ -46,6 +46,8 @@ class LayerSide:
 
     def read(self, slots: Tensor, places: tuple[Tensor, ...]) -> Tensor:
         """Gather ``[n, heads, head_dim]``."""
+        if not len(slots):
+            return self.blocks.new_empty(0, *self.token_shape)
         if len(places) == 2:
             return self.rows[places].view(self.blocks.dtype)
         return self.rows.index_select(0, slots).view(self.blocks.dtype).view(len(slots), *self.token_shape)
@@ -68,13 +70,11 @@ class Pool:
         parts = [(2, shapes[0])] if shapes[0] == shapes[1] else [(1, shape) for shape in shapes]
         dtype = getattr(torch, spec.dtype)
         try:
-            # A tensor born in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                # empty, not zeros: the system commits memory as it is written.
-                tensors = tuple(
-                    torch.empty((spec.num_layers, sides, spec.num_blocks, *shape), dtype=dtype, device=device)
-                    for sides, shape in parts
-                )
+            # empty, not zeros: the system commits memory as it is written.
+            tensors = tuple(
+                torch.empty((spec.num_layers, sides, spec.num_blocks, *shape), dtype=dtype, device=device)
+                for sides, shape in parts
+            )
         except (RuntimeError, MemoryError) as error:
             hint = f"{spec.total_memory_bytes:,} bytes cannot be allocated on {device}"
             raise OutOfMemory(spec.num_blocks, 0, hint) from error

@@ -118,6 +118,7 @@ class KvStorage:
         self._add((layer,))
         return self.num_layers - 1
 
+    @torch.inference_mode(False)  # what is born in inference mode could not be written outside of it
     def _add(self, run: tuple[LayerSpec, ...]) -> None:
         pool = Pool.allocate(replace(self._base, layers=run, num_layers=len(run)), self._device)
         layers = [tuple(LayerSide.over(side, self._is_hnd) for side in pool.sides(i)) for i in range(len(run))]
