@@ -1,0 +1,67 @@
+# Everything runs in .venv; `make demo` and `make test` create it. Needs Python 3.11 to 3.13 with pip, and make.
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# A faster mirror or a CPU-only build: make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
+TORCH_FLAGS ?=
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+# The first Python that runs, is of a right version and can make a virtual environment.
+IS_GOOD := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
+	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow check format bench clean
+
+help: ## show this list
+	@echo "pagedkv: the paged KV cache for LLM inference"
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$($(FIND_PYTHON)); \
+	if [ -z "$$python" ]; then \
+		echo "pagedkv needs Python 3.11, 3.12 or 3.13 with venv and pip; none was found." >&2; \
+		echo "Name one with: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; \
+		exit 1; \
+	fi; \
+	echo "==> $(VENV) with $$($$python -V) ($$python)"; \
+	$$python -m venv $(VENV)
+	@echo "==> torch 2.13.0"
+	@$(PIP) $(TORCH_FLAGS) torch==2.13.0
+	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
+	@$(PIP) -c constraints.txt hatchling editables
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,dev]'
+	@touch $@
+
+demo: $(STAMP) ## a real language model writes text through the paged cache
+	@echo '==> pagedkv generate "def fibonacci(n):" --max-new-tokens 64 --show-blocks'
+	@$(BIN)/pagedkv generate "def fibonacci(n):" --max-new-tokens 64 --show-blocks
+
+test: check ## lint, types and the tests (a few minutes)
+	@echo "==> pytest"
+	@$(BIN)/python -m pytest
+
+test-slow: $(STAMP) ## the long tests: 100,000 random steps and more
+	@echo "==> pytest -m slow"
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow and not gpu and not peer"
+
+check: $(STAMP) ## ruff, ruff format --check, mypy --strict
+	@echo "==> ruff check"
+	@$(BIN)/ruff check .
+	@echo "==> ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "==> mypy"
+	@$(BIN)/mypy
+
+format: $(STAMP) ## sort imports and format all files
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP) ## all benchmarks, in under 10 minutes, into docs/benchmarks.md
+	@$(BIN)/python benchmarks/run.py
+
+clean: ## remove .venv, caches and builds
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
