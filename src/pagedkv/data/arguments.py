@@ -1,0 +1,252 @@
+"""What an attention call is made of, checked once: every backend can trust it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.jit import compiled
+from pagedkv.spec import MAX_COUNT, require_int
+
+__all__ = ["AttentionCall", "checked_call"]
+
+Int32Array = npt.NDArray[np.int32]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_LAYOUTS = ("NHD", "HND")
+
+
+@dataclass(slots=True, eq=False)
+class AttentionCall:
+    """One checked call of ``paged_attention``; a backend fills ``out``.
+
+    The same names and meanings as there, made uniform: ``keys`` and ``values`` are always shown as
+    ``[num_blocks, block_size, num_kv_heads, dim]`` whatever their layout, the arrays are C-contiguous int32 NumPy
+    arrays, ``holes`` is always an array, no tensor carries a gradient, and nothing that a backend reads through
+    the tables lies outside of the pool.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    block_tables: Int32Array
+    seq_lens: Int32Array
+    cu_seqlens_q: Int32Array
+    holes: Int32Array
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    out: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the batch has."""
+        return len(self.seq_lens)
+
+
+def checked_call(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    block_tables: Any,
+    seq_lens: Any,
+    cu_seqlens_q: Any,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    holes: Any,
+    layout: str,
+    out: Tensor | None,
+) -> AttentionCall:
+    """Return the call, or raise ``InvalidOperation`` that names the argument, what was expected and what came."""
+    if layout not in _LAYOUTS:
+        raise InvalidOperation(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    keys, values = _checked_pool(queries, keys, values, layout)
+    queries = queries.detach() if queries.requires_grad else queries
+    num_blocks, block_size, _, _ = keys.shape
+    tables = _int32_array("block_tables", block_tables, 2)
+    lens = _int32_array("seq_lens", seq_lens, 1)
+    cu_seqlens = _int32_array("cu_seqlens_q", cu_seqlens_q, 1)
+    count = len(lens)
+    hole_rows = np.zeros((count, 2), np.int32) if holes is None else _int32_array("holes", holes, 2)
+    _require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
+    _require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
+    _require_shape("holes", hole_rows, (count, 2), "[n, 2]")
+    fault = _first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, queries.shape[0])
+    if fault[0]:
+        raise InvalidOperation(_FAULTS[fault[0]].format(i=fault[1], got=fault[2], bound=fault[3]))
+    return AttentionCall(
+        queries,
+        keys,
+        values,
+        tables,
+        lens,
+        cu_seqlens,
+        hole_rows,
+        _positive_or_finite("scale", scale, positive=False),
+        bool(causal),
+        None if window is None else require_int("window", window, 1, MAX_COUNT),
+        None if softcap is None else _positive_or_finite("softcap", softcap, positive=True),
+        None if sinks is None else _checked_sinks(sinks, queries),
+        _checked_out(out, queries, values.shape[3]),
+    )
+
+
+def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Return keys and values as ``[num_blocks, block_size, num_kv_heads, dim]`` views without gradients."""
+    _require_tensor("queries", queries, 3, "[total_tokens, num_q_heads, head_dim]")
+    middle = "block_size, num_kv_heads" if layout == "NHD" else "num_kv_heads, block_size"
+    shape = f"[num_blocks, {middle}, dim]"
+    for name, tensor in (("keys", keys), ("values", values)):
+        _require_tensor(name, tensor, 4, shape)
+        if tensor.device != queries.device:
+            raise InvalidOperation(f"{name}: expected a tensor on {queries.device} as queries, got {tensor.device}")
+    if values.shape[:3] != keys.shape[:3]:
+        raise InvalidOperation(f"values: expected shape {[*keys.shape[:3], 'v_head_dim']}, got {list(values.shape)}")
+    if values.dtype != keys.dtype:
+        raise InvalidOperation(f"values: expected {keys.dtype} as keys, got {values.dtype}")
+    if layout == "HND":
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    _, _, num_kv_heads, head_dim = keys.shape
+    _, num_q_heads, q_head_dim = queries.shape
+    if q_head_dim != head_dim:
+        raise InvalidOperation(f"queries: expected head_dim {head_dim} as keys, got {q_head_dim}")
+    if num_q_heads == 0 or num_q_heads % num_kv_heads:
+        raise InvalidOperation(f"queries: expected a multiple of {num_kv_heads} kv heads, got {num_q_heads} heads")
+    return (keys.detach(), values.detach()) if keys.requires_grad or values.requires_grad else (keys, values)
+
+
+def _require_tensor(name: str, tensor: Tensor, dims: int, shape: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dim() != dims:
+        raise InvalidOperation(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+    if tensor.dtype not in _DTYPES:
+        raise InvalidOperation(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+        raise InvalidOperation(f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}")
+    if 0 in tensor.shape[1:]:
+        raise InvalidOperation(f"{name}: expected nothing empty but the first dimension, got {list(tensor.shape)}")
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise InvalidOperation(
+            f"{name}: expected no gradients, got a tensor that requires grad (detach it, or use torch.no_grad())"
+        )
+
+
+def _int32_array(name: str, numbers: Any, dims: int) -> Int32Array:
+    """Return a C-contiguous, writable array: the kernels are compiled for that kind alone."""
+    if isinstance(numbers, Tensor):
+        if numbers.device.type != "cpu":
+            raise InvalidOperation(f"{name}: expected a NumPy array or a CPU tensor, got one on {numbers.device}")
+        numbers = numbers.detach().numpy() if numbers.dtype == torch.int32 else numbers
+    if numbers.__class__ is not np.ndarray or numbers.dtype != np.int32:
+        kind = getattr(numbers, "dtype", type(numbers).__name__)
+        raise InvalidOperation(f"{name}: expected an int32 array or tensor, got {kind}")
+    if numbers.ndim != dims:
+        raise InvalidOperation(f"{name}: expected {dims} dimension(s), got shape {list(numbers.shape)}")
+    array: Int32Array = numbers
+    return array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
+
+
+def _require_shape(name: str, array: Int32Array, shape: tuple[int, ...], words: str) -> None:
+    if array.shape != shape:
+        raise InvalidOperation(f"{name}: expected shape {words} = {list(shape)}, got {list(array.shape)}")
+
+
+def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
+    words = "a positive finite number" if positive else "a finite number"
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidOperation(f"{name}: expected {words}, got {value!r}") from None
+    if not math.isfinite(number) or (positive and number <= 0):
+        raise InvalidOperation(f"{name}: expected {words}, got {value!r}")
+    return number
+
+
+def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
+    heads = queries.shape[1]
+    if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
+        kind = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
+        raise InvalidOperation(f"sinks: expected a floating torch.Tensor, got {kind}")
+    if sinks.shape != (heads,):
+        raise InvalidOperation(f"sinks: expected shape [num_q_heads] = [{heads}], got {list(sinks.shape)}")
+    if sinks.device != queries.device:
+        raise InvalidOperation(f"sinks: expected a tensor on {queries.device} as queries, got {sinks.device}")
+    if sinks.requires_grad and torch.is_grad_enabled():
+        raise InvalidOperation("sinks: expected no gradients, got a tensor that requires grad (detach it)")
+    return sinks.detach()
+
+
+def _checked_out(out: Tensor | None, queries: Tensor, v_head_dim: int) -> Tensor:
+    shape = (*queries.shape[:2], v_head_dim)
+    if out is None:
+        return torch.empty(shape, dtype=queries.dtype, device=queries.device)
+    _require_tensor("out", out, 3, "[total_tokens, num_q_heads, v_head_dim]")
+    if out.shape != shape or out.dtype != queries.dtype or out.device != queries.device:
+        raise InvalidOperation(
+            f"out: expected {queries.dtype} {list(shape)} on {queries.device}, "
+            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    return out.detach()
+
+
+_FAULTS = (
+    "",
+    "cu_seqlens_q: expected to begin with 0, got {got}",
+    "cu_seqlens_q: expected never to decrease, got {got} after {bound} at index {i}",
+    "cu_seqlens_q: expected to end at {bound}, the number of queries, got {got}",
+    "seq_lens: expected at least the {bound} query tokens of sequence {i}, got {got}",
+    "holes: expected 0 <= start <= end and start <= seq_len in sequence {i}, got start {got} and end {bound}",
+    "block_tables: expected at least {bound} columns for sequence {i}, got {got}",
+    "block_tables: expected block ids below {bound} in sequence {i}, got {got}",
+)
+
+
+@compiled
+def _first_fault(
+    block_tables: Int32Array,
+    seq_lens: Int32Array,
+    cu_seqlens_q: Int32Array,
+    holes: Int32Array,
+    block_size: int,
+    num_blocks: int,
+    total_tokens: int,
+) -> tuple[int, int, int, int]:
+    """Return (fault, sequence, what came, what was expected); fault 0 is none."""
+    if cu_seqlens_q[0] != 0:
+        return 1, 0, cu_seqlens_q[0], 0
+    for i in range(len(seq_lens)):
+        num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
+        if num_queries < 0:
+            return 2, i + 1, cu_seqlens_q[i + 1], cu_seqlens_q[i]
+        if seq_lens[i] < num_queries:
+            return 4, i, seq_lens[i], num_queries
+        start, end = holes[i, 0], holes[i, 1]
+        if not 0 <= start <= end or start > seq_lens[i]:
+            return 5, i, start, end
+        num_slots = seq_lens[i] + (end - start if start < seq_lens[i] else 0)
+        needed = (num_slots + block_size - 1) // block_size
+        if needed > block_tables.shape[1]:
+            return 6, i, block_tables.shape[1], needed
+        for j in range(needed):
+            if start <= j * block_size and (j + 1) * block_size <= end:
+                continue  # wholly inside the hole: never read
+            block = block_tables[i, j]
+            if not 0 <= block < num_blocks:
+                return 7, i, block, num_blocks
+    if cu_seqlens_q[-1] != total_tokens:
+        return 3, 0, cu_seqlens_q[-1], total_tokens
+    return 0, 0, 0, 0

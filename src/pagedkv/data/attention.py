@@ -1,0 +1,125 @@
+"""paged_attention: one validated door to every kernel."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pagedkv.data.arguments import AttentionCall, checked_call
+from pagedkv.errors import InvalidOperation
+
+__all__ = ["BACKENDS", "paged_attention"]
+
+BACKENDS = {
+    # "cpu": "pagedkv.data.cpu",
+    "reference": "pagedkv.data.reference",
+}
+"""The module of each backend; its ``attend(call)`` fills ``call.out``. Loaded when it is first used."""
+
+
+def paged_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    block_tables: Any,
+    seq_lens: Any,
+    cu_seqlens_q: Any,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    holes: Any = None,
+    layout: str = "NHD",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Let every query token of a ragged batch attend over the blocks of its own sequence, in place.
+
+    Prefill, chunked prefill over a cached context and decode are one case: the query tokens of sequence ``i`` are its
+    *last* ``cu_seqlens_q[i + 1] - cu_seqlens_q[i]`` tokens, and their keys and values are in the pool already.
+
+    Parameters
+    ----------
+    queries : Tensor [total_tokens, num_q_heads, head_dim]
+        float32, bfloat16 or float16. Query head ``h`` reads kv head ``h // (num_q_heads // num_kv_heads)``.
+    keys : Tensor [num_blocks, block_size, num_kv_heads, head_dim]
+        float32, bfloat16 or float16, whatever the queries are. May be a strided view, as ``storage[layer][0]``; the
+        last dimension has to be contiguous.
+    values : Tensor [num_blocks, block_size, num_kv_heads, v_head_dim]
+        As ``keys``, of the same dtype.
+    block_tables : int32 [n, max_blocks], NumPy array or CPU tensor
+        The blocks of each sequence. What stands behind a row's last needed block is not read.
+    seq_lens : int32 [n]
+        Visible tokens of each sequence, the query tokens included.
+    cu_seqlens_q : int32 [n + 1]
+        Sequence ``i`` owns the queries ``[cu_seqlens_q[i], cu_seqlens_q[i + 1])``.
+    scale : float
+        Factor of the scores, usually ``head_dim ** -0.5``.
+    causal : bool
+        A query sees no key behind its own position.
+    window : int, optional
+        A query sees the last ``window`` positions, its own included.
+    softcap : float, optional
+        Scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
+    sinks : Tensor [num_q_heads], optional
+        One more logit per head, which takes part in the softmax's sum only (gpt-oss).
+    holes : int32 [n, 2], optional
+        ``(start, end)``: the slots ``start <= j < end`` of a sequence's table hold nothing visible (StreamingLLM).
+        Positions are counted without them: slot ``j`` is position ``j`` before the hole and ``j - (end - start)``
+        behind it.
+    layout : {"NHD", "HND"}
+        ``"HND"`` swaps the middle two dimensions of ``keys`` and ``values``.
+    out : Tensor [total_tokens, num_q_heads, v_head_dim], optional
+        Receives the result; of the queries' dtype.
+    backend : {"auto", "cpu", "reference"}
+        ``"auto"`` takes the fastest for the device.
+
+    Returns
+    -------
+    Tensor [total_tokens, num_q_heads, v_head_dim]
+        In the queries' dtype, computed in float32 or better than the dtype of keys and values asks for; zeros where a
+        query sees no key. Carries no gradient.
+
+    Raises
+    ------
+    InvalidOperation
+        An argument does not fit; nothing was written. Also where a gradient would get lost: a tensor that requires
+        grad while gradients are enabled.
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise InvalidOperation(f"backend: expected one of auto, {', '.join(sorted(BACKENDS))}, got {backend!r}")
+    call = checked_call(
+        queries,
+        keys,
+        values,
+        block_tables=block_tables,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        holes=holes,
+        layout=layout,
+        out=out,
+    )
+    if call.num_sequences:
+        with torch.no_grad():
+            _backend(backend if backend != "auto" else _fastest_for(call))(call)
+    return call.out
+
+
+def _fastest_for(call: AttentionCall) -> str:
+    return "reference"
+
+
+def _backend(name: str) -> Callable[[AttentionCall], None]:
+    attend: Callable[[AttentionCall], None] = importlib.import_module(BACKENDS[name]).attend
+    return attend
