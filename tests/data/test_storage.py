@@ -302,15 +302,18 @@ def test_an_empty_pool_is_legal():
         storage.block(0)
 
 
-def test_gradients_are_not_followed_and_modes_do_not_matter():
+@pytest.mark.parametrize("head_dim", [8, 3])  # moved in wide elements, and one by one
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_are_not_followed_and_modes_do_not_matter(layout, head_dim):
     with torch.inference_mode():
-        storage = KvStorage(KvCacheSpec(2, 4, 2, 8, dtype="float32"))
-        made_inside = torch.randn(1, 2, 8)
+        storage = KvStorage(KvCacheSpec(2, 4, 1, head_dim, dtype="float32", layout=layout))
+        made_inside = torch.randn(1, 1, head_dim)
         storage.write(0, made_inside, made_inside, np.array([0]))
-    tracked = torch.randn(1, 2, 8, requires_grad=True)
+    tracked = torch.randn(1, 1, head_dim, requires_grad=True)
     storage.write(0, tracked * 2, tracked, np.array([1]))
     keys, values = storage.gather(0, np.array([0, 1]))
     assert not keys.requires_grad and not values.requires_grad
+    assert not storage.keys(0).requires_grad
     assert torch.equal(keys, torch.cat([made_inside, tracked.detach() * 2]))
 
 
