@@ -45,7 +45,7 @@ test: check ## lint, types and the tests (a few minutes)
 
 test-slow: $(STAMP) ## the long tests: 100,000 random steps and more
 	@echo "==> pytest -m slow"
-	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -m "slow and not gpu and not peer"
+	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
 
 check: $(STAMP) ## ruff, ruff format --check, mypy --strict
 	@echo "==> ruff check"
