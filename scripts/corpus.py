@@ -18,9 +18,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 BOS = "<|file|>"
 EOS = "<|end|>"
 
-#: Folders left out: other people's packages, tests (as large as the rest together, and all alike), and
-#: packages that are mostly tables rather than code.
-SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"})
+#: Folders left out: other people's packages, and packages that are mostly tables rather than code.
+SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "pydoc_data", "encodings"})
+
+#: Folders of tests: twice as much text as the library itself, and much more alike.
+TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
 
 #: One file in this many is held out.
 HELD_OUT_ONE_IN = 20
@@ -58,6 +60,11 @@ class Document:
         digest = hashlib.sha256(self.name.encode()).digest()
         return int.from_bytes(digest[:4], "big") % HELD_OUT_ONE_IN == 0
 
+    @property
+    def is_test(self) -> bool:
+        """Whether the file belongs to the library's own tests."""
+        return not TEST_FOLDERS.isdisjoint(self.name.split("/"))
+
 
 def standard_library() -> Iterator[Document]:
     """Yield every file of the standard library that the model may see, in the order of their names."""
@@ -73,10 +80,9 @@ def standard_library() -> Iterator[Document]:
                 yield Document(name.as_posix(), text)
 
 
-def split() -> tuple[list[Document], list[Document]]:
-    """Return the documents to learn from and the held-out ones."""
-    documents = list(standard_library())
-    return [d for d in documents if not d.held_out], [d for d in documents if d.held_out]
+def select(*, held_out: bool, tests: bool) -> list[str]:
+    """Return the texts to learn from, or the held-out ones; of the library, or of its tests."""
+    return [d.text for d in standard_library() if (d.held_out, d.is_test) == (held_out, tests)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

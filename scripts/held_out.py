@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import torch
-from corpus import split
+from corpus import select
 from rich.console import Console
 from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -40,9 +40,9 @@ def text_loss(
 
 
 def evaluate(folder: Path, console: Console) -> float:
-    """Print the held-out loss and return it in bits per byte."""
+    """Print the loss on the held-out files of the library (not its tests) and return it in bits per byte."""
     tokenizer, model = load(folder)
-    texts = [document.text for document in split()[1]]
+    texts = select(held_out=True, tests=False)
     losses, counts = zip(*(text_loss(tokenizer, model, text) for text in texts), strict=True)
     nats, tokens = sum(losses), sum(counts)
     size = sum(len(text.encode()) for text in texts)

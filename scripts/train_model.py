@@ -3,7 +3,7 @@
     python scripts/train_model.py --out DIR --minutes 60
     python scripts/train_model.py --evaluate            # the shipped model, on text it has never seen
 
-A Llama of 3.8 million parameters learns the source text of Python's standard library (see ``corpus.py``) and is
+A Llama of 3.8 million parameters learns the source text of Python's standard library and, later on, of its tests (see ``corpus.py``) and is
 written as a Hugging Face folder. Needs pagedkv's ``hf`` extra; a CPU is enough. The learning rate follows the
 share of the time that is gone, so any budget gives a finished model; ``--steps`` counts steps instead, which
 repeats a run exactly.
@@ -16,12 +16,14 @@ import math
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from corpus import BOS, EOS, split, train_tokenizer
+from corpus import BOS, EOS, select, train_tokenizer
 from held_out import evaluate, show_samples
 from rich.console import Console
 from rich.progress import Progress
@@ -39,9 +41,14 @@ FINAL_LEARNING_RATE = 5e-5
 WARMUP_SHARE = 0.02
 #: Share of windows that open at the first token of a file; the others open anywhere.
 FILE_START_SHARE = 0.15
+#: (from this share of the run on, share of windows from the library's tests). They come in when the library has
+#: been read a few times and begins to be learned by heart.
+TEST_SHARES = ((0.0, 0.0), (0.5, 0.5))
 #: (from this share of the run on, window length): short windows are cheap, long ones teach long context.
 WINDOW_LENGTHS = ((0.0, 256), (0.55, 512), (0.8, 2048))
 CHECKPOINT_SECONDS = 240.0
+
+T = TypeVar("T")
 
 console = Console(soft_wrap=True)
 
@@ -89,41 +96,52 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Join all files to one stream of tokens, in random order.
+class Stream:
+    """Files joined to one row of tokens, ``BOS file EOS BOS file EOS …``, in random order.
 
-    Returns
-    -------
-    stream : int64[n]
-        ``BOS file EOS BOS file EOS …``
-    starts : int64[files]
-        Where the text of each file begins, past its BOS.
+    Parameters
+    ----------
+    rows : list of list of int
+        The tokens of each file, BOS in front.
+    eos : int
+    seed : int
     """
-    rows = [[*row, tokenizer.eos_token_id] for row in tokenizer(texts)["input_ids"]]
-    np.random.default_rng(seed).shuffle(rows)
-    lengths = np.array([len(row) for row in rows])
-    return np.concatenate([np.array(row, dtype=np.int64) for row in rows]), np.cumsum(lengths) - lengths + 1
+
+    def __init__(self, rows: list[list[int]], eos: int, seed: int) -> None:
+        order = np.random.default_rng(seed).permutation(len(rows))
+        files = [np.array([*rows[i], eos], dtype=np.int64) for i in order]
+        ends = np.cumsum([len(file) for file in files])
+        self.tokens = np.concatenate(files)
+        self.starts = np.concatenate([[0], ends[:-1]]) + 1
+
+    def draw(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """Return a random stretch, int64[length]; now and then it opens at the first token of a file."""
+        last = len(self.tokens) - length
+        at_file = rng.random() < FILE_START_SHARE
+        start = rng.choice(self.starts[self.starts <= last]) if at_file else rng.integers(last + 1)
+        return self.tokens[start : start + length]
 
 
 class Windows:
-    """Windows of the packed stream, drawn at random; a step always draws the same ones."""
+    """Training windows of the library and its tests, drawn at random; a step always draws the same ones."""
 
-    def __init__(self, stream: np.ndarray, starts: np.ndarray, bos: int, seed: int) -> None:
-        self.stream, self.starts, self.bos, self.seed = stream, starts, bos, seed
+    def __init__(self, library: Stream, tests: Stream, bos: int, seed: int) -> None:
+        self.library, self.tests, self.bos, self.seed = library, tests, bos, seed
 
-    def batch(self, step: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, share: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and targets, int64[windows, length]; every window begins with BOS, as a prompt does."""
         rng = np.random.default_rng((self.seed, step))
-        windows = TOKENS_PER_STEP // length
-        last = len(self.stream) - length
-        starts = np.where(
-            rng.random(windows) < FILE_START_SHARE,
-            rng.choice(self.starts[self.starts <= last], windows),
-            rng.integers(0, last + 1, windows),
-        )
-        targets = self.stream[starts[:, None] + np.arange(length)]
-        inputs = np.concatenate([np.full((windows, 1), self.bos), targets[:, :-1]], axis=1)
+        length, test_share = at(share, WINDOW_LENGTHS), at(share, TEST_SHARES)
+        count = TOKENS_PER_STEP // length
+        rows = [(self.tests if rng.random() < test_share else self.library).draw(rng, length) for _ in range(count)]
+        targets = np.stack(rows)
+        inputs = np.concatenate([np.full((count, 1), self.bos), targets[:, :-1]], axis=1)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+def at(share: float, steps: Sequence[tuple[float, T]]) -> T:
+    """Return the value of the last step that this share of the run has reached."""
+    return [value for start, value in steps if share >= start][-1]
 
 
 def learning_rate(share: float) -> float:
@@ -132,11 +150,6 @@ def learning_rate(share: float) -> float:
         return PEAK_LEARNING_RATE * (share / WARMUP_SHARE + 0.01)
     turn = (share - WARMUP_SHARE) / (1.0 - WARMUP_SHARE)
     return FINAL_LEARNING_RATE + (PEAK_LEARNING_RATE - FINAL_LEARNING_RATE) * 0.5 * (1.0 + math.cos(math.pi * turn))
-
-
-def window_length(share: float) -> int:
-    """Return the length of training windows at this point of the run."""
-    return [length for start, length in WINDOW_LENGTHS if share >= start][-1]
 
 
 def build_optimizer(model: LlamaForCausalLM) -> torch.optim.AdamW:
@@ -162,13 +175,14 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 def train(out: Path, checkpoint: Path, budget: Budget, seed: int, resume: bool) -> None:
     """Run the training loop; a checkpoint every few minutes also writes a usable folder to ``out``."""
     torch.manual_seed(seed)
-    documents, _ = split()
-    texts = [d.text for d in documents]
-    tokenizer = build_tokenizer(texts)
+    library, tests = (select(held_out=False, tests=tests) for tests in (False, True))
+    tokenizer = build_tokenizer(library)
     model = build_model(tokenizer.bos_token_id, tokenizer.eos_token_id)
     optimizer = build_optimizer(model)
-    windows = Windows(*pack(tokenizer, texts, seed), tokenizer.bos_token_id, seed)
-    console.print(f"{len(texts)} files, {len(windows.stream):,} tokens, {model.num_parameters():,} parameters")
+    streams = [Stream(tokenizer(texts)["input_ids"], tokenizer.eos_token_id, seed) for texts in (library, tests)]
+    windows = Windows(*streams, tokenizer.bos_token_id, seed)
+    console.print(f"{model.num_parameters():,} parameters; {len(library)} files, {len(streams[0].tokens):,} tokens")
+    console.print(f"and {len(tests)} files of tests, {len(streams[1].tokens):,} tokens")
     step, seconds = 0, 0.0
     if resume:
         state = torch.load(checkpoint)
@@ -209,7 +223,7 @@ def train_step(
     """Take one optimizer step and return its loss in nats per token."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(share)
-    inputs, targets = windows.batch(step, window_length(share))
+    inputs, targets = windows.batch(step, share)
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
     loss = next_token_loss(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten())

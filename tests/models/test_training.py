@@ -29,11 +29,16 @@ def train_model(scripts_on_path):
     return importlib.import_module("train_model")
 
 
-def test_split_parts_whole_files(corpus):
-    learned, held_out = corpus.split()
-    names = {d.name for d in learned}, {d.name for d in held_out}
-    assert not names[0] & names[1]
-    assert 0.02 < len(held_out) / (len(learned) + len(held_out)) < 0.10
+def test_every_file_is_in_one_part(corpus):
+    parts = [corpus.select(held_out=held_out, tests=tests) for held_out in (False, True) for tests in (False, True)]
+    assert all(parts)
+    assert sorted(sum(parts, [])) == sorted(d.text for d in corpus.standard_library())
+    assert 0.02 < len(parts[2]) / (len(parts[0]) + len(parts[2])) < 0.10
+
+
+def test_tests_are_told_from_the_library(corpus):
+    assert corpus.Document("ctypes/test/test_cast.py", "").is_test
+    assert not corpus.Document("unittest/case.py", "").is_test
 
 
 def test_split_depends_on_the_name_alone(corpus):
@@ -42,26 +47,53 @@ def test_split_depends_on_the_name_alone(corpus):
     assert 0.03 < np.mean(picked) < 0.07
 
 
-def test_tables_tests_and_foreign_packages_are_left_out(corpus):
+def test_tables_and_foreign_packages_are_left_out(corpus):
     for document in corpus.standard_library():
-        assert not {"test", "tests", "site-packages", "encodings"} & set(document.name.split("/"))
+        assert not {"site-packages", "encodings", "pydoc_data"} & set(document.name.split("/"))
 
 
-def test_windows_begin_with_bos_and_predict_the_next_token(train_model):
-    stream, bos = np.arange(100, 20_000), 7
-    windows = train_model.Windows(stream, np.array([0, 5000]), bos, seed=1)
-    inputs, targets = windows.batch(3, 256)
-    assert inputs.shape == targets.shape == (train_model.TOKENS_PER_STEP // 256, 256)
-    assert (inputs[:, 0] == bos).all()
+@pytest.fixture
+def windows(train_model):
+    """The library holds numbers below 100,000, its tests those above; four files in each."""
+    rows = [list(range(start, start + 9_000)) for start in range(1_000, 41_000, 10_000)]
+    library = train_model.Stream(rows, eos=1, seed=0)
+    tests = train_model.Stream([[100_000 + token for token in row] for row in rows], eos=1, seed=0)
+    return train_model.Windows(library, tests, bos=0, seed=5)
+
+
+def test_a_stream_holds_every_file_behind_its_bos(train_model):
+    stream = train_model.Stream([[0, 5, 6], [0, 7], [0, 8, 9, 10]], eos=1, seed=0)
+    files = {tuple(file) for file in np.split(stream.tokens, np.flatnonzero(stream.tokens == 0))[1:]}
+    assert files == {(0, 5, 6, 1), (0, 7, 1), (0, 8, 9, 10, 1)}
+    assert set(stream.tokens[stream.starts]) == {5, 7, 8}
+
+
+@pytest.mark.parametrize(("share", "length"), [(0.0, 256), (0.6, 512), (0.99, 2048)])
+def test_windows_begin_with_bos_and_predict_the_next_token(train_model, windows, share, length):
+    inputs, targets = windows.batch(3, share)
+    assert inputs.shape == targets.shape == (train_model.TOKENS_PER_STEP // length, length)
+    assert (inputs[:, 0] == 0).all()
     assert torch.equal(inputs[:, 1:], targets[:, :-1])
-    assert (targets.diff(dim=1) == 1).all()
+    inside = targets[:, 1:][(targets[:, 1:] > 1) & (targets[:, :-1] > 1)]
+    before = targets[:, :-1][(targets[:, 1:] > 1) & (targets[:, :-1] > 1)]
+    assert ((inside - before == 1) | (inside % 10_000 == 1_000)).all()
 
 
-def test_a_step_always_draws_the_same_windows(train_model):
-    stream = np.arange(20_000)
-    first, again = (train_model.Windows(stream, np.array([1]), 0, seed=1) for _ in range(2))
-    assert torch.equal(first.batch(9, 512)[0], again.batch(9, 512)[0])
-    assert not torch.equal(first.batch(9, 512)[0], first.batch(10, 512)[0])
+def test_tests_come_in_late(windows):
+    early = torch.cat([windows.batch(step, 0.1)[1].flatten() for step in range(20)])
+    late = torch.cat([windows.batch(step, 0.6)[1].flatten() for step in range(20)])
+    assert not (early >= 100_000).any()
+    assert 0.3 < (late >= 100_000).float().mean() < 0.7
+
+
+def test_some_windows_open_at_the_first_token_of_a_file(windows):
+    opens = torch.cat([windows.batch(step, 0.1)[1][:, 0] for step in range(40)])
+    assert 0.08 < torch.isin(opens % 10_000, torch.tensor([1_001])).float().mean() < 0.25
+
+
+def test_a_step_always_draws_the_same_windows(windows):
+    assert torch.equal(windows.batch(9, 0.6)[0], windows.batch(9, 0.6)[0])
+    assert not torch.equal(windows.batch(9, 0.6)[0], windows.batch(10, 0.6)[0])
 
 
 def test_schedule_warms_up_and_comes_down(train_model):
@@ -71,7 +103,7 @@ def test_schedule_warms_up_and_comes_down(train_model):
     assert shares[top] <= 0.03
     assert (np.diff(rates[top:]) <= 0).all()
     assert rates[-1] == pytest.approx(train_model.FINAL_LEARNING_RATE)
-    lengths = [train_model.window_length(share) for share in shares]
+    lengths = [train_model.at(share, train_model.WINDOW_LENGTHS) for share in shares]
     assert lengths == sorted(lengths)
     assert all(train_model.TOKENS_PER_STEP % length == 0 for length in lengths)
 
