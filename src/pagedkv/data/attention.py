@@ -15,7 +15,7 @@ from pagedkv.errors import InvalidOperation
 __all__ = ["BACKENDS", "paged_attention"]
 
 BACKENDS = {
-    # "cpu": "pagedkv.data.cpu",
+    "cpu": "pagedkv.data.cpu",
     "reference": "pagedkv.data.reference",
 }
 """The module of each backend; its ``attend(call)`` fills ``call.out``. Loaded when it is first used."""
@@ -117,7 +117,7 @@ def paged_attention(
 
 
 def _fastest_for(call: AttentionCall) -> str:
-    return "reference"
+    return "cpu" if call.queries.device.type == "cpu" else "reference"
 
 
 def _backend(name: str) -> Callable[[AttentionCall], None]:
