@@ -7,7 +7,8 @@
     ├── SequenceNotFound     (KeyError)      seq_id
     ├── BlockNotFound        (KeyError)      block_id
     ├── InvalidOperation     (ValueError)    reason
-    └── MissingExtra         (ImportError)   extra
+    ├── MissingExtra         (ImportError)   extra
+    └── CorruptedState       (AssertionError)
 
 Every error leaves the cache as it was before the call.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 __all__ = [
     "BlockNotFound",
+    "CorruptedState",
     "InvalidOperation",
     "MissingExtra",
     "OutOfMemory",
@@ -118,3 +120,7 @@ class MissingExtra(PagedKvError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.module, self.extra)
+
+
+class CorruptedState(PagedKvError, AssertionError):
+    """``check()`` found a broken invariant: a bug in pagedkv, please report it with this message."""

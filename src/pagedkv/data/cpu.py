@@ -12,10 +12,13 @@ from torch import Tensor
 
 from pagedkv.data.arguments import AttentionCall
 from pagedkv.data.cpu_decode import Rules, Shape, Strides, attend_items, partial_size, plan_items
+from pagedkv.data.cpu_prefill import attend_sequence
 from pagedkv.data.threads import num_threads, run_in_threads
 
 __all__ = ["attend"]
 
+MANY_QUERIES = 32
+"""From this many query tokens of a sequence on, gathering its blocks and multiplying matrices wins."""
 PARALLEL_BYTES = 1 << 18
 """Keys and values that are worth a second thread."""
 _LOG2_E = math.log2(math.e)
@@ -25,16 +28,18 @@ _BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float
 
 def attend(call: AttentionCall) -> None:
     """Fill ``call.out``."""
-    _attend_by_blocks(call, np.ones(call.num_sequences, np.bool_))
+    by_products = np.diff(call.cu_seqlens_q) >= MANY_QUERIES
+    if not by_products.all():
+        _attend_by_blocks(call, ~by_products)
+    for i in np.flatnonzero(by_products):
+        attend_sequence(call, int(i))
 
 
 def _attend_by_blocks(call: AttentionCall, chosen: npt.NDArray[np.bool_]) -> None:
     """Fill the rows of the chosen sequences."""
     shape, strides = _shape(call), _strides(call)
     window = call.window if call.window is not None else int(call.seq_lens.max()) + 1
-    items, first_item, num_partials, most_quads = plan_items(
-        chosen, call.seq_lens, call.cu_seqlens_q, window, shape
-    )
+    items, first_item, num_partials, most_quads = plan_items(chosen, call.seq_lens, call.cu_seqlens_q, window, shape)
     if not len(items):
         return
     threads = num_threads()

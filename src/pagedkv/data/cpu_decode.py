@@ -206,7 +206,9 @@ def attend_items(
                     _soft_cap(scores, at_score, count, rules.cap)
                 first_row = quad % num_quads * ROWS
                 _mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
-                _softmax(scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim)
+                _softmax(
+                    scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim
+                )
             _add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
         num_works = (first_item[sequence + 1] - first_item[sequence]) * num_parts
         if fetch_add(counters, 1 + sequence, 1) == num_works - 1:
@@ -308,7 +310,9 @@ def _score_tile(
                 to = quad * ROWS * TILE + token * ROWS
                 at = quad * ROWS * width
                 first = tile + token
-                _score(packed, at, keys, key_at, first, step, head * strides.key_head, ahead, shape.head_dim, scores, to)
+                _score(
+                    packed, at, keys, key_at, first, step, head * strides.key_head, ahead, shape.head_dim, scores, to
+                )
 
 
 @compiled

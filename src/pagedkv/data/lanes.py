@@ -367,7 +367,9 @@ def narrowed(typing, number, array):
         bits = builder.bitcast(number, _INT)
         high = builder.lshr(bits, _INT(16))
         nearest = builder.add(builder.add(bits, _INT(0x7FFF)), builder.and_(high, _INT(1)))  # ties to even
-        high = builder.select(builder.fcmp_unordered("uno", number, number), _INT(0x7FC0), builder.lshr(nearest, _INT(16)))
+        high = builder.select(
+            builder.fcmp_unordered("uno", number, number), _INT(0x7FC0), builder.lshr(nearest, _INT(16))
+        )
         return builder.trunc(high, short)
 
     return array.dtype(types.float32, array), generate

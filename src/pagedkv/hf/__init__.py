@@ -1,0 +1,1 @@
+"""Hugging Face transformers over the paged cache."""

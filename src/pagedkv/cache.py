@@ -1,0 +1,199 @@
+"""PagedKvCache: the books of a BlockManager and the K and V that they describe, as one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pagedkv.control.manager import BlockManager
+from pagedkv.control.plan import BatchPlan
+from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.data.attention import paged_attention
+from pagedkv.data.storage import KvStorage
+from pagedkv.errors import InvalidOperation
+from pagedkv.spec import KvCacheSpec, LayerSpec
+
+__all__ = ["PagedKvCache"]
+
+
+class PagedKvCache(BlockManager):
+    """A paged KV cache that holds the real keys and values and attends over them.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Size of the pool.
+    block_size : int
+        Tokens per block.
+    num_kv_heads, head_dim : int
+        Heads of K and V, and elements of one.
+    num_layers : int
+        Layers of one shape; 0 for none yet (see ``add_layer``).
+    v_head_dim : int, optional
+        Elements of one value head where they differ from ``head_dim``.
+    dtype : {"float16", "bfloat16", "float32"} or torch.dtype
+    device : str or torch.device
+    layout : {"NHD", "HND"}
+    strategy, eviction_threshold, prefix_caching, on_full
+        As in :class:`BlockManager`.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        num_kv_heads: int = 8,
+        head_dim: int = 64,
+        *,
+        num_layers: int = 1,
+        v_head_dim: int | None = None,
+        dtype: Any = "float16",
+        device: Any = "cpu",
+        layout: str = "NHD",
+        strategy: str | EvictionStrategy = "lru",
+        eviction_threshold: float = 0.9,
+        prefix_caching: bool = True,
+        on_full: str = "raise",
+    ) -> None:
+        super().__init__(
+            num_blocks,
+            block_size,
+            strategy=strategy,
+            eviction_threshold=eviction_threshold,
+            prefix_caching=prefix_caching,
+            on_full=on_full,
+        )
+        spec = KvCacheSpec(
+            num_blocks,
+            block_size,
+            num_kv_heads,
+            head_dim,
+            num_layers=num_layers,
+            v_head_dim=v_head_dim,
+            dtype=dtype,
+            layout=layout,
+        )
+        self._storage = KvStorage(spec, device)
+        self._slots: tuple[BatchPlan | None, Any] = (None, None)
+
+    @property
+    def storage(self) -> KvStorage:
+        """The memory of K and V."""
+        return self._storage
+
+    @property
+    def spec(self) -> KvCacheSpec:
+        """Shapes, dtype, layout and byte arithmetic."""
+        return self._storage.spec
+
+    @property
+    def block_memory_bytes(self) -> int:
+        """Bytes of one block, K and V, over all layers."""
+        return self.spec.block_memory_bytes
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """Bytes of the whole pool."""
+        return self.spec.total_memory_bytes
+
+    @property
+    def used_memory_bytes(self) -> int:
+        """Bytes of the blocks that sequences hold."""
+        return self.spec.memory_bytes(self.used_block_count)
+
+    def add_layer(self, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> int:
+        """Add a layer of its own shape and return its number, for models that are sized as they run."""
+        with self._lock:
+            return self._storage.add_layer(LayerSpec(num_kv_heads, head_dim, v_head_dim))
+
+    def write(self, layer: int, keys: Any, values: Any, plan: BatchPlan) -> None:
+        """Store K and V of the query tokens of `plan`.
+
+        Parameters
+        ----------
+        layer : int
+        keys : Tensor [total_tokens, num_kv_heads, head_dim]
+        values : Tensor [total_tokens, num_kv_heads, v_head_dim]
+            Cast to the dtype of the cache.
+        plan : BatchPlan
+
+        Raises
+        ------
+        InvalidOperation
+            If a shape does not fit.
+        """
+        self._storage.write(layer, keys, values, self._slot_index(plan))
+
+    def attend(
+        self,
+        layer: int,
+        queries: Any,
+        plan: BatchPlan,
+        *,
+        scale: float | None = None,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: Any = None,
+        backend: str = "auto",
+    ) -> Any:
+        """Let every query token read its own sequence's blocks, in place.
+
+        Parameters
+        ----------
+        layer : int
+        queries : Tensor [total_tokens, num_q_heads, head_dim]
+        plan : BatchPlan
+        scale : float, optional
+            ``head_dim ** -0.5`` by default.
+        window, softcap, sinks, backend
+            As in :func:`paged_attention`.
+
+        Returns
+        -------
+        Tensor [total_tokens, num_q_heads, v_head_dim]
+        """
+        if not isinstance(plan, BatchPlan):
+            raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
+        return paged_attention(
+            queries,
+            self._storage.keys(layer),
+            self._storage.values(layer),
+            block_tables=plan.block_tables,
+            seq_lens=plan.seq_lens,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            scale=queries.shape[-1] ** -0.5 if scale is None else scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            holes=plan.holes,
+            layout=self.spec.layout,
+            backend=backend,
+        )
+
+    def _slot_index(self, plan: BatchPlan) -> Any:
+        """Check the slots of a plan once for all layers."""
+        if not isinstance(plan, BatchPlan):
+            raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
+        made_for, slots = self._slots
+        if made_for is not plan:
+            slots = self._storage.slot_index(plan.slot_mapping)
+            self._slots = (plan, slots)
+        return slots
+
+    def _copy(self, copies: Any) -> None:
+        if len(copies) and self._storage.num_layers:
+            self._storage.copy_blocks(copies)
+
+    def _block_keys(self, block: int) -> Any:
+        return self._storage.block_keys(block)
+
+    def _block_values(self, block: int) -> Any:
+        return self._storage.block_values(block)
+
+    def _report_lines(self) -> list[str]:
+        used, total = self.used_memory_bytes / 1e6, self.total_memory_bytes / 1e6
+        return [f"  Memory: {used:.2f} MB / {total:.2f} MB ({self.spec.dtype}, {self._storage.device})"]

@@ -1,0 +1,138 @@
+"""What callers pass, checked once at the door and turned into arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.errors import InvalidOperation
+
+MAX_COUNT = 2**62
+_SIGNED = 2**63
+
+NO_IDS = np.empty(0, np.int64)
+
+
+class Tokens(NamedTuple):
+    """Tokens to be stored: how many, and their ids if they are known."""
+
+    count: int
+    ids: npt.NDArray[np.int64]
+    known: bool
+
+
+class BatchTokens(NamedTuple):
+    """Tokens to be stored for a batch: how many for each sequence, and their ids one after the other if known."""
+
+    counts: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int64]
+    known: bool
+
+
+def whole_number(name: str, value: Any, low: int = 0, high: int = MAX_COUNT) -> int:
+    """Return `value` as an int within [low, high]; anything else is InvalidOperation."""
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
+        raise InvalidOperation(f"{name} expects an int, got {value!r}")
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == MAX_COUNT else f"in {low} … {high}"
+        raise InvalidOperation(f"{name} expects an int {limit}, got {value}")
+    return int(value)
+
+
+def fraction(name: str, value: Any) -> float:
+    """Return `value` clamped to 0 … 1; NaN and what is no number is InvalidOperation."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
+        raise InvalidOperation(f"{name} expects a number in 0 … 1, got {value!r}")
+    return min(1.0, max(0.0, float(value)))
+
+
+def sequence_key(value: Any, name: str = "seq_id") -> int:
+    """Return a sequence id as the signed 64-bit pattern that the arrays hold."""
+    key = whole_number(name, value, 0, 2 * _SIGNED - 1)
+    return key if key < _SIGNED else key - 2 * _SIGNED
+
+
+def sequence_number(key: Any) -> int:
+    """Return the sequence id behind a signed 64-bit pattern."""
+    return int(key) % (2 * _SIGNED)
+
+
+def sequence_keys(values: Any) -> npt.NDArray[np.int64]:
+    """Return a batch of sequence ids as int64 ``[n]``."""
+    array = np.asarray(values)
+    if array.size == 0 and array.ndim == 1:
+        return NO_IDS
+    if array.ndim == 1 and array.dtype == np.int64:
+        if array.min() >= 0:
+            return array
+    elif array.ndim == 1 and array.dtype == np.uint64:
+        return array.view(np.int64)
+    elif array.ndim == 1 and array.dtype.kind in "iu" and array.min() >= 0:
+        return array.astype(np.int64)
+    if array.ndim != 1:
+        raise InvalidOperation(f"seq_ids expects a flat list of ints, got {values!r}")
+    return np.array([sequence_key(value, "seq_ids") for value in values], np.int64)
+
+
+def _id_array(name: str, values: Any, ndim: int = 1) -> npt.NDArray[np.int64]:
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError):  # ragged, or not to be had as an array
+        raise InvalidOperation(f"{name} expects token ids, got {values!r}") from None
+    if array.size == 0 and array.ndim <= ndim:
+        return NO_IDS
+    if array.ndim != ndim or array.dtype.kind not in "iu":
+        raise InvalidOperation(
+            f"{name} expects ints in {ndim} dimension{'s' * (ndim > 1)}, got {array.dtype} of shape {array.shape}"
+        )
+    if array.dtype == np.uint64 and array.max() >= _SIGNED:
+        raise InvalidOperation(f"{name} expects token ids below 2**63, got {array.max()}")
+    if array.min() < 0:
+        raise InvalidOperation(f"{name} expects token ids of at least 0, got {array.min()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def is_count(value: Any) -> bool:
+    """Tell whether `value` is a single number rather than a list of ids."""
+    return type(value) is int or isinstance(value, (int, float, np.number)) or getattr(value, "ndim", 1) == 0
+
+
+def parse_tokens(tokens: Any) -> Tokens:
+    """Read a count or a list of token ids."""
+    if is_count(tokens):
+        if not isinstance(tokens, (int, float, np.number)):
+            tokens = tokens.item()
+        return Tokens(whole_number("tokens", tokens), NO_IDS, False)
+    ids = _id_array("tokens", tokens)
+    return Tokens(len(ids), ids, True)
+
+
+def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
+    """Read one count for all, a flat list of counts, an array of ids ``[n, k]``, or a list of lists of ids."""
+    if is_count(tokens):
+        return BatchTokens(np.full(n, whole_number("counts_or_tokens", tokens)), NO_IDS, False)
+    if getattr(tokens, "ndim", 0) == 2:
+        ids = _id_array("counts_or_tokens", tokens, ndim=2)
+        _require_length(len(tokens), n)
+        return BatchTokens(np.full(n, tokens.shape[1], np.int64), ids.reshape(-1), True)
+    _require_length(len(tokens), n)
+    if n and not hasattr(tokens, "dtype") and not is_count(tokens[0]):
+        return _parse_lists(tokens)
+    counts = _id_array("counts_or_tokens", tokens)
+    if len(counts) and counts.max() > MAX_COUNT:
+        raise InvalidOperation(f"counts_or_tokens expects counts of at most {MAX_COUNT}, got {counts.max()}")
+    return BatchTokens(counts, NO_IDS, False)
+
+
+def _parse_lists(lists: Sequence[Any]) -> BatchTokens:
+    arrays = [_id_array(f"counts_or_tokens[{i}]", ids) for i, ids in enumerate(lists)]
+    counts = np.fromiter(map(len, arrays), np.int64, len(arrays))
+    return BatchTokens(counts, np.concatenate(arrays) if arrays else NO_IDS, True)
+
+
+def _require_length(got: int, n: int) -> None:
+    if got != n:
+        raise InvalidOperation(f"counts_or_tokens expects one entry for each of {n} sequences, got {got}")

@@ -1,0 +1,76 @@
+"""Delivers what the compiled calls logged to the subscribers, in order."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from pagedkv.control.events import BlockRemoved, BlockStored, CacheEvent
+from pagedkv.control.namespaces import Namespaces
+from pagedkv.control.state import State
+from pagedkv.control.types import BlockId
+
+logger = logging.getLogger("pagedkv")
+
+
+class EventFeed:
+    """The subscribers and the events on their way to them."""
+
+    def __init__(self, namespaces: Namespaces) -> None:
+        self._namespaces = namespaces
+        self._callbacks: list[Callable[[CacheEvent], None]] = []
+        self._queue: deque[CacheEvent] = deque()
+        self._delivering = False
+
+    def subscribe(self, callback: Callable[[CacheEvent], None], state: State) -> Callable[[], None]:
+        """Add a subscriber; returns the function that removes it."""
+        self._callbacks.append(callback)
+        state.counters[0].logging = 1
+
+        def unsubscribe() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return unsubscribe
+
+    def publish(self, state: State, event: CacheEvent | None = None) -> None:
+        """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
+        if not state.counters[0].logging:
+            return
+        self._queue.extend(self._read(state))
+        if event is not None:
+            self._queue.append(event)
+        if not self._callbacks:
+            state.counters[0].logging = 0
+            self._queue.clear()
+        if self._delivering:
+            return
+        self._delivering = True
+        try:
+            while self._queue:
+                self._deliver(self._queue.popleft())
+        finally:
+            self._delivering = False
+
+    def _deliver(self, event: CacheEvent) -> None:
+        for callback in list(self._callbacks):
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    def _read(self, state: State) -> list[CacheEvent]:
+        counters = state.counters[0]
+        entries = state.log[: counters.log_len].tolist()
+        counters.log_len = 0
+        return [self._stored(state, entry - 1) if entry > 0 else BlockRemoved(BlockId(-entry - 1)) for entry in entries]
+
+    def _stored(self, state: State, block: int) -> BlockStored:
+        size = int(state.counters[0].block_size)
+        parent = root = int(state.blocks[block].parent)
+        while root >= 0:
+            root = int(state.blocks[root].parent)
+        ids = tuple(state.contents[block * size : (block + 1) * size].tolist())
+        salt = self._namespaces.salt_of(-1 - root)
+        return BlockStored(BlockId(block), BlockId(parent) if parent >= 0 else None, ids, salt)

@@ -1,0 +1,236 @@
+"""The hot path: a whole batch grows, is planned and is committed in one compiled call.
+
+The new tokens of a sequence own the cache positions [num_tokens, num_tokens + count). Position p lies in slot p of the
+sequence's table, or in slot p + hole_len behind a hole that streaming left.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.pool import available_blocks, drop_block, share_block, take_block
+from pagedkv.control.prefix import find_child, link_child
+from pagedkv.control.reclaim import forget
+from pagedkv.control.rows import NEEDS_WIDTH, NO_ROOM, OK, STALE, resolve_rows, touch_row
+from pagedkv.control.state import OPAQUE, TRUNCATED, State
+from pagedkv.jit import compiled
+
+Ints = npt.NDArray[np.int64]
+PlanArrays = tuple[
+    Ints, npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32], Ints, npt.NDArray[np.int32], Ints
+]
+
+
+@compiled
+def _must_copy(state: State, block: int) -> bool:
+    """Tell whether a write into the tail `block` would be seen by somebody else, or orphan its children."""
+    record = state.blocks[block]
+    return record.ref_count > 1 or (record.indexed and record.num_children > 0)
+
+
+@compiled
+def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tuple[int, int, int]:
+    """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_WIDTH with the columns needed."""
+    size = state.counters[0].block_size
+    needed, width = 0, 0
+    lent = np.zeros(len(rows), np.bool_)
+    for i in range(len(rows)):
+        if counts[i] == 0:
+            continue
+        record = state.sequences[rows[i]]
+        end = record.num_tokens + record.hole_len
+        num_blocks = (end + counts[i] + size - 1) // size
+        needed += num_blocks - record.num_blocks
+        width = max(width, num_blocks)
+        if end % size != 0:
+            tail = state.tables[rows[i], record.num_blocks - 1]
+            if _must_copy(state, tail):
+                needed += 1
+                # Forks of one batch may share this tail: the last of them to write finds it its own.
+                if state.blocks[tail].ref_count > 1:
+                    state.blocks[tail].ref_count -= 1
+                    lent[i] = True
+    for i in range(len(rows)):
+        if lent[i]:
+            state.blocks[state.tables[rows[i], state.sequences[rows[i]].num_blocks - 1]].ref_count += 1
+    available = available_blocks(state)
+    if needed > available:
+        return NO_ROOM, needed, available
+    if width > state.tables.shape[1]:
+        return NEEDS_WIDTH, width, 0
+    return OK, 0, 0
+
+
+@compiled
+def _own_tail(state: State, row: int, used: int, copies: npt.NDArray[np.int32], num_copies: int) -> int:
+    """Make the tail block of `row`, of which it uses `used` slots, writable; returns the new number of copies."""
+    size = state.counters[0].block_size
+    place = state.sequences[row].num_blocks - 1
+    tail = state.tables[row, place]
+    if _must_copy(state, tail):
+        block = take_block(state)
+        for j in range(used):
+            state.contents[block * size + j] = state.contents[tail * size + j]
+        state.tables[row, place] = block
+        copies[num_copies, 0] = tail
+        copies[num_copies, 1] = block
+        num_copies += 1
+        state.counters[0].copied += 1
+        drop_block(state, tail)
+    elif state.blocks[tail].indexed:
+        forget(state, tail)
+    return num_copies
+
+
+@compiled
+def _extend(
+    state: State, row: int, count: int, ids: Ints, first: int, known: bool, copies: npt.NDArray[np.int32], k: int
+) -> int:
+    """Give `row` another `count` tokens, ``ids[first : first + count]`` if they are known."""
+    record, table = state.sequences[row], state.tables[row]
+    size = state.counters[0].block_size
+    end = record.num_tokens + record.hole_len
+    if count > 0:
+        if end % size != 0:
+            k = _own_tail(state, row, end % size, copies, k)
+        for _ in range(record.num_blocks, (end + count + size - 1) // size):
+            table[record.num_blocks] = take_block(state)
+            state.blocks[table[record.num_blocks]].priority = record.priority
+            record.num_blocks += 1
+        known = known and record.num_known == record.num_tokens
+        place = end // size
+        while place * size < end + count:
+            block = table[place]
+            start, stop = max(end, place * size), min(end + count, (place + 1) * size)
+            if known:
+                for j in range(start, stop):
+                    state.contents[block * size + j - place * size] = ids[first + j - end]
+            state.blocks[block].num_tokens = stop - place * size
+            place += 1
+        record.num_tokens += count
+        if known:
+            record.num_known = record.num_tokens
+        if record.marks & TRUNCATED:
+            record.marks &= ~TRUNCATED
+            record.epoch = state.counters[0].tick
+    touch_row(state, row)
+    return k
+
+
+@compiled
+def _plan(state: State, rows: npt.NDArray[np.int32], num_query: Ints) -> PlanArrays:
+    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence."""
+    n = len(rows)
+    size = state.counters[0].block_size
+    total, width = 0, 1
+    for i in range(n):
+        total += num_query[i]
+        width = max(width, state.sequences[rows[i]].num_blocks)
+    slot_mapping, positions = np.empty(total, np.int64), np.empty(total, np.int64)
+    block_tables, holes = np.empty((n, width), np.int32), np.empty((n, 2), np.int32)
+    seq_lens, starts = np.empty(n, np.int32), np.empty(n + 1, np.int32)
+    dropped = np.empty(n, np.int64)
+    token = 0
+    for i in range(n):
+        record, table = state.sequences[rows[i]], state.tables[rows[i]]
+        for j in range(record.num_blocks):
+            block_tables[i, j] = table[j]
+        for j in range(record.num_blocks, width):
+            block_tables[i, j] = 0
+        holes[i, 0] = record.hole_start
+        holes[i, 1] = record.hole_start + record.hole_len
+        seq_lens[i] = record.num_tokens
+        dropped[i] = record.num_dropped
+        starts[i] = token
+        for position in range(record.num_tokens - num_query[i], record.num_tokens):
+            slot = position if position < record.hole_start else position + record.hole_len
+            positions[token] = position
+            slot_mapping[token] = np.int64(table[slot // size]) * size + slot % size
+            token += 1
+    starts[n] = token
+    return slot_mapping, block_tables, seq_lens, starts, positions, holes, dropped
+
+
+@compiled
+def grow_rows(
+    state: State, seq_ids: Ints, counts: Ints, ids: Ints, known: bool
+) -> tuple[int, int, int, npt.NDArray[np.int32], PlanArrays]:
+    """Append to a whole batch and plan it; all sequences grow or none does."""
+    rows = np.empty(len(seq_ids), np.int32)
+    copies = np.empty((len(seq_ids), 2), np.int32)
+    status, place = resolve_rows(state, seq_ids, rows)
+    a, b, k = place, 0, 0
+    if status == OK:
+        status, a, b = _room_to_grow(state, rows, counts)
+    if status != OK:
+        return status, a, b, copies[:0], _plan(state, rows[:0], counts[:0])
+    state.counters[0].tick += 1
+    first = 0
+    for i in range(len(rows)):
+        k = _extend(state, rows[i], counts[i], ids, first, known, copies, k)
+        first += counts[i]
+    return OK, 0, 0, copies[:k], _plan(state, rows, counts)
+
+
+@compiled
+def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, PlanArrays]:
+    """Plan a batch; a negative number of query tokens stands for all that are not committed."""
+    rows = np.empty(len(seq_ids), np.int32)
+    wanted = np.empty(len(seq_ids), np.int64)
+    status, place = resolve_rows(state, seq_ids, rows)
+    if status != OK:
+        return status, place, _plan(state, rows[:0], wanted[:0])
+    for i in range(len(rows)):
+        record = state.sequences[rows[i]]
+        wanted[i] = record.num_tokens - record.num_committed if num_query[i] < 0 else num_query[i]
+        if wanted[i] > record.num_tokens:
+            return NO_ROOM, i, _plan(state, rows[:0], wanted[:0])
+    return OK, 0, _plan(state, rows, wanted)
+
+
+@compiled
+def _index_committed(state: State, row: int) -> None:
+    """Make the full committed blocks of `row` findable.
+
+    Where the index already holds the same block, the sequence takes that one and gives its own back: so the indexed
+    blocks of a sequence are always a path of the trie, and equal prefixes are stored once. A duplicate that forks
+    still share stays as it is for now: whoever holds a node must hold all its ancestors, forks included.
+    """
+    record, table = state.sequences[row], state.tables[row]
+    size = state.counters[0].block_size
+    stop = min(record.num_committed, record.num_known) // size
+    while record.num_indexed < stop:
+        block = table[record.num_indexed]
+        if not state.blocks[block].indexed:
+            parent = table[record.num_indexed - 1] if record.num_indexed > 0 else -1 - record.namespace
+            twin = find_child(state, parent, state.contents, block * size)
+            if twin < 0:
+                link_child(state, parent, block)
+            elif state.blocks[block].ref_count > 1:
+                return
+            else:
+                table[record.num_indexed] = twin
+                share_block(state, twin)
+                state.blocks[twin].priority = max(state.blocks[twin].priority, record.priority)
+                drop_block(state, block)
+        record.num_indexed += 1
+
+
+@compiled
+def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tuple[int, int]:
+    """Note that K and V of the first ``seq_lens[i]`` tokens are written (a negative number: of all tokens)."""
+    rows = np.empty(len(seq_ids), np.int32)
+    status, place = resolve_rows(state, seq_ids, rows)
+    if status != OK:
+        return status, place
+    for i in range(len(rows)):
+        if made_at < state.sequences[rows[i]].epoch:
+            return STALE, i
+    for i in range(len(rows)):
+        record = state.sequences[rows[i]]
+        upto = record.num_tokens if seq_lens[i] < 0 else min(seq_lens[i], record.num_tokens)
+        record.num_committed = max(record.num_committed, upto)
+        if state.counters[0].prefix_caching != 0 and record.marks & OPAQUE == 0:
+            _index_committed(state, rows[i])
+    return OK, 0

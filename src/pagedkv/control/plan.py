@@ -1,0 +1,73 @@
+"""BatchPlan: the arrays that one forward pass needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["BatchPlan"]
+
+
+@dataclass(slots=True, eq=False)
+class BatchPlan:
+    """Where each new token goes and what each sequence sees. ``n`` sequences, ``total_tokens`` query tokens.
+
+    A plan lives until its sequences are committed or changed; a stale one is refused by ``commit``.
+
+    Attributes
+    ----------
+    seq_ids : int64 [n]
+        The sequences, in the order of the batch (ids from 2⁶³ on show as negative numbers).
+    slot_mapping : int64 [total_tokens]
+        ``block_id * block_size + offset`` of each query token: K and V go there.
+    block_tables : int32 [n, max_blocks]
+        The blocks of each sequence; a row's places behind its last block mean nothing.
+    seq_lens : int32 [n]
+        Visible tokens of each sequence, the query tokens included.
+    cu_seqlens_q : int32 [n + 1]
+        Sequence ``i`` owns the query tokens ``[cu_seqlens_q[i], cu_seqlens_q[i + 1])``, its last ones.
+    positions : int64 [total_tokens]
+        Position of each query token inside the cache: 0 … ``seq_lens[i]`` − 1.
+    holes : int32 [n, 2]
+        Slots ``[start, end)`` of a sequence's table that hold nothing visible (StreamingLLM); empty when equal.
+    num_dropped : int64 [n]
+        Tokens that streaming gave up; ``positions + num_dropped`` are the positions in the original text.
+    copies : int32 [k, 2]
+        Blocks (source, destination) to be copied before anything is written: read all sources, then write. A
+        ``PagedKvCache`` has already done it.
+    tick : int
+        When the plan was made.
+    """
+
+    seq_ids: npt.NDArray[np.int64]
+    slot_mapping: npt.NDArray[np.int64]
+    block_tables: npt.NDArray[np.int32]
+    seq_lens: npt.NDArray[np.int32]
+    cu_seqlens_q: npt.NDArray[np.int32]
+    positions: npt.NDArray[np.int64]
+    holes: npt.NDArray[np.int32]
+    num_dropped: npt.NDArray[np.int64]
+    copies: npt.NDArray[np.int32]
+    tick: int
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the batch has."""
+        return len(self.seq_ids)
+
+    @property
+    def total_tokens(self) -> int:
+        """How many query tokens the batch has."""
+        return len(self.slot_mapping)
+
+    @property
+    def num_query_tokens(self) -> npt.NDArray[np.int32]:
+        """Query tokens of each sequence, int32 [n]."""
+        return np.diff(self.cu_seqlens_q)
+
+    @property
+    def text_positions(self) -> npt.NDArray[np.int64]:
+        """Position of each query token in the original text, dropped tokens counted: int64 [total_tokens]."""
+        return self.positions + np.repeat(self.num_dropped, self.num_query_tokens)

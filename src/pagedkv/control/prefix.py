@@ -1,0 +1,173 @@
+"""The exact prefix index: a trie of full, committed blocks, stored in one hash table.
+
+The key of a node is (parent block, token ids of the block). The hash only finds the chain; parent and token ids are
+compared on every hit. The first block of a prefix hangs under its namespace: parent ``-1 - namespace``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.state import State
+from pagedkv.jit import compiled
+
+# Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of the splitmix64 finalizer).
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_FINISH = np.uint64(0xBF58476D1CE4E5B9)
+_SHIFT = np.uint64(31)
+
+# Token-granular reuse looks at no more than this many children of the last matching block, the newest first.
+MAX_SIBLINGS = 32
+
+
+@compiled
+def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
+    """Return the bucket of the key (parent, ``ids[start : start + block_size]``)."""
+    counters = state.counters[0]
+    mixed = (np.uint64(counters.seed) ^ np.uint64(parent & 0xFFFFFFFF)) * _STEP
+    for i in range(start, start + counters.block_size):
+        mixed = (mixed ^ np.uint64(ids[i])) * _STEP
+        mixed ^= mixed >> _SHIFT
+    mixed *= _FINISH
+    return np.int64(mixed >> _SHIFT) & (len(state.buckets) - 1)
+
+
+@compiled
+def find_child(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
+    """Return the block under `parent` that holds exactly ``ids[start : start + block_size]``, or -1."""
+    size = state.counters[0].block_size
+    link = state.buckets[bucket_of(state, parent, ids, start)]
+    while link != 0:
+        block = link - 1
+        if state.blocks[block].parent == parent:
+            base = block * size
+            same = 0
+            while same < size and state.contents[base + same] == ids[start + same]:
+                same += 1
+            if same == size:
+                return block
+        link = state.blocks[block].hash_next
+    return -1
+
+
+@compiled
+def best_partial_child(
+    state: State, parent: int, ids: npt.NDArray[np.int64], start: int, limit: int
+) -> tuple[int, int]:
+    """Return the child of `parent` that shares most leading tokens with ``ids[start : start + limit]``, and how many."""
+    size = state.counters[0].block_size
+    link = state.siblings[parent, 0] if parent >= 0 else state.roots[-1 - parent, 1]
+    best, longest, looked = -1, 0, 0
+    while link != 0 and looked < MAX_SIBLINGS and longest < limit:
+        base = (link - 1) * size
+        same = 0
+        while same < limit and state.contents[base + same] == ids[start + same]:
+            same += 1
+        if same > longest:
+            best, longest = link - 1, same
+        link = state.siblings[link - 1, 1]
+        looked += 1
+    return best, longest
+
+
+@compiled
+def match_full_blocks(
+    state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
+) -> tuple[int, int]:
+    """Walk down the trie along `ids`, always leaving the last token to compute.
+
+    Writes the blocks found to `out`; returns how many, and the trie node where the walk ended.
+    """
+    size = state.counters[0].block_size
+    parent = -1 - namespace
+    found = 0
+    while (found + 1) * size < len(ids):
+        child = find_child(state, parent, ids, found * size)
+        if child < 0:
+            break
+        out[found] = child
+        parent = child
+        found += 1
+    return found, parent
+
+
+@compiled
+def match_partial_block(
+    state: State, parent: int, ids: npt.NDArray[np.int64], start: int
+) -> tuple[int, int]:
+    """Return the block under `parent` that holds the most tokens of what is left of `ids`, and how many it holds."""
+    size = state.counters[0].block_size
+    limit = min(size, len(ids) - 1 - start)
+    if limit <= 0:
+        return -1, 0
+    if len(ids) - start >= size:
+        child = find_child(state, parent, ids, start)
+        if child >= 0:
+            return child, limit
+    return best_partial_child(state, parent, ids, start, limit)
+
+
+@compiled
+def link_child(state: State, parent: int, block: int) -> None:
+    """Make a full, committed `block` findable under `parent`."""
+    counters = state.counters[0]
+    record = state.blocks[block]
+    bucket = bucket_of(state, parent, state.contents, block * counters.block_size)
+    record.hash_next = state.buckets[bucket]
+    state.buckets[bucket] = block + 1
+    record.parent = parent
+    record.num_children = 0
+    record.indexed = 1
+    if parent >= 0:
+        record.depth = state.blocks[parent].depth + 1
+        state.blocks[parent].num_children += 1
+        first = state.siblings[parent, 0]
+        state.siblings[parent, 0] = block + 1
+    else:
+        record.depth = 0
+        state.roots[-1 - parent, 0] += 1
+        first = state.roots[-1 - parent, 1]
+        state.roots[-1 - parent, 1] = block + 1
+    state.siblings[block, 0] = 0
+    state.siblings[block, 1] = first
+    state.siblings[block, 2] = 0
+    if first != 0:
+        state.siblings[first - 1, 2] = block + 1
+    if counters.logging != 0:
+        state.log[counters.log_len] = block + 1
+        counters.log_len += 1
+
+
+@compiled
+def unlink_leaf(state: State, block: int) -> int:
+    """Take a childless `block` out of the trie and return its parent."""
+    counters = state.counters[0]
+    record = state.blocks[block]
+    parent = record.parent
+    bucket = bucket_of(state, parent, state.contents, block * counters.block_size)
+    if state.buckets[bucket] == block + 1:
+        state.buckets[bucket] = record.hash_next
+    else:
+        before = state.buckets[bucket] - 1
+        while state.blocks[before].hash_next != block + 1:
+            before = state.blocks[before].hash_next - 1
+        state.blocks[before].hash_next = record.hash_next
+    following, previous = state.siblings[block, 1], state.siblings[block, 2]
+    if following != 0:
+        state.siblings[following - 1, 2] = previous
+    if previous != 0:
+        state.siblings[previous - 1, 1] = following
+    elif parent >= 0:
+        state.siblings[parent, 0] = following
+    else:
+        state.roots[-1 - parent, 1] = following
+    if parent >= 0:
+        state.blocks[parent].num_children -= 1
+    else:
+        state.roots[-1 - parent, 0] -= 1
+    record.indexed = 0
+    if counters.logging != 0:
+        state.log[counters.log_len] = -block - 1
+        counters.log_len += 1
+    return parent

@@ -1,0 +1,165 @@
+"""The arrays that hold all control state, in one place.
+
+Block and sequence records are NumPy records, so that compiled code and plain Python read the same
+``blocks[i].ref_count``. A reference to a block inside these arrays is ``block_id + 1``, and 0 means none:
+fresh memory from the operating system is all zeros, so a pool of any size is created without touching it.
+
+=============  =====================================================================================
+``blocks``     one cache line per block
+``contents``   the token ids of every block, ``block_size`` per block, flat
+``buckets``    the prefix table: the first block of each hash chain
+``siblings``   per block: first child, next sibling, previous sibling
+``roots``      per namespace: number of children, first child, number of live sequences
+``heap``       cached leaves in the order in which they are given up
+``free_stack`` blocks that were used before and hold nothing now; never used ones lie above ``fresh``
+``sequences``  one record per live sequence, two cache lines
+``tables``     the block table of every sequence
+``seq_table``  open addressing: sequence id to row
+``log``        blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
+``counters``   one record of scalars
+=============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+BLOCK = np.dtype(
+    (
+        np.record,
+        [
+            ("score", "i8"),
+            ("last_access", "i8"),
+            ("created", "i8"),
+            ("ref_count", "i4"),
+            ("num_tokens", "i4"),
+            ("parent", "i4"),  # a block id, or -1 - namespace for the first block of a prefix
+            ("num_children", "i4"),
+            ("depth", "i4"),
+            ("access_count", "i4"),
+            ("priority", "i4"),
+            ("heap_pos", "i4"),
+            ("hash_next", "i4"),
+            ("pins", "u2"),
+            ("indexed", "u2"),  # 1 while the block is a node of the prefix trie
+        ],
+    )
+)
+
+SEQUENCE = np.dtype(
+    (
+        np.record,
+        [
+            ("seq_id", "i8"),
+            ("num_tokens", "i8"),  # visible tokens
+            ("num_committed", "i8"),  # leading visible tokens whose K and V are written
+            ("num_known", "i8"),  # leading visible tokens whose ids are known
+            ("num_cached", "i8"),
+            ("num_dropped", "i8"),  # tokens that streaming gave up
+            ("last_access", "i8"),
+            ("access_count", "i8"),
+            ("created", "i8"),
+            ("epoch", "i8"),  # plans made before this tick are stale
+            ("stamp", "i8"),  # the last batch that named this sequence
+            ("ranked", "i8"),  # the valid entry in the eviction order
+            ("num_blocks", "i4"),
+            ("num_indexed", "i4"),  # leading blocks that are trie nodes, each the parent of the next
+            ("priority", "i4"),
+            ("namespace", "i4"),
+            ("hole_start", "i4"),  # in slots of the table: [hole_start, hole_start + hole_len) is dropped
+            ("hole_len", "i4"),
+            ("pinned_blocks", "i4"),
+            ("marks", "i4"),
+        ],
+    )
+)
+
+LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
+"""Sequence marks. An OPAQUE sequence is never committed to the index: its K and V depend on more than its token ids."""
+
+COUNTERS = np.dtype(
+    (
+        np.record,
+        [
+            (name, "i8")
+            for name in (
+                "num_blocks block_size prefix_caching seed tick stamp "
+                "fresh free_top used cached pinned heap_size "
+                "num_sequences rows_used free_row num_dirty logging log_len "
+                "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"
+            ).split()
+        ],
+    )
+)
+
+
+class State(NamedTuple):
+    """All control state; passed as one argument to every compiled function."""
+
+    blocks: npt.NDArray[np.void]
+    contents: npt.NDArray[np.int64]
+    buckets: npt.NDArray[np.int32]
+    siblings: npt.NDArray[np.int32]
+    roots: npt.NDArray[np.int32]
+    heap: npt.NDArray[np.int32]
+    free_stack: npt.NDArray[np.int32]
+    sequences: npt.NDArray[np.void]
+    tables: npt.NDArray[np.int32]
+    seq_table: npt.NDArray[np.int32]
+    dirty: npt.NDArray[np.int32]
+    log: npt.NDArray[np.int32]
+    counters: npt.NDArray[np.void]
+
+
+def power_of_two(at_least: int) -> int:
+    """Return the smallest power of two that is not less than `at_least`."""
+    return 1 << max(0, at_least - 1).bit_length()
+
+
+def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int = 64, width: int = 64) -> State:
+    """Make the state of an empty pool; memory is committed only as blocks are used."""
+    counters = np.zeros(1, COUNTERS)
+    counters["num_blocks"] = num_blocks
+    counters["block_size"] = block_size
+    counters["prefix_caching"] = prefix_caching
+    # A secret seed: chains of chosen collisions would be slow (never wrong), so nobody may choose them.
+    counters["seed"] = secrets.randbits(62)
+    return State(
+        blocks=np.zeros(num_blocks, BLOCK),
+        contents=np.zeros(num_blocks * block_size, np.int64),
+        buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
+        siblings=np.zeros((num_blocks, 3), np.int32),
+        roots=np.zeros((16, 3), np.int32),
+        heap=np.zeros(num_blocks, np.int32),
+        free_stack=np.zeros(num_blocks, np.int32),
+        sequences=np.zeros(rows, SEQUENCE),
+        tables=np.zeros((rows, width), np.int32),
+        seq_table=np.zeros(power_of_two(2 * rows), np.int32),
+        dirty=np.zeros(rows, np.int32),
+        log=np.zeros(1, np.int32),
+        counters=counters,
+    )
+
+
+def with_wider_tables(state: State, width: int) -> State:
+    """Return the state with block tables of at least `width` columns."""
+    rows, old = state.tables.shape
+    tables = np.zeros((rows, max(width, 2 * old)), np.int32)
+    tables[:, :old] = state.tables
+    return state._replace(tables=tables)
+
+
+def with_roots(state: State, count: int) -> State:
+    """Return the state with room for at least `count` namespaces."""
+    roots = np.zeros((power_of_two(count), 3), np.int32)
+    roots[: len(state.roots)] = state.roots
+    return state._replace(roots=roots)
+
+
+def with_log(state: State) -> State:
+    """Return the state with a log that holds everything one call can store and remove."""
+    return state._replace(log=np.zeros(2 * len(state.blocks) + 2, np.int32))

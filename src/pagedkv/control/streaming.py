@@ -1,0 +1,120 @@
+"""Sinks and window inside one sequence, at token granularity.
+
+StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", section 3.2) keeps the
+first ``sink_tokens`` and the last ``window_tokens`` of a sequence. In slots of the block table::
+
+    [0, sink)                 sinks
+    [sink, sink + hole_len)   dropped: the rest of the last sink block and the front of the first window block
+    [sink + hole_len, end)    window
+
+Blocks that lie wholly between are given back. From then on K and V depend on what was dropped and not only on the
+token ids, so the sequence is never committed to the prefix index again.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.pool import available_blocks, drop_block, take_block
+from pagedkv.control.reclaim import forget
+from pagedkv.control.rows import NO_ROOM, OK, mark_dirty
+from pagedkv.control.state import OPAQUE, TRUNCATED, State
+from pagedkv.jit import compiled
+
+
+@compiled
+def _is_own(state: State, block: int, num_own_children: int) -> bool:
+    """Tell whether only this sequence knows `block`: no other owner, no trie children but its own."""
+    record = state.blocks[block]
+    return record.ref_count == 1 and (not record.indexed or record.num_children == num_own_children)
+
+
+@compiled
+def _count_foreign(state: State, row: int, first: int) -> int:
+    """Return how many of the blocks from table place `first` on somebody else shares or builds upon."""
+    record, table = state.sequences[row], state.tables[row]
+    foreign, own_children = 0, 0
+    for place in range(record.num_blocks - 1, first - 1, -1):
+        block = table[place]
+        if _is_own(state, block, own_children):
+            own_children = 1 if state.blocks[block].indexed else 0
+        else:
+            foreign += 1
+            own_children = 0
+    return foreign
+
+
+@compiled
+def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -> int:
+    """Make the blocks from table place `first` on private and unindexed, copying where others share them.
+
+    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to let go of some.
+    """
+    record, table = state.sequences[row], state.tables[row]
+    size = state.counters[0].block_size
+    count = 0
+    for place in range(record.num_blocks - 1, first - 1, -1):
+        block = table[place]
+        if not _is_own(state, block, 0):
+            own = take_block(state)
+            for j in range(size):
+                state.contents[own * size + j] = state.contents[block * size + j]
+            state.blocks[own].num_tokens = state.blocks[block].num_tokens
+            state.blocks[own].priority = record.priority
+            table[place] = own
+            copies[count, 0] = block
+            copies[count, 1] = own
+            count += 1
+            state.counters[0].copied += 1
+            drop_block(state, block)
+        elif state.blocks[block].indexed:
+            forget(state, block)
+    return count
+
+
+@compiled
+def stream_row(
+    state: State, row: int, sink: int, window: int
+) -> tuple[int, int, int, npt.NDArray[np.int32]]:
+    """Drop everything between sinks and window.
+
+    Answers (status, a, b, copies): for NO_ROOM a blocks are needed for private copies and b available, for OK a tokens
+    were dropped.
+    """
+    record, table = state.sequences[row], state.tables[row]
+    size = state.counters[0].block_size
+    dropped = record.num_tokens - sink - window
+    copies = np.empty((record.num_blocks, 2), np.int32)
+    if dropped <= 0:
+        return OK, 0, 0, copies[:0]
+    # The window begins at slot `resume`; the blocks [cut, keep) of the table hold only dropped tokens.
+    cut = (sink + size - 1) // size
+    resume = sink + dropped + record.hole_len
+    keep = resume // size if window > 0 else record.num_blocks
+    keep = max(keep, cut)
+    needed = _count_foreign(state, row, keep) if keep > cut else 0
+    available = available_blocks(state)
+    if needed > available:
+        return NO_ROOM, needed, available, copies[:0]
+
+    count = 0
+    if keep > cut:
+        count = _detach(state, row, keep, copies)
+        for place in range(keep - 1, cut - 1, -1):
+            drop_block(state, table[place])
+        for place in range(keep, record.num_blocks):
+            table[place - keep + cut] = table[place]
+        record.num_blocks -= keep - cut
+    record.hole_start = sink
+    record.hole_len = resume - (keep - cut) * size - sink if window > 0 else 0
+    record.num_tokens = sink + window
+    record.num_dropped += dropped
+    record.num_committed = max(min(record.num_committed, sink), record.num_committed - dropped)
+    record.num_known = min(record.num_known, sink)
+    record.num_indexed = min(record.num_indexed, sink // size)
+    record.num_cached = min(record.num_cached, record.num_tokens)
+    record.pinned_blocks = min(record.pinned_blocks, cut)
+    record.marks |= OPAQUE | TRUNCATED
+    mark_dirty(state, row)
+    return OK, dropped, 0, copies[:count]

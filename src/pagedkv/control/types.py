@@ -1,0 +1,277 @@
+"""What the cache hands out: ids, live block views, immutable snapshots, and the views that strategies score."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.state import State
+from pagedkv.errors import InvalidOperation
+
+__all__ = ["BlockId", "BlockView", "CacheStats", "KvBlock", "SeqId", "SequenceInfo", "SequenceView"]
+
+
+class _Id(int):
+    """A bounded int that prints with its letter."""
+
+    _letter = ""
+    _limit = 0
+
+    def __new__(cls, value: Any) -> _Id:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise InvalidOperation(f"{cls.__name__} expects an int, got {value!r}")
+        if not 0 <= value < cls._limit:
+            raise InvalidOperation(f"{cls.__name__} expects an int in 0 … {cls._limit - 1}, got {value}")
+        return super().__new__(cls, value)
+
+    def __str__(self) -> str:
+        return f"{self._letter}{int(self)}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({int(self)})"
+
+
+class BlockId(_Id):
+    """The index of a block in its pool: 0 … 2³²−1, shown as ``B7``."""
+
+    _letter = "B"
+    _limit = 2**32
+
+
+class SeqId(_Id):
+    """The caller's id of a sequence: 0 … 2⁶⁴−1, shown as ``S7``."""
+
+    _letter = "S"
+    _limit = 2**64
+
+
+def block_ids_of(blocks: Iterable[int]) -> tuple[BlockId, ...]:
+    """Return typed ids for block indices that come out of our own arrays."""
+    return tuple(int.__new__(BlockId, block) for block in blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceInfo:
+    """An immutable snapshot of one sequence.
+
+    Attributes
+    ----------
+    seq_id : SeqId
+    num_tokens : int
+        Visible tokens: those that streaming dropped do not count.
+    num_cached_tokens : int
+        Leading tokens whose K and V were found in the prefix index when the sequence was allocated.
+    num_committed_tokens : int
+        Leading tokens whose K and V are known to be written.
+    num_dropped_tokens : int
+        Tokens that ``apply_streaming_llm`` gave up.
+    last_access : int
+        Logical tick of the last allocate, append, fork or touch.
+    access_count : int
+        How often that happened.
+    priority : int
+    pinned : bool
+    """
+
+    seq_id: SeqId
+    num_tokens: int
+    num_cached_tokens: int
+    num_committed_tokens: int
+    num_dropped_tokens: int
+    last_access: int
+    access_count: int
+    priority: int
+    pinned: bool
+    _table: npt.NDArray[np.int32] = field(repr=False, compare=False)
+
+    @property
+    def block_ids(self) -> tuple[BlockId, ...]:
+        """The blocks of the sequence, in order."""
+        return block_ids_of(self._table.tolist())
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks the sequence has."""
+        return len(self._table)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheStats:
+    """An immutable snapshot of the counters since the cache was made.
+
+    Attributes
+    ----------
+    total_allocations : int
+        Blocks that became active: fresh ones, copies, and cached ones taken up again.
+    total_frees : int
+        Blocks whose last reference went. ``used_block_count`` is always allocations minus frees.
+    total_evictions : int
+        Sequences evicted.
+    total_forks : int
+        Sequences forked.
+    peak_blocks_used : int
+        The largest ``used_block_count`` so far.
+    prefix_queries, prefix_hits : int
+        Allocations that looked for a cached prefix, and those that found one.
+    prefix_hit_tokens : int
+        Tokens found in whole blocks, which are shared.
+    partial_hit_tokens : int
+        Tokens found in partly matching blocks, which are copied.
+    blocks_reclaimed : int
+        Cached blocks given up for a new use.
+    blocks_copied : int
+        Copies made because a block was shared (copy-on-write).
+    """
+
+    total_allocations: int = 0
+    total_frees: int = 0
+    total_evictions: int = 0
+    total_forks: int = 0
+    peak_blocks_used: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_hit_tokens: int = 0
+    partial_hit_tokens: int = 0
+    blocks_reclaimed: int = 0
+    blocks_copied: int = 0
+
+
+class KvBlock:
+    """A live view of one block: it always shows the present state.
+
+    References change only through the cache, which keeps them balanced.
+    """
+
+    __slots__ = ("_owner", "_place")
+
+    def __init__(self, owner: Any, block_id: int) -> None:
+        self._owner = owner
+        self._place = block_id
+
+    @property
+    def _record(self) -> Any:
+        state: State = self._owner._state
+        return state.blocks[self._place]
+
+    @property
+    def id(self) -> BlockId:
+        """The index of the block in its pool."""
+        return BlockId(self._place)
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens fit."""
+        return int(self._owner.block_size)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are stored (0 … capacity)."""
+        return int(self._record.num_tokens)
+
+    @property
+    def ref_count(self) -> int:
+        """How many sequences hold the block."""
+        return int(self._record.ref_count)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether no further token fits."""
+        return self.num_tokens >= self.capacity
+
+    @property
+    def remaining(self) -> int:
+        """How many further tokens fit."""
+        return max(0, self.capacity - self.num_tokens)
+
+    @property
+    def state(self) -> str:
+        """``"active"`` (in use), ``"cached"`` (findable, nobody needs it) or ``"free"``."""
+        record = self._record
+        if record.ref_count > 0:
+            return "active"
+        return "cached" if record.indexed else "free"
+
+    @property
+    def depth(self) -> int:
+        """How many blocks precede this one in its prefix; 0 for a block that is not in the index."""
+        return int(self._record.depth) if self._record.indexed else 0
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether a pin keeps the block from being reclaimed."""
+        return bool(self._record.pins)
+
+    @property
+    def keys(self) -> Any:
+        """The keys, ``[num_layers, block_size, num_kv_heads, head_dim]``, a view of the real buffer."""
+        return self._owner._block_keys(self._place)
+
+    @property
+    def values(self) -> Any:
+        """The values, ``[num_layers, block_size, num_kv_heads, v_head_dim]``, a view of the real buffer."""
+        return self._owner._block_values(self._place)
+
+    def __repr__(self) -> str:
+        return f"KvBlock({self.id}, {self.state}, {self.num_tokens}/{self.capacity} tokens, ref_count={self.ref_count})"
+
+
+class _Column:
+    """One field of the records under a view, as an array."""
+
+    def __init__(self, field_name: str, doc: str) -> None:
+        self._field = field_name
+        self.__doc__ = doc
+
+    def __get__(self, view: _RecordView, owner: type | None = None) -> npt.NDArray[Any]:
+        column: npt.NDArray[Any] = view._records[self._field]
+        return column
+
+
+class _RecordView:
+    __slots__ = ("_ids", "_records")
+
+    def __init__(self, records: npt.NDArray[np.void], ids: npt.NDArray[Any]) -> None:
+        self._records = records
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+
+class BlockView(_RecordView):
+    """Cached blocks to be scored, each field an array ``[n]``."""
+
+    last_access = _Column("last_access", "tick of the last use")
+    access_count = _Column("access_count", "how many sequences used the block")
+    num_tokens = _Column("num_tokens", "tokens stored")
+    priority = _Column("priority", "highest priority of a sequence that used it")
+    depth = _Column("depth", "blocks before it in its prefix")
+    created = _Column("created", "tick at which it was filled")
+    num_children = _Column("num_children", "blocks that continue it in the index")
+
+    @property
+    def block_id(self) -> npt.NDArray[np.int32]:
+        """The ids of the blocks."""
+        return self._ids
+
+
+class SequenceView(_RecordView):
+    """Live sequences to be scored, each field an array ``[n]``."""
+
+    last_access = _Column("last_access", "tick of the last access")
+    access_count = _Column("access_count", "number of accesses")
+    num_tokens = _Column("num_tokens", "visible tokens")
+    num_blocks = _Column("num_blocks", "blocks held")
+    num_cached_tokens = _Column("num_cached", "tokens found cached at allocation")
+    priority = _Column("priority", "the sequence's priority")
+    created = _Column("created", "tick of the allocation")
+
+    @property
+    def seq_id(self) -> npt.NDArray[np.uint64]:
+        """The ids of the sequences."""
+        ids: npt.NDArray[np.uint64] = self._records["seq_id"].view(np.uint64)
+        return ids
