@@ -22,10 +22,12 @@ class EventFeed:
         self._callbacks: list[Callable[[CacheEvent], None]] = []
         self._queue: deque[CacheEvent] = deque()
         self._delivering = False
+        self._active = False
 
     def subscribe(self, callback: Callable[[CacheEvent], None], state: State) -> Callable[[], None]:
         """Add a subscriber; returns the function that removes it."""
         self._callbacks.append(callback)
+        self._active = True
         state.counters[0].logging = 1
 
         def unsubscribe() -> None:
@@ -36,12 +38,13 @@ class EventFeed:
 
     def publish(self, state: State, event: CacheEvent | None = None) -> None:
         """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
-        if not state.counters[0].logging:
+        if not self._active:
             return
         self._queue.extend(self._read(state))
         if event is not None:
             self._queue.append(event)
         if not self._callbacks:
+            self._active = False
             state.counters[0].logging = 0
             self._queue.clear()
         if self._delivering:

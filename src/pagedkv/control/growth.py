@@ -14,7 +14,7 @@ from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.reclaim import forget
 from pagedkv.control.rows import NEEDS_WIDTH, NO_ROOM, OK, STALE, resolve_rows, touch_row
 from pagedkv.control.state import OPAQUE, TRUNCATED, State
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, compiled
 
 Ints = npt.NDArray[np.int64]
 PlanArrays = tuple[
@@ -134,17 +134,17 @@ def _plan(state: State, rows: npt.NDArray[np.int32], num_query: Ints) -> PlanArr
     token = 0
     for i in range(n):
         record, table = state.sequences[rows[i]], state.tables[rows[i]]
-        for j in range(record.num_blocks):
-            block_tables[i, j] = table[j]
-        for j in range(record.num_blocks, width):
-            block_tables[i, j] = 0
-        holes[i, 0] = record.hole_start
-        holes[i, 1] = record.hole_start + record.hole_len
-        seq_lens[i] = record.num_tokens
+        num_blocks, num_tokens = record.num_blocks, record.num_tokens
+        hole_start, hole_len = record.hole_start, record.hole_len
+        block_tables[i, :num_blocks] = table[:num_blocks]
+        block_tables[i, num_blocks:] = 0
+        holes[i, 0] = hole_start
+        holes[i, 1] = hole_start + hole_len
+        seq_lens[i] = num_tokens
         dropped[i] = record.num_dropped
         starts[i] = token
-        for position in range(record.num_tokens - num_query[i], record.num_tokens):
-            slot = position if position < record.hole_start else position + record.hole_len
+        for position in range(num_tokens - num_query[i], num_tokens):
+            slot = position if position < hole_start else position + hole_len
             positions[token] = position
             slot_mapping[token] = np.int64(table[slot // size]) * size + slot % size
             token += 1
@@ -156,9 +156,14 @@ def _plan(state: State, rows: npt.NDArray[np.int32], num_query: Ints) -> PlanArr
 def grow_rows(
     state: State, seq_ids: Ints, counts: Ints, ids: Ints, known: bool
 ) -> tuple[int, int, int, npt.NDArray[np.int32], PlanArrays]:
-    """Append to a whole batch and plan it; all sequences grow or none does."""
+    """Append to a whole batch and plan it; all sequences grow or none does.
+
+    Answers (status, a, b, copies, plan): for OK a is the tick; else as ``_room_to_grow`` and ``resolve_rows`` do.
+    """
+    state, counts, ids = borrowed(state), borrowed(counts), borrowed(ids)
     rows = np.empty(len(seq_ids), np.int32)
     copies = np.empty((len(seq_ids), 2), np.int32)
+    copied = borrowed(copies)
     status, place = resolve_rows(state, seq_ids, rows)
     a, b, k = place, 0, 0
     if status == OK:
@@ -168,14 +173,15 @@ def grow_rows(
     state.counters[0].tick += 1
     first = 0
     for i in range(len(rows)):
-        k = _extend(state, rows[i], counts[i], ids, first, known, copies, k)
+        k = _extend(state, rows[i], counts[i], ids, first, known, copied, k)
         first += counts[i]
-    return OK, 0, 0, copies[:k], _plan(state, rows, counts)
+    return OK, state.counters[0].tick, 0, copies[:k], _plan(state, rows, counts)
 
 
 @compiled
 def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, PlanArrays]:
-    """Plan a batch; a negative number of query tokens stands for all that are not committed."""
+    """Plan a batch; a negative number of query tokens stands for all that are not committed. OK comes with the tick."""
+    state = borrowed(state)
     rows = np.empty(len(seq_ids), np.int32)
     wanted = np.empty(len(seq_ids), np.int64)
     status, place = resolve_rows(state, seq_ids, rows)
@@ -186,7 +192,7 @@ def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, P
         wanted[i] = record.num_tokens - record.num_committed if num_query[i] < 0 else num_query[i]
         if wanted[i] > record.num_tokens:
             return NO_ROOM, i, _plan(state, rows[:0], wanted[:0])
-    return OK, 0, _plan(state, rows, wanted)
+    return OK, state.counters[0].tick, _plan(state, rows, wanted)
 
 
 @compiled
@@ -220,6 +226,7 @@ def _index_committed(state: State, row: int) -> None:
 @compiled
 def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tuple[int, int]:
     """Note that K and V of the first ``seq_lens[i]`` tokens are written (a negative number: of all tokens)."""
+    state = borrowed(state)
     rows = np.empty(len(seq_ids), np.int32)
     status, place = resolve_rows(state, seq_ids, rows)
     if status != OK:

@@ -20,7 +20,7 @@ from pagedkv.control.rows import (
     touch_row,
 )
 from pagedkv.control.state import OPAQUE, TRUNCATED, State
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, compiled
 
 NOBODY = -1
 
@@ -28,6 +28,7 @@ NOBODY = -1
 @compiled
 def count_matching(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> int:
     """Return how many leading tokens of `ids` an allocation would find cached."""
+    state = borrowed(state)
     size = state.counters[0].block_size
     blocks = np.empty(len(ids) // size + 1, np.int32)
     full, node = match_full_blocks(state, namespace, ids, blocks)
@@ -60,6 +61,7 @@ def allocate_row(
     Answers (status, a, b, source, destination): for NO_ROOM a blocks are needed and b available; for OK a is the row,
     and when source is not NOBODY, its K and V are to be copied to destination.
     """
+    state = borrowed(state)
     counters = state.counters[0]
     size = counters.block_size
     if find_row(state, seq_id) >= 0:
@@ -121,6 +123,7 @@ def allocate_row(
 @compiled
 def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
     """Let a new sequence share every block of `row`."""
+    state = borrowed(state)
     if find_row(state, dst) >= 0:
         return EXISTS, 0
     if not has_spare_row(state):
@@ -155,6 +158,7 @@ def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int
 
     What the sequence knows of their use goes over to the blocks: the strategy is about to score them.
     """
+    state = borrowed(state)
     record = state.sequences[row]
     found = np.empty(record.num_blocks, np.int32)
     count = 0
@@ -172,6 +176,7 @@ def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int
 @compiled
 def free_row(state: State, row: int) -> None:
     """End a sequence: every block loses a reference, tail first; pins of findable blocks stay."""
+    state = borrowed(state)
     record = state.sequences[row]
     for i in range(record.num_blocks - 1, -1, -1):
         block = state.tables[row, i]
@@ -184,6 +189,7 @@ def free_row(state: State, row: int) -> None:
 @compiled
 def truncate_row(state: State, row: int, num_tokens: int) -> None:
     """Take back all tokens from cache position `num_tokens` on."""
+    state = borrowed(state)
     record = state.sequences[row]
     size = state.counters[0].block_size
     if num_tokens <= record.hole_start:

@@ -31,6 +31,7 @@ from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
 __all__ = ["BlockManager"]
 
 Copies = npt.NDArray[np.int32]
+_NO_COPIES = np.empty((0, 2), np.int32)
 
 
 class BlockManager(Inspection):
@@ -172,8 +173,8 @@ class BlockManager(Inspection):
         keys = sequence_keys(seq_ids)
         counts, ids, known = parse_batch_tokens(counts_or_tokens, len(keys))
         with self._lock:
-            arrays = self._grow(keys, counts, ids, known)
-            plan = self._make_plan(keys, arrays)
+            tick, arrays = self._grow(keys, counts, ids, known)
+            plan = self._make_plan(keys, arrays, tick)
             self._publish()
             return plan
 
@@ -204,7 +205,7 @@ class BlockManager(Inspection):
                     f"num_query_tokens expects at most the tokens of S{sequence_number(keys[place])}, got {wanted[place]}"
                 )
             self._refuse(status, place, keys)
-            return self._make_plan(keys, arrays)
+            return self._make_plan(keys, arrays, place)
 
     def commit(self, plan_or_seq_id: BatchPlan | int) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
@@ -489,7 +490,7 @@ class BlockManager(Inspection):
 
     # ---------------------------------------------------------------- inside
 
-    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool) -> growth.PlanArrays:
+    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool) -> tuple[int, growth.PlanArrays]:
         while True:
             status, a, b, copies, arrays = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
@@ -499,12 +500,11 @@ class BlockManager(Inspection):
             self._make_room(status, a, b, spared)
         if len(copies):
             self._copy(copies)
-        return arrays
+        return a, arrays
 
-    def _make_plan(self, keys: Any, arrays: growth.PlanArrays) -> BatchPlan:
+    def _make_plan(self, keys: Any, arrays: growth.PlanArrays, tick: int) -> BatchPlan:
         slots, tables, lens, starts, positions, holes, dropped = arrays
         copies = self._take_pending_copies()
-        tick = int(self._state.counters[0].tick)
         return BatchPlan(keys, slots, tables, lens, starts, positions, holes, dropped, copies, tick)
 
     def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64]) -> None:
@@ -574,7 +574,7 @@ class BlockManager(Inspection):
 
     def _take_pending_copies(self) -> Copies:
         if not self._pending_copies:
-            return np.empty((0, 2), np.int32)
+            return _NO_COPIES
         pairs = [(source, destination) for destination, source in self._pending_copies.items()]
         self._pending_copies.clear()
         return np.array(pairs, np.int32)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.state import DIRTY, LIVE, SEQUENCE, State, power_of_two
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, compiled
 
 OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE = range(8)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
@@ -147,6 +147,7 @@ def resolve_rows(state: State, seq_ids: npt.NDArray[np.int64], rows: npt.NDArray
 
 @compiled
 def _enter_all(state: State) -> None:
+    state = borrowed(state)
     for row in range(state.counters[0].rows_used):
         if state.sequences[row].marks & LIVE:
             _enter(state, row)

@@ -20,7 +20,7 @@ from pagedkv.control.pool import available_blocks, drop_block, take_block
 from pagedkv.control.reclaim import forget
 from pagedkv.control.rows import NO_ROOM, OK, mark_dirty
 from pagedkv.control.state import OPAQUE, TRUNCATED, State
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, compiled
 
 
 @compiled
@@ -82,6 +82,7 @@ def stream_row(
     Answers (status, a, b, copies): for NO_ROOM a blocks are needed for private copies and b available, for OK a tokens
     were dropped.
     """
+    state = borrowed(state)
     record, table = state.sequences[row], state.tables[row]
     size = state.counters[0].block_size
     dropped = record.num_tokens - sink - window

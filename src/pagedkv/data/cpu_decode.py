@@ -6,9 +6,9 @@ the order of the positions: flash-decoding (Dao et al., 2023) over the online so
 Items are cut at fixed positions and each is computed by one thread in one order, so a sequence's result depends neither
 on the rest of the batch nor on the number of threads, to the last bit.
 
-What makes it fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a time, so a
-key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in memory, a few at
-a time for all heads, and asked for ahead of that: a head's row alone is too short for the hardware to see a stream.
+What makes it fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a time, so
+a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in memory, a few
+at a time for all heads, and asked for ahead of that: a head's row is too short for the hardware to see a stream.
 Scores are powers of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 + row]``.
 """
 
@@ -177,6 +177,7 @@ def attend_items(
     ``counters[0]`` counts the parts of items that were taken; ``counters[1 + i]`` those of sequence i that are done.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
+    size = partial_size(shape.v_head_dim)
     packed = np.empty(heads * most_quads * ROWS * padded(shape.head_dim), np.float32)
     scores = np.empty(heads * most_quads * ROWS * TILE, np.float32)
     key_at = np.empty(SPLIT + 2 * TILE, np.int64)
@@ -192,10 +193,10 @@ def attend_items(
         first_query = cu_seqlens_q[sequence]
         num_queries = cu_seqlens_q[sequence + 1] - first_query
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
-        at = (partial + first_head * num_quads) * partial_size(shape.v_head_dim)
+        at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
         _pack(queries, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
-        _clear(partials, at, num_heads * num_quads, partial_size(shape.v_head_dim))
+        _clear(partials, at, num_heads * num_quads, size)
         query_position = seq_lens[sequence] - num_queries
         for tile in range(0, end - start, TILE):
             count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP

@@ -1,5 +1,7 @@
 """The functions of :mod:`pagedkv.data.lanes` over NumPy arrays, for ``NUMBA_DISABLE_JIT=1``: slow, and the same."""
 
+# ruff: noqa: D103 - each function is documented in lanes
+
 from __future__ import annotations
 
 from typing import Any
