@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -120,6 +121,7 @@ def _fastest_for(call: AttentionCall) -> str:
     return "cpu" if call.queries.device.type == "cpu" else "reference"
 
 
+@functools.cache
 def _backend(name: str) -> Callable[[AttentionCall], None]:
     attend: Callable[[AttentionCall], None] = importlib.import_module(BACKENDS[name]).attend
     return attend

@@ -113,29 +113,29 @@ def partial_size(v_head_dim: int) -> int:
 
 @compiled
 def plan_items(
-    chosen: Array, seq_lens: Array, cu_seqlens_q: Array, window: int, shape: Shape
-) -> tuple[Ints, Ints, int, int]:
-    """Cut the chosen sequences into items.
+    seq_lens: Array, cu_seqlens_q: Array, most_queries: int, window: int, shape: Shape
+) -> tuple[Ints, Ints, int, int, int]:
+    """Cut the sequences of at most ``most_queries`` query tokens into items.
 
     Returns
     -------
     items : int64 [num_items, 4]
         Sequence, first and last (exclusive) position, first of its partials.
     first_item : int64 [n + 1]
-    num_partials, most_quads : int
-        Over all items; of one head in one item.
+    num_positions, num_partials, most_quads : int
+        Over all items; over all items; of one head in one item.
     """
     n = len(seq_lens)
     first_item = np.zeros(n + 1, np.int64)
     for i in range(n):
         num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
         count = 0
-        if chosen[i] and num_queries > 0:
+        if 0 < num_queries <= most_queries:
             low = max(0, seq_lens[i] - num_queries - window + 1)
             count = (seq_lens[i] - 1) // SPLIT - low // SPLIT + 1
         first_item[i + 1] = first_item[i] + count
     items = np.empty((first_item[n], 4), np.int64)
-    num_partials, most_quads = 0, 0
+    num_positions, num_partials, most_quads = 0, 0, 0
     for i in range(n):
         num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
         low = max(0, seq_lens[i] - num_queries - window + 1)
@@ -146,9 +146,10 @@ def plan_items(
             items[item, 1] = max(low, split * SPLIT)
             items[item, 2] = min(seq_lens[i], (split + 1) * SPLIT)
             items[item, 3] = num_partials
+            num_positions += items[item, 2] - items[item, 1]
             num_partials += quads * shape.num_kv_heads
             most_quads = max(most_quads, quads)
-    return items, first_item, num_partials, most_quads
+    return items, first_item, num_positions, num_partials, most_quads
 
 
 @compiled
