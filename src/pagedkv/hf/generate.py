@@ -1,0 +1,79 @@
+"""generate(): model.generate() over a PagedCache that knows the token ids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.hf.cache import PagedCache
+
+__all__ = ["generate"]
+
+
+def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool = True, **kwargs: Any) -> Any:
+    """Generate with `model`, reusing what `cache` holds of the prompt and leaving the reply in it for the next turn.
+
+    The cache learns the ids of every token from the forward passes themselves, so the full blocks of prompt and reply
+    can be found by the next call: a second chat turn, or a second conversation with the same system prompt. The last
+    token of a reply has no K and V yet and is not stored.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The one whose config `cache` was made with.
+    input_ids : int Tensor [batch, tokens]
+        The whole prompt, whatever of it is cached.
+    cache : PagedCache
+        It should serve this one model: K and V of another must not be reused.
+    release : bool
+        Whether the sequences are freed at the end; what was stored stays findable. If not, they stay until the next
+        prompt or ``cache.release()``. After an error they are always freed.
+    **kwargs
+        For ``model.generate()``. With a tensor other than ``attention_mask`` (embeddings, images, positions) the
+        ids do not determine K and V, so nothing is reused or left to be found.
+
+    Returns
+    -------
+    Tensor or ModelOutput
+        What ``model.generate()`` returns.
+
+    Raises
+    ------
+    InvalidOperation
+        If `cache` is no PagedCache, or ``past_key_values`` is among the arguments.
+    OutOfMemory
+        If the pool is too small; says how many blocks it takes.
+    """
+    if not isinstance(cache, PagedCache):
+        raise InvalidOperation(f"cache: expected a PagedCache, got {type(cache).__name__}")
+    if "past_key_values" in kwargs:
+        raise InvalidOperation("past_key_values: expected the cache as third argument only")
+    others = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"attention_mask"}
+    if others:
+        cache.release()
+        return _run(model, input_ids, cache, release, kwargs)
+    cache.prompt(input_ids, kwargs.get("attention_mask"))
+
+    def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        ids = inputs.get("input_ids", args[0] if args else None)
+        if inputs.get("past_key_values") is cache and ids is not None:
+            cache.expect(ids)
+
+    hook = model.register_forward_pre_hook(tell_ids, with_kwargs=True)
+    try:
+        return _run(model, input_ids, cache, release, kwargs)
+    finally:
+        hook.remove()
+
+
+def _run(model: Any, input_ids: Tensor, cache: PagedCache, release: bool, kwargs: dict[str, Any]) -> Any:
+    try:
+        output = model.generate(input_ids, past_key_values=cache, **kwargs)
+    except BaseException:
+        cache.release()
+        raise
+    if release:
+        cache.release()
+    return output
