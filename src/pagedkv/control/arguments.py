@@ -60,13 +60,16 @@ def sequence_number(key: Any) -> int:
     return int(key) % (2 * _SIGNED)
 
 
-def sequence_keys(values: Any) -> npt.NDArray[np.int64]:
-    """Return a batch of sequence ids as int64 ``[n]``."""
+def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
+    """Return a batch of sequence ids as int64 ``[n]``.
+
+    Unless ids from 2⁶³ on are in use (`wide_ids`), a negative one is not looked for: no sequence will be found.
+    """
     array = np.asarray(values)
     if array.size == 0 and array.ndim == 1:
         return NO_IDS
     if array.ndim == 1 and array.dtype == np.int64:
-        if array.min() >= 0:
+        if not wide_ids or array.min() >= 0:
             return array
     elif array.ndim == 1 and array.dtype == np.uint64:
         return array.view(np.int64)
@@ -113,7 +116,9 @@ def parse_tokens(tokens: Any) -> Tokens:
 def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
     """Read one count for all, a flat list of counts, an array of ids ``[n, k]``, or a list of lists of ids."""
     if is_count(tokens):
-        return BatchTokens(np.full(n, whole_number("counts_or_tokens", tokens)), NO_IDS, False)
+        counts = np.empty(n, np.int64)
+        counts.fill(whole_number("counts_or_tokens", tokens))
+        return BatchTokens(counts, NO_IDS, False)
     if getattr(tokens, "ndim", 0) == 2:
         ids = _id_array("counts_or_tokens", tokens, ndim=2)
         _require_length(len(tokens), n)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.layout import NO_NARROW, NO_WIDE, lay_out
 from pagedkv.control.pool import available_blocks, drop_block, share_block, take_block
 from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.reclaim import forget
@@ -17,9 +18,6 @@ from pagedkv.control.state import OPAQUE, TRUNCATED, State
 from pagedkv.jit import borrowed, compiled
 
 Ints = npt.NDArray[np.int64]
-PlanArrays = tuple[
-    Ints, npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32], Ints, npt.NDArray[np.int32], Ints
-]
 
 
 @compiled
@@ -39,11 +37,12 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
         if counts[i] == 0:
             continue
         record = state.sequences[rows[i]]
-        end = record.num_tokens + record.hole_len
-        num_blocks = (end + counts[i] + size - 1) // size
-        needed += num_blocks - record.num_blocks
-        width = max(width, num_blocks)
-        if end % size != 0:
+        spare = record.num_blocks * size - record.num_tokens - record.hole_len
+        if counts[i] > spare:
+            more = (counts[i] - spare + size - 1) // size
+            needed += more
+            width = max(width, record.num_blocks + more)
+        if spare > 0:
             tail = state.tables[rows[i], record.num_blocks - 1]
             if _must_copy(state, tail):
                 needed += 1
@@ -84,30 +83,39 @@ def _own_tail(state: State, row: int, used: int, copies: npt.NDArray[np.int32], 
 
 
 @compiled
+def _fill(state: State, block: int, start: int, stop: int, ids: Ints, first: int, known: bool) -> None:
+    """Give the slots [start, stop) of `block` tokens, ``ids[first], …`` if they are known."""
+    if known:
+        base = block * state.counters[0].block_size
+        for j in range(start, stop):
+            state.contents[base + j] = ids[first + j - start]
+    state.blocks[block].num_tokens = stop
+
+
+@compiled
 def _extend(
     state: State, row: int, count: int, ids: Ints, first: int, known: bool, copies: npt.NDArray[np.int32], k: int
 ) -> int:
     """Give `row` another `count` tokens, ``ids[first : first + count]`` if they are known."""
     record, table = state.sequences[row], state.tables[row]
     size = state.counters[0].block_size
-    end = record.num_tokens + record.hole_len
+    slot = record.num_tokens + record.hole_len
+    end = slot + count
     if count > 0:
-        if end % size != 0:
-            k = _own_tail(state, row, end % size, copies, k)
-        for _ in range(record.num_blocks, (end + count + size - 1) // size):
-            table[record.num_blocks] = take_block(state)
-            state.blocks[table[record.num_blocks]].priority = record.priority
-            record.num_blocks += 1
         known = known and record.num_known == record.num_tokens
-        place = end // size
-        while place * size < end + count:
-            block = table[place]
-            start, stop = max(end, place * size), min(end + count, (place + 1) * size)
-            if known:
-                for j in range(start, stop):
-                    state.contents[block * size + j - place * size] = ids[first + j - end]
-            state.blocks[block].num_tokens = stop - place * size
-            place += 1
+        base = record.num_blocks * size
+        if slot < base:
+            base -= size
+            k = _own_tail(state, row, slot - base, copies, k)
+            _fill(state, table[record.num_blocks - 1], slot - base, min(end - base, size), ids, first, known)
+            base += size
+        while base < end:
+            block = take_block(state)
+            state.blocks[block].priority = record.priority
+            table[record.num_blocks] = block
+            record.num_blocks += 1
+            _fill(state, block, 0, min(end - base, size), ids, first + base - slot, known)
+            base += size
         record.num_tokens += count
         if known:
             record.num_known = record.num_tokens
@@ -119,46 +127,13 @@ def _extend(
 
 
 @compiled
-def _plan(state: State, rows: npt.NDArray[np.int32], num_query: Ints) -> PlanArrays:
-    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence."""
-    n = len(rows)
-    size = state.counters[0].block_size
-    total, width = 0, 1
-    for i in range(n):
-        total += num_query[i]
-        width = max(width, state.sequences[rows[i]].num_blocks)
-    slot_mapping, positions = np.empty(total, np.int64), np.empty(total, np.int64)
-    block_tables, holes = np.empty((n, width), np.int32), np.empty((n, 2), np.int32)
-    seq_lens, starts = np.empty(n, np.int32), np.empty(n + 1, np.int32)
-    dropped = np.empty(n, np.int64)
-    token = 0
-    for i in range(n):
-        record, table = state.sequences[rows[i]], state.tables[rows[i]]
-        num_blocks, num_tokens = record.num_blocks, record.num_tokens
-        hole_start, hole_len = record.hole_start, record.hole_len
-        block_tables[i, :num_blocks] = table[:num_blocks]
-        block_tables[i, num_blocks:] = 0
-        holes[i, 0] = hole_start
-        holes[i, 1] = hole_start + hole_len
-        seq_lens[i] = num_tokens
-        dropped[i] = record.num_dropped
-        starts[i] = token
-        for position in range(num_tokens - num_query[i], num_tokens):
-            slot = position if position < hole_start else position + hole_len
-            positions[token] = position
-            slot_mapping[token] = np.int64(table[slot // size]) * size + slot % size
-            token += 1
-    starts[n] = token
-    return slot_mapping, block_tables, seq_lens, starts, positions, holes, dropped
-
-
-@compiled
 def grow_rows(
     state: State, seq_ids: Ints, counts: Ints, ids: Ints, known: bool
-) -> tuple[int, int, int, npt.NDArray[np.int32], PlanArrays]:
+) -> tuple[int, int, int, int, Ints, npt.NDArray[np.int32]]:
     """Append to a whole batch and plan it; all sequences grow or none does.
 
-    Answers (status, a, b, copies, plan): for OK a is the tick; else as ``_room_to_grow`` and ``resolve_rows`` do.
+    Answers (status, a, b, number of copies, plan): for OK a is the tick and b the width of the block tables; else as
+    ``_room_to_grow`` and ``resolve_rows`` do.
     """
     state, counts, ids = borrowed(state), borrowed(counts), borrowed(ids)
     rows = np.empty(len(seq_ids), np.int32)
@@ -169,30 +144,14 @@ def grow_rows(
     if status == OK:
         status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
-        return status, a, b, copies[:0], _plan(state, rows[:0], counts[:0])
+        return status, a, b, 0, NO_WIDE, NO_NARROW
     state.counters[0].tick += 1
     first = 0
     for i in range(len(rows)):
         k = _extend(state, rows[i], counts[i], ids, first, known, copied, k)
         first += counts[i]
-    return OK, state.counters[0].tick, 0, copies[:k], _plan(state, rows, counts)
-
-
-@compiled
-def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, PlanArrays]:
-    """Plan a batch; a negative number of query tokens stands for all that are not committed. OK comes with the tick."""
-    state = borrowed(state)
-    rows = np.empty(len(seq_ids), np.int32)
-    wanted = np.empty(len(seq_ids), np.int64)
-    status, place = resolve_rows(state, seq_ids, rows)
-    if status != OK:
-        return status, place, _plan(state, rows[:0], wanted[:0])
-    for i in range(len(rows)):
-        record = state.sequences[rows[i]]
-        wanted[i] = record.num_tokens - record.num_committed if num_query[i] < 0 else num_query[i]
-        if wanted[i] > record.num_tokens:
-            return NO_ROOM, i, _plan(state, rows[:0], wanted[:0])
-    return OK, state.counters[0].tick, _plan(state, rows, wanted)
+    width, wide, narrow = lay_out(state, rows, counts, copies[:k])
+    return OK, state.counters[0].tick, width, k, wide, narrow
 
 
 @compiled

@@ -41,6 +41,7 @@ class Inspection:
         self._feed = EventFeed(self._namespaces)
         self._pending_copies: dict[int, int] = {}  # destination: source
         self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
+        self._wide_ids = False  # whether an id from 2**63 on was ever in use
         self._lock = threading.RLock()
 
     @property

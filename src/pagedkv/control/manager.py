@@ -20,6 +20,7 @@ from pagedkv.control.arguments import (
 )
 from pagedkv.control.events import AllBlocksCleared, CacheEvent
 from pagedkv.control.inspection import Inspection
+from pagedkv.control.layout import copies_in, plan_from, plan_rows
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import unpin_block
 from pagedkv.control.state import PINNED, with_log
@@ -125,6 +126,7 @@ class BlockManager(Inspection):
                 self._make_room(status, a, b, frozenset())
             if source != lifecycle.NOBODY:
                 self._copy(np.array([[source, destination]], np.int32))
+            self._wide_ids |= key < 0
             info = self._info(a)
             self._publish()
             return info
@@ -170,11 +172,11 @@ class BlockManager(Inspection):
         SequenceNotFound, OutOfMemory, InvalidOperation
             If one sequence cannot grow, none does.
         """
-        keys = sequence_keys(seq_ids)
+        keys = sequence_keys(seq_ids, self._wide_ids)
         counts, ids, known = parse_batch_tokens(counts_or_tokens, len(keys))
         with self._lock:
-            tick, arrays = self._grow(keys, counts, ids, known)
-            plan = self._make_plan(keys, arrays, tick)
+            tick, width, wide, narrow = self._grow(keys, counts, ids, known)
+            plan = plan_from(keys, wide, narrow, width, self._take_pending_copies(), tick)
             self._publish()
             return plan
 
@@ -193,19 +195,19 @@ class BlockManager(Inspection):
         InvalidOperation
             If a sequence is named twice or has fewer tokens.
         """
-        keys = sequence_keys(seq_ids)
+        keys = sequence_keys(seq_ids, self._wide_ids)
         if num_query_tokens is None:
             wanted = np.full(len(keys), -1)
         else:
             wanted = parse_batch_tokens(num_query_tokens, len(keys)).counts
         with self._lock:
-            status, place, arrays = growth.plan_rows(self._state, keys, wanted)
+            status, place, width, wide, narrow = plan_rows(self._state, keys, wanted)
             if status == rows.NO_ROOM:
                 raise InvalidOperation(
                     f"num_query_tokens expects at most the tokens of S{sequence_number(keys[place])}, got {wanted[place]}"
                 )
             self._refuse(status, place, keys)
-            return self._make_plan(keys, arrays, place)
+            return plan_from(keys, wide, narrow, width, self._take_pending_copies(), place)
 
     def commit(self, plan_or_seq_id: BatchPlan | int) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
@@ -249,6 +251,7 @@ class BlockManager(Inspection):
             while True:
                 status, twin = lifecycle.fork_row(self._state, row, dst_key)
                 if status == rows.OK:
+                    self._wide_ids |= dst_key < 0
                     return self._info(twin)
                 if status == rows.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
@@ -490,25 +493,22 @@ class BlockManager(Inspection):
 
     # ---------------------------------------------------------------- inside
 
-    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool) -> tuple[int, growth.PlanArrays]:
+    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool) -> tuple[int, int, Any, Copies]:
         while True:
-            status, a, b, copies, arrays = growth.grow_rows(self._state, keys, counts, ids, known)
+            status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
                 break
             self._refuse(status, a, keys)
             spared = frozenset(int(rows.find_row(self._state, key)) for key in keys.tolist())
             self._make_room(status, a, b, spared)
-        if len(copies):
-            self._copy(copies)
-        return a, arrays
-
-    def _make_plan(self, keys: Any, arrays: growth.PlanArrays, tick: int) -> BatchPlan:
-        slots, tables, lens, starts, positions, holes, dropped = arrays
-        copies = self._take_pending_copies()
-        return BatchPlan(keys, slots, tables, lens, starts, positions, holes, dropped, copies, tick)
+        if num_copies:
+            self._copy(copies_in(narrow, num_copies))
+        return a, b, wide, narrow
 
     def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64]) -> None:
         if status == rows.NOT_FOUND:
+            if keys[place] < 0 and not self._wide_ids:
+                raise InvalidOperation(f"seq_ids expects ints of at least 0, got {keys[place]}")
             raise SequenceNotFound(sequence_number(keys[place]))
         if status == rows.REPEATED:
             raise InvalidOperation(f"seq_ids expects each sequence once, got S{sequence_number(keys[place])} twice")
