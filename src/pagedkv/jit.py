@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 
 __all__ = ["borrowed", "compiled"]
 
+Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 logger = logging.getLogger("pagedkv")
@@ -67,7 +68,7 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     return array._getvalue()
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _borrowed(typing_context: Any, arrays: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         kind, value = signature.args[0], args[0]
@@ -81,13 +82,14 @@ def _borrowed(typing_context: Any, arrays: Any) -> Any:
     return arrays(arrays), generate
 
 
-def _as_is(arrays: Any) -> Any:
+def borrowed(arrays: Arrays) -> Arrays:
+    """Inside a compiled function: the same array, or named tuple of arrays, without reference counting.
+
+    Something else must keep the arrays alive meanwhile; the caller does so for arguments. Without this every inner
+    call would count each of them up and down, atomically, which takes longer than the work itself.
+    """
     return arrays
 
 
-borrowed = _as_is if numba.config.DISABLE_JIT else _borrowed
-"""Inside a compiled function: the same array, or named tuple of arrays, without reference counting.
-
-Something else must keep the arrays alive meanwhile; the caller does so for arguments. Without this every inner call
-would count each of them up and down, atomically, which takes longer than the work itself.
-"""
+if not TYPE_CHECKING and not numba.config.DISABLE_JIT:
+    borrowed = _borrowed

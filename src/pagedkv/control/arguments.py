@@ -19,7 +19,7 @@ NO_IDS = np.empty(0, np.int64)
 class Tokens(NamedTuple):
     """Tokens to be stored: how many, and their ids if they are known."""
 
-    count: int
+    num_tokens: int
     ids: npt.NDArray[np.int64]
     known: bool
 

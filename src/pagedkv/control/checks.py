@@ -131,7 +131,7 @@ def _check_trie(state: State) -> None:
 
 
 def _first_children(state: State, indexed: list[int]) -> list[int]:
-    return [int(state.siblings[block, 0]) for block in indexed] + state.roots[:, 1].tolist()
+    return [int(state.siblings[block, 0]) for block in indexed] + list(map(int, state.roots[:, 1]))
 
 
 def _siblings(state: State, link: int) -> list[int]:

@@ -203,9 +203,8 @@ class BlockManager(Inspection):
         with self._lock:
             status, place, width, wide, narrow = plan_rows(self._state, keys, wanted)
             if status == rows.NO_ROOM:
-                raise InvalidOperation(
-                    f"num_query_tokens expects at most the tokens of S{sequence_number(keys[place])}, got {wanted[place]}"
-                )
+                number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
+                raise InvalidOperation(f"num_query_tokens expects {most}, got {wanted[place]} for S{number}")
             self._refuse(status, place, keys)
             return plan_from(keys, wide, narrow, width, self._take_pending_copies(), place)
 

@@ -55,7 +55,7 @@ def find_child(state: State, parent: int, ids: npt.NDArray[np.int64], start: int
 def best_partial_child(
     state: State, parent: int, ids: npt.NDArray[np.int64], start: int, limit: int
 ) -> tuple[int, int]:
-    """Return the child of `parent` that shares most leading tokens with ``ids[start : start + limit]``, and how many."""
+    """Return the child of `parent` that begins most like ``ids[start : start + limit]``, and how many tokens agree."""
     size = state.counters[0].block_size
     link = state.siblings[parent, 0] if parent >= 0 else state.roots[-1 - parent, 1]
     best, longest, looked = -1, 0, 0
@@ -93,9 +93,7 @@ def match_full_blocks(
 
 
 @compiled
-def match_partial_block(
-    state: State, parent: int, ids: npt.NDArray[np.int64], start: int
-) -> tuple[int, int]:
+def match_partial_block(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> tuple[int, int]:
     """Return the block under `parent` that holds the most tokens of what is left of `ids`, and how many it holds."""
     size = state.counters[0].block_size
     limit = min(size, len(ids) - 1 - start)

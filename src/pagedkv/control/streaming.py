@@ -74,9 +74,7 @@ def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -
 
 
 @compiled
-def stream_row(
-    state: State, row: int, sink: int, window: int
-) -> tuple[int, int, int, npt.NDArray[np.int32]]:
+def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, int, int, npt.NDArray[np.int32]]:
     """Drop everything between sinks and window.
 
     Answers (status, a, b, copies): for NO_ROOM a blocks are needed for private copies and b available, for OK a tokens
