@@ -1,0 +1,188 @@
+"""The commands and their options. What a command needs is imported when it runs, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
+
+__all__ = ["app"]
+
+# typer brings its own copy of click or uses the installed one, by version; the exception tree is the same.
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
+
+class _OneLineErrors(TyperGroup):
+    """A command group that reports a wrong call in one line instead of a panel."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run and end the process, as it would, but say one line where it would draw a panel."""
+        try:
+            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+        except _UsageError as error:
+            command = error.ctx.command_path if error.ctx else "pagedkv"
+            say_error(f"{error.format_message()} (see {command} --help)")
+            code = FAILED
+        except typer.Abort:
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from pagedkv import __version__
+
+        typer.echo(f"pagedkv {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def pagedkv(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A paged KV cache for language models.
+
+    Try [bold]pagedkv generate "def fibonacci(n):" --show-blocks[/bold]
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@app.command()
+def info(json: JsonFlag = False, debug: DebugFlag = False) -> None:
+    """Show versions, cores, device, attention backends and the shipped model."""
+    with failures_in_one_line(debug):
+        from pagedkv.cli.info import print_info
+
+        print_info(as_json=json)
+
+
+_SAMPLING, _POOL, _STREAM, _OUTPUT = "What to write", "The pool", "Without end", "What to show"
+
+_EXAMPLES = """Write text with a language model whose keys and values live in paged blocks.
+
+[bold]Examples[/bold]
+
+  pagedkv generate "def fibonacci(n):"
+
+  pagedkv generate "class Stack:" -n 3 --show-blocks
+
+  pagedkv generate "import os" --beams 4 --json
+
+  cat prompt.txt | pagedkv generate - --model ./my-model --temperature 0
+
+  pagedkv generate "def main():" --stream --window-tokens 508
+
+The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
+"""
+
+
+def _option(*names: str, help: str, panel: str, default: str | bool = True) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default)
+
+
+@app.command(help=_EXAMPLES)
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; [bold]-[/bold] reads it from stdin.")],
+    model: Annotated[
+        str | None,
+        _option("--model", "-m", help="A Hugging Face model folder.", default="the shipped model", panel=_SAMPLING),
+    ] = None,
+    samples: Annotated[
+        int, _option("-n", help="Samples written in parallel; they share the prompt's blocks.", panel=_SAMPLING)
+    ] = 1,
+    beams: Annotated[int, _option("--beams", help="Beam search with so many beams.", panel=_SAMPLING)] = 1,
+    max_new_tokens: Annotated[
+        int | None,
+        _option(
+            "--max-new-tokens", help="Stop after so many tokens.", default="128; none with --stream", panel=_SAMPLING
+        ),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        _option("--temperature", help="0 takes the likeliest token.", default="0.7; 0 with --beams", panel=_SAMPLING),
+    ] = None,
+    top_p: Annotated[
+        float, _option("--top-p", help="Sample from the likeliest tokens of this total probability.", panel=_SAMPLING)
+    ] = 1.0,
+    seed: Annotated[int, _option("--seed", help="The same seed writes the same text.", panel=_SAMPLING)] = 0,
+    device: Annotated[str, _option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_SAMPLING)] = "cpu",
+    block_size: Annotated[int, _option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
+    num_blocks: Annotated[
+        int | None, _option("--num-blocks", help="Blocks of the pool.", default="what the call can need", panel=_POOL)
+    ] = None,
+    strategy: Annotated[
+        str, _option("--strategy", help="What is given up first: lru, lfu, fifo, longest_first, …", panel=_POOL)
+    ] = "lru",
+    stream: Annotated[
+        bool,
+        _option("--stream", help="Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", panel=_STREAM),
+    ] = False,
+    sink_tokens: Annotated[
+        int | None, _option("--sink-tokens", help="First tokens that are kept.", default="4", panel=_STREAM)
+    ] = None,
+    window_tokens: Annotated[
+        int | None, _option("--window-tokens", help="Last tokens that are kept.", default="508", panel=_STREAM)
+    ] = None,
+    echo: Annotated[bool, _option("--echo/--no-echo", help="Print the prompt before the text.", panel=_OUTPUT)] = True,
+    show_blocks: Annotated[
+        bool, _option("--show-blocks", help="Draw the pool, a cell a block.", panel=_OUTPUT)
+    ] = False,
+    json: Annotated[bool, _option("--json", help="Print one JSON object, at the end.", panel=_OUTPUT)] = False,
+    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+) -> None:
+    with failures_in_one_line(debug):
+        from pagedkv.cli.request import GenerateRequest
+
+        request = GenerateRequest(
+            prompt=prompt,
+            model=model,
+            samples=samples,
+            beams=beams,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            device=device,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            strategy=strategy,
+            stream=stream,
+            sink_tokens=sink_tokens,
+            window_tokens=window_tokens,
+            echo=echo and not json,
+            show_blocks=show_blocks,
+            json=json,
+        )
+        from pagedkv.cli.generate import run
+
+        run(request)

@@ -1,0 +1,154 @@
+"""``pagedkv info``: what this machine has for pagedkv, found without loading torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import msgspec
+from rich.table import Table
+
+from pagedkv import __version__
+from pagedkv.cli.console import output
+from pagedkv.models import shipped_model_path
+
+__all__ = ["Info", "ModelInfo", "gather_info", "print_info"]
+
+_PACKAGES = ("numpy", "numba", "torch", "transformers", "tokenizers", "safetensors", "triton")
+_BACKENDS = {
+    "cpu": ("pagedkv.data.cpu", ("torch", "numba")),
+    "gpu": ("pagedkv.data.gpu", ("torch", "triton")),
+    "reference": ("pagedkv.data.reference", ("torch",)),
+}
+_MISSING = "not installed"
+
+
+class ModelInfo(msgspec.Struct):
+    """A model folder.
+
+    Attributes
+    ----------
+    path : str
+    megabytes : float
+        Of all its files, in 10⁶ bytes.
+    """
+
+    path: str
+    megabytes: float
+
+
+class Info(msgspec.Struct):
+    """What ``pagedkv info --json`` prints.
+
+    Attributes
+    ----------
+    pagedkv, python, platform : str
+    packages : dict
+        Package to version; None where it is not installed.
+    cores : int
+        Cores that this process may use.
+    cuda_devices : list of str
+        Names of the GPUs that the CUDA driver reports.
+    backends : dict
+        Attention backend to whether it can run here.
+    shipped_model : ModelInfo or None
+    """
+
+    pagedkv: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    cores: int
+    cuda_devices: list[str]
+    backends: dict[str, bool]
+    shipped_model: ModelInfo | None
+
+
+def gather_info() -> Info:
+    """Look around; nothing heavy is imported."""
+    devices = _cuda_devices()
+    return Info(
+        pagedkv=__version__,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+        packages={name: _installed(name) for name in _PACKAGES},
+        cores=_usable_cores(),
+        cuda_devices=devices,
+        backends={name: _can_run(name, devices) for name in _BACKENDS},
+        shipped_model=_shipped_model(),
+    )
+
+
+def print_info(as_json: bool) -> None:
+    """Print the table, or the JSON object, to stdout."""
+    info = gather_info()
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(info), indent=2).decode() + "\n")
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in _lines(info):
+        table.add_row(name, value)
+    output().print(table, soft_wrap=True)
+
+
+def _lines(info: Info) -> list[tuple[str, str]]:
+    model = info.shipped_model
+    return [
+        ("pagedkv", info.pagedkv),
+        ("python", f"{info.python} ({info.platform})"),
+        *((name, found or _MISSING) for name, found in info.packages.items()),
+        ("cores", str(info.cores)),
+        ("device", ", ".join(info.cuda_devices) or "cpu (no CUDA device found)"),
+        ("attention backends", ", ".join(f"{name}{'' if ok else ' (no)'}" for name, ok in info.backends.items())),
+        ("shipped model", f"{model.path} ({model.megabytes:.1f} MB)" if model else "missing"),
+    ]
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _can_run(backend: str, cuda_devices: list[str]) -> bool:
+    module, needs = _BACKENDS[backend]
+    if backend == "gpu" and not cuda_devices:
+        return False
+    return all(find_spec(name) for name in (*needs, module))
+
+
+def _cuda_devices() -> list[str]:
+    """Ask the driver itself; torch would take seconds to import."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return []
+    count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(128)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    names = []
+    for number in range(count.value):
+        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetName(name, len(name), device):
+            continue
+        names.append(name.value.decode(errors="replace"))
+    return names
+
+
+def _shipped_model() -> ModelInfo | None:
+    folder = shipped_model_path()
+    if not (folder / "config.json").is_file():
+        return None
+    return ModelInfo(str(folder), sum(file.stat().st_size for file in folder.iterdir()) / 1e6)

@@ -1,0 +1,128 @@
+"""Loads a model folder from the disk, never from a network, and says what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pagedkv.cli.failures import Failure
+
+__all__ = ["LoadedModel", "check_folder", "load_model"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its tokenizer.
+
+    Attributes
+    ----------
+    model : transformers.PreTrainedModel
+        In evaluation mode, in the dtype of its folder.
+    tokenizer : transformers.PreTrainedTokenizerBase
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def encode(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt.
+
+        Raises
+        ------
+        Failure
+            There are none, or the model has no embedding for one of them.
+        """
+        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise Failure("the prompt has no tokens")
+        known = self.model.get_input_embeddings().num_embeddings
+        if max(ids) >= known:
+            raise Failure(f"the tokenizer does not fit the model: it gives token {max(ids)}, the model knows {known}")
+        return ids
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text that the model was made for, in tokens; None if it has no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_folder(path: Path) -> None:
+    """See that a folder can be a model, before anything heavy is imported.
+
+    Raises
+    ------
+    Failure
+        It is missing, is no folder, or has no readable ``config.json`` or no weights.
+    """
+    if not path.exists():
+        raise Failure(f"--model: there is no folder {path}")
+    if not path.is_dir():
+        raise Failure(f"--model expects a folder in the Hugging Face format, got the file {path}")
+    config = path / "config.json"
+    if not config.is_file():
+        raise Failure(f"--model: {path} has no config.json, so it is no Hugging Face model folder")
+    try:
+        parsed = json.loads(config.read_bytes())
+    except (ValueError, OSError) as error:
+        raise Failure(f"--model: {config} is no valid JSON: {error}") from error
+    if not isinstance(parsed, dict) or "model_type" not in parsed:
+        raise Failure(f"--model: {config} names no model_type")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise Failure(f"--model: {path} holds no weights: expected model.safetensors")
+
+
+def load_model(path: Path, device: str) -> LoadedModel:
+    """Load a checked folder.
+
+    Parameters
+    ----------
+    path : Path
+    device : str
+        A torch device.
+
+    Raises
+    ------
+    Failure
+        A part of it is broken or missing, or there is no such device.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch: Any = import_module("torch")
+    transformers: Any = import_module("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    target = _device(torch, device)
+    only_here = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **only_here)
+    except Exception as error:
+        raise Failure(f"--model: {path} has no tokenizer that can be read: {_first_line(error)}") from error
+    try:
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **only_here)
+    except Exception as error:
+        raise Failure(f"--model: cannot load {path}: {_first_line(error)}") from error
+    _refuse_missing_weights(path, found["missing_keys"])
+    return LoadedModel(model.to(target).eval(), tokenizer)
+
+
+def _device(torch: Any, name: str) -> Any:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()
+    except Exception as error:
+        raise Failure(f"--device {name} cannot be used: {_first_line(error)}") from error
+    return device
+
+
+def _refuse_missing_weights(path: Path, missing: set[str]) -> None:
+    # transformers would fill them with random numbers.
+    if missing:
+        raise Failure(f"--model: the weights of {path} lack {len(missing)} tensors, {min(missing)} for one")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
