@@ -3,10 +3,10 @@
     python scripts/train_model.py --out DIR --minutes 60
     python scripts/train_model.py --evaluate            # the shipped model, on text it has never seen
 
-A Llama of 3.8 million parameters learns the source text of Python's standard library and, later on, of its tests (see ``corpus.py``) and is
-written as a Hugging Face folder. Needs pagedkv's ``hf`` extra; a CPU is enough. The learning rate follows the
-share of the time that is gone, so any budget gives a finished model; ``--steps`` counts steps instead, which
-repeats a run exactly.
+A Llama of 3.8 million parameters learns the source text of Python's standard library, later on together with its
+tests (see ``corpus.py``), and is written as a Hugging Face folder. Needs pagedkv's ``hf`` extra; a CPU is enough.
+The learning rate follows the share of the time that is gone, so any budget gives a finished model; ``--steps``
+counts steps instead, which repeats a run exactly.
 """
 
 from __future__ import annotations
