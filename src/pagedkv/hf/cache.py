@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,121 +10,16 @@ import torch
 from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
-from pagedkv.control.plan import BatchPlan
 from pagedkv.control.strategies import EvictionStrategy
-from pagedkv.data.storage import KvStorage, SlotIndex
 from pagedkv.errors import InvalidOperation
-from pagedkv.hf.batch import SequenceBatch
 from pagedkv.hf.compat import Cache, CacheLayerMixin, is_pageable, is_stateless, stock_layers
+from pagedkv.hf.direct import DIRECT, PagedStates
+from pagedkv.hf.pages import ModelKvCache, Pages
 
 __all__ = ["PagedCache"]
 
 
-class ModelKvCache(PagedKvCache):
-    """A PagedKvCache that takes its dtype and device from the first keys it sees."""
-
-    def settle(self, dtype: Any, device: Any) -> None:
-        """Fix dtype and device of the storage while it has no layers."""
-        self._storage = KvStorage(replace(self._storage.spec, dtype=dtype), device)
-
-
-@dataclass(slots=True)
-class _Step:
-    """One forward pass: its tokens have slots, and layer after layer writes into them."""
-
-    plan: BatchPlan
-    past: int
-    written: set[int] = field(default_factory=set)
-    slots: SlotIndex | None = None  # of all tokens of all rows, made when a layer first gathers
-
-
-class _Pages:
-    """What the layers of one cache share: the pool, the sequences and the forward pass that is under way."""
-
-    def __init__(self, pool: ModelKvCache, cache_salt: str, expected: set[int], dtype: Any, device: Any) -> None:
-        self.pool = pool
-        self.batch = SequenceBatch(pool, cache_salt)
-        self._step: _Step | None = None
-        self._expected = expected  # layers that a forward pass should write
-        self._numbers: dict[int, int] = {}  # layer: its number in the storage, for layers that were written
-        self._dtype, self._device = dtype, device
-
-    def is_written(self, layer: int) -> bool:
-        """Tell whether a layer has memory yet."""
-        return layer in self._numbers
-
-    def length(self, layer: int) -> int:
-        """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
-        step = self._step
-        if step is not None and layer in self._numbers and layer not in step.written:
-            return step.past
-        return self.batch.length
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> _Step:
-        """Store K and V ``[batch, heads, tokens, dim]``; the first layer of a forward pass makes the room."""
-        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
-            raise InvalidOperation("keys: a paged cache passes no gradients on; run the model under torch.no_grad()")
-        step = self._step
-        if step is None or layer in step.written:
-            self.finish()
-            past = self.batch.length
-            step = self._step = _Step(self.batch.grow(keys.shape[0], keys.shape[2]), past)
-        number = self._number(layer, keys, values, step.past)
-        self.pool.write(number, _by_token(keys), _by_token(values), step.plan)
-        step.written.add(layer)
-        return step
-
-    def gather(self, layer: int, step: _Step) -> tuple[Tensor, Tensor]:
-        """Return K and V of all tokens, ``[batch, heads, tokens, dim]``."""
-        if step.slots is None:
-            step.slots = self.pool.storage.slot_index(_all_slots(step.plan, self.pool.block_size))
-        rows = step.plan.num_sequences
-        keys, values = self.pool.storage.gather(self._numbers[layer], step.slots)
-        return keys.unflatten(0, (rows, -1)).transpose(1, 2), values.unflatten(0, (rows, -1)).transpose(1, 2)
-
-    def finish(self) -> None:
-        """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end."""
-        step, self._step = self._step, None
-        if step is None:
-            return
-        if step.written < self._numbers.keys():
-            self.batch.truncate(step.past)
-        elif self._expected <= step.written:
-            self.pool.commit(step.plan)
-        else:
-            self.batch.forget()
-
-    def release(self) -> None:
-        """Free the sequences."""
-        self.finish()
-        self.batch.release()
-
-    def _number(self, layer: int, keys: Tensor, values: Tensor, past: int) -> int:
-        number = self._numbers.get(layer)
-        if number is None:
-            if past:
-                raise InvalidOperation(f"layer {layer}: expected K and V from the first token on, {past} are missing")
-            if not self._numbers:
-                self.pool.settle(self._dtype or keys.dtype, self._device or keys.device)
-            number = self.pool.add_layer(keys.shape[1], keys.shape[3], values.shape[3])
-            self._numbers[layer] = number
-        return number
-
-
-def _by_token(states: Tensor) -> Tensor:
-    """Turn ``[batch, heads, tokens, dim]`` into ``[batch * tokens, heads, dim]``."""
-    return states.transpose(1, 2).flatten(0, 1)
-
-
-def _all_slots(plan: BatchPlan, block_size: int) -> npt.NDArray[np.int64]:
-    """Return the slot of every token of every row; all rows hold the same number of tokens."""
-    length = int(plan.seq_lens[0])
-    tables = plan.block_tables[:, : -(-length // block_size)].astype(np.int64)
-    slots = tables[:, :, None] * block_size + np.arange(block_size)
-    return slots.reshape(len(tables), -1)[:, :length].reshape(-1)
-
-
-class PagedLayer(CacheLayerMixin):
+class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One attention layer of a :class:`PagedCache`.
 
     It returns all tokens, sliding-window layers too: the mask, which transformers builds from the config, cuts the
@@ -136,17 +30,26 @@ class PagedLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, pages: _Pages, number: int, config: Any) -> None:
-        super().__init__()
+    def __init__(self, pages: Pages, number: int, config: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
         self._pages = pages
         self._layer = number
+        self._config = config
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: memory comes with the first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens into their slots and return K and V of all tokens."""
+        """Write the new tokens into their slots and return K and V of all tokens.
+
+        In direct mode nothing is gathered: what is returned says where the attention function finds K and V.
+        """
         step = self._pages.write(self._layer, key_states, value_states)
+        if self._config._attn_implementation == DIRECT:
+            number = self._pages.number(self._layer)
+            states = (PagedStates.of(side, self._pages.pool, number, step.plan) for side in (key_states, value_states))
+            keys, values = states
+            return keys, values
         if not step.past and key_states.dtype == self._pages.pool.storage.dtype:
             return key_states, value_states
         keys, values = self._pages.gather(self._layer, step)
@@ -172,7 +75,7 @@ class PagedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Leave it to the cache."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Leave it to the cache."""
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -251,7 +154,7 @@ class PagedCache(Cache):
         paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
         if not paged:
             raise InvalidOperation(f"config: expected a model with attention layers, got {type(config).__name__}")
-        self._pages = _Pages(pool, cache_salt, paged, dtype, device)
+        self._pages = Pages(pool, cache_salt, paged, dtype, device)
         # What a recurrent layer holds has no blocks, so no prefix of it can be found again.
         self._is_reusable = all(number in paged or is_stateless(layer) for number, layer in enumerate(layers))
         text = config.get_text_config(decoder=True)
@@ -323,7 +226,7 @@ class PagedCache(Cache):
         """Free the sequences; full blocks of known ids stay findable. The cache is ready for the next prompt."""
         self._pages.release()
         self._num_cached_tokens = 0
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Do as :meth:`release` does."""
@@ -346,7 +249,7 @@ class PagedCache(Cache):
             self._pages.batch.truncate(kept)
         super().crop(min(kept - length, 0))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Let row ``i`` go on as the old row ``beam_idx[i]``, by forks."""
         self._select(beam_idx)
         super().reorder_cache(beam_idx)

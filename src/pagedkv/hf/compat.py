@@ -1,4 +1,4 @@
-"""Everything that pagedkv takes from inside of transformers: these seams move between releases, so they are all here."""
+"""Everything that pagedkv takes from inside of transformers: these seams move often, so they are all here."""
 
 from __future__ import annotations
 
