@@ -1,0 +1,309 @@
+"""Endless text in a fixed number of blocks: attention sinks and a sliding window.
+
+Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". A token sees the first tokens of
+the text (the sinks), the last ones (the window) and itself, and rotary positions are those *inside the cache*: the
+sinks stand right before the window, however much text was dropped between them.
+
+Attention under RoPE depends on distances only. So the window's keys stay as they were written, and only the few sinks
+move each time the window slides: their keys are kept unrotated in float32 and turned afresh from there, so no error
+builds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pagedkv.cache import PagedKvCache
+from pagedkv.control.plan import BatchPlan
+from pagedkv.errors import InvalidOperation, OutOfMemory
+from pagedkv.hf.rotary_model import LayerCall, RotaryModel
+from pagedkv.spec import require_int
+
+__all__ = ["StreamingSession", "blocks_for_streaming"]
+
+DEFAULT_REBASE_AT = 4096
+SEQ = 0
+
+Slots = tuple[Tensor, Tensor]
+"""Blocks and offsets of tokens, int64 [n] each."""
+
+
+def blocks_for_streaming(sink_tokens: int, window_tokens: int, block_size: int) -> int:
+    """Return how many blocks streaming ever holds: the sinks', and the window's with its two ragged ends."""
+    return -(-sink_tokens // block_size) - (-window_tokens // block_size) + 1
+
+
+class _Step:
+    """One forward pass over the blocks."""
+
+    def __init__(self, cache: PagedKvCache, plan: BatchPlan) -> None:
+        self._cache, self._plan = cache, plan
+
+    def attend(self, call: LayerCall) -> Tensor:
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key, call.value))
+        self._cache.write(call.layer, key, value, self._plan)
+        out: Tensor = self._cache.attend(call.layer, query, self._plan, scale=call.scale, softcap=call.softcap)
+        return out[None]
+
+
+class StreamingSession:
+    """A language model that reads and writes text of any length in a fixed number of blocks.
+
+    Every token sees at most ``sink_tokens + window_tokens`` earlier ones and itself. Feeding a text at once or token
+    by token gives the same: it is prefilled in one pass until sinks and window are full, and read one token at a time
+    from there on, because each token drops another one.
+
+    The model's attention function is replaced while it runs for the session: do not call it from other threads then.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model of transformers in eval mode, with rotary positions.
+    sink_tokens, window_tokens : int
+        How many first and last tokens are kept; at least 0 and 1.
+    block_size : int
+    num_blocks : int, optional
+        Size of the pool; by default what streaming ever holds (:func:`blocks_for_streaming`).
+    rebase_at : int, optional
+        Rotary positions stay below; at least, and by default 4096 or, ``sink_tokens + 2 * window_tokens + 1``.
+    dtype : str or torch.dtype, optional
+        Of keys and values; the model's by default.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument is out of range, or the model cannot be served exactly (see :class:`RotaryModel`).
+    OutOfMemory
+        If `num_blocks` is too small.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sink_tokens: int = 4,
+        window_tokens: int = 508,
+        *,
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        rebase_at: int | None = None,
+        dtype: Any = None,
+    ) -> None:
+        self._sink = require_int("sink_tokens", sink_tokens, 0, 2**22)
+        self._window = require_int("window_tokens", window_tokens, 1, 2**22)
+        least = self._sink + 2 * self._window + 1
+        self._rebase_at = max(DEFAULT_REBASE_AT, least)
+        if rebase_at is not None:
+            self._rebase_at = require_int("rebase_at", rebase_at, least, 2**24)
+        block_size = require_int("block_size", block_size, 1, 2**31 - 1)
+        needed = blocks_for_streaming(self._sink, self._window, block_size)
+        num_blocks = needed if num_blocks is None else require_int("num_blocks", num_blocks, 0, 2**31 - 2)
+        if num_blocks < needed:
+            raise OutOfMemory(needed, num_blocks, f"{sink_tokens} sink and {window_tokens} window tokens")
+        self._model = RotaryModel(model, self._sink + self._window + 1, self._rebase_at - 1)
+        self._cache = PagedKvCache(
+            num_blocks,
+            block_size,
+            self._model.num_kv_heads,
+            self._model.head_dim,
+            num_layers=self._model.num_layers,
+            v_head_dim=self._model.v_head_dim,
+            dtype=self._model.dtype if dtype is None else dtype,
+            device=self._model.device,
+            prefix_caching=False,
+        )
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the text and give its blocks back."""
+        if SEQ in self._cache:
+            self._cache.free(SEQ)
+        self._cache.allocate(SEQ, 0)
+        self._held = 0
+        self._num_dropped = 0
+        self._base = 0  # how many dropped tokens rotary positions leave out, see _rebase
+        self._sinks: tuple[Tensor, Slots] | None = None  # unrotated keys [layers, sinks, heads, head_dim]
+        self._logits: Tensor | None = None
+
+    @property
+    def cache(self) -> PagedKvCache:
+        """The pool; the text is its sequence 0."""
+        return self._cache
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens the text has, dropped ones counted."""
+        return self._num_dropped + self._held
+
+    @property
+    def num_dropped(self) -> int:
+        """How many tokens were given up."""
+        return self._num_dropped
+
+    def feed(self, token_ids: Iterable[int] | Tensor, *, all_logits: bool = False) -> Tensor:
+        """Read tokens.
+
+        Parameters
+        ----------
+        token_ids : iterable of int, or integer Tensor [n]
+            At least one.
+        all_logits : bool
+            Return the logits of every token, not of the last one only.
+
+        Returns
+        -------
+        Tensor [vocab_size], or [n, vocab_size] with `all_logits`
+            In the dtype of the model.
+
+        Raises
+        ------
+        InvalidOperation
+            If there is no token, or one that is not in the vocabulary; nothing is read then.
+        """
+        ids = self._checked_ids(token_ids)
+        rows: list[Tensor] = []
+        start = 0
+        while start < len(ids):
+            # As long as nothing is dropped, causal attention over a chunk is what single tokens would see.
+            end = start + max(1, self._sink + self._window - self._held)
+            rows.append(self._step(ids[start:end], all_logits))
+            start = end
+        self._logits = rows[-1][-1]
+        return torch.cat(rows) if all_logits else self._logits
+
+    def generate(
+        self,
+        token_ids: Iterable[int] | Tensor = (),
+        max_new_tokens: int | None = None,
+        *,
+        sampler: Callable[[Tensor], int] | None = None,
+        stop_token_ids: Sequence[int] = (),
+    ) -> Iterator[int]:
+        """Read a prompt and write on, without end unless `max_new_tokens` is given.
+
+        Whatever was yielded is part of the text, so another ``feed`` or ``generate`` may follow.
+
+        Parameters
+        ----------
+        token_ids : iterable of int, or integer Tensor [n]
+            The prompt; may be empty where something was fed before.
+        max_new_tokens : int, optional
+        sampler : callable, optional
+            Takes the logits, Tensor [vocab_size], and returns a token id; the likeliest by default.
+        stop_token_ids : sequence of int
+            Ends after one of these was yielded.
+
+        Returns
+        -------
+        iterator of int
+
+        Raises
+        ------
+        InvalidOperation
+            At once if an argument is out of range, later if the sampler returns no token of the vocabulary.
+        """
+        if max_new_tokens is not None:
+            max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, 2**62)
+        prompt = list(token_ids)
+        if prompt:
+            prompt = self._checked_ids(prompt).tolist()
+        elif self._logits is None:
+            raise InvalidOperation("token_ids expects at least one token, as nothing was fed yet")
+        return self._write(prompt, max_new_tokens, sampler or _likeliest, frozenset(stop_token_ids))
+
+    def _write(
+        self, prompt: list[int], limit: int | None, sampler: Callable[[Tensor], int], stops: frozenset[int]
+    ) -> Iterator[int]:
+        if prompt:
+            self.feed(prompt)
+        written = 0
+        while limit is None or written < limit:
+            if self._logits is None:
+                raise InvalidOperation("the session was reset while it generated")
+            token = sampler(self._logits)
+            self.feed((token,))
+            written += 1
+            yield token
+            if token in stops:
+                return
+
+    def _checked_ids(self, token_ids: Iterable[int] | Tensor) -> Tensor:
+        given = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
+        ids = [require_int("token_ids", token, 0, self._model.vocab_size - 1) for token in given]
+        if not ids:
+            raise InvalidOperation("token_ids expects at least one token, got none")
+        return torch.tensor(ids, device=self._model.device)
+
+    # ---------------------------------------------------------------- one forward pass
+
+    @torch.inference_mode()
+    def _step(self, ids: Tensor, all_logits: bool) -> Tensor:
+        plan = self._cache.append_batch([SEQ], len(ids))
+        try:
+            if int(plan.text_positions[-1]) - self._base >= self._rebase_at:
+                self._rebase()
+            self._place_sinks()
+            positions = torch.from_numpy(plan.text_positions - self._base).to(ids.device)
+            step = _Step(self._cache, plan)
+            logits = self._model.run(step, ids[None], positions[None], 0 if all_logits else 1)[0]
+        except BaseException:
+            self._cache.truncate(SEQ, self._held)
+            raise
+        self._held += len(ids)
+        if self._held > self._sink + self._window:
+            self._slide()
+        return logits
+
+    def _slide(self) -> None:
+        if self._sinks is None:
+            # Nothing was dropped so far, so they stand at their own positions. Their slots never change.
+            slots = self._slots(0, self._sink)
+            self._sinks = self._model.rope.turn(self._read_keys(slots), -torch.arange(self._sink)), slots
+        self._num_dropped += self._cache.apply_streaming_llm(SEQ, self._sink, self._window)
+        self._held = self._sink + self._window
+
+    def _place_sinks(self) -> None:
+        """Turn the sinks to where the window begins: each dropped token has moved it one further."""
+        if self._sinks is not None and self._sink:
+            keys, slots = self._sinks
+            steps = torch.arange(self._sink) + (self._num_dropped - self._base)
+            self._write_keys(self._model.rope.turn(keys, steps), slots)
+
+    def _rebase(self) -> None:
+        """Start again from small positions.
+
+        A model takes angles in float32, and position times frequency is off by up to 2⁻²⁴ of itself: 0.0002 radians at
+        position 4096, 0.06 at a million. So positions must not grow with the text. When they reach the limit, all of
+        the window's keys are turned back by one angle, taken in float64. A key lives for ``window_tokens`` tokens and
+        rebases are further apart than that, so it is turned back at most once.
+        """
+        slots = self._slots(self._sink, self._held)
+        steps = torch.full((self._held - self._sink,), self._base - self._num_dropped)
+        self._write_keys(self._model.rope.turn(self._read_keys(slots), steps), slots)
+        self._base = self._num_dropped
+
+    # ---------------------------------------------------------------- keys in their slots
+
+    def _slots(self, first: int, last: int) -> Slots:
+        """Return where the tokens ``[first, last)`` of the cache are."""
+        everything = self._cache.plan([SEQ], self._cache.get_sequence(SEQ).num_tokens)
+        blocks, offsets = np.divmod(everything.slot_mapping[first:last], self._cache.block_size)
+        return torch.from_numpy(blocks), torch.from_numpy(offsets)
+
+    def _read_keys(self, slots: Slots) -> Tensor:
+        storage = self._cache.storage
+        return torch.stack([storage.keys(layer)[slots] for layer in range(storage.num_layers)])
+
+    def _write_keys(self, keys: Tensor, slots: Slots) -> None:
+        storage = self._cache.storage
+        for layer, layer_keys in enumerate(keys.to(storage.dtype)):
+            storage.keys(layer)[slots] = layer_keys
+
+
+def _likeliest(logits: Tensor) -> int:
+    return int(logits.argmax())
