@@ -1,0 +1,38 @@
+"""The examples of the README and of the tutorial run as they stand, and print what they say they print."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/tutorial.md")
+
+
+def _examples(page: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.M | re.S)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    names: dict[str, object] = {"__name__": "example"}
+    examples = _examples(page)
+    assert len(examples) >= 5
+    for example in examples:
+        exec(compile(example, page, "exec"), names)
+    assert capsys.readouterr().out
+
+
+def test_readme_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str]) -> None:
+    blocks, *_ = _examples("README.md")
+    exec(compile(blocks, "README.md", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out.splitlines()[0] == "96"
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
