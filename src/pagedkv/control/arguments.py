@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,9 @@ MAX_COUNT = 2**62
 _SIGNED = 2**63
 
 NO_IDS = np.empty(0, np.int64)
+
+# What NumPy and torch raise where something is ragged or not to be had as an array.
+_NO_ARRAY = (ValueError, TypeError, OverflowError, RuntimeError)
 
 
 class Tokens(NamedTuple):
@@ -65,14 +68,18 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
 
     Unless ids from 2⁶³ on are in use (`wide_ids`), a negative one is not looked for: no sequence will be found.
     """
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except _NO_ARRAY:
+        raise InvalidOperation(f"seq_ids expects a flat list of ints, got {values!r}") from None
     if array.size == 0 and array.ndim == 1:
         return NO_IDS
+    # Copies, because plans keep them: the caller may use its array again.
     if array.ndim == 1 and array.dtype == np.int64:
         if not wide_ids or array.min() >= 0:
-            return array
+            return array.copy()
     elif array.ndim == 1 and array.dtype == np.uint64:
-        return array.view(np.int64)
+        return array.copy().view(np.int64)
     elif array.ndim == 1 and array.dtype.kind in "iu" and array.min() >= 0:
         return array.astype(np.int64)
     if array.ndim != 1:
@@ -83,7 +90,7 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
 def _id_array(name: str, values: Any, ndim: int = 1) -> npt.NDArray[np.int64]:
     try:
         array = np.asarray(values)
-    except (ValueError, TypeError, OverflowError):  # ragged, or not to be had as an array
+    except _NO_ARRAY:
         raise InvalidOperation(f"{name} expects token ids, got {values!r}") from None
     if array.size == 0 and array.ndim <= ndim:
         return NO_IDS
@@ -117,18 +124,20 @@ def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
     """Read one count for all, a flat list of counts, an array of ids ``[n, k]``, or a list of lists of ids."""
     if is_count(tokens):
         counts = np.empty(n, np.int64)
-        counts.fill(whole_number("counts_or_tokens", tokens))
+        counts.fill(whole_number("counts_or_tokens", tokens, 0, MAX_COUNT // max(1, n)))
         return BatchTokens(counts, NO_IDS, False)
     if getattr(tokens, "ndim", 0) == 2:
         ids = _id_array("counts_or_tokens", tokens, ndim=2)
         _require_length(len(tokens), n)
         return BatchTokens(np.full(n, tokens.shape[1], np.int64), ids.reshape(-1), True)
+    if not hasattr(tokens, "__len__") or not hasattr(tokens, "__getitem__") or isinstance(tokens, Mapping):
+        raise InvalidOperation(f"counts_or_tokens expects counts or token ids, got {tokens!r}")
     _require_length(len(tokens), n)
     if n and not hasattr(tokens, "dtype") and not is_count(tokens[0]):
         return _parse_lists(tokens)
     counts = _id_array("counts_or_tokens", tokens)
-    if len(counts) and counts.max() > MAX_COUNT:
-        raise InvalidOperation(f"counts_or_tokens expects counts of at most {MAX_COUNT}, got {counts.max()}")
+    if len(counts) and counts.max() > MAX_COUNT // n:  # so that their sum is a count too
+        raise InvalidOperation(f"counts_or_tokens expects counts of at most {MAX_COUNT // n}, got {counts.max()}")
     return BatchTokens(counts, NO_IDS, False)
 
 

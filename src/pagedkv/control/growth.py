@@ -22,9 +22,9 @@ Ints = npt.NDArray[np.int64]
 
 @compiled
 def _must_copy(state: State, block: int) -> bool:
-    """Tell whether a write into the tail `block` would be seen by somebody else, or orphan its children."""
+    """Tell whether a write into the tail `block` would be seen by somebody else, orphan its children or lose a pin."""
     record = state.blocks[block]
-    return record.ref_count > 1 or (record.indexed and record.num_children > 0)
+    return record.ref_count > 1 or record.pins > 0 or (record.indexed and record.num_children > 0)
 
 
 @compiled

@@ -37,6 +37,14 @@ def count_matching(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> 
 
 
 @compiled
+def matching_blocks(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Return the full blocks that an allocation of `ids` would share."""
+    state = borrowed(state)
+    blocks = np.empty(len(ids) // state.counters[0].block_size + 1, np.int32)
+    return blocks[: match_full_blocks(state, namespace, ids, blocks)[0]]
+
+
+@compiled
 def _available_beside(state: State, shared: npt.NDArray[np.int32]) -> int:
     """Return the blocks an allocation can have, once it has taken the `shared` ones for itself."""
     available = available_blocks(state)
@@ -69,13 +77,9 @@ def allocate_row(
     if not has_spare_row(state):
         return NEEDS_ROWS, 0, 0, NOBODY, NOBODY
     num_blocks = (num_tokens + size - 1) // size
-    if num_blocks > counters.num_blocks:
-        return NO_ROOM, num_blocks, available_blocks(state), NOBODY, NOBODY
-    if num_blocks > state.tables.shape[1]:
-        return NEEDS_WIDTH, num_blocks, 0, NOBODY, NOBODY
 
     reuse = known and counters.prefix_caching != 0
-    matched = np.empty(num_blocks + 1, np.int32)
+    matched = np.empty(min(num_blocks, counters.num_blocks) + 1, np.int32)
     full, source, partial = 0, NOBODY, 0
     if reuse:
         full, node = match_full_blocks(state, namespace, ids, matched)
@@ -83,6 +87,8 @@ def allocate_row(
     available = _available_beside(state, matched[:full])
     if num_blocks - full > available:
         return NO_ROOM, num_blocks - full, available, NOBODY, NOBODY
+    if num_blocks > state.tables.shape[1]:
+        return NEEDS_WIDTH, num_blocks, 0, NOBODY, NOBODY
 
     counters.tick += 1
     row = new_row(state, seq_id, namespace, priority)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from pagedkv.control.inspection import Inspection
 from pagedkv.control.layout import copies_in, plan_from, plan_rows
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import unpin_block
-from pagedkv.control.state import PINNED, with_log
+from pagedkv.control.state import LIVE, PINNED, with_log
 from pagedkv.control.strategies import MAX_PRIORITY, EvictionStrategy, Priority, checked_scores
 from pagedkv.control.streaming import stream_row
 from pagedkv.control.types import BlockView, SeqId, SequenceInfo
@@ -123,7 +123,8 @@ class BlockManager(Inspection):
                     break
                 if status == rows.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
-                self._make_room(status, a, b, frozenset())
+                matched = lifecycle.matching_blocks(self._state, namespace, ids) if known else ()
+                self._make_room(status, a, b, matched=matched)
             if source != lifecycle.NOBODY:
                 self._copy(np.array([[source, destination]], np.int32))
             self._wide_ids |= key < 0
@@ -175,7 +176,7 @@ class BlockManager(Inspection):
         keys = sequence_keys(seq_ids, self._wide_ids)
         counts, ids, known = parse_batch_tokens(counts_or_tokens, len(keys))
         with self._lock:
-            tick, width, wide, narrow = self._grow(keys, counts, ids, known)
+            tick, width, wide, narrow = self._grow(keys, counts, ids, known, seq_ids)
             plan = plan_from(keys, wide, narrow, width, self._take_pending_copies(), tick)
             self._publish()
             return plan
@@ -205,7 +206,7 @@ class BlockManager(Inspection):
             if status == rows.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise InvalidOperation(f"num_query_tokens expects {most}, got {wanted[place]} for S{number}")
-            self._refuse(status, place, keys)
+            self._refuse(status, place, keys, seq_ids)
             return plan_from(keys, wide, narrow, width, self._take_pending_copies(), place)
 
     def commit(self, plan_or_seq_id: BatchPlan | int) -> None:
@@ -254,7 +255,7 @@ class BlockManager(Inspection):
                     return self._info(twin)
                 if status == rows.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
-                self._make_room(status, 0, 0, frozenset())
+                self._make_room(status, 0, 0)
 
     def truncate(self, seq_id: int, num_tokens: int) -> SequenceInfo:
         """Take back the tokens from position `num_tokens` on, of rejected drafts for instance.
@@ -492,33 +493,38 @@ class BlockManager(Inspection):
 
     # ---------------------------------------------------------------- inside
 
-    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool) -> tuple[int, int, Any, Copies]:
+    def _grow(
+        self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None
+    ) -> tuple[int, int, Any, Copies]:
         while True:
             status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
                 break
-            self._refuse(status, a, keys)
+            self._refuse(status, a, keys, given)
             spared = frozenset(int(rows.find_row(self._state, key)) for key in keys.tolist())
             self._make_room(status, a, b, spared)
         if num_copies:
             self._copy(copies_in(narrow, num_copies))
         return a, b, wide, narrow
 
-    def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64]) -> None:
+    def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64], given: Any = None) -> None:
         if status == rows.NOT_FOUND:
-            if keys[place] < 0 and not self._wide_ids:
-                raise InvalidOperation(f"seq_ids expects ints of at least 0, got {keys[place]}")
+            if given is not None:
+                listed = given.tolist() if hasattr(given, "tolist") else given
+                sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
             raise SequenceNotFound(sequence_number(keys[place]))
         if status == rows.REPEATED:
             raise InvalidOperation(f"seq_ids expects each sequence once, got S{sequence_number(keys[place])} twice")
 
-    def _make_room(self, status: int, a: int, b: int, spared: frozenset[int]) -> None:
+    def _make_room(
+        self, status: int, a: int, b: int, spared: frozenset[int] = frozenset(), matched: Iterable[int] = ()
+    ) -> None:
         """Grow the arrays, or evict by the strategy, so that the compiled call can be made again."""
         if status == rows.NEEDS_ROWS:
             self._state = rows.with_more_rows(self._state)
         elif status == rows.NEEDS_WIDTH:
             self._widen_tables(a)
-        elif self._on_full == "raise" or not self._fits_after_evicting(a - b, spared):
+        elif self._on_full == "raise" or not self._fits_after_evicting(a - b, spared, matched):
             raise OutOfMemory(a, b)
         else:
             row = self._victims.first(self._state, spared)
@@ -526,12 +532,16 @@ class BlockManager(Inspection):
                 raise OutOfMemory(a, b)
             self._evict_row(row)
 
-    def _fits_after_evicting(self, missing: int, spared: frozenset[int]) -> bool:
-        """Tell whether evicting every sequence that may go frees `missing` blocks; nothing is evicted in vain."""
+    def _fits_after_evicting(self, missing: int, spared: frozenset[int], matched: Iterable[int]) -> bool:
+        """Tell whether evicting every sequence that may go frees `missing` blocks; nothing is evicted in vain.
+
+        What the call itself shares (`matched`) is not freed for it, whoever lets go.
+        """
         state = self._state
-        staying = {row for row in self._live_rows() if row in spared or state.sequences[row].marks & PINNED}
-        kept: set[int] = set()
-        for row in staying:
+        marks = state.sequences["marks"][: int(state.counters[0].rows_used)]
+        pinned = np.flatnonzero((marks & (LIVE | PINNED)) == (LIVE | PINNED)).tolist()
+        kept = {int(block) for block in matched if state.blocks[block].ref_count > 0}
+        for row in spared.union(pinned):
             kept.update(self._table(row).tolist())
         return int(state.counters[0].used) - len(kept) >= missing
 

@@ -25,9 +25,10 @@ from pagedkv.jit import borrowed, compiled
 
 @compiled
 def _is_own(state: State, block: int, num_own_children: int) -> bool:
-    """Tell whether only this sequence knows `block`: no other owner, no trie children but its own."""
+    """Tell whether only this sequence knows `block`: no other owner, no pin, no trie children but its own."""
     record = state.blocks[block]
-    return record.ref_count == 1 and (not record.indexed or record.num_children == num_own_children)
+    is_alone = record.ref_count == 1 and record.pins == 0
+    return is_alone and (not record.indexed or record.num_children == num_own_children)
 
 
 @compiled
