@@ -5,24 +5,17 @@ maximum, the sum, the weighted values); the thread that finishes a sequence's la
 the order of the positions: flash-decoding (Dao et al., 2023) over the online softmax of Milakov and Gimelshein (2018).
 Items are cut at fixed positions and each is computed by one thread in one order, so a sequence's result depends neither
 on the rest of the batch nor on the number of threads, to the last bit.
-
-What makes it fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a time, so
-a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in memory, a few
-at a time for all heads, and asked for ahead of that: a head's row is too short for the hardware to see a stream.
-Scores are powers of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 + row]``.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
-import numpy.typing as npt
 
+from pagedkv.data.cpu_shapes import NOTHING, Array, Floats, Ints, Rules, Shape, Strides, padded, partial_size
+from pagedkv.data.cpu_tile import STEP, TILE, add_tile, mask, score_tile, soft_cap, softmax
 from pagedkv.data.lanes import (
     LANES,
-    add,
-    any_greater,
+    ROWS,
     exp2,
     fetch_add,
     finite_or_zero,
@@ -30,85 +23,19 @@ from pagedkv.data.lanes import (
     load,
     load_part,
     maximum,
-    maximum_by_row,
     mul,
     narrowed,
-    prefetch,
     splat,
     store,
-    store_half,
     sub,
-    sum_by_row,
-    sums,
-    tanh,
     zeros,
 )
 from pagedkv.jit import compiled
 
-__all__ = ["SPLIT", "Rules", "Shape", "Strides", "attend_items", "partial_size", "plan_items"]
+__all__ = ["SPLIT", "attend_items", "plan_items"]
 
 SPLIT = 512
 """Positions of a work item: 2 MB of bfloat16 keys and values at 8 heads of 128."""
-TILE = 32
-"""Positions whose scores are held at a time."""
-ROWS = 4
-"""Query rows worked on together."""
-STEP = 4
-"""Tokens that are visited for all heads before the next ones."""
-AHEAD_BYTES = 8192
-"""How far ahead of its use a row is asked for."""
-
-Array = npt.NDArray[Any]
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-_NOTHING = np.float32(-np.inf)
-
-
-class Shape(NamedTuple):
-    """Sizes of the pool and the heads."""
-
-    block_size: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    v_head_dim: int
-    item_bytes: int
-
-
-class Strides(NamedTuple):
-    """Distances in elements."""
-
-    query: int
-    query_head: int
-    key_block: int
-    key: int
-    key_head: int
-    value_block: int
-    value: int
-    value_head: int
-    out: int
-    out_head: int
-
-
-class Rules(NamedTuple):
-    """What happens to a score, and which keys a query sees."""
-
-    scale: np.float32
-    cap: np.float32
-    causal: bool
-    window: int
-
-
-@compiled
-def padded(dim: int) -> int:
-    """Return a row's length in whole lanes."""
-    return (dim + LANES - 1) // LANES * LANES
-
-
-@compiled
-def partial_size(v_head_dim: int) -> int:
-    """Return the floats that four rows leave behind: maximum and sum by lane, then the weighted values."""
-    return 2 * LANES + ROWS * padded(v_head_dim)
 
 
 @compiled
@@ -201,17 +128,15 @@ def attend_items(
         query_position = seq_lens[sequence] - num_queries
         for tile in range(0, end - start, TILE):
             count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
-            _score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
+            score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
             for quad in range(num_heads * num_quads):
                 at_score = quad * ROWS * TILE
                 if rules.cap > 0:
-                    _soft_cap(scores, at_score, count, rules.cap)
+                    soft_cap(scores, at_score, count, rules.cap)
                 first_row = quad % num_quads * ROWS
-                _mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
-                _softmax(
-                    scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim
-                )
-            _add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
+                mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
+                softmax(scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim)
+            add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
         num_works = (first_item[sequence + 1] - first_item[sequence]) * num_parts
         if fetch_add(counters, 1 + sequence, 1) == num_works - 1:
             some = items[first_item[sequence] : first_item[sequence + 1], 3]
@@ -275,227 +200,9 @@ def _pack(
 @compiled
 def _clear(partials: Floats, at: int, count: int, size: int) -> None:
     for i in range(count):
-        store(partials, at + i * size, splat(_NOTHING))
+        store(partials, at + i * size, splat(NOTHING))
         for j in range(LANES, size, LANES):
             store(partials, at + i * size + j, zeros())
-
-
-@compiled
-def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_bytes: int) -> tuple[int, int]:
-    """Return how many tokens to visit per head, and how many tokens ahead to ask for rows.
-
-    Where the heads of a token lie side by side (NHD) it is a few, else (HND) all tokens of the tile.
-    """
-    side_by_side = head < row
-    row_bytes = (num_heads if side_by_side else 1) * width * item_bytes
-    return (STEP if side_by_side else count), min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
-
-
-@compiled
-def _score_tile(
-    packed: Floats,
-    num_heads: int,
-    num_quads: int,
-    keys: Array,
-    key_at: Ints,
-    tile: int,
-    count: int,
-    shape: Shape,
-    strides: Strides,
-    scores: Floats,
-) -> None:
-    width = padded(shape.head_dim)
-    step, ahead = _visit(count, strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
-    for token in range(0, count, step):
-        for head in range(num_heads):
-            for quad in range(head * num_quads, (head + 1) * num_quads):
-                to = quad * ROWS * TILE + token * ROWS
-                at = quad * ROWS * width
-                first = tile + token
-                _score(
-                    packed, at, keys, key_at, first, step, head * strides.key_head, ahead, shape.head_dim, scores, to
-                )
-
-
-@compiled
-def _score(
-    packed: Floats,
-    at: int,
-    keys: Array,
-    key_at: Ints,
-    first: int,
-    count: int,
-    head_at: int,
-    ahead: int,
-    dim: int,
-    scores: Floats,
-    to: int,
-) -> None:
-    """Score four rows against ``count`` keys, two at a time: eight sums in flight hide the latency of one."""
-    width = padded(dim)
-    whole = dim // LANES * LANES
-    for i in range(first, first + count, 2):
-        x, y = key_at[i] + head_at, key_at[i + 1] + head_at
-        x_ahead, y_ahead = key_at[i + ahead] + head_at, key_at[i + 1 + ahead] + head_at
-        x0, x1, x2, x3 = zeros(), zeros(), zeros(), zeros()
-        y0, y1, y2, y3 = zeros(), zeros(), zeros(), zeros()
-        for d in range(0, whole, LANES):
-            prefetch(keys, x_ahead + d)
-            prefetch(keys, y_ahead + d)
-            key_x, key_y = load(keys, x + d), load(keys, y + d)
-            query = load(packed, at + d)
-            x0, y0 = fma(query, key_x, x0), fma(query, key_y, y0)
-            query = load(packed, at + width + d)
-            x1, y1 = fma(query, key_x, x1), fma(query, key_y, y1)
-            query = load(packed, at + 2 * width + d)
-            x2, y2 = fma(query, key_x, x2), fma(query, key_y, y2)
-            query = load(packed, at + 3 * width + d)
-            x3, y3 = fma(query, key_x, x3), fma(query, key_y, y3)
-        if whole < dim:
-            key_x, key_y = load_part(keys, x + whole, dim - whole), load_part(keys, y + whole, dim - whole)
-            query = load(packed, at + whole)
-            x0, y0 = fma(query, key_x, x0), fma(query, key_y, y0)
-            query = load(packed, at + width + whole)
-            x1, y1 = fma(query, key_x, x1), fma(query, key_y, y1)
-            query = load(packed, at + 2 * width + whole)
-            x2, y2 = fma(query, key_x, x2), fma(query, key_y, y2)
-            query = load(packed, at + 3 * width + whole)
-            x3, y3 = fma(query, key_x, x3), fma(query, key_y, y3)
-        store_half(scores, to + (i - first) * ROWS, sums(x0, x1, x2, x3, y0, y1, y2, y3))
-
-
-@compiled
-def _soft_cap(scores: Floats, at: int, count: int, cap: float) -> None:
-    for i in range(at, at + count * ROWS, LANES):
-        store(scores, i, mul(tanh(load(scores, i)), splat(cap)))
-
-
-@compiled
-def _mask(
-    scores: Floats,
-    at: int,
-    position: int,
-    count: int,
-    end: int,
-    query_position: int,
-    first_row: int,
-    group: int,
-    rules: Rules,
-) -> None:
-    """Hide the keys that a row does not see, and what stands behind the item's end."""
-    for row in range(ROWS):
-        query = query_position + (first_row + row) // group
-        low = query - rules.window + 1
-        high = min(end, query + 1) if rules.causal else end
-        if low <= position and position + count <= high:
-            continue
-        for i in range(count):
-            if not low <= position + i < high:
-                scores[at + i * ROWS + row] = _NOTHING
-
-
-@compiled
-def _softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int) -> None:
-    """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved."""
-    before = load(partials, partial)
-    top = before
-    for i in range(at, at + count * ROWS, LANES):
-        top = maximum(load(scores, i), top)
-    top = maximum_by_row(top)
-    base = finite_or_zero(top)  # of a row that has seen nothing yet
-    total = zeros()
-    for i in range(at, at + count * ROWS, LANES):
-        weight = exp2(sub(load(scores, i), base))
-        store(scores, i, weight)
-        total = add(total, weight)
-    factor = exp2(sub(before, base))
-    store(partials, partial, top)
-    store(partials, partial + LANES, fma(load(partials, partial + LANES), factor, sum_by_row(total)))
-    if any_greater(top, before):
-        width = padded(v_head_dim)
-        factors = np.empty(LANES, np.float32)
-        store(factors, 0, factor)
-        for row in range(ROWS):
-            row_factor = splat(factors[row])
-            begin = partial + 2 * LANES + row * width
-            for i in range(begin, begin + width, LANES):
-                store(partials, i, mul(load(partials, i), row_factor))
-
-
-@compiled
-def _add_tile(
-    partials: Floats,
-    at: int,
-    num_heads: int,
-    num_quads: int,
-    values: Array,
-    value_at: Ints,
-    tile: int,
-    count: int,
-    shape: Shape,
-    strides: Strides,
-    scores: Floats,
-) -> None:
-    size = partial_size(shape.v_head_dim)
-    step, ahead = _visit(count, strides.value, strides.value_head, shape.v_head_dim, num_heads, shape.item_bytes)
-    for token in range(0, count, step):
-        for head in range(num_heads):
-            for quad in range(head * num_quads, (head + 1) * num_quads):
-                to = at + quad * size + 2 * LANES
-                weights = quad * ROWS * TILE + token * ROWS
-                first, head_at = tile + token, head * strides.value_head
-                _add(partials, to, values, value_at, first, step, head_at, ahead, shape.v_head_dim, scores, weights)
-
-
-@compiled
-def _add(
-    partials: Floats,
-    to: int,
-    values: Array,
-    value_at: Ints,
-    first: int,
-    count: int,
-    head_at: int,
-    ahead: int,
-    dim: int,
-    scores: Floats,
-    weights: int,
-) -> None:
-    """Add ``count`` weighted values to four rows, four at a time: a row is loaded and stored once for them."""
-    width = padded(dim)
-    for i in range(first, first + count, STEP):
-        w = weights + (i - first) * ROWS
-        w0, x0, y0, z0 = splat(scores[w]), splat(scores[w + 4]), splat(scores[w + 8]), splat(scores[w + 12])
-        w1, x1, y1, z1 = splat(scores[w + 1]), splat(scores[w + 5]), splat(scores[w + 9]), splat(scores[w + 13])
-        w2, x2, y2, z2 = splat(scores[w + 2]), splat(scores[w + 6]), splat(scores[w + 10]), splat(scores[w + 14])
-        w3, x3, y3, z3 = splat(scores[w + 3]), splat(scores[w + 7]), splat(scores[w + 11]), splat(scores[w + 15])
-        at_w, at_x = value_at[i] + head_at, value_at[i + 1] + head_at
-        at_y, at_z = value_at[i + 2] + head_at, value_at[i + 3] + head_at
-        ahead_w, ahead_x = value_at[i + ahead] + head_at, value_at[i + 1 + ahead] + head_at
-        ahead_y, ahead_z = value_at[i + 2 + ahead] + head_at, value_at[i + 3 + ahead] + head_at
-        for d in range(0, width, LANES):
-            if d + LANES <= dim:
-                value_w, value_x = load(values, at_w + d), load(values, at_x + d)
-                value_y, value_z = load(values, at_y + d), load(values, at_z + d)
-            else:
-                value_w, value_x = load_part(values, at_w + d, dim - d), load_part(values, at_x + d, dim - d)
-                value_y, value_z = load_part(values, at_y + d, dim - d), load_part(values, at_z + d, dim - d)
-            prefetch(values, ahead_w + d)
-            prefetch(values, ahead_x + d)
-            prefetch(values, ahead_y + d)
-            prefetch(values, ahead_z + d)
-            at = to + d
-            row = fma(x0, value_x, fma(w0, value_w, load(partials, at)))
-            store(partials, at, fma(z0, value_z, fma(y0, value_y, row)))
-            at += width
-            row = fma(x1, value_x, fma(w1, value_w, load(partials, at)))
-            store(partials, at, fma(z1, value_z, fma(y1, value_y, row)))
-            at += width
-            row = fma(x2, value_x, fma(w2, value_w, load(partials, at)))
-            store(partials, at, fma(z2, value_z, fma(y2, value_y, row)))
-            at += width
-            row = fma(x3, value_x, fma(w3, value_w, load(partials, at)))
-            store(partials, at, fma(z3, value_z, fma(y3, value_y, row)))
 
 
 @compiled
@@ -518,7 +225,7 @@ def _combine(
         head, first_row = quad // num_quads, quad % num_quads * ROWS
         for lane in range(LANES):
             query_head = head * shape.group + (first_row + lane % ROWS) % shape.group
-            logits[lane] = sinks[query_head] if len(sinks) else _NOTHING
+            logits[lane] = sinks[query_head] if len(sinks) else NOTHING
         top = load(logits, 0)
         for first in firsts:
             top = maximum(load(partials, (first + quad) * size), top)
@@ -538,6 +245,6 @@ def _combine(
         for row in range(min(ROWS, num_queries * shape.group - first_row)):
             token, member = (first_row + row) // shape.group, (first_row + row) % shape.group
             to = (first_query + token) * strides.out + (head * shape.group + member) * strides.out_head
-            share = np.float32(1) / shares[row] if shares[row] != 0 else np.float32(0)
+            factor = np.float32(1) / shares[row] if shares[row] != 0 else np.float32(0)
             for d in range(shape.v_head_dim):
-                out[to + d] = narrowed(result[row * width + d] * share, out)
+                out[to + d] = narrowed(result[row * width + d] * factor, out)

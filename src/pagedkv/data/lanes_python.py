@@ -1,6 +1,6 @@
-"""The functions of :mod:`pagedkv.data.lanes` over NumPy arrays, for ``NUMBA_DISABLE_JIT=1``: slow, and the same."""
+"""Lanes as NumPy arrays, for ``NUMBA_DISABLE_JIT=1``: slow, and the same."""
 
-# ruff: noqa: D103 - each function is documented in lanes
+# ruff: noqa: D103 - each function is documented in lanes_llvm or lanes_math
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import numpy.typing as npt
 Lanes = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 
-_LANES, _ROWS = 16, 4
+LANES = 16
+ROWS = 4
+"""Query rows that are worked on together; lane ``i`` belongs to row ``i % ROWS`` where lanes hold scores."""
 
 
 def _widened(bits: Array) -> Lanes:
@@ -24,17 +26,17 @@ def _widened(bits: Array) -> Lanes:
 
 
 def load(array: Array, index: int) -> Lanes:
-    return _widened(array[index : index + _LANES])
+    return _widened(array[index : index + LANES])
 
 
 def load_part(array: Array, index: int, count: int) -> Lanes:
-    result = np.zeros(_LANES, np.float32)
+    result = np.zeros(LANES, np.float32)
     result[:count] = _widened(array[index : index + count])
     return result
 
 
 def store(array: Array, index: int, value: Lanes) -> None:
-    array[index : index + _LANES] = value
+    array[index : index + LANES] = value
 
 
 def store_half(array: Array, index: int, value: Lanes) -> None:
@@ -46,11 +48,11 @@ def prefetch(array: Array, index: int) -> None:
 
 
 def zeros() -> Lanes:
-    return np.zeros(_LANES, np.float32)
+    return np.zeros(LANES, np.float32)
 
 
-def splat(number: float) -> Lanes:
-    return np.full(_LANES, number, np.float32)
+def splat(number: float | np.floating[Any]) -> Lanes:
+    return np.full(LANES, number, np.float32)
 
 
 def fma(x: Lanes, y: Lanes, z: Lanes) -> Lanes:
@@ -82,15 +84,15 @@ def any_greater(x: Lanes, y: Lanes) -> bool:
 
 
 def sums(*values: Lanes) -> Lanes:
-    return np.resize(np.array([value.sum() for value in values], np.float32), _LANES)
+    return np.resize(np.array([value.sum() for value in values], np.float32), LANES)
 
 
 def maximum_by_row(x: Lanes) -> Lanes:
-    return np.tile(np.fmax.reduce(x.reshape(-1, _ROWS)), _LANES // _ROWS)
+    return np.tile(np.fmax.reduce(x.reshape(-1, ROWS)), LANES // ROWS)
 
 
 def sum_by_row(x: Lanes) -> Lanes:
-    return np.tile(x.reshape(-1, _ROWS).sum(axis=0), _LANES // _ROWS)
+    return np.tile(x.reshape(-1, ROWS).sum(axis=0), LANES // ROWS)
 
 
 def exp2(x: Lanes) -> Lanes:
@@ -101,7 +103,7 @@ def tanh(x: Lanes) -> Lanes:
     return np.tanh(x)
 
 
-def narrowed(number: float, array: Array) -> Any:
+def narrowed(number: float | np.floating[Any], array: Array) -> Any:
     if array.dtype == np.int16:
         return np.float32(number).astype(np.float16).view(np.int16)
     if array.dtype == np.uint16:

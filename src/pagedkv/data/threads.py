@@ -23,7 +23,7 @@ _CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 def num_threads() -> int:
     """Return how many threads a kernel may use: as many as torch does (``torch.set_num_threads``)."""
-    return 1 if numba.config.DISABLE_JIT else torch.get_num_threads()
+    return 1 if numba.config.DISABLE_JIT else torch.get_num_threads()  # type: ignore[attr-defined]
 
 
 def run_in_threads(kernel: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> None:

@@ -1,0 +1,268 @@
+# mypy: ignore-errors
+"""Lanes as LLVM vectors: loading, storing, and arithmetic lane by lane."""
+
+from __future__ import annotations
+
+import math
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+from pagedkv.data.lanes_python import LANES
+
+__all__ = [
+    "add",
+    "any_greater",
+    "fetch_add",
+    "finite_or_zero",
+    "fma",
+    "load",
+    "load_part",
+    "maximum",
+    "mul",
+    "narrowed",
+    "prefetch",
+    "splat",
+    "store",
+    "store_half",
+    "sub",
+    "zeros",
+]
+
+FLOAT, INT = ir.FloatType(), ir.IntType(32)
+VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+
+
+class LanesType(types.Type):
+    """The Numba type."""
+
+    def __init__(self):
+        super().__init__(name="Lanes")
+
+
+@register_model(LanesType)
+class LanesModel(models.PrimitiveModel):
+    """One LLVM vector."""
+
+    def __init__(self, manager, numba_type):
+        super().__init__(manager, numba_type, VECTOR)
+
+
+lanes = LanesType()
+
+
+def every(number):
+    return ir.Constant(VECTOR, [number] * LANES)
+
+
+def every_int(number):
+    return ir.Constant(INTS, [number] * LANES)
+
+
+def llvm(builder, name, *args):
+    """Call an LLVM intrinsic whose arguments and result are vectors."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * len(args))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), args)
+
+
+def shuffled(builder, x, y, order):
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
+
+
+def _spread(builder, scalar, kind):
+    """Return a vector of one number."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, scalar, INT(0)), undefined, every_int(0))
+
+
+def greater_of(builder, x, y):
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _address(context, builder, signature, args):
+    """Return the address of ``array[index]``; array and index are the first two arguments."""
+    array = context.make_array(signature.args[0])(context, builder, args[0])
+    return builder.gep(array.data, [args[1]], inbounds=True)
+
+
+def _widened(builder, bits, dtype):
+    if dtype == types.float32:
+        return bits
+    if dtype == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(bits, INTS), every_int(16)), VECTOR)
+    return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+
+
+def _item_bytes(dtype):
+    return dtype.bitwidth // 8
+
+
+@intrinsic
+def load(typing, array, index):
+    """Return ``array[index : index + LANES]`` as float32."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(context.get_data_type(array.dtype), LANES)
+        bits = builder.load(builder.bitcast(_address(context, builder, signature, args), kind.as_pointer()))
+        bits.align = _item_bytes(array.dtype)
+        return _widened(builder, bits, array.dtype)
+
+    return lanes(array, types.int64), generate
+
+
+@intrinsic
+def load_part(typing, array, index, count):
+    """Return ``array[index : index + count]`` and zeros behind; nothing else is read."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(context.get_data_type(array.dtype), LANES)
+        pointer = builder.bitcast(_address(context, builder, signature, args), kind.as_pointer())
+        count = _spread(builder, builder.trunc(args[2], INT), INTS)
+        mask = builder.icmp_unsigned("<", ir.Constant(INTS, list(range(LANES))), count)
+        name = f"llvm.masked.load.v{LANES}{'f32' if array.dtype == types.float32 else 'i16'}.p0"
+        signature = ir.FunctionType(kind, [pointer.type, INT, mask.type, kind])
+        function = cgutils.get_or_insert_function(builder.module, signature, name)
+        bits = builder.call(function, [pointer, INT(_item_bytes(array.dtype)), mask, ir.Constant(kind, None)])
+        return _widened(builder, bits, array.dtype)
+
+    return lanes(array, types.int64, types.int64), generate
+
+
+def _stored(builder, vector, address):
+    builder.store(vector, builder.bitcast(address, vector.type.as_pointer())).align = 4
+
+
+@intrinsic
+def store(typing, array, index, value):
+    """Write all lanes to ``array[index:]``, float32."""
+
+    def generate(context, builder, signature, args):
+        _stored(builder, args[2], _address(context, builder, signature, args))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, lanes), generate
+
+
+@intrinsic
+def store_half(typing, array, index, value):
+    """Write the first eight lanes to ``array[index:]``, float32."""
+
+    def generate(context, builder, signature, args):
+        half = shuffled(builder, args[2], args[2], range(8))
+        _stored(builder, half, _address(context, builder, signature, args))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, lanes), generate
+
+
+@intrinsic
+def prefetch(typing, array, index):
+    """Ask for the cache line of ``array[index]``, which may lie anywhere."""
+
+    def generate(context, builder, signature, args):
+        pointer = builder.bitcast(_address(context, builder, signature, args), ir.IntType(8).as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # to read, keep in all levels, data
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64), generate
+
+
+@intrinsic
+def zeros(typing):
+    """Return zeros."""
+    return lanes(), lambda context, builder, signature, args: every(0.0)
+
+
+@intrinsic
+def splat(typing, number):
+    """Return one float32 in every lane."""
+    return lanes(types.float32), lambda context, builder, signature, args: _spread(builder, args[0], VECTOR)
+
+
+@intrinsic
+def fma(typing, x, y, z):
+    """Return ``x * y + z``, rounded once."""
+    return lanes(lanes, lanes, lanes), lambda context, builder, signature, args: llvm(builder, "fma", *args)
+
+
+@intrinsic
+def add(typing, x, y):
+    """Return ``x + y``."""
+    return lanes(lanes, lanes), lambda context, builder, signature, args: builder.fadd(*args)
+
+
+@intrinsic
+def sub(typing, x, y):
+    """Return ``x - y``."""
+    return lanes(lanes, lanes), lambda context, builder, signature, args: builder.fsub(*args)
+
+
+@intrinsic
+def mul(typing, x, y):
+    """Return ``x * y``."""
+    return lanes(lanes, lanes), lambda context, builder, signature, args: builder.fmul(*args)
+
+
+@intrinsic
+def maximum(typing, x, y):
+    """Return the greater of each; ``y`` where ``x`` is NaN."""
+    return lanes(lanes, lanes), lambda context, builder, signature, args: greater_of(builder, *args)
+
+
+@intrinsic
+def finite_or_zero(typing, x):
+    """Return x, with 0 in place of -inf."""
+
+    def generate(context, builder, signature, args):
+        return builder.select(builder.fcmp_ordered("==", args[0], every(-math.inf)), every(0.0), args[0])
+
+    return lanes(lanes), generate
+
+
+@intrinsic
+def any_greater(typing, x, y):
+    """Tell whether any lane of x is greater than that of y."""
+
+    def generate(context, builder, signature, args):
+        bits = builder.bitcast(builder.fcmp_ordered(">", *args), ir.IntType(LANES))
+        return builder.icmp_unsigned("!=", bits, ir.IntType(LANES)(0))
+
+    return types.boolean(lanes, lanes), generate
+
+
+@intrinsic
+def narrowed(typing, number, array):
+    """Return a float32 as an element of ``array``: itself, or the bits of the nearest bfloat16 or float16."""
+
+    def generate(context, builder, signature, args):
+        number, short = args[0], ir.IntType(16)
+        if array.dtype == types.float32:
+            return number
+        if array.dtype == types.int16:
+            return builder.bitcast(builder.fptrunc(number, ir.HalfType()), short)
+        bits = builder.bitcast(number, INT)
+        high = builder.lshr(bits, INT(16))
+        nearest = builder.add(builder.add(bits, INT(0x7FFF)), builder.and_(high, INT(1)))  # ties to even
+        high = builder.select(
+            builder.fcmp_unordered("uno", number, number), INT(0x7FC0), builder.lshr(nearest, INT(16))
+        )
+        return builder.trunc(high, short)
+
+    return array.dtype(types.float32, array), generate
+
+
+@intrinsic
+def fetch_add(typing, counters, index, amount):
+    """Add to ``counters[index]`` as one step for all threads and return what it was.
+
+    What a thread wrote before is seen by every thread that adds later.
+    """
+
+    def generate(context, builder, signature, args):
+        return builder.atomic_rmw("add", _address(context, builder, signature, args), args[2], "acq_rel")
+
+    return types.int64(counters, types.int64, types.int64), generate
