@@ -8,9 +8,9 @@ from copy import deepcopy
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.stateful.model import RANKS, Index, Sequence, Token, Values, extend
 
 from pagedkv import InvalidOperation, OutOfMemory, SequenceNotFound
-from tests.stateful.model import RANKS, Index, Sequence, Token, Values, extend
 
 IDS = [0, 1, 2, 3, 4, 2**63, 2**64 - 1]
 SALTS = ["", "a", "a\0", "ab"]

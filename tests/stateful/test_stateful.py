@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis.stateful import rule, run_state_machine_as_test
+from tests.stateful.machine import CacheMachine
 
 from pagedkv import BlockManager, PagedKvCache
-from tests.stateful.machine import CacheMachine
 
 SHORT = settings(max_examples=40, stateful_step_count=50)
 

@@ -493,9 +493,7 @@ class BlockManager(Inspection):
 
     # ---------------------------------------------------------------- inside
 
-    def _grow(
-        self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None
-    ) -> tuple[int, int, Any, Copies]:
+    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
             status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
