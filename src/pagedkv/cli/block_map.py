@@ -72,15 +72,21 @@ class BlockMap:
         """Yield a title, the rows and the legend."""
         kinds = block_kinds(self.snapshot)
         glyphs = [kind.plain if options.ascii_only else kind.glyph for kind in _KINDS]
-        yield Text(f"{len(kinds):,} blocks of {self.snapshot.block_size} tokens", style="bold")
+        yield Text(
+            f"{len(kinds):,} blocks of {self.snapshot.block_size} tokens", style="bold", no_wrap=True, overflow="crop"
+        )
         label_width = len(str(max(len(kinds) - 1, 0)))
         cells = _cells_per_row(options.max_width - label_width - 1)
         shown = kinds[: cells * self.max_rows]
         for start in range(0, len(shown), cells):
             yield _row(f"{start:{label_width}} ", shown[start : start + cells], glyphs)
         if len(shown) < len(kinds):
-            yield Text(f"and {len(kinds) - len(shown):,} blocks more: {_counted(kinds[len(shown) :])}", style="dim")
-        yield _legend(kinds, glyphs)
+            yield Text(
+                f"and {len(kinds) - len(shown):,} blocks more: {_counted(kinds[len(shown) :])}",
+                style="dim",
+                overflow="crop",
+            )
+        yield from _legend(kinds, glyphs, options.max_width)
 
 
 def _cells_per_row(room: int) -> int:
@@ -98,10 +104,13 @@ def _counted(kinds: list[int]) -> str:
     return ", ".join(f"{kinds.count(number):,} {kind.name}" for number, kind in enumerate(_KINDS) if number in kinds)
 
 
-def _legend(kinds: list[int], glyphs: list[str]) -> Text:
-    def entries() -> Iterator[Text]:
-        for number, kind in enumerate(_KINDS):
-            # A no-break space keeps an entry on one line.
-            yield Text.assemble((glyphs[number], kind.style), f"\u00a0{kind.name}\u00a0{kinds.count(number):,}")
-
-    return Text("  ").join(entries())
+def _legend(kinds: list[int], glyphs: list[str], width: int) -> Iterator[Text]:
+    """Yield as many entries a line as fit, none broken."""
+    line = Text()
+    for number, kind in enumerate(_KINDS):
+        entry = Text.assemble((glyphs[number], kind.style), f" {kind.name} {kinds.count(number):,}")
+        if line and len(line) + 2 + len(entry) > width:
+            yield line
+            line = Text()
+        line += Text("  ") + entry if line else entry
+    yield line

@@ -94,9 +94,10 @@ class GenerateReport(msgspec.Struct):
 
 
 def print_json(report: GenerateReport) -> None:
-    """Write the report to stdout as one line of JSON."""
-    sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+    """Write the report to stdout as one line of JSON, in UTF-8 whatever the terminal has."""
     sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
+    sys.stdout.buffer.flush()
 
 
 def print_table(report: GenerateReport, console: Console) -> None:

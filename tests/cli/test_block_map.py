@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pagedkv import BlockManager, CacheSnapshot
+from pagedkv.cli.block_map import BlockMap, block_kinds
+
+
+def drawn(
+    snapshot: CacheSnapshot, width: int = 80, encoding: str = "utf-8", color: str | None = None, **options
+) -> str:
+    buffer = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    console = Console(file=buffer, width=width, color_system=color, force_terminal=color is not None)
+    console.print(BlockMap(snapshot, **options))
+    buffer.flush()
+    return buffer.buffer.getvalue().decode(encoding)
+
+
+@pytest.fixture
+def pool() -> BlockManager:
+    """One block of each kind, and a few more: 2 pinned, 1 shared, 3 active, 2 cached, 12 free."""
+    manager = BlockManager(20, block_size=4)
+    manager.allocate(1, list(range(8)))
+    manager.commit(1)
+    manager.pin(1)
+    manager.allocate(2, list(range(100, 108)))
+    manager.commit(2)
+    manager.allocate(3, list(range(200, 204)))
+    manager.fork(3, 4)
+    manager.allocate(5, 12)
+    manager.free(1)
+    manager.free(2)
+    return manager
+
+
+def test_every_kind_of_block_has_its_own_glyph(pool):
+    assert drawn(pool.snapshot(), width=40) == (
+        "20 blocks of 4 tokens\n 0 ◆◆░░▓███············\n█ active 3  ▓ shared 1  ░ cached 2\n◆ pinned 2  · free 12\n"
+    )
+
+
+def test_rows_wrap_to_the_width_in_groups_of_eight_and_count_on(pool):
+    rows = drawn(pool.snapshot(), width=12).splitlines()[1:4]
+    assert rows == [" 0 ◆◆░░▓███", " 8 ········", "16 ····"]
+
+
+def test_a_terminal_without_unicode_gets_plain_glyphs(pool):
+    assert " 0 @@oo%###............" in drawn(pool.snapshot(), encoding="ascii").splitlines()
+
+
+def test_color_adds_codes_and_changes_no_glyph(pool):
+    colored = drawn(pool.snapshot(), color="standard")
+    assert "\x1b[32m███" in colored and "\x1b[1;35m▓" in colored and "\x1b[36m░░" in colored
+    assert "\x1b[1;33m◆◆" in colored and "\x1b[2m············" in colored
+
+
+def test_what_does_not_fit_is_counted(pool):
+    lines = drawn(pool.snapshot(), width=12, max_rows=2).splitlines()
+    assert lines[1:5] == [" 0 ◆◆░░▓███", " 8 ········", "and 4 blocks", "more: 4 free"]
+
+
+def test_a_narrow_terminal_still_shows_every_block(pool):
+    rows = drawn(pool.snapshot(), width=4, max_rows=100).splitlines()[1:21]
+    assert [row[:2].strip() for row in rows] == [str(number) for number in range(20)]
+    assert "".join(row[3:] for row in rows) == "◆◆░░▓███············"
+
+
+def test_an_empty_pool_can_be_drawn():
+    assert drawn(BlockManager(0).snapshot()).startswith("0 blocks of 16 tokens\n")
+
+
+def test_kinds_follow_the_snapshot(pool):
+    snapshot = pool.snapshot()
+    kinds = np.array(block_kinds(snapshot))
+    assert (kinds == 0).sum() == ((snapshot.ref_count == 1) & ~snapshot.pinned).sum() == 3
+    assert (kinds == 4).sum() + snapshot.cached.sum() + pool.used_block_count == pool.total_blocks

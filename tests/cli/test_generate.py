@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+import msgspec
+import pytest
+import torch
+from tests.cli.commands import call
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pagedkv.cli.report import GenerateReport
+from pagedkv.models import shipped_model_path
+
+PROMPT = "def fibonacci(n):\n    "
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(shipped_model_path(), local_files_only=True).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(shipped_model_path(), local_files_only=True)
+
+
+def report_of(*arguments: object, **options) -> GenerateReport:
+    result = call("generate", *arguments, "--json", **options)
+    assert result.exit_code == 0, result.stderr
+    line, _, rest = result.stdout.partition("\n")
+    assert rest == ""
+    return msgspec.json.decode(line, type=GenerateReport, strict=True)
+
+
+def stock(model, tokenizer, prompt: str, **options) -> list[int]:
+    ids = tokenizer(prompt, return_tensors="pt")
+    written = model.generate(**ids, do_sample=False, **options)[0, ids["input_ids"].shape[1] :]
+    return written.tolist()
+
+
+def figures(stderr: str) -> dict[str, str]:
+    """Read the table back: name and value of each row."""
+    rows = (line.split("  ", 1) for line in stderr.splitlines() if "  " in line.strip())
+    return {row[0].strip(): row[1].strip() for row in rows}
+
+
+# ---------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 16])
+def test_greedy_text_is_that_of_the_stock_model(model, tokenizer, block_size):
+    report = report_of(PROMPT, "--temperature", 0, "--max-new-tokens", 24, "--block-size", block_size)
+    assert report.token_ids == [stock(model, tokenizer, PROMPT, max_new_tokens=24)]
+    assert report.texts == [tokenizer.decode(report.token_ids[0])]
+
+
+def test_beams_are_those_of_the_stock_model(model, tokenizer):
+    report = report_of(PROMPT, "--beams", 3, "--max-new-tokens", 16)
+    assert report.token_ids == [stock(model, tokenizer, PROMPT, max_new_tokens=16, num_beams=3)]
+    assert report.blocks.shared > 0
+
+
+def test_the_same_seed_writes_the_same_and_another_does_not():
+    first, second, other = (report_of(PROMPT, "--max-new-tokens", 16, "--seed", seed) for seed in (7, 7, 8))
+    assert first.token_ids == second.token_ids != other.token_ids
+    assert first.seed == 7
+
+
+def test_temperature_and_top_p_are_used():
+    greedy = report_of(PROMPT, "--max-new-tokens", 16, "--temperature", 0)
+    narrow = report_of(PROMPT, "--max-new-tokens", 16, "--temperature", 1, "--top-p", 1e-6)
+    wide = report_of(PROMPT, "--max-new-tokens", 16, "--temperature", 5)
+    assert narrow.token_ids == greedy.token_ids != wide.token_ids
+
+
+def test_samples_share_the_blocks_of_the_prompt(tokenizer):
+    report = report_of(PROMPT, "-n", 3, "--max-new-tokens", 12, "--block-size", 4)
+    prompt_tokens = len(tokenizer(PROMPT)["input_ids"])
+    assert report.prompt_tokens == prompt_tokens and report.cached_tokens == 0
+    assert len(set(report.texts)) == 3 and len(report.token_ids) == 3
+    assert report.new_tokens == sum(map(len, report.token_ids))
+    # The full blocks of the prompt are held once for all; the rest is each sample's own.
+    assert report.blocks.shared == (prompt_tokens - 1) // 4
+    alone = report_of(PROMPT, "-n", 1, "--max-new-tokens", 12, "--block-size", 4)
+    assert report.blocks.used < 3 * alone.blocks.used
+    assert report.memory.paged < report.memory.contiguous
+
+
+def test_samples_copy_the_unfinished_block_of_the_prompt():
+    report = report_of(PROMPT, "-n", 3, "--max-new-tokens", 4, "--block-size", 64)
+    assert report.blocks.copied == 2 and report.blocks.shared == 0 and report.blocks.used == 3
+
+
+def test_figures_of_a_run_add_up():
+    report = report_of(PROMPT, "--max-new-tokens", 20, "--block-size", 4, "--num-blocks", 50)
+    blocks, tokens = report.blocks, report.prompt_tokens + len(report.token_ids[0])
+    assert blocks.total == 50 and blocks.block_size == 4 and blocks.copied == blocks.shared == 0
+    assert blocks.used == blocks.peak == -(-(tokens - 1) // 4)  # the last token has no K and V yet
+    per_token = 2 * 4 * 4 * 32 * 2  # K and V, layers, heads, head_dim, bytes
+    assert report.memory.paged == blocks.peak * 4 * per_token
+    assert report.memory.contiguous == (report.prompt_tokens + 20) * per_token
+    assert report.tokens_per_second == pytest.approx(len(report.token_ids[0]) / report.seconds)
+    assert report.model == str(shipped_model_path()) and report.prompt == PROMPT and report.dropped_tokens == 0
+
+
+@pytest.mark.parametrize("strategy", ["lru", "lfu", "fifo", "longest_first", "priority:levels=3", "streaming_llm:4,64"])
+def test_no_strategy_changes_the_text(strategy):
+    plain = report_of(PROMPT, "--max-new-tokens", 6, "--temperature", 0)
+    assert report_of(PROMPT, "--max-new-tokens", 6, "--temperature", 0, "--strategy", strategy).texts == plain.texts
+
+
+def test_another_model_folder(tmp_path, tokenizer):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    other = LlamaForCausalLM(config).eval()
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    report = report_of(PROMPT, "--model", tmp_path, "--temperature", 0, "--max-new-tokens", 10, "--device", "cpu")
+    assert report.token_ids == [stock(other, tokenizer, PROMPT, max_new_tokens=10, pad_token_id=0)]
+    assert report.model == str(tmp_path)
+
+
+# ---------------------------------------------------------------- without end
+
+
+def test_streaming_goes_on_in_a_fixed_pool():
+    options = ("--stream", "--sink-tokens", 2, "--window-tokens", 14, "--block-size", 4)
+    report = report_of(PROMPT, *options, "--max-new-tokens", 60)
+    assert len(report.token_ids[0]) == 60
+    assert report.dropped_tokens == report.prompt_tokens + 60 - 16
+    assert report.blocks.total == report.blocks.peak == 6  # the sinks take 1, the window 4, and 1 for its ragged ends
+    again = report_of(PROMPT, *options, "--max-new-tokens", 30)
+    assert again.token_ids[0] == report.token_ids[0][:30]
+
+
+def test_streaming_is_the_plain_text_as_long_as_the_window_holds_all(model, tokenizer):
+    report = report_of(PROMPT, "--stream", "--max-new-tokens", 16, "--temperature", 0)
+    assert report.token_ids == [stock(model, tokenizer, PROMPT, max_new_tokens=16)]
+    assert report.dropped_tokens == 0
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def test_text_goes_to_stdout_and_figures_to_stderr():
+    report = report_of(PROMPT, "--max-new-tokens", 12)
+    result = call("generate", PROMPT, "--max-new-tokens", 12)
+    assert result.exit_code == 0 and result.stdout.rstrip("\n") == (PROMPT + report.texts[0]).rstrip("\n")
+    table = figures(result.stderr)
+    assert table["prompt tokens"] == str(report.prompt_tokens) and table["cached tokens"] == "0"
+    assert table["new tokens"] == str(report.new_tokens)
+    assert table["blocks used"].startswith(f"{report.blocks.used} of {report.blocks.total} ")
+    assert table["blocks shared"] == table["blocks copied"] == "0"
+    assert "a contiguous cache: " in table["memory"] and float(table["tokens/s"].replace(",", "")) > 0
+
+
+def test_no_echo_leaves_the_prompt_out():
+    report = report_of(PROMPT, "--max-new-tokens", 12)
+    result = call("generate", PROMPT, "--max-new-tokens", 12, "--no-echo")
+    assert result.stdout.rstrip("\n") == report.texts[0].rstrip("\n")
+
+
+def test_the_first_sample_comes_first_and_the_others_after_it_under_headers():
+    report = report_of(PROMPT, "-n", 2, "--max-new-tokens", 8)
+    result = call("generate", PROMPT, "-n", 2, "--max-new-tokens", 8)
+    first, second = (PROMPT + text + ("" if text.endswith("\n") else "\n") for text in report.texts)
+    assert result.stdout == f"--- sample 1 of 2 ---\n{first}--- sample 2 of 2 ---\n{second}"
+
+
+def test_the_prompt_comes_from_stdin():
+    typed = report_of("-", "--max-new-tokens", 6, input=PROMPT)
+    assert typed.prompt == PROMPT and typed.texts == report_of(PROMPT, "--max-new-tokens", 6).texts
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_block_map_goes_to_stderr(as_json):
+    options = ["--json"] if as_json else []
+    result = call("generate", PROMPT, "-n", 2, "--max-new-tokens", 8, "--block-size", 4, "--show-blocks", *options)
+    assert "▓" not in result.stdout and " shared 2  " in result.stderr
+    assert any(line.startswith(" 0 ▓▓█") for line in result.stderr.splitlines())
+
+
+def test_the_first_compile_is_announced_in_one_line(monkeypatch):
+    import logging
+
+    from pagedkv.cli import generate
+
+    def announce(path, device):
+        logging.getLogger("pagedkv").warning("pagedkv: compiling its kernels; this happens once")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "load_model", announce)
+    result = call("generate", "x")
+    assert result.stderr == "pagedkv: compiling its kernels; this happens once\n" and result.exit_code == 130
