@@ -84,14 +84,19 @@ def paged_attention(
     Returns
     -------
     Tensor [total_tokens, num_q_heads, v_head_dim]
-        In the queries' dtype, computed in float32 or better than the dtype of keys and values asks for; zeros where a
-        query sees no key. Carries no gradient.
+        In the queries' dtype, accumulated in float32; zeros where a query sees no key. Carries no gradient.
 
     Raises
     ------
     InvalidOperation
         An argument does not fit; nothing was written. Also where a gradient would get lost: a tensor that requires
         grad while gradients are enabled.
+
+    Notes
+    -----
+    On the CPU a sequence of up to ``cpu.FEW_QUERIES`` query tokens gets the same bits whatever else is in the batch and
+    however many threads there are; longer prompts go through torch's matrix products, which promise neither. Threads
+    are torch's: ``torch.set_num_threads`` sets how many. Calls from several Python threads may overlap.
     """
     if backend != "auto" and backend not in BACKENDS:
         raise InvalidOperation(f"backend: expected one of auto, {', '.join(sorted(BACKENDS))}, got {backend!r}")

@@ -55,23 +55,23 @@ def plan_items(
     n = len(seq_lens)
     first_item = np.zeros(n + 1, np.int64)
     for i in range(n):
-        num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
+        seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
         count = 0
         if 0 < num_queries <= most_queries:
-            low = max(0, seq_lens[i] - num_queries - window + 1)
-            count = (seq_lens[i] - 1) // SPLIT - low // SPLIT + 1
+            low = max(0, seq_len - num_queries - window + 1)
+            count = (seq_len - 1) // SPLIT - low // SPLIT + 1
         first_item[i + 1] = first_item[i] + count
     items = np.empty((first_item[n], 4), np.int64)
     num_positions, num_partials, most_quads = 0, 0, 0
     for i in range(n):
-        num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
-        low = max(0, seq_lens[i] - num_queries - window + 1)
+        seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
+        low = max(0, seq_len - num_queries - window + 1)
         quads = (num_queries * shape.group + ROWS - 1) // ROWS
         for item in range(first_item[i], first_item[i + 1]):
             split = low // SPLIT + item - first_item[i]
             items[item, 0] = i
             items[item, 1] = max(low, split * SPLIT)
-            items[item, 2] = min(seq_lens[i], (split + 1) * SPLIT)
+            items[item, 2] = min(seq_len, (split + 1) * SPLIT)
             items[item, 3] = num_partials
             num_positions += items[item, 2] - items[item, 1]
             num_partials += quads * shape.num_kv_heads
@@ -118,14 +118,14 @@ def attend_items(
         sequence, start, end, partial = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
         first_head = min(part * heads, shape.num_kv_heads)
         num_heads = min(heads, shape.num_kv_heads - first_head)
-        first_query = cu_seqlens_q[sequence]
-        num_queries = cu_seqlens_q[sequence + 1] - first_query
+        first_query = int(cu_seqlens_q[sequence])
+        num_queries = int(cu_seqlens_q[sequence + 1]) - first_query
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
         at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
         _pack(queries, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
         _clear(partials, at, num_heads * num_quads, size)
-        query_position = seq_lens[sequence] - num_queries
+        query_position = int(seq_lens[sequence]) - num_queries
         for tile in range(0, end - start, TILE):
             count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
             score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
