@@ -176,15 +176,22 @@ def draw(study: Study, path: Path, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    bins = np.array_split(compared(study), BINS)
-    middle = [positions.mean() for positions in bins]
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    styles = {"streaming": "-o", "recomputed": "--x", "window only": "-", "dense": "-"}
-    for way in WAYS:
-        axes.plot(middle, [study.at(positions, way) for positions in bins], styles[way], label=way, markersize=4)
-    axes.set(xlabel="position in the text", ylabel="perplexity", yscale="log", title=title)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    positions = compared(study)
+    bins = np.array_split(positions, BINS)
+    so_far = {
+        way: losses[positions].cumsum() / np.arange(1, len(positions) + 1) for way, losses in study.losses.items()
+    }
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6), sharex=True, layout="constrained")
+    for way, style in zip(WAYS, ("-o", "--x", "-", "-"), strict=True):
+        perplexities = [study.at(each, way) for each in bins]
+        upper.plot([each.mean() for each in bins], perplexities, style, label=way, markersize=4)
+        lower.plot(positions[len(bins[0]) :], np.exp(so_far[way] - so_far["recomputed"])[len(bins[0]) :])
+    upper.set(ylabel=f"perplexity, {BINS} stretches", yscale="log", title=title)
+    upper.legend()
+    lower.axhspan(0.9, 1.1, color="gray", alpha=0.15)
+    lower.set(xlabel="position in the text", ylabel="so far, relative to recomputed")
+    for axes in (upper, lower):
+        axes.grid(alpha=0.3, which="both")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)

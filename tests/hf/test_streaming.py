@@ -272,6 +272,16 @@ def test_sampler_and_stop_tokens():
     assert session.num_tokens == 6
 
 
+@pytest.mark.parametrize("drawn", [VOCAB, -1, 1.0, None])
+def test_a_sampler_that_draws_no_token(drawn):
+    session = StreamingSession(built(llama), SINKS, WINDOW)
+    with pytest.raises(InvalidOperation, match="sampler"):
+        next(session.generate([1], sampler=lambda logits: drawn))
+    assert session.num_tokens == 1
+    drawn_as_tensor = next(session.generate(sampler=lambda logits: torch.tensor(7)))
+    assert type(drawn_as_tensor) is int
+
+
 def test_no_tokens_asked_for():
     session = StreamingSession(built(llama), SINKS, WINDOW)
     assert list(session.generate([1, 2], 0)) == []

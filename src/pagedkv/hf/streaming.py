@@ -225,7 +225,7 @@ class StreamingSession:
         while limit is None or written < limit:
             if self._logits is None:
                 raise InvalidOperation("the session was reset while it generated")
-            token = sampler(self._logits)
+            token = require_int("sampler", sampler(self._logits), 0, self._model.vocab_size - 1)
             self.feed((token,))
             written += 1
             yield token
