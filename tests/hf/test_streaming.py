@@ -20,6 +20,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -403,6 +405,34 @@ def deepseek():
 def test_other_positions_are_refused(make):
     with pytest.raises(InvalidOperation, match="model expects .*rotary"):
         StreamingSession(built(make), SINKS, WINDOW)
+
+
+def test_sink_logits_are_refused():
+    small = {**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1}
+    model = built(lambda: GptOssForCausalLM(GptOssConfig(**small)))
+    with pytest.raises(InvalidOperation, match="plain attention, got s_aux"):
+        StreamingSession(model, SINKS, WINDOW)
+
+
+def test_a_mask_is_not_dropped_in_silence():
+    model = built(llama)
+
+    class Masked(LlamaForCausalLM):
+        def forward(self, **kwargs):
+            size = kwargs["input_ids"].shape[1]
+            return super().forward(**kwargs, attention_mask=torch.zeros(1, 1, size, size))
+
+    model.__class__ = Masked
+    with pytest.raises(InvalidOperation, match="plain attention, got attention_mask"):
+        StreamingSession(model, SINKS, WINDOW)
+
+
+def test_our_attention_works_in_a_session_only():
+    model = built(llama)
+    StreamingSession(model, SINKS, WINDOW)
+    model.config._attn_implementation = "pagedkv_streaming"
+    with pytest.raises(InvalidOperation, match="inside of a StreamingSession only"):
+        model(random_ids(3)[None])
 
 
 def test_frequencies_that_change_with_the_length_are_refused():
