@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from pagedkv.control.inspection import Inspection
 from pagedkv.control.layout import copies_in, plan_from, plan_rows
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import unpin_block
-from pagedkv.control.state import LIVE, PINNED, with_log
+from pagedkv.control.room import fits_after_evicting, written_tails
+from pagedkv.control.state import MAX_PINS, PINNED, with_log
 from pagedkv.control.strategies import MAX_PRIORITY, EvictionStrategy, Priority, checked_scores
 from pagedkv.control.streaming import stream_row
 from pagedkv.control.types import BlockView, SeqId, SequenceInfo
@@ -284,6 +285,8 @@ class BlockManager(Inspection):
         Raises
         ------
         SequenceNotFound
+        InvalidOperation
+            If the sequence is pinned and a block of it has 65,535 pins of freed sequences already.
         """
         key = sequence_key(seq_id)
         with self._lock:
@@ -499,8 +502,8 @@ class BlockManager(Inspection):
             if status == rows.OK:
                 break
             self._refuse(status, a, keys, given)
-            spared = frozenset(int(rows.find_row(self._state, key)) for key in keys.tolist())
-            self._make_room(status, a, b, spared)
+            growing = [int(rows.find_row(self._state, key)) for key in keys.tolist()]
+            self._make_room(status, a, b, frozenset(growing), tails=written_tails(self._state, growing, counts))
         if num_copies:
             self._copy(copies_in(narrow, num_copies))
         return a, b, wide, narrow
@@ -515,33 +518,26 @@ class BlockManager(Inspection):
             raise InvalidOperation(f"seq_ids expects each sequence once, got S{sequence_number(keys[place])} twice")
 
     def _make_room(
-        self, status: int, a: int, b: int, spared: frozenset[int] = frozenset(), matched: Iterable[int] = ()
+        self,
+        status: int,
+        a: int,
+        b: int,
+        spared: frozenset[int] = frozenset(),
+        matched: Iterable[int] = (),
+        tails: Sequence[int] = (),
     ) -> None:
         """Grow the arrays, or evict by the strategy, so that the compiled call can be made again."""
         if status == rows.NEEDS_ROWS:
             self._state = rows.with_more_rows(self._state)
         elif status == rows.NEEDS_WIDTH:
             self._widen_tables(a)
-        elif self._on_full == "raise" or not self._fits_after_evicting(a - b, spared, matched):
+        elif self._on_full == "raise" or not fits_after_evicting(self._state, a - b, spared, matched, tails):
             raise OutOfMemory(a, b)
         else:
             row = self._victims.first(self._state, spared)
             if row is None:
                 raise OutOfMemory(a, b)
             self._evict_row(row)
-
-    def _fits_after_evicting(self, missing: int, spared: frozenset[int], matched: Iterable[int]) -> bool:
-        """Tell whether evicting every sequence that may go frees `missing` blocks; nothing is evicted in vain.
-
-        What the call itself shares (`matched`) is not freed for it, whoever lets go.
-        """
-        state = self._state
-        marks = state.sequences["marks"][: int(state.counters[0].rows_used)]
-        pinned = np.flatnonzero((marks & (LIVE | PINNED)) == (LIVE | PINNED)).tolist()
-        kept = {int(block) for block in matched if state.blocks[block].ref_count > 0}
-        for row in spared.union(pinned):
-            kept.update(self._table(row).tolist())
-        return int(state.counters[0].used) - len(kept) >= missing
 
     def _evict_row(self, row: int) -> SeqId:
         seq_id = self._seq_id(row)
@@ -555,6 +551,8 @@ class BlockManager(Inspection):
         if record.pinned_blocks:
             table = self._table(row)[: record.pinned_blocks]
             pinned = table[self._state.blocks["indexed"][table] == 1].tolist()
+            if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
+                raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
             self._kept_pins.setdefault(int(record.seq_id), []).extend(pinned)
         lifecycle.free_row(self._state, row)
 

@@ -81,6 +81,8 @@ SEQUENCE = np.dtype(
 LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
 """Sequence marks. An OPAQUE sequence is never committed to the index: its K and V depend on more than its token ids."""
 
+MAX_PINS = np.iinfo(np.uint16).max
+
 COUNTERS = np.dtype(
     (
         np.record,
