@@ -40,7 +40,9 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
         position = seq_len - q_len + begin
         low = max(0, position - window + 1)
         high = position + end - begin if call.causal else seq_len
-        hidden = _hidden(call, end - begin, position - low, high - low)
+        # torch makes the mask of a whole causal prompt itself, faster.
+        whole = fused and call.causal and end - begin == high - low <= window
+        hidden = None if whole else _hidden(call, end - begin, position - low, high - low)
         attention = _fused if fused else _products
         result = attention(call, queries[begin:end], keys[:, low:high], values[:, low:high], hidden)
         call.out[first + begin : first + end] = result
@@ -73,7 +75,8 @@ def _hidden(call: AttentionCall, q_len: int, position: int, seq_len: int) -> Ten
     window = call.window if call.window is not None and call.window < position + q_len else None
     if not call.causal and window is None:
         return None
-    distances = torch.arange(position, position + q_len)[:, None] - torch.arange(seq_len)
+    queries = torch.arange(position, position + q_len, dtype=torch.int32)
+    distances = queries[:, None] - torch.arange(seq_len, dtype=torch.int32)
     hidden = distances < 0 if call.causal else torch.zeros_like(distances, dtype=torch.bool)
     return hidden if window is None else hidden | (distances >= window)
 
@@ -84,16 +87,15 @@ def _fused(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor, h
     width = max(head_dim, v_head_dim)  # it is fused only where keys and values are of one size
     queries, keys = (functional.pad(x, (0, width - head_dim)) if width > head_dim else x for x in (queries, keys))
     values = functional.pad(values, (0, width - v_head_dim)) if width > v_head_dim else values
-    plain = hidden is not None and call.window is None and len(queries) == keys.shape[1]
     mask = None
-    if hidden is not None and not plain:
+    if hidden is not None:
         mask = torch.zeros(hidden.shape, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
     result = functional.scaled_dot_product_attention(
         queries.transpose(0, 1)[None],
         keys[None],
         values[None],
         attn_mask=mask,
-        is_causal=plain,
+        is_causal=call.causal and hidden is None,
         scale=call.scale,
         enable_gqa=queries.shape[1] != keys.shape[0],
     )
