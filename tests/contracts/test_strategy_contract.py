@@ -1,0 +1,309 @@
+"""One exam for every strategy: the built-in ones and two that a user might write."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+
+from pagedkv import (
+    FIFO,
+    LFU,
+    LRU,
+    BlockManager,
+    BlockRemoved,
+    EvictionStrategy,
+    InvalidOperation,
+    LongestFirst,
+    Priority,
+    StreamingLLM,
+    parse_strategy,
+    register_strategy,
+)
+
+
+@register_strategy("smallest_first")
+class SmallestFirst:
+    """Evicts short sequences; gives up the shallowest leaves, the youngest first."""
+
+    def score_sequences(self, sequences, now):
+        return sequences.num_tokens
+
+    def score_blocks(self, blocks, now):
+        return blocks.depth * 1_000_000 - blocks.created
+
+    def __eq__(self, other):
+        return type(other) is SmallestFirst
+
+    def __hash__(self):
+        return 0
+
+    def __str__(self):
+        return "smallest_first"
+
+
+@register_strategy("modulo")
+class Modulo:
+    """Ties everywhere: only ids can break them."""
+
+    def __init__(self, divisor=2):
+        self.divisor = divisor
+
+    def score_sequences(self, sequences, now):
+        return (sequences.seq_id % self.divisor).astype(np.int64)
+
+    def score_blocks(self, blocks, now):
+        return (blocks.block_id % self.divisor).astype(np.int32)
+
+    def __eq__(self, other):
+        return type(other) is Modulo and other.divisor == self.divisor
+
+    def __hash__(self):
+        return self.divisor
+
+    def __str__(self):
+        return f"modulo(divisor={self.divisor})"
+
+
+STRATEGIES = [
+    LRU(),
+    LFU(),
+    LongestFirst(),
+    Priority(4),
+    StreamingLLM(2, 8),
+    FIFO(),
+    SmallestFirst(),
+    Modulo(3),
+]
+
+
+@pytest.fixture(params=STRATEGIES, ids=str)
+def strategy(request):
+    return copy.deepcopy(request.param)
+
+
+def work(manager, seed=3, sequences=40):
+    """Mixed work that leaves live sequences and cached chains behind."""
+    rng = np.random.default_rng(seed)
+    for seq_id in range(sequences):
+        ids = rng.integers(0, 2, rng.integers(1, 14)).tolist()
+        manager.allocate(seq_id, ids, priority=int(rng.integers(0, 4)))
+        manager.commit(seq_id)
+        live = manager.sequence_ids
+        manager.touch(int(rng.choice(live)))
+        if rng.random() < 0.5:
+            manager.free(int(rng.choice(live)))
+    return manager
+
+
+class Recorder:
+    """Passes on to a strategy and notes what it said of every block and sequence last."""
+
+    def __init__(self, inner):
+        self.inner, self.blocks, self.sequences = inner, {}, {}
+
+    def score_blocks(self, blocks, now):
+        scores = np.asarray(self.inner.score_blocks(blocks, now))
+        self.blocks.update(zip(blocks.block_id.tolist(), scores.tolist(), strict=True))
+        return scores
+
+    def score_sequences(self, sequences, now):
+        scores = np.asarray(self.inner.score_sequences(sequences, now))
+        self.sequences.update(zip(sequences.seq_id.tolist(), scores.tolist(), strict=True))
+        return scores
+
+
+def test_it_is_a_strategy(strategy):
+    assert isinstance(strategy, EvictionStrategy)
+    assert BlockManager(1, strategy=strategy).eviction_strategy is strategy
+
+
+def test_text_and_back(strategy):
+    again = parse_strategy(str(strategy))
+    assert again == strategy and hash(again) == hash(strategy) and str(again) == str(strategy)
+
+
+def test_equal_by_value(strategy):
+    assert strategy == copy.deepcopy(strategy)
+    assert [other for other in STRATEGIES if other == strategy] == [strategy]
+
+
+def test_scores_have_the_right_shapes(strategy):
+    sizes = []
+
+    class Shapes(Recorder):
+        def score_blocks(self, blocks, now):
+            scores = super().score_blocks(blocks, now)
+            assert scores.shape == (len(blocks),) == blocks.block_id.shape and scores.dtype.kind in "iu"
+            fields = (blocks.last_access, blocks.access_count, blocks.num_tokens, blocks.priority, blocks.depth)
+            assert all(field.shape == scores.shape for field in (*fields, blocks.created, blocks.num_children))
+            sizes.append(len(blocks))
+            return scores
+
+        def score_sequences(self, sequences, now):
+            scores = super().score_sequences(sequences, now)
+            assert scores.shape == (len(sequences),) == sequences.seq_id.shape and scores.dtype.kind in "iu"
+            fields = (sequences.last_access, sequences.access_count, sequences.num_tokens, sequences.num_blocks)
+            more = (sequences.num_cached_tokens, sequences.priority, sequences.created)
+            assert all(field.shape == scores.shape for field in (*fields, *more))
+            sizes.append(len(sequences))
+            return scores
+
+    manager = work(BlockManager(400, 2, strategy=Shapes(strategy)))
+    manager.evict()
+    assert len(sizes) > 5 and max(sizes) > 1
+
+
+def test_eviction_is_a_total_order(strategy):
+    recorder = Recorder(strategy)
+    manager = work(BlockManager(400, 2, strategy=recorder))
+    manager.select_eviction_target()
+    live = manager.sequence_ids
+    expected = sorted(live, key=lambda seq_id: (recorder.sequences[seq_id], seq_id))
+    assert [manager.evict() for _ in live] == expected
+    manager.check()
+
+
+def test_the_same_calls_give_the_same_evictions_and_blocks(strategy):
+    runs = []
+    for _ in range(2):
+        heard = []
+        manager = BlockManager(50, 2, strategy=strategy, on_full="evict")
+        manager.subscribe(heard.append)
+        work(manager, sequences=80)
+        tables = [info.block_ids for info in manager.snapshot().sequences]
+        runs.append((manager.sequence_ids, tables, heard, manager.stats))
+    assert runs[0] == runs[1] and runs[0][3].total_evictions + runs[0][3].blocks_reclaimed > 0
+
+
+def test_reclaim_follows_a_sorted_oracle_over_the_cached_leaves(strategy):
+    recorder = Recorder(strategy)
+    manager = work(BlockManager(300, 2, strategy=recorder))
+    for seq_id in manager.sequence_ids[::2]:
+        manager.free(seq_id)
+    parents = {}
+    for block in np.flatnonzero(manager.snapshot().indexed).tolist():
+        parents[block] = int(manager._state.blocks[block].parent)
+    cached = set(np.flatnonzero(manager.snapshot().cached).tolist())
+    expected = []
+    while cached:
+        inner = {parents[block] for block in parents}
+        leaf = min(cached - inner, key=lambda block: (recorder.blocks[block], block))
+        expected.append(leaf)
+        cached.discard(leaf)
+        del parents[leaf]
+    removed = []
+    manager.subscribe(lambda event: removed.append(event.block_id) if isinstance(event, BlockRemoved) else None)
+    blank = manager.free_block_count - manager.cached_block_count
+    manager.allocate(1000, 2 * blank)
+    assert removed == []
+    for _ in expected:
+        manager.append(1000, 2)
+    assert removed == expected and len(expected) > 20
+    manager.check()
+
+
+def test_it_works_where_whole_sequences_make_room(strategy):
+    manager = work(BlockManager(12, 2, strategy=strategy, on_full="evict"), sequences=100)
+    assert manager.stats.total_evictions > 10
+    manager.allocate(999, 24)
+    assert manager.sequence_ids == [999]
+    manager.check()
+
+
+# ---------------------------------------------------------------- strategies that fail
+
+
+class Broken(LRU):
+    """Gives something else than scores from now on."""
+
+    def __init__(self, answer):
+        object.__setattr__(self, "answer", answer)
+        object.__setattr__(self, "is_broken", False)
+
+    def score_sequences(self, sequences, now):
+        return self.answer(len(sequences)) if self.is_broken else super().score_sequences(sequences, now)
+
+    def score_blocks(self, blocks, now):
+        return self.answer(len(blocks)) if self.is_broken else super().score_blocks(blocks, now)
+
+
+def fail(count):
+    raise ZeroDivisionError("mine")
+
+
+ANSWERS = {
+    "too few": lambda count: np.zeros(count - 1, np.int64),
+    "too many": lambda count: np.zeros(count + 1, np.int64),
+    "a column": lambda count: np.zeros((count, 1), np.int64),
+    "one number": lambda count: 3,
+    "NaN": lambda count: np.full(count, np.nan),
+    "floats": lambda count: np.zeros(count),
+    "text": lambda count: ["x"] * count,
+    "nothing": lambda count: None,
+    "bools": lambda count: np.zeros(count, bool),
+    "an error of its own": fail,
+}
+
+
+def seen(manager):
+    snap = manager.snapshot()
+    arrays = (snap.ref_count, snap.cached, snap.pinned, snap.indexed, snap.num_tokens)
+    return [a.tolist() for a in arrays], snap.sequences, snap.stats, snap.tick, manager.free_block_count
+
+
+@pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS)
+@pytest.mark.parametrize(
+    ("method", "call"),
+    [
+        ("score_sequences", lambda manager: manager.select_eviction_target()),
+        ("score_sequences", lambda manager: manager.evict()),
+        ("score_sequences", lambda manager: manager.evict_to_threshold(0)),
+        ("score_sequences", lambda manager: manager.allocate(9, 32)),
+        ("score_blocks", lambda manager: manager.free(1)),
+        ("score_blocks", lambda manager: manager.truncate(1, 2)),
+        ("score_blocks", lambda manager: manager.apply_streaming_llm(1, 0, 2)),
+    ],
+)
+def test_a_broken_strategy_is_named_and_changes_nothing(answer, method, call):
+    strategy = Broken(answer)
+    manager = BlockManager(8, 4, strategy=strategy, on_full="evict")
+    for seq_id in (1, 2):
+        manager.allocate(seq_id, [seq_id] * 12)
+        manager.commit(seq_id)
+    before = seen(manager)
+    object.__setattr__(strategy, "is_broken", True)
+    expected = ZeroDivisionError if answer is fail else InvalidOperation
+    with pytest.raises(expected, match="mine" if answer is fail else f"Broken.{method} expects to return integers"):
+        call(manager)
+    assert seen(manager) == before
+    manager.check()
+    object.__setattr__(strategy, "is_broken", False)
+    assert [manager.evict(), manager.evict()] == [1, 2]
+    manager.check()
+
+
+@pytest.mark.parametrize("wrong", [LRU, None, 3, object(), "no such one", "", "priority", "priority:x", "lru:3"])
+def test_what_is_no_strategy_is_refused(wrong):
+    with pytest.raises(InvalidOperation, match="strategy|levels"):
+        BlockManager(1, strategy=wrong)
+
+
+@pytest.mark.parametrize("wrong", ["", "3x", "a b", None, "lru:1"])
+def test_names_that_cannot_be_registered(wrong):
+    with pytest.raises(InvalidOperation, match="name expects"):
+        register_strategy(wrong, SmallestFirst)
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(InvalidOperation, match="registered already"):
+        register_strategy("L-R_U", SmallestFirst)
+    assert register_strategy("Smallest-First", SmallestFirst) is SmallestFirst
+    assert parse_strategy("lru") == LRU()
+
+
+@pytest.mark.parametrize("build", [lambda: Priority(0), lambda: Priority(1.5), lambda: StreamingLLM(-1, 2)])
+def test_parameters_out_of_range(build):
+    with pytest.raises(InvalidOperation, match="expects an int in"):
+        build()
