@@ -67,13 +67,19 @@ class EventFeed:
         counters = state.counters[0]
         entries = state.log[: counters.log_len].tolist()
         counters.log_len = 0
-        return [self._stored(state, entry - 1) if entry > 0 else BlockRemoved(BlockId(-entry - 1)) for entry in entries]
+        roots: dict[int, int] = {}
+        return [
+            self._stored(state, entry - 1, roots) if entry > 0 else BlockRemoved(BlockId(-entry - 1))
+            for entry in entries
+        ]
 
-    def _stored(self, state: State, block: int) -> BlockStored:
+    def _stored(self, state: State, block: int, roots: dict[int, int]) -> BlockStored:
         size = int(state.counters[0].block_size)
-        parent = root = int(state.blocks[block].parent)
-        while root >= 0:
-            root = int(state.blocks[root].parent)
+        parent = above = int(state.blocks[block].parent)
+        # The roots of this batch are remembered: a chain of n blocks is walked once, not n times.
+        while above >= 0 and above not in roots:
+            above = int(state.blocks[above].parent)
+        roots[block] = roots.get(above, above)
         ids = tuple(state.contents[block * size : (block + 1) * size].tolist())
-        salt = self._namespaces.salt_of(-1 - root)
+        salt = self._namespaces.salt_of(-1 - roots[block])
         return BlockStored(BlockId(block), BlockId(parent) if parent >= 0 else None, ids, salt)

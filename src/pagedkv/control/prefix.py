@@ -25,7 +25,7 @@ MAX_SIBLINGS = 32
 def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
     """Return the bucket of the key (parent, ``ids[start : start + block_size]``)."""
     counters = state.counters[0]
-    mixed = (np.uint64(counters.seed) ^ np.uint64(parent & 0xFFFFFFFF)) * _STEP
+    mixed = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
     for i in range(start, start + counters.block_size):
         mixed = (mixed ^ np.uint64(ids[i])) * _STEP
         mixed ^= mixed >> _SHIFT
