@@ -258,6 +258,10 @@ def main() -> None:
     else:
         if args.out is None:
             parser.error("--out says where the model goes")
+        if not args.minutes > 0.0 or (args.steps is not None and args.steps < 1):
+            parser.error("--minutes and --steps must be positive")
+        if args.resume and not args.checkpoint.is_file():
+            parser.error(f"--resume: there is no checkpoint at {args.checkpoint}")
         train(args.out, args.checkpoint, Budget(args.minutes, args.steps), args.seed, args.resume)
     evaluate(args.out, console)
     show_samples(args.out, console)
