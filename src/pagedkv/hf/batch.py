@@ -122,6 +122,12 @@ class SequenceBatch:
             return np.empty((rows, 0), np.int64)
         if len(self._coming) != rows:
             raise InvalidOperation(f"token ids: expected {rows} rows as the keys have, got {len(self._coming)}")
+        expected = self._coming.shape[1]
+        if self.length and 0 < expected < num_tokens:
+            raise InvalidOperation(
+                f"keys: expected at most the {expected} tokens of the prompt that are not cached, got {num_tokens}: "
+                "assisted decoding hands over the whole prompt, use pagedkv.hf.generate()"
+            )
         return np.ascontiguousarray(self._coming[:, :num_tokens])
 
     def select(self, rows: Ids) -> None:

@@ -37,24 +37,28 @@ _HARMLESS = frozenset({"position_ids", "use_cache", "output_hidden_states", "out
 class _Handle(Tensor):
     """A tensor of a shape but without memory; every operation on it is refused."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    _what = "a handle"
 
     @classmethod
     def _make(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Self:
-        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         return handle
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
-        raise InvalidOperation(f"attn_implementation={DIRECT!r}: the model calls {func} on {cls.__doc__}; {_GATHER}")
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> NoReturn:
+        raise InvalidOperation(f"attn_implementation={DIRECT!r}: the model calls {func} on {cls._what}; {_GATHER}")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}({list(self.shape)}, {self.dtype})"
 
 
 class PagedStates(_Handle):
-    """keys or values that are in blocks"""  # noqa: D400, D403, D415: quoted in the error above
+    """A handle for all keys or all values of the rows of a batch in one layer."""
 
+    _what = "keys or values that are in blocks"
     pool: PagedKvCache
     layer: int
     plan: BatchPlan
@@ -80,8 +84,9 @@ class _Layout:
 
 
 class PagedMask(_Handle):
-    """the mask of attention over blocks"""  # noqa: D400, D403, D415: quoted in the error above
+    """A handle for a causal mask: how far the window reaches and how much padding each row has on its left."""
 
+    _what = "the mask of attention over blocks"
     window: int | None
     pads: npt.NDArray[np.int64]  # of each row, on the left
     _layout: _Layout | None
@@ -93,7 +98,7 @@ class PagedMask(_Handle):
         handle.window, handle.pads, handle._layout = window, pads, None
         return handle
 
-    def layout(self, plan: BatchPlan) -> _Layout:
+    def without_padding(self, plan: BatchPlan) -> _Layout:
         """Return the plan without the padding, made once for all layers."""
         if self._layout is None or self._layout.plan is not plan:
             self._layout = _without_padding(plan, self.pads) if self.pads.any() else _as_planned(plan)
@@ -198,7 +203,7 @@ def attend_blocks(
         raise InvalidOperation(
             f"attention_mask: expected [{rows}, 1, {tokens}, {key.shape[2]}], got {list(attention_mask.shape)}"
         )
-    layout = attention_mask.layout(key.plan)
+    layout = attention_mask.without_padding(key.plan)
     queries = query.transpose(1, 2).reshape(rows * tokens, heads, dim)
     text = queries if layout.queries is None else queries[layout.queries.to(query.device)]
     out = paged_attention(
@@ -223,8 +228,8 @@ def attend_blocks(
 def _require_handles(key: Any, value: Any, mask: Any) -> None:
     if not isinstance(key, PagedStates) or not isinstance(value, PagedStates) or key.plan is not value.plan:
         raise InvalidOperation(
-            f"attn_implementation={DIRECT!r}: expected keys and values as a PagedCache returned them, got "
-            f"{type(key).__name__} and {type(value).__name__}; pass past_key_values=PagedCache(model.config), or {_GATHER}"
+            f"attn_implementation={DIRECT!r}: expected keys and values as a PagedCache returned them, got a "
+            f"{type(key).__name__}: pass past_key_values=PagedCache(model.config), or {_GATHER}"
         )
     if not isinstance(mask, PagedMask):
         raise InvalidOperation(

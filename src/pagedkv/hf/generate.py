@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pagedkv.errors import InvalidOperation
@@ -56,16 +57,29 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         return _run(model, input_ids, cache, release, kwargs)
     cache.prompt(input_ids, kwargs.get("attention_mask"))
 
-    def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        ids = inputs.get("input_ids", args[0] if args else None)
-        if inputs.get("past_key_values") is cache and ids is not None:
-            cache.expect(ids)
+    def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if inputs.get("past_key_values") is not cache or inputs.get("input_ids") is None:
+            return None
+        inputs = _without_cached(inputs, input_ids, cache.get_seq_length())
+        cache.expect(inputs["input_ids"])
+        return args, inputs
 
     hook = model.register_forward_pre_hook(tell_ids, with_kwargs=True)
     try:
         return _run(model, input_ids, cache, release, kwargs)
     finally:
         hook.remove()
+
+
+def _without_cached(inputs: dict[str, Any], prompt: Tensor, past: int) -> dict[str, Any]:
+    """Cut off the tokens that are cached: assisted decoding hands the whole prompt to a warm cache."""
+    ids, width = inputs["input_ids"], prompt.shape[1]
+    if not past or past >= width or ids.shape[1] < width or not torch.equal(ids[:, :width], prompt.to(ids.device)):
+        return inputs
+    cut = {"input_ids": ids[:, past:]}
+    if inputs.get("position_ids") is not None:
+        cut["position_ids"] = inputs["position_ids"][..., past:]
+    return inputs | cut
 
 
 def _run(model: Any, input_ids: Tensor, cache: PagedCache, release: bool, kwargs: dict[str, Any]) -> Any:
