@@ -193,6 +193,12 @@ def test_a_pool_that_fills_up_while_writing_says_so_after_the_text():
     assert "--num-blocks" in line and "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("options", [["--num-blocks", 2**31 - 2], ["-n", 10**7], ["--stream", "--num-blocks", 10**9]])
+def test_a_pool_beyond_all_memory_is_refused(options):
+    line = failure("generate", "x", *options)
+    assert " GB, this machine has " in line and "lower --num-blocks" in line
+
+
 def test_a_pool_too_small_for_sinks_and_window():
     line = failure("generate", "x", "--stream", "--num-blocks", 3, "--window-tokens", 64)
     assert "4 sink and 64 window tokens take 6 blocks of 16 tokens, the pool has 3" in line

@@ -10,6 +10,7 @@ from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.console import library_notices, notes
 from pagedkv.cli.failures import Failure
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
+from pagedkv.cli.machine import physical_memory
 from pagedkv.cli.report import BlockUse, GenerateReport, MemoryUse, print_json, print_table
 from pagedkv.cli.request import GenerateRequest
 from pagedkv.cli.screen import Screen
@@ -39,7 +40,10 @@ def run(request: GenerateRequest) -> None:
             from pagedkv.cli import writing
         ids = loaded.encode(prompt)
         _check_length(request, loaded, len(ids))
-        with Screen(prompt if request.echo else "", request.samples, console, silent=request.json) as screen:
+        _check_memory(request, loaded, len(ids))
+        doing = f"searching with {request.beams} beams" if request.beams > 1 else "reading the prompt"
+        prefix = prompt if request.echo else ""
+        with Screen(prefix, request.samples, console.status(doing), silent=request.json) as screen:
             write = writing.write_endlessly if request.stream else writing.write
             written = write(request, loaded, ids, screen.show)
             texts = [_text(loaded, row, written.stop_tokens) for row in written.token_ids]
@@ -70,6 +74,18 @@ def _check_length(request: GenerateRequest, loaded: LoadedModel, prompt_tokens: 
         raise Failure(
             f"the prompt of {prompt_tokens} tokens and {request.token_limit} new ones exceed the model's {limit} "
             f"positions: lower --max-new-tokens, or use --stream"
+        )
+
+
+def _check_memory(request: GenerateRequest, loaded: LoadedModel, prompt_tokens: int) -> None:
+    """Refuse a pool beyond all memory: the system would grant it, and end the process when it is used."""
+    blocks = request.pool_size(prompt_tokens)
+    needed = blocks * request.block_size * loaded.bytes_per_token
+    available = physical_memory()
+    if available is not None and needed > available and loaded.model.device.type == "cpu":
+        raise Failure(
+            f"a pool of {blocks} blocks of {request.block_size} tokens takes {needed / 1e9:,.1f} GB, this machine has "
+            f"{available / 1e9:,.1f}: lower --num-blocks, -n or --max-new-tokens"
         )
 
 

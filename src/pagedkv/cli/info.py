@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +12,7 @@ from rich.table import Table
 
 from pagedkv import __version__
 from pagedkv.cli.console import output
+from pagedkv.cli.machine import cuda_devices, usable_cores
 from pagedkv.models import shipped_model_path
 
 __all__ = ["Info", "ModelInfo", "gather_info", "print_info"]
@@ -70,13 +69,13 @@ class Info(msgspec.Struct):
 
 def gather_info() -> Info:
     """Look around; nothing heavy is imported."""
-    devices = _cuda_devices()
+    devices = cuda_devices()
     return Info(
         pagedkv=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
         packages={name: _installed(name) for name in _PACKAGES},
-        cores=_usable_cores(),
+        cores=usable_cores(),
         cuda_devices=devices,
         backends={name: _can_run(name, devices) for name in _BACKENDS},
         shipped_model=_shipped_model(),
@@ -117,34 +116,11 @@ def _installed(package: str) -> str | None:
         return None
 
 
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _can_run(backend: str, cuda_devices: list[str]) -> bool:
+def _can_run(backend: str, devices: list[str]) -> bool:
     module, needs = _BACKENDS[backend]
-    if backend == "gpu" and not cuda_devices:
+    if backend == "gpu" and not devices:
         return False
     return all(find_spec(name) for name in (*needs, module))
-
-
-def _cuda_devices() -> list[str]:
-    """Ask the driver itself; torch would take seconds to import."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    except OSError:
-        return []
-    count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(128)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-        return []
-    names = []
-    for number in range(count.value):
-        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetName(name, len(name), device):
-            continue
-        names.append(name.value.decode(errors="replace"))
-    return names
 
 
 def _shipped_model() -> ModelInfo | None:

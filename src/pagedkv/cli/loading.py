@@ -45,6 +45,15 @@ class LoadedModel:
         return ids
 
     @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token in bytes, as the config has it."""
+        config = self.model.config.get_text_config()
+        query_heads = config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or query_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+        return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
+
+    @property
     def max_positions(self) -> int | None:
         """The longest text that the model was made for, in tokens; None if it has no limit."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)

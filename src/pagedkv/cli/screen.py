@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rich.console import Console
+from rich.status import Status
 
 __all__ = ["Screen"]
 
@@ -19,17 +19,17 @@ class Screen:
         Printed before each text; "" for nothing.
     samples : int
         How many texts will come.
-    console : rich.console.Console
-        Where the spinner turns.
+    status : rich.status.Status
+        The spinner, which says what is done meanwhile.
     silent : bool
         Show no text at all, only how far it is.
     """
 
-    def __init__(self, prompt: str, samples: int, console: Console, silent: bool) -> None:
+    def __init__(self, prompt: str, samples: int, status: Status, silent: bool) -> None:
         self._prompt = prompt
         self._samples = samples
         self._silent = silent
-        self._status = console.status("reading the prompt")
+        self._status = status
         self._begun = False
         self._ends_with_newline = True
         if hasattr(sys.stdout, "reconfigure"):
