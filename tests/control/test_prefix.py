@@ -1,0 +1,123 @@
+"""The exact prefix index, against a naive one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagedkv import BlockManager
+from pagedkv.control.prefix import MAX_SIBLINGS
+
+
+def committed(manager, seq_id, ids, **options):
+    manager.allocate(seq_id, ids, **options)
+    manager.commit(seq_id)
+
+
+def test_partial_match_takes_the_child_with_the_longest_common_start():
+    manager = BlockManager(16, 4)
+    for seq_id, tail in enumerate(([9, 1, 1, 1], [5, 6, 7, 1], [5, 6, 1, 1], [5, 1, 1, 1])):
+        committed(manager, seq_id, [1, 2, 3, 4, *tail])
+    assert manager.match_prefix([1, 2, 3, 4, 5, 6, 7, 8, 9]) == 7
+    before = manager.stats
+    assert manager.allocate(9, [1, 2, 3, 4, 5, 6, 7, 8, 9]).num_cached_tokens == 7
+    after = manager.stats
+    assert after.partial_hit_tokens - before.partial_hit_tokens == 3
+    assert after.prefix_hit_tokens - before.prefix_hit_tokens == 4
+    assert after.prefix_hits - before.prefix_hits == after.prefix_queries - before.prefix_queries == 1
+
+
+def test_partial_match_makes_a_copy():
+    manager = BlockManager(16, 4)
+    committed(manager, 1, [1, 2, 3, 4])
+    source = manager.get_sequence(1).block_ids[0]
+    info = manager.allocate(2, [1, 2, 9])
+    assert info.num_cached_tokens == 2 and info.block_ids[0] != source
+    assert manager.plan([2]).copies.tolist() == [[source, info.block_ids[0]]]
+    assert len(manager.plan([2]).copies) == 0, "a copy is asked for once"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_exact_multiples_leave_the_last_token(size, blocks):
+    manager = BlockManager(16, size)
+    ids = list(range(size * blocks))
+    committed(manager, 1, ids)
+    assert manager.match_prefix(ids) == len(ids) - 1
+    assert manager.match_prefix([*ids, 0]) == len(ids)
+    assert manager.allocate(2, ids).num_cached_tokens == len(ids) - 1
+    manager.check()
+
+
+def test_no_more_than_so_many_siblings_are_looked_at():
+    manager = BlockManager(MAX_SIBLINGS + 10, 2)
+    for first in range(MAX_SIBLINGS + 1):
+        committed(manager, first, [first, 0])
+    assert manager.match_prefix([0, 1]) == 0, "the oldest is out of sight"
+    assert manager.match_prefix([1, 1]) == 1
+    assert manager.match_prefix([0, 0, 5]) == 2, "a full match is always found"
+
+
+def test_equal_prefixes_are_stored_once():
+    manager = BlockManager(16, 2)
+    for seq_id in range(4):
+        manager.allocate(seq_id, [1, 2, 3, 4])
+    assert manager.used_block_count == 8
+    for seq_id in range(4):
+        manager.commit(seq_id)
+    assert manager.used_block_count == 2
+    assert len({manager.get_sequence(seq_id).block_ids for seq_id in range(4)}) == 1
+    manager.check()
+
+
+def test_a_duplicate_that_forks_share_waits_for_its_last_owner():
+    manager = BlockManager(16, 2)
+    manager.allocate(1, [1, 2, 3])
+    manager.fork(1, 2)
+    committed(manager, 3, [1, 2])
+    manager.commit(1)
+    manager.commit(2)
+    assert manager.get_sequence(1).block_ids == manager.get_sequence(2).block_ids
+    manager.check()
+    manager.free(2)
+    manager.commit(1)
+    assert manager.get_sequence(1).block_ids[0] == manager.get_sequence(3).block_ids[0]
+    manager.check()
+
+
+def test_without_prefix_caching_nothing_is_kept():
+    manager = BlockManager(4, 2, prefix_caching=False)
+    committed(manager, 1, [1, 2, 3, 4])
+    manager.free(1)
+    assert manager.match_prefix([1, 2, 3]) == 0 and manager.cached_block_count == 0
+    assert manager.allocate(1, [1, 2, 3]).num_cached_tokens == 0 and manager.stats.prefix_queries == 0
+
+
+def naive_match(stored, ids, size):
+    """The longest start of `ids` that some stored chain of full blocks has, the last token left out."""
+    usable = ids[:-1]
+    best = 0
+    for chain in stored:
+        chain = chain[: len(chain) // size * size]
+        same = 0
+        while same < min(len(chain), len(usable)) and chain[same] == usable[same]:
+            same += 1
+        best = max(best, same)
+    return best
+
+
+token_lists = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=60)
+@given(stored=st.lists(token_lists, max_size=8), asked=st.lists(token_lists, max_size=8), size=st.integers(1, 4))
+def test_matches_equal_a_naive_search(stored, asked, size):
+    manager = BlockManager(200, size)
+    for seq_id, ids in enumerate(stored):
+        committed(manager, seq_id, ids)
+        if seq_id % 2:
+            manager.free(seq_id)
+    for ids in [*asked, *stored]:
+        assert manager.match_prefix(ids) == naive_match(stored, ids, size)
+    manager.check()
