@@ -188,8 +188,7 @@ def draw(study: Study, path: Path, title: str) -> None:
         lower.plot(positions[len(bins[0]) :], np.exp(so_far[way] - so_far["recomputed"])[len(bins[0]) :])
     upper.set(ylabel=f"perplexity, {BINS} stretches", yscale="log", title=title)
     upper.legend()
-    lower.axhspan(0.9, 1.1, color="gray", alpha=0.15)
-    lower.set(xlabel="position in the text", ylabel="so far, relative to recomputed")
+    lower.set(xlabel="position in the text", ylabel="so far, relative to recomputed", ylim=(0.9, 1.1))
     for axes in (upper, lower):
         axes.grid(alpha=0.3, which="both")
     path.parent.mkdir(parents=True, exist_ok=True)
