@@ -111,6 +111,41 @@ def test_padded_rows_are_never_found(model, cache):
     assert cache.num_cached_tokens == 0
 
 
+def test_padding_that_generate_infers_is_seen(model, cache):
+    """Without a mask transformers takes the padding token for padding, so the ids do not determine K and V."""
+    ids, _ = left_padded(2, 30)
+    expected = build("llama").generate(ids, **GREEDY)
+    assert torch.equal(generate(model, ids, cache, **GREEDY), expected)
+    assert cache.manager.match_prefix(ids[0].tolist()) == 29
+    assert cache.manager.match_prefix(ids[1].tolist()) == 0
+
+
+def test_an_eos_token_that_pads_is_text_in_a_prompt(model, cache):
+    ids = prompt(1, 30)
+    ids[0, 3] = 0
+    options = GREEDY | {"eos_token_id": [5, 0]}
+    assert torch.equal(generate(model, ids, cache, **options), build("llama").generate(ids, **options))
+    assert cache.manager.match_prefix(ids[0].tolist()) >= 28
+
+
+def test_another_model_is_refused(model, cache):
+    ids = prompt(1, 30)
+    paged(model, ids, cache)
+    with pytest.raises(InvalidOperation, match="model: expected the one"):
+        paged(build("llama", seed=9), ids, cache)
+
+
+def test_prompt_alone_serves_prompt_lookup_in_a_cold_cache(model, cache):
+    ids = prompt(1, 6).repeat(1, 5)
+    options = GREEDY | {"prompt_lookup_num_tokens": 4, "attention_mask": torch.ones_like(ids)}
+    cache.prompt(ids)
+    out = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(out, build("llama").generate(ids, **options))
+    cache.release()
+    cache.manager.check()
+    assert cache.manager.match_prefix(ids[0].tolist()) == 28
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -43,7 +43,8 @@ def test_a_prompt_of_2000_tokens(model, ids, expected, block_size, attention):
         assert torch.equal(out, expected)
         again = generate(model, ids, cache, attention_mask=torch.ones_like(ids), release=False, **OPTIONS)
         assert torch.equal(again, expected)
-        assert cache.num_cached_tokens == TOKENS - 1
+        stored = (TOKENS + 15) // block_size * block_size  # whole blocks; the last token has no K and V
+        assert cache.num_cached_tokens == min(TOKENS - 1, stored)
     finally:
         model.set_attn_implementation("sdpa")
     cache.release()

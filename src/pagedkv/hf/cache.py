@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,7 @@ class PagedCache(Cache):
         for number in paged:
             layers[number] = PagedLayer(self._pages, number, text)
         self._num_cached_tokens = 0
+        self._model: weakref.ref[Any] | None = None
         super().__init__(layers=layers)
 
     @property
@@ -210,6 +212,19 @@ class PagedCache(Cache):
         self.release()
         self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
         return self._num_cached_tokens
+
+    def serve(self, model: Any) -> None:
+        """Bind the cache to a model: from now on K and V of any other are refused.
+
+        Raises
+        ------
+        InvalidOperation
+            If it has served another one.
+        """
+        if self._model is None:
+            self._model = weakref.ref(model)
+        elif self._model() is not model:
+            raise InvalidOperation("model: expected the one whose K and V this cache holds; make another PagedCache")
 
     def expect(self, input_ids: Any) -> None:
         """Tell the token ids [batch, tokens] of exactly the next forward pass, of generated tokens for instance.

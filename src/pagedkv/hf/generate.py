@@ -27,7 +27,8 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     input_ids : int Tensor [batch, tokens]
         The whole prompt, whatever of it is cached.
     cache : PagedCache
-        It should serve this one model: K and V of another must not be reused.
+        It serves one model: K and V of another must not be reused. After a change of its weights (an adapter, say)
+        call ``cache.manager.clear_prefix_cache()``.
     release : bool
         Whether the sequences are freed at the end; what was stored stays findable. If not, they stay until the next
         prompt or ``cache.release()``. After an error they are always freed.
@@ -43,7 +44,7 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     Raises
     ------
     InvalidOperation
-        If `cache` is no PagedCache, or ``past_key_values`` is among the arguments.
+        If `cache` is no PagedCache or has served another model, or ``past_key_values`` is among the arguments.
     OutOfMemory
         If the pool is too small; says how many blocks it takes.
     """
@@ -51,11 +52,14 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         raise InvalidOperation(f"cache: expected a PagedCache, got {type(cache).__name__}")
     if "past_key_values" in kwargs:
         raise InvalidOperation("past_key_values: expected the cache as third argument only")
+    cache.serve(model)
     others = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"attention_mask"}
     if others:
         cache.release()
         return _run(model, input_ids, cache, release, kwargs)
-    cache.prompt(input_ids, kwargs.get("attention_mask"))
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = _inferred_mask(model, input_ids, kwargs)
+    cache.prompt(input_ids, kwargs["attention_mask"])
 
     def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if inputs.get("past_key_values") is not cache or inputs.get("input_ids") is None:
@@ -69,6 +73,18 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         return _run(model, input_ids, cache, release, kwargs)
     finally:
         hook.remove()
+
+
+def _inferred_mask(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Find the padding as generate() would by itself, so that the cache and the model see the same."""
+    settings = [kwargs, vars(kwargs.get("generation_config") or model.generation_config)]
+    pad, eos = (
+        next((given[name] for given in settings if given.get(name) is not None), None)
+        for name in ("pad_token_id", "eos_token_id")
+    )
+    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()
 
 
 def _without_cached(inputs: dict[str, Any], prompt: Tensor, past: int) -> dict[str, Any]:
