@@ -360,6 +360,7 @@ def test_generate_refuses_before_it_runs():
         ({"window_tokens": 2.5}, "window_tokens"),
         ({"block_size": 0}, "block_size"),
         ({"sink_tokens": 4, "window_tokens": 10, "rebase_at": 24}, "rebase_at"),
+        ({"rebase_at": 2**16 + 1}, "rebase_at"),
         ({"dtype": "float8"}, "dtype"),
     ],
 )

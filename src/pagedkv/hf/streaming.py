@@ -28,6 +28,7 @@ from pagedkv.spec import require_int
 __all__ = ["StreamingSession", "blocks_for_streaming"]
 
 DEFAULT_REBASE_AT = 4096
+HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
 SEQ = 0
 
 Slots = tuple[Tensor, Tensor]
@@ -71,7 +72,7 @@ class StreamingSession:
     num_blocks : int, optional
         Size of the pool; by default what streaming ever holds (:func:`blocks_for_streaming`).
     rebase_at : int, optional
-        Rotary positions stay below; at least, and by default 4096 or, ``sink_tokens + 2 * window_tokens + 1``.
+        Rotary positions stay below; ``sink_tokens + 2 * window_tokens + 1`` … 65536, by default 4096 or the least.
     dtype : str or torch.dtype, optional
         Of keys and values; the model's by default.
 
@@ -99,7 +100,7 @@ class StreamingSession:
         least = self._sink + 2 * self._window + 1
         self._rebase_at = max(DEFAULT_REBASE_AT, least)
         if rebase_at is not None:
-            self._rebase_at = require_int("rebase_at", rebase_at, least, 2**24)
+            self._rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         needed = blocks_for_streaming(self._sink, self._window, block_size)
         num_blocks = needed if num_blocks is None else require_int("num_blocks", num_blocks, 0, 2**31 - 2)
