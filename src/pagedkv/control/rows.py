@@ -17,7 +17,7 @@ _SHIFT = np.uint64(32)
 
 @compiled
 def _slot_of(state: State, seq_id: int) -> int:
-    return np.int64((np.uint64(seq_id) * _STEP) >> _SHIFT) & (len(state.seq_table) - 1)
+    return np.int64((np.uint64(np.int64(seq_id)) * _STEP) >> _SHIFT) & (len(state.seq_table) - 1)
 
 
 @compiled
