@@ -218,8 +218,7 @@ def attend_blocks(
         window=attention_mask.window,
         softcap=softcap,
         sinks=s_aux,
-        layout=key.pool.spec.layout,
-    )
+    )  # a PagedCache lays its blocks out as NHD, the default
     if layout.queries is not None:
         out = out.new_zeros(rows * tokens, *out.shape[1:]).index_copy_(0, layout.queries.to(out.device), out)
     return out.view(rows, tokens, heads, -1), None

@@ -84,7 +84,7 @@ def _inferred_mask(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Ten
     )
     if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
         return torch.ones_like(input_ids)
-    return (input_ids != pad).long()
+    return input_ids.ne(pad).long()
 
 
 def _without_cached(inputs: dict[str, Any], prompt: Tensor, past: int) -> dict[str, Any]:
