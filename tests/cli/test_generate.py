@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import msgspec
 import pytest
 import torch
@@ -126,6 +128,27 @@ def test_another_model_folder(tmp_path, tokenizer):
     report = report_of(PROMPT, "--model", tmp_path, "--temperature", 0, "--max-new-tokens", 10, "--device", "cpu")
     assert report.token_ids == [stock(other, tokenizer, PROMPT, max_new_tokens=10, pad_token_id=0)]
     assert report.model == str(tmp_path)
+
+
+def test_a_small_model_runs_on_one_thread_and_leaves_torch_as_it_was(monkeypatch):
+    from pagedkv.cli.threads import threads_for
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    small, large = (SimpleNamespace(num_parameters=lambda count=count: count) for count in (10**6, 10**9))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        with threads_for(large):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(KeyboardInterrupt), threads_for(small):
+            assert torch.get_num_threads() == 1
+            raise KeyboardInterrupt
+        assert torch.get_num_threads() == 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        with threads_for(small):
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 # ---------------------------------------------------------------- without end

@@ -15,6 +15,7 @@ from pagedkv.cli.report import BlockUse, GenerateReport, MemoryUse, print_json, 
 from pagedkv.cli.request import GenerateRequest
 from pagedkv.cli.screen import Screen
 from pagedkv.cli.streamer import TextPieces
+from pagedkv.cli.threads import threads_for
 
 if TYPE_CHECKING:
     from pagedkv.cli.writing import Written
@@ -43,7 +44,8 @@ def run(request: GenerateRequest) -> None:
         _check_memory(request, loaded, len(ids))
         doing = f"searching with {request.beams} beams" if request.beams > 1 else "reading the prompt"
         prefix = prompt if request.echo else ""
-        with Screen(prefix, request.samples, console.status(doing), silent=request.json) as screen:
+        screen = Screen(prefix, request.samples, console.status(doing), silent=request.json)
+        with threads_for(loaded.model), screen:
             write = writing.write_endlessly if request.stream else writing.write
             written = write(request, loaded, ids, screen.show)
             texts = [_text(loaded, row, written.stop_tokens) for row in written.token_ids]
