@@ -128,6 +128,37 @@ def test_an_eos_token_that_pads_is_text_in_a_prompt(model, cache):
     assert cache.manager.match_prefix(ids[0].tolist()) >= 28
 
 
+@pytest.mark.parametrize("untold", [2, 4, 6])
+def test_ids_after_tokens_that_nobody_told_are_not_findable(model, cache, untold):
+    ids = prompt(1, 40)
+    cache.prompt(ids[:, :30])
+    with torch.no_grad():
+        model(ids[:, : 30 + untold], past_key_values=cache)
+        cache.expect(ids[:, 30 + untold :])
+        model(ids[:, 30 + untold :], past_key_values=cache)
+    cache.release()
+    cache.manager.check()
+    assert cache.manager.match_prefix([*ids[0].tolist(), 1]) == 28
+
+
+def test_ids_of_every_forward_in_a_loop_of_ones_own(model, cache):
+    ids = prompt(1, 40)
+    cache.prompt(ids[:, :30])
+    with torch.no_grad():
+        for start, end in ((0, 30), (30, 31), (31, 40)):
+            cache.expect(ids[:, start:end])
+            model(ids[:, start:end], past_key_values=cache)
+    cache.release()
+    assert cache.manager.match_prefix([*ids[0].tolist(), 1]) == 40
+
+
+def test_ids_for_another_number_of_rows_are_refused(model, cache):
+    cache.prompt(prompt(1, 8))
+    cache.expect(prompt(2, 8))
+    with pytest.raises(InvalidOperation, match="token ids: expected 1 rows as the keys have, got 2"), torch.no_grad():
+        model(prompt(1, 8), past_key_values=cache)
+
+
 def test_another_model_is_refused(model, cache):
     ids = prompt(1, 30)
     paged(model, ids, cache)

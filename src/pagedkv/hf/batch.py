@@ -36,7 +36,7 @@ class SequenceBatch:
     def _clear(self) -> None:
         self.seq_ids: Ids = np.empty(0, np.int64)
         self.length = 0
-        self._is_known = np.empty(0, bool)  # rows of which every token so far has a known id
+        self._is_known = np.empty(0, bool)  # rows that may be given ids: no padding
         self._coming: Ids | None = None  # [rows, n]: ids of the next tokens
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class SequenceBatch:
         self._coming = ids
 
     def forget(self) -> None:
-        """Store tokens by count from here on: nothing more of these sequences becomes findable."""
+        """Store tokens by count from here on."""
         self._is_known[:] = False
 
     def grow(self, rows: int, num_tokens: int) -> BatchPlan:
@@ -97,13 +97,10 @@ class SequenceBatch:
     def _append(self, coming: Ids, num_tokens: int) -> BatchPlan:
         known = self._is_known if coming.shape[1] else np.zeros(len(self), bool)
         if not known.any():
-            plan = self._manager.append_batch(self.seq_ids, num_tokens)
-        elif known.all() and coming.shape[1] == num_tokens:
+            return self._manager.append_batch(self.seq_ids, num_tokens)
+        if known.all() and coming.shape[1] == num_tokens:
             return self._manager.append_batch(self.seq_ids, coming)
-        else:
-            plan = self._append_mixed(coming, known, num_tokens)
-        self._is_known = known & (coming.shape[1] == num_tokens)
-        return plan
+        return self._append_mixed(coming, known, num_tokens)
 
     def _append_mixed(self, coming: Ids, known: npt.NDArray[np.bool_], num_tokens: int) -> BatchPlan:
         """Append ids where they are known, a count for the rest."""
