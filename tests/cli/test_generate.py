@@ -223,3 +223,47 @@ def test_the_first_compile_is_announced_in_one_line(monkeypatch):
     monkeypatch.setattr(generate, "load_model", announce)
     result = call("generate", "x")
     assert result.stderr == "pagedkv: compiling its kernels; this happens once\n" and result.exit_code == 130
+
+
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "a␛[2Jb\n"), (False, "a\x1b[2Jb\n")])
+def test_what_a_model_writes_does_not_steer_the_terminal(monkeypatch, is_terminal, shown):
+    import io
+
+    from rich.console import Console
+
+    from pagedkv.cli.screen import Screen
+
+    out = io.StringIO()
+    out.isatty = lambda: is_terminal
+    monkeypatch.setattr("sys.stdout", out)
+    with Screen("", 1, Console(file=io.StringIO()).status("x"), silent=False) as screen:
+        screen.show("a\x1b[2Jb")
+        screen.finish(["a\x1b[2Jb"])
+    assert out.getvalue() == shown
+
+
+def test_a_model_without_attention_is_refused_in_one_line(tmp_path, tokenizer):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, state_size=4, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    result = call("generate", "x", "--model", tmp_path)
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "expected a model with attention layers, got MambaConfig" in result.stderr
+
+
+def test_a_model_of_another_architecture_writes_too_but_cannot_stream(tmp_path, tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1)
+    other = GPT2LMHeadModel(config).eval()
+    other.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    options = ("def f(", "--model", tmp_path, "--max-new-tokens", 8)
+    greedy = report_of(*options, "--temperature", 0)
+    assert greedy.token_ids == [stock(other, tokenizer, "def f(", max_new_tokens=8, pad_token_id=1)]
+    assert report_of(*options, "-n", 2, "--block-size", 2).blocks.shared > 0
+    streamed = call("generate", *options, "--stream", "--window-tokens", 20)
+    assert streamed.exit_code == 2 and "rotary" in streamed.stderr.splitlines()[-1]

@@ -46,12 +46,15 @@ class LoadedModel:
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one token in bytes, as the config has it."""
+        """K and V of one token in bytes, as the config has it; 0 where it does not say."""
         config = self.model.config.get_text_config()
-        query_heads = config.num_attention_heads
-        heads = getattr(config, "num_key_value_heads", None) or query_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-        return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
+        try:
+            query_heads = config.num_attention_heads
+            heads = getattr(config, "num_key_value_heads", None) or query_heads
+            head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+            return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
+        except (AttributeError, TypeError):
+            return 0
 
     @property
     def max_positions(self) -> int | None:

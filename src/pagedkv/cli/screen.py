@@ -78,6 +78,7 @@ class Screen:
 
     def _write(self, text: str) -> None:
         if text:
-            sys.stdout.write(text)
+            # What a model writes must not steer the terminal.
+            sys.stdout.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text)
             sys.stdout.flush()
             self._ends_with_newline = text.endswith("\n")
