@@ -96,13 +96,16 @@ def dense_losses(model: PreTrainedModel, ids: Tensor) -> Losses:
     return np.concatenate(losses)
 
 
-def run(model: PreTrainedModel, ids: Tensor, sinks: int, window: int, every: int) -> tuple[Study, StreamingSession]:
+def run(
+    model: PreTrainedModel, ids: Tensor, sinks: int, window: int, every: int, rebase_at: int | None
+) -> tuple[Study, StreamingSession]:
     full = sinks + window
     study = Study({way: np.full(len(ids) - 1, np.nan) for way in WAYS})
     spent = dict.fromkeys(WAYS, 0.0)
     sessions = {
-        "streaming": StreamingSession(model, sinks, window),
-        "window only": StreamingSession(model, 0, sinks + window),  # as many tokens, so that only their choice differs
+        "streaming": StreamingSession(model, sinks, window, rebase_at=rebase_at),
+        # As many tokens, so that only their choice differs.
+        "window only": StreamingSession(model, 0, sinks + window, rebase_at=rebase_at),
     }
     streams = {way: stream(session, ids, full) for way, session in sessions.items()}
     # Side by side, and in CPU time, so that a busy machine disturbs the ratios little.
@@ -202,6 +205,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=10, help="recompute at every so many positions")
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--window", type=int, default=252)
+    parser.add_argument("--rebase-at", type=int, help="highest rotary position (default: the session's)")
     parser.add_argument("--model", type=Path, default=shipped_model_path(), help="a Hugging Face folder")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--plot", type=Path, help="draw perplexity over position")
@@ -212,7 +216,7 @@ def main() -> None:
     disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     ids = torch.tensor(held_out_ids(AutoTokenizer.from_pretrained(options.model), options.tokens))
-    study, session = run(model, ids, options.sinks, options.window, options.every)
+    study, session = run(model, ids, options.sinks, options.window, options.every, options.rebase_at)
     rows = rows_of(study, session, options.sinks, options.window)
     print("| | | target | met | |\n| --- | ---: | ---: | --- | --- |")
     for each in rows:

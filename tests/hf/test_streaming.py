@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
+import inspect
 import itertools
 import math
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     BloomConfig,
     BloomForCausalLM,
     CohereConfig,
@@ -34,6 +38,7 @@ from transformers import (
 
 from pagedkv import BlockManager, InvalidOperation, OutOfMemory
 from pagedkv.hf.streaming import StreamingSession, blocks_for_streaming
+from pagedkv.models import shipped_model_path
 
 VOCAB = 97
 SINKS, WINDOW = 5, 20
@@ -184,6 +189,15 @@ def test_any_sinks_and_window(sinks, window):
     session.cache.check()
 
 
+def test_the_shipped_model_equals_a_rebuild():
+    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(shipped_model_path())
+    session, oracle = StreamingSession(model, 4, 124), Oracle(model, 4, 124)
+    for token in tokenizer(inspect.getsource(argparse))["input_ids"][:400]:
+        torch.testing.assert_close(session.feed([token]).double(), oracle.step(token), atol=1e-4, rtol=0)
+    assert session._base > 0
+
+
 def test_the_oracle_sees_sinks_that_stay_behind():
     """The comparison above is worth something: sinks left at their text positions give other logits."""
     model = built(llama)
@@ -203,7 +217,7 @@ def test_the_oracle_sees_sinks_that_stay_behind():
 def test_positions_that_start_again_change_nothing(make):
     model, ids = built(make), random_ids(300)
     often = StreamingSession(model, SINKS, WINDOW, rebase_at=SINKS + 2 * WINDOW + 1)
-    never = StreamingSession(model, SINKS, WINDOW)
+    never = StreamingSession(model, SINKS, WINDOW, rebase_at=4096)
     torch.testing.assert_close(often.feed(ids, all_logits=True), never.feed(ids, all_logits=True), atol=2e-4, rtol=0)
     assert never._base == 0 < often._base
 
@@ -440,7 +454,7 @@ def test_frequencies_that_change_with_the_length_are_refused():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = built(lambda: llama(rope_parameters=rope, max_position_embeddings=64))
     with pytest.raises(InvalidOperation, match="model expects rotary"):
-        StreamingSession(model, SINKS, WINDOW)
+        StreamingSession(model, SINKS, WINDOW, rebase_at=4096)
     StreamingSession(model, SINKS, WINDOW, rebase_at=60)
 
 

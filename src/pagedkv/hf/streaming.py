@@ -27,7 +27,7 @@ from pagedkv.spec import require_int
 
 __all__ = ["StreamingSession", "blocks_for_streaming"]
 
-DEFAULT_REBASE_AT = 4096
+HALF_REBASE_AT = 4096  # angles are good to 0.0002 radians there, cosines in bfloat16 to 0.002
 HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
 SEQ = 0
 
@@ -72,7 +72,8 @@ class StreamingSession:
     num_blocks : int, optional
         Size of the pool; by default what streaming ever holds (:func:`blocks_for_streaming`).
     rebase_at : int, optional
-        Rotary positions stay below; ``sink_tokens + 2 * window_tokens + 1`` … 65536, by default 4096 or the least.
+        Rotary positions stay below; from ``sink_tokens + 2 * window_tokens + 1`` to 65536. By default the least for
+        float32, where small positions mean exact angles, else 4096, as each key that is turned back is rounded anew.
     dtype : str or torch.dtype, optional
         Of keys and values; the model's by default.
 
@@ -98,8 +99,10 @@ class StreamingSession:
         self._sink = require_int("sink_tokens", sink_tokens, 0, 2**22)
         self._window = require_int("window_tokens", window_tokens, 1, 2**22)
         least = self._sink + 2 * self._window + 1
-        self._rebase_at = max(DEFAULT_REBASE_AT, least)
-        if rebase_at is not None:
+        dtype = getattr(model, "dtype", None) if dtype is None else dtype
+        if rebase_at is None:
+            self._rebase_at = least if "float32" in str(dtype) else max(HALF_REBASE_AT, least)
+        else:
             self._rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         needed = blocks_for_streaming(self._sink, self._window, block_size)
@@ -114,7 +117,7 @@ class StreamingSession:
             self._model.head_dim,
             num_layers=self._model.num_layers,
             v_head_dim=self._model.v_head_dim,
-            dtype=self._model.dtype if dtype is None else dtype,
+            dtype=dtype,
             device=self._model.device,
             prefix_caching=False,
         )
