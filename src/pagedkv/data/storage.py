@@ -70,6 +70,7 @@ class KvStorage:
         self._pools: list[Pool] = []
         self._layers: list[tuple[LayerSide, LayerSide]] = []
         self._shapes: tuple[LayerSpec, ...] = ()
+        self._spec = self._base
         runs = [spec.layer_specs] if spec.layers is None else [(layer,) for layer in spec.layers]
         for run in runs:
             if run:
@@ -78,7 +79,7 @@ class KvStorage:
     @property
     def spec(self) -> KvCacheSpec:
         """The present shape; it grows with :meth:`add_layer`."""
-        return replace(self._base, num_layers=len(self._shapes), layers=self._shapes)
+        return self._spec
 
     @property
     def num_layers(self) -> int:
@@ -125,6 +126,7 @@ class KvStorage:
         self._pools.append(pool)
         self._layers.extend((keys, values) for keys, values in layers)
         self._shapes += run
+        self._spec = replace(self._base, num_layers=len(self._shapes), layers=self._shapes)
 
     def _layer(self, layer: int) -> tuple[LayerSide, LayerSide]:
         if type(layer) is int and 0 <= layer < len(self._layers):
