@@ -154,6 +154,15 @@ def test_pins_of_two_sequences_on_one_block_are_both_counted():
     manager.allocate(3, 16)
 
 
+def test_pin_of_a_sequence_without_blocks_outlives_it_too():
+    manager = BlockManager(4, 4)
+    manager.allocate(1, 0)
+    manager.pin(1)
+    manager.free(1)
+    manager.unpin(1)
+    refused(manager, SequenceNotFound, lambda: manager.unpin(1))
+
+
 def test_pins_beyond_what_a_block_can_count():
     manager = BlockManager(4, 1)
     committed(manager, 1, [1, 2])

@@ -11,7 +11,7 @@ from tests.stateful.machine import CacheMachine
 
 from pagedkv import BlockManager, PagedKvCache
 
-SHORT = settings(max_examples=40, stateful_step_count=50)
+SHORT = settings(max_examples=60, stateful_step_count=50)
 
 
 class WithTensors(CacheMachine):

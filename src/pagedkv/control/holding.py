@@ -17,7 +17,7 @@ from pagedkv.control.arguments import (
 from pagedkv.control.inspection import Inspection
 from pagedkv.control.layout import copies_in
 from pagedkv.control.room import fits_after_evicting, written_tails
-from pagedkv.control.state import MAX_PINS
+from pagedkv.control.state import MAX_PINS, PINNED
 from pagedkv.control.strategies import MAX_PRIORITY, Priority, checked_scores
 from pagedkv.control.types import BlockView, SeqId
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
@@ -83,7 +83,7 @@ class Holding(Inspection):
     def _free_row(self, row: int) -> None:
         self._score_before_release(row, 0)
         record = self._state.sequences[row]
-        if record.pinned_blocks:
+        if record.marks & PINNED:
             table = self._table(row)[: record.pinned_blocks]
             pinned = table[self._state.blocks["indexed"][table] == 1].tolist()
             if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
