@@ -95,10 +95,13 @@ class Holding(Inspection):
         """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
         ids = lifecycle.release_candidates(self._state, row, first)
         if len(ids):
-            view = BlockView(self._state.blocks[ids], ids)
-            scores = self.eviction_strategy.score_blocks(view, int(self._state.counters[0].tick))
+            record, blocks = self._state.sequences[row], self._state.blocks[ids]
+            np.maximum(blocks["last_access"], record.last_access, out=blocks["last_access"])
+            np.maximum(blocks["priority"], record.priority, out=blocks["priority"])
+            scores = self.eviction_strategy.score_blocks(BlockView(blocks, ids), int(self._state.counters[0].tick))
             checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
             self._state.blocks["score"][ids] = checked
+        lifecycle.hand_over_use(self._state, row, first)
 
     def _checked_priority(self, priority: Any) -> int:
         strategy = self.eviction_strategy

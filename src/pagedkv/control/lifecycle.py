@@ -160,23 +160,29 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
 
 @compiled
 def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int32]:
-    """Return the blocks of a sequence, from table place `first` on, that become cached if it lets go of them.
-
-    What the sequence knows of their use goes over to the blocks: the strategy is about to score them.
-    """
+    """Return the blocks of a sequence, from table place `first` on, that become cached if it lets go of them."""
     state = borrowed(state)
     record = state.sequences[row]
     found = np.empty(record.num_blocks, np.int32)
     count = 0
     for i in range(first, record.num_blocks):
         block = state.blocks[state.tables[row, i]]
+        if block.indexed and block.ref_count == 1:
+            found[count] = state.tables[row, i]
+            count += 1
+    return found[:count]
+
+
+@compiled
+def hand_over_use(state: State, row: int, first: int) -> None:
+    """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    for i in range(first, record.num_blocks):
+        block = state.blocks[state.tables[row, i]]
         if block.indexed:
             block.last_access = max(block.last_access, record.last_access)
             block.priority = max(block.priority, record.priority)
-            if block.ref_count == 1:
-                found[count] = state.tables[row, i]
-                count += 1
-    return found[:count]
 
 
 @compiled

@@ -16,7 +16,7 @@ from pagedkv.control.events import AllBlocksCleared, CacheEvent
 from pagedkv.control.holding import Holding
 from pagedkv.control.pool import unpin_block
 from pagedkv.control.state import PINNED, with_log
-from pagedkv.control.streaming import stream_row
+from pagedkv.control.streaming import blocks_to_stream, stream_row
 from pagedkv.control.types import SeqId, SequenceInfo
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
 
@@ -140,13 +140,14 @@ class Retention(Holding):
                 raise InvalidOperation(
                     f"sink_tokens expects {record.hole_start}, as {SeqId(seq_id)} streams already, got {sink}"
                 )
+            needed = int(blocks_to_stream(self._state, row, sink, window))
+            if needed > self.free_block_count:
+                raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
             self._score_before_release(row, sink // self.block_size)
-            status, a, b, copies = stream_row(self._state, row, sink, window)
-            if status == rows.NO_ROOM:
-                raise OutOfMemory(a, b, "private copies of shared window blocks")
+            dropped, copies = stream_row(self._state, row, sink, window)
             self._copy(copies)
             self._publish()
-            return int(a)
+            return int(dropped)
 
     def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
         """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""

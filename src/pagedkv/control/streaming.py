@@ -16,9 +16,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.pool import available_blocks, drop_block, take_block
+from pagedkv.control.pool import drop_block, take_block
 from pagedkv.control.reclaim import forget
-from pagedkv.control.rows import NO_ROOM, OK, mark_dirty
+from pagedkv.control.rows import mark_dirty
 from pagedkv.control.state import OPAQUE, TRUNCATED, State
 from pagedkv.jit import borrowed, compiled
 
@@ -75,29 +75,36 @@ def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -
 
 
 @compiled
-def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, int, int, npt.NDArray[np.int32]]:
-    """Drop everything between sinks and window.
+def _cuts(state: State, row: int, sink: int, window: int) -> tuple[int, int, int]:
+    """Return where the window begins, and the blocks [cut, keep) of the table that hold only dropped tokens."""
+    record = state.sequences[row]
+    size = state.counters[0].block_size
+    cut = (sink + size - 1) // size
+    resume = record.num_tokens - window + record.hole_len
+    keep = resume // size if window > 0 else record.num_blocks
+    return resume, cut, max(keep, cut)
 
-    Answers (status, a, b, copies): for NO_ROOM a blocks are needed for private copies and b available, for OK a tokens
-    were dropped.
+
+@compiled
+def blocks_to_stream(state: State, row: int, sink: int, window: int) -> int:
+    """Return how many blocks ``stream_row`` takes for private copies of what others share."""
+    state = borrowed(state)
+    _, cut, keep = _cuts(state, row, sink, window)
+    return _count_foreign(state, row, keep) if keep > cut else 0
+
+
+@compiled
+def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
+    """Drop everything between sinks and window; the caller has made sure of the blocks that it takes.
+
+    Returns how many tokens were dropped, at least one, and the copies.
     """
     state = borrowed(state)
     record, table = state.sequences[row], state.tables[row]
     size = state.counters[0].block_size
     dropped = record.num_tokens - sink - window
     copies = np.empty((record.num_blocks, 2), np.int32)
-    if dropped <= 0:
-        return OK, 0, 0, copies[:0]
-    # The window begins at slot `resume`; the blocks [cut, keep) of the table hold only dropped tokens.
-    cut = (sink + size - 1) // size
-    resume = sink + dropped + record.hole_len
-    keep = resume // size if window > 0 else record.num_blocks
-    keep = max(keep, cut)
-    needed = _count_foreign(state, row, keep) if keep > cut else 0
-    available = available_blocks(state)
-    if needed > available:
-        return NO_ROOM, needed, available, copies[:0]
-
+    resume, cut, keep = _cuts(state, row, sink, window)
     count = 0
     if keep > cut:
         count = _detach(state, row, keep, copies)
@@ -117,4 +124,4 @@ def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, int
     record.pinned_blocks = min(record.pinned_blocks, cut)
     record.marks |= OPAQUE | TRUNCATED
     mark_dirty(state, row)
-    return OK, dropped, 0, copies[:count]
+    return dropped, copies[:count]

@@ -17,6 +17,7 @@ MASKED_QUERIES = 512
 """Queries that share a mask: at 32k keys it takes 64 MB in float32."""
 SCORES = 1 << 24
 """Scores that are held at once where torch has no fused attention, 64 MB."""
+SMALLEST_FUSED_SCALE = torch.finfo(torch.float32).tiny
 
 
 def attend_sequence(call: AttentionCall, i: int) -> None:
@@ -30,8 +31,8 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
     keys = _gather(call, call.keys, i, oldest).to(dtype)
     values = _gather(call, call.values, i, oldest).to(dtype)
     queries = call.queries[first:last].to(dtype)
-    # With a scale of 0 or less, torch's own masking gives NaN.
-    fused = call.softcap is None and call.sinks is None and call.scale > 0
+    # With a scale that is not positive in float32, torch's own masking gives NaN.
+    fused = call.softcap is None and call.sinks is None and call.scale >= SMALLEST_FUSED_SCALE
     # Positions from here on are counted from the oldest visible one.
     seq_len -= oldest
     step = _queries_at_once(call, q_len, seq_len, fused)
