@@ -528,3 +528,19 @@ def test_eviction_ranks_only_what_changed():
     for seq_id in range(3000):
         manager.allocate(seq_id, 1)
     assert manager.stats.total_evictions == 2000 and strategy.sequences <= 3000
+
+
+def test_streaming_that_does_not_fit_notes_nothing_in_the_blocks() -> None:
+    cache = BlockManager(5, 2, on_full="raise")
+    cache.allocate(1, list(range(8)))
+    cache.commit(1)
+    cache.fork(1, 2)
+    cache.allocate(3, 2)
+    cache.touch(1)
+    before = cache.snapshot()
+    with pytest.raises(OutOfMemory):
+        cache.apply_streaming_llm(1, 2, 4)
+    after = cache.snapshot()
+    assert after.last_access.tolist() == before.last_access.tolist()
+    assert after.sequences == before.sequences
+    cache.check()

@@ -182,3 +182,14 @@ def test_plain_python_does_the_same():
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_scale_that_vanishes_in_float32_is_a_scale_of_zero() -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(40, 1, 8), torch.randn(10, 4, 1, 8), torch.randn(10, 4, 1, 8)
+    places = {"block_tables": np.arange(10, dtype=np.int32)[None], "seq_lens": [40], "cu_seqlens_q": [0, 40]}
+    places = {name: np.asarray(array, np.int32) for name, array in places.items()}
+    tiny, zero = (paged_attention(queries, keys, values, scale=scale, **places) for scale in (1e-129, 0.0))
+    torch.testing.assert_close(tiny, zero)
+    mean = values.reshape(40, 8).cumsum(0) / torch.arange(1, 41)[:, None]
+    torch.testing.assert_close(tiny[:, 0], mean, rtol=1e-5, atol=1e-6)
