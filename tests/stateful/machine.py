@@ -245,10 +245,11 @@ class CacheMachine(RuleBasedStateMachine):
         for seq_id in keys:
             extend(self.live[seq_id], self.values, counts[seq_id], batch[seq_id] if known else None)
         self.check_plan(plan, keys, [counts[s] for s in keys])
+        self.obey(plan)  # copies are handed out once, also with a plan that is not used
         if then in ("write", "commit"):
             self.write_all(plan, commit=then == "commit")
         elif then == "hold":
-            self.hold(self.obey(plan), keys)
+            self.hold(plan, keys)
 
     def hold(self, plan, keys):
         self.plans.append((plan, {s: (self.live[s], self.live[s].version) for s in keys}))

@@ -35,8 +35,8 @@ class BatchPlan:
     num_dropped : int64 [n]
         Tokens that streaming gave up; ``positions + num_dropped`` are the positions in the original text.
     copies : int32 [k, 2]
-        Blocks (source, destination) to be copied before anything is written: read all sources, then write. A
-        ``PagedKvCache`` has already done it.
+        Blocks (source, destination) to be copied before anything is written: read all sources, then write. They are
+        handed out once: copy even if the plan is then not used. A ``PagedKvCache`` has already done it.
     tick : int
         When the plan was made.
     """
