@@ -86,5 +86,5 @@ def test_every_public_call_in_any_order(machine):
 @pytest.mark.parametrize("machine", [WithTensors, BooksAlone])
 def test_100_000_steps(machine):
     machine.steps = 0
-    run_state_machine_as_test(machine, settings=settings(max_examples=2_200, stateful_step_count=50))
+    run_state_machine_as_test(machine, settings=settings(max_examples=3_000, stateful_step_count=50))
     assert machine.steps >= 100_000
