@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.layout import NO_NARROW, NO_WIDE, lay_out
-from pagedkv.control.pool import available_blocks, drop_block, share_block, take_block
+from pagedkv.control.pool import available_blocks, drop_block, replace_by_copy, share_block, take_block
 from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.reclaim import forget
 from pagedkv.control.rows import NEEDS_WIDTH, NO_ROOM, OK, STALE, resolve_rows, touch_row
@@ -62,22 +62,14 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
 
 
 @compiled
-def _own_tail(state: State, row: int, used: int, copies: npt.NDArray[np.int32], num_copies: int) -> int:
-    """Make the tail block of `row`, of which it uses `used` slots, writable; returns the new number of copies."""
-    size = state.counters[0].block_size
+def _own_tail(state: State, row: int, copies: npt.NDArray[np.int32], num_copies: int) -> int:
+    """Make the tail block of `row` writable; returns the new number of copies."""
     place = state.sequences[row].num_blocks - 1
     tail = state.tables[row, place]
     if _must_copy(state, tail):
-        block = take_block(state)
-        for j in range(used):
-            state.contents[block * size + j] = state.contents[tail * size + j]
-        state.tables[row, place] = block
-        copies[num_copies, 0] = tail
-        copies[num_copies, 1] = block
-        num_copies += 1
-        state.counters[0].copied += 1
-        drop_block(state, tail)
-    elif state.blocks[tail].indexed:
+        replace_by_copy(state, row, place, copies, num_copies)
+        return num_copies + 1
+    if state.blocks[tail].indexed:
         forget(state, tail)
     return num_copies
 
@@ -106,7 +98,7 @@ def _extend(
         base = record.num_blocks * size
         if slot < base:
             base -= size
-            k = _own_tail(state, row, slot - base, copies, k)
+            k = _own_tail(state, row, copies, k)
             _fill(state, table[record.num_blocks - 1], slot - base, min(end - base, size), ids, first, known)
             base += size
         while base < end:

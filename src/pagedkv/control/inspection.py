@@ -13,7 +13,7 @@ from pagedkv.control.arguments import sequence_key, sequence_number, whole_numbe
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot
 from pagedkv.control.feed import EventFeed
-from pagedkv.control.namespaces import Namespaces, checked_salt
+from pagedkv.control.namespaces import Namespaces
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.state import LIVE, PINNED, new_state, with_roots, with_wider_tables
 from pagedkv.control.strategies import EvictionStrategy, as_strategy
@@ -240,7 +240,7 @@ class Inspection:
         )
 
     def _enter_namespace(self, cache_salt: str) -> int:
-        number = self._namespaces.enter(checked_salt(cache_salt), self._state)
+        number = self._namespaces.enter(cache_salt, self._state)
         if number >= len(self._state.roots):
             self._state = with_roots(self._state, number + 1)
         return number

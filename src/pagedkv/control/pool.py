@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
@@ -87,6 +90,23 @@ def drop_block(state: State, block: int) -> None:
         record.num_tokens = 0
         state.free_stack[counters.free_top] = block
         counters.free_top += 1
+
+
+@compiled
+def replace_by_copy(state: State, row: int, place: int, copies: npt.NDArray[np.int32], num_copies: int) -> None:
+    """Copy-on-write: give `row` a block of its own at table `place`, and note the copy of K and V to be made."""
+    size = state.counters[0].block_size
+    block = state.tables[row, place]
+    own = take_block(state)
+    for j in range(size):
+        state.contents[own * size + j] = state.contents[block * size + j]
+    state.blocks[own].num_tokens = state.blocks[block].num_tokens
+    state.blocks[own].priority = state.sequences[row].priority
+    state.tables[row, place] = own
+    copies[num_copies, 0] = block
+    copies[num_copies, 1] = own
+    state.counters[0].copied += 1
+    drop_block(state, block)
 
 
 @compiled

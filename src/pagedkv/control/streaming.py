@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.pool import drop_block, take_block
+from pagedkv.control.pool import drop_block, replace_by_copy
 from pagedkv.control.reclaim import forget
 from pagedkv.control.rows import mark_dirty
 from pagedkv.control.state import OPAQUE, TRUNCATED, State
@@ -53,22 +53,12 @@ def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -
     Whoever holds a node of the trie must hold its ancestors, and this sequence is about to let go of some.
     """
     record, table = state.sequences[row], state.tables[row]
-    size = state.counters[0].block_size
     count = 0
     for place in range(record.num_blocks - 1, first - 1, -1):
         block = table[place]
         if not _is_own(state, block, 0):
-            own = take_block(state)
-            for j in range(size):
-                state.contents[own * size + j] = state.contents[block * size + j]
-            state.blocks[own].num_tokens = state.blocks[block].num_tokens
-            state.blocks[own].priority = record.priority
-            table[place] = own
-            copies[count, 0] = block
-            copies[count, 1] = own
+            replace_by_copy(state, row, place, copies, count)
             count += 1
-            state.counters[0].copied += 1
-            drop_block(state, block)
         elif state.blocks[block].indexed:
             forget(state, block)
     return count
