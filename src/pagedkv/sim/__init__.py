@@ -1,0 +1,1 @@
+"""Replay real traffic through the control plane that serves models, and say how much cache it needs."""

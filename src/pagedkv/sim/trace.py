@@ -1,0 +1,131 @@
+"""A trace in memory: requests in the order of their arrival, as arrays.
+
+Request i owns ``ids[offsets[i] : offsets[i + 1]]``, one content id a block, the partly filled last block included where
+the format names it. Content ids are dense (0, 1, 2, … in the order of first appearance) and chained: equal ids stand
+for equal blocks *behind equal prefixes*, so every id has one parent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NO_PARENT", "NO_SESSION", "Trace"]
+
+NO_PARENT = -1
+NO_SESSION = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """The requests of a trace; the arrays may lie in memory or be mapped from files (`load`).
+
+    Attributes
+    ----------
+    name, format : str
+        Where it comes from, and which reader understood it.
+    block_tokens : int
+        Tokens per block.
+    times : float64 [num_requests]
+        Seconds since the first request, ascending.
+    input_tokens, output_tokens : int64 [num_requests]
+    sessions : int64 [num_requests]
+        Dense number of the session (chat, agent) that a request belongs to, or −1.
+    offsets : int64 [num_requests + 1]
+    ids : int32 [num_accesses]
+    parents : int32 [num_distinct]
+        Of every content id the id of the block before it, or −1.
+    has_content : bool
+        False for formats that carry lengths only: `ids` is empty then, and nothing can be said about hits.
+    num_skipped, num_reordered : int
+        Bad lines that were skipped, and requests whose timestamps went backwards, when the trace was read.
+    """
+
+    name: str
+    format: str
+    block_tokens: int
+    times: npt.NDArray[np.float64]
+    input_tokens: npt.NDArray[np.int64]
+    output_tokens: npt.NDArray[np.int64]
+    sessions: npt.NDArray[np.int64]
+    offsets: npt.NDArray[np.int64]
+    ids: npt.NDArray[np.int32]
+    parents: npt.NDArray[np.int32]
+    has_content: bool = True
+    num_skipped: int = 0
+    num_reordered: int = 0
+
+    @property
+    def num_requests(self) -> int:
+        """Requests in the trace."""
+        return len(self.times)
+
+    @property
+    def num_accesses(self) -> int:
+        """Blocks that all requests together touch."""
+        return len(self.ids)
+
+    @property
+    def num_distinct(self) -> int:
+        """Different blocks: what a cache without a limit would hold in the end."""
+        return len(self.parents)
+
+    @property
+    def num_tokens(self) -> int:
+        """Input tokens of all requests together."""
+        return int(self.input_tokens.sum())
+
+    def hit_tokens(self, hits: npt.NDArray[Any]) -> int:
+        """Return how many input tokens were found, when request i found its first ``hits[i]`` blocks."""
+        return int(np.minimum(hits.astype(np.int64) * self.block_tokens, self.input_tokens).sum())
+
+    def slice(self, first: int, last: int) -> Trace:
+        """Return the requests ``[first, last)`` with their content ids made dense again."""
+        start, stop = int(self.offsets[first]), int(self.offsets[last])
+        seen, first_place, inverse = np.unique(self.ids[start:stop], return_index=True, return_inverse=True)
+        rank = np.empty(len(seen), np.int32)
+        rank[np.argsort(first_place, kind="stable")] = np.arange(len(seen), dtype=np.int32)
+        old_parents = self.parents[seen]
+        places = np.searchsorted(seen, old_parents)
+        parents = np.full(len(seen), NO_PARENT, np.int32)
+        has_parent = old_parents != NO_PARENT
+        parents[rank[has_parent]] = rank[places[has_parent]]
+        return Trace(
+            name=f"{self.name}[{first}:{last}]",
+            format=self.format,
+            block_tokens=self.block_tokens,
+            times=self.times[first:last] - (self.times[first] if last > first else 0.0),
+            input_tokens=self.input_tokens[first:last],
+            output_tokens=self.output_tokens[first:last],
+            sessions=self.sessions[first:last],
+            offsets=self.offsets[first : last + 1] - start,
+            ids=rank[inverse.ravel()],
+            parents=parents,
+            has_content=self.has_content,
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write every array to `folder` as one ``.npy`` file, for `load`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        scalars = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.ndarray):
+                np.save(folder / f"{field.name}.npy", value)
+            else:
+                scalars[field.name] = value
+        (folder / "trace.json").write_bytes(msgspec.json.encode(scalars))
+
+    @classmethod
+    def load(cls, folder: Path) -> Trace:
+        """Map a saved trace: nothing is read before it is used, and processes share the memory."""
+        values: dict[str, Any] = msgspec.json.decode((folder / "trace.json").read_bytes())
+        for field in fields(cls):
+            if field.name not in values:
+                values[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="r")
+        return cls(**values)
