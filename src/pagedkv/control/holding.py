@@ -17,6 +17,7 @@ from pagedkv.control.arguments import (
 from pagedkv.control.inspection import Inspection
 from pagedkv.control.layout import copies_in
 from pagedkv.control.room import fits_after_evicting, written_tails
+from pagedkv.control.rules import CUSTOM
 from pagedkv.control.state import MAX_PINS, PINNED
 from pagedkv.control.strategies import MAX_PRIORITY, Priority, checked_scores
 from pagedkv.control.types import BlockView, SeqId
@@ -93,15 +94,20 @@ class Holding(Inspection):
 
     def _score_before_release(self, row: int, first: int) -> None:
         """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
-        ids = lifecycle.release_candidates(self._state, row, first)
+        if self._state.counters[0].rule == CUSTOM:
+            ids = lifecycle.release_candidates(self._state, row, first)
+            record, blocks = self._state.sequences[row], self._state.blocks
+            blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
+            blocks["priority"][ids] = np.maximum(blocks["priority"][ids], record.priority)
+            self._score_blocks(ids)
+        lifecycle.hand_over_use(self._state, row, first)
+
+    def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
         if len(ids):
-            record, blocks = self._state.sequences[row], self._state.blocks[ids]
-            np.maximum(blocks["last_access"], record.last_access, out=blocks["last_access"])
-            np.maximum(blocks["priority"], record.priority, out=blocks["priority"])
-            scores = self.eviction_strategy.score_blocks(BlockView(blocks, ids), int(self._state.counters[0].tick))
+            view = BlockView(self._state.blocks[ids], ids)
+            scores = self.eviction_strategy.score_blocks(view, int(self._state.counters[0].tick))
             checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
             self._state.blocks["score"][ids] = checked
-        lifecycle.hand_over_use(self._state, row, first)
 
     def _checked_priority(self, priority: Any) -> int:
         strategy = self.eviction_strategy

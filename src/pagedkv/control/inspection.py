@@ -16,7 +16,7 @@ from pagedkv.control.feed import EventFeed
 from pagedkv.control.namespaces import Namespaces
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.state import LIVE, PINNED, new_state, with_roots, with_wider_tables
-from pagedkv.control.strategies import EvictionStrategy, as_strategy
+from pagedkv.control.strategies import EvictionStrategy, as_strategy, rule_of
 from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
 from pagedkv.control.victims import VictimOrder
 from pagedkv.errors import BlockNotFound, InvalidOperation, SequenceNotFound
@@ -36,6 +36,7 @@ class Inspection:
         self._strategy = as_strategy(strategy)
         self._eviction_threshold = eviction_threshold
         self._state = new_state(num_blocks, block_size, prefix_caching)
+        self._state.counters[0].rule = rule_of(self._strategy)
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()
         self._feed = EventFeed(self._namespaces)

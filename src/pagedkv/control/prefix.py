@@ -75,14 +75,14 @@ def best_partial_child(
 def match_full_blocks(
     state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
 ) -> tuple[int, int]:
-    """Walk down the trie along `ids`, always leaving the last token to compute.
+    """Walk down the trie along `ids`, leaving the last token to compute (unless `whole_hits` are counted).
 
     Writes the blocks found to `out`; returns how many, and the trie node where the walk ended.
     """
     size = state.counters[0].block_size
     parent = -1 - namespace
     found = 0
-    while (found + 1) * size < len(ids):
+    while (found + 1) * size < len(ids) + state.counters[0].whole_hits:
         child = find_child(state, parent, ids, found * size)
         if child < 0:
             break

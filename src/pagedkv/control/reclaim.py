@@ -7,6 +7,7 @@ is kept. The order is total: by score, then by block id. All operations are O(lo
 from __future__ import annotations
 
 from pagedkv.control.prefix import unlink_leaf
+from pagedkv.control.rules import CUSTOM, score_by_rule
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 
@@ -59,6 +60,8 @@ def offer(state: State, block: int) -> None:
     if record.indexed and record.ref_count == 0 and record.pins == 0 and record.num_children == 0:
         if record.heap_pos == 0:
             counters = state.counters[0]
+            if counters.rule != CUSTOM:
+                record.score = score_by_rule(state, block)
             counters.heap_size += 1
             _rise(state, block, counters.heap_size - 1)
 

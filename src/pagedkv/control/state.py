@@ -89,7 +89,7 @@ COUNTERS = np.dtype(
         [
             (name, "i8")
             for name in (
-                "num_blocks block_size prefix_caching seed tick stamp "
+                "num_blocks block_size prefix_caching whole_hits rule seed tick stamp "
                 "fresh free_top used cached pinned heap_size "
                 "num_sequences rows_used free_row num_dirty logging log_len "
                 "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"

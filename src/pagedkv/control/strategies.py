@@ -21,6 +21,7 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.rules import AGE, CUSTOM, DEPTH, FREQUENCY, PRIORITY, RECENCY, RECENCY_BITS
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
@@ -38,9 +39,7 @@ __all__ = [
 
 Scores = npt.NDArray[np.int64]
 
-# Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
-_RECENCY_BITS = 40
-MAX_PRIORITY = 2 ** (63 - _RECENCY_BITS) - 1
+MAX_PRIORITY = 2 ** (63 - RECENCY_BITS) - 1
 
 
 @runtime_checkable
@@ -63,7 +62,7 @@ class EvictionStrategy(Protocol):
 
 
 def _then_recency(rank: npt.NDArray[Any], last_access: npt.NDArray[Any]) -> Scores:
-    scores: Scores = (rank.astype(np.int64) << _RECENCY_BITS) + last_access
+    scores: Scores = (rank.astype(np.int64) << RECENCY_BITS) + last_access
     return scores
 
 
@@ -291,6 +290,21 @@ def as_strategy(strategy: object) -> EvictionStrategy:
             f"strategy expects a name or an object with score_sequences and score_blocks, got {strategy!r}"
         )
     return strategy
+
+
+_RULES: dict[type, int] = {
+    LRU: RECENCY,
+    StreamingLLM: RECENCY,
+    LFU: FREQUENCY,
+    LongestFirst: DEPTH,
+    Priority: PRIORITY,
+    FIFO: AGE,
+}
+
+
+def rule_of(strategy: EvictionStrategy) -> int:
+    """Return the compiled rule that scores blocks as `strategy` does; CUSTOM for a user's own, subclasses included."""
+    return _RULES.get(type(strategy), CUSTOM)
 
 
 def checked_scores(strategy: EvictionStrategy, method: str, scores: object, count: int) -> Scores:
