@@ -8,6 +8,8 @@
     ├── BlockNotFound        (KeyError)      block_id
     ├── InvalidOperation     (ValueError)    reason
     ├── MissingExtra         (ImportError)   extra
+    ├── ReplayFailed         (RuntimeError)  strategy, blocks, reason
+    ├── ModelConfigError     (ValueError)    source, field, reason
     └── CorruptedState       (AssertionError)
 
 Every error leaves the cache as it was before the call.
@@ -20,8 +22,10 @@ __all__ = [
     "CorruptedState",
     "InvalidOperation",
     "MissingExtra",
+    "ModelConfigError",
     "OutOfMemory",
     "PagedKvError",
+    "ReplayFailed",
     "SequenceNotFound",
 ]
 
@@ -120,6 +124,51 @@ class MissingExtra(PagedKvError, ImportError):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.module, self.extra)
+
+
+class ModelConfigError(PagedKvError, ValueError):
+    """A model's config cannot be read, or a field of it is missing or makes no sense.
+
+    Attributes
+    ----------
+    source : str
+        Where the config comes from: a path, the name of a preset, or ``inline JSON``.
+    field : str
+        The field at fault; empty where the whole config is.
+    reason : str
+        What was expected and what was found.
+    """
+
+    def __init__(self, source: str, field: str, reason: str) -> None:
+        super().__init__(f"model config {source}: {field + ': ' if field else ''}{reason}")
+        self.source = source
+        self.field = field
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.source, self.field, self.reason)
+
+
+class ReplayFailed(PagedKvError, RuntimeError):
+    """One replay of a sweep failed.
+
+    Attributes
+    ----------
+    strategy : str
+        As it was asked for.
+    blocks : int
+        Capacity.
+    reason : str
+    """
+
+    def __init__(self, strategy: str, blocks: int, reason: str) -> None:
+        super().__init__(f"The replay of {strategy} with {blocks} blocks failed: {reason}")
+        self.strategy = strategy
+        self.blocks = blocks
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
+        return type(self), (self.strategy, self.blocks, self.reason)
 
 
 class CorruptedState(PagedKvError, AssertionError):
