@@ -123,9 +123,13 @@ class Trace:
 
     @classmethod
     def load(cls, folder: Path) -> Trace:
-        """Map a saved trace: nothing is read before it is used, and processes share the memory."""
+        """Map a saved trace: nothing is read before it is used, and processes share the memory.
+
+        What is written to the arrays stays with this process; they are writable because compiled code would be
+        compiled a second time for read-only ones.
+        """
         values: dict[str, Any] = msgspec.json.decode((folder / "trace.json").read_bytes())
         for field in fields(cls):
             if field.name not in values:
-                values[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="r")
+                values[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="c")
         return cls(**values)
