@@ -8,6 +8,7 @@
     ├── BlockNotFound        (KeyError)      block_id
     ├── InvalidOperation     (ValueError)    reason
     ├── MissingExtra         (ImportError)   extra
+    ├── TraceError           (ValueError)    file, line, reason
     ├── ReplayFailed         (RuntimeError)  strategy, blocks, reason
     ├── ModelConfigError     (ValueError)    source, field, reason
     └── CorruptedState       (AssertionError)
@@ -27,6 +28,7 @@ __all__ = [
     "PagedKvError",
     "ReplayFailed",
     "SequenceNotFound",
+    "TraceError",
 ]
 
 
@@ -169,6 +171,32 @@ class ReplayFailed(PagedKvError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
         return type(self), (self.strategy, self.blocks, self.reason)
+
+
+class TraceError(PagedKvError, ValueError):
+    """A trace cannot be read.
+
+    Attributes
+    ----------
+    file : str
+    line : int or None
+        Line of the file, counted from 1; None where the whole file is meant. In binary files and in files that hold
+        one JSON document `place` says what is counted.
+    reason : str
+    place : str
+        What `line` counts: ``"line"``, ``"batch"`` or ``"request"``.
+    """
+
+    def __init__(self, file: str, line: int | None, reason: str, place: str = "line") -> None:
+        where = file if line is None else f"{file}, {place} {line}"
+        super().__init__(f"{where}: {reason}")
+        self.file = file
+        self.line = line
+        self.reason = reason
+        self.place = place
+
+    def __reduce__(self) -> tuple[type, tuple[str, int | None, str, str]]:
+        return type(self), (self.file, self.line, self.reason, self.place)
 
 
 class CorruptedState(PagedKvError, AssertionError):
