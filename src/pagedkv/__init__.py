@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         OutOfMemory,
         PagedKvError,
         SequenceNotFound,
+        TraceError,
     )
     from pagedkv.spec import KvCacheSpec, LayerSpec
 
@@ -71,6 +72,7 @@ __all__ = [
     "SequenceInfo",
     "SequenceNotFound",
     "StreamingLLM",
+    "TraceError",
     "paged_attention",
     "parse_strategy",
     "register_strategy",
@@ -103,6 +105,7 @@ _HOMES = {
         "OutOfMemory",
         "PagedKvError",
         "SequenceNotFound",
+        "TraceError",
     ),
     "pagedkv.spec": ("KvCacheSpec", "LayerSpec"),
 }
