@@ -1,0 +1,268 @@
+"""What a plan says: everything that the screen, the JSON and the HTML report show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.sim.model_shape import ModelShape
+from pagedkv.sim.result import ReplayResult
+
+__all__ = ["Hardware", "Level", "Line", "Load", "Memory", "Plan", "Size", "Verdict"]
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """How fast one serving replica computes; the default is of the order of one H100 in bfloat16.
+
+    Attributes
+    ----------
+    tflops : float
+        Peak rate in 10¹² FLOP/s.
+    mfu : float
+        Share of the peak that prefill reaches, in (0, 1].
+    decode_tokens_per_second : float
+        Of one running request.
+    """
+
+    tflops: float = 400.0
+    mfu: float = 0.5
+    decode_tokens_per_second: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name, high in (("tflops", 1e12), ("mfu", 1.0), ("decode_tokens_per_second", 1e9)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
+                raise InvalidOperation(f"{name}: expected a number above 0 and at most {high:g}, got {value!r}")
+
+    @property
+    def flops_per_second(self) -> float:
+        """FLOP/s that prefill reaches."""
+        return self.tflops * 1e12 * self.mfu
+
+
+@dataclass(frozen=True)
+class Size:
+    """What one strategy does with one capacity.
+
+    Attributes
+    ----------
+    strategy : str
+    blocks, bytes : int
+        Capacity; the bytes count the windows of running requests too (`Load.window_bytes`).
+    hit_ratio, token_hit_ratio : float
+    share : float
+        Of the attainable hit ratio, 0 … 1.
+    flops_saved, seconds_saved : float
+        Prefill that need not be done, over the whole trace.
+    """
+
+    strategy: str
+    blocks: int
+    bytes: int
+    hit_ratio: float
+    token_hit_ratio: float
+    share: float
+    flops_saved: float
+    seconds_saved: float
+
+    @property
+    def gib(self) -> float:
+        """Capacity in 2³⁰ bytes."""
+        return self.bytes / _GIB
+
+
+@dataclass(frozen=True)
+class Level:
+    """The smallest capacity that reaches a share of the attainable hit ratio.
+
+    Attributes
+    ----------
+    share : float
+        What is wanted, 0.9 for 90% of what a cache without a limit finds.
+    lru, best, optimum : Size
+        Under LRU (exact), under the strategy that needs least, and as no strategy can beat it. The last two are within
+        1% of the smallest capacity; what they reach there was replayed.
+    """
+
+    share: float
+    lru: Size
+    best: Size
+    optimum: Size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a given memory size gives.
+
+    Attributes
+    ----------
+    bytes, blocks : int
+        The memory, and the blocks that fit.
+    lru, best, optimum : Size
+    all : tuple of Size
+        Every strategy, the best first.
+    """
+
+    bytes: int
+    blocks: int
+    lru: Size
+    best: Size
+    optimum: Size
+    all: tuple[Size, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """A curve: hit ratios by capacity, ascending.
+
+    Attributes
+    ----------
+    name : str
+        ``"lru"`` (exact, thinned to at most 400 points), ``"optimal"``, or a strategy's name (points that were replayed).
+    blocks, bytes : int64 [n]
+    hit_ratio, token_hit_ratio : float64 [n]
+    """
+
+    name: str
+    blocks: npt.NDArray[np.int64]
+    bytes: npt.NDArray[np.int64]
+    hit_ratio: npt.NDArray[np.float64]
+    token_hit_ratio: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs at the same time, from the arrival times and an estimate of the service times.
+
+    A request is taken to run from its arrival for its whole prefill at the stated rate, as if it were alone and nothing
+    were cached, and then for its output tokens at the decode rate.
+
+    Attributes
+    ----------
+    mean_requests, peak_requests : float, int
+    mean_blocks, peak_blocks : float, int
+        Blocks that running requests hold, outputs included.
+    shared : bool
+        True where a block that several running requests hold is counted once; False for traces too large for that.
+    prefill_load, prefill_load_saved : float
+        Prefill time over the span of the trace, without a cache (above 1 one replica cannot keep up), and the part of it
+        that the best strategy saves at the target.
+    window_bytes : int
+        Windowed layers of the requests that run at the peak.
+    """
+
+    mean_requests: float
+    peak_requests: int
+    mean_blocks: float
+    peak_blocks: int
+    shared: bool
+    prefill_load: float
+    prefill_load_saved: float
+    window_bytes: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What holds the hit ratio back.
+
+    Attributes
+    ----------
+    kind : str
+        ``"nothing"`` (to reuse), ``"capacity"``, ``"strategy"``, or ``"enough"`` (nothing holds it back at this size).
+    text : str
+        Two or three sentences for people.
+    blocks, bytes : int
+        The size that is judged: the given memory, else the smallest at which the optimum reaches the target.
+    lost_to_capacity, lost_to_strategy : float
+        Shares of the attainable hit ratio: what even the optimum misses there, and what LRU misses beyond that.
+    regained : float
+        The part of `lost_to_strategy` that the best strategy gets back, 0 … 1.
+    """
+
+    kind: str
+    text: str
+    blocks: int
+    bytes: int
+    lost_to_capacity: float
+    lost_to_strategy: float
+    regained: float
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The answer to "how much KV cache does this traffic need?".
+
+    Attributes
+    ----------
+    trace_name, trace_format : str
+    requests, accesses, distinct_blocks, tokens : int
+        Of the trace; tokens are input tokens.
+    span_seconds : float
+        From the first arrival to the last.
+    block_tokens, bytes_per_block : int
+        Tokens of a block of the trace, and its bytes in the layers that keep every token.
+    model : ModelShape
+    hardware : Hardware
+    target : float
+        Share of the attainable hit ratio that is wanted.
+    attainable, attainable_tokens : float
+        Hit ratios of a cache without a limit.
+    attainable_blocks : int
+        The smallest LRU capacity that finds all of it.
+    prefill_flops, prefill_seconds : float
+        Of the whole trace without a cache.
+    levels : tuple of Level
+        For 50, 80, 90, 95 and 99% and the target, ascending; empty where nothing is attainable.
+    at_target : Level or None
+        The one of `levels` that was asked for.
+    knee : Size or None
+        Where the LRU curve over the logarithm of the capacity bends most.
+    memory : Memory or None
+        What the given memory size gives.
+    lines : tuple of Line
+        LRU first, the optimum second, then the strategies.
+    load : Load
+    verdict : Verdict
+    strategies : tuple of str
+        That were compared.
+    notes : tuple of str
+        Assumptions that a reader has to know.
+    lru_run, best_run : ReplayResult or None
+        LRU and the best strategy at the best strategy's target capacity (the given memory, where there is one), with
+        `hits` of every request.
+    """
+
+    trace_name: str
+    trace_format: str
+    requests: int
+    accesses: int
+    distinct_blocks: int
+    tokens: int
+    span_seconds: float
+    block_tokens: int
+    bytes_per_block: int
+    model: ModelShape
+    hardware: Hardware
+    target: float
+    attainable: float
+    attainable_tokens: float
+    attainable_blocks: int
+    prefill_flops: float
+    prefill_seconds: float
+    levels: tuple[Level, ...]
+    at_target: Level | None
+    knee: Size | None
+    memory: Memory | None
+    lines: tuple[Line, ...]
+    load: Load
+    verdict: Verdict
+    strategies: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    lru_run: ReplayResult | None = field(default=None, repr=False)
+    best_run: ReplayResult | None = field(default=None, repr=False)
