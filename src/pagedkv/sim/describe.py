@@ -1,0 +1,238 @@
+"""What a trace is like: lengths, reuse, working sets. Every figure is exact."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.sim.reuse import Passage, heavy_chains, walk_through
+from pagedkv.sim.trace import NO_SESSION, Trace
+
+__all__ = ["ContentFigures", "Description", "Figures", "HotPrefix", "WorkingSet", "describe"]
+
+WINDOWS = (60.0, 300.0, 600.0)
+NUM_HOTTEST = 5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A distribution. Percentiles are nearest-rank, so each of them occurs; all figures of no values are 0.
+
+    Attributes
+    ----------
+    count : int
+    mean, p50, p90, p99, maximum : float
+    """
+
+    count: int
+    mean: float
+    p50: float
+    p90: float
+    p99: float
+    maximum: float
+
+
+@dataclass(frozen=True)
+class WorkingSet:
+    """Distinct blocks touched within a window; windows tumble and the first begins with the first request.
+
+    Attributes
+    ----------
+    seconds : float
+        Length of the window.
+    windows : int
+        Windows that the trace fills wholly, at least 1; `mean` is over these.
+    mean : float
+    maximum : int
+        The most in any window, the last and partly filled one included.
+    """
+
+    seconds: float
+    windows: int
+    mean: float
+    maximum: int
+
+
+@dataclass(frozen=True)
+class HotPrefix:
+    """A prefix that many requests begin with. It ends where no more than half of them share one more block.
+
+    Attributes
+    ----------
+    block : int
+        Content id of its last block.
+    blocks, tokens : int
+        Its length.
+    requests : int
+        How many requests begin with the whole of it.
+    """
+
+    block: int
+    blocks: int
+    tokens: int
+    requests: int
+
+
+@dataclass(frozen=True)
+class ContentFigures:
+    """What the content ids of a trace tell; lengths alone do not.
+
+    Attributes
+    ----------
+    accesses, distinct_blocks : int
+        Blocks touched, and different ones among them.
+    hit_blocks, hit_tokens : int
+        What a cache without a limit finds: the blocks of each request's longest prefix seen before.
+    hit_ratio, token_hit_ratio : float
+        Over `accesses`, and over all input tokens; 0.0 where there are none.
+    used_once : float
+        Share of the distinct blocks that are never used again.
+    gap_seconds, gap_accesses : Figures
+        From each use of a block to its next, in seconds and in blocks accessed (1 is the very next access).
+    working_sets : tuple of WorkingSet
+    depth_accesses, depth_hits : tuple of int
+        Accesses and hits of the first block of a request, the second, and so on.
+    hottest : tuple of HotPrefix
+        The most used first; only prefixes with more than one request.
+    """
+
+    accesses: int
+    distinct_blocks: int
+    hit_blocks: int
+    hit_tokens: int
+    hit_ratio: float
+    token_hit_ratio: float
+    used_once: float
+    gap_seconds: Figures
+    gap_accesses: Figures
+    working_sets: tuple[WorkingSet, ...]
+    depth_accesses: tuple[int, ...]
+    depth_hits: tuple[int, ...]
+    hottest: tuple[HotPrefix, ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found.
+
+    Attributes
+    ----------
+    name, format : str
+    block_tokens : int
+    requests : int
+    sessions : int or None
+        None where the format names none.
+    span_seconds : float
+        From the first to the last request.
+    input_tokens, output_tokens : Figures
+        Per request.
+    total_input_tokens, total_output_tokens : int
+    num_skipped, num_reordered : int
+        Bad lines left out, and requests whose timestamps went backwards.
+    content : ContentFigures or None
+        None for a trace of lengths only: hits need content.
+    """
+
+    name: str
+    format: str
+    block_tokens: int
+    requests: int
+    sessions: int | None
+    span_seconds: float
+    input_tokens: Figures
+    output_tokens: Figures
+    total_input_tokens: int
+    total_output_tokens: int
+    num_skipped: int
+    num_reordered: int
+    content: ContentFigures | None
+
+
+def describe(trace: Trace) -> Description:
+    """Say what a trace is like, exactly, in one pass and O(num_accesses) memory.
+
+    Raises
+    ------
+    InvalidOperation
+        When the trace has no request.
+    """
+    if not trace.num_requests:
+        raise InvalidOperation(f"trace expects at least 1 request, {trace.name} has none")
+    known = trace.sessions[trace.sessions != NO_SESSION]
+    return Description(
+        name=trace.name,
+        format=trace.format,
+        block_tokens=trace.block_tokens,
+        requests=trace.num_requests,
+        sessions=len(np.unique(known)) if len(known) else None,
+        span_seconds=float(trace.times[-1]),
+        input_tokens=_figures(trace.input_tokens.copy()),
+        output_tokens=_figures(trace.output_tokens.copy()),
+        total_input_tokens=trace.num_tokens,
+        total_output_tokens=int(trace.output_tokens.sum()),
+        num_skipped=trace.num_skipped,
+        num_reordered=trace.num_reordered,
+        content=_content(trace) if trace.has_content else None,
+    )
+
+
+def _content(trace: Trace) -> ContentFigures:
+    span = float(trace.times[-1])
+    windows = np.array(WINDOWS)
+    whole = np.maximum(np.floor(span / windows), 1.0)
+    found = walk_through(trace, windows, whole)
+    hit_blocks, hit_tokens = int(found.hits.sum(dtype=np.int64)), trace.hit_tokens(found.hits)
+    return ContentFigures(
+        accesses=trace.num_accesses,
+        distinct_blocks=trace.num_distinct,
+        hit_blocks=hit_blocks,
+        hit_tokens=hit_tokens,
+        hit_ratio=_share(hit_blocks, trace.num_accesses),
+        token_hit_ratio=_share(hit_tokens, trace.num_tokens),
+        used_once=_share(int(np.count_nonzero(found.uses == 1)), trace.num_distinct),
+        gap_seconds=_figures(found.gap_seconds),
+        gap_accesses=_figures(found.gap_accesses),
+        working_sets=tuple(
+            WorkingSet(seconds, int(count), int(total) / count, int(peak))
+            for seconds, count, total, peak in zip(
+                WINDOWS, whole.tolist(), found.window_sums, found.window_peaks, strict=True
+            )
+        ),
+        depth_accesses=_per_depth(np.diff(trace.offsets)),
+        depth_hits=_per_depth(found.hits, int(np.diff(trace.offsets).max())),
+        hottest=_hottest(trace, found),
+    )
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _figures(values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Figures:
+    """Describe values; the array is reordered."""
+    count = len(values)
+    if not count:
+        return Figures(0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    ranks = [-(-percent * count // 100) - 1 for percent in (50, 90, 99, 100)]
+    values.partition(sorted(set(ranks)))
+    p50, p90, p99, maximum = (values[rank].item() for rank in ranks)
+    return Figures(count, float(values.mean()), p50, p90, p99, maximum)
+
+
+def _per_depth(lengths: npt.NDArray[np.integer], depths: int = 0) -> tuple[int, ...]:
+    """Return for every depth d how many of the lengths exceed d."""
+    longer = np.bincount(lengths, minlength=depths + 1)[::-1].cumsum()[::-1]
+    return tuple(longer[1:].tolist())
+
+
+def _hottest(trace: Trace, found: Passage) -> tuple[HotPrefix, ...]:
+    blocks, depths = heavy_chains(trace.parents, found.uses)
+    best = np.argsort(-found.uses[blocks], kind="stable")[:NUM_HOTTEST]
+    return tuple(
+        HotPrefix(int(blocks[i]), int(depths[i]), int(depths[i]) * trace.block_tokens, int(found.uses[blocks[i]]))
+        for i in best
+        if found.uses[blocks[i]] > 1
+    )
