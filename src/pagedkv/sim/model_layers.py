@@ -80,7 +80,8 @@ def num_layers_of(config: ConfigFields) -> int:
     """Return the number of decoder layers."""
     if config.flag("is_encoder_decoder"):
         raise config.error("is_encoder_decoder", "expected a decoder-only model, got an encoder with a decoder")
-    count = config.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    listed = len(config.text("hybrid_override_pattern", default="")) or len(config.items("layers_block_type") or ())
+    count = config.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers", default=listed or None)
     if count > _MAX_LAYERS:
         raise config.error("num_hidden_layers", f"expected an int in 1 … {_MAX_LAYERS}, got {count}")
     return count

@@ -19,11 +19,15 @@ _TIED = frozenset(
     "gpt2 gpt_bigcode gpt_neo opt bloom falcon mpt gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text cohere "
     "cohere2 recurrent_gemma starcoder2".split()
 )
+_CHOSEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
 
 
 @dataclass(frozen=True)
 class Parameters:
     """Weights of a model's matrices. Norms and biases, a thousandth of them, are left out.
+
+    Exact for plain transformers and mixtures of experts; an estimate for layers without attention, for layers that
+    share weights, and for embeddings per layer.
 
     Attributes
     ----------
@@ -104,7 +108,7 @@ def _feed_forward(config: ConfigFields, hidden: int, layer: int) -> tuple[int, i
         size = _dense_size(config, hidden)
         return (matrices * hidden * size,) * 2
     size = inner.integer("moe_intermediate_size", "ffn_hidden_size", "intermediate_size")
-    chosen = inner.integer("num_experts_per_tok", "experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
+    chosen = inner.integer(*_CHOSEN)
     if chosen > experts:
         raise config.error("num_experts_per_tok", f"expected at most the {experts} experts, got {chosen}")
     always = _shared_size(config, size) * matrices * hidden + hidden * experts

@@ -124,7 +124,7 @@ class Line:
     Attributes
     ----------
     name : str
-        ``"lru"`` (exact, thinned to at most 400 points), ``"optimal"``, or a strategy's name (points that were replayed).
+        ``"lru"`` (exact, thinned to at most 400 points), ``"optimal"``, or a strategy's name (replayed points).
     blocks, bytes : int64 [n]
     hit_ratio, token_hit_ratio : float64 [n]
     """
@@ -151,8 +151,8 @@ class Load:
     shared : bool
         True where a block that several running requests hold is counted once; False for traces too large for that.
     prefill_load, prefill_load_saved : float
-        Prefill time over the span of the trace, without a cache (above 1 one replica cannot keep up), and the part of it
-        that the best strategy saves at the target.
+        Prefill time over the span of the trace, without a cache (above 1 one replica cannot keep up), and the part
+        of it that the best strategy saves at the target.
     window_bytes : int
         Windowed layers of the requests that run at the peak.
     """

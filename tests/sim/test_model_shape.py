@@ -1,0 +1,301 @@
+"""What a model's cache and prefill cost, against published figures and against sums written out by hand."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from pagedkv.errors import InvalidOperation, ModelConfigError
+from pagedkv.models import shipped_model_path
+from pagedkv.sim.model_shape import preset_names, read_model
+
+SMALL = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+
+
+def small(**changes):
+    return {**SMALL, **changes}
+
+
+def kinds(**changes):
+    return "".join(layer.kind[0] for layer in read_model(small(**changes)).layers)
+
+
+# name: bytes per token over full layers, over all layers, windows of a sequence, billions of parameters (all, active)
+PUBLISHED = {
+    "llama-3.1-8b": (131_072, 131_072, 0, 8.03, 8.03),
+    "llama-3.1-70b": (327_680, 327_680, 0, 70.55, 70.55),
+    "llama-3.1-405b": (516_096, 516_096, 0, 405.85, 405.85),
+    "qwen3-8b": (147_456, 147_456, 0, 8.19, 8.19),
+    "qwen3-32b": (262_144, 262_144, 0, 32.76, 32.76),
+    "qwen3-30b-a3b": (98_304, 98_304, 0, 30.53, 3.35),
+    "mistral-7b": (131_072, 131_072, 0, 7.25, 7.25),
+    "mixtral-8x7b": (131_072, 131_072, 0, 46.70, 12.88),
+    "gemma-2-9b": (21 * 8192, 42 * 8192, 21 * 8192 * 4096, 9.24, 9.24),
+    "gemma-3-27b": (10 * 8192, 62 * 8192, 52 * 8192 * 1024, 27.01, 27.01),
+    "deepseek-v3": (61 * 576 * 2, 70_272, 0, 671.03, 37.55),
+    "gpt-oss-20b": (12 * 2048, 24 * 2048, 12 * 2048 * 128, 20.91, 4.19),
+    "gpt-oss-120b": (18 * 2048, 36 * 2048, 18 * 2048 * 128, 116.79, 5.71),
+    "pysmall": (2048, 2048, 0, 0.0038034, 0.0038034),
+}
+
+
+def test_there_is_a_figure_for_every_preset():
+    assert set(preset_names()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_presets_have_the_published_figures(name):
+    full, every, windows, total, active = PUBLISHED[name]
+    model = read_model(name)
+    assert (model.name, model.kv_dtype, model.notes) == (name, "bfloat16", ())
+    assert (model.bytes_per_token, model.bytes_per_token_all_layers) == (full, every)
+    assert model.window_bytes_per_sequence == windows
+    assert model.parameters.total / 1e9 == pytest.approx(total, rel=2e-3)
+    assert model.parameters.active / 1e9 == pytest.approx(active, rel=2e-3)
+
+
+def test_the_preset_of_the_shipped_model_is_its_config():
+    folder = shipped_model_path()
+    shipped, preset = read_model(folder), read_model("pysmall")
+    assert shipped.name == "pysmall"
+    assert shipped == preset == read_model(folder / "config.json") == read_model(str(folder))
+
+
+def test_every_way_to_name_a_model_reads_the_same(tmp_path):
+    file = tmp_path / "tiny" / "config.json"
+    file.parent.mkdir()
+    file.write_text(json.dumps(SMALL))
+    other = tmp_path / "shape.json"
+    other.write_text(json.dumps(SMALL))
+    models = [read_model(given) for given in (file, str(file.parent), other, json.dumps(SMALL), SMALL)]
+    assert [model.name for model in models] == ["tiny", "tiny", "shape", "llama", "llama"]
+    assert len({model.layers for model in models}) == 1 and len({model.parameters for model in models}) == 1
+
+
+def test_bytes_follow_the_element_type():
+    sizes = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1, "float8_e4m3fn": 1, "half": 2}
+    for dtype, size in sizes.items():
+        assert read_model(SMALL, kv_dtype=dtype).bytes_per_token == 4 * 2 * (8 + 8) * size
+    assert read_model(small(dtype=None, torch_dtype="torch.float32")).kv_dtype == "float32"
+
+
+def test_a_config_without_a_dtype_says_what_is_assumed():
+    model = read_model({name: value for name, value in SMALL.items() if name != "dtype"})
+    assert model.kv_dtype == "bfloat16" and "no dtype" in model.notes[0]
+
+
+def test_gpt2_and_its_names():
+    model = read_model({"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257})
+    assert model.bytes_per_token == 12 * 2 * 768 * 2
+    assert model.parameters.total == 50257 * 768 + 12 * 12 * 768**2
+
+
+@pytest.mark.parametrize(
+    ("changes", "kv_heads"),
+    [
+        ({"num_key_value_heads": None}, 8),
+        ({"model_type": "falcon", "num_key_value_heads": None}, 1),
+        ({"model_type": "falcon", "num_key_value_heads": None, "multi_query": False}, 8),
+        ({"model_type": "falcon", "new_decoder_architecture": True, "num_key_value_heads": None, "num_kv_heads": 4}, 4),
+        ({"model_type": "gpt_bigcode", "num_key_value_heads": None}, 1),
+        ({"num_key_value_heads": None, "multi_query_attention": True, "multi_query_group_num": 2}, 2),
+        ({"num_key_value_heads": None, "attn_config": {"kv_n_heads": 4}}, 4),
+    ],
+)
+def test_heads_of_k_and_v(changes, kv_heads):
+    assert read_model(small(**changes)).bytes_per_token == 4 * kv_heads * 16 * 2
+
+
+def test_latent_attention_keeps_one_vector_and_one_rotary_key():
+    model = read_model(small(kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128))
+    assert model.bytes_per_token == 4 * (512 + 64) * 2
+    assert model.layers[0].attention_width == 8 * (192 + 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({}, "ffff"),
+        ({"sliding_window": None}, "ffff"),
+        (
+            {"layer_types": ["full_attention", "sliding_attention", "linear_attention", "mamba"], "sliding_window": 9},
+            "fwnn",
+        ),
+        ({"model_type": "gemma2", "sliding_window": 9}, "wfwf"),
+        ({"model_type": "gpt_oss", "sliding_window": 9}, "wfwf"),
+        ({"model_type": "gemma3_text", "sliding_window": 9, "num_hidden_layers": 7}, "wwwwwfw"),
+        ({"model_type": "cohere2", "sliding_window": 9, "sliding_window_pattern": 3}, "wwfw"),
+        ({"model_type": "exaone4", "sliding_window": 9, "sliding_window_pattern": "LG"}, "wfwf"),
+        ({"model_type": "qwen2", "sliding_window": 9}, "ffff"),
+        ({"model_type": "qwen2", "sliding_window": 9, "use_sliding_window": True, "max_window_layers": 3}, "fffw"),
+        ({"model_type": "mistral", "sliding_window": 9, "use_sliding_window": False}, "ffff"),
+        ({"attention_types": [[["global", "local"], 2]], "window_size": 9}, "fwfw"),
+        ({"model_type": "llama4_text", "attention_chunk_size": 9}, "wwwf"),
+        ({"attention_chunk_size": 9, "no_rope_layers": [0, 1, 1, 1]}, "fwww"),
+        ({"attn_layer_period": 3, "attn_layer_offset": 1}, "nfnn"),
+        ({"model_type": "qwen3_next"}, "nnnf"),
+        ({"full_attention_interval": 2}, "nfnf"),
+        ({"attn_type_list": [0, 0, 1, 0]}, "nnfn"),
+        ({"attn_layer_indices": [2]}, "nnfn"),
+        ({"full_attn_idxs": [0, 1]}, "ffnn"),
+        ({"cross_attention_layers": [1]}, "fnff"),
+        ({"linear_attn_config": {"full_attn_layers": [4]}}, "nnnf"),
+        ({"hybrid_override_pattern": "M-*-"}, "nnfn"),
+        ({"layers_block_type": ["mamba", "hybrid", "mamba", "attention"]}, "nfnf"),
+        ({"block_types": ["recurrent", "attention"], "attention_window_size": 9}, "nwnw"),
+    ],
+)
+def test_which_layers_keep_what(changes, pattern):
+    assert kinds(**changes) == pattern
+
+
+def test_a_windowed_layer_costs_its_window_once_per_sequence():
+    model = read_model(small(model_type="gemma2", sliding_window=100))
+    assert model.bytes_per_token == 2 * 64 and model.bytes_per_token_all_layers == 4 * 64
+    assert model.window_bytes_per_sequence == 2 * 64 * 100
+    assert model.bytes_of(1000, sequences=3) == 1000 * 128 + 3 * 12_800
+    paged = read_model(small(model_type="gemma2", sliding_window=100), window_as_full=True)
+    assert (paged.bytes_per_token, paged.window_bytes_per_sequence) == (256, 0)
+
+
+def test_a_model_of_windows_alone_counts_every_token_and_says_so():
+    model = read_model(small(model_type="mistral", sliding_window=4096))
+    assert model.bytes_per_token == 4 * 64 and model.window_bytes_per_sequence == 0
+    assert "every layer has a window" in model.notes[0]
+
+
+def test_layers_that_read_another_layers_cache_keep_nothing():
+    assert read_model(small(num_kv_shared_layers=3)).bytes_per_token == 64
+
+
+def test_a_multimodal_config_is_read_from_its_text_part():
+    inner = {name: value for name, value in SMALL.items() if name != "dtype"}
+    outer = {"model_type": "llava", "torch_dtype": "float16", "vision_config": {"hidden_size": 1}, "text_config": inner}
+    assert read_model(outer).layers == read_model(SMALL).layers
+    assert read_model(outer).kv_dtype == "float16"
+    assert read_model({"thinker_config": outer}).layers == read_model(SMALL).layers
+
+
+def test_parameters_of_a_mixture_of_experts():
+    changes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_shared_experts": 1}
+    parameters = read_model(small(first_k_dense_replace=1, **changes)).parameters
+    attention = 64 * (8 * 8 + 2 * 2 * 8) + 64 * 64
+    expert, dense, router = 3 * 64 * 32, 3 * 64 * 128, 64 * 8
+    assert parameters.per_token == 4 * attention + dense + 3 * (3 * expert + router)
+    assert parameters.total == 4 * attention + dense + 3 * (9 * expert + router) + 2 * 64 * 1000
+    assert parameters.active == parameters.per_token + 2 * 64 * 1000
+    every_other = read_model(small(decoder_sparse_step=2, **changes)).parameters
+    assert every_other.per_token == 4 * attention + 2 * dense + 2 * (3 * expert + router)
+
+
+def test_prefill_is_linear_in_the_weights_and_quadratic_in_the_context():
+    model = read_model(SMALL)
+    by_hand = sum(2 * model.parameters.per_token + 4 * 4 * 8 * 8 * context for context in range(1, 51))
+    assert float(model.prefill_flops(50)) == by_hand
+    np.testing.assert_array_equal(model.prefill_flops([0, 50]), [0, by_hand])
+
+
+def test_prefill_of_a_windowed_layer_stops_growing_at_the_window():
+    model = read_model(small(model_type="gemma2", sliding_window=10))
+    by_hand = sum(2 * model.parameters.per_token + 2 * 4 * 64 * (c + min(c, 10)) for c in range(1, 51))
+    assert float(model.prefill_flops(50)) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "expected"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers", "missing"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers", "expected an int in 1"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers", "100000"),
+        ({"num_hidden_layers": 10**30}, "num_hidden_layers", "expected an int"),
+        ({"hidden_size": "64"}, "hidden_size", "'64'"),
+        ({"hidden_size": 64.0}, "hidden_size", "64.0"),
+        ({"hidden_size": True}, "hidden_size", "True"),
+        ({"hidden_size": 4}, "num_attention_heads", "at most hidden_size"),
+        ({"num_attention_heads": -1}, "num_attention_heads", "-1"),
+        ({"num_key_value_heads": 16}, "num_key_value_heads", "at most the 8"),
+        ({"num_key_value_heads": [1, 2]}, "num_key_value_heads", "[1, 2]"),
+        ({"vocab_size": None}, "vocab_size", "missing"),
+        ({"dtype": "float64"}, "dtype", "float16"),
+        ({"dtype": 16}, "dtype", "a string"),
+        ({"dtype": None, "torch_dtype": "int3"}, "torch_dtype", "int3"),
+        ({"kv_lora_rank": 512}, "qk_rope_head_dim", "missing"),
+        ({"layer_types": ["full_attention"]}, "layer_types", "4 layers, got 1 entries"),
+        ({"layer_types": ["odd"] * 4}, "layer_types", "'odd'"),
+        ({"layer_types": "full"}, "layer_types", "a list"),
+        ({"layer_types": ["linear_attention"] * 4}, "layer_types", "no KV cache"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_window", "missing"),
+        ({"sliding_window": -5}, "sliding_window", "-5"),
+        ({"sliding_window": 5, "sliding_window_pattern": 1.5}, "sliding_window_pattern", "1.5"),
+        ({"attention_types": [[["global"], 3]], "window_size": 9}, "attention_types", "got 3"),
+        ({"attention_types": [[["global"], 10**12]]}, "attention_types", "groups"),
+        ({"hybrid_override_pattern": "M*"}, "hybrid_override_pattern", "4 letters"),
+        ({"num_experts": 8}, "num_experts_per_tok", "missing"),
+        ({"num_experts": 8, "num_experts_per_tok": 9}, "num_experts_per_tok", "at most the 8"),
+        ({"is_encoder_decoder": True}, "is_encoder_decoder", "decoder-only"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings", "true or false"),
+        ({"attn_config": 7}, "attn_config", "an object"),
+    ],
+)
+def test_a_field_at_fault_is_named(changes, field, expected):
+    with pytest.raises(ModelConfigError) as failure:
+        read_model(small(**changes))
+    assert failure.value.field == field and expected in str(failure.value) and field in str(failure.value)
+    assert str(pickle.loads(pickle.dumps(failure.value))) == str(failure.value)
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": NaN}', "{}", '{"num_hidden_layers": 1}', '{"a":' * 5000])
+def test_json_that_is_no_config_is_refused(text):
+    with pytest.raises(ModelConfigError):
+        read_model(text)
+
+
+def test_files_that_are_no_config_are_refused(tmp_path):
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "binary.json").write_bytes(bytes(range(256)))
+    for given in (
+        tmp_path / "list.json",
+        tmp_path / "binary.json",
+        tmp_path,
+        tmp_path / "none",
+        "a\0b",
+        "no-such-preset",
+    ):
+        with pytest.raises(ModelConfigError, match="expected"):
+            read_model(given)
+
+
+def test_a_config_of_absurd_size_is_not_read(tmp_path):
+    file = tmp_path / "huge.json"
+    with file.open("wb") as stream:
+        stream.truncate(17 * 2**20)
+    with pytest.raises(ModelConfigError, match="16 MiB"):
+        read_model(file)
+
+
+def test_an_unknown_element_type_is_refused():
+    with pytest.raises(InvalidOperation, match="kv_dtype: expected one of float16"):
+        read_model(SMALL, kv_dtype="int3")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "qwen3_moe", "gemma2", "deepseek_v3", "qwen3_next"])
+def test_weights_are_those_of_transformers(family):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.CONFIG_MAPPING[family](num_hidden_layers=5)
+    with torch.device("meta"):
+        weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
+    counted = read_model(json.loads(config.to_json_string(use_diff=False))).parameters.total
+    assert counted == pytest.approx(weights, rel=2e-3)
