@@ -1,0 +1,201 @@
+"""The arrays behind the charts: when, how deep and for whom blocks were found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.sim.trace import Trace
+
+__all__ = ["Depths", "Gaps", "Shares", "Windows", "per_depth", "per_request", "per_session", "per_window", "reuse_gaps"]
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+_WIDTHS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
+_CHUNK = 1 << 22
+"""Accesses that `reuse_gaps` looks at together, so that its memory does not grow with the trace."""
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Blocks touched and found in windows of equal width.
+
+    Attributes
+    ----------
+    seconds : float
+        The width of a window; window w begins at ``w * seconds``.
+    requests, accesses, hit_blocks : int64 [num_windows]
+    """
+
+    seconds: float
+    requests: Ints
+    accesses: Ints
+    hit_blocks: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Depths:
+    """How often the block at a depth (0 is the first of a prompt) was touched, and found.
+
+    Attributes
+    ----------
+    accesses, hit_blocks : int64 [longest request in blocks]
+    """
+
+    accesses: Ints
+    hit_blocks: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Blocks touched and found by every session, or by every request.
+
+    Attributes
+    ----------
+    accesses, hit_blocks : int64 [n]
+        Only those that touched a block at all.
+    """
+
+    accesses: Ints
+    hit_blocks: Ints
+
+    @property
+    def ratios(self) -> Floats:
+        """Of every one the blocks found over the blocks touched."""
+        return self.hit_blocks / self.accesses
+
+
+@dataclass(frozen=True, eq=False)
+class Gaps:
+    """A histogram of the time between two uses of one block.
+
+    Attributes
+    ----------
+    edges : float64 [num_bins + 1]
+        Seconds. The first bin also takes what is shorter, the last what is longer.
+    counts : int64 [num_bins]
+    """
+
+    edges: Floats
+    counts: Ints
+
+    @property
+    def total(self) -> int:
+        """Uses of a block that was used before: the hits of a cache without a limit."""
+        return int(self.counts.sum())
+
+    def quantile(self, share: float) -> float:
+        """Return the upper edge, in seconds, of the first bin by which `share` of the reuses came; 0.0 if none did."""
+        if not self.total:
+            return 0.0
+        return float(self.edges[1 + np.searchsorted(self.counts.cumsum(), share * self.total)])
+
+
+def window_seconds(span: float, most: int = 60) -> float:
+    """Return the smallest round width, in seconds, that cuts `span` into at most `most` windows."""
+    for width in _WIDTHS:
+        if span < width * most:
+            return float(width)
+    return float(86400 * (int(span / (86400 * most)) + 1))
+
+
+def per_window(trace: Trace, hits: npt.NDArray[Any], seconds: float | None = None) -> Windows:
+    """Count blocks touched and found in windows of time.
+
+    Parameters
+    ----------
+    trace : Trace
+    hits : int [num_requests]
+        Blocks found by every request.
+    seconds : float, optional
+        Width of a window; a round number that gives at most 60 windows by default.
+    """
+    if not trace.num_requests:
+        empty = np.zeros(0, np.int64)
+        return Windows(seconds or 1.0, empty, empty, empty)
+    width = seconds or window_seconds(float(trace.times[-1]))
+    window = (np.asarray(trace.times) / width).astype(np.int64)
+    num_windows = int(window[-1]) + 1
+    return Windows(
+        width,
+        np.bincount(window, minlength=num_windows),
+        _sums(window, np.diff(trace.offsets), num_windows),
+        _sums(window, hits, num_windows),
+    )
+
+
+def per_depth(trace: Trace, hits: npt.NDArray[Any]) -> Depths:
+    """Count by depth how often a block was touched, and found; a request finds its first ``hits[i]`` blocks."""
+    lengths = np.diff(trace.offsets)
+    deepest = int(lengths.max(initial=0))
+    return Depths(_longer_than(lengths, deepest), _longer_than(hits, deepest))
+
+
+def per_session(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
+    """Count blocks touched and found by every session; requests outside of any session do not count."""
+    inside = np.asarray(trace.sessions) >= 0
+    numbers = trace.sessions[inside]
+    num_sessions = int(numbers.max(initial=-1)) + 1
+    accesses = _sums(numbers, np.diff(trace.offsets)[inside], num_sessions)
+    return _touched(accesses, _sums(numbers, hits[inside], num_sessions))
+
+
+def per_request(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
+    """Take every request for itself."""
+    return _touched(np.diff(trace.offsets).astype(np.int64), hits.astype(np.int64))
+
+
+def reuse_gaps(trace: Trace, edges: Floats) -> Gaps:
+    """Count how long after its last use a block is used again.
+
+    Parameters
+    ----------
+    trace : Trace
+    edges : float64 [num_bins + 1]
+        Seconds, ascending; a gap g falls into the bin with ``edges[b] <= g < edges[b + 1]``.
+    """
+    counts = np.zeros(len(edges) - 1, np.int64)
+    last_use = np.full(trace.num_distinct, np.nan)
+    owners = np.asarray(trace.offsets)
+    for first in range(0, trace.num_accesses, _CHUNK):
+        ids = np.asarray(trace.ids[first : first + _CHUNK])
+        places = np.arange(first, first + len(ids))
+        times = np.asarray(trace.times)[np.searchsorted(owners, places, side="right") - 1]
+        gaps = _gaps_of_chunk(ids, times, last_use)
+        bins = np.clip(np.searchsorted(edges, gaps, side="right") - 1, 0, len(counts) - 1)
+        counts += np.bincount(bins, minlength=len(counts))
+    return Gaps(edges, counts)
+
+
+def _gaps_of_chunk(ids: npt.NDArray[Any], times: Floats, last_use: Floats) -> Floats:
+    """Return the gaps that end in this chunk, and note the last use of every id in it."""
+    order = np.argsort(ids, kind="stable")
+    ids, times = ids[order], times[order]
+    is_first = np.r_[True, ids[1:] != ids[:-1]]
+    is_last = np.r_[is_first[1:], True]
+    before = np.r_[np.nan, times[:-1]]
+    before[is_first] = last_use[ids[is_first]]
+    last_use[ids[is_last]] = times[is_last]
+    gaps = times - before
+    again: Floats = gaps[~np.isnan(gaps)]
+    return again
+
+
+def _sums(groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int) -> Ints:
+    # bincount adds float64: exact below 2**53, far beyond any count of blocks.
+    return np.bincount(groups, weights=values, minlength=num_groups).astype(np.int64)
+
+
+def _longer_than(lengths: npt.NDArray[Any], deepest: int) -> Ints:
+    """Return for every depth below `deepest` how many lengths reach beyond it."""
+    shorter = np.bincount(lengths, minlength=deepest + 1).cumsum()
+    return (len(lengths) - shorter[:deepest]).astype(np.int64)
+
+
+def _touched(accesses: Ints, hit_blocks: Ints) -> Shares:
+    some = accesses > 0
+    return Shares(accesses[some], hit_blocks[some])

@@ -1,0 +1,58 @@
+"""HTML and SVG that are safe by construction: whatever is not markup already is escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from html import escape
+
+__all__ = ["Markup", "join", "tag", "text"]
+
+_VOID = frozenset({"br", "col", "hr", "link", "meta"})
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Markup(str):
+    """Text that is HTML already; only `tag`, `text`, `join` and literals of this package make it."""
+
+    __slots__ = ()
+
+
+def text(value: object) -> Markup:
+    """Return `value` as markup that shows exactly it; characters that no document may hold become U+FFFD."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(escape(_NOT_IN_XML.sub("\ufffd", str(value))))
+
+
+def join(parts: Iterable[object], between: str = "") -> Markup:
+    """Return the parts in a row, escaped where they are not markup."""
+    return Markup(str(text(between)).join(text(part) for part in parts))
+
+
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
+    """Return an element.
+
+    Parameters
+    ----------
+    name : str
+    *children : object
+        Content, escaped where it is not `Markup`. ``None`` is left out.
+    **attributes : object
+        ``class_`` is class, ``data_value`` is data-value. Numbers are rounded to 0.01, what is ``None`` or ``False``
+        is left out, ``True`` gives the attribute its own name.
+    """
+    given = ((key, value) for key, value in attributes.items() if value is not None and value is not False)
+    written = "".join(_attribute(key, value) for key, value in given)
+    if name in _VOID:
+        return Markup(f"<{name}{written}/>")
+    return Markup(f"<{name}{written}>{join(child for child in children if child is not None)}</{name}>")
+
+
+def _attribute(key: str, value: object) -> str:
+    key = key.rstrip("_").replace("_", "-")
+    if value is True:
+        value = key
+    elif isinstance(value, float):
+        value = f"{value:.2f}".rstrip("0").rstrip(".")
+    return f' {key}="{text(value)}"'
