@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.sim.columns import Columns
-from pagedkv.sim.interning import Interner, renumber
+from pagedkv.sim.interning import Interner
+from pagedkv.sim.sorting import reorder_ids
 from pagedkv.sim.source import BadRecord
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
 
@@ -43,10 +44,15 @@ class Collector:
     ----------
     in_order : bool
         Whether the format promises ascending timestamps; then requests that break the promise are counted.
+
+    Attributes
+    ----------
+    in_order : bool
+        A reader that learns better on the way says so here.
     """
 
     def __init__(self, *, in_order: bool = True) -> None:
-        self._in_order = in_order
+        self.in_order = in_order
         self._columns = Columns(_COLUMNS, SPILL_BYTES)
         self._interner = Interner()
         self._names: dict[Hashable, int] = {}
@@ -56,11 +62,6 @@ class Collector:
     def _clear(self) -> None:
         self._times, self._lengths = array("d"), array("q")
         self._counts, self._raw_ids, self._roots = array("q"), array("q"), array("i")
-
-    @property
-    def num_names(self) -> int:
-        """Different ids so far that are not plain numbers."""
-        return len(self._names)
 
     def session(self, key: Hashable) -> int:
         """Return the dense number of a session; None has none."""
@@ -111,12 +112,12 @@ class Collector:
         try:
             numbers = array("q", ids)
         except (TypeError, OverflowError):
-            return array("q", [self._number(name) for name in ids])
+            return array("q", [self.number(name) for name in ids])
         if len(numbers) and min(numbers) < LOWEST_NUMBER:
-            return array("q", [self._number(name) for name in ids])
+            return array("q", [self.number(name) for name in ids])
         return numbers
 
-    def _number(self, name: Hashable) -> int:
+    def number(self, name: Hashable) -> int:
         """Return the number of an id: itself, or one from a range that no such number lies in."""
         if isinstance(name, int) and LOWEST_NUMBER <= name < 2**63:
             return name
@@ -182,7 +183,7 @@ class Collector:
         return trace
 
     def _late(self, times: npt.NDArray[np.float64], name: str) -> int:
-        if not self._in_order:
+        if not self.in_order:
             return 0
         late = int(np.count_nonzero(times < np.maximum.accumulate(times)))
         logger.warning("%s: %d of %d timestamps go backwards; the requests were sorted", name, late, len(times))
@@ -191,15 +192,9 @@ class Collector:
     def _sort(self, arrays: dict[str, npt.NDArray[Any]], parents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
         """Sort the requests by time, equal times in the order of the file; return the parents in new numbers."""
         order = np.argsort(arrays["times"], kind="stable")
-        starts = np.cumsum(arrays["counts"]) - arrays["counts"]
-        old_ids = arrays["ids"]
-        ids = self._columns.empty("sorted_ids", old_ids)
-        place = 0
-        for request in order:
-            start, count = int(starts[request]), int(arrays["counts"][request])
-            ids[place : place + count] = old_ids[start : start + count]
-            place += count
+        moved = self._columns.empty("moved_ids", arrays["ids"])
+        parents = reorder_ids(order, arrays["counts"], arrays["ids"], parents, moved)
+        arrays["ids"] = moved
         for column in ("times", "input_tokens", "output_tokens", "sessions", "counts"):
             arrays[column][:] = arrays[column][order]
-        arrays["ids"] = ids
-        return renumber(ids, parents)
+        return parents

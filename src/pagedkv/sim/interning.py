@@ -7,12 +7,16 @@ block, 5 to 10 more for its slot, and what the arrays have grown ahead: at most 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.jit import compiled
 
-__all__ = ["MAX_DISTINCT", "Interner", "renumber"]
+__all__ = ["MAX_DISTINCT", "Interner"]
+
+Array = npt.NDArray[Any]
 
 MAX_DISTINCT = 2**31 - 2
 FULL = 0.8  # of the slots, then they double
@@ -22,7 +26,7 @@ FIRST_SLOTS = 1024
 
 
 @compiled
-def _slot_of(parent, raw, raws, parents, table):  # type: ignore[no-untyped-def]
+def _slot_of(parent: int, raw: int, raws: Array, parents: Array, table: Array) -> int:
     """Return the slot that holds the block, or the empty one where it belongs."""
     mask = np.uint64(len(table) - 1)
     # Parents are dense and raw ids often consecutive: multiply, fold and multiply again (the finalizer of splitmix64).
@@ -38,7 +42,9 @@ def _slot_of(parent, raw, raws, parents, table):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _intern(raw_ids, offsets, roots, raws, parents, table, count, ids):  # type: ignore[no-untyped-def]
+def _intern(
+    raw_ids: Array, offsets: Array, roots: Array, raws: Array, parents: Array, table: Array, count: int, ids: Array
+) -> int:
     """Write the dense id of every block to `ids`; return how many blocks are known now."""
     for request in range(len(offsets) - 1):
         parent = roots[request]
@@ -56,23 +62,9 @@ def _intern(raw_ids, offsets, roots, raws, parents, table, count, ids):  # type:
 
 
 @compiled
-def _rehash(raws, parents, count, table):  # type: ignore[no-untyped-def]
+def _rehash(raws: Array, parents: Array, count: int, table: Array) -> None:
     for block in range(count):
         table[_slot_of(parents[block], raws[block], raws, parents, table)] = block
-
-
-@compiled
-def _renumber(ids, rank, order):  # type: ignore[no-untyped-def]
-    """Replace ids by ranks of first appearance; ``order[rank]`` becomes the old id. Return how many there are."""
-    count = 0
-    for place in range(len(ids)):
-        old = ids[place]
-        if rank[old] < 0:
-            rank[old] = count
-            order[count] = old
-            count += 1
-        ids[place] = rank[old]
-    return count
 
 
 class Interner:
@@ -141,29 +133,7 @@ class Interner:
             _rehash(self._raws, self._parents, self.count, self._table)
 
 
-def _grown(array: npt.NDArray[np.generic], count: int, capacity: int) -> npt.NDArray[np.generic]:
+def _grown(array: Array, count: int, capacity: int) -> Array:
     larger = np.empty(capacity, array.dtype)
     larger[:count] = array[:count]
     return larger
-
-
-def renumber(ids: npt.NDArray[np.int32], parents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Number blocks anew in the order of their first appearance, after the requests changed places.
-
-    Parameters
-    ----------
-    ids : int32 [num_accesses]
-        Changed in place.
-    parents : int32 [num_distinct]
-        Every block occurs in `ids`.
-
-    Returns
-    -------
-    int32 [num_distinct]
-        The parents, in the new numbers; roots stay as they are.
-    """
-    rank = np.full(len(parents), EMPTY, np.int32)
-    order = np.empty(len(parents), np.int32)
-    _renumber(ids, rank, order)
-    old = parents[order]
-    return np.where(old < 0, old, rank[old]).astype(np.int32)

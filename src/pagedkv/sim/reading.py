@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from os import PathLike
 from pathlib import Path
 
-from pagedkv.errors import TraceError
+import numpy as np
+
+from pagedkv.errors import InvalidOperation, TraceError
 from pagedkv.sim.collecting import Collector
+from pagedkv.sim.detecting import HEAD_BYTES, detect
+from pagedkv.sim.readers.azure import AzureReader
+from pagedkv.sim.readers.base import Reader
+from pagedkv.sim.readers.burstgpt import BurstGptReader
+from pagedkv.sim.readers.kv_events import KvEventsReader
 from pagedkv.sim.readers.mooncake import MooncakeReader
-from pagedkv.sim.source import BAD_RECORD, Progress, Source, reason_of
+from pagedkv.sim.readers.qwen import QwenReader
+from pagedkv.sim.readers.tokens import TokensReader
+from pagedkv.sim.readers.weka import WekaReader
+from pagedkv.sim.source import Progress, Source
 from pagedkv.sim.trace import Trace
 
-__all__ = ["read_trace"]
+__all__ = ["FORMATS", "detect_format", "read_trace"]
+
+logger = logging.getLogger("pagedkv")
+
+_READERS: tuple[type[Reader], ...] = (
+    MooncakeReader,
+    QwenReader,
+    WekaReader,
+    BurstGptReader,
+    AzureReader,
+    KvEventsReader,
+    TokensReader,
+)
+FORMATS: dict[str, type[Reader]] = {reader.name: reader for reader in _READERS}
+"""Every format that can be read, by the name that `read_trace` takes."""
+
+_SESSION_FILES = ("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz")
 
 
 def read_trace(
@@ -22,22 +49,110 @@ def read_trace(
     skip_bad: bool = False,
     progress: Progress | None = None,
 ) -> Trace:
-    """Read a trace."""
-    source = Source(Path(path), skip_bad=skip_bad, progress=progress)
-    collector = Collector()
-    reader = MooncakeReader(collector, block_tokens)
-    for number, line in source.lines():
-        try:
-            reader.add(line)
-        except BAD_RECORD as error:
-            source.bad(number, reason_of(error))
+    """Read a trace.
+
+    The file is read piece by piece, gzip or not. What it holds is collected in compact arrays that move to a temporary
+    folder when they pass 512 MiB; only the table of different blocks stays in memory, about 24 bytes for a block. The
+    folder goes when the trace does.
+
+    Requests whose timestamps go backwards are sorted, equal times in the order of the file, and the logger ``pagedkv``
+    warns of them.
+
+    Parameters
+    ----------
+    path : str or path
+        A file, or a folder with a session a file (weka).
+    format : str, optional
+        One of `FORMATS`; recognised if it is not given.
+    block_tokens : int, optional
+        Tokens per block. Default: what the file says, or else what its format uses: 512 for mooncake, 64 for weka, 16
+        for the others.
+    skip_bad : bool
+        Skip broken lines and count them in ``trace.num_skipped``, instead of raising.
+    progress : callable, optional
+        Called now and then with (bytes read, bytes in all) of the file as it lies on disk.
+
+    Returns
+    -------
+    Trace
+        With ``has_content=False`` where the file gives lengths only (azure, burstgpt, mooncake without ids).
+
+    Raises
+    ------
+    TraceError
+        The file cannot be read, is not of a known format, holds no request, or a line of it is broken.
+    InvalidOperation
+        No such format, or a block without tokens.
+    """
+    if format is not None and format not in FORMATS:
+        raise InvalidOperation(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if block_tokens is not None and not 0 < block_tokens < 2**31:
+        raise InvalidOperation(f"block_tokens must be 1 … 2**31 - 1, got {block_tokens!r}")
+    path = Path(path)
+    kind = FORMATS[format or detect_format(path)]
+    collector = Collector(in_order=kind.in_order)
     try:
-        return collector.finish(
-            name=source.path.name,
-            format="mooncake",
-            block_tokens=block_tokens or 512,
-            has_content=True,
-            num_skipped=source.num_skipped,
+        return _read(path, kind(collector, block_tokens), collector, skip_bad, progress)
+    except BaseException:
+        collector.close()
+        raise
+
+
+def detect_format(path: str | PathLike[str]) -> str:
+    """Return the name of the format of a trace.
+
+    Raises
+    ------
+    TraceError
+        The file cannot be read, or its format is not known.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return WekaReader.name
+    found = detect(Source(path).head(HEAD_BYTES))
+    if found is None:
+        raise TraceError(str(path), None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
+    return found
+
+
+def _read(path: Path, reader: Reader, collector: Collector, skip_bad: bool, progress: Progress | None) -> Trace:
+    sources = [Source(file, skip_bad=skip_bad, progress=progress) for file in _files(path)]
+    try:
+        for source in sources:
+            reader.read(source)
+        trace = collector.finish(
+            name=path.name,
+            format=reader.name,
+            block_tokens=reader.block_tokens,
+            has_content=reader.has_content,
+            num_skipped=sum(source.num_skipped for source in sources),
         )
-    except ValueError as error:
-        raise TraceError(str(path), None, str(error)) from None
+    except TraceError:
+        raise
+    except (ValueError, OverflowError, OSError) as error:  # no request, too many blocks, no room on the disk
+        raise TraceError(str(path), None, str(error)) from error
+    _doubt_block_tokens(trace)
+    return trace
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    files = sorted({file for pattern in _SESSION_FILES for file in path.glob(pattern)})
+    if not files:
+        raise TraceError(str(path), None, f"the folder holds none of {', '.join(_SESSION_FILES)}")
+    return files
+
+
+def _doubt_block_tokens(trace: Trace) -> None:
+    """Warn when most requests list another number of blocks than their input fills: the block size may be wrong."""
+    if not trace.has_content:
+        return
+    listed = np.diff(trace.offsets)
+    wrong = np.abs(listed - trace.input_tokens / trace.block_tokens) > 1
+    count = int(np.count_nonzero(wrong))
+    if 2 * count > trace.num_requests:
+        logger.warning(
+            "%s: %d of %d requests list another number of blocks than their input fills at %d tokens a block",
+            trace.name, count, trace.num_requests, trace.block_tokens,
+        )  # fmt: skip

@@ -18,6 +18,7 @@ __all__ = ["BAD_RECORD", "MAX_LINE_BYTES", "BadRecord", "Progress", "Source", "r
 MAX_LINE_BYTES = 32 * 2**20
 SKIP_BYTES = 2**20
 REPORT_BYTES = 4 * 2**20
+BOM = b"\xef\xbb\xbf"
 
 Progress = Callable[[int, int], None]
 
@@ -89,31 +90,61 @@ class Source:
         except _UNREADABLE as error:
             raise TraceError(str(self.path), None, f"cannot be read: {reason_of(error)}") from error
 
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield (number from 1, line) of every line that is not blank; never holds more than one line."""
+    def lines(self, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes]]:
+        """Yield (number from 1, line) of every line that is not blank; never holds more than `limit` bytes of one."""
         with self.open() as (file, raw):
-            total = self.path.stat().st_size
-            read = reported = number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            report = self._reporter(raw)
+            number = 0
+            while line := file.readline(limit + 1):
                 number += 1
-                read += len(line)
-                if self._progress and read - reported >= REPORT_BYTES:
-                    reported = read
-                    self._progress(raw.tell(), total)
-                if len(line) > MAX_LINE_BYTES:
-                    self.bad(number, f"longer than {MAX_LINE_BYTES} bytes")
-                    _skip_line(file)
+                report(len(line))
+                if len(line) > limit:
+                    self.bad(number, f"longer than {limit} bytes")
+                    _skip_line(file, line)
                 elif not line.isspace():
-                    yield number, line
-            if self._progress:
-                self._progress(total, total)
+                    yield number, line.removeprefix(BOM) if number == 1 else line
+
+    def whole(self, limit: int) -> Iterator[tuple[None, bytes]]:
+        """Yield the whole file, if it is not beyond `limit` bytes."""
+        with self.open() as (file, raw):
+            content = file.read(limit + 1)
+            self._reporter(raw)(len(content))
+            if len(content) > limit:
+                self.bad(None, f"longer than {limit} bytes")
+            else:
+                yield None, content.removeprefix(BOM)
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """Yield the file piece by piece."""
+        with self.open() as (file, raw):
+            report = self._reporter(raw)
+            while piece := file.read(size):
+                report(len(piece))
+                yield piece
 
     def head(self, size: int) -> bytes:
-        """Return the first bytes, unpacked."""
+        """Return the first bytes, unpacked, without a byte order mark."""
         with self.open() as (file, _):
-            return file.read(size)
+            return file.read(size).removeprefix(BOM)
+
+    def _reporter(self, raw: BinaryIO) -> Callable[[int], None]:
+        """Return what is told of every read; it passes some of it on."""
+        progress = self._progress
+        if progress is None:
+            return lambda size: None
+        total = self.path.stat().st_size
+        since = 0
+
+        def report(size: int) -> None:
+            nonlocal since
+            since += size
+            if since >= REPORT_BYTES:
+                since = 0
+                progress(raw.tell(), total)
+
+        return report
 
 
-def _skip_line(file: IO[bytes]) -> None:
-    while (piece := file.readline(SKIP_BYTES)) and not piece.endswith(b"\n"):
-        pass
+def _skip_line(file: IO[bytes], piece: bytes) -> None:
+    while piece and not piece.endswith(b"\n"):
+        piece = file.readline(SKIP_BYTES)

@@ -1,0 +1,108 @@
+"""KV cache events in a file: batches as engines publish them, one behind the other.
+
+Written is a stream of msgpack ``bin`` values, each holding one batch: the header of the ``bin`` is the frame, and any
+msgpack library reads the file. Read are these, batches that follow each other bare, and batches behind a length of four
+bytes, big-endian, as far as they stay below 16 MiB.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import Any, BinaryIO
+
+import msgspec
+import numpy as np
+
+from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
+from pagedkv.sim.source import BadRecord
+
+__all__ = ["MAX_BATCH_BYTES", "append_event_batch", "read_event_batches"]
+
+MAX_BATCH_BYTES = 32 * 2**20
+BIN_8, BIN_16, BIN_32 = 0xC4, 0xC5, 0xC6
+_BIN_FIELDS = {BIN_8: 1, BIN_16: 2, BIN_32: 4}
+_LENGTH_FIELD = 4
+_encoder = msgspec.msgpack.Encoder()
+
+
+def append_event_batch(file: BinaryIO, batch: Any) -> None:
+    """Append one batch of events, in one write.
+
+    Parameters
+    ----------
+    file : binary file, open for writing
+    batch : bytes or object
+        The payload as it was published, or what msgspec encodes: ``[ts, events, data_parallel_rank]``.
+
+    Raises
+    ------
+    ValueError
+        The batch is too large for `read_event_batches`; nothing was written.
+    """
+    payload = bytes(batch) if isinstance(batch, bytes | bytearray | memoryview) else _encoder.encode(batch)
+    if len(payload) > MAX_BATCH_BYTES:
+        raise ValueError(f"a batch takes at most {MAX_BATCH_BYTES} bytes, got {len(payload)}")
+    file.write(struct.pack(">BI", BIN_32, len(payload)) + payload)
+
+
+def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadRecord]:
+    """Cut a stream into batches; every one is a complete msgpack value, and what is not is returned as an error.
+
+    Parameters
+    ----------
+    pieces : iterable of bytes
+        The file, cut anywhere.
+
+    Yields
+    ------
+    memoryview or BadRecord
+        Valid until the next one is asked for. After an error inside a frame the next frame follows; after an error in a
+        bare stream nothing can follow.
+    """
+    pieces = iter(pieces)
+    buffer, place, is_all = b"", 0, False
+    while True:
+        size, header = _next_size(memoryview(buffer)[place:])
+        if size == INCOMPLETE:
+            if is_all or len(buffer) - place > MAX_BATCH_BYTES:
+                break
+            # Twice as much each time, so that a long batch is not looked at again for every piece.
+            more = _take(pieces, max(1, len(buffer) - place))
+            buffer, place, is_all = buffer[place:] + more, 0, not more
+            continue
+        if size == INVALID:
+            yield BadRecord("not msgpack")
+            return
+        payload = memoryview(buffer)[place + header : place + size]
+        place += size
+        is_whole = not header or extent(np.frombuffer(payload, np.uint8)) == len(payload)
+        yield payload if is_whole else BadRecord("the frame does not hold one msgpack value")
+    if len(buffer) - place > MAX_BATCH_BYTES:
+        yield BadRecord(f"longer than {MAX_BATCH_BYTES} bytes")
+    elif place < len(buffer):
+        yield BadRecord("the file ends within a batch")
+
+
+def _next_size(data: memoryview) -> tuple[int, int]:
+    """Return (bytes of the next batch with its frame, bytes of the frame)."""
+    if not data:
+        return INCOMPLETE, 0
+    if data[0] == 0:
+        width, first = _LENGTH_FIELD, 0
+    elif data[0] in _BIN_FIELDS:
+        width, first = _BIN_FIELDS[data[0]], 1
+    else:
+        return extent(np.frombuffer(data, np.uint8)), 0
+    header = first + width
+    if len(data) < header:
+        return INCOMPLETE, 0
+    size = header + int.from_bytes(data[first:header], "big")
+    return (size if size <= len(data) else INCOMPLETE), header
+
+
+def _take(pieces: Iterator[bytes], size: int) -> bytes:
+    taken = bytearray()
+    while len(taken) < size and (piece := next(pieces, None)) is not None:
+        taken += piece
+    return bytes(taken)
