@@ -93,7 +93,9 @@ def test_a_capacity_beyond_the_trace_finds_all_that_can_be_found():
 def test_progress_counts_every_cell():
     for jobs in (1, 2):
         calls = []
-        sweep(small_trace(), ["lru", "fifo"], [16, 64], jobs=jobs, progress=lambda *call: calls.append(call))
+        sweep(
+            small_trace(), ["lru", "fifo"], [16, 64], jobs=jobs, progress=lambda *call, calls=calls: calls.append(call)
+        )
         assert calls == [(done, 4) for done in range(5)]
 
 
@@ -234,7 +236,7 @@ def test_ray_finds_what_one_process_finds(monkeypatch):
     fake = FakeRay()
     monkeypatch.setitem(sys.modules, "ray", fake)
     trace, calls = small_trace(), []
-    found = sweep(trace, ["lru", "optimal"], [16, 64], ray=True, progress=lambda *call: calls.append(call))
+    found = sweep(trace, ["lru", "optimal"], [16, 64], ray=True, progress=lambda *call, calls=calls: calls.append(call))
     assert counts(found) == counts(sweep(trace, ["lru", "optimal"], [16, 64], jobs=1))
     assert fake.connected and calls == [(done, 4) for done in range(5)]
 

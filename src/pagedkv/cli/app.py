@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from pagedkv.cli import replay_options
 from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
 
 __all__ = ["app"]
@@ -186,3 +187,6 @@ def generate(
         from pagedkv.cli.generate import run
 
         run(request)
+
+
+app.command(help=replay_options.EXAMPLES)(replay_options.replay)

@@ -91,9 +91,13 @@ def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrat
     try:
         return name, parse_strategy(name)
     except InvalidOperation as error:
-        if _MODULE_AND_CLASS.fullmatch(name) and "expects one of" in error.reason:
-            return name, imported_strategy(name)
-        raise
+        if not _MODULE_AND_CLASS.fullmatch(name):
+            raise
+        unknown = error
+    try:
+        return name, imported_strategy(name)
+    except InvalidOperation as error:
+        raise error if "expects one of" in unknown.reason else unknown from None
 
 
 def imported_strategy(text: str) -> EvictionStrategy:
