@@ -1,0 +1,221 @@
+"""The most hits that any cache of a given size could have: Belady's MIN over prefixes.
+
+After a request the cache may keep what it likes of what it held and what the request brought, up to its capacity
+(nothing has to be kept). MIN keeps what is used again first (Belady 1966, "A study of replacement algorithms for a
+virtual-storage computer"). A descendant is never used again before its ancestor, so with the deeper block given up
+first on ties the cached blocks stay closed under prefixes, and the optimum over blocks is one over prefixes too.
+
+The blocks of a request that come back with the same later request are interchangeable: a **run**. So the cache is a
+count of kept blocks for every coming request. "Give up" takes from the latest of them, and what is left of a count when
+its request comes is the hits of that request. A replay of r runs takes O(r log r), whatever the number of blocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.jit import compiled
+from pagedkv.sim.hit_curve import HitCurve, require_content
+from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.trace import Trace
+from pagedkv.spec import require_int
+
+__all__ = ["optimal", "optimal_curve"]
+
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
+MAX_BLOCKS = 2**31 - 2
+
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The blocks of every request that are used again, in runs.
+
+    Attributes
+    ----------
+    offsets : int64 [num_requests + 1]
+        The runs of request i are ``[offsets[i], offsets[i + 1])``.
+    comeback, blocks : int32 [num_runs]
+        The request that uses the run again, and how long it is.
+    """
+
+    offsets: Int64s
+    comeback: Int32s
+    blocks: Int32s
+
+
+@compiled
+def _find_runs(
+    ids: Int32s, offsets: Int64s, next_use: Int32s, run_offsets: Int64s, comeback: Int32s, blocks: Int32s
+) -> None:
+    """Fill `comeback` and `blocks` from their ends, walking backwards in time."""
+    place = len(comeback)
+    run_offsets[len(offsets) - 1] = place
+    for request in range(len(offsets) - 2, -1, -1):
+        run = _NEVER
+        for i in range(offsets[request], offsets[request + 1]):
+            following = next_use[ids[i]]
+            next_use[ids[i]] = request
+            if following == _NEVER:
+                continue
+            if following != run:
+                run = following
+                place -= 1
+                comeback[place] = following
+                blocks[place] = 0
+            blocks[place] += 1
+        run_offsets[request] = place
+
+
+@compiled
+def _push(heap: Int32s, size: int, value: int) -> None:
+    """Put `value` into the max-heap ``heap[:size]``, which grows by one."""
+    place = size
+    while place > 0 and heap[(place - 1) >> 1] < value:
+        heap[place] = heap[(place - 1) >> 1]
+        place = (place - 1) >> 1
+    heap[place] = value
+
+
+@compiled
+def _drop_top(heap: Int32s, size: int) -> None:
+    """Take the greatest value out of the max-heap ``heap[:size]``, which shrinks by one."""
+    value = heap[size - 1]
+    place, child = 0, 1
+    while child < size - 1:
+        if child + 1 < size - 1 and heap[child + 1] > heap[child]:
+            child += 1
+        if heap[child] <= value:
+            break
+        heap[place] = heap[child]
+        place, child = child, 2 * child + 1
+    heap[place] = value
+
+
+@compiled
+def _keep_best(run_offsets: Int64s, comeback: Int32s, blocks: Int32s, capacity: int, kept: Int32s, heap: Int32s) -> int:
+    """Replay the runs; ``kept[i]``, zero at first, becomes the hits of request i. Returns the most blocks held at once.
+
+    The heap holds the coming requests that blocks are kept for. Requests that have passed sink in it, and never rise
+    above a coming one.
+    """
+    size, total, most = 0, 0, 0
+    for request in range(len(kept)):
+        total -= kept[request]
+        for run in range(run_offsets[request], run_offsets[request + 1]):
+            following = comeback[run]
+            if kept[following] == 0:
+                _push(heap, size, following)
+                size += 1
+            kept[following] += blocks[run]
+            total += blocks[run]
+        while total > capacity:
+            latest = heap[0]
+            given_up = min(kept[latest], total - capacity)
+            kept[latest] -= given_up
+            total -= given_up
+            if kept[latest] == 0:
+                _drop_top(heap, size)
+                size -= 1
+        most = max(most, total)
+    return most
+
+
+def _runs_of(trace: Trace) -> _Runs:
+    ids, offsets = np.asarray(trace.ids), np.asarray(trace.offsets)
+    run_offsets = np.zeros(len(offsets), np.int64)
+    # As long as the worst case, but memory that is never touched is never taken.
+    comeback, blocks = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
+    _find_runs(ids, offsets, np.full(trace.num_distinct, _NEVER, np.int32), run_offsets, comeback, blocks)
+    first = int(run_offsets[0])
+    return _Runs(run_offsets - first, comeback[first:].copy(), blocks[first:].copy())
+
+
+def _replay(runs: _Runs, capacity: int) -> tuple[Int32s, int]:
+    """Return the hits of every request, and the most blocks that were worth holding at once."""
+    kept, heap = np.zeros((2, len(runs.offsets) - 1), np.int32)
+    most = _keep_best(runs.offsets, runs.comeback, runs.blocks, capacity, kept, heap)
+    return kept, most
+
+
+def optimal(trace: Trace, blocks: int) -> ReplayResult:
+    """Replay a trace with a cache that knows the future: no strategy finds more blocks.
+
+    Parameters
+    ----------
+    trace : Trace
+    blocks : int
+        Capacity, 1 … 2³¹−2.
+
+    Returns
+    -------
+    ReplayResult
+        With the strategy ``"optimal"``. `reclaimed` counts as if every block that was not found were cached first, as
+        other strategies do. `hit_tokens` are those of the hits; the most blocks need not be the most tokens.
+
+    Raises
+    ------
+    InvalidOperation
+        If the trace carries lengths only, or `blocks` is out of range.
+    """
+    require_content(trace)
+    blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
+    started = time.perf_counter()
+    hits, _ = _replay(_runs_of(trace), blocks)
+    seconds = time.perf_counter() - started
+    hit_blocks = int(hits.sum(dtype=np.int64))
+    return ReplayResult(
+        strategy="optimal",
+        blocks=blocks,
+        requests=trace.num_requests,
+        accesses=trace.num_accesses,
+        hit_blocks=hit_blocks,
+        tokens=trace.num_tokens,
+        hit_tokens=trace.hit_tokens(hits),
+        reclaimed=trace.num_accesses - hit_blocks - min(blocks, trace.num_distinct),
+        seconds=seconds,
+        hits=hits,
+    )
+
+
+def optimal_curve(trace: Trace, capacities: Iterable[int]) -> HitCurve:
+    """Return the hits of the optimum at many capacities; the trace is read once for all of them.
+
+    Parameters
+    ----------
+    trace : Trace
+    capacities : iterable of int
+        In any order, 0 … 2³¹−2.
+
+    Returns
+    -------
+    HitCurve
+        A point for each of them, for 0, and for the least capacity that finds all there is to find. Between two points
+        the true optimum lies anywhere from the lower to the upper.
+
+    Raises
+    ------
+    InvalidOperation
+        If the trace carries lengths only, or a capacity is out of range.
+    """
+    require_content(trace)
+    asked = {require_int("capacities", capacity, 0, MAX_BLOCKS) for capacity in capacities}
+    runs = _runs_of(trace)
+    _, most = _replay(runs, MAX_BLOCKS)
+    points = sorted(asked | {0, most})
+    hits = [_replay(runs, capacity)[0] for capacity in points]
+    return HitCurve(
+        np.array(points, np.int64),
+        np.array([each.sum(dtype=np.int64) for each in hits], np.int64),
+        np.array([trace.hit_tokens(each) for each in hits], np.int64),
+        trace.num_accesses,
+        trace.num_tokens,
+    )
