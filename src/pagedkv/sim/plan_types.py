@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation
+from pagedkv.sim.hit_curve import HitCurve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.result import ReplayResult
 
@@ -180,9 +181,10 @@ class Verdict:
     blocks, bytes : int
         The size that is judged: the given memory, else the smallest at which the optimum reaches the target.
     lost_to_capacity, lost_to_strategy : float
-        Shares of the attainable hit ratio: what even the optimum misses there, and what LRU misses beyond that.
+        Shares of the attainable hit ratio that are missing at the target there: those that the optimum does not find
+        either, and those that only LRU does not find.
     regained : float
-        The part of `lost_to_strategy` that the best strategy gets back, 0 … 1.
+        The part of the gap between LRU and the optimum that the best strategy closes, 0 … 1.
     """
 
     kind: str
@@ -230,12 +232,16 @@ class Plan:
     load : Load
     verdict : Verdict
     strategies : tuple of str
-        That were compared.
+        That were compared, LRU always among them.
     notes : tuple of str
         Assumptions that a reader has to know.
-    lru_run, best_run : ReplayResult or None
-        LRU and the best strategy at the best strategy's target capacity (the given memory, where there is one), with
-        `hits` of every request.
+    curve : HitCurve
+        The exact LRU curve, all of it.
+    runs : tuple of ReplayResult
+        Every replay that was made, ``"optimal"`` among the strategies. Those at `shown_blocks` of LRU, the best
+        strategy and the optimum have the `hits` of every request, the others none.
+    shown_blocks : int or None
+        The given memory; without it the best strategy's capacity at the target.
     """
 
     trace_name: str
@@ -263,6 +269,7 @@ class Plan:
     load: Load
     verdict: Verdict
     strategies: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    lru_run: ReplayResult | None = field(default=None, repr=False)
-    best_run: ReplayResult | None = field(default=None, repr=False)
+    notes: tuple[str, ...]
+    curve: HitCurve = field(repr=False)
+    runs: tuple[ReplayResult, ...] = field(repr=False)
+    shown_blocks: int | None

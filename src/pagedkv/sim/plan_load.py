@@ -1,0 +1,82 @@
+"""What runs at the same time: the blocks that requests hold while they are served."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.sim.model_shape import ModelShape
+from pagedkv.sim.plan_types import Hardware, Load
+from pagedkv.sim.trace import Trace
+
+__all__ = ["estimate_load"]
+
+_COUNT_SHARED_UP_TO = 20_000_000
+"""Accesses: the count sorts them all."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware, flops_saved: float = 0.0) -> Load:
+    """Estimate how many requests run at a time and how many blocks they hold.
+
+    Parameters
+    ----------
+    trace : Trace
+        With at least one request.
+    model : ModelShape
+    hardware : Hardware
+    flops_saved : float
+        Prefill FLOPs that a cache saves over the trace.
+    """
+    flops = model.prefill_flops(trace.input_tokens)
+    start = np.asarray(trace.times, np.float64)
+    end = start + flops / hardware.flops_per_second + trace.output_tokens / hardware.decode_tokens_per_second
+    span = max(float(start[-1] - start[0]), 1e-9)
+    own = np.diff(trace.offsets)
+    whole = -(-(trace.input_tokens + trace.output_tokens) // trace.block_tokens)
+    shared = trace.num_accesses <= _COUNT_SHARED_UP_TO
+    if shared:
+        first, last = _held_blocks(trace, start, end)
+        begins, ends = np.concatenate([first, start]), np.concatenate([last, end])
+        blocks = np.concatenate([np.ones(len(first), np.int64), np.maximum(whole - own, 0)])
+    else:
+        begins, ends, blocks = start, end, np.maximum(whole, own)
+    peak_requests = _peak(start, end, np.ones(len(start), np.int64))
+    return Load(
+        mean_requests=float((end - start).sum()) / max(span, float(end.max() - start[0])),
+        peak_requests=peak_requests,
+        mean_blocks=float(((ends - begins) * blocks).sum()) / max(span, float(end.max() - start[0])),
+        peak_blocks=_peak(begins, ends, blocks),
+        shared=shared,
+        prefill_load=float(flops.sum()) / hardware.flops_per_second / span,
+        prefill_load_saved=flops_saved / hardware.flops_per_second / span,
+        window_bytes=peak_requests * model.window_bytes_per_sequence,
+    )
+
+
+def _held_blocks(trace: Trace, start: Floats, end: Floats) -> tuple[Floats, Floats]:
+    """Return when a block begins and ceases to be held, once for every unbroken time of every block."""
+    request = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
+    order = np.argsort(trace.ids, kind="stable")
+    block, request = np.asarray(trace.ids)[order], request[order]
+    if not len(block):
+        return np.zeros(0), np.zeros(0)
+    begins, ends = start[request], end[request]
+    # One running maximum serves all blocks: each lies higher than the one before by more than the whole span.
+    lift = block.astype(np.float64) * (float(end.max() - start[0]) + 1.0)
+    held_until = np.maximum.accumulate(ends + lift) - lift
+    fresh = np.ones(len(block), bool)
+    fresh[1:] = (block[1:] != block[:-1]) | (begins[1:] > held_until[:-1])
+    firsts = np.flatnonzero(fresh)
+    lasts = np.append(firsts[1:] - 1, len(block) - 1)
+    return begins[firsts], held_until[lasts]
+
+
+def _peak(begins: Floats, ends: Floats, blocks: Ints) -> int:
+    """Return the most that is held at a time; what ends at a moment is gone before anything begins."""
+    times = np.concatenate([ends, begins])
+    changes = np.concatenate([-blocks, blocks])
+    order = np.argsort(times, kind="stable")
+    return int(np.cumsum(changes[order]).max(initial=0))
