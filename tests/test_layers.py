@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": {"errors", "jit", "spec"},
     "cache": {"errors", "spec", "control", "data"},
     "models": {"errors"},
-    "sim": {"errors", "spec", "control"},
+    "sim": {"errors", "spec", "control", "jit"},
     "hf": {"errors", "spec", "control", "data", "cache", "models"},
     "engine": {"errors", "spec", "control", "data", "cache", "hf", "models"},
     "server": {"errors", "spec", "engine"},

@@ -33,7 +33,7 @@ def act(stage: Stage, block_tokens: int, requests: int, accesses: int, most_bloc
         full = _lacks(stage, most_blocks, most_slots)
         if full:
             return full
-        kind = np.argmin(stage.arrivals)
+        kind = int(np.argmin(stage.arrivals))
         now = stage.arrivals[kind]
         if counters[EVENTS] and stage.event_times[0] < now:
             now = stage.event_times[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -117,7 +117,7 @@ def empty_stage(
 
 
 def grown(stage: Stage, full: str, most_blocks: int) -> Stage:
-    """Return the stage with more room where it is full: ``"requests"``, ``"ids"``, ``"parents"``, ``"slots"``, ``"known"``.
+    """Return the stage with more room for ``"requests"``, ``"ids"``, ``"parents"``, ``"slots"`` or ``"known"`` paths.
 
     Raises
     ------
@@ -126,18 +126,20 @@ def grown(stage: Stage, full: str, most_blocks: int) -> Stage:
     """
     if full == "requests":
         names = ("times", "input_tokens", "output_tokens", "numbers", "ends")
-        return stage._replace(**{name: _longer(getattr(stage, name)) for name in names})
+        longer: dict[str, Any] = {name: _longer(getattr(stage, name)) for name in names}
+        return stage._replace(**longer)
     if full == "slots":
         return _with_more_slots(stage)
     if full == "known":
         return _with_larger_table(stage)
-    array = getattr(stage, full)
+    array: npt.NDArray[Any] = getattr(stage, full)
     if full == "parents" and len(array) >= MAX_BLOCKS:
         raise InvalidOperation(f"the trace would have more than {MAX_BLOCKS} different blocks: ask for less traffic")
-    return stage._replace(**{full: _longer(array, most_blocks, MAX_BLOCKS if full == "parents" else None)})
+    longer = {full: _longer(array, most_blocks, MAX_BLOCKS if full == "parents" else None)}
+    return stage._replace(**longer)
 
 
-def _longer(array: npt.NDArray[np.generic], least: int = 0, most: int | None = None) -> npt.NDArray[np.generic]:
+def _longer(array: npt.NDArray[Any], least: int = 0, most: int | None = None) -> npt.NDArray[Any]:
     length = len(array) + max(len(array) // 2, least, 1)
     longer = np.zeros(length if most is None else min(length, most), array.dtype)
     longer[: len(array)] = array

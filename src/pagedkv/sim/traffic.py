@@ -173,7 +173,7 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
 
 
 def subagents_of(traffic: Traffic) -> Traffic:
-    """Return the traffic of the sub-agents that a session starts: shorter, without pauses or sub-agents of their own."""
+    """Return the traffic of a session's sub-agents: shorter, without idle pauses or sub-agents of their own."""
     return replace(
         traffic,
         turns=traffic.subagent_turns,
