@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.control.prefix import find_child
 from pagedkv.control.rows import find_row
-from pagedkv.control.state import DIRTY, LIVE, OPAQUE, State
+from pagedkv.control.state import DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
 from pagedkv.errors import CorruptedState
 
 
@@ -146,16 +146,20 @@ def _siblings(state: State, link: int) -> list[int]:
 
 
 def _check_heap(state: State) -> None:
-    blocks, size = state.blocks, int(state.counters[0].heap_size)
-    heap = state.heap[:size].tolist()
-    for position, block in enumerate(heap):
-        _require(blocks[block].heap_pos == position + 1, "place in the heap", block, position)
-        if position:
-            above = heap[(position - 1) // 2]
-            key = (int(blocks[block].score), block)
-            _require((int(blocks[above].score), above) < key, "heap order", above, block)
-    leaf = (blocks["indexed"] == 1) & (blocks["ref_count"] == 0) & (blocks["pins"] == 0) & (blocks["num_children"] == 0)
-    _require(sorted(heap) == np.flatnonzero(leaf).tolist(), "heap and cached leaves differ", sorted(heap))
+    blocks, counters = state.blocks, state.counters[0]
+    leaf = (blocks["indexed"] != 0) & (blocks["ref_count"] == 0) & (blocks["pins"] == 0) & (blocks["num_children"] == 0)
+    for queue, size in ((MAIN, counters.heap_size), (PROBATION, counters.probation_heap_size)):
+        base = queue * len(blocks)
+        heap = state.heap[base : base + int(size)].tolist()
+        for position, block in enumerate(heap):
+            _require(blocks[block].heap_pos == position + 1, "place in the heap", block, position)
+            if position:
+                above = heap[(position - 1) // 2]
+                key = (int(blocks[block].score), block)
+                _require((int(blocks[above].score), above) < key, "heap order", above, block)
+        expected = np.flatnonzero(leaf & (blocks["indexed"] == 1 + queue)).tolist()
+        _require(sorted(heap) == expected, "heap and cached leaves differ", queue, sorted(heap))
+    _require(counters.probation == (blocks["indexed"] == 1 + PROBATION).sum(), "probation", counters.probation)
 
 
 def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) -> None:
@@ -168,7 +172,7 @@ def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) 
 
 def _check_counters(state: State, rows: list[int]) -> None:
     counters, blocks = state.counters[0], state.blocks
-    active, cached = blocks["ref_count"] > 0, (blocks["ref_count"] == 0) & (blocks["indexed"] == 1)
+    active, cached = blocks["ref_count"] > 0, (blocks["ref_count"] == 0) & (blocks["indexed"] != 0)
     _require(counters.used == active.sum(), "used blocks", counters.used, active.sum())
     _require(counters.cached == cached.sum(), "cached blocks", counters.cached, cached.sum())
     _require(counters.pinned == (cached & (blocks["pins"] > 0)).sum(), "pinned blocks", counters.pinned)

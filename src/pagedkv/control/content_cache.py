@@ -69,23 +69,27 @@ class ContentCache(BlockManager):
             raise InvalidOperation(f"offsets expects int64 [num_requests + 1], ascending, up to {len(ids)}")
         path = np.zeros(int(lengths.max(initial=0)), np.int32)
         hits = np.zeros(len(lengths), np.int32)
+        ids = np.ascontiguousarray(ids)
         with self._lock:
-            if self._state.counters[0].rule == CUSTOM:
-                self._run_scored(ids, offsets, path, hits)
+            if self._state.counters[0].rule == CUSTOM or self._state.counters[0].logging:
+                self._run_observed(ids, offsets, path, hits)
             else:
-                contents.run_requests(self._state, np.ascontiguousarray(ids), offsets, path, hits)
-            self._publish()
+                contents.run_requests(self._state, ids, offsets, path, hits)
         return hits
 
-    def _run_scored(
+    def _run_observed(
         self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64], path: npt.NDArray[np.int32], hits: Any
     ) -> None:
-        """Run requests with a strategy in NumPy, which scores the blocks of each as they are let go."""
-        ids = np.ascontiguousarray(ids)
+        """Run requests one by one: a strategy in NumPy scores the blocks of each, subscribers hear of each."""
+        is_custom = self._state.counters[0].rule == CUSTOM
         for place, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+            self._reclaim_for(0, stop - start, ids[start:stop].astype(np.int64), True)
             found, held = contents.begin_request(self._state, ids, start, stop, path)
             try:
-                self._score_blocks(path[:held])
+                self._hooks.hit(self._state, path[:found])
+                self._publish()
+                if is_custom:
+                    self._score_blocks(path[:held])
             finally:
                 contents.end_request(self._state, path, found, held)
             hits[place] = found

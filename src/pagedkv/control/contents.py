@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.pool import drop_block, share_block, take_block
+from pagedkv.control.pool import drop_block, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child
+from pagedkv.control.reclaim import lowest_leaf
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled
 
@@ -22,14 +23,7 @@ _ROOT = -1
 def _can_take(state: State) -> bool:
     """Tell whether `take_block` finds a block that is not on the path of the running request."""
     counters = state.counters[0]
-    return counters.free_top > 0 or counters.fresh < counters.num_blocks or counters.heap_size > 0
-
-
-@compiled
-def _use_block(state: State, block: int) -> None:
-    record = state.blocks[block]
-    record.access_count += 1
-    record.last_access = state.counters[0].tick
+    return counters.free_top > 0 or counters.fresh < counters.num_blocks or lowest_leaf(state) >= 0
 
 
 @compiled
@@ -50,7 +44,7 @@ def begin_request(
         if child < 0:
             break
         if hits > 0:
-            _use_block(state, parent)
+            use_block(state, parent)
         path[hits] = child
         parent = child
         hits += 1

@@ -17,7 +17,8 @@ logger = logging.getLogger("pagedkv")
 class EventFeed:
     """The subscribers and the events on their way to them."""
 
-    def __init__(self, namespaces: Namespaces) -> None:
+    def __init__(self, namespaces: Namespaces, always_log: bool = False) -> None:
+        self._always_log = always_log
         self._namespaces = namespaces
         self._callbacks: list[Callable[[CacheEvent], None]] = []
         self._queue: deque[CacheEvent] = deque()
@@ -39,13 +40,14 @@ class EventFeed:
     def publish(self, state: State, event: CacheEvent | None = None) -> None:
         """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
         if not self._active:
+            state.counters[0].log_len = 0
             return
         self._queue.extend(self._read(state))
         if event is not None:
             self._queue.append(event)
         if not self._callbacks:
             self._active = False
-            state.counters[0].logging = 0
+            state.counters[0].logging = self._always_log
             self._queue.clear()
         if self._delivering:
             return

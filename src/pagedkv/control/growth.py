@@ -58,7 +58,18 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
         return NO_ROOM, needed, available
     if width > state.tables.shape[1]:
         return NEEDS_WIDTH, width, 0
-    return OK, 0, 0
+    return OK, needed, 0
+
+
+@compiled
+def blocks_to_grow(state: State, seq_ids: Ints, counts: Ints) -> tuple[int, int]:
+    """Return OK and how many blocks a batch takes to grow by `counts`, or another status."""
+    state = borrowed(state)
+    rows = np.empty(len(seq_ids), np.int32)
+    status, needed = resolve_rows(state, seq_ids, rows)
+    if status == OK:
+        status, needed, _ = _room_to_grow(state, rows, counts)
+    return status, needed
 
 
 @compiled

@@ -14,13 +14,15 @@ from pagedkv.control.arguments import (
     sequence_number,
     whole_number,
 )
+from pagedkv.control.hooks import block_view
 from pagedkv.control.inspection import Inspection
 from pagedkv.control.layout import copies_in
+from pagedkv.control.protocol import checked_scores
 from pagedkv.control.room import fits_after_evicting, written_tails
 from pagedkv.control.rules import CUSTOM
 from pagedkv.control.state import MAX_PINS, PINNED
-from pagedkv.control.strategies import MAX_PRIORITY, Priority, checked_scores
-from pagedkv.control.types import BlockView, SeqId
+from pagedkv.control.strategies import MAX_PRIORITY, Priority
+from pagedkv.control.types import SeqId
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
 
 Copies = npt.NDArray[np.int32]
@@ -34,6 +36,7 @@ class Holding(Inspection):
 
     def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
+            self._reclaim_to_grow(keys, counts)
             status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
                 break
@@ -86,7 +89,7 @@ class Holding(Inspection):
         record = self._state.sequences[row]
         if record.marks & PINNED:
             table = self._table(row)[: record.pinned_blocks]
-            pinned = table[self._state.blocks["indexed"][table] == 1].tolist()
+            pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
             if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
                 raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
             self._kept_pins.setdefault(int(record.seq_id), []).extend(pinned)
@@ -102,10 +105,28 @@ class Holding(Inspection):
             self._score_blocks(ids)
         lifecycle.hand_over_use(self._state, row, first)
 
+    def _reclaim_for(self, namespace: int, count: int, ids: Any, known: bool) -> None:
+        """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
+        if not self._hooks.decide_reclaims:
+            return
+        state = self._state
+        matched = lifecycle.matching_blocks(state, namespace, ids) if known else np.empty(0, np.int32)
+        idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
+        needed = -(-count // self.block_size) - len(matched)
+        if needed <= self.free_block_count - int(idle.sum()):
+            self._hooks.make_room(state, needed, int(matched[-1]) if len(matched) else -1)
+
+    def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
+        """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
+        if self._hooks.decide_reclaims:
+            status, needed = growth.blocks_to_grow(self._state, keys, counts)
+            if status == rows.OK:
+                self._hooks.make_room(self._state, needed)
+
     def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
         if len(ids):
-            view = BlockView(self._state.blocks[ids], ids)
-            scores = self.eviction_strategy.score_blocks(view, int(self._state.counters[0].tick))
+            view, now = block_view(self._state, ids), int(self._state.counters[0].tick)
+            scores = self.eviction_strategy.score_blocks(view, now)
             checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
             self._state.blocks["score"][ids] = checked
 

@@ -10,13 +10,15 @@ import numpy.typing as npt
 
 from pagedkv.control import rows
 from pagedkv.control.arguments import sequence_key, sequence_number, whole_number
+from pagedkv.control.builtins import with_rule
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot
 from pagedkv.control.feed import EventFeed
+from pagedkv.control.hooks import Hooks
 from pagedkv.control.namespaces import Namespaces
 from pagedkv.control.pool import available_blocks
-from pagedkv.control.state import LIVE, PINNED, new_state, with_roots, with_wider_tables
-from pagedkv.control.strategies import EvictionStrategy, as_strategy, rule_of
+from pagedkv.control.state import LIVE, PINNED, new_state, with_log, with_roots, with_wider_tables
+from pagedkv.control.strategies import EvictionStrategy, as_strategy
 from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
 from pagedkv.control.victims import VictimOrder
 from pagedkv.errors import BlockNotFound, InvalidOperation, SequenceNotFound
@@ -35,11 +37,14 @@ class Inspection:
     ) -> None:
         self._strategy = as_strategy(strategy)
         self._eviction_threshold = eviction_threshold
-        self._state = new_state(num_blocks, block_size, prefix_caching)
-        self._state.counters[0].rule = rule_of(self._strategy)
+        self._state = with_rule(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._hooks = Hooks(self._strategy)
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()
-        self._feed = EventFeed(self._namespaces)
+        self._feed = EventFeed(self._namespaces, self._hooks.see_stores)
+        if self._hooks.see_stores:
+            self._state = with_log(self._state)
+            self._state.counters[0].logging = 1
         self._pending_copies: dict[int, int] = {}  # destination: source
         self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
@@ -153,7 +158,7 @@ class Inspection:
             owner = np.full(len(blocks), -1, np.int64)
             for place in range(len(live) - 1, -1, -1):
                 owner[self._table(live[place])] = place
-            indexed = blocks["indexed"] == 1
+            indexed = blocks["indexed"] != 0
             return CacheSnapshot(
                 block_size=self.block_size,
                 strategy=str(self._strategy),
@@ -250,6 +255,9 @@ class Inspection:
         self._state = with_wider_tables(self._state, width)
 
     def _publish(self, event: CacheEvent | None = None) -> None:
+        if self._hooks.see_stores:
+            entries = self._state.log[: self._state.counters[0].log_len]
+            self._hooks.stored(self._state, entries[entries > 0] - 1)
         self._feed.publish(self._state, event)
 
     def _block_keys(self, block: int) -> Any:

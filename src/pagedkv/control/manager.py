@@ -105,6 +105,7 @@ class BlockManager(Retention):
         with self._lock:
             namespace = self._enter_namespace(cache_salt)
             while True:
+                self._reclaim_for(namespace, count, ids, known)
                 status, a, b, source, destination = lifecycle.allocate_row(
                     self._state, key, namespace, priority, count, ids, known
                 )
@@ -117,6 +118,7 @@ class BlockManager(Retention):
             if source != lifecycle.NOBODY:
                 self._copy(np.array([[source, destination]], np.int32))
             self._wide_ids |= key < 0
+            self._hooks.hit(self._state, self._table(a)[: self._state.sequences[a].num_indexed])
             info = self._info(a)
             self._publish()
             return info

@@ -56,6 +56,15 @@ def take_block(state: State) -> int:
 
 
 @compiled
+def use_block(state: State, block: int) -> None:
+    """Count a use at the current tick."""
+    record = state.blocks[block]
+    record.access_count += 1
+    record.recent_hits += record.recent_hits < 255
+    record.last_access = state.counters[0].tick
+
+
+@compiled
 def share_block(state: State, block: int) -> None:
     """Add a reference; a cached block becomes active again."""
     counters = state.counters[0]
@@ -67,8 +76,7 @@ def share_block(state: State, block: int) -> None:
             counters.pinned -= 1
         _activate(state)
     record.ref_count += 1
-    record.access_count += 1
-    record.last_access = counters.tick
+    use_block(state, block)
 
 
 @compiled

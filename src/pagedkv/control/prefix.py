@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.chances import queue_at_store
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 
@@ -116,7 +117,9 @@ def link_child(state: State, parent: int, block: int) -> None:
     state.buckets[bucket] = block + 1
     record.parent = parent
     record.num_children = 0
-    record.indexed = 1
+    record.recent_hits = 0
+    record.indexed = 1 + queue_at_store(state, block, parent)
+    counters.probation += record.indexed - 1
     if parent >= 0:
         record.depth = state.blocks[parent].depth + 1
         state.blocks[parent].num_children += 1
@@ -164,6 +167,7 @@ def unlink_leaf(state: State, block: int) -> int:
         state.blocks[parent].num_children -= 1
     else:
         state.roots[-1 - parent, 0] -= 1
+    counters.probation -= record.indexed - 1
     record.indexed = 0
     if counters.logging != 0:
         state.log[counters.log_len] = -block - 1

@@ -1,15 +1,33 @@
-"""The order in which cached blocks are given up: an indexed binary heap of the cached leaves.
+"""The order in which cached blocks are given up: an indexed binary heap of the cached leaves for each queue.
 
-Only a leaf (no cached or active child) is ever in the heap, so a chain shrinks from its tail and no unreachable block
+Only a leaf (no cached or active child) is ever in a heap, so a chain shrinks from its tail and no unreachable block
 is kept. The order is total: by score, then by block id. All operations are O(log n).
 """
 
 from __future__ import annotations
 
+from pagedkv.control.chances import gets_second_chance, let_go, prefers_probation, start_over
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.rules import CUSTOM, score_by_rule
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
+
+
+@compiled
+def _base(state: State, block: int) -> int:
+    """Return where the heap of the queue of `block` begins."""
+    return (state.blocks[block].indexed - 1) * state.counters[0].num_blocks
+
+
+@compiled
+def _resize(state: State, base: int, change: int) -> int:
+    """Let the heap at `base` grow or shrink by one; returns its new size."""
+    counters = state.counters[0]
+    if base == 0:
+        counters.heap_size += change
+        return counters.heap_size
+    counters.probation_heap_size += change
+    return counters.probation_heap_size
 
 
 @compiled
@@ -19,69 +37,83 @@ def _goes_before(state: State, a: int, b: int) -> bool:
 
 
 @compiled
-def _place(state: State, block: int, position: int) -> None:
-    state.heap[position] = block
+def _place(state: State, block: int, base: int, position: int) -> None:
+    state.heap[base + position] = block
     state.blocks[block].heap_pos = position + 1
 
 
 @compiled
-def _rise(state: State, block: int, position: int) -> None:
+def _rise(state: State, block: int, base: int, position: int) -> None:
     while position > 0:
         above = (position - 1) >> 1
-        other = state.heap[above]
+        other = state.heap[base + above]
         if not _goes_before(state, block, other):
             break
-        _place(state, other, position)
+        _place(state, other, base, position)
         position = above
-    _place(state, block, position)
+    _place(state, block, base, position)
 
 
 @compiled
-def _sink(state: State, block: int, position: int) -> None:
-    size = state.counters[0].heap_size
+def _sink(state: State, block: int, base: int, position: int, size: int) -> None:
     while True:
         below = 2 * position + 1
         if below >= size:
             break
-        if below + 1 < size and _goes_before(state, state.heap[below + 1], state.heap[below]):
+        if below + 1 < size and _goes_before(state, state.heap[base + below + 1], state.heap[base + below]):
             below += 1
-        other = state.heap[below]
+        other = state.heap[base + below]
         if not _goes_before(state, other, block):
             break
-        _place(state, other, position)
+        _place(state, other, base, position)
         position = below
-    _place(state, block, position)
+    _place(state, block, base, position)
+
+
+@compiled
+def _enter(state: State, block: int) -> None:
+    base = _base(state, block)
+    _rise(state, block, base, _resize(state, base, 1) - 1)
 
 
 @compiled
 def offer(state: State, block: int) -> None:
-    """Put `block` into the heap if it can be reclaimed: cached, unpinned, a leaf, not there yet."""
+    """Put `block` into its heap if it can be reclaimed: cached, unpinned, a leaf, not there yet."""
     record = state.blocks[block]
     if record.indexed and record.ref_count == 0 and record.pins == 0 and record.num_children == 0:
         if record.heap_pos == 0:
-            counters = state.counters[0]
-            if counters.rule != CUSTOM:
+            if state.counters[0].rule != CUSTOM:
                 record.score = score_by_rule(state, block)
-            counters.heap_size += 1
-            _rise(state, block, counters.heap_size - 1)
+            _enter(state, block)
 
 
 @compiled
 def withdraw(state: State, block: int) -> None:
-    """Take `block` out of the heap if it is there."""
+    """Take `block` out of its heap if it is there."""
     record = state.blocks[block]
     if record.heap_pos == 0:
         return
     position = record.heap_pos - 1
     record.heap_pos = 0
-    counters = state.counters[0]
-    counters.heap_size -= 1
-    last = state.heap[counters.heap_size]
+    base = _base(state, block)
+    size = _resize(state, base, -1)
+    last = state.heap[base + size]
     if last != block:
-        if position > 0 and _goes_before(state, last, state.heap[(position - 1) >> 1]):
-            _rise(state, last, position)
+        if position > 0 and _goes_before(state, last, state.heap[base + ((position - 1) >> 1)]):
+            _rise(state, last, base, position)
         else:
-            _sink(state, last, position)
+            _sink(state, last, base, position, size)
+
+
+@compiled
+def rescore(state: State, block: int, score: int, queue: int) -> None:
+    """Move a cached leaf to another place in the order, and to `queue`."""
+    record = state.blocks[block]
+    withdraw(state, block)
+    state.counters[0].probation += queue - (record.indexed - 1)
+    record.indexed = 1 + queue
+    record.score = score
+    _enter(state, block)
 
 
 @compiled
@@ -93,12 +125,35 @@ def forget(state: State, block: int) -> None:
 
 
 @compiled
-def reclaim_lowest(state: State) -> int:
-    """Give up the cached block that the strategy ranks lowest and return it, free of content."""
-    block = state.heap[0]
+def lowest_leaf(state: State) -> int:
+    """Return the cached leaf that comes first in the queue that is to be drained, or -1 if nothing is cached."""
+    counters = state.counters[0]
+    if counters.probation_heap_size > 0 and (counters.heap_size == 0 or prefers_probation(state)):
+        return state.heap[counters.num_blocks]
+    return state.heap[0] if counters.heap_size > 0 else -1
+
+
+@compiled
+def give_up(state: State, block: int) -> None:
+    """Take a cached leaf out of its heap and out of the index; its content is gone."""
+    let_go(state, block)
     withdraw(state, block)
     forget(state, block)
     counters = state.counters[0]
     counters.cached -= 1
     counters.reclaimed += 1
+    start_over(state, lowest_leaf(state))
+
+
+@compiled
+def reclaim_lowest(state: State) -> int:
+    """Give up the cached block that the strategy ranks lowest and return it, free of content."""
+    block = lowest_leaf(state)
+    while True:
+        is_kept, score, queue = gets_second_chance(state, block)
+        if not is_kept:
+            break
+        rescore(state, block, score, queue)
+        block = lowest_leaf(state)
+    give_up(state, block)
     return block

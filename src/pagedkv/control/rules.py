@@ -9,13 +9,19 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagedkv.control.ghosts import HAND, INFLATION, LAP, TICKS
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 
-CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE = range(6)
+CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE, EXPIRY, S3_FIFO, SIEVE_RULE, COST = range(10)
 
 # Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
 RECENCY_BITS = 40
+MOMENTS = (1 << RECENCY_BITS) - 1
+
+# GDSF: a block deep in a prefix costs more to compute again, as attention reads all that precedes it. At this depth
+# (in blocks) it costs twice as much as the first.
+COST_OF_FIRST = 256
 
 
 @compiled
@@ -31,4 +37,14 @@ def score_by_rule(state: State, block: int) -> int:
         return (np.int64(-record.depth) << RECENCY_BITS) + record.last_access
     if rule == PRIORITY:
         return (np.int64(record.priority) << RECENCY_BITS) + record.last_access
-    return record.created
+    if rule == EXPIRY:
+        return record.last_access + state.policy[TICKS] * record.priority
+    if rule == COST:
+        return state.policy[INFLATION] + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
+    if rule == AGE:
+        return record.created
+    if rule == SIEVE_RULE:
+        moment = record.score & MOMENTS
+        lap = state.policy[LAP] + (moment <= state.policy[HAND])
+        return (lap << RECENCY_BITS) + moment
+    return record.score

@@ -10,12 +10,13 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``buckets``    the prefix table: the first block of each hash chain
 ``siblings``   per block: first child, next sibling, previous sibling
 ``roots``      per namespace: number of children, first child, number of live sequences
-``heap``       cached leaves in the order in which they are given up
+``heap``       cached leaves in the order in which they are given up, one heap for each of two queues
 ``free_stack`` blocks that were used before and hold nothing now; never used ones lie above ``fresh``
 ``sequences``  one record per live sequence, two cache lines
 ``tables``     the block table of every sequence
 ``seq_table``  open addressing: sequence id to row
 ``log``        blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
+``policy``     what the strategy in force remembers beyond the records (`ghosts`); empty for most
 ``counters``   one record of scalars
 =============  =====================================================================================
 """
@@ -45,7 +46,8 @@ BLOCK = np.dtype(
             ("heap_pos", "i4"),
             ("hash_next", "i4"),
             ("pins", "u2"),
-            ("indexed", "u2"),  # 1 while the block is a node of the prefix trie
+            ("indexed", "u1"),  # while the block is a node of the prefix trie: 1 + the queue it waits in
+            ("recent_hits", "u1"),  # since it was stored or given a second chance, at most 255
         ],
     )
 )
@@ -81,6 +83,9 @@ SEQUENCE = np.dtype(
 LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
 """Sequence marks. An OPAQUE sequence is never committed to the index: its K and V depend on more than its token ids."""
 
+MAIN, PROBATION = 0, 1
+"""The queues of cached blocks: strategies that tell newcomers from proven blocks let them wait apart."""
+
 MAX_PINS = np.iinfo(np.uint16).max
 
 COUNTERS = np.dtype(
@@ -90,7 +95,7 @@ COUNTERS = np.dtype(
             (name, "i8")
             for name in (
                 "num_blocks block_size prefix_caching whole_hits rule seed tick stamp "
-                "fresh free_top used cached pinned heap_size "
+                "fresh free_top used cached pinned heap_size probation_heap_size probation "
                 "num_sequences rows_used free_row num_dirty logging log_len "
                 "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"
             ).split()
@@ -114,6 +119,7 @@ class State(NamedTuple):
     seq_table: npt.NDArray[np.int32]
     dirty: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
+    policy: npt.NDArray[np.int64]
     counters: npt.NDArray[np.void]
 
 
@@ -136,13 +142,14 @@ def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int 
         buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
         siblings=np.zeros((num_blocks, 3), np.int32),
         roots=np.zeros((16, 3), np.int32),
-        heap=np.zeros(num_blocks, np.int32),
+        heap=np.zeros(2 * num_blocks, np.int32),
         free_stack=np.zeros(num_blocks, np.int32),
         sequences=np.zeros(rows, SEQUENCE),
         tables=np.zeros((rows, width), np.int32),
         seq_table=np.zeros(power_of_two(2 * rows), np.int32),
         dirty=np.zeros(rows, np.int32),
         log=np.zeros(1, np.int32),
+        policy=np.zeros(1, np.int64),
         counters=counters,
     )
 

@@ -253,10 +253,25 @@ class BlockView(_RecordView):
     created = _Column("created", "tick at which it was filled")
     num_children = _Column("num_children", "blocks that continue it in the index")
 
+    __slots__ = ("_paths",)
+
+    def __init__(
+        self, records: npt.NDArray[np.void], ids: npt.NDArray[Any], paths: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        super().__init__(records, ids)
+        self._paths = paths
+
     @property
     def block_id(self) -> npt.NDArray[np.int32]:
         """The ids of the blocks."""
         return self._ids
+
+    @property
+    def path(self) -> npt.NDArray[np.int64]:
+        """A number for the content of each block and of all that precedes it, for strategies with hooks."""
+        if self._paths is None:
+            raise InvalidOperation("path is kept for strategies with hooks (StrategyHooks) only")
+        return self._paths
 
 
 class SequenceView(_RecordView):

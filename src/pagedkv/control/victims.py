@@ -9,8 +9,8 @@ from __future__ import annotations
 import heapq
 
 from pagedkv.control.arguments import sequence_number
+from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.state import DIRTY, LIVE, PINNED, State
-from pagedkv.control.strategies import EvictionStrategy, checked_scores
 from pagedkv.control.types import SequenceView
 
 

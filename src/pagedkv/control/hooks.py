@@ -1,0 +1,92 @@
+"""Calls the hooks of a user's strategy around the compiled calls (see `StrategyHooks`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.ghosts import HEADER
+from pagedkv.control.protocol import EvictionStrategy, hooks_of
+from pagedkv.control.reclaim import give_up, lowest_leaf, offer, rescore, withdraw
+from pagedkv.control.state import MAIN, State
+from pagedkv.control.types import BlockView
+from pagedkv.errors import InvalidOperation
+from pagedkv.spec import require_int
+
+Blocks = npt.NDArray[np.int32]
+
+# A strategy that keeps a block this often while one is needed will keep it for ever.
+MOST_CHANCES = 10_000
+
+
+class Hooks:
+    """The hooks that a strategy has; without any, every call is a no-op."""
+
+    def __init__(self, strategy: EvictionStrategy) -> None:
+        self._strategy: Any = strategy
+        self._names = hooks_of(strategy)
+
+    @property
+    def see_stores(self) -> bool:
+        """Whether the strategy wants to know what was stored."""
+        return "on_store" in self._names
+
+    @property
+    def decide_reclaims(self) -> bool:
+        """Whether the strategy is asked before a block is given up."""
+        return "on_reclaim" in self._names
+
+    def hit(self, state: State, blocks: Blocks) -> None:
+        """Tell of blocks that a new sequence found."""
+        if "on_hit" in self._names and len(blocks):
+            self._strategy.on_hit(block_view(state, blocks), int(state.counters[0].tick))
+
+    def stored(self, state: State, blocks: Blocks) -> None:
+        """Tell of blocks that became findable."""
+        if self.see_stores and len(blocks):
+            self._strategy.on_store(block_view(state, blocks), int(state.counters[0].tick))
+
+    def make_room(self, state: State, needed: int, spared: int = -1) -> None:
+        """Give up cached blocks as the strategy decides, so that `needed` can be taken; not the leaf `spared`."""
+        if not self.decide_reclaims:
+            return
+        counters = state.counters[0]
+        missing = needed - int(counters.free_top) - int(counters.num_blocks - counters.fresh)
+        if spared >= 0:
+            withdraw(state, spared)
+        try:
+            for _ in range(missing):
+                self._give_up_one(state)
+        finally:
+            if spared >= 0:
+                offer(state, spared)
+
+    def _give_up_one(self, state: State) -> None:
+        for _ in range(MOST_CHANCES):
+            block = int(lowest_leaf(state))
+            if block < 0:
+                return
+            view = block_view(state, np.array([block], np.int32))
+            answer = self._strategy.on_reclaim(view, int(state.counters[0].tick))
+            if answer is None:
+                self._free(state, block)
+                return
+            rescore(state, block, require_int("on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
+        name = type(self._strategy).__name__
+        raise InvalidOperation(f"{name}.on_reclaim expects to let go of some block, kept {MOST_CHANCES} in a row")
+
+    @staticmethod
+    def _free(state: State, block: int) -> None:
+        give_up(state, block)
+        counters = state.counters[0]
+        state.blocks[block].num_tokens = 0
+        state.free_stack[counters.free_top] = block
+        counters.free_top += 1
+
+
+def block_view(state: State, blocks: Blocks) -> BlockView:
+    """Return the view of `blocks` that strategies are shown."""
+    paths = state.policy[HEADER + blocks] if len(state.policy) > HEADER else None
+    return BlockView(state.blocks[blocks], blocks, paths)
