@@ -86,12 +86,10 @@ def _cast(kind: str, rate: float | None, parameters: dict[str, Any]) -> tuple[li
     """Return the traffic of all kinds, sub-agents last, and the seconds between the sessions of each."""
     if kind not in KINDS:
         raise InvalidOperation(f"kind expects one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "mixed" and "rate" in parameters:
-        raise InvalidOperation("rate is an argument of its own, of all kinds of a mixed trace together")
     kinds = [changed(traffic, parameters) for traffic in TRAFFIC.values()]
     rates = [traffic.rate if kind in (name, "mixed") else 0.0 for name, traffic in TRAFFIC.items()]
     if rate is not None:
-        changed(Traffic(), {"rate": rate})
+        rate = changed(Traffic(), {"rate": rate}).rate
         rates = [one * rate / sum(rates) for one in rates]
     pauses = [_requests_of(traffic) / one if one else np.inf for traffic, one in zip(kinds, rates, strict=True)]
     agents = kinds[list(TRAFFIC).index("agents")]
