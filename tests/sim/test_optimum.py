@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from tests.sim import oracles
 from tests.sim.traces import AGENTS, CHAT, Requests, as_requests, as_trace, chained_requests, chained_traces, real_trace
 
@@ -38,6 +38,7 @@ def test_no_choice_of_what_to_keep_has_more_hits(requests: Requests) -> None:
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @given(trace=chained_traces())
+@settings(max_examples=40)
 def test_no_strategy_has_more_hits(strategy: Oracle, trace: Trace) -> None:
     requests = as_requests(trace)
     for capacity in range(1, trace.num_distinct + 1):

@@ -64,9 +64,10 @@ class HitCurve:
         """Return the hit ratio of a cache of so many blocks, any number from 0; `tokens` for the token hit ratio."""
         if np.any(np.asarray(blocks) < 0):
             raise InvalidOperation(f"blocks expects capacities from 0, got {blocks}")
-        ratios = self.token_hit_ratio if tokens else self.hit_ratio
-        found: Floats = ratios[np.searchsorted(self.blocks, blocks, side="right") - 1]
-        return float(found) if np.ndim(blocks) == 0 else found
+        places = np.searchsorted(self.blocks, blocks, side="right") - 1
+        hits, whole = (self.hit_tokens, self.tokens) if tokens else (self.hit_blocks, self.accesses)
+        ratios = np.asarray(hits[places] / max(1, whole), np.float64)
+        return float(ratios) if np.ndim(blocks) == 0 else ratios
 
     def blocks_for(self, hit_ratio: float, *, tokens: bool = False) -> int | None:
         """Return the fewest blocks that reach this hit ratio, or None where none do; `tokens` for the token ratio."""

@@ -6,7 +6,7 @@ its place in the stack. A request moves its blocks to the top, its head first: a
 - So the cached blocks are closed under prefixes at every capacity, and the hits of a request are its blocks whose place
   *before the request* is at most C.
 - The blocks that were last used by the same request stand together, and of those a later request takes the upper part.
-  So the blocks of a request fall into few **runs**, each last used by one earlier request and each a contiguous piece of
+  So the blocks of a request fall into few **runs**, each last used by one earlier request, each a contiguous piece of
   the stack. One look into a Fenwick tree over *requests* places a whole run; its hits are a range to which 1 is added.
 
 N accesses in r runs take O(N + r log r) instead of O(N log M).
