@@ -6,8 +6,9 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from pagedkv.cli.console import library_notices, notes, output
 from pagedkv.cli.failures import Failure
+from pagedkv.errors import InvalidOperation
 
 if TYPE_CHECKING:
     from pagedkv.sim.hit_curve import HitCurve
@@ -27,7 +29,8 @@ __all__ = ["ReplayRequest", "run", "split_names"]
 
 _ONLINE = ("lru", "fifo", "lfu")
 _OPTIMAL = "optimal"
-_FOLDED = {"lru", _OPTIMAL}
+_ALL = "all"
+_FOLDED = {"lru", _OPTIMAL, _ALL}
 """Names that tables and reports compare with, whatever case they were asked for in."""
 
 
@@ -78,7 +81,8 @@ def run(request: ReplayRequest) -> None:
             skip_bad=request.skip_bad,
             progress=bar.shows("reading"),
         )
-        _tell_what_was_mended(trace, console)
+        if trace.num_skipped:
+            console.print(f"{trace.num_skipped:,} broken records skipped", style="yellow")
         if not trace.num_requests:
             raise Failure(f"TRACE expects requests, {request.trace} has none")
         capacities = parse_capacities(request.blocks, trace.num_distinct) if trace.has_content else [1]
@@ -126,6 +130,7 @@ def _strategies(request: ReplayRequest) -> list[str]:
         names = split_names(request.strategies)
         if not names:
             raise Failure(f"--strategies expects names such as lru,fifo,optimal, got {request.strategies!r}")
+        names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
         for name in names:
             named_strategy(name)
     if request.strategies_from and "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -135,6 +140,18 @@ def _strategies(request: ReplayRequest) -> list[str]:
             raise Failure(f"--strategy-from expects module:Class, not a file, got {text!r}")
         imported_strategy(text)
     return list(dict.fromkeys([*names, *request.strategies_from]))
+
+
+def _all_strategies() -> list[str]:
+    """Return every strategy that needs no arguments, and the optimum."""
+    from pagedkv.control.registry import parse_strategy, strategy_names
+
+    names = []
+    for name in strategy_names():
+        with suppress(InvalidOperation):
+            parse_strategy(name)
+            names.append(name)
+    return [*names, _OPTIMAL]
 
 
 def _timing(request: ReplayRequest) -> Timing | None:
@@ -148,8 +165,8 @@ def _timing(request: ReplayRequest) -> Timing | None:
             raise Failure(f"{option} expects tokens per second above 0, got {rate:g}")
     if not request.timed:
         return None
-    if request.strategies and _OPTIMAL in split_names(request.strategies):
-        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal out")
+    if request.strategies and {_OPTIMAL, _ALL} & set(split_names(request.strategies)):
+        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal (and all) out")
     default = Timing()
     return Timing(
         default.prefill_tokens_per_second if request.prefill_rate is None else request.prefill_rate,
@@ -165,13 +182,6 @@ def _check_outputs(request: ReplayRequest) -> None:
     for option, file in files:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
             raise Failure(f"{option} expects a file in a folder that exists, got {file}")
-
-
-def _tell_what_was_mended(trace: Trace, console: Console) -> None:
-    if trace.num_skipped:
-        console.print(f"{trace.num_skipped:,} broken lines skipped", style="yellow")
-    if trace.num_reordered:
-        console.print(f"{trace.num_reordered:,} requests had a time before the one above them: sorted", style="yellow")
 
 
 def _write_report(request: ReplayRequest, trace: Trace, results: list[ReplayResult], curve: HitCurve | None) -> None:

@@ -15,13 +15,13 @@ EXAMPLES = """Replay a trace of real requests and count the cache hits, for ever
 
 [bold]Examples[/bold]
 
-  pagedkv replay trace.jsonl.gz --blocks 1k,10k --strategies lru,lfu,fifo,optimal
+  pagedkv replay chat.jsonl.gz --blocks 1k,10k --strategies lru,lfu,optimal
 
-  pagedkv replay trace.jsonl --blocks auto --curve --html report.html
+  pagedkv replay chat.jsonl.gz --strategies all --curve --html report.html
 
-  pagedkv replay trace.jsonl --blocks 10%,50% --strategy-from my_module:MyStrategy --json
+  pagedkv replay chat.jsonl.gz --blocks 10%,50% --strategy-from mine:Best --json
 
-  pagedkv replay trace.jsonl --blocks 20k --timed --prefill-rate 8000 --decode-rate 40
+  pagedkv replay chat.jsonl.gz --blocks 20k --timed --prefill-rate 8000
 
 A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
 """
@@ -49,7 +49,7 @@ def replay(
         _option(
             "--strategies",
             "-s",
-            help="What is given up first: registered names, and optimal for Belady's optimum.",
+            help="What is given up first: registered names, optimal for Belady's optimum, or all.",
             default="lru,fifo,lfu,optimal",
             panel=_WHAT,
         ),

@@ -59,7 +59,7 @@ def _speed(cells: Cells, strategy: str, blocks: int) -> float | None:
 _ALWAYS = (
     _Measure("hit ratio", lambda cells, *cell: cells[cell].hit_ratio, ".2%", marks_best=True),
     _Measure("token hit ratio", lambda cells, *cell: cells[cell].token_hit_ratio, ".2%", marks_best=True),
-    _Measure("gap from LRU to the optimum closed", closed_gap, ".1%"),
+    _Measure("gap from LRU to the optimum closed", closed_gap, "z.1%"),
     _Measure("blocks reclaimed", lambda cells, *cell: cells[cell].reclaimed, ",.0f"),
 )
 _IN_TIME = (

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 
-from pagedkv.control.strategies import EvictionStrategy, as_strategy, parse_strategy
+from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.registry import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, PagedKvError, ReplayFailed
 from pagedkv.sim.replay import replay
 from pagedkv.sim.result import ReplayResult
@@ -18,6 +19,7 @@ from pagedkv.sim.trace import Trace
 __all__ = ["OPTIMAL", "Cell", "imported_strategy", "named_strategy"]
 
 OPTIMAL = "optimal"
+_FEW_REQUESTS, _FEW_BLOCKS = 2, 64
 _MODULE_AND_CLASS = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)\s*")
 
 
@@ -40,21 +42,27 @@ class Cell:
     blocks: int
     timing: Timing | None = None
 
-    def replay(self, trace: Trace, at_most: int | None = None) -> ReplayResult:
+    def replay(self, trace: Trace) -> ReplayResult:
         """Replay with a strategy of its own, so that what it learned in another cell plays no part.
-
-        Parameters
-        ----------
-        trace : Trace
-        at_most : int, optional
-            Use no more blocks than these.
 
         Raises
         ------
         ReplayFailed
             Whatever went wrong.
         """
-        blocks = self.blocks if at_most is None else min(self.blocks, at_most)
+        return self._replay(trace, self.blocks)
+
+    def try_out(self, trace: Trace) -> None:
+        """Replay the first requests: everything is compiled afterwards, and a strategy that cannot work has failed.
+
+        Raises
+        ------
+        ReplayFailed
+            Whatever went wrong.
+        """
+        self._replay(trace.slice(0, min(_FEW_REQUESTS, trace.num_requests)), min(_FEW_BLOCKS, self.blocks))
+
+    def _replay(self, trace: Trace, blocks: int) -> ReplayResult:
         try:
             if self.strategy is None:
                 from pagedkv.sim.optimum import optimal
@@ -88,16 +96,12 @@ def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrat
     name = strategy.strip()
     if name.lower() == OPTIMAL:
         return name, None
-    try:
+    known, asked = strategy_names(), re.split(r"[:(]", name)[0].strip()
+    if re.sub("[_-]", "", asked.lower()) in known:
         return name, parse_strategy(name)
-    except InvalidOperation as error:
-        if not _MODULE_AND_CLASS.fullmatch(name):
-            raise
-        unknown = error
-    try:
+    if _MODULE_AND_CLASS.fullmatch(name):
         return name, imported_strategy(name)
-    except InvalidOperation as error:
-        raise error if "expects one of" in unknown.reason else unknown from None
+    raise InvalidOperation(f"strategy expects module:Class or one of {', '.join([*known, OPTIMAL])}, got {strategy!r}")
 
 
 def imported_strategy(text: str) -> EvictionStrategy:

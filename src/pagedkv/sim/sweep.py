@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.cells import Cell, named_strategy
 from pagedkv.sim.replay import MAX_BLOCKS
@@ -30,8 +30,6 @@ Outcomes = Iterator[tuple[int, ReplayResult]]
 
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
-_FIRST_REQUESTS = 2
-_FIRST_BLOCKS = 64
 
 
 def sweep(
@@ -85,15 +83,15 @@ def sweep(
         from pagedkv.sim.on_ray import connected
 
         cluster = connected()
-        _replay_the_first_requests(trace, cells)
+        _try_out(trace, cells)
         return _collected(cluster.run(trace, cells), len(cells), progress)
     jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
     if jobs == 1:
-        _replay_the_first_requests(trace, cells)
+        _try_out(trace, cells)
         return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)
     with tempfile.TemporaryDirectory(prefix="pagedkv-") as folder:
         trace.save(Path(folder))
-        _replay_the_first_requests(trace, cells)
+        _try_out(trace, cells)
         return _collected(run_in_processes(Path(folder), cells, jobs), len(cells), progress)
 
 
@@ -123,11 +121,10 @@ def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:
     return max(1, min(require_int("jobs", jobs, 1, 2**16), num_cells))
 
 
-def _replay_the_first_requests(trace: Trace, cells: Sequence[Cell]) -> None:
-    """Let everything compile here, once, and a strategy that cannot work fail before anything is started."""
-    first = trace.slice(0, min(_FIRST_REQUESTS, trace.num_requests))
+def _try_out(trace: Trace, cells: Sequence[Cell]) -> None:
+    """Compile here, once, and let a strategy that cannot work fail before anything is started."""
     for cell in {cell.name: cell for cell in reversed(cells)}.values():
-        cell.replay(first, at_most=_FIRST_BLOCKS)
+        cell.try_out(trace)
 
 
 def _collected(outcomes: Outcomes, asked: int, progress: Progress | None) -> list[ReplayResult]:

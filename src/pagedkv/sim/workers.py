@@ -73,8 +73,9 @@ class Failed:
 
 
 def outcome_of(trace: Trace, cell: Cell) -> ReplayResult | Failed:
-    """Replay a cell elsewhere."""
+    """Replay a cell in another process; loading compiled code from the disk does not count as its time."""
     try:
+        cell.try_out(trace)
         return cell.replay(trace)
     except ReplayFailed as failure:
         return Failed(failure.reason, traceback.format_exc())
