@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import replay_options, trace
+from pagedkv.cli import plan_options, replay_options, trace
 from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
 
 __all__ = ["app"]
@@ -191,3 +191,4 @@ def generate(
 
 app.command(help=replay_options.EXAMPLES)(replay_options.replay)
 app.add_typer(trace.app, name="trace")
+app.command(help=plan_options.EXAMPLES)(plan_options.plan)

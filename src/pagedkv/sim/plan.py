@@ -16,7 +16,7 @@ from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_load import estimate_load
 from pagedkv.sim.plan_search import OPTIMAL, Search, capacities_to_try, smallest_lru
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
-from pagedkv.sim.plan_verdict import format_bytes, judge, nothing_to_reuse
+from pagedkv.sim.plan_verdict import format_bytes, judge, judge_memory, nothing_to_reuse
 from pagedkv.sim.replay import MAX_BLOCKS
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
@@ -207,7 +207,7 @@ class _Planner:
         if at_target is None:
             return nothing_to_reuse(self.curve.attainable)
         if memory is not None:
-            return judge(self.curve.attainable, self.target, at_target, memory)
+            return judge_memory(self.curve.attainable, self.target, at_target, memory)
         blocks = at_target.optimum.blocks
         best = max((self.size(name, blocks) for name in self.names), key=lambda size: size.hit_ratio)
         sizes = (self.size(_LRU, blocks), best, at_target.optimum)
@@ -276,7 +276,7 @@ def _names(strategies: Sequence[str] | None) -> tuple[str, ...]:
         return default_strategies()
     if isinstance(strategies, str) or not all(isinstance(name, str) and name.strip() for name in strategies):
         raise InvalidOperation(f"strategies expects a sequence of names, got {strategies!r}")
-    named = [name.strip() for name in strategies]
+    named = [_LRU if name.strip().lower() == _LRU else name.strip() for name in strategies]
     return tuple(dict.fromkeys([_LRU, *(name for name in named if name.lower() != OPTIMAL)]))
 
 

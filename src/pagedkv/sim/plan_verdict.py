@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pagedkv.sim.plan_types import Level, Memory, Size, Verdict
 
-__all__ = ["format_bytes", "judge", "nothing_to_reuse"]
+__all__ = ["format_bytes", "judge", "judge_memory", "nothing_to_reuse"]
 
 NOTHING = 0.1
 """Below this attainable hit ratio a cache of any size saves less than a tenth of the prefill."""
-_LARGE_GAP = 0.1
-"""Share of the target from which on what LRU misses beside the optimum is the first thing to look at."""
+_LARGE_FACTOR = 2
+"""Where LRU needs this many times the optimum's capacity, looking at the strategy comes before buying memory."""
 
 
 def format_bytes(count: float) -> str:
@@ -33,67 +33,71 @@ def nothing_to_reuse(attainable: float) -> Verdict:
     return Verdict("nothing", text, 0, 0, 0.0, 0.0, 0.0)
 
 
-def judge(attainable: float, target: float, at_target: Level, sizes: Memory | tuple[Size, Size, Size]) -> Verdict:
-    """Judge one size: the given memory, or LRU, best and optimum at the smallest size where the optimum does it.
+def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Size, Size]) -> Verdict:
+    """Judge traffic for which no memory was given: by what LRU needs for the target, and what the optimum does.
 
-    Where the target is missed, the larger of two losses names the cause: what the optimum lacks too is a matter of
-    capacity, what only LRU lacks one of the strategy.
+    Parameters
+    ----------
+    attainable, target : float
+    level : Level
+        Of the target.
+    sizes : tuple of Size
+        LRU, the best strategy and the optimum at the optimum's capacity.
     """
     if attainable < NOTHING:
         return nothing_to_reuse(attainable)
-    given = isinstance(sizes, Memory)
-    lru, best, optimum = (sizes.lru, sizes.best, sizes.optimum) if isinstance(sizes, Memory) else sizes
-    to_capacity = max(0.0, target - optimum.share)
-    to_strategy = max(0.0, min(target, optimum.share) - lru.share)
-    gap = optimum.share - lru.share
-    regained = (best.share - lru.share) / gap if gap > 0 else 0.0
-    if given and lru.share >= target:
-        kind = "enough"
-    elif to_strategy > to_capacity and to_strategy >= _LARGE_GAP * target:
-        kind = "strategy"
+    lru, best, optimum = sizes
+    regained = _regained(lru, best, optimum)
+    needs = f"{target:.0%} of what can be found at all takes {format_bytes(level.lru.bytes)} under LRU"
+    least = format_bytes(level.optimum.bytes)
+    if level.lru.blocks >= _LARGE_FACTOR * level.optimum.blocks:
+        kind, text = "strategy", f"Limited by the strategy: {needs}, and {least} if the future were known."
     else:
-        kind = "capacity"
-    text = _TEXTS[kind](target, at_target, given, lru, best, optimum, regained)
-    return Verdict(kind, text, lru.blocks, lru.bytes, to_capacity, to_strategy, regained)
+        kind, text = "capacity", f"Limited by capacity: {needs}, and still {least} if the future were known."
+    text = f"{text} {_others(level, best, regained)}"
+    return Verdict(kind, text, optimum.blocks, optimum.bytes, *_losses(target, lru, optimum), regained)
 
 
-def _enough(target: float, level: Level, given: bool, lru: Size, best: Size, optimum: Size, regained: float) -> str:
-    return (
-        f"Enough: with {format_bytes(lru.bytes)} LRU finds {lru.share:.0%} of what can be found at all, and the target "
-        f"is {target:.0%}. {format_bytes(level.lru.bytes)} would do."
-    )
+def judge_memory(attainable: float, target: float, level: Level, memory: Memory) -> Verdict:
+    """Judge a memory size: where LRU misses the target there, the larger of two losses names the cause.
+
+    What the optimum lacks too is a matter of capacity; what only LRU lacks is one of the strategy.
+    """
+    if attainable < NOTHING:
+        return nothing_to_reuse(attainable)
+    lru, best, optimum = memory.lru, memory.best, memory.optimum
+    to_capacity, to_strategy = _losses(target, lru, optimum)
+    regained = _regained(lru, best, optimum)
+    found = f"with {format_bytes(memory.bytes)} LRU finds {lru.share:.0%} of what can be found at all"
+    if lru.share >= target:
+        kind, text = "enough", f"Enough: {found}, and {format_bytes(level.lru.bytes)} would do for {target:.0%}."
+    else:
+        kind = "strategy" if to_strategy > to_capacity else "capacity"
+        cause = "the strategy" if kind == "strategy" else "capacity"
+        text = f"Limited by {cause}: {found}, and {optimum.share:.0%} would be found if the future were known. "
+        text += f"{_closed(best, regained)} {target:.0%} takes {format_bytes(level.lru.bytes)} under LRU."
+    return Verdict(kind, text, lru.blocks, memory.bytes, to_capacity, to_strategy, regained)
 
 
-def _capacity(target: float, level: Level, given: bool, lru: Size, best: Size, optimum: Size, regained: float) -> str:
-    at = format_bytes(lru.bytes)
-    first = (
-        f"Limited by capacity: with {at} even the optimum finds {optimum.share:.0%} of what can be found at all, LRU "
-        f"{lru.share:.0%}."
-        if given
-        else f"Limited by capacity: below {at} no strategy finds {target:.0%} of what can be found at all, and LRU is "
-        f"close to the best possible there ({lru.share:.0%})."
-    )
-    return f"{first} {_price(target, level)}"
+def _losses(target: float, lru: Size, optimum: Size) -> tuple[float, float]:
+    return max(0.0, target - optimum.share), max(0.0, min(target, optimum.share) - lru.share)
 
 
-def _strategy(target: float, level: Level, given: bool, lru: Size, best: Size, optimum: Size, regained: float) -> str:
-    first = (
-        f"Limited by the strategy: with {format_bytes(lru.bytes)} LRU finds {lru.share:.0%} of what can be found at "
-        f"all, the optimum, which knows the future, {optimum.share:.0%}."
-    )
-    closed = (
-        f"{best.strategy} closes {regained:.0%} of that gap."
-        if best.strategy != "lru" and regained > 0
-        else "None of the strategies compared closes any of that gap."
-    )
-    return f"{first} {closed} {_price(target, level)}"
+def _regained(lru: Size, best: Size, optimum: Size) -> float:
+    gap = optimum.share - lru.share
+    return min(1.0, (best.share - lru.share) / gap) if gap > 0 else 0.0
 
 
-def _price(target: float, level: Level) -> str:
-    text = f"{target:.0%} takes {format_bytes(level.lru.bytes)} under LRU"
+def _closed(best: Size, regained: float) -> str:
+    if regained < 0.005:
+        return "None of the strategies compared finds more than LRU there."
+    return f"{best.strategy} closes {regained:.0%} of that gap."
+
+
+def _others(level: Level, best: Size, regained: float) -> str:
     if level.best.strategy != "lru":
-        text += f", {format_bytes(level.best.bytes)} under {level.best.strategy}"
-    return f"{text}."
-
-
-_TEXTS = {"enough": _enough, "capacity": _capacity, "strategy": _strategy}
+        return f"{level.best.strategy} takes {format_bytes(level.best.bytes)}."
+    if regained < 0.005:
+        return "None of the strategies compared does better than LRU."
+    at = format_bytes(best.bytes)
+    return f"No strategy compared takes less than LRU; with {at}, {best.strategy} closes {regained:.0%} of the gap."

@@ -1,0 +1,122 @@
+"""The options of ``pagedkv plan``. What the command needs is imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pagedkv.cli.failures import failures_in_one_line
+
+__all__ = ["EXAMPLES", "plan"]
+
+EXAMPLES = """Say how much KV cache a model needs for real traffic, what it saves, and what holds it back.
+
+[bold]Examples[/bold]
+
+  pagedkv plan trace.jsonl.gz --model llama-3.1-8b
+
+  pagedkv plan trace.jsonl.gz --model ./my-model --target 0.95 --memory 40GiB
+
+  pagedkv plan trace.jsonl --model qwen3-8b --kv-dtype fp8 --strategies lru,s3fifo --html plan.html
+
+  pagedkv plan trace.jsonl --model config.json --tflops 990 --mfu 0.4 --json
+
+The model is a config.json, a folder with one, JSON text, or the name of a known shape; no weights are read.
+"""
+
+_WHAT, _MODEL, _TRACE, _RATE, _OUTPUT = "What to plan", "The model", "The trace", "The hardware", "What to show"
+
+
+def _option(*names: str, help: str, panel: str, default: str | bool = True) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default)
+
+
+def plan(
+    trace: Annotated[Path, typer.Argument(help="A trace in any known format, gzipped or not.", show_default=False)],
+    model: Annotated[
+        str,
+        _option(
+            "--model", "-m", help="A config.json, its folder, JSON text, or a known shape.", panel=_MODEL, default=False
+        ),
+    ],
+    target: Annotated[
+        float,
+        _option("--target", "-t", help="Share wanted of the hits that a cache without a limit has.", panel=_WHAT),
+    ] = 0.9,
+    memory: Annotated[
+        str | None,
+        _option("--memory", help="Also say what this much gives: 40GiB, 80GB.", default=False, panel=_WHAT),
+    ] = None,
+    strategies: Annotated[
+        str | None,
+        _option(
+            "--strategies",
+            "-s",
+            help="To compare with LRU and the optimum; names or module:Class.",
+            default="all that need no arguments",
+            panel=_WHAT,
+        ),
+    ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        _option(
+            "--kv-dtype",
+            help="Element type of the cache: float16, bfloat16, float32, int8, fp8.",
+            default="that of the config",
+            panel=_MODEL,
+        ),
+    ] = None,
+    window_as_full: Annotated[
+        bool,
+        _option("--window-as-full", help="Count windowed layers as if they kept every token.", panel=_MODEL),
+    ] = False,
+    tflops: Annotated[float, _option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", panel=_RATE)] = 400.0,
+    mfu: Annotated[float, _option("--mfu", help="Share of the peak that prefill reaches.", panel=_RATE)] = 0.5,
+    decode_rate: Annotated[
+        float, _option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
+    ] = 50.0,
+    format: Annotated[
+        str | None, _option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
+    ] = None,
+    block_tokens: Annotated[
+        int | None,
+        _option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
+    ] = None,
+    skip_bad: Annotated[
+        bool, _option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
+    ] = False,
+    jobs: Annotated[
+        int | None, _option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_WHAT)
+    ] = None,
+    json: Annotated[bool, _option("--json", help="Print one JSON object instead.", panel=_OUTPUT)] = False,
+    html: Annotated[
+        Path | None, _option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
+    ] = None,
+    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+) -> None:
+    """Check the options and run."""
+    with failures_in_one_line(debug):
+        from pagedkv.cli.plan import PlanRequest, run
+
+        run(
+            PlanRequest(
+                trace=trace,
+                model=model,
+                target=target,
+                memory=memory,
+                strategies=strategies,
+                kv_dtype=kv_dtype,
+                window_as_full=window_as_full,
+                tflops=tflops,
+                mfu=mfu,
+                decode_rate=decode_rate,
+                format=format,
+                block_tokens=block_tokens,
+                skip_bad=skip_bad,
+                jobs=jobs,
+                json=json,
+                html=html,
+            )
+        )
