@@ -12,6 +12,7 @@ from tests.sim.traces import AGENTS, CHAT, Requests, as_requests, as_trace, chai
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import HitCurve, knee, lru_curve, shards_curve
+from pagedkv.sim.replay import replay
 from pagedkv.sim.trace import Trace
 
 
@@ -56,6 +57,15 @@ def test_real_traffic(name: str) -> None:
     curve, requests = lru_curve(trace), as_requests(trace)
     for capacity in (1, 100, 2000, 10_000, 50_000):
         assert hits_at(curve, capacity) == hits_of(trace, naive_lru(requests, capacity))
+
+
+@given(chained_traces())
+@settings(max_examples=30)
+def test_the_cache_that_serves_models_finds_the_same(trace: Trace) -> None:
+    curve = lru_curve(trace)
+    for capacity in {1, 2, 3, trace.num_distinct // 2 + 1, trace.num_distinct + 1}:
+        result = replay(trace, capacity)
+        assert hits_at(curve, capacity) == (result.hit_blocks, result.hit_tokens)
 
 
 @given(chained_traces())

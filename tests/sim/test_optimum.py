@@ -92,6 +92,12 @@ def test_what_a_result_says() -> None:
     assert result.reclaimed == 2
 
 
+@pytest.mark.parametrize(("blocks", "reclaimed"), [(1, 1), (2, 2), (3, 2), (4, 1), (5, 0), (9, 0)])
+def test_what_does_not_fit_is_not_reclaimed(blocks: int, reclaimed: int) -> None:
+    trace = as_trace([[0, 1, 2], [3, 4], [0, 1, 2]])
+    assert optimal(trace, blocks).reclaimed == reclaimed
+
+
 def test_a_trace_without_requests() -> None:
     result = optimal(as_trace([]), 3)
     assert (result.hit_ratio, result.reclaimed, result.hits.tolist()) == (0.0, 0, [])

@@ -158,8 +158,8 @@ def optimal(trace: Trace, blocks: int) -> ReplayResult:
     Returns
     -------
     ReplayResult
-        With the strategy ``"optimal"``. `reclaimed` counts as if every block that was not found were cached first, as
-        other strategies do. `hit_tokens` are those of the hits; the most blocks need not be the most tokens.
+        With the strategy ``"optimal"``. `hit_tokens` are those of the blocks found; the most blocks need not be the
+        most tokens. `reclaimed` counts as for other strategies, as if every block that fits were cached first.
 
     Raises
     ------
@@ -171,16 +171,16 @@ def optimal(trace: Trace, blocks: int) -> ReplayResult:
     started = time.perf_counter()
     hits, _ = _replay(_runs_of(trace), blocks)
     seconds = time.perf_counter() - started
-    hit_blocks = int(hits.sum(dtype=np.int64))
+    brought = int(np.minimum(np.diff(trace.offsets), blocks).sum()) - int(hits.sum(dtype=np.int64))
     return ReplayResult(
         strategy="optimal",
         blocks=blocks,
         requests=trace.num_requests,
         accesses=trace.num_accesses,
-        hit_blocks=hit_blocks,
+        hit_blocks=int(hits.sum(dtype=np.int64)),
         tokens=trace.num_tokens,
         hit_tokens=trace.hit_tokens(hits),
-        reclaimed=trace.num_accesses - hit_blocks - min(blocks, trace.num_distinct),
+        reclaimed=brought - min(blocks, trace.num_distinct),
         seconds=seconds,
         hits=hits,
     )
