@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pagedkv.sim.hit_curve import HitCurve
+from pagedkv.sim.plan_types import Plan
+from pagedkv.sim.report import plan_story
 from pagedkv.sim.report.curve_chart import curve_section
 from pagedkv.sim.report.depth_chart import depth_section
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.gap_chart import gap_section
-from pagedkv.sim.report.markup import tag
+from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.numbers import count, duration
 from pagedkv.sim.report.page import page
 from pagedkv.sim.report.session_chart import session_section
-from pagedkv.sim.report.story import headline, method_section, results_section, trace_section, verdict
+from pagedkv.sim.report.story import every_replay, headline, method_section, results_section, trace_section, verdict
 from pagedkv.sim.report.time_chart import time_section
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
 
-__all__ = ["replay_report"]
+__all__ = ["plan_report", "replay_report"]
+
+Sections = tuple[Markup | None, ...]
 
 
 def replay_report(
     trace: Trace,
     results: Sequence[ReplayResult],
     curve: HitCurve | None = None,
-    optimum: Sequence[ReplayResult] = (),
+    optimum: Sequence[ReplayResult] | None = None,
     *,
     bytes_per_token: float | None = None,
     chosen_blocks: int | None = None,
@@ -40,8 +44,8 @@ def replay_report(
         Of any strategies and capacities; the optimum may be among them.
     curve : HitCurve, optional
         Of LRU over every capacity.
-    optimum : sequence of ReplayResult
-        More replays; kept apart for callers who have them apart.
+    optimum : sequence of ReplayResult, optional
+        More replays, for callers who have the optimum apart.
     bytes_per_token : float, optional
         Of a model's keys and values: sizes are then told in GiB.
     chosen_blocks : int, optional
@@ -56,37 +60,68 @@ def replay_report(
     """
     evidence = Evidence(
         trace,
-        [*results, *optimum],
+        [*results, *(optimum or ())],
         curve,
-        None,
-        bytes_per_token * trace.block_tokens if bytes_per_token else None,
-        0.0,
-        chosen_blocks,
+        bytes_per_block=bytes_per_token * trace.block_tokens if bytes_per_token else None,
+        chosen_blocks=chosen_blocks,
     )
-    return _document(evidence, verdict(evidence), headline(evidence), command=command)
-
-
-def _document(evidence: Evidence, sentence: str, *opening: object, command: str | None) -> str:
-    trace = evidence.trace
-    span = duration(float(trace.times[-1])) if trace.num_requests else "no time"
-    subject = (tag("bdi", trace.name), f" · {count(trace.num_requests)} requests in {span}")
     sections = (
+        headline(evidence),
         curve_section(evidence),
         results_section(evidence),
-        time_section(evidence),
-        depth_section(evidence),
-        session_section(evidence),
-        gap_section(evidence),
+        *_details(evidence),
         trace_section(evidence),
         method_section(evidence, command, _version()),
     )
+    return _document(trace, verdict(evidence), None, sections)
+
+
+def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
+    """Return a plan as one HTML document.
+
+    Parameters
+    ----------
+    plan : Plan
+    trace : Trace
+        That the plan was made for.
+    command : str, optional
+        The command line that made the report, shown in it.
+
+    Returns
+    -------
+    str
+        HTML without references to anything outside. All text from the trace and the model is escaped.
+    """
+    evidence = plan_story.evidence_of(plan, trace)
+    replays = every_replay(evidence) if plan.runs else None
+    sections = (
+        plan_story.plan_headline(plan),
+        curve_section(evidence, replays),
+        plan_story.levels_section(plan),
+        plan_story.memory_section(plan),
+        *_details(evidence),
+        plan_story.load_section(plan),
+        trace_section(evidence),
+        plan_story.notes(plan),
+        method_section(evidence, command, _version()),
+    )
+    return _document(trace, plan_story.answer(plan), plan.verdict.text, sections)
+
+
+def _details(evidence: Evidence) -> Sections:
+    return time_section(evidence), depth_section(evidence), session_section(evidence), gap_section(evidence)
+
+
+def _document(trace: Trace, sentence: str, explanation: str | None, sections: Sections) -> str:
+    span = duration(float(trace.times[-1])) if trace.num_requests else "no time"
     header = tag(
         "header",
         tag("p", "pagedkv · how much KV cache?", class_="kicker"),
         tag("h1", sentence),
-        tag("p", *subject, class_="sub"),
+        tag("p", explanation, class_="verdict") if explanation else None,
+        tag("p", tag("bdi", trace.name), f" · {count(trace.num_requests)} requests in {span}", class_="sub"),
     )
-    return page(f"{trace.name}: {sentence}", header, tag("main", *opening, *sections))
+    return page(f"{trace.name}: {sentence}", header, tag("main", *sections))
 
 
 def _version() -> str:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.scale import Scale
 
-__all__ = ["NARROW", "WIDE", "Frame", "Series", "bars", "dots", "floor", "grid", "label_ends", "line", "upright"]
+__all__ = [
+    "NARROW",
+    "WIDE",
+    "WIDE_BARE",
+    "Frame",
+    "Series",
+    "bars",
+    "dots",
+    "floor",
+    "grid",
+    "label_ends",
+    "line",
+    "upright",
+]
 
 Format = Callable[[float], str]
 _LINE_HEIGHT = 15.0
@@ -23,7 +36,7 @@ class Frame:
     height: float
     right_margin: float
     left_margin: float = 46.0
-    top_margin: float = 36.0
+    top_margin: float = 46.0
     bottom_margin: float = 44.0
 
     @property
@@ -66,7 +79,8 @@ class Frame:
 
 
 WIDE = Frame("wide", 860, 380, right_margin=128)
-NARROW = Frame("narrow", 360, 290, right_margin=14, left_margin=42)
+WIDE_BARE = Frame("wide", 860, 340, right_margin=24)
+NARROW = Frame("narrow", 360, 290, right_margin=16, left_margin=42)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +105,11 @@ class Series:
     ys: Sequence[float]
     tips: Sequence[str] = ()
     is_labelled: bool = True
+
+    def clipped(self, low: float) -> Series:
+        """Return the line from the value `low` of the horizontal axis on."""
+        first = next((i for i, x in enumerate(self.xs) if x >= low), len(self.xs))
+        return replace(self, xs=self.xs[first:], ys=self.ys[first:], tips=self.tips[first:])
 
 
 def grid(frame: Frame, up: Scale, ticks: Sequence[float], write: Format, title: str) -> Iterator[Markup]:
@@ -144,7 +163,7 @@ def bars(
 def upright(frame: Frame, across: Scale, value: float, name: str, row: int = 0) -> Iterator[Markup]:
     """Mark a value of the horizontal axis by a line with its name above the plotting area."""
     x = across(value)
-    y = frame.top - 6 + 13 * row
+    y = frame.top - 19 + 14 * row
     is_late = x > (frame.left + frame.right) / 2
     yield tag("line", class_="mark", x1=x, x2=x, y1=y - 8, y2=frame.bottom)
     yield tag(
@@ -178,5 +197,5 @@ def _apart(places: Sequence[float], low: float, high: float) -> list[float]:
     return moved
 
 
-def _cut(name: str, most: int = 17) -> str:
+def _cut(name: str, most: int = 18) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"

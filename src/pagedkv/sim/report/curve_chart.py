@@ -12,15 +12,15 @@ from pagedkv.sim.report.evidence import LRU, Evidence, shown_name
 from pagedkv.sim.report.figure import figure, legend, section, table
 from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.numbers import count, percent, short
-from pagedkv.sim.report.scale import Scale, linear_ticks, log_ticks
+from pagedkv.sim.report.scale import Scale, log_ticks, ratio_ticks
 
 __all__ = ["curve_section"]
 
 _GIB = 1024**3
 
 
-def curve_section(evidence: Evidence) -> Markup:
-    """Return the chart of hit ratio against size: LRU's curve, every strategy, the optimum, the limit."""
+def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
+    """Return the chart of hit ratio against size: LRU's curve, all strategies, the limits; `below` at its end."""
     lines = _lines(evidence)
     if not lines:
         return section("curve", "Hit ratio against size", tag("p", "Nothing was replayed.", class_="quiet-text"))
@@ -38,6 +38,7 @@ def curve_section(evidence: Evidence) -> Markup:
         legend(lines),
         figure("curve-chart", title, description, lambda frame: _draw(evidence, lines, frame)),
         _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
+        below,
     )
 
 
@@ -73,28 +74,31 @@ def _place(evidence: Evidence, blocks: float) -> float:
 def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Markup]:
     low, high = _ends(evidence, lines)
     across = frame.across(low, high, is_log=True)
-    ticks = linear_ticks(max(evidence.attainable, *(max(line.ys) for line in lines)) * 1.04)
+    ticks = ratio_ticks(max(evidence.attainable, *(max(line.ys) for line in lines)))
     up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g} %", "hit ratio")
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
     unit = "size of the cache, " + ("GiB" if evidence.bytes_per_block else "blocks")
     yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), _tick, unit)
-    limit = Series("no limit " + percent(evidence.attainable), "limit", [low, high], [evidence.attainable] * 2)
-    yield from line(limit, across, up)
+    yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
+    limit = f"no limit {percent(evidence.attainable)}"
+    yield tag("text", limit, class_="note soft", x=frame.left + 6, y=up(evidence.attainable) - 6)
     yield from _marks(evidence, frame, across)
     for series in lines:
-        yield from line(series, across, up)
+        yield from line(series.clipped(low), across, up)
     if evidence.curve is not None:
         yield from dots(_curve_points(evidence, evidence.curve, _steps(evidence.curve, 4)), across, up)
-    yield from label_ends(frame, [*lines, limit], across, up)
+    yield from label_ends(frame, lines, across, up)
 
 
 def _ends(evidence: Evidence, lines: list[Series]) -> tuple[float, float]:
-    """Return the sizes between which something happens."""
-    places = [_place(evidence, blocks) for blocks in (*evidence.capacities, evidence.chosen_blocks or 0) if blocks]
-    drawn = [
-        x for series in lines for x, y in zip(series.xs, series.ys, strict=True) if y >= 0.02 * evidence.attainable
+    """Return the sizes between which something happens: what is marked, and where a line leaves its first height."""
+    places = [
+        _place(evidence, blocks) for blocks in (*evidence.capacities, evidence.chosen_blocks, evidence.knee) if blocks
     ]
-    low, high = min([*places, *drawn], default=1.0), max([*places, *drawn], default=1.0)
+    for series in lines:
+        rises = [x for x, y in zip(series.xs, series.ys, strict=True) if y - series.ys[0] > 0.03 * evidence.attainable]
+        places += [rises[0] / 1.5 if rises else series.xs[0], series.xs[-1]]
+    low, high = min(places), max(places)
     return (low / 1.15, high * 1.15) if high > low else (low / 2, high * 2)
 
 

@@ -12,7 +12,7 @@ from pagedkv.sim.report.evidence import Evidence, shown_name
 from pagedkv.sim.report.figure import figure, legend, ratio_cell, section, table
 from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.numbers import count, percent, short
-from pagedkv.sim.report.scale import linear_ticks, log_ticks
+from pagedkv.sim.report.scale import log_ticks, ratio_ticks
 
 __all__ = ["depth_section"]
 
@@ -45,10 +45,11 @@ def depth_section(evidence: Evidence) -> Markup | None:
     ]
     title = f"Hit ratio by depth in the prompt, {evidence.where}"
     unit = f"depth in the prompt, blocks of {count(evidence.trace.block_tokens)} tokens"
+    lede = f"How often the block at a depth was found, {evidence.where}; block 1 is the first of a prompt."
     return section(
         "depth",
         "Hits by depth",
-        tag("p", f"Block 1 is the first of a prompt. {evidence.where.capitalize()}.", class_="lede"),
+        tag("p", lede, class_="lede"),
         legend(lines),
         figure("depth-chart", title, f"{len(names)} depths.", lambda frame: _draw_depths(frame, lines, unit)),
         table("The figures by depth", heads, rows, is_folded=True),
@@ -69,10 +70,10 @@ def _depths(low: int, high: int) -> str:
 def _draw_depths(frame: Frame, lines: Sequence[Series], unit: str) -> Iterator[Markup]:
     deepest = max(lines[0].xs[-1], 2.0)
     across = frame.across(1.0, deepest, is_log=True)
-    ticks = linear_ticks(max(max(series.ys) for series in lines))
+    ticks = ratio_ticks(max(max(series.ys) for series in lines))
     up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g} %", "hit ratio")
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
     yield from floor(frame, across, log_ticks(1.0, deepest, frame.most_ticks), short, unit)
-    for series in reversed(lines):
+    for series in lines:
         yield from line(series, across, up)
     yield from label_ends(frame, lines, across, up)

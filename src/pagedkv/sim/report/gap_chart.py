@@ -7,18 +7,18 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pagedkv.sim.report import facts
-from pagedkv.sim.report.canvas import Frame, bars, floor, grid, upright
+from pagedkv.sim.report.canvas import NARROW, WIDE_BARE, Frame, bars, floor, grid, upright
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.figure import figure, section, table
 from pagedkv.sim.report.markup import Markup, tag
-from pagedkv.sim.report.numbers import count, duration, percent, round_count
+from pagedkv.sim.report.numbers import count, duration, percent, rough_duration, round_count
 from pagedkv.sim.report.scale import linear_ticks, time_ticks
 
 __all__ = ["gap_section"]
 
 
-_GAP_EDGES = np.r_[0.1, np.geomspace(0.1, 1e7, 161)[1:]]
-"""20 bins a decade from 0.1 s to four months; the ends take what lies beyond."""
+_GAP_EDGES = np.geomspace(1, 1e7, 141)
+"""20 bins a decade from 1 s to four months; the ends take what lies beyond."""
 
 
 def gap_section(evidence: Evidence) -> Markup | None:
@@ -32,15 +32,16 @@ def gap_section(evidence: Evidence) -> Markup | None:
     shown = facts.Gaps(coarse.edges[first : last + 1], coarse.counts[first:last])
     half, most = gaps.quantile(0.5), gaps.quantile(0.9)
     lede = (
-        f"{round_count(gaps.total)} uses of a block that was used before. Half of them come within {duration(half)}, "
-        f"nine of ten within {duration(most)}: so long a block has to be kept to be found."
+        f"{round_count(gaps.total)} uses of a block that was used before. "
+        f"Half of them come within {rough_duration(half)}, "
+        f"nine of ten within {rough_duration(most)}: so long a block has to be kept to be found."
     )
     names = [
-        f"{duration(float(low))} to {duration(float(high))}"
+        f"{rough_duration(float(low))} to {rough_duration(float(high))}"
         for low, high in zip(shown.edges[:-1], shown.edges[1:], strict=True)
     ]
     if first == 0:
-        names[0] = f"less than {duration(float(shown.edges[1]))}"
+        names[0] = f"less than {rough_duration(float(shown.edges[1]))}"
     tips = [
         f"{name}: {percent(number / gaps.total)} of the reuses"
         for name, number in zip(names, shown.counts, strict=True)
@@ -64,6 +65,7 @@ def gap_section(evidence: Evidence) -> Markup | None:
             "Time until a block is used again",
             lede,
             lambda frame: _draw_gaps(frame, shown, tips, half, most),
+            frames=(WIDE_BARE, NARROW),
         ),
         table(
             "The figures of reuse gaps",
@@ -79,8 +81,15 @@ def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float,
     across = frame.across(low, high, is_log=True)
     ticks = linear_ticks(float(gaps.counts.max()) / gaps.total)
     up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g} %", "share of the reuses")
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "share of the reuses")
     yield from bars(across, up, list(gaps.edges), list(gaps.counts / gaps.total), tips, "b1")
-    yield from floor(frame, across, time_ticks(low, high, frame.most_ticks), duration, "time since the last use")
-    yield from upright(frame, across, half, f"half {duration(half)}")
-    yield from upright(frame, across, most, f"90 % {duration(most)}", 1)
+    shorter = [low] if low == _GAP_EDGES[0] else []
+    times = [tick for tick in time_ticks(low, high, frame.most_ticks) if tick > low]
+    yield from floor(frame, across, [*shorter, *times], _tick, "time since the last use")
+    yield from upright(frame, across, half, f"half {rough_duration(half)}")
+    yield from upright(frame, across, most, f"90% {rough_duration(most)}", 1)
+
+
+def _tick(seconds: float) -> str:
+    """Name a time; the first bin begins at 0."""
+    return "0" if seconds == _GAP_EDGES[0] else duration(seconds)

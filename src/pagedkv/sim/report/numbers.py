@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["count", "duration", "gib", "percent", "points", "round_count", "short"]
+__all__ = ["count", "duration", "gib", "percent", "points", "rough_duration", "round_count", "short"]
 
 _NBSP = "\u00a0"
 _MINUS = "\u2212"
@@ -27,20 +27,20 @@ def round_count(value: float) -> str:
 
 def short(value: float) -> str:
     """Return three digits and a unit: 1.5 k, 20 k, 144 M, 2.3 G."""
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit * 0.9995:
             return f"{_digits(value / limit)}{_NBSP}{unit}"
     return _digits(value)
 
 
 def percent(ratio: float) -> str:
-    """Return a ratio with one decimal: 31.4 %; close to but not quite all or nothing is never rounded to it."""
+    """Return a ratio with one decimal: 31.4%; close to but not quite all or nothing is never rounded to it."""
     shown = f"{100 * ratio:.1f}"
     if shown == "100.0" and ratio < 1:
-        return f">99.9{_NBSP}%"
+        return ">99.9%"
     if shown == "0.0" and ratio > 0:
-        return f"<0.1{_NBSP}%"
-    return f"{'100' if shown == '100.0' else '0' if shown == '0.0' else shown}{_NBSP}%"
+        return "<0.1%"
+    return f"{'100' if shown == '100.0' else '0' if shown == '0.0' else shown}%"
 
 
 def points(difference: float) -> str:
@@ -49,6 +49,15 @@ def points(difference: float) -> str:
     if shown == "0.0":
         return "±0.0" if difference == 0 else "+0.0" if difference > 0 else f"{_MINUS}0.0"
     return ("+" if difference > 0 else _MINUS) + shown
+
+
+def rough_duration(seconds: float) -> str:
+    """Return a time in one unit with two digits: 2.1 min; for what is not known better."""
+    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s")):
+        if seconds >= size * 0.995:
+            value = seconds / size
+            return f"{value:.1f}{_NBSP}{unit}" if value < 9.95 else f"{value:.0f}{_NBSP}{unit}"
+    return duration(seconds)
 
 
 def gib(num_bytes: float) -> str:

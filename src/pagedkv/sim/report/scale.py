@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Scale", "linear_ticks", "log_ticks", "time_ticks"]
+__all__ = ["Scale", "linear_ticks", "log_ticks", "ratio_ticks", "time_ticks"]
 
 _TIMES = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400, 30 * 86400)
 _EVEN_TIMES = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
@@ -40,6 +40,11 @@ def linear_ticks(high: float, most: int = 6) -> list[float]:
     power: float = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
     return [step * i for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def ratio_ticks(high: float) -> list[float]:
+    """Return ticks for a share: above `high` with some air, but never above 1."""
+    return linear_ticks(min(1.0, high * 1.04))
 
 
 def log_ticks(low: float, high: float, most: int = 8) -> list[float]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pagedkv.sim.report import facts
-from pagedkv.sim.report.canvas import Frame, bars, floor, grid, upright
+from pagedkv.sim.report.canvas import NARROW, WIDE_BARE, Frame, bars, floor, grid, upright
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.figure import figure, section, table
 from pagedkv.sim.report.markup import Markup, tag
@@ -30,7 +30,7 @@ def session_section(evidence: Evidence) -> Markup | None:
     edges = np.linspace(0, 1, 21)
     # The last bin holds its upper edge too: everything found.
     numbers = np.histogram(shares.ratios, edges)[0]
-    names = [f"{100 * low:.0f} to {100 * high:.0f} %" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    names = [f"{100 * low:.0f} to {100 * high:.0f}%" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     tips = [f"{count(number)} {what}s with {name}" for number, name in zip(numbers, names, strict=True)]
     total = len(shares.accesses)
     median = float(np.median(shares.ratios))
@@ -52,6 +52,7 @@ def session_section(evidence: Evidence) -> Markup | None:
             f"Distribution of the hit ratio over {what}s",
             lede,
             lambda frame: _draw_shares(frame, numbers, tips, median, what),
+            frames=(WIDE_BARE, NARROW),
         ),
         table(f"The figures per {what}", ["hit ratio", f"{what}s", "share"], rows, is_folded=True),
     )
@@ -63,5 +64,5 @@ def _draw_shares(frame: Frame, numbers: facts.Ints, tips: Sequence[str], median:
     up = frame.up(ticks[-1])
     yield from grid(frame, up, ticks, short, f"{what}s")
     yield from bars(across, up, list(np.linspace(0, 1, 21)), list(numbers), tips, "b1")
-    yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], lambda tick: f"{100 * tick:g} %", "hit ratio")
+    yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], lambda tick: f"{100 * tick:g}%", "hit ratio")
     yield from upright(frame, across, median, f"median {percent(median)}")

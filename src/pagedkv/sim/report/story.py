@@ -7,7 +7,7 @@ from pagedkv.sim.report.figure import section, table
 from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.numbers import count, duration, percent, points, round_count
 
-__all__ = ["headline", "method_section", "results_section", "trace_section", "verdict"]
+__all__ = ["every_replay", "headline", "method_section", "results_section", "trace_section", "verdict"]
 
 _NEARLY_ALL = 0.95
 _DEFINITIONS = (
@@ -41,7 +41,10 @@ def verdict(evidence: Evidence) -> str:
         return f"Large enough: {best.strategy} in {where} finds {percent(share)} of all that can be found"
     optimum = evidence.cell(OPTIMAL, best.blocks)
     if optimum and optimum.hit_ratio - best.hit_ratio > evidence.attainable - optimum.hit_ratio:
-        return f"Limited by the strategy: the same {where} could find {percent(optimum.hit_ratio)} of the blocks"
+        return (
+            f"Limited by the strategy: in {where} {best.strategy} finds {percent(best.hit_ratio)}, "
+            f"the best possible {percent(optimum.hit_ratio)}"
+        )
     return f"Limited by capacity: {best.strategy} in {where} finds {percent(share)} of what can be found"
 
 
@@ -59,7 +62,9 @@ def headline(evidence: Evidence) -> Markup:
             gain = points(optimum.hit_ratio - best.hit_ratio)
             tiles.append(("Best possible", percent(optimum.hit_ratio), f"{gain} points, same size"))
     if evidence.knee:
-        tiles.append(("Knee", evidence.sized(evidence.knee), f"{count(evidence.knee)} blocks"))
+        size = evidence.sized(evidence.knee) if evidence.bytes_per_block else count(evidence.knee)
+        note = f"{count(evidence.knee)} blocks" if evidence.bytes_per_block else "blocks, under LRU"
+        tiles.append(("Knee", size, note))
     items = (tag("div", tag("dt", name), tag("dd", figure, tag("small", note))) for name, figure, note in tiles)
     return tag("dl", *items, class_="tiles")
 
@@ -80,7 +85,7 @@ def results_section(evidence: Evidence) -> Markup | None:
         "Strategies and sizes",
         tag("p", f"{note}. The best strategy of each size is marked.", class_="lede"),
         table("Hit ratio by strategy and size", heads, rows, class_="matrix"),
-        _every_figure(evidence),
+        every_replay(evidence),
     )
 
 
@@ -107,7 +112,8 @@ def _cell(evidence: Evidence, name: str, blocks: int) -> object:
     return (shown, cell.hit_ratio)
 
 
-def _every_figure(evidence: Evidence) -> Markup:
+def every_replay(evidence: Evidence) -> Markup:
+    """Return all figures of all replays, shown on demand."""
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "given up", "seconds"]
     rows = [
         [

@@ -12,7 +12,7 @@ from pagedkv.sim.report.evidence import Evidence, shown_name
 from pagedkv.sim.report.figure import figure, legend, ratio_cell, section, table
 from pagedkv.sim.report.markup import Markup, tag
 from pagedkv.sim.report.numbers import count, duration, percent, short
-from pagedkv.sim.report.scale import even_time_ticks, linear_ticks
+from pagedkv.sim.report.scale import even_time_ticks, ratio_ticks
 from pagedkv.sim.result import ReplayResult
 
 __all__ = ["time_section"]
@@ -65,10 +65,10 @@ def _draw_time(frame: Frame, lines: Sequence[Series], windows: facts.Windows) ->
     across = frame.across(0.0, end)
     split = frame.bottom - 62
     upper = Frame(frame.name, frame.width, split, frame.right_margin, frame.left_margin, frame.top_margin, 0)
-    ticks = linear_ticks(max(max(series.ys) for series in lines) * 1.02)
+    ticks = ratio_ticks(max(max(series.ys) for series in lines))
     up = upper.up(ticks[-1])
-    yield from grid(upper, up, ticks, lambda tick: f"{100 * tick:g} %", "hit ratio")
-    for series in reversed(lines):
+    yield from grid(upper, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    for series in lines:
         yield from line(series, across, up)
     yield from label_ends(upper, lines, across, up)
     most = int(windows.accesses.max())
