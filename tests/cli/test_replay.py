@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from tests.cli.commands import call, start
+
+from pagedkv.cli.replay import split_names
+from pagedkv.cli.replay_output import ReplayFacts
+from pagedkv.cli.replay_tables import closed_gap
+from pagedkv.errors import InvalidOperation
+from pagedkv.sim.capacities import parse_capacities, spread_capacities
+from pagedkv.sim.curves import lru_curve
+from pagedkv.sim.reading import read_trace
+from pagedkv.sim.replay import replay
+from pagedkv.sim.result import ReplayResult
+
+KEYS = ["strategy", "blocks", "accesses", "hit_blocks", "hit_ratio", "token_hit_ratio", "reclaimed", "seconds"]
+MINE = """
+from pagedkv.control.strategies import LRU
+
+class Mine(LRU):
+    pass
+
+class NotANumber(LRU):
+    def score_blocks(self, blocks, now):
+        return blocks.last_access * float("nan")
+"""
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """A small Mooncake file: chats that grow by a block or two a turn, in random order."""
+    rng = np.random.default_rng(7)
+    path = tmp_path_factory.mktemp("traces") / "small.jsonl"
+    chats, fresh = [[0] for _ in range(40)], 1
+    lines = []
+    for second in range(400):
+        chat = chats[rng.zipf(1.3) % len(chats)]
+        grown = int(rng.integers(1, 3))
+        chat += range(fresh, fresh + grown)
+        fresh += grown
+        tokens = len(chat) * 512 - int(rng.integers(0, 512))
+        lines.append({"timestamp": second * 1000, "input_length": tokens, "output_length": 64, "hash_ids": chat[:]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def replayed(*arguments):
+    result = call("replay", *arguments, "--jobs", 1, "--json")
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def failed(*arguments):
+    result = call("replay", *arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("pagedkv: error: ")
+    return result.stderr
+
+
+def test_json_has_a_cell_for_every_strategy_and_capacity(trace):
+    text = replayed(trace, "--blocks", "30,100", "--strategies", "lru,optimal,lfu")
+    facts = msgspec.json.decode(text, type=ReplayFacts, strict=True)
+    assert [list(cell) for cell in json.loads(text)["cells"]] == [KEYS] * 6
+    assert list(json.loads(text)) == ["cells", "trace"]
+    assert [(c.strategy, c.blocks) for c in facts.cells] == [
+        (strategy, blocks) for strategy in ("lru", "optimal", "lfu") for blocks in (30, 100)
+    ]
+    read = read_trace(trace)
+    for cell in facts.cells[:2]:
+        expected = replay(read, cell.blocks)
+        assert (cell.hit_blocks, cell.reclaimed, cell.accesses) == (
+            expected.hit_blocks,
+            expected.reclaimed,
+            read.num_accesses,
+        )
+        assert cell.hit_ratio == expected.hit_blocks / read.num_accesses
+        assert cell.token_hit_ratio == expected.hit_tokens / read.num_tokens
+        assert cell.seconds > 0
+    assert facts.cells[2].hit_blocks > facts.cells[0].hit_blocks
+    assert (facts.trace.requests, facts.trace.distinct_blocks) == (400, read.num_distinct)
+    assert facts.trace.attainable_hit_ratio == 1 - read.num_distinct / read.num_accesses
+
+
+def test_processes_change_nothing_but_the_seconds(trace):
+    def cells(jobs):
+        result = call("replay", trace, "--blocks", "30,100", "--strategies", "lru,fifo,optimal", "-j", jobs, "--json")
+        return [{key: cell[key] for key in KEYS[:-1]} for cell in json.loads(result.stdout)["cells"]]
+
+    assert cells(1) == cells(2)
+
+
+def test_capacities_can_be_shares_and_sizes(trace):
+    distinct = read_trace(trace).num_distinct
+    cells = json.loads(replayed(trace, "--blocks", "0.1k,50%,100,1m", "--strategies", "LRU"))["cells"]
+    assert [cell["blocks"] for cell in cells] == [100, -(-distinct // 2), 1_000_000]
+    assert {cell["strategy"] for cell in cells} == {"lru"}
+    assert cells[-1]["hit_blocks"] == cells[-1]["accesses"] - distinct
+
+
+def test_the_curve_agrees_with_the_replays(trace):
+    facts = json.loads(replayed(trace, "--blocks", "33,101", "--strategies", "lru", "--curve"))
+    curve, exact = facts["curve"], lru_curve(read_trace(trace))
+    assert curve["blocks"] == sorted(set(curve["blocks"])) and {33, 101} <= set(curve["blocks"])
+    assert 10 < len(curve["blocks"]) < 100
+    for cell in facts["cells"]:
+        place = curve["blocks"].index(cell["blocks"])
+        assert curve["hit_ratio"][place] == cell["hit_ratio"]
+        assert curve["token_hit_ratio"][place] == cell["token_hit_ratio"]
+    assert curve["hit_ratio"][-1] == exact.attainable
+    shown = call("replay", trace, "-b", "33,101", "-s", "lru", "--curve").stdout
+    assert f"{exact.at(33):.2%}" in shown.partition("the exact LRU curve")[2]
+
+
+def test_the_table_marks_the_best_and_tells_the_closed_gap(trace):
+    result = call("replay", trace, "--blocks", "30,100", "--strategies", "lru,fifo,longest_first,optimal")
+    assert result.exit_code == 0 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("small.jsonl: 400 requests, ")
+    assert lines[1].split() == ["blocks", "30", "100"]
+    read = read_trace(trace)
+    cells = {(name, blocks): replay(read, blocks, name) for name in ("lru", "fifo") for blocks in (30, 100)}
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3:7]}
+    assert list(rows) == ["lru", "fifo", "longest_first", "optimal"]
+    assert rows["lru"][0] == f"{cells['lru', 30].hit_ratio:.2%}"
+    ratios = {name: float(row[0].rstrip("%")) for name, row in rows.items() if name != "optimal"}
+    starred = {name for name, row in rows.items() if row[1] == "*"}
+    assert starred == {name for name, ratio in ratios.items() if ratio == max(ratios.values())}
+    assert "*" not in rows["optimal"]
+    gap = lines[lines.index(next(line for line in lines if line.startswith("gap from LRU"))) + 1 :][:2]
+    assert [line.split()[0] for line in gap] == ["fifo", "longest_first"]
+
+
+def test_the_closed_gap():
+    def cell(strategy, hit_blocks):
+        return ReplayResult(strategy, 10, 5, 100, hit_blocks, 0, 0, 0, 0.1)
+
+    cells = {(c.strategy, 10): c for c in (cell("lru", 20), cell("optimal", 60), cell("good", 30), cell("bad", 10))}
+    assert closed_gap(cells, "good", 10) == 0.25 and closed_gap(cells, "bad", 10) == -0.25
+    assert closed_gap(cells, "lru", 10) is None and closed_gap(cells, "optimal", 10) is None
+    assert closed_gap({k: c for k, c in cells.items() if k[0] != "optimal"}, "good", 10) is None
+    assert closed_gap(cells | {("optimal", 10): cell("optimal", 20)}, "good", 10) is None
+
+
+def test_many_capacities_fit_a_narrow_terminal(trace):
+    result = call("replay", trace, "--strategies", "lru,fifo", env={"COLUMNS": "48"})
+    assert result.exit_code == 0
+    assert max(map(len, result.stdout.splitlines()[1:])) <= 48
+    heads = [line.split()[1:] for line in result.stdout.splitlines() if line.startswith("blocks  ")]
+    sizes = [int(size.replace(",", "")) for head in heads for size in head]
+    assert sizes == spread_capacities(read_trace(trace).num_distinct)
+
+
+def test_csv_holds_what_json_holds(trace, tmp_path):
+    file = tmp_path / "cells.csv"
+    strategies = "lru,streaming_llm:sink=4,window=512,fifo"
+    text = replayed(trace, "--blocks", "30,100", "--strategies", strategies, "--csv", file)
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    assert list(rows[0]) == KEYS
+    assert [{key: str(cell[key]) for key in KEYS} for cell in json.loads(text)["cells"]] == rows
+    assert [row["strategy"] for row in rows[::2]] == ["lru", "streaming_llm:sink=4,window=512", "fifo"]
+    printed = call("replay", trace, "-b", "30,100", "-s", strategies, "--csv", "-").stdout
+    again = list(csv.DictReader(io.StringIO(printed)))
+    assert [row | {"seconds": ""} for row in again] == [row | {"seconds": ""} for row in rows]
+
+
+def test_the_report_is_one_file(trace, tmp_path):
+    file = tmp_path / "report.html"
+    result = call("replay", trace, "--blocks", "30,100", "--html", file)
+    assert result.exit_code == 0 and "hit ratio" in result.stdout
+    page = file.read_text(encoding="utf-8")
+    assert page.lstrip().lower().startswith("<!doctype html>") and "optimal" in page
+    assert "pagedkv replay small.jsonl --blocks 30,100" in page
+
+
+def test_in_time_requests_can_be_preempted_and_refused(trace):
+    facts = json.loads(
+        replayed(trace, "-b", "20,60,1k", "--timed", "--prefill-rate", 2000, "--decode-rate", 1, "-s", "lru")
+    )
+    assert [list(cell) for cell in facts["cells"]] == [[*KEYS, "preempted", "refused"]] * 3
+    assert facts["timing"] == {"prefill_tokens_per_second": 2000, "decode_tokens_per_second": 1}
+    tight, middle, wide = facts["cells"]
+    assert tight["refused"] > 0 and middle["preempted"] > 0
+    assert wide["refused"] == wide["preempted"] == 0
+    table = call("replay", trace, "-b", "60", "--timed", "--decode-rate", 1).stdout
+    assert "requests preempted" in table and "optimal" not in table
+
+
+def test_a_strategy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeypatch):
+    (tmp_path / "mine_of_the_test.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    mine = "mine_of_the_test:Mine"
+    for jobs in (1, 2):
+        result = call("replay", trace, "-b", "30", "-s", "lru", "--strategy-from", mine, "-j", jobs, "--json")
+        stock, own = json.loads(result.stdout)["cells"]
+        assert own["strategy"] == mine
+        assert own | {"strategy": "", "seconds": 0} == stock | {"strategy": "", "seconds": 0}
+    error = failed(trace, "-b", "30", "-j", 1, "--strategy-from", "mine_of_the_test:NotANumber")
+    assert "The replay of mine_of_the_test:NotANumber with 30 blocks failed: " in error
+    assert "NotANumber.score_blocks expects to return integers" in error
+
+
+def test_all_strategies_are_those_without_arguments(trace):
+    cells = json.loads(replayed(trace, "-b", "30", "-s", "all"))["cells"]
+    names = [cell["strategy"] for cell in cells]
+    assert {"lru", "fifo", "lfu", "longestfirst", "optimal"} <= set(names) and "priority" not in names
+    best = max(cells, key=lambda cell: cell["hit_blocks"])
+    assert best["hit_blocks"] == cells[-1]["hit_blocks"] and cells[-1]["strategy"] == "optimal"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-b", "0"], "a cache without a block finds nothing, got '0'"),
+        (["-b", "10,0%"], "got '0%'"),
+        (["-b", "many"], "such as 1000,10k,25% or auto, got 'many'"),
+        (["-b", "-5"], "got '-5'"),
+        (["-b", "2.5"], "expected whole blocks"),
+        (["-b", "99g"], "expected whole blocks"),
+        (["-b", ","], "got ','"),
+        (["-s", "no_such"], "one of fifo, "),
+        (["-s", "no_such"], "optimal, got 'no_such'"),
+        (["-s", ""], "--strategies expects names"),
+        (["-s", "priority:levels=0"], "levels expects an int"),
+        (["--strategy-from", "mine.py:Best"], "expects module:Class, not a file"),
+        (["--strategy-from", "best"], "expects module:Class, got 'best'"),
+        (["--strategy-from", "no.such.module:Best"], "cannot be imported: ModuleNotFoundError"),
+        (["--strategy-from", "json:loads"], "cannot be made without arguments"),
+        (["--prefill-rate", "5"], "--prefill-rate needs --timed"),
+        (["--decode-rate", "5"], "--decode-rate needs --timed"),
+        (["--timed", "--decode-rate", "0"], "--decode-rate expects tokens per second above 0, got 0"),
+        (["--timed", "--prefill-rate", "nan"], "--prefill-rate expects tokens per second above 0, got nan"),
+        (["--timed", "-s", "lru,optimal"], "the optimum knows no time"),
+        (["--jobs", "0"], "jobs: expected an int in 1"),
+        (["--json", "--csv", "-"], "both want stdout"),
+        (["--csv", "/no/such/folder/cells.csv"], "--csv expects a file in a folder that exists"),
+        (["--html", "/no/such/folder/page.html"], "--html expects a file in a folder that exists"),
+        (["--html", "/"], "--html expects a file"),
+        (["--format", "no_such"], "format"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(trace, arguments, said):
+    assert said in failed(trace, *arguments)
+
+
+def test_a_trace_that_is_no_good(tmp_path):
+    assert str(tmp_path / "nowhere.jsonl") in failed(tmp_path / "nowhere.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    assert str(empty) in failed(empty, "--format", "mooncake")
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.68,374,44\n")
+    assert "the format azure carries lengths only" in failed(lengths)
+
+
+def test_a_broken_line_is_named_or_skipped(trace, tmp_path):
+    broken = tmp_path / "broken.jsonl.gz"
+    lines = trace.read_text().splitlines()
+    with gzip.open(broken, "wt") as file:
+        file.write("\n".join([*lines[:5], '{"timestamp": "soon', *lines[5:]]) + "\n")
+    assert "6" in failed(broken, "-b", "30").partition("broken.jsonl.gz")[2]
+    whole = json.loads(replayed(trace, "-b", "30", "-s", "lru"))
+    result = call("replay", broken, "-b", "30", "-s", "lru", "--skip-bad", "--json")
+    assert "1 broken record" in result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["trace"]["skipped"] == 1
+    assert facts["cells"][0]["hit_blocks"] == whole["cells"][0]["hit_blocks"]
+
+
+def test_ctrl_c_ends_the_processes_too(trace, tmp_path):
+    (tmp_path / "slow_of_the_test.py").write_text(
+        "import os, pathlib, time\nfrom pagedkv.control.strategies import LRU\n"
+        "class Slow(LRU):\n"
+        "    def score_blocks(self, blocks, now):\n"
+        "        if now > 20:\n"
+        f"            pathlib.Path({str(tmp_path)!r}, f'{{os.getpid()}}.pid').touch()\n"
+        "            time.sleep(600)\n"
+        "        return blocks.last_access\n"
+    )
+    arguments = [*("replay", str(trace), "-b", "30,40", "-s", "slow_of_the_test:Slow", "-j", "2")]
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    with start(*arguments, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True) as process:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and out == "" and "Traceback" not in err
+    workers = [int(file.stem) for file in tmp_path.glob("*.pid")]
+    assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("lru,fifo", ["lru", "fifo"]),
+        (" LRU , Optimal,", ["lru", "optimal"]),
+        ("streaming_llm:sink=4,window=512,lru", ["streaming_llm:sink=4,window=512", "lru"]),
+        ("StreamingLLM(sink=4, window=512),FIFO", ["StreamingLLM(sink=4, window=512)", "FIFO"]),
+        ("Pair(1,2),lru", ["Pair(1,2)", "lru"]),
+        ("priority:levels=3,mine:Best", ["priority:levels=3", "mine:Best"]),
+        ("", []),
+    ],
+)
+def test_strategies_are_split_at_their_commas(text, names):
+    assert split_names(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "capacities"),
+    [
+        ("1000", [1000]),
+        ("10_000, 1k,2K", [10_000, 1000, 2000]),
+        ("1.5k,2m", [1500, 2_000_000]),
+        ("10%,100%,200%", [100, 1000, 2000]),
+        ("0.01%", [1]),
+        ("33.3%", [333]),
+        ("50%,500", [500]),
+        ("auto", [8, 16, 32, 63, 125, 250, 500, 1000]),
+    ],
+)
+def test_capacities(text, capacities):
+    assert parse_capacities(text, 1000) == capacities
+
+
+def test_capacities_of_a_tiny_trace():
+    assert spread_capacities(3) == [1, 2, 3] and spread_capacities(0) == [1]
+    with pytest.raises(InvalidOperation, match="finds nothing, got '50%'"):
+        parse_capacities("50%", 0)
