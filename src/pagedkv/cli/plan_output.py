@@ -148,7 +148,7 @@ def _around(plan: Plan) -> Iterator[tuple[str, str]]:
         left = load.prefill_load - load.prefill_load_saved
         yield (
             "replicas",
-            f"{load.prefill_load:.2f} kept busy by prefill; {left:.2f} with the best strategy at {_percent(plan.target)}",
+            f"{load.prefill_load:.2f} kept busy by prefill, {left:.2f} at {_percent(plan.target)} of the attainable",
         )
     counted = "" if load.shared else ", shared ones counted for each"
     yield (

@@ -1,0 +1,248 @@
+"""The planner: exact arithmetic, bounds that must hold, and three kinds of traffic built to be what they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tests.sim.traces import as_trace, chained_requests
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.sim.curves import lru_curve
+from pagedkv.sim.model_shape import read_model
+from pagedkv.sim.plan import LEVELS, Hardware, default_strategies, plan
+from pagedkv.sim.plan_load import estimate_load
+from pagedkv.sim.plan_verdict import format_bytes
+
+CONFIG = {
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+MODEL = read_model(CONFIG)  # 256 bytes per token
+BLOCK = 4 * 256
+FEW = ("lru", "lfu", "fifo")
+
+
+def there_and_back(length=60, times=8):
+    """A walk up and down: what was used last is used next, so LRU is the optimum and nothing beats memory."""
+    walk = [*range(length), *reversed(range(length))] * times
+    return as_trace([[block] for block in walk])
+
+
+def hot_among_fresh(hot=20, rounds=30, fresh=4):
+    """A few blocks come back again and again, between many that never do: LRU keeps the wrong ones."""
+    new = itertools.count(hot)
+    mixed = [block for turn in range(hot * rounds) for block in (turn % hot, *itertools.islice(new, fresh))]
+    return as_trace([[block] for block in [*range(hot)] * 3 + mixed])
+
+
+def nothing_twice(count=300):
+    return as_trace([[block] for block in range(count)])
+
+
+def test_traffic_without_reuse_is_told_so():
+    made = plan(nothing_twice(), MODEL, strategies=FEW, memory=100 * BLOCK)
+    assert (made.verdict.kind, made.attainable, made.attainable_blocks, made.levels) == ("nothing", 0.0, 0, ())
+    assert made.at_target is None and made.knee is None and made.memory.best.hit_ratio == 0.0
+    assert made.memory.best.strategy == "lru" and "finds nothing" in made.verdict.text
+
+
+def test_traffic_with_hardly_any_reuse_is_told_so():
+    made = plan(as_trace([[block] for block in [*range(95), *range(5)]]), MODEL, strategies=FEW)
+    assert made.verdict.kind == "nothing" and made.attainable == 0.05 and "only 5.0%" in made.verdict.text
+    assert made.at_target.lru.blocks == 95  # 4.5 of 5 hits: the first block comes again after 94 others
+
+
+def test_traffic_that_only_memory_helps_is_limited_by_capacity():
+    made = plan(there_and_back(), MODEL, strategies=FEW)
+    assert made.verdict.kind == "capacity" and made.verdict.text.startswith("Limited by capacity")
+    assert made.at_target.lru.blocks < 2 * made.at_target.optimum.blocks
+    tight = plan(there_and_back(), MODEL, strategies=FEW, memory=18 * BLOCK)
+    assert tight.verdict.kind == "capacity" and tight.verdict.lost_to_strategy == 0
+    assert tight.verdict.lost_to_capacity == pytest.approx(0.6) and tight.memory.optimum.share == pytest.approx(0.3)
+
+
+def test_traffic_that_lru_gets_wrong_is_limited_by_the_strategy():
+    made = plan(hot_among_fresh(), MODEL, strategies=FEW)
+    level = made.at_target
+    assert made.verdict.kind == "strategy" and made.verdict.text.startswith("Limited by the strategy")
+    assert level.lru.blocks == 20 * 5 and level.optimum.blocks <= 20
+    assert level.best.strategy == "lfu" and level.best.blocks < level.lru.blocks / 2
+    tight = plan(hot_among_fresh(), MODEL, strategies=FEW, memory=50 * BLOCK)
+    assert tight.verdict.kind == "strategy" and tight.verdict.lost_to_capacity == 0
+    assert (
+        tight.verdict.lost_to_strategy == pytest.approx(0.9 - tight.memory.lru.share) and tight.memory.lru.share < 0.1
+    )
+    assert tight.memory.best.strategy == "lfu" and tight.verdict.regained == 1.0
+
+
+def test_enough_memory_is_enough():
+    made = plan(hot_among_fresh(), MODEL, strategies=FEW, memory=150 * BLOCK + 7)
+    assert made.verdict.kind == "enough" and made.memory.blocks == 150 and made.memory.bytes == 150 * BLOCK + 7
+    assert made.memory.lru.share == 1.0 and made.shown_blocks == 150
+
+
+def test_sizes_are_exact():
+    model = read_model("llama-3.1-8b")
+    trace = dataclasses.replace(hot_among_fresh(), block_tokens=512, input_tokens=np.full(3060, 512))
+    made = plan(trace, model, strategies=FEW, memory=int(6.3 * 2**30))
+    assert made.bytes_per_block == 64 * 2**20  # 512 tokens of 128 KiB
+    assert made.at_target.lru.bytes == 100 * 64 * 2**20 and made.at_target.lru.gib == 6.25
+    assert made.memory.blocks == 100 and made.memory.lru.blocks == 100
+    for line in made.lines:
+        np.testing.assert_array_equal(line.bytes, line.blocks * made.bytes_per_block)
+
+
+def test_windows_of_running_requests_come_on_top():
+    model = read_model({**CONFIG, "model_type": "gemma2", "sliding_window": 10})
+    made = plan(there_and_back(), model, strategies=FEW, memory=10_000)
+    assert made.bytes_per_block == 4 * 128 and model.window_bytes_per_sequence == 1280
+    windows = made.load.peak_requests * 1280
+    assert made.load.window_bytes == windows > 0
+    assert made.memory.blocks == (10_000 - windows) // 512
+    assert made.at_target.lru.bytes == made.at_target.lru.blocks * 512 + windows
+    assert any("windowed layers" in note and "2.0×" in note for note in made.notes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(chained_requests())
+def test_bounds_hold_on_random_traffic(requests):
+    trace = as_trace(requests)
+    made = plan(trace, MODEL, strategies=FEW, target=0.7, jobs=1) if trace.num_accesses else None
+    if made is None or not made.levels:
+        return
+    curve, most = lru_curve(trace), int(lru_curve(trace).hit_blocks[-1])
+    assert [level.share for level in made.levels] == sorted({*LEVELS, 0.7})
+    for level in made.levels:
+        wanted = math.ceil(level.share * most - 1e-9)
+        assert level.lru.share * most >= wanted - 1e-6 and curve.at(level.lru.blocks) == level.lru.hit_ratio
+        assert level.lru.blocks == 1 or round(curve.at(level.lru.blocks - 1) * trace.num_accesses) < wanted
+        assert level.optimum.blocks <= level.best.blocks <= level.lru.blocks
+        assert min(level.best.share, level.optimum.share) * most >= wanted - 1e-6
+    for name in ("lru", "best", "optimum"):
+        blocks = [getattr(level, name).blocks for level in made.levels]
+        assert blocks == sorted(blocks)
+    assert curve.at(made.attainable_blocks) == curve.attainable == made.attainable
+
+
+def test_saved_prefill_is_the_prefill_of_what_was_found():
+    trace = as_trace([[0, 1, 2], [0, 1, 3, 4], [0, 1, 2]], input_tokens=[11, 16, 11])
+    made = plan(trace, MODEL, strategies=FEW, target=1.0, hardware=Hardware(2.0, 0.25))
+    saved = float(MODEL.prefill_flops(8) + MODEL.prefill_flops(11))  # the third finds all it has: 11 tokens, not 12
+    assert made.at_target.lru.flops_saved == saved == made.at_target.optimum.flops_saved
+    assert made.at_target.lru.seconds_saved == saved / 0.5e12
+    assert made.prefill_flops == float(MODEL.prefill_flops([11, 16, 11]).sum())
+    assert made.attainable_tokens == 19 / 38
+    assert made.load.prefill_load_saved == pytest.approx(made.load.prefill_load * saved / made.prefill_flops)
+
+
+def test_a_plan_has_what_its_report_draws():
+    trace = hot_among_fresh()
+    made = plan(trace, MODEL, strategies=FEW)
+    assert [line.name for line in made.lines] == ["lru", "optimal", "lfu", "fifo"]
+    for line in made.lines:
+        assert len(line.blocks) == len(line.hit_ratio) == len(line.token_hit_ratio) <= 400
+        assert (np.diff(line.blocks) > 0).all()
+    shown = {run.strategy: run for run in made.runs if len(run.hits)}
+    assert set(shown) == {"lru", "lfu", "optimal"}
+    assert all(run.blocks == made.shown_blocks and run.hits.sum() == run.hit_blocks for run in shown.values())
+
+
+def test_long_curves_are_thinned_but_keep_their_ends():
+    trace = as_trace(
+        [[block] for gap in range(1, 1500) for block in (gap * 10_000, *range(gap * 10_000, gap * 10_000 + 2))]
+    )
+    growing = as_trace([[0, *range(10**6 * size, 10**6 * size + size)] for size in range(1, 60) for _ in range(2)])
+    for made in (plan(trace, MODEL, strategies=["lru"]), plan(growing, MODEL, strategies=["lru"])):
+        line = made.lines[0]
+        assert line.blocks[-1] == made.curve.blocks[-1] and line.blocks[0] == made.curve.blocks[1]
+        assert len(line.blocks) <= 400 and line.hit_ratio[-1] == made.attainable
+
+
+def test_the_load_counts_what_runs_together():
+    trace = as_trace([[0, 1], [0, 1], [2]], block_tokens=4, input_tokens=[8, 7, 4])
+    trace = dataclasses.replace(
+        trace, times=np.array([0.0, 1.0, 100.0]), output_tokens=np.array([20, 1, 100], np.int64)
+    )
+    load = estimate_load(trace, MODEL, Hardware(1e12, 1.0, decode_tokens_per_second=10.0))
+    # 0 … 2 s and 1 … 1.1 s share two blocks; outputs take 5 and 0 more; alone from 100 s: 1 block and 25 of output.
+    assert (load.peak_requests, load.shared) == (2, True)
+    assert load.peak_blocks == 26
+    assert load.mean_requests == pytest.approx((2 + 0.1 + 10) / 110, rel=1e-6)
+    assert load.mean_blocks == pytest.approx((2 * 2 + 5 * 2 + 26 * 10) / 110, rel=1e-6)
+
+
+def test_the_load_counts_shared_blocks_once():
+    trace = dataclasses.replace(as_trace([[0, 1, 2]] * 5), times=np.zeros(5), output_tokens=np.full(5, 4))
+    load = estimate_load(trace, MODEL, Hardware())
+    assert (load.peak_requests, load.peak_blocks) == (5, 3 + 5)
+
+
+@pytest.mark.parametrize("target", [0, -0.1, 1.1, 90, float("nan"), True, "0.9", None])
+def test_a_target_that_is_no_share_is_refused(target):
+    with pytest.raises(InvalidOperation, match="target expects a share"):
+        plan(there_and_back(), MODEL, target=target)
+
+
+@pytest.mark.parametrize("memory", [0, -5, 1.5, True, 2**70])
+def test_memory_that_is_no_size_is_refused(memory):
+    with pytest.raises(InvalidOperation, match="memory"):
+        plan(there_and_back(), MODEL, memory=memory)
+
+
+def test_memory_for_less_than_a_block_says_what_a_block_takes():
+    with pytest.raises(InvalidOperation, match=r"memory expects at least 1.00 KiB: .* one block of 4 tokens"):
+        plan(there_and_back(), MODEL, memory=BLOCK - 1)
+
+
+def test_memory_beyond_the_trace_finds_everything():
+    made = plan(there_and_back(), MODEL, strategies=FEW, memory=2**61)
+    assert made.memory.lru.share == 1.0 and made.verdict.kind == "enough"
+
+
+def test_traces_that_say_nothing_are_refused():
+    lengths = dataclasses.replace(there_and_back(), has_content=False, format="azure")
+    with pytest.raises(InvalidOperation, match=r"azure.*lengths only"):
+        plan(lengths, MODEL)
+    for empty in (as_trace([]), as_trace([[], []])):
+        with pytest.raises(InvalidOperation, match="at least one request with a block"):
+            plan(empty, MODEL)
+
+
+@pytest.mark.parametrize("strategies", ["lru", ["no-such"], [""], [3]])
+def test_strategies_that_are_none_are_refused(strategies):
+    with pytest.raises(InvalidOperation):
+        plan(there_and_back(), MODEL, strategies=strategies)
+
+
+@pytest.mark.parametrize("field", ["tflops", "mfu", "decode_tokens_per_second"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), "1", True])
+def test_hardware_that_is_none_is_refused(field, value):
+    with pytest.raises(InvalidOperation, match=field):
+        Hardware(**{field: value})
+
+
+def test_the_strategies_compared_by_default():
+    names = default_strategies()
+    assert names[0] == "lru" and {"lfu", "fifo"} <= set(names) and len(set(names)) == len(names)
+    made = plan(as_trace([[0], [1], [0]]), MODEL, strategies=["LRU", "optimal", "lfu", "lfu"])
+    assert made.strategies == ("lru", "lfu")
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (64 * 2**20, "64.0 MiB"), (6.25 * 2**30, "6.25 GiB")]
+    + [(518.4 * 2**30, "518 GiB"), (2**40, "1.00 TiB"), (5000 * 2**40, "5,000 TiB")],
+)
+def test_bytes_in_words(count, text):
+    assert format_bytes(count) == text
