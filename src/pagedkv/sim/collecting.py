@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pagedkv.sim.columns import Columns
 from pagedkv.sim.interning import Interner
-from pagedkv.sim.sorting import reorder_ids
+from pagedkv.sim.sorting import renumber_sessions, reorder_ids
 from pagedkv.sim.source import BadRecord
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
 
@@ -44,6 +44,8 @@ class Collector:
     ----------
     in_order : bool
         Whether the format promises ascending timestamps; then requests that break the promise are counted.
+    ticks_per_second : int
+        The unit of the timestamps: 1000 for milliseconds.
 
     Attributes
     ----------
@@ -51,7 +53,8 @@ class Collector:
         A reader that learns better on the way says so here.
     """
 
-    def __init__(self, *, in_order: bool = True) -> None:
+    def __init__(self, *, in_order: bool = True, ticks_per_second: int = 1) -> None:
+        self._ticks_per_second = ticks_per_second
         self.in_order = in_order
         self._columns = Columns(_COLUMNS, SPILL_BYTES)
         self._interner = Interner()
@@ -81,7 +84,7 @@ class Collector:
         Parameters
         ----------
         time : float
-            Seconds, from any beginning.
+            In ticks, from any beginning.
         session : hashable, optional
             Whatever names the session in the file.
         ids : sequence of int, str or bytes
@@ -167,6 +170,7 @@ class Collector:
         offsets = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=offsets[1:])
         arrays["times"] -= arrays["times"][0]
+        arrays["times"] /= self._ticks_per_second
         trace = Trace(
             name=name,
             format=format,
@@ -197,4 +201,5 @@ class Collector:
         arrays["ids"] = moved
         for column in ("times", "input_tokens", "output_tokens", "sessions", "counts"):
             arrays[column][:] = arrays[column][order]
+        renumber_sessions(arrays["sessions"])
         return parents

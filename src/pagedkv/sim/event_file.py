@@ -76,12 +76,23 @@ def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadReco
             return
         payload = memoryview(buffer)[place + header : place + size]
         place += size
-        is_whole = not header or extent(np.frombuffer(payload, np.uint8)) == len(payload)
-        yield payload if is_whole else BadRecord("the frame does not hold one msgpack value")
+        yield _checked(payload, is_framed=header > 0)
     if len(buffer) - place > MAX_BATCH_BYTES:
-        yield BadRecord(f"longer than {MAX_BATCH_BYTES} bytes")
+        yield _too_long()
     elif place < len(buffer):
         yield BadRecord("the file ends within a batch")
+
+
+def _checked(payload: memoryview, is_framed: bool) -> memoryview | BadRecord:
+    if len(payload) > MAX_BATCH_BYTES:
+        return _too_long()
+    if is_framed and extent(np.frombuffer(payload, np.uint8)) != len(payload):
+        return BadRecord("the frame does not hold one msgpack value")
+    return payload
+
+
+def _too_long() -> BadRecord:
+    return BadRecord(f"longer than {MAX_BATCH_BYTES} bytes")
 
 
 def _next_size(data: memoryview) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def read_trace(
         raise InvalidOperation(f"block_tokens must be 1 … 2**31 - 1, got {block_tokens!r}")
     path = Path(path)
     kind = FORMATS[format or detect_format(path)]
-    collector = Collector(in_order=kind.in_order)
+    collector = Collector(in_order=kind.in_order, ticks_per_second=kind.ticks_per_second)
     try:
         return _read(path, kind(collector, block_tokens), collector, skip_bad, progress)
     except BaseException:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pagedkv.jit import compiled
 
-__all__ = ["reorder_ids"]
+__all__ = ["renumber_sessions", "reorder_ids"]
 
 Array = npt.NDArray[Any]
 UNSEEN = -1
@@ -59,5 +59,16 @@ def reorder_ids(
     rank = np.full(len(parents), UNSEEN, np.int32)
     firsts = np.empty(len(parents), np.int32)
     _reorder(order, np.cumsum(counts) - counts, counts, ids, moved, rank, firsts)
-    old = parents[firsts]
-    return np.where(old < 0, old, rank[old]).astype(np.int32)
+    renumbered = parents[firsts]
+    has_parent = renumbered >= 0
+    renumbered[has_parent] = rank[renumbered[has_parent]]
+    return renumbered
+
+
+def renumber_sessions(sessions: npt.NDArray[np.int64]) -> None:
+    """Number sessions anew in the order of their first appearance, in place; −1 stays −1."""
+    seen, firsts, places = np.unique(sessions, return_index=True, return_inverse=True)
+    has_number = seen >= 0
+    rank = seen.copy()
+    rank[has_number] = np.argsort(np.argsort(firsts[has_number]))
+    sessions[:] = rank[places]

@@ -21,8 +21,9 @@ CHUNK = 4096  # requests whose numbers are taken out of the arrays at once
 def write_trace(trace: Trace, path: str | PathLike[str]) -> None:
     """Write a trace as Mooncake JSONL, packed where the name ends in ``.gz``.
 
-    Ids are the trace's own, dense and chained; times are milliseconds since the first request. A trace without content
-    is written without ``hash_ids``. The file appears when it is complete: a write that fails leaves what was there.
+    Ids are the trace's own, dense and chained; times are milliseconds since the first request, rounded to the
+    nanosecond. A trace without content is written without ``hash_ids``. The file appears when it is complete: a write
+    that fails leaves what was there.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ def _requests(trace: Trace) -> Iterator[dict[str, Any]]:
         part = slice(first, first + CHUNK)
         offsets = trace.offsets[first : first + CHUNK + 1].tolist()
         columns = (
-            trace.times[part] * 1000.0,
+            trace.times[part],
             trace.input_tokens[part],
             trace.output_tokens[part],
             trace.sessions[part],
@@ -69,7 +70,7 @@ def _requests(trace: Trace) -> Iterator[dict[str, Any]]:
             zip(*(column.tolist() for column in columns), strict=True)
         ):
             request = {
-                "timestamp": int(time) if time.is_integer() else time,
+                "timestamp": _milliseconds(time),
                 "input_length": inputs,
                 "output_length": outputs,
             }
@@ -79,3 +80,8 @@ def _requests(trace: Trace) -> Iterator[dict[str, Any]]:
                 request["session_id"] = session
             request["block_size"] = trace.block_tokens
             yield request
+
+
+def _milliseconds(seconds: float) -> float:
+    rounded = round(seconds * 1000.0, 6)
+    return int(rounded) if rounded.is_integer() else rounded

@@ -33,6 +33,8 @@ class Reader(ABC):
     default_block_tokens: ClassVar[int] = 16
     in_order: ClassVar[bool] = True
     """Whether the requests of a file are expected in the order of their arrival."""
+    ticks_per_second: ClassVar[int] = 1
+    """The unit of the timestamps."""
 
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         self._collector = collector

@@ -40,6 +40,7 @@ class MooncakeReader(LineReader):
 
     name = "mooncake"
     default_block_tokens = 512
+    ticks_per_second = 1000
 
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         super().__init__(collector, block_tokens)
@@ -58,7 +59,7 @@ class MooncakeReader(LineReader):
             raise BadRecord("hash_ids is missing" if ids is None else "hash_ids here, but not in the lines before")
         time = self._time(line)
         self._file_says(line.block_size)
-        self._collector.add(time / 1000.0, inputs, outputs, line.session_id, ids or ())
+        self._collector.add(time, inputs, outputs, line.session_id, ids or ())
         self._last_time[line.session_id] = time
         if self._is_first:
             self._is_first, self.has_content = False, ids is not None

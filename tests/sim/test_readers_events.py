@@ -1,0 +1,151 @@
+"""KV cache events: what becomes a request, every way to record them, and the file format itself."""
+
+from __future__ import annotations
+
+import io
+
+import msgspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.sim.trace_checks import check_trace
+from tests.sim.trace_files import bare, framed, stored, stored_map
+
+from pagedkv.sim import event_file
+from pagedkv.sim.event_file import append_event_batch, read_event_batches
+from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
+from pagedkv.sim.reading import read_trace
+from pagedkv.sim.source import BadRecord
+
+VALUES = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(-(2**63), 2**64 - 1), st.floats(allow_nan=False), st.binary(max_size=300),
+        st.text(max_size=40), st.builds(msgspec.msgpack.Ext, st.integers(-128, 127), st.binary(max_size=20)),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=20), st.dictionaries(st.text(max_size=3), inner, max_size=20)),
+    max_leaves=30,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["bare", "framed", "behind lengths"])
+def read(tmp_path, request):
+    """Return a function that records batches in one of the ways and reads them."""
+
+    def read(*batches):
+        if request.param == "behind lengths":
+            parts = [msgspec.msgpack.encode(batch) for batch in batches]
+            content = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        else:
+            content = (bare if request.param == "bare" else framed)(*batches)
+        (tmp_path / "events").write_bytes(content)
+        trace = read_trace(tmp_path / "events")
+        check_trace(trace)
+        return trace
+
+    return read
+
+
+def chains(trace):
+    return [trace.ids[a:b].tolist() for a, b in zip(trace.offsets[:-1], trace.offsets[1:], strict=True)]
+
+
+def test_every_stored_event_is_a_request_for_its_chain(read):
+    trace = read(
+        [10.0, [stored([1, 2]), stored([3], 2)], 0],
+        [11.5, [stored([4, 5], 1)]],
+        [12.0, [["BlockRemoved", [3], "GPU"], stored([3], 2)], None],
+    )
+    assert chains(trace) == [[0, 1], [0, 1, 2], [0, 3, 4], [0, 1, 2]]
+    assert trace.times.tolist() == [0.0, 0.0, 1.5, 2.0]
+    assert trace.input_tokens.tolist() == [8, 12, 12, 12] and trace.output_tokens.tolist() == [0, 0, 0, 0]
+    assert trace.block_tokens == 4 and trace.format == "kv-events"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [stored([1, 2]), stored([3], 2)],
+        [stored([1, 2], None, 4, None, "GPU", None, None, 0), stored([3], 2, 4, 7)],
+        [stored_map([1, 2]), stored_map([3], 2, medium="GPU", group_idx=0, lora_name="x")],
+        [stored_map([b"a" * 32, b"b" * 32]), stored([b"c" * 32], b"b" * 32)],
+        [stored([2**64 - 1, 2**63]), stored([-(2**63)], 2**63)],
+        [["BlockStored", [1, 2], None, [], 4, None, "CPU"], *[stored([1, 2]), stored([3], 2)]],
+        [stored([1, 2]), stored([8, 9], None, 4, None, "GPU", None, None, 1), stored([3], 2), ["BlockTransferred", 1]],
+    ],
+)
+def test_positional_and_tagged_events_of_every_age(read, events):
+    assert chains(read([1.0, events])) == [[0, 1], [0, 1, 2]]
+    assert chains(read({"type": "EventBatch", "ts": 1.0, "events": events})) == [[0, 1], [0, 1, 2]]
+
+
+def test_nothing_is_equal_to_what_was_before_a_clear(read):
+    trace = read([1.0, [stored([1, 2]), ["AllBlocksCleared"], stored([1, 2]), stored([3], 2)]])
+    assert chains(trace) == [[0, 1], [2, 3], [2, 3, 4]]
+    assert trace.parents.tolist() == [-1, 0, -1, 2, 3]
+
+
+def test_a_chain_whose_beginning_was_not_recorded(read):
+    trace = read([1.0, [stored([5], 4), stored([6], 5), stored([7], 4)]])
+    assert chains(trace) == [[0, 1], [0, 1, 2], [0, 3]]
+
+
+@given(st.lists(VALUES, max_size=5), st.integers(1, 50))
+def test_what_is_appended_is_read_back(batches, size):
+    file = io.BytesIO()
+    for batch in batches:
+        append_event_batch(file, batch if not isinstance(batch, bytes) else msgspec.msgpack.encode(batch))
+    content = file.getvalue()
+    pieces = [content[place : place + size] for place in range(0, len(content), size)]
+    assert [bytes(part) for part in read_event_batches(pieces)] == [msgspec.msgpack.encode(batch) for batch in batches]
+
+
+def test_a_payload_is_appended_as_it_is():
+    file = io.BytesIO()
+    payload = msgspec.msgpack.encode([1.0, []])
+    for kind in (bytes, bytearray, memoryview):
+        append_event_batch(file, kind(payload))
+    assert file.getvalue() == 3 * (b"\xc6" + len(payload).to_bytes(4, "big") + payload)
+
+
+def test_a_batch_beyond_the_limit(monkeypatch):
+    monkeypatch.setattr(event_file, "MAX_BATCH_BYTES", 1000)
+    file = io.BytesIO()
+    with pytest.raises(ValueError, match="at most 1000 bytes, got 1003"):
+        append_event_batch(file, b"x" * 1003)
+    assert file.getvalue() == b""
+    for content in (bare(["x" * 2000]), b"\xdd\xff\xff\xff\xff" + b"\x00" * 3000, b"\xc6\xff\xff\xff\xff" * 500):
+        *_, last = read_event_batches([content])
+        assert isinstance(last, BadRecord) and "longer than 1000 bytes" in str(last)
+
+
+@pytest.mark.parametrize("inside", [b"", b"\xdd\xff\xff\xff\xff", b"\x01\x02", b"\xc1", b"\x93\x01"])
+def test_a_frame_holds_exactly_one_value(inside):
+    frame = b"\xc4" + bytes([len(inside)]) + inside
+    bad, good = read_event_batches([frame + framed([1.0, []])])
+    assert isinstance(bad, BadRecord) and "one msgpack value" in str(bad)
+    assert bytes(good) == msgspec.msgpack.encode([1.0, []])
+
+
+@given(VALUES, st.data())
+def test_the_extent_of_a_value_is_its_length(value, data):
+    content = msgspec.msgpack.encode(value)
+    behind = data.draw(st.binary(max_size=5))
+    assert extent(np.frombuffer(content + behind, np.uint8)) == len(content)
+    cut = data.draw(st.integers(0, len(content) - 1))
+    assert extent(np.frombuffer(content[:cut], np.uint8)) == INCOMPLETE
+
+
+@pytest.mark.parametrize("size", [31, 32, 255, 256, 65_535, 65_536])
+def test_the_extent_of_long_values(size):
+    for value in (b"x" * size, "x" * size, [0] * size, dict.fromkeys(range(size)), msgspec.msgpack.Ext(5, b"x" * size)):
+        content = msgspec.msgpack.encode(value)
+        assert extent(np.frombuffer(content + b"\x00", np.uint8)) == len(content)
+
+
+def test_the_extent_of_nonsense():
+    assert extent(np.frombuffer(b"\xc1", np.uint8)) == INVALID
+    assert extent(np.frombuffer(b"\x92\x01\xc1", np.uint8)) == INVALID
+    bombs = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\x00", b"\xdb\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff\x01")
+    for bomb in (*bombs, b"\x91" * 10_000, b"\xdd\xff\xff\xff\xff" * 100):
+        assert extent(np.frombuffer(bomb, np.uint8)) == INCOMPLETE
