@@ -160,7 +160,7 @@ def slow_working_set(requests: list[list[int]], times: list[float], seconds: flo
 
 
 def slow_hottest(requests: list[list[int]], block_tokens: int) -> list[HotPrefix]:
-    """From every prefix that is not the better half of a chain, follow those that more than half of its requests share."""
+    """From every prefix that no chain has reached, follow those that more than half of its requests share."""
     uses: dict[tuple[int, ...], int] = {}
     for request in requests:
         for depth in range(1, len(request) + 1):

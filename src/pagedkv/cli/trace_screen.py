@@ -86,9 +86,9 @@ def _overview(description: Description) -> Iterator[tuple[str, str]]:
     yield "sessions", "not named" if description.sessions is None else f"{description.sessions:,}"
     yield "tokens", f"{description.total_input_tokens:,} in, {description.total_output_tokens:,} out"
     if description.num_skipped:
-        yield "skipped", f"{description.num_skipped:,} broken lines"
+        yield "bad lines", f"{description.num_skipped:,}, skipped"
     if description.num_reordered:
-        yield "sorted", f"{description.num_reordered:,} requests whose time was before that of an earlier one"
+        yield "out of order", f"{description.num_reordered:,} of the requests, sorted by time"
 
 
 def _show_content(content: ContentFigures, description: Description, console: Console) -> None:

@@ -25,10 +25,12 @@ _LARGEST = float(1 << 40)
 
 
 @compiled
-def act(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int) -> int:
-    """Play until the trace has so many requests or accesses; stop before that where an array lacks room."""
+def act(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int, most_slots: int) -> int:
+    """Play until the trace has so many requests or accesses; stop before that where an array lacks room.
+
+    One request takes at most `most_blocks` blocks and `most_slots` slots.
+    """
     counters = stage.counters
-    most_slots = 1 + int(stage.traffic[len(stage.traffic) - 2]["subagents"])
     while counters[REQUESTS] < requests and counters[ACCESSES] < accesses:
         full = _lacks(stage, most_blocks, most_slots)
         if full:
@@ -159,8 +161,7 @@ def _open(stage: Stage, slot: int) -> int:
             paths[part] = path
             length = _length_of(path, traffic["system_tokens"], traffic["system_spread"])
         else:
-            number = popular(stage.chance, int(traffic["documents"]), traffic["document_zipf"])
-            document = np.uint64(number) + _DOCUMENT
+            document = np.uint64(_draw_document(stage, traffic, part - 2)) + _DOCUMENT
             paths[part] = mix(paths[part - 1], document)
             length = _length_of(mix(root, document), traffic["document_tokens"], traffic["document_spread"])
         tokens += int(min(length, float(limit - tokens)))
@@ -173,6 +174,19 @@ def _open(stage: Stage, slot: int) -> int:
             stage.known_places[at] = stage.counters[ACCESSES]
             stage.counters[KNOWN] += 1
     return tokens
+
+
+@compiled
+def _draw_document(stage: Stage, traffic: np.void, num_drawn: int) -> int:
+    """Draw a document that this request does not have: after a repeated one the next in the order of popularity."""
+    number, place = popular(stage.chance, int(traffic["documents"]), traffic["document_zipf"]), 0
+    while place < num_drawn:
+        if stage.drawn[place] == number:
+            number, place = (number + 1) % int(traffic["documents"]), 0
+        else:
+            place += 1
+    stage.drawn[num_drawn] = number
+    return number
 
 
 @compiled

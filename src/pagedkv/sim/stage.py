@@ -54,8 +54,8 @@ class Stage(NamedTuple):
     free_slots : int32 [num_slots]
     known_paths, known_places : uint64 and int64 [a power of two]
         Open-addressing table: a prefix of prompt and documents, and where a request that begins with it lies.
-    paths : uint64
-        Scratch: the prefixes of one opening.
+    paths, drawn : uint64 and int64
+        Scratch: the prefixes of one opening, and its documents.
     times, input_tokens, output_tokens, numbers, ends, ids, parents
         The trace.
     """
@@ -73,6 +73,7 @@ class Stage(NamedTuple):
     known_paths: npt.NDArray[np.uint64]
     known_places: npt.NDArray[np.int64]
     paths: npt.NDArray[np.uint64]
+    drawn: npt.NDArray[np.int64]
     times: npt.NDArray[np.float64]
     input_tokens: npt.NDArray[np.int64]
     output_tokens: npt.NDArray[np.int64]
@@ -106,6 +107,7 @@ def empty_stage(
         known_paths=np.zeros(_FIRST_KNOWN, np.uint64),
         known_places=np.full(_FIRST_KNOWN, -1, np.int64),
         paths=np.empty(num_parts, np.uint64),
+        drawn=np.empty(num_parts, np.int64),
         times=np.empty(requests),
         input_tokens=np.empty(requests, np.int64),
         output_tokens=np.empty(requests, np.int64),

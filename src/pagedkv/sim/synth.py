@@ -16,6 +16,7 @@ __all__ = ["DEFAULT_REQUESTS", "synthesize"]
 
 DEFAULT_REQUESTS = 10_000
 _NO_LIMIT = 2**62
+_MOST_ACCESSES = 10**12
 _FIRST_REQUESTS = 4096
 
 
@@ -69,14 +70,15 @@ def synthesize(
     if requests is None and accesses is None:
         requests = DEFAULT_REQUESTS
     most_requests = _NO_LIMIT if requests is None else _whole("requests", requests, 1, MAX_BLOCKS)
-    most_accesses = _NO_LIMIT if accesses is None else _whole("accesses", accesses, 1, _NO_LIMIT)
+    most_accesses = _NO_LIMIT if accesses is None else _whole("accesses", accesses, 1, _MOST_ACCESSES)
     _whole("seed", seed, 0, 2**63 - 1)
     _whole("block_tokens", block_tokens, 1, 1 << 20)
     most_blocks = max(-(-traffic.max_tokens // block_tokens) for traffic in kinds)
     room = min(most_requests, _FIRST_REQUESTS if accesses is None else max(1, most_accesses // 16))
     try:
         stage = empty_stage(kinds, pauses, seed, room, 0 if accesses is None else most_accesses, most_blocks)
-        stage = _play(stage, block_tokens, most_requests, most_accesses, most_blocks)
+        most_slots = 1 + max(traffic.subagents for traffic in kinds)
+        stage = _play(stage, block_tokens, most_requests, most_accesses, most_blocks, most_slots)
         return _trace(stage, f"{kind} (seed {seed})", block_tokens)
     except MemoryError:
         raise InvalidOperation("the trace does not fit into this machine's memory: ask for less traffic") from None
@@ -110,8 +112,8 @@ def _whole(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
-def _play(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int) -> Stage:
-    while (full := act(stage, block_tokens, requests, accesses, most_blocks)) != DONE:
+def _play(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int, most_slots: int) -> Stage:
+    while (full := act(stage, block_tokens, requests, accesses, most_blocks, most_slots)) != DONE:
         before = stage
         stage = grown(stage, FULL[full], most_blocks)
         if FULL[full] == "known":

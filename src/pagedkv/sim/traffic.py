@@ -60,7 +60,8 @@ class Traffic:
     document_tokens, document_spread : float
         Length of a document.
     documents_per_request : int
-        Documents drawn into the first request, in the order of the draw, between system prompt and message.
+        Different documents in the first request, in the order in which they are drawn, between system prompt and
+        message.
     subagent_share : float
         How often a request starts sub-agents; the session waits for the last of them.
     subagents : int
@@ -169,7 +170,12 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
         if name not in known:
             raise InvalidOperation(f"traffic has no parameter {name!r}; it has {', '.join(known)}")
         _check(name, value, whole=known[name] == "int")
-    return replace(traffic, **changes)
+    after = replace(traffic, **changes)
+    if after.documents and after.documents_per_request > after.documents:
+        raise InvalidOperation(
+            f"documents_per_request expects at most the {after.documents} documents, got {after.documents_per_request}"
+        )
+    return after
 
 
 def subagents_of(traffic: Traffic) -> Traffic:
