@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -138,8 +138,11 @@ def _write_report(request: PlanRequest, plan: Plan, trace: Trace) -> None:
     from pagedkv.cli.replay_output import write_file
     from pagedkv.sim.report import plan_report
 
-    words = ["pagedkv", "plan", request.trace.name, "--model", request.model, "--target", f"{request.target:g}"]
-    words += ["--memory", request.memory] if request.memory else []
-    words += ["--strategies", request.strategies] if request.strategies else []
+    words = ["pagedkv", "plan", request.trace.name, "--model", request.model]
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if field.name in ("trace", "model", "jobs", "json", "html") or value == field.default:
+            continue
+        words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command = shlex.join([*words, "--html", str(request.html)])
     write_file("--html", Path(str(request.html)), plan_report(plan, trace, command=command))

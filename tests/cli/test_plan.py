@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tests.cli.commands import call, start
+
+from pagedkv.cli.failures import Failure
+from pagedkv.cli.plan import parse_size
+from pagedkv.errors import ModelConfigError, PagedKvError
+from pagedkv.sim.model_shape import read_model
+from pagedkv.sim.plan import plan
+from pagedkv.sim.reading import read_trace
+
+ARGUMENTS = ("--model", "llama-3.1-8b", "--strategies", "lru,lfu")
+KEYS = [
+    *("trace", "model", "hardware", "target", "attainable", "attainable_tokens", "attainable_blocks", "prefill_flops"),
+    *("prefill_seconds", "levels", "at_target", "knee", "memory", "load", "verdict", "strategies", "notes", "curves"),
+]
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory):
+    """A small Mooncake file: ten chats that grow by a block a turn."""
+    file = tmp_path_factory.mktemp("traces") / "chats.jsonl"
+    lines = []
+    for turn in range(12):
+        for chat in range(10):
+            ids = [chat * 100 + block for block in range(turn + 1)]
+            arrival = (turn * 10 + chat) * 1000
+            length = 512 * len(ids) - 12
+            lines.append({"timestamp": arrival, "input_length": length, "output_length": 20, "hash_ids": ids})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_one_screen(trace):
+    result = call("plan", trace, *ARGUMENTS, "--memory", "4GiB", env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.stderr
+    assert len(result.stdout.splitlines()) <= 48 and max(map(len, result.stdout.splitlines())) <= 120
+    for words in (
+        *("chats.jsonl: 120 requests in 119 s", "128 KiB per token", "64.0 MiB per block", "in bfloat16", "attainable"),
+        *("84.6% of the blocks", "50%", "80%", "> 90%", "95%", "99%", "With 4.00 GiB: 64 blocks", "the optimum"),
+        *("400 TFLOP/s × 0.5", "requests at a time", "knee of LRU", "verdict", "imited by"),
+    ):
+        assert words in result.stdout, words
+
+
+def test_the_json_is_the_plan(trace):
+    result = call("plan", trace, *ARGUMENTS, "--target", 0.85, "--memory", "4GiB", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    told = json.loads(result.stdout)
+    made = plan(read_trace(trace), read_model("llama-3.1-8b"), target=0.85, memory=4 * 2**30, strategies=["lru", "lfu"])
+    assert list(told) == KEYS
+    assert [level["share"] for level in told["levels"]] == [0.5, 0.8, 0.85, 0.9, 0.95, 0.99]
+    assert told["at_target"]["lru"]["blocks"] == made.at_target.lru.blocks
+    assert told["at_target"]["lru"]["gib"] == made.at_target.lru.blocks / 16
+    assert told["memory"]["blocks"] == 64 and told["memory"]["lru"]["hit_ratio"] == made.memory.lru.hit_ratio
+    assert told["verdict"]["kind"] == made.verdict.kind and told["model"]["bytes_per_token"] == 131_072
+    assert [curve["strategy"] for curve in told["curves"]] == ["lru", "optimal", "lfu"]
+    assert told["hardware"] == {"tflops": 400.0, "mfu": 0.5, "decode_tokens_per_second": 50.0}
+
+
+def test_options_reach_the_plan(trace):
+    options = ("--kv-dtype", "fp8", "--tflops", 990, "--mfu", 0.25, "--decode-rate", 10, "--window-as-full")
+    told = json.loads(call("plan", trace, "-m", "gpt-oss-20b", "-s", "lru", *options, "--json").stdout)
+    assert told["model"]["kv_dtype"] == "fp8" and told["model"]["bytes_per_token"] == 24 * 1024
+    assert told["model"]["window_bytes_per_sequence"] == 0
+    assert told["hardware"] == {"tflops": 990.0, "mfu": 0.25, "decode_tokens_per_second": 10.0}
+    assert any("scales of fp8" in note for note in told["notes"])
+
+
+def test_the_windows_are_told(trace):
+    result = call("plan", trace, "-m", "gpt-oss-20b", "-s", "lru", env={"COLUMNS": "200"})
+    assert "24 layers (12 full, 12 windowed), 20.9 B parameters, 4.19 B active" in result.stdout
+    assert "3.00 MiB for the windows of a running request" in result.stdout and "2.0× the memory" in result.stdout
+
+
+def test_traffic_that_is_never_repeated_has_a_screen_too(tmp_path):
+    file = tmp_path / "once.jsonl"
+    line = '{"timestamp": %d, "input_length": 512, "output_length": 1, "hash_ids": [%d]}\n'
+    file.write_text("".join(line % (second, second) for second in range(20)))
+    result = call("plan", file, *ARGUMENTS)
+    assert result.exit_code == 0 and "Nothing to reuse" in result.stdout and "the optimum" not in result.stdout
+
+
+def test_the_report_is_written(trace, tmp_path):
+    page = tmp_path / "plan.html"
+    result = call("plan", trace, *ARGUMENTS, "--target", 0.8, "--skip-bad", "--html", page)
+    assert result.exit_code == 0, result.stderr
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>") and "llama-3.1-8b" in text
+    assert "pagedkv plan chats.jsonl --model llama-3.1-8b --target 0.8 --strategies lru,lfu --skip-bad --html" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--target", "90"),
+            "--target expects a share of the attainable hits above 0 and at most 1, 0.9 is 90%; got 90",
+        ),
+        (("--target", "nan"), "--target expects a share"),
+        (("--target", "much"), "--target"),
+        (("--memory", "40"), "--memory expects a size such as 40GiB or 80GB, got '40'"),
+        (("--memory", "1MiB"), "memory expects at least 64.0 MiB"),
+        (("--strategies", ","), "--strategies expects names"),
+        (("--strategies", "no-such"), "got 'no-such'"),
+        (("--tflops", "0"), "--tflops expects a number above 0"),
+        (("--mfu", "1.5"), "--mfu expects a number above 0 and at most 1, got 1.5"),
+        (("--decode-rate", "nan"), "--decode-rate expects"),
+        (("--kv-dtype", "int3"), "kv_dtype: expected one of float16"),
+        (("--model", "no-such-model"), "expected a config.json, a folder with one, or one of deepseek-v3"),
+        (("--model", "{"), "model config inline JSON: expected a JSON object"),
+        (("--model", '{"hidden_size": "x"}'), "hidden_size: expected an int in 1"),
+        (("--html", "/no/such/folder/plan.html"), "--html expects a file in a folder that exists"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(trace, arguments, message):
+    result = call("plan", trace, *ARGUMENTS, *arguments)
+    assert result.exit_code == 2 and result.stdout == ""
+    assert message in result.stderr and result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_lengths_alone_are_refused_with_the_reason(tmp_path):
+    file = tmp_path / "lengths.csv"
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n")
+    result = call("plan", file, *ARGUMENTS)
+    assert result.exit_code == 2 and "lengths only" in result.stderr
+
+
+def test_a_plan_needs_a_model_and_a_trace(trace, tmp_path):
+    assert "--model" in call("plan", trace).stderr
+    assert call("plan", tmp_path / "none.jsonl", *ARGUMENTS).exit_code == 2
+    (tmp_path / "empty.jsonl").write_text("")
+    assert call("plan", tmp_path / "empty.jsonl", *ARGUMENTS).exit_code == 2
+
+
+def test_help_shows_examples_and_every_option():
+    result = call("plan", "--help", env={"COLUMNS": "200"})
+    for words in (
+        *("--model", "--target", "--memory", "--strategies", "--kv-dtype", "--window-as-full", "--tflops", "--mfu"),
+        *("--decode-rate", "--format", "--block-tokens", "--skip-bad", "--jobs", "--json", "--html", "--debug"),
+        "pagedkv plan trace.jsonl.gz --model llama-3.1-8b",
+    ):
+        assert words in result.stdout, words
+
+
+def test_a_plan_needs_no_torch(trace):
+    watch = "import atexit, sys; atexit.register(lambda: print({'torch', 'transformers'} & set(sys.modules)))\n"
+    process = start("plan", str(trace), "--model", "pysmall", "--strategies", "lru", "--json", before=watch)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert out.endswith("set()\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("40GiB", 40 * 2**30), ("80 GB", 80 * 10**9), ("1.5tib", 3 * 2**39), ("512MiB", 2**29), ("2kb", 2000)],
+)
+def test_sizes(text, size):
+    assert parse_size("--memory", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "40", "GiB", "-1GiB", "1e3GiB", "40 gigs", "0GiB", "nan", "9" * 30 + "PiB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(Failure, match="--memory expects a size"):
+        parse_size("--memory", text)
+
+
+def test_the_errors_are_typed():
+    assert issubclass(ModelConfigError, PagedKvError) and issubclass(ModelConfigError, ValueError)
