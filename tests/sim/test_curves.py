@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -12,6 +13,7 @@ from tests.sim.traces import AGENTS, CHAT, Requests, as_requests, as_trace, chai
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import HitCurve, knee, lru_curve, shards_curve
+from pagedkv.sim.optimum import optimal
 from pagedkv.sim.replay import replay
 from pagedkv.sim.trace import Trace
 
@@ -133,6 +135,7 @@ def test_all_that_is_attainable_is_reached_at_the_last_point() -> None:
     ("blocks", "hits", "expected"),
     [
         ([0, 1, 10, 100, 1000], [0, 1, 8, 9, 10], 10),  # steep, then flat
+        ([0, 1, 10, 100, 1000], [0, 10, 60, 85, 100], 10),  # as far across as up, in shares of the whole
         ([0, 1, 10, 100, 1000], [0, 1, 2, 3, 10], 1000),  # ever steeper: no knee
         ([0, 5], [0, 4], 5),
         ([0, 1, 10, 10_000], [0, 0, 2, 10], 10_000),  # points without gain do not count
@@ -165,6 +168,27 @@ def test_a_sample_is_a_hit_curve_and_ends_where_the_exact_one_ends(trace: Trace)
     assert (curve.hit_blocks >= 0).all() and (curve.hit_tokens <= max(1, trace.num_tokens)).all()
     if len(curve.blocks) > 1:
         assert curve.hit_blocks[-1] == pytest.approx(max(0, trace.num_accesses - trace.num_distinct))
+
+
+def test_a_place_in_the_sample_stands_for_the_blocks_that_were_left_out_above() -> None:
+    trace = as_trace([[block] for block in range(100)] * 2)
+    curve = shards_curve(trace, max_blocks=10)
+    assert curve.blocks.tolist() == [0, 1, 91]  # itself, and 10 for each of the 9 above
+    assert curve.hit_blocks.tolist() == [0, 0, 100]
+
+
+def test_a_root_that_is_in_every_request_is_found_though_the_sample_leaves_it_out() -> None:
+    trace = as_trace([[0, block] for block in range(1, 1000)])
+    for seed in range(5):
+        assert shards_curve(trace, 0.02, seed=seed).hit_blocks.tolist() == pytest.approx([0, 998])
+
+
+def test_a_trace_mapped_from_files(tmp_path: Path) -> None:
+    trace = as_trace([[0, 1], [0, 2], [0, 1]])
+    trace.save(tmp_path)
+    mapped = Trace.load(tmp_path)
+    np.testing.assert_array_equal(lru_curve(mapped).hit_blocks, lru_curve(trace).hit_blocks)
+    assert optimal(mapped, 2).hits.tolist() == optimal(trace, 2).hits.tolist()
 
 
 # Measured worst mean error over seeds 0 … 19: chat 0.0047 and 0.0065, agents 0.0223 and 0.0096.

@@ -35,6 +35,11 @@ _GOLDEN, _SPREAD = 0x9E3779B9, 0x85EBCA6B
 def shards_curve(trace: Trace, rate: float | None = None, *, max_blocks: int | None = None, seed: int = 0) -> HitCurve:
     """Return an estimate of `lru_curve` from a sample of the blocks.
 
+    Mean absolute error of the hit ratio over 200 log-spaced capacities, as the mean and the worst of 20 samples
+    (``benchmarks/curves.py``): of 10% of the blocks 0.0017 and 0.005 on an hour of chats (18,279 blocks sampled),
+    0.006 and 0.022 on coding agents (4,485); of 8,192 blocks 0.003 and 0.007, and 0.004 and 0.010. A few hundred blocks
+    are too few: 1% of the coding agents (448) errs by 0.04, at worst by 0.11.
+
     Parameters
     ----------
     trace : Trace
@@ -93,7 +98,7 @@ def _scaled(trace: Trace, gains: npt.NDArray[np.int64], found: tuple[int, int], 
     accesses, tokens = trace.num_accesses, trace.num_tokens
     in_blocks = trace.hit_tokens(np.diff(trace.offsets))
     places = np.flatnonzero(np.cumsum(gains, axis=1, out=gains)[0])
-    places = np.union1d(places, [1]) if len(places) else places
+    places = np.union1d(places, [1]) if rate else places  # blocks that are used all the time are found from 1 on
     hits = np.cumsum(gains, axis=1, out=gains)[:, places].astype(np.float64)
     missing = np.array([[accesses * rate - found[0]], [in_blocks * rate - found[1]]])
     hits = np.clip((hits + missing) / rate, 0.0, np.array([[accesses], [in_blocks]]))
