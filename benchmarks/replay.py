@@ -154,10 +154,9 @@ def giant_rows(accesses: int) -> list[dict]:
     if done.returncode:
         return [row("giant trace", None, "s", note=f"failed: {done.stderr.strip().splitlines()[-1:]}")]
     facts = json.loads(done.stdout)
-    what = (
-        f"synthetic chat, {facts['accesses'] / 1e6:,.0f} M accesses, {facts['distinct'] / 1e6:,.1f} M distinct blocks"
-    )
-    gib = 2**30
+    gib, million = 2**30, 1e6
+    what = f"synthetic chat, {facts['accesses'] / million:,.0f} M accesses, {facts['distinct'] / million:,.1f} M blocks"
+    parts = f"{facts['bare'] / gib:.2f} GiB before the trace is made, {facts['trace'] / gib:.2f} GiB the trace"
     return [
         row(f"{what}: made in", facts["made"], "s"),
         row(f"{what}: LRU at {GIANT_BLOCKS:,} blocks", facts["seconds"], "s"),
