@@ -22,6 +22,7 @@ FULL = ("", "requests", "ids", "parents", "slots", "known")
 _DOCUMENT = np.uint64(1 << 62)  # keeps the numbers of documents apart from those of prompts
 _ONE = np.uint64(1)
 _LARGEST = float(1 << 40)
+_LONGEST_PAUSE = 1e9  # seconds, a generation: time stays a number that files can hold
 
 
 @compiled
@@ -41,7 +42,7 @@ def act(stage: Stage, block_tokens: int, requests: int, accesses: int, most_bloc
             now = stage.event_times[0]
             slot = _pop_event(stage)
         else:
-            stage.arrivals[kind] += exponential(stage.chance, stage.session_pause[kind])
+            stage.arrivals[kind] += min(exponential(stage.chance, stage.session_pause[kind]), _LONGEST_PAUSE)
             slot = _begin(stage, kind, -1)
         if _send(stage, slot, now, block_tokens):
             _go_on(stage, slot, now)
@@ -237,7 +238,7 @@ def _pause(stage: Stage, kind: int) -> float:
     traffic, median = stage.traffic[kind], stage.traffic[kind]["think_seconds"]
     if uniform(stage.chance) < traffic["idle_share"]:
         median = traffic["idle_seconds"]
-    return lognormal(stage.chance, median, traffic["think_spread"])
+    return min(lognormal(stage.chance, median, traffic["think_spread"]), _LONGEST_PAUSE)
 
 
 @compiled

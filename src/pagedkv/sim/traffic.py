@@ -14,7 +14,7 @@ MAX_COUNT = 1 << 40
 MAX_NUMBER = 1e12
 SHARES = ("idle_share", "subagent_share")
 AT_LEAST_ONE = ("system_prompts", "max_tokens", "subagents")
-ABOVE_ZERO = ("rate",)
+RATES = (1e-6, 1e9)
 
 
 @dataclass(frozen=True)
@@ -193,14 +193,14 @@ def subagents_of(traffic: Traffic) -> Traffic:
 def _check(name: str, value: Any, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         raise InvalidOperation(f"{name} expects {'an int' if whole else 'a number'}, got {value!r}")
-    if name in ABOVE_ZERO and not 0 < value <= MAX_NUMBER:
-        raise InvalidOperation(f"{name} expects a number above 0 and at most {MAX_NUMBER:g}, got {value}")
     low, high = _range(name, whole)
     if not low <= value <= high:
         raise InvalidOperation(f"{name} expects a number in {low:g} … {high:g}, got {value}")
 
 
 def _range(name: str, whole: bool) -> tuple[float, float]:
+    if name == "rate":
+        return RATES
     if name in SHARES:
         return 0, 1
     if name.endswith("_spread"):
