@@ -47,19 +47,15 @@ class Browser:
     def __enter__(self) -> Browser:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         log = Path(self._folder.name) / "driver.log"
-        self._driver = subprocess.Popen(
-            [shutil.which("chromedriver") or "chromedriver", "--port=0"],
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-        )
+        with log.open("w") as stream:
+            command = [shutil.which("chromedriver") or "chromedriver", "--port=0"]
+            self._driver = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
         try:
             self._root = f"http://127.0.0.1:{_port(log)}"
             self._session = self._call("POST", "/session", {"capabilities": {"alwaysMatch": self._wishes()}})[
                 "sessionId"
             ]
-            self.devtools("Emulation.setDeviceMetricsOverride", **self._metrics(self._height))
-            scheme = {"name": "prefers-color-scheme", "value": "dark" if self._is_dark else "light"}
-            self.devtools("Emulation.setEmulatedMedia", media="", features=[scheme])
+            self.show_as(self._width, is_dark=self._is_dark)
         except BaseException:
             self._driver.kill()
             raise
@@ -79,6 +75,13 @@ class Browser:
         self._command("url", {"url": "about:blank"})
         self.console(), self.requests()  # of the page before
         self._command("url", {"url": path.resolve().as_uri()})
+
+    def show_as(self, width: int, *, is_dark: bool = False) -> None:
+        """Make the window another one: a phone, a desk, by night."""
+        self._width = width
+        self.devtools("Emulation.setDeviceMetricsOverride", **self._metrics(self._height))
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
+        self.devtools("Emulation.setEmulatedMedia", media="", features=[scheme])
 
     def run(self, script: str) -> Any:
         """Return what the body of a function returns inside the page."""

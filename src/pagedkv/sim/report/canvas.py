@@ -78,9 +78,9 @@ class Frame:
         return Scale(0.0, high, self.bottom, self.top)
 
 
-WIDE = Frame("wide", 860, 380, right_margin=128)
+WIDE = Frame("wide", 860, 380, right_margin=140)
 WIDE_BARE = Frame("wide", 860, 340, right_margin=24)
-NARROW = Frame("narrow", 360, 290, right_margin=16, left_margin=42)
+NARROW = Frame("narrow", 360, 290, right_margin=22, left_margin=46)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,5 +197,5 @@ def _apart(places: Sequence[float], low: float, high: float) -> list[float]:
     return moved
 
 
-def _cut(name: str, most: int = 18) -> str:
+def _cut(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"

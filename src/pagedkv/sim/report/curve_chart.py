@@ -35,7 +35,7 @@ def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
             "The size is drawn on a log scale: each step to the right multiplies it.",
             class_="lede",
         ),
-        legend(lines),
+        legend(sorted(lines, key=_rank)),
         figure("curve-chart", title, description, lambda frame: _draw(evidence, lines, frame)),
         _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
         below,
@@ -65,6 +65,11 @@ def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
     return Series(
         "lru", "c1 curve", [_place(evidence, float(size)) for size in sizes], [float(y) for y in curve.at(sizes)]
     )
+
+
+def _rank(line: Series) -> int:
+    """Place LRU and the optimum first in the legend, the quiet lines last."""
+    return ("c1", "ink", "c2", "c3", "c4", "quiet").index(line.look.split()[0])
 
 
 def _place(evidence: Evidence, blocks: float) -> float:
@@ -103,7 +108,7 @@ def _ends(evidence: Evidence, lines: list[Series]) -> tuple[float, float]:
 
 
 def _marks(evidence: Evidence, frame: Frame, across: Scale) -> Iterator[Markup]:
-    marks = [("knee", evidence.knee), ("chosen", evidence.chosen_blocks)]
+    marks = [("knee", evidence.knee), (evidence.chosen_name, evidence.chosen_blocks)]
     for row, (name, blocks) in enumerate((name, blocks) for name, blocks in marks if blocks):
         value = _place(evidence, blocks)
         yield from upright(frame, across, value, f"{name} {evidence.sized(blocks)}", row)
@@ -128,10 +133,9 @@ def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
     for size in _steps(curve, 3):
         ratio = curve.at(size)
         share = ratio / evidence.attainable if evidence.attainable else 0.0
-        rows.append(
-            [(count(size), size), (evidence.sized(size), size), (percent(ratio), ratio), (percent(share), share)]
-        )
-    heads = ["blocks", "GiB" if evidence.bytes_per_block else "about", "hit ratio", "of the attainable"]
+        memory = [(evidence.sized(size), size)] if evidence.bytes_per_block else []
+        rows.append([(count(size), size), *memory, (percent(ratio), ratio), (percent(share), share)])
+    heads = ["blocks", *(["memory"] if evidence.bytes_per_block else []), "hit ratio", "of the attainable"]
     return table("The figures of LRU’s curve", heads, rows, is_folded=True)
 
 

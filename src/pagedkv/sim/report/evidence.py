@@ -52,6 +52,8 @@ class Evidence:
         What a cache of any size needs on top.
     chosen_blocks, knee_blocks : int, optional
         Sizes to mark. The knee is found on the curve where it is not given.
+    chosen_name : str
+        What the mark of the chosen size says.
     """
 
     trace: Trace
@@ -62,6 +64,7 @@ class Evidence:
     extra_bytes: float = 0.0
     chosen_blocks: int | None = None
     knee_blocks: int | None = None
+    chosen_name: str = "chosen"
 
     @cached_property
     def attainable(self) -> float:

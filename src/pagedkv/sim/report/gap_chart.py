@@ -86,8 +86,8 @@ def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float,
     shorter = [low] if low == _GAP_EDGES[0] else []
     times = [tick for tick in time_ticks(low, high, frame.most_ticks) if tick > low]
     yield from floor(frame, across, [*shorter, *times], _tick, "time since the last use")
-    yield from upright(frame, across, half, f"half {rough_duration(half)}")
-    yield from upright(frame, across, most, f"90% {rough_duration(most)}", 1)
+    yield from upright(frame, across, half, f"half within {rough_duration(half)}")
+    yield from upright(frame, across, most, f"90% within {rough_duration(most)}", 1)
 
 
 def _tick(seconds: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["count", "duration", "gib", "percent", "points", "rough_duration", "round_count", "short"]
+__all__ = ["count", "duration", "gib", "percent", "points", "rough_duration", "round_count", "share", "short"]
 
 _NBSP = "\u00a0"
 _MINUS = "\u2212"
@@ -43,6 +43,11 @@ def percent(ratio: float) -> str:
     return f"{'100' if shown == '100.0' else '0' if shown == '0.0' else shown}%"
 
 
+def share(ratio: float) -> str:
+    """Return a share that somebody chose as they wrote it: 90%, 99.5%."""
+    return f"{100 * ratio:.6g}%"
+
+
 def points(difference: float) -> str:
     """Return a difference of two ratios in percentage points, signed: +1.3."""
     shown = f"{100 * abs(difference):.1f}"
@@ -72,7 +77,7 @@ def duration(seconds: float) -> str:
     """Return a time in one or two units: 350 ms, 12 s, 1 min 30 s, 2 h 5 min."""
     if seconds < 0.9995:
         return f"{_digits(seconds * 1e3)}{_NBSP}ms" if seconds else f"0{_NBSP}s"
-    if seconds < 60:
+    if seconds < 59.95:
         return f"{_digits(seconds)}{_NBSP}s"
     large, small, large_unit, small_unit = next(unit for unit in _UNITS if seconds < unit[4] - unit[1] / 2)[:4]
     whole, rest = divmod(round(seconds / small), large // small)

@@ -1,5 +1,5 @@
 "use strict";
-// Points speak when a pointer comes near them; without this script their <title> does.
+// Points speak when a pointer comes near them; without this script their titles do.
 (() => {
   const tip = document.createElement("div");
   tip.id = "tip";

@@ -6,7 +6,7 @@ from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
 from pagedkv.sim.report.figure import section, table
 from pagedkv.sim.report.markup import Markup, tag
-from pagedkv.sim.report.numbers import count, duration, gib, percent, rough_duration, round_count, short
+from pagedkv.sim.report.numbers import count, duration, gib, percent, rough_duration, round_count, share, short
 from pagedkv.sim.trace import Trace
 
 __all__ = ["answer", "evidence_of", "levels_section", "load_section", "memory_section", "notes", "plan_headline"]
@@ -27,6 +27,7 @@ def evidence_of(plan: Plan, trace: Trace) -> Evidence:
         bytes_per_block=plan.bytes_per_block,
         extra_bytes=plan.load.window_bytes,
         chosen_blocks=plan.shown_blocks,
+        chosen_name="given" if plan.memory else "needed",
         knee_blocks=plan.knee.blocks if plan.knee else None,
     )
 
@@ -39,7 +40,7 @@ def answer(plan: Plan) -> str:
         best = plan.memory.best
         return f"{gib(plan.memory.bytes)} find {percent(best.share)} of what can be found"
     size = plan.at_target.best
-    return f"{percent(plan.target)} of what can be found needs {gib(size.bytes)}"
+    return f"{share(plan.target)} of what can be found needs {gib(size.bytes)}"
 
 
 def plan_headline(plan: Plan) -> Markup:
@@ -47,7 +48,7 @@ def plan_headline(plan: Plan) -> Markup:
     tiles = [("Attainable", percent(plan.attainable), "hit ratio of a cache without a limit")]
     level = plan.at_target
     if level:
-        goal = f"for {percent(plan.target)} of that"
+        goal = f"for {share(plan.target)} of that"
         tiles.append(("Needed", gib(level.best.bytes), f"{goal}, {level.best.strategy}"))
         if level.best.strategy != "lru":
             tiles.append(("Under LRU", gib(level.lru.bytes), goal))
@@ -76,10 +77,10 @@ def levels_section(plan: Plan) -> Markup | None:
 
 def _level(plan: Plan, level: Level) -> list[object]:
     is_target = level is plan.at_target
-    share = tag("span", percent(level.share), tag("small", "target") if is_target else None)
+    wanted = tag("span", share(level.share), tag("small", "target") if is_target else None)
     saved = level.best.flops_saved / plan.prefill_flops if plan.prefill_flops else 0.0
     return [
-        (share, level.share),
+        (wanted, level.share),
         (percent(level.best.hit_ratio), level.best.hit_ratio),
         _memory(level.lru),
         _memory(level.best, level.best.strategy),

@@ -34,7 +34,7 @@ class Scale:
 
 def linear_ticks(high: float, most: int = 6) -> list[float]:
     """Return round values from 0 on, the last at or above `high`: the axis ends there."""
-    if not high > 0:
+    if not high > 1e-15:
         high = 1.0
     raw = high / most
     power: float = 10.0 ** math.floor(math.log10(raw))

@@ -169,7 +169,7 @@ def method_section(evidence: Evidence, command: str | None, version: str) -> Mar
         tag(
             "p",
             f"By pagedkv {version}: {len(evidence.results)} replays of {count(evidence.trace.num_requests)} requests, ",
-            f"{duration(seconds)} on one core, through the block manager that serves models. ",
+            f"{duration(seconds)} on one core, all but the optimum through the block manager that serves models. ",
             "After a request all its blocks are cached, the partly filled last one too. ",
             "Counts are exact: the same trace gives the same figures.",
         ),

@@ -80,5 +80,5 @@ def _draw_time(frame: Frame, lines: Sequence[Series], windows: facts.Windows) ->
     ]
     yield from bars(across, lower.up(most), edges, list(windows.accesses), tips, "muted")
     yield tag("text", short(most), class_="tick", x=frame.left - 7, y=lower.top + 9, text_anchor="end")
-    yield tag("text", "blocks", class_="tick", x=frame.left - 7, y=lower.bottom, text_anchor="end")
+    yield tag("text", "blocks", class_="tick", x=0.0, y=lower.bottom)
     yield from floor(frame, across, even_time_ticks(end, frame.most_ticks), duration, "time since the first request")

@@ -1,0 +1,320 @@
+"""The report: well-formed, harmless, and its figures are those that went in."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from importlib.resources import files
+
+import numpy as np
+import pytest
+from tests.sim.traces import as_trace
+
+from pagedkv.sim.curves import lru_curve
+from pagedkv.sim.model_shape import read_model
+from pagedkv.sim.optimum import optimal
+from pagedkv.sim.plan import plan
+from pagedkv.sim.report import plan_report, replay_report
+from pagedkv.sim.report.markup import Markup, tag, text
+from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.trace import Trace
+
+NASTY = "<script>alert(1)</script>&amp;\"'\x00\ud800 ]]> </title><img src=x onerror=alert(2)>"
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def some_trace(**changes: object) -> Trace:
+    requests = [[0, 1, 2], [0, 1, 3, 4], [5, 6], [0, 1, 2, 7], [5, 6, 8], [0, 1, 3, 4, 9]]
+    times = np.array([0.0, 3.0, 3.0, 65.0, 700.0, 4000.0])
+    sessions = np.array([0, 0, 1, 0, 1, 0])
+    return replace(as_trace(requests, block_tokens=16), times=times, sessions=sessions, **changes)
+
+
+def result_of(trace: Trace, strategy: str, blocks: int, hits: list[int]) -> ReplayResult:
+    found = np.array(hits, np.int32)
+    return ReplayResult(
+        strategy=strategy,
+        blocks=blocks,
+        requests=trace.num_requests,
+        accesses=trace.num_accesses,
+        hit_blocks=int(found.sum()),
+        tokens=trace.num_tokens,
+        hit_tokens=trace.hit_tokens(found),
+        reclaimed=3,
+        seconds=0.25,
+        hits=found,
+    )
+
+
+def some_results(trace: Trace) -> list[ReplayResult]:
+    found = {
+        ("lru", 4): [0, 2, 0, 1, 0, 2],
+        ("lru", 8): [0, 2, 0, 3, 2, 2],
+        ("fifo", 4): [0, 2, 0, 0, 0, 1],
+        ("fifo", 8): [0, 2, 0, 3, 2, 4],
+    }
+    return [result_of(trace, name, blocks, hits) for (name, blocks), hits in found.items()]
+
+
+def parsed(document: str) -> ET.Element:
+    """The document as XML: stricter than any browser about tags, quotes and entities."""
+    head, body = document.split("\n", 1)
+    assert head == "<!DOCTYPE html>"
+    return ET.fromstring(body)
+
+
+def words(element: ET.Element | None) -> str:
+    assert element is not None
+    return "".join(element.itertext())
+
+
+def table_rows(page: ET.Element, caption: str) -> list[list[ET.Element]]:
+    table = next(t for t in page.iter("table") if t.findtext("caption") == caption)
+    return [list(row) for row in table.iterfind("tbody/tr")]
+
+
+def whole_report() -> str:
+    trace = some_trace()
+    best = [replace(optimal(trace, blocks), seconds=0.5) for blocks in (4, 8)]
+    return replay_report(
+        trace, some_results(trace), lru_curve(trace), best, chosen_blocks=8, command="pagedkv replay x"
+    )
+
+
+@pytest.fixture
+def full_report() -> str:
+    return whole_report()
+
+
+def test_every_section_is_there(full_report):
+    page = parsed(full_report)
+    keys = [section.get("id") for section in page.iter("section")]
+    assert keys == ["curve", "results", "time", "depth", "sessions", "gaps", "trace", "method"]
+    assert page.findtext("head/title").startswith("test: ")
+    assert "pagedkv replay x" in words(page.find(".//pre"))
+
+
+def test_ids_are_unique_and_labels_point_to_them(full_report):
+    page = parsed(full_report)
+    ids = [element.get("id") for element in page.iter() if element.get("id")]
+    assert len(ids) == len(set(ids))
+    labels = [name for element in page.iter() for name in (element.get("aria-labelledby") or "").split()]
+    assert labels and set(labels) <= set(ids)
+
+
+def test_every_chart_has_two_sizes_and_tells_what_it_shows(full_report):
+    page = parsed(full_report)
+    for figure in page.iter("figure"):
+        wide, narrow = figure.findall(f"{SVG}svg")
+        assert (wide.get("class"), narrow.get("class")) == ("chart wide", "chart narrow")
+        for chart in (wide, narrow):
+            assert chart.get("role") == "img"
+            assert words(chart.find(f"{SVG}title")) and words(chart.find(f"{SVG}desc"))
+            left, top, width, height = map(float, chart.get("viewBox").split())
+            for shape in chart.iter():
+                for name, limit in (("x", width), ("x1", width), ("cx", width), ("y", height), ("cy", height)):
+                    assert 0 <= float(shape.get(name, 0)) <= limit
+
+
+def test_the_tables_hold_the_results_to_the_last_digit():
+    trace = some_trace()
+    results = some_results(trace)
+    page = parsed(replay_report(trace, results))
+    cells = {(result.strategy, result.blocks): result for result in results}
+
+    rows = table_rows(page, "Hit ratio by strategy and size")
+    assert sorted(words(row[0]) for row in rows) == ["fifo", "lru"]
+    for row in rows:
+        values = [float(cell.get("data-value")) for cell in row[1:]]
+        assert values == [cells[words(row[0]), blocks].hit_ratio for blocks in (4, 8)]
+
+    for name, blocks, hits, accesses, ratio, by_tokens, reclaimed, _ in table_rows(page, "Every replay in full"):
+        result = cells.pop((words(name), int(words(blocks))))
+        assert (int(words(hits)), int(words(accesses))) == (result.hit_blocks, result.accesses)
+        assert (words(ratio), words(by_tokens)) == (f"{result.hit_ratio:.6f}", f"{result.token_hit_ratio:.6f}")
+        assert int(words(reclaimed)) == result.reclaimed
+    assert not cells
+
+
+def test_the_best_strategy_of_each_size_is_marked():
+    trace = some_trace()
+    rows = table_rows(parsed(replay_report(trace, some_results(trace))), "Hit ratio by strategy and size")
+    marked = {words(row[0]): [cell.find("span[@class='best']") is not None for cell in row[1:]] for row in rows}
+    assert marked == {"lru": [True, False], "fifo": [False, True]}
+
+
+def test_the_detailed_figures_add_up_to_the_replay(full_report):
+    page = parsed(full_report)
+    fifo = some_results(some_trace())[3]  # the best at the chosen size
+    rows = table_rows(page, "The figures by depth")
+    touched = sum(int(row[1].get("data-value")) for row in rows)
+    found = sum(int(row[1].get("data-value")) * float(row[2].get("data-value")) for row in rows)
+    assert (touched, round(found, 6)) == (fifo.accesses, fifo.hit_blocks)
+    rows = table_rows(page, "The figures over time")
+    found = sum(int(row[2].get("data-value")) * max(float(row[3].get("data-value")), 0) for row in rows)
+    assert round(found, 6) == fifo.hit_blocks
+    sessions = [int(row[1].get("data-value")) for row in table_rows(page, "The figures per session")]
+    assert sum(sessions) == 2
+    reuses = [int(row[1].get("data-value")) for row in table_rows(page, "The figures of reuse gaps")]
+    assert sum(reuses) == some_trace().num_accesses - some_trace().num_distinct
+
+
+def test_the_curve_is_drawn_where_its_figures_are(full_report):
+    trace = some_trace()
+    curve = lru_curve(trace)
+    for row in table_rows(parsed(full_report), "The figures of LRU’s curve"):
+        blocks, ratio = int(row[0].get("data-value")), float(row[1].get("data-value"))
+        assert ratio == curve.at(blocks)
+
+
+def test_sizes_are_told_in_gib_where_the_model_is_known():
+    trace = some_trace()
+    page = parsed(replay_report(trace, some_results(trace), lru_curve(trace), bytes_per_token=2**26))
+    heads = [words(head) for head in page.iterfind(".//table[@class='matrix']/thead/tr/th")]
+    assert heads == ["strategy", "4\u00a0GiB4 blocks", "8\u00a0GiB8 blocks"]
+
+
+def test_text_of_the_user_is_shown_and_harmless():
+    trace = some_trace(name=NASTY, format=NASTY)
+    results = [replace(result, strategy=NASTY) for result in some_results(trace)[:1]]
+    document = replay_report(trace, results, lru_curve(trace), command=NASTY)
+    page = parsed(document)
+    assert len(list(page.iter("script"))) == len(list(page.iter("style"))) == 1
+    assert not list(page.iter("img"))
+    assert not [element for element in page.iter() if any(name.startswith("on") for name in element.keys())]
+    assert words(page.find(".//header//bdi")) == NASTY.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    document.encode("utf-8")
+
+
+def test_nothing_is_fetched(full_report):
+    page = parsed(full_report)
+    links = [element for element in page.iter() if element.get("src") or element.get("href")]
+    assert [link.get("href") for link in links] == ["data:,"]
+    style = words(page.find("head/style"))
+    assert "url(" not in style and "@import" not in style
+    policy = page.find("head/meta[@http-equiv='Content-Security-Policy']").get("content")
+    assert policy.startswith("default-src 'none'")
+
+
+def test_the_same_input_gives_the_same_document(full_report):
+    assert whole_report() == full_report
+
+
+def of(trace: Trace, *hits: int, strategy: str = "lru", blocks: int = 4) -> tuple[Trace, list[ReplayResult]]:
+    return trace, [result_of(trace, strategy, blocks, list(hits))]
+
+
+def usual(**changes: object) -> tuple[Trace, list[ReplayResult]]:
+    trace = replace(some_trace(), **changes)
+    return trace, some_results(trace)
+
+
+def without_hits_by_request() -> tuple[Trace, list[ReplayResult]]:
+    trace, results = usual()
+    return trace, [replace(result, hits=np.zeros(0, np.int32)) for result in results]
+
+
+DEGENERATE = {
+    "no results": lambda: (some_trace(), []),
+    "one point": lambda: of(some_trace(), 0, 2, 0, 1, 0, 2),
+    "no hits known by request": without_hits_by_request,
+    "all hits zero": lambda: of(some_trace(), 0, 0, 0, 0, 0, 0, blocks=1),
+    "no sessions": lambda: usual(sessions=np.full(6, -1)),
+    "one request": lambda: of(as_trace([[0, 1, 2]]), 0),
+    "no request": lambda: of(as_trace([])),
+    "nothing twice": lambda: of(as_trace([[0], [1], [2, 3]]), 0, 0, 0),
+    "empty requests": lambda: of(as_trace([[], [0], []]), 0, 0, 0),
+    "lengths only": lambda: (replace(as_trace([[], []], input_tokens=[5, 6]), has_content=False), []),
+    "only the optimum": lambda: (some_trace(), [optimal(some_trace(), 4)]),
+    "all at once": lambda: usual(times=np.zeros(6)),
+    "for years": lambda: usual(times=some_trace().times * 1e6),
+    "eleven strategies": lambda: (
+        some_trace(),
+        [result_of(some_trace(), f"s{i}", 4, [0, 2, 0, 1, 0, i % 3]) for i in range(11)],
+    ),
+    "huge": lambda: of(some_trace(), 0, 2, 0, 3, 2, 4, blocks=2**31 - 2),
+}
+
+
+@pytest.mark.parametrize("bytes_per_token", [None, 131072])
+@pytest.mark.parametrize("has_curve", [False, True])
+@pytest.mark.parametrize("case", DEGENERATE)
+def test_degenerate_input_gives_a_report(case, has_curve, bytes_per_token):
+    trace, results = DEGENERATE[case]()
+    curve = lru_curve(trace) if has_curve and trace.has_content else None
+    page = parsed(replay_report(trace, results, curve, bytes_per_token=bytes_per_token))
+    assert words(page.find("body/header/h1"))
+    attributes = " ".join(value for element in page.iter() for value in element.attrib.values())
+    assert not re.search(r"\b(nan|inf)\b", attributes + words(page.find("body/main")))
+
+
+def test_the_verdict_names_what_limits():
+    def verdict(*results: ReplayResult) -> str:
+        return words(parsed(replay_report(trace, list(results))).find("body/header/h1"))
+
+    trace = some_trace()
+    assert verdict(result_of(trace, "lru", 8, [0, 2, 0, 3, 2, 4])).startswith("Large enough: lru in 8 blocks")
+    assert verdict(result_of(trace, "lru", 4, [0, 2, 0, 0, 0, 0])).startswith("Limited by capacity")
+    limits = (result_of(trace, "lru", 4, [0, 2, 0, 0, 0, 0]), result_of(trace, "optimal", 4, [0, 2, 0, 3, 2, 3]))
+    assert verdict(*limits).startswith("Limited by the strategy")
+
+
+def test_a_plan_is_reported_with_its_own_figures():
+    trace = some_trace()
+    made = plan(trace, read_model("llama-3.1-8b"), target=0.9, strategies=["lru", "fifo"], jobs=1)
+    page = parsed(plan_report(made, trace, command="pagedkv plan x"))
+    keys = [section.get("id") for section in page.iter("section")]
+    assert keys == ["curve", "levels", "time", "depth", "sessions", "gaps", "load", "trace", "method"]
+    assert words(page.find("body/header/h1")).startswith("90% of what can be found needs ")
+    assert words(page.find("body/header/p[@class='verdict']")) == made.verdict.text
+    rows = table_rows(page, "Memory by share of the attainable hit ratio")
+    assert [float(row[0].get("data-value")) for row in rows] == [level.share for level in made.levels]
+    for row, level in zip(rows, made.levels, strict=True):
+        sizes = [int(cell.get("data-value")) for cell in row[2:5]]
+        assert sizes == [level.lru.bytes, level.best.bytes, level.optimum.bytes]
+
+
+def test_a_plan_says_what_given_memory_gives():
+    trace = some_trace()
+    made = plan(trace, read_model("llama-3.1-8b"), memory=2**23, strategies=["lru", "fifo"], jobs=1)
+    page = parsed(plan_report(made, trace))
+    assert made.memory is not None
+    rows = table_rows(page, "The given memory")
+    ratios = {words(row[0]): float(row[1].get("data-value")) for row in rows}
+    expected = {size.strategy: size.hit_ratio for size in made.memory.all}
+    assert ratios == expected | {"best possible": made.memory.optimum.hit_ratio}
+
+
+def test_a_plan_without_reuse_is_reported():
+    trace = as_trace([[0], [1], [2, 3]])
+    page = parsed(plan_report(plan(trace, read_model("llama-3.1-8b"), jobs=1), trace))
+    assert words(page.find("body/header/h1")).startswith("Nothing to reuse")
+
+
+def test_markup_escapes_all_but_markup():
+    assert tag("p", "<&>", Markup("<b/>"), None) == "<p>&lt;&amp;&gt;<b/></p>"
+    assert tag("br") == "<br/>"
+    assert tag("a", class_="x y", data_value=1.5, hidden=True, lang=None) == (
+        '<a class="x y" data-value="1.5" hidden="hidden"></a>'
+    )
+    assert tag("i", title='"><script>') == '<i title="&quot;&gt;&lt;script&gt;"></i>'
+    assert text("\x0b") == "\ufffd"
+
+
+def luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_have_contrast(scheme):
+    style = files("pagedkv.sim.report").joinpath("style.css").read_text()
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[scheme]
+    colours = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", block))
+    # WCAG 2.2: 4.5 for text, 3 for what a chart is made of.
+    for name, least in {**dict.fromkeys(("ink", "soft", "c1", "c2", "c3", "c4"), 4.5), "quiet": 3, "bar": 3}.items():
+        for ground in ("card", "page") if name in ("ink", "soft") else ("card",):
+            light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
