@@ -209,12 +209,14 @@ class FakeRay(types.ModuleType):
         self.connected = address == "auto"
 
     def put(self, value):
-        return ("stored", value)
+        for name in ("ids", "offsets", "times", "input_tokens"):
+            getattr(value, name).flags.writeable = False  # as arrays in the object store are
+        return lambda: value
 
     def remote(self, **options):
         def make(function):
             def call(stored, cell):
-                return lambda: function(stored[1], cell)
+                return lambda: function(stored(), cell)
 
             return types.SimpleNamespace(remote=call)
 
@@ -224,7 +226,7 @@ class FakeRay(types.ModuleType):
         return tasks[-num_returns:], tasks[:-num_returns]
 
     def get(self, task):
-        if self.dead:
+        if self.dead and task.__qualname__.count("remote"):
             raise RuntimeError(self.dead)
         return task()
 

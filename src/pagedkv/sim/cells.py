@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+
+import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.registry import as_strategy, parse_strategy, strategy_names
@@ -16,7 +18,7 @@ from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 
-__all__ = ["OPTIMAL", "Cell", "imported_strategy", "named_strategy"]
+__all__ = ["OPTIMAL", "Cell", "imported_strategy", "named_strategy", "try_out"]
 
 OPTIMAL = "optimal"
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
@@ -60,7 +62,11 @@ class Cell:
         ReplayFailed
             Whatever went wrong.
         """
-        self._replay(trace.slice(0, min(_FEW_REQUESTS, trace.num_requests)), min(_FEW_BLOCKS, self.blocks))
+        few = trace.slice(0, min(_FEW_REQUESTS, trace.num_requests))
+        for name, array in vars(few).items():
+            if isinstance(array, np.ndarray) and not getattr(trace, name).flags.writeable:
+                array.flags.writeable = False  # read-only arrays are another type to the compiler
+        self._replay(few, min(_FEW_BLOCKS, self.blocks))
 
     def _replay(self, trace: Trace, blocks: int) -> ReplayResult:
         try:
@@ -80,6 +86,18 @@ class Cell:
         if isinstance(error, Exception) and not isinstance(error, PagedKvError):
             told = f"{type(error).__name__}: {told}"
         return ReplayFailed(self.name, self.blocks, told)
+
+
+def try_out(trace: Trace, cells: Sequence[Cell]) -> None:
+    """Try every strategy once: what they need is compiled here, and nothing is started for one that cannot work.
+
+    Raises
+    ------
+    ReplayFailed
+        Whatever went wrong.
+    """
+    for cell in {cell.name: cell for cell in reversed(cells)}.values():
+        cell.try_out(trace)
 
 
 def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrategy | None]:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, MissingExtra
-from pagedkv.sim.cells import Cell
+from pagedkv.sim.cells import Cell, try_out
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.workers import outcome_of, result_of
@@ -43,6 +43,7 @@ class Cluster:
         ray = self._ray
         task = ray.remote(num_cpus=1)(outcome_of)
         shared = ray.put(trace)
+        try_out(ray.get(shared), cells)  # the read-only arrays that the tasks will see, without a copy
         running = {task.remote(shared, cell): place for place, cell in enumerate(cells)}
         try:
             while running:

@@ -15,7 +15,7 @@ import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.cells import Cell, named_strategy
+from pagedkv.sim.cells import Cell, named_strategy, try_out
 from pagedkv.sim.replay import MAX_BLOCKS
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.timing import Timing
@@ -82,16 +82,14 @@ def sweep(
     if ray:
         from pagedkv.sim.on_ray import connected
 
-        cluster = connected()
-        _try_out(trace, cells)
-        return _collected(cluster.run(trace, cells), len(cells), progress)
+        return _collected(connected().run(trace, cells), len(cells), progress)
     jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
     if jobs == 1:
-        _try_out(trace, cells)
+        try_out(trace, cells)
         return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)
     with tempfile.TemporaryDirectory(prefix="pagedkv-") as folder:
         trace.save(Path(folder))
-        _try_out(trace, cells)
+        try_out(trace, cells)
         return _collected(run_in_processes(Path(folder), cells, jobs), len(cells), progress)
 
 
@@ -119,12 +117,6 @@ def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jobs = cores if num_cells * num_accesses >= _WORTH_PROCESSES else 1
     return max(1, min(require_int("jobs", jobs, 1, 2**16), num_cells))
-
-
-def _try_out(trace: Trace, cells: Sequence[Cell]) -> None:
-    """Compile here, once, and let a strategy that cannot work fail before anything is started."""
-    for cell in {cell.name: cell for cell in reversed(cells)}.values():
-        cell.try_out(trace)
 
 
 def _collected(outcomes: Outcomes, asked: int, progress: Progress | None) -> list[ReplayResult]:
