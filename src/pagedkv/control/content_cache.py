@@ -15,6 +15,17 @@ from pagedkv.errors import InvalidOperation
 
 __all__ = ["ContentCache"]
 
+Ids = npt.NDArray[Any]
+
+
+def _flat(name: str, array: object, dtypes: tuple[type, ...]) -> Ids:
+    """Return the array, contiguous, if it is flat and of one of these types."""
+    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype not in dtypes:
+        wanted = " or ".join(dtype.__name__ for dtype in dtypes)
+        got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else repr(array)
+        raise InvalidOperation(f"{name} expects a flat {wanted} array, got {got}")
+    return np.ascontiguousarray(array)
+
 
 class ContentCache(BlockManager):
     """The control plane over content ids: one id stands for a whole block of tokens.
@@ -62,34 +73,32 @@ class ContentCache(BlockManager):
         InvalidOperation
             If the arrays do not fit together, or the strategy returns something else than scores.
         """
-        if ids.ndim != 1 or ids.dtype not in (np.int32, np.int64):
-            raise InvalidOperation(f"ids expects a flat int32 or int64 array, got {ids.dtype} of shape {ids.shape}")
+        ids = _flat("ids", ids, (np.int32, np.int64))
+        offsets = _flat("offsets", offsets, (np.int64,))
         lengths = np.diff(offsets)
-        if offsets.ndim != 1 or not len(offsets) or offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(ids):
-            raise InvalidOperation(f"offsets expects int64 [num_requests + 1], ascending, up to {len(ids)}")
+        if not len(offsets) or offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(ids):
+            raise InvalidOperation(f"offsets expects num_requests + 1 numbers, ascending, 0 … {len(ids)}")
         path = np.zeros(int(lengths.max(initial=0)), np.int32)
         hits = np.zeros(len(lengths), np.int32)
-        ids = np.ascontiguousarray(ids)
         with self._lock:
+            namespace = self._enter_namespace("")
             if self._state.counters[0].rule == CUSTOM or self._state.counters[0].logging:
-                self._run_observed(ids, offsets, path, hits)
+                for i in range(len(lengths)):
+                    hits[i] = self._run_observed(namespace, ids, int(offsets[i]), int(offsets[i + 1]), path)
             else:
-                contents.run_requests(self._state, ids, offsets, path, hits)
+                contents.run_requests(self._state, namespace, ids, offsets, path, hits)
         return hits
 
-    def _run_observed(
-        self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64], path: npt.NDArray[np.int32], hits: Any
-    ) -> None:
-        """Run requests one by one: a strategy in NumPy scores the blocks of each, subscribers hear of each."""
-        is_custom = self._state.counters[0].rule == CUSTOM
-        for place, (start, stop) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
-            self._reclaim_for(0, stop - start, ids[start:stop].astype(np.int64), True)
-            found, held = contents.begin_request(self._state, ids, start, stop, path)
-            try:
-                self._hooks.hit(self._state, path[:found])
-                self._publish()
-                if is_custom:
-                    self._score_blocks(path[:held])
-            finally:
-                contents.end_request(self._state, path, found, held)
-            hits[place] = found
+    def _run_observed(self, namespace: int, ids: Ids, start: int, stop: int, path: npt.NDArray[np.int32]) -> int:
+        """Run one request; a strategy in NumPy scores its blocks, hooks and subscribers hear of it."""
+        self._reclaim_for(namespace, stop - start, ids[start:stop].astype(np.int64), True, as_far_as_it_fits=True)
+        found, held = contents.begin_request(self._state, namespace, ids, start, stop, path)
+        try:
+            self._hooks.hit(self._state, path[:found])
+            self._hooks.stored(self._state, self._stored_blocks())
+            if self._state.counters[0].rule == CUSTOM:
+                self._score_blocks(path[:held])
+        finally:
+            contents.end_request(self._state, path, found, held)
+            self._feed.publish(self._state)
+        return found

@@ -16,8 +16,6 @@ from pagedkv.control.reclaim import lowest_leaf
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled
 
-_ROOT = -1
-
 
 @compiled
 def _can_take(state: State) -> bool:
@@ -28,16 +26,16 @@ def _can_take(state: State) -> bool:
 
 @compiled
 def begin_request(
-    state: State, ids: npt.NDArray[np.int64], start: int, stop: int, path: npt.NDArray[np.int32]
+    state: State, namespace: int, ids: npt.NDArray[np.int64], start: int, stop: int, path: npt.NDArray[np.int32]
 ) -> tuple[int, int]:
-    """Find the cached prefix of ``ids[start:stop]`` and take blocks for the rest, as far as there are any.
+    """Find the cached prefix of ``ids[start:stop]``, take blocks for the rest while there are any, commit them.
 
     Writes the blocks to `path`; returns how many were found, and how many the request has. It holds the deepest one
-    found and all those after it.
+    found and all those after it. All are taken before the first is stored, as by allocate and commit.
     """
     counters = state.counters[0]
     counters.tick += 1
-    parent, length = _ROOT, stop - start
+    parent, length = -1 - namespace, stop - start
     hits = 0
     while hits < length:
         child = find_child(state, parent, ids, start + hits)
@@ -55,10 +53,11 @@ def begin_request(
         block = take_block(state)
         state.contents[block] = ids[start + held]
         state.blocks[block].num_tokens = 1
-        link_child(state, parent, block)
         path[held] = block
-        parent = block
         held += 1
+    for i in range(hits, held):
+        link_child(state, parent, path[i])
+        parent = path[i]
     counters.queries += 1
     counters.hits += hits > 0
     counters.hit_tokens += hits
@@ -75,6 +74,7 @@ def end_request(state: State, path: npt.NDArray[np.int32], hits: int, held: int)
 @compiled
 def run_requests(
     state: State,
+    namespace: int,
     ids: npt.NDArray[np.int64],
     offsets: npt.NDArray[np.int64],
     path: npt.NDArray[np.int32],
@@ -83,6 +83,6 @@ def run_requests(
     """Run requests one after the other; ``hits[i]`` becomes how many blocks request i found."""
     state, ids, offsets, path, hits = borrowed(state), borrowed(ids), borrowed(offsets), borrowed(path), borrowed(hits)
     for i in range(len(offsets) - 1):
-        found, held = begin_request(state, ids, offsets[i], offsets[i + 1], path)
+        found, held = begin_request(state, namespace, ids, offsets[i], offsets[i + 1], path)
         end_request(state, path, found, held)
         hits[i] = found

@@ -15,7 +15,7 @@ from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot
 from pagedkv.control.feed import EventFeed
 from pagedkv.control.hooks import Hooks
-from pagedkv.control.namespaces import Namespaces
+from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.state import LIVE, PINNED, new_state, with_log, with_roots, with_wider_tables
 from pagedkv.control.strategies import EvictionStrategy, as_strategy
@@ -246,19 +246,28 @@ class Inspection:
         )
 
     def _enter_namespace(self, cache_salt: str) -> int:
-        number = self._namespaces.enter(cache_salt, self._state)
-        if number >= len(self._state.roots):
-            self._state = with_roots(self._state, number + 1)
+        number = self._namespaces.find(cache_salt)
+        if number is None:
+            number = self._namespaces.enter(cache_salt, self._state)
+            if number >= len(self._state.roots):
+                self._state = with_roots(self._state, number + 1)
+            self._state.roots[number, 3] = name_of(cache_salt)
         return number
 
     def _widen_tables(self, width: int) -> None:
         self._state = with_wider_tables(self._state, width)
 
     def _publish(self, event: CacheEvent | None = None) -> None:
-        if self._hooks.see_stores:
-            entries = self._state.log[: self._state.counters[0].log_len]
-            self._hooks.stored(self._state, entries[entries > 0] - 1)
-        self._feed.publish(self._state, event)
+        try:
+            if self._hooks.see_stores:
+                self._hooks.stored(self._state, self._stored_blocks())
+        finally:
+            self._feed.publish(self._state, event)
+
+    def _stored_blocks(self) -> npt.NDArray[np.int32]:
+        """Return the blocks that this call stored, while somebody listens."""
+        entries = self._state.log[: self._state.counters[0].log_len]
+        return entries[entries > 0] - 1
 
     def _block_keys(self, block: int) -> Any:
         raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")
