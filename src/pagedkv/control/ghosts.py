@@ -42,7 +42,8 @@ def forget_ghosts(state: State) -> None:
 def note_path(state: State, block: int, parent: int) -> int:
     """Compute the path of `block`, which is about to hang under `parent`, and keep it with the block."""
     size = state.counters[0].block_size
-    mixed = np.uint64(state.policy[HEADER + parent]) if parent >= 0 else np.uint64(np.int64(parent))
+    above = state.policy[HEADER + parent] if parent >= 0 else np.int64(state.roots[-1 - parent, 3])
+    mixed = np.uint64(above)
     for i in range(block * size, (block + 1) * size):
         mixed = (mixed ^ np.uint64(state.contents[i])) * _STEP
         mixed ^= mixed >> _SHIFT

@@ -105,7 +105,9 @@ class Holding(Inspection):
             self._score_blocks(ids)
         lifecycle.hand_over_use(self._state, row, first)
 
-    def _reclaim_for(self, namespace: int, count: int, ids: Any, known: bool) -> None:
+    def _reclaim_for(
+        self, namespace: int, count: int, ids: Any, known: bool, *, as_far_as_it_fits: bool = False
+    ) -> None:
         """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
         if not self._hooks.decide_reclaims:
             return
@@ -113,15 +115,32 @@ class Holding(Inspection):
         matched = lifecycle.matching_blocks(state, namespace, ids) if known else np.empty(0, np.int32)
         idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
         needed = -(-count // self.block_size) - len(matched)
-        if needed <= self.free_block_count - int(idle.sum()):
-            self._hooks.make_room(state, needed, int(matched[-1]) if len(matched) else -1)
+        available = self.free_block_count - int(idle.sum())
+        if needed <= available or as_far_as_it_fits:
+            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
 
     def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
         """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
         if self._hooks.decide_reclaims:
             status, needed = growth.blocks_to_grow(self._state, keys, counts)
             if status == rows.OK:
-                self._hooks.make_room(self._state, needed)
+                self._let_strategy_make_room(needed)
+
+    def _let_strategy_make_room(self, needed: int, spared: int = -1) -> None:
+        try:
+            self._hooks.make_room(self._state, needed, spared)
+        except BaseException:
+            self._publish()  # what it gave up before it failed is gone
+            raise
+
+    def _tell_hits(self, row: int) -> None:
+        """Tell the strategy what the new sequence `row` found; if it fails, the sequence never was."""
+        try:
+            self._hooks.hit(self._state, self._table(row)[: self._state.sequences[row].num_indexed])
+        except BaseException:
+            lifecycle.free_row(self._state, row)
+            self._publish()
+            raise
 
     def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
         if len(ids):

@@ -17,8 +17,9 @@ from pagedkv.spec import require_int
 
 Blocks = npt.NDArray[np.int32]
 
-# A strategy that keeps a block this often while one is needed will keep it for ever.
-MOST_CHANCES = 10_000
+# A strategy that keeps every leaf this often while one block is needed will keep them for ever.
+MOST_CHANCES = 8
+SOME_CHANCES = 1000
 
 
 class Hooks:
@@ -64,7 +65,8 @@ class Hooks:
                 offer(state, spared)
 
     def _give_up_one(self, state: State) -> None:
-        for _ in range(MOST_CHANCES):
+        most = SOME_CHANCES + MOST_CHANCES * int(state.counters[0].heap_size)
+        for _ in range(most):
             block = int(lowest_leaf(state))
             if block < 0:
                 return
@@ -75,7 +77,7 @@ class Hooks:
                 return
             rescore(state, block, require_int("on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
         name = type(self._strategy).__name__
-        raise InvalidOperation(f"{name}.on_reclaim expects to let go of some block, kept {MOST_CHANCES} in a row")
+        raise InvalidOperation(f"{name}.on_reclaim expects to let go of some block, kept {most} in a row")
 
     @staticmethod
     def _free(state: State, block: int) -> None:

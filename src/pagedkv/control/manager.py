@@ -105,7 +105,8 @@ class BlockManager(Retention):
         with self._lock:
             namespace = self._enter_namespace(cache_salt)
             while True:
-                self._reclaim_for(namespace, count, ids, known)
+                if self._hooks.decide_reclaims and rows.find_row(self._state, key) < 0:
+                    self._reclaim_for(namespace, count, ids, known)
                 status, a, b, source, destination = lifecycle.allocate_row(
                     self._state, key, namespace, priority, count, ids, known
                 )
@@ -115,10 +116,10 @@ class BlockManager(Retention):
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
                 matched = lifecycle.matching_blocks(self._state, namespace, ids) if known else ()
                 self._make_room(status, a, b, matched=matched)
+            self._wide_ids |= key < 0
+            self._tell_hits(a)
             if source != lifecycle.NOBODY:
                 self._copy(np.array([[source, destination]], np.int32))
-            self._wide_ids |= key < 0
-            self._hooks.hit(self._state, self._table(a)[: self._state.sequences[a].num_indexed])
             info = self._info(a)
             self._publish()
             return info

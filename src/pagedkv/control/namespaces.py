@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hashlib import blake2b
 from typing import Any
 
 from pagedkv.control.state import State
@@ -13,6 +14,11 @@ def checked_salt(cache_salt: Any) -> str:
     if not isinstance(cache_salt, str):
         raise InvalidOperation(f"cache_salt expects a str, got {cache_salt!r}")
     return cache_salt
+
+
+def name_of(cache_salt: str) -> int:
+    """Return a 32-bit number for a salt that stays the same when the salt comes back under another number."""
+    return int.from_bytes(blake2b(cache_salt.encode("utf-8", "surrogatepass"), digest_size=4).digest(), signed=True)
 
 
 class Namespaces:

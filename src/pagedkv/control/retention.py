@@ -143,7 +143,7 @@ class Retention(Holding):
             needed = int(blocks_to_stream(self._state, row, sink, window))
             if needed > self.free_block_count:
                 raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
-            self._hooks.make_room(self._state, needed)
+            self._let_strategy_make_room(needed)
             self._score_before_release(row, sink // self.block_size)
             dropped, copies = stream_row(self._state, row, sink, window)
             self._copy(copies)

@@ -9,7 +9,7 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``contents``   the token ids of every block, ``block_size`` per block, flat
 ``buckets``    the prefix table: the first block of each hash chain
 ``siblings``   per block: first child, next sibling, previous sibling
-``roots``      per namespace: number of children, first child, number of live sequences
+``roots``      per namespace: number of children, first child, number of live sequences, what the salt hashes to
 ``heap``       cached leaves in the order in which they are given up, one heap for each of two queues
 ``free_stack`` blocks that were used before and hold nothing now; never used ones lie above ``fresh``
 ``sequences``  one record per live sequence, two cache lines
@@ -141,7 +141,7 @@ def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int 
         contents=np.zeros(num_blocks * block_size, np.int64),
         buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
         siblings=np.zeros((num_blocks, 3), np.int32),
-        roots=np.zeros((16, 3), np.int32),
+        roots=np.zeros((16, 4), np.int32),
         heap=np.zeros(2 * num_blocks, np.int32),
         free_stack=np.zeros(num_blocks, np.int32),
         sequences=np.zeros(rows, SEQUENCE),
@@ -164,7 +164,7 @@ def with_wider_tables(state: State, width: int) -> State:
 
 def with_roots(state: State, count: int) -> State:
     """Return the state with room for at least `count` namespaces."""
-    roots = np.zeros((power_of_two(count), 3), np.int32)
+    roots = np.zeros((power_of_two(count), 4), np.int32)
     roots[: len(state.roots)] = state.roots
     return state._replace(roots=roots)
 
