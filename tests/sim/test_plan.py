@@ -205,6 +205,12 @@ def test_memory_for_less_than_a_block_says_what_a_block_takes():
         plan(there_and_back(), MODEL, memory=BLOCK - 1)
 
 
+def test_a_model_beyond_all_memory_is_refused():
+    huge = read_model({**CONFIG, "head_dim": 2**31 - 1, "num_key_value_heads": 8, "num_hidden_layers": 10_000})
+    with pytest.raises(InvalidOperation, match="model expects sizes that fit"):
+        plan(there_and_back(10**4, 1), huge, strategies=["lru"])
+
+
 def test_memory_beyond_the_trace_finds_everything():
     made = plan(there_and_back(), MODEL, strategies=FEW, memory=2**61)
     assert made.memory.lru.share == 1.0 and made.verdict.kind == "enough"

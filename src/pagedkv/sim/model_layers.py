@@ -26,7 +26,7 @@ _WINDOW_PATTERN = {
 }
 _WINDOW_ON_REQUEST = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "smollm3")
 _LINEAR_INTERVAL = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 4)
-_MAX_LAYERS = 100_000
+_MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)

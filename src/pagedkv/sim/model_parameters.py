@@ -98,8 +98,8 @@ def _other_mixer(config: ConfigFields, heads: Heads) -> int:
 
 def _feed_forward(config: ConfigFields, hidden: int, layer: int) -> tuple[int, int]:
     """Return the weights of a layer's feed-forward that are stored, and those that one token meets."""
-    letters = config.text("hybrid_override_pattern", default="")
-    if letters and letters[layer] not in "-E":
+    letter = config.text("hybrid_override_pattern", default="")[layer : layer + 1]
+    if letter and letter not in "-E":
         return 0, 0
     matrices = 2 if config.model_type in _UNGATED else 3
     inner = config.nested("ffn_config") if "ffn_config" in config else config

@@ -8,18 +8,23 @@ from dataclasses import replace
 
 import numpy as np
 
-from pagedkv.control.registry import strategy_names
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.hit_curve import require_content
 from pagedkv.sim.model_shape import ModelShape
+from pagedkv.sim.plan_arguments import (
+    LRU,
+    blocks_in,
+    check_sizes,
+    checked_names,
+    checked_share,
+    default_strategies,
+)
 from pagedkv.sim.plan_load import estimate_load
 from pagedkv.sim.plan_search import OPTIMAL, Search, capacities_to_try, smallest_lru
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.plan_verdict import format_bytes, judge, judge_memory, nothing_to_reuse
-from pagedkv.sim.replay import MAX_BLOCKS
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
 
 __all__ = [
     "LEVELS",
@@ -38,15 +43,7 @@ __all__ = [
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the attainable hit ratio that every plan prices."""
 
-_LRU = "lru"
 _MAX_POINTS = 400
-# They need arguments that only the operator knows, or look at something else than reuse.
-_NOT_BY_DEFAULT = {"longestfirst", "priority", "streamingllm", "ttl"}
-
-
-def default_strategies() -> tuple[str, ...]:
-    """Return the registered strategies that are compared where none are named, LRU first."""
-    return (_LRU, *(name for name in strategy_names() if name not in _NOT_BY_DEFAULT | {_LRU}))
 
 
 def plan(
@@ -77,7 +74,7 @@ def plan(
     hardware : Hardware, optional
         To turn FLOPs into seconds.
     jobs : int, optional
-        Processes that replay.
+        Processes that replay; by default this one alone, and one a core where a round takes longer than their start.
     progress : callable, optional
         Called with (cells done, cells asked for) of every round of replays.
 
@@ -99,11 +96,10 @@ def plan(
     require_content(trace)
     if not trace.num_accesses:
         raise InvalidOperation(f"trace expects at least one request with a block, got {trace.name!r} with none")
-    wanted = _share(target)
-    hardware = hardware or Hardware()
-    names = _names(strategies)
+    wanted, names, hardware = checked_share(target), checked_names(strategies), hardware or Hardware()
     load = estimate_load(trace, model, hardware)
-    fitting = None if memory is None else _blocks_of(require_int("memory", memory, 1, 2**62), trace, model, load)
+    check_sizes(trace, model, load)
+    fitting = None if memory is None else blocks_in(memory, trace, model, load)
     curve = lru_curve(trace)
     search = Search(trace, model, jobs, progress)
     return _Planner(trace, model, hardware, wanted, names, curve, search, load).made(memory, fitting)
@@ -137,7 +133,7 @@ class _Planner:
         shown = fitting or (at_target.best.blocks if at_target else None)
         if shown:
             best = given.best if given else at_target.best if at_target else None
-            self.search.keep([_LRU, best.strategy if best else _LRU, OPTIMAL], shown)
+            self.search.keep([LRU, best.strategy if best else LRU, OPTIMAL], shown)
         trace, flops = self.trace, float(self.model.prefill_flops(self.trace.input_tokens).sum())
         saved = at_target.best.seconds_saved if at_target else 0.0
         bend = knee(self.curve)
@@ -161,7 +157,7 @@ class _Planner:
             prefill_seconds=flops / self.hardware.flops_per_second,
             levels=levels,
             at_target=at_target,
-            knee=self.size(_LRU, bend) if bend else None,
+            knee=self.size(LRU, bend) if bend else None,
             memory=given,
             lines=self.lines(),
             load=replace(
@@ -186,18 +182,18 @@ class _Planner:
         return tuple(self._level(*given) for given in zip(shares, hits, under_lru, strict=True))
 
     def _level(self, share: float, hits: int, under_lru: int) -> Level:
-        estimates = {name: self.search.estimate(name, hits, under_lru) for name in self.names} | {_LRU: under_lru}
+        estimates = {name: self.search.estimate(name, hits, under_lru) for name in self.names} | {LRU: under_lru}
         name = min(estimates, key=lambda name: estimates[name])
-        blocks = under_lru if name == _LRU else self.search.smallest(name, hits, under_lru)
+        blocks = under_lru if name == LRU else self.search.smallest(name, hits, under_lru)
         if blocks >= under_lru:
-            name, blocks = _LRU, under_lru
+            name, blocks = LRU, under_lru
         bound = self.search.smallest(OPTIMAL, hits, blocks)
-        return Level(share, self.size(_LRU, under_lru), self.size(name, blocks), self.size(OPTIMAL, bound))
+        return Level(share, self.size(LRU, under_lru), self.size(name, blocks), self.size(OPTIMAL, bound))
 
     def memory(self, memory: int, blocks: int) -> Memory:
         """Say what `blocks` blocks give under every strategy."""
         sizes = sorted((self.size(name, blocks) for name in self.names), key=lambda size: -size.hit_ratio)
-        lru = next(size for size in sizes if size.strategy == _LRU)
+        lru = next(size for size in sizes if size.strategy == LRU)
         # LRU where another one is only as good.
         best = lru if lru.hit_ratio >= sizes[0].hit_ratio else sizes[0]
         return Memory(memory, blocks, lru, best, self.size(OPTIMAL, blocks), tuple(sizes))
@@ -210,7 +206,7 @@ class _Planner:
             return judge_memory(self.curve.attainable, self.target, at_target, memory)
         blocks = at_target.optimum.blocks
         best = max((self.size(name, blocks) for name in self.names), key=lambda size: size.hit_ratio)
-        sizes = (self.size(_LRU, blocks), best, at_target.optimum)
+        sizes = (self.size(LRU, blocks), best, at_target.optimum)
         return judge(self.curve.attainable, self.target, at_target, sizes)
 
     def size(self, strategy: str, blocks: int) -> Size:
@@ -232,9 +228,9 @@ class _Planner:
         first = 1 if self.curve.blocks[0] == 0 else 0
         places = _thinned(len(self.curve.blocks) - first) + first
         exact = self._line(
-            _LRU, self.curve.blocks[places], self.curve.hit_ratio[places], self.curve.token_hit_ratio[places]
+            LRU, self.curve.blocks[places], self.curve.hit_ratio[places], self.curve.token_hit_ratio[places]
         )
-        return (exact, *(self._replayed(name) for name in (OPTIMAL, *self.names) if name != _LRU))
+        return (exact, *(self._replayed(name) for name in (OPTIMAL, *self.names) if name != LRU))
 
     def _replayed(self, name: str) -> Line:
         blocks = self.search.capacities(name)
@@ -261,35 +257,6 @@ class _Planner:
 
     def _seconds(self, flops: float) -> float:
         return flops / self.hardware.flops_per_second
-
-
-def _share(target: object) -> float:
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
-        raise InvalidOperation(
-            f"target expects a share of the attainable hit ratio above 0 and at most 1, got {target!r}"
-        )
-    return float(target)
-
-
-def _names(strategies: Sequence[str] | None) -> tuple[str, ...]:
-    if strategies is None:
-        return default_strategies()
-    if isinstance(strategies, str) or not all(isinstance(name, str) and name.strip() for name in strategies):
-        raise InvalidOperation(f"strategies expects a sequence of names, got {strategies!r}")
-    named = [_LRU if name.strip().lower() == _LRU else name.strip() for name in strategies]
-    return tuple(dict.fromkeys([_LRU, *(name for name in named if name.lower() != OPTIMAL)]))
-
-
-def _blocks_of(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
-    block = trace.block_tokens * model.bytes_per_token
-    least = load.window_bytes + block
-    if memory < least:
-        windows = f" and {format_bytes(load.window_bytes)} for windowed layers" if load.window_bytes else ""
-        raise InvalidOperation(
-            f"memory expects at least {format_bytes(least)}: {format_bytes(block)} for one block of "
-            f"{trace.block_tokens} tokens{windows}; got {format_bytes(memory)}"
-        )
-    return min((memory - load.window_bytes) // block, MAX_BLOCKS)
 
 
 def _thinned(count: int) -> np.ndarray:

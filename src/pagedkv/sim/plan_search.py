@@ -20,6 +20,8 @@ OPTIMAL = "optimal"
 TOLERANCE = 1.01
 """Where a search stops: the capacity below which too little is found is within 1%."""
 _POINTS = 8
+_WORTH_PROCESSES = 1_000_000_000
+"""Block accesses of one round of replays; less is done in this process before others have started and compiled."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Search:
     trace : Trace
     model : ModelShape
     jobs : int or None
-        Processes, as in `sweep`.
+        Processes, as in `sweep`; by default others are started for large traces only.
     progress : callable, optional
         Called with (cells done, cells asked for) of the sweep that runs.
     """
@@ -74,7 +76,9 @@ class Search:
             groups.setdefault(missing, []).append(name)
         for missing, names in groups.items():
             if missing:
-                for result in sweep(self.trace, names, missing, jobs=self._jobs, progress=self._progress):
+                for result in sweep(
+                    self.trace, names, missing, jobs=self._jobs_for(names, missing), progress=self._progress
+                ):
                     self._found[result.strategy, result.blocks] = self._summary(result)
 
     def at(self, strategy: str, blocks: int) -> Found:
@@ -133,6 +137,10 @@ class Search:
             else:
                 low = middle
         return high
+
+    def _jobs_for(self, names: Sequence[str], capacities: Sequence[int]) -> int | None:
+        work = len(names) * len(capacities) * self.trace.num_accesses
+        return 1 if self._jobs is None and work < _WORTH_PROCESSES else self._jobs
 
     def _guess(self, strategy: str, hits: int, low: int, high: int) -> int:
         """Interpolate in the logarithm of the capacity, but always leave a fifth of the bracket behind."""
