@@ -137,6 +137,13 @@ def test_the_tables_hold_the_results_to_the_last_digit():
     assert not cells
 
 
+def test_a_timed_replay_tells_who_had_to_wait():
+    trace = some_trace()
+    results = [replace(some_results(trace)[0], preempted=7, refused=1), some_results(trace)[2]]
+    rows = table_rows(parsed(replay_report(trace, results)), "Every replay in full")
+    assert [[words(cell) for cell in row[8:]] for row in rows] == [["7", "1"], ["0", "0"]]
+
+
 def test_the_best_strategy_of_each_size_is_marked():
     trace = some_trace()
     rows = table_rows(parsed(replay_report(trace, some_results(trace))), "Hit ratio by strategy and size")

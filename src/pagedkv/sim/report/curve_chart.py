@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -35,8 +35,8 @@ def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
             "The size is drawn on a log scale: each step to the right multiplies it.",
             class_="lede",
         ),
-        legend(sorted(lines, key=_rank)),
-        figure("curve-chart", title, description, lambda frame: _draw(evidence, lines, frame)),
+        legend(lines),
+        figure("curve-chart", title, description, lambda frame: _draw(evidence, lines[::-1], frame)),
         _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
         below,
     )
@@ -46,8 +46,7 @@ def _lines(evidence: Evidence) -> list[Series]:
     lines = []
     if evidence.curve is not None and evidence.curve.attainable:
         lines.append(_curve_line(evidence, evidence.curve))
-    # What is drawn later lies on top: the quiet ones first.
-    for name in sorted(evidence.points, key=lambda name: evidence.looks[name] != "quiet"):
+    for name in evidence.points:
         points, look = evidence.points[name], evidence.looks[name]
         if not points.blocks or (name == LRU and lines and evidence.curve is not None):
             continue
@@ -55,7 +54,7 @@ def _lines(evidence: Evidence) -> list[Series]:
         tips = [f"{shown_name(name)}, {evidence.size(blocks)}: {percent(ratio)}" for blocks, ratio in sizes]
         xs = [_place(evidence, blocks) for blocks in points.blocks]
         lines.append(Series(shown_name(name), look, xs, points.ratios, tips, is_labelled=look != "quiet"))
-    return lines
+    return sorted(lines, key=_rank)
 
 
 def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
@@ -68,7 +67,7 @@ def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
 
 
 def _rank(line: Series) -> int:
-    """Place LRU and the optimum first in the legend, the quiet lines last."""
+    """Place LRU and the optimum first in the legend, and on top of the others in the drawing."""
     return ("c1", "ink", "c2", "c3", "c4", "quiet").index(line.look.split()[0])
 
 
@@ -91,7 +90,9 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
     for series in lines:
         yield from line(series.clipped(low), across, up)
     if evidence.curve is not None:
-        yield from dots(_curve_points(evidence, evidence.curve, _steps(evidence.curve, 4)), across, up)
+        yield from dots(
+            _curve_points(evidence, evidence.curve, _steps(evidence.curve, (1, 1.5, 2, 3, 5, 7))), across, up
+        )
     yield from label_ends(frame, lines, across, up)
 
 
@@ -114,11 +115,11 @@ def _marks(evidence: Evidence, frame: Frame, across: Scale) -> Iterator[Markup]:
         yield from upright(frame, across, value, f"{name} {evidence.sized(blocks)}", row)
 
 
-def _steps(curve: HitCurve, per_decade: int) -> list[int]:
-    """Return round capacities over the whole curve."""
+def _steps(curve: HitCurve, factors: Sequence[float]) -> list[int]:
+    """Return round capacities over the whole curve: every power of ten times every factor, and the last."""
     last = int(curve.blocks[-1])
-    exponents = np.arange(0, per_decade * np.log10(max(last, 1)))
-    return sorted({round(float(size)) for size in 10 ** (exponents / per_decade)} | {last})
+    sizes = {int(factor * 10**power) for power in range(len(str(last))) for factor in factors}
+    return sorted(size for size in sizes | {last} if 0 < size <= last)
 
 
 def _curve_points(evidence: Evidence, curve: HitCurve, sizes: list[int]) -> Series:
@@ -130,7 +131,7 @@ def _curve_points(evidence: Evidence, curve: HitCurve, sizes: list[int]) -> Seri
 
 def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
     rows = []
-    for size in _steps(curve, 3):
+    for size in _steps(curve, (1, 2, 5)):
         ratio = curve.at(size)
         share = ratio / evidence.attainable if evidence.attainable else 0.0
         memory = [(evidence.sized(size), size)] if evidence.bytes_per_block else []

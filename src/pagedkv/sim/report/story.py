@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from pagedkv.sim.report.evidence import OPTIMAL, Evidence, shown_name
 from pagedkv.sim.report.figure import section, table
 from pagedkv.sim.report.markup import Markup, tag
@@ -114,7 +116,9 @@ def _cell(evidence: Evidence, name: str, blocks: int) -> object:
 
 def every_replay(evidence: Evidence) -> Markup:
     """Return all figures of all replays, shown on demand."""
+    is_timed = any(result.preempted or result.refused for result in evidence.results)
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "given up", "seconds"]
+    heads += ["preempted", "refused"] if is_timed else []
     rows = [
         [
             result.strategy,
@@ -125,6 +129,7 @@ def every_replay(evidence: Evidence) -> Markup:
             (f"{result.token_hit_ratio:.6f}", result.token_hit_ratio),
             (count(result.reclaimed), result.reclaimed),
             (f"{result.seconds:.3f}", result.seconds),
+            *([(count(n), n) for n in (result.preempted, result.refused)] if is_timed else []),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
@@ -135,7 +140,7 @@ def trace_section(evidence: Evidence) -> Markup:
     """Return the facts of the trace."""
     trace = evidence.trace
     span = float(trace.times[-1]) if trace.num_requests else 0.0
-    sessions = len(set(trace.sessions[trace.sessions >= 0].tolist()))
+    sessions = len(np.unique(trace.sessions[trace.sessions >= 0]))
     rows = [
         ("Trace", tag("bdi", trace.name)),
         ("Format", trace.format),
