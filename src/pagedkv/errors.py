@@ -11,6 +11,8 @@
     ├── TraceError           (ValueError)    file, line, reason
     ├── ReplayFailed         (RuntimeError)  strategy, blocks, reason
     ├── ModelConfigError     (ValueError)    source, field, reason
+    ├── RequestRefused       (ValueError)    reason
+    ├── EngineDead           (RuntimeError)  reason
     └── CorruptedState       (AssertionError)
 
 Every error leaves the cache as it was before the call.
@@ -21,12 +23,14 @@ from __future__ import annotations
 __all__ = [
     "BlockNotFound",
     "CorruptedState",
+    "EngineDead",
     "InvalidOperation",
     "MissingExtra",
     "ModelConfigError",
     "OutOfMemory",
     "PagedKvError",
     "ReplayFailed",
+    "RequestRefused",
     "SequenceNotFound",
     "TraceError",
 ]
@@ -171,6 +175,43 @@ class ReplayFailed(PagedKvError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
         return type(self), (self.strategy, self.blocks, self.reason)
+
+
+class RequestRefused(PagedKvError, ValueError):
+    """The engine will not take a request: it can never fit, or the queue is full.
+
+    Attributes
+    ----------
+    reason : str
+        Which limit, and the numbers.
+    retry_after : float or None
+        Seconds after which it may be worth asking again; None if it never is.
+    """
+
+    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+        super().__init__(f"Request refused: {reason}")
+        self.reason = reason
+        self.retry_after = retry_after
+
+    def __reduce__(self) -> tuple[type, tuple[str, float | None]]:
+        return type(self), (self.reason, self.retry_after)
+
+
+class EngineDead(PagedKvError, RuntimeError):
+    """A step of the engine failed, or it was shut down: it takes no more requests.
+
+    Attributes
+    ----------
+    reason : str
+        What happened; the error of the step is the ``__cause__``.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"The engine has stopped: {reason}")
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return type(self), (self.reason,)
 
 
 class TraceError(PagedKvError, ValueError):

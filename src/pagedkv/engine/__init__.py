@@ -1,0 +1,70 @@
+"""Continuous batching over one cache: many requests, one forward pass a step."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagedkv.engine.async_engine import AsyncEngine
+    from pagedkv.engine.core import EngineCore
+    from pagedkv.engine.llm import LLM
+    from pagedkv.engine.logprobs import Logprob
+    from pagedkv.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from pagedkv.engine.params import SamplingParams
+    from pagedkv.engine.request import Request
+    from pagedkv.engine.snapshot import EngineSnapshot
+    from pagedkv.engine.stats import EngineStats
+    from pagedkv.errors import EngineDead, RequestRefused
+
+__all__ = [
+    "AsyncEngine",
+    "CompletionOutput",
+    "EngineCore",
+    "EngineDead",
+    "EngineSnapshot",
+    "EngineStats",
+    "LLM",
+    "Logprob",
+    "Request",
+    "RequestMetrics",
+    "RequestOutput",
+    "RequestRefused",
+    "SamplingParams",
+]
+
+_HOMES = {
+    "AsyncEngine": "pagedkv.engine.async_engine",
+    "CompletionOutput": "pagedkv.engine.outputs",
+    "EngineCore": "pagedkv.engine.core",
+    "EngineDead": "pagedkv.errors",
+    "EngineSnapshot": "pagedkv.engine.snapshot",
+    "EngineStats": "pagedkv.engine.stats",
+    "LLM": "pagedkv.engine.llm",
+    "Logprob": "pagedkv.engine.logprobs",
+    "Request": "pagedkv.engine.request",
+    "RequestMetrics": "pagedkv.engine.outputs",
+    "RequestOutput": "pagedkv.engine.outputs",
+    "RequestRefused": "pagedkv.errors",
+    "SamplingParams": "pagedkv.engine.params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pagedkv.engine' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        from pagedkv.errors import MissingExtra
+
+        raise MissingExtra(error.name, "hf") from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
