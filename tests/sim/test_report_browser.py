@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.sim.test_report import NASTY, lru_curve, replace, replay_report, some_results, some_trace
+from tests.sim.test_report import NASTY, some_results, some_trace
+
+from pagedkv.sim.curves import lru_curve
+from pagedkv.sim.report import replay_report
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 

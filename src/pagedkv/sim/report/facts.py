@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,21 +161,33 @@ def reuse_gaps(trace: Trace, edges: Floats) -> Gaps:
     """
     counts = np.zeros(len(edges) - 1, np.int64)
     last_use = np.full(trace.num_distinct, np.nan)
-    owners = np.asarray(trace.offsets)
-    for first in range(0, trace.num_accesses, _CHUNK):
-        ids = np.asarray(trace.ids[first : first + _CHUNK])
-        places = np.arange(first, first + len(ids))
-        times = np.asarray(trace.times)[np.searchsorted(owners, places, side="right") - 1]
+    for first, last in _chunks(trace):
+        ids = np.asarray(trace.ids[trace.offsets[first] : trace.offsets[last]])
+        times = np.repeat(trace.times[first:last], np.diff(trace.offsets[first : last + 1]))
         gaps = _gaps_of_chunk(ids, times, last_use)
         bins = np.clip(np.searchsorted(edges, gaps, side="right") - 1, 0, len(counts) - 1)
         counts += np.bincount(bins, minlength=len(counts))
     return Gaps(edges, counts)
 
 
+def _chunks(trace: Trace) -> Iterator[tuple[int, int]]:
+    """Cut the requests into runs ``[first, last)`` of about `_CHUNK` accesses, at least one request each."""
+    first = 0
+    while first < trace.num_requests:
+        last = int(np.searchsorted(trace.offsets, trace.offsets[first] + _CHUNK, side="right")) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
 def _gaps_of_chunk(ids: npt.NDArray[Any], times: Floats, last_use: Floats) -> Floats:
     """Return the gaps that end in this chunk, and note the last use of every id in it."""
-    order = np.argsort(ids, kind="stable")
-    ids, times = ids[order], times[order]
+    # By id, then by place: one sort of whole numbers is several times faster than a stable argsort.
+    shift = len(ids).bit_length()
+    keys = np.sort((ids.astype(np.int64) << shift) | np.arange(len(ids)))
+    ids, times = keys >> shift, times[keys & ((1 << shift) - 1)]
+    if not len(ids):
+        return times
     is_first = np.r_[True, ids[1:] != ids[:-1]]
     is_last = np.r_[is_first[1:], True]
     before = np.r_[np.nan, times[:-1]]
