@@ -23,8 +23,9 @@ def _check_requests(trace: Trace) -> None:
         assert ((lengths >= 0) & (lengths < 2**53)).all()
     sessions = trace.sessions
     assert sessions.dtype == np.int64 and sessions.shape == trace.times.shape and (sessions >= -1).all()
-    seen = np.unique(sessions[sessions >= 0])
+    seen, first_places = np.unique(sessions[sessions >= 0], return_index=True)
     assert np.array_equal(seen, np.arange(len(seen))), "session numbers are dense"
+    assert (np.diff(first_places) > 0).all(), "in the order of first appearance"
 
 
 def _check_ids(trace: Trace) -> None:

@@ -72,7 +72,7 @@ def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadReco
             buffer, place, is_all = buffer[place:] + more, 0, not more
             continue
         if size == INVALID:
-            yield BadRecord("not msgpack")
+            yield BadRecord("neither a batch nor a frame begins here")
             return
         payload = memoryview(buffer)[place + header : place + size]
         place += size
@@ -103,8 +103,10 @@ def _next_size(data: memoryview) -> tuple[int, int]:
         width, first = _LENGTH_FIELD, 0
     elif data[0] in _BIN_FIELDS:
         width, first = _BIN_FIELDS[data[0]], 1
-    else:
+    elif 0x80 <= data[0] <= 0x9F or 0xDC <= data[0] <= 0xDF:  # an array or a map
         return extent(np.frombuffer(data, np.uint8)), 0
+    else:
+        return INVALID, 0
     header = first + width
     if len(data) < header:
         return INCOMPLETE, 0

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import io
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -16,7 +17,7 @@ from pagedkv.errors import TraceError
 __all__ = ["BAD_RECORD", "MAX_LINE_BYTES", "BadRecord", "Progress", "Source", "reason_of"]
 
 MAX_LINE_BYTES = 32 * 2**20
-SKIP_BYTES = 2**20
+SKIP_BYTES = BUFFER_BYTES = 2**20
 REPORT_BYTES = 4 * 2**20
 BOM = b"\xef\xbb\xbf"
 
@@ -70,7 +71,7 @@ class Source:
         self.num_skipped += 1
 
     @contextmanager
-    def open(self) -> Iterator[tuple[IO[bytes], BinaryIO]]:
+    def open(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         """Open the file; yields (what to read, the file on disk beneath it).
 
         Raises
@@ -79,12 +80,13 @@ class Source:
             Whatever goes wrong with the file, while it is opened or while it is read.
         """
         try:
-            with self.path.open("rb") as raw:
+            with self.path.open("rb", buffering=BUFFER_BYTES) as raw:
                 packed = raw.read(2) == b"\x1f\x8b"
                 raw.seek(0)
                 if packed:
-                    with gzip.open(raw) as unpacked:
-                        yield unpacked, raw  # type: ignore[misc]
+                    # Without the buffer every line would pass through Python code of the gzip module.
+                    with io.BufferedReader(gzip.GzipFile(fileobj=raw), BUFFER_BYTES) as unpacked:
+                        yield unpacked, raw
                 else:
                     yield raw, raw
         except _UNREADABLE as error:
@@ -145,6 +147,6 @@ class Source:
         return report
 
 
-def _skip_line(file: IO[bytes], piece: bytes) -> None:
+def _skip_line(file: BinaryIO, piece: bytes) -> None:
     while piece and not piece.endswith(b"\n"):
         piece = file.readline(SKIP_BYTES)
