@@ -34,7 +34,7 @@ def _option(*names: str, help: str, panel: str, default: str | bool = True) -> A
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help="A trace in any known format, gzipped or not.", show_default=False)],
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace in any known format, gzipped or not.")],
     blocks: Annotated[
         str,
         _option(
