@@ -16,6 +16,7 @@ from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.optimum import optimal
 from pagedkv.sim.plan import plan
 from pagedkv.sim.report import plan_report, replay_report
+from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.markup import Markup, tag, text
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
@@ -147,7 +148,7 @@ def test_a_timed_replay_tells_who_had_to_wait():
 def test_the_best_strategy_of_each_size_is_marked():
     trace = some_trace()
     rows = table_rows(parsed(replay_report(trace, some_results(trace))), "Hit ratio by strategy and size")
-    marked = {words(row[0]): [cell.find("span[@class='best']") is not None for cell in row[1:]] for row in rows}
+    marked = {words(row[0]): [cell.find("span/b[@class='best']") is not None for cell in row[1:]] for row in rows}
     assert marked == {"lru": [True, False], "fifo": [False, True]}
 
 
@@ -325,3 +326,15 @@ def test_colours_have_contrast(scheme):
         for ground in ("card", "page") if name in ("ink", "soft") else ("card",):
             light, dark = sorted((luminance(colours[name]), luminance(colours[ground])), reverse=True)
             assert (light + 0.05) / (dark + 0.05) >= least, (name, ground)
+
+
+def test_colours_go_to_what_differs_from_lru():
+    trace = some_trace()
+    lru = some_results(trace)[:2]
+    twin = [replace(result, strategy="twin") for result in lru]
+    others = [replace(result, strategy=f"s{i}", hit_blocks=i) for i in range(4) for result in lru]
+    evidence = Evidence(trace, [*twin, *lru, *others])
+    assert evidence.looks == {
+        "lru": "c1", "optimal": "ink", "twin": "quiet", "s3": "c2", "s2": "c3", "s1": "c4", "s0": "quiet"
+    }  # fmt: skip
+    assert evidence.best is not None and evidence.best.strategy == "lru"

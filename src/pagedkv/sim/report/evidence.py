@@ -97,8 +97,9 @@ class Evidence:
     @cached_property
     def looks(self) -> dict[str, str]:
         """The CSS class of every strategy: LRU, the three best others and the optimum stand out, the rest is quiet."""
-        others = [name for name in self.strategies if name != LRU]
-        looks = dict.fromkeys(others, "quiet") | dict(zip(others, _COLOURS, strict=False))
+        # What finds just what LRU finds would only hide it.
+        others = [name for name in self.strategies if not self._is_lru(name)]
+        looks = dict.fromkeys(self.strategies, "quiet") | dict(zip(others, _COLOURS, strict=False))
         return looks | {LRU: "c1", OPTIMAL: "ink"}
 
     def cell(self, strategy: str, blocks: int) -> ReplayResult | None:
@@ -115,9 +116,11 @@ class Evidence:
 
     @cached_property
     def best(self) -> ReplayResult | None:
-        """The best strategy's replay at the capacity shown."""
+        """The best strategy's replay at the capacity shown; LRU's where another one is only as good."""
         cells = [self.cell(name, self.shown_blocks) for name in self.strategies]
-        return max((cell for cell in cells if cell), key=lambda cell: cell.hit_blocks, default=None)
+        return max(
+            (cell for cell in cells if cell), key=lambda cell: (cell.hit_blocks, cell.strategy == LRU), default=None
+        )
 
     @cached_property
     def detailed(self) -> list[ReplayResult]:
@@ -155,6 +158,10 @@ class Evidence:
     @cached_property
     def _cells(self) -> dict[tuple[str, int], ReplayResult]:
         return {(result.strategy, result.blocks): result for result in self.results}
+
+    def _is_lru(self, strategy: str) -> bool:
+        lru, line = self.points.get(LRU), self.points[strategy]
+        return strategy == LRU or (lru is not None and (line.blocks, line.ratios) == (lru.blocks, lru.ratios))
 
     def _merit(self, strategy: str) -> float:
         """Return the mean hit ratio; above LRU's curve where there is one, as the sizes may differ."""

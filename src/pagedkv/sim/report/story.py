@@ -108,10 +108,8 @@ def _cell(evidence: Evidence, name: str, blocks: int) -> object:
     rivals = [rival.hit_blocks for other in evidence.strategies if (rival := evidence.cell(other, blocks))]
     is_best = name != OPTIMAL and len(rivals) > 1 and cell.hit_blocks == max(rivals)
     gain = points(cell.hit_ratio - lru.hit_ratio) if lru and lru is not cell else None
-    shown = tag(
-        "span", percent(cell.hit_ratio), tag("small", gain) if gain else None, class_="best" if is_best else None
-    )
-    return (shown, cell.hit_ratio)
+    ratio = tag("b", percent(cell.hit_ratio), class_="best") if is_best else percent(cell.hit_ratio)
+    return (tag("span", ratio, tag("small", gain) if gain else None), cell.hit_ratio)
 
 
 def every_replay(evidence: Evidence) -> Markup:
