@@ -48,8 +48,8 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         step = self._pages.write(self._layer, key_states, value_states)
         if self._config._attn_implementation == DIRECT:
             number = self._pages.number(self._layer)
-            pool, plan = self._pages.pool, step.plan
-            return PagedStates.of(key_states, pool, number, plan), PagedStates.of(value_states, pool, number, plan)
+            where = (self._pages.pool, number, step.plan, int(step.plan.seq_lens[0]))
+            return PagedStates.of(key_states, *where), PagedStates.of(value_states, *where)
         if not step.past and key_states.dtype == self._pages.pool.storage.dtype:
             return key_states, value_states
         keys, values = self._pages.gather(self._layer, step)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
@@ -22,11 +23,23 @@ __all__ = [
     "AttentionMaskInterface",
     "Cache",
     "CacheLayerMixin",
+    "attention_by",
     "is_causal_mask",
     "is_pageable",
     "is_stateless",
     "stock_layers",
 ]
+
+
+@contextmanager
+def attention_by(name: str, config: Any) -> Iterator[None]:
+    """Let the attention function `name` serve the model of a config, for the time being."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def stock_layers(config: Any) -> list[Any]:

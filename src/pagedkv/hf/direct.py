@@ -64,10 +64,13 @@ class PagedStates(_Handle):
     plan: BatchPlan
 
     @classmethod
-    def of(cls, states: Tensor, pool: PagedKvCache, layer: int, plan: BatchPlan) -> PagedStates:
-        """Return the handle for all K or V of the rows that `states` [batch, heads, tokens, dim] belongs to."""
+    def of(cls, states: Tensor, pool: PagedKvCache, layer: int, plan: BatchPlan, length: int) -> PagedStates:
+        """Return the handle for all K or V of the rows that `states` [batch, heads, tokens, dim] belongs to.
+
+        It shows itself as `length` tokens long, which is what the mask is made for.
+        """
         rows, heads, _, dim = states.shape
-        handle = cls._make((rows, heads, int(plan.seq_lens[0]), dim), states.dtype, states.device)
+        handle = cls._make((rows, heads, length, dim), states.dtype, states.device)
         handle.pool, handle.layer, handle.plan = pool, layer, plan
         return handle
 

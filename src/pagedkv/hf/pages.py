@@ -17,7 +17,7 @@ from pagedkv.data.storage import KvStorage, SlotIndex
 from pagedkv.errors import InvalidOperation, SequenceNotFound
 from pagedkv.hf.batch import SequenceBatch
 
-__all__ = ["ModelKvCache", "Pages", "Step"]
+__all__ = ["LayerTable", "ModelKvCache", "Pages", "Step", "by_token", "visible_slots"]
 
 
 class ModelKvCache(PagedKvCache):
@@ -26,6 +26,41 @@ class ModelKvCache(PagedKvCache):
     def settle(self, dtype: Any, device: Any) -> None:
         """Fix dtype and device of the storage while it has no layers."""
         self._storage = KvStorage(replace(self._storage.spec, dtype=dtype), device)
+
+
+class LayerTable:
+    """Which layer of a model is which layer of its pool: each gets its place, and its shape, with its first keys.
+
+    Parameters
+    ----------
+    pool : ModelKvCache
+    dtype, device : optional
+        Of the storage; those of the first keys by default.
+    """
+
+    def __init__(self, pool: ModelKvCache, dtype: Any = None, device: Any = None) -> None:
+        self._pool = pool
+        self._dtype, self._device = dtype, device
+        self.numbers: dict[int, int] = {}
+        """layer of the model: layer of the pool, for layers that were written"""
+
+    def place(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """Return the place of a layer, made for K and V ``[batch, heads, tokens, dim]`` where it has none."""
+        number = self.numbers.get(layer)
+        if number is None:
+            if not self.numbers:
+                self._pool.settle(self._dtype or keys.dtype, self._device or keys.device)
+            number = self._pool.add_layer(keys.shape[1], keys.shape[3], values.shape[3])
+            self.numbers[layer] = number
+        return number
+
+    def follow(self, other: LayerTable) -> None:
+        """Make the places, of the same shapes, that `other` has."""
+        spec = other._pool.spec
+        self._pool.settle(self._dtype or spec.dtype, self._device or other._pool.storage.device)
+        for shape in spec.layer_specs:
+            self._pool.add_layer(shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+        self.numbers = dict(other.numbers)
 
 
 @dataclass(slots=True)
@@ -46,17 +81,16 @@ class Pages:
         self.batch = SequenceBatch(pool, cache_salt)
         self._step: Step | None = None
         self._expected = expected  # layers that a forward pass should write
-        self._numbers: dict[int, int] = {}  # layer: its number in the storage, for layers that were written
-        self._dtype, self._device = dtype, device
+        self._table = LayerTable(pool, dtype, device)
 
     def number(self, layer: int) -> int:
         """Return the number that a written layer has in the pool."""
-        return self._numbers[layer]
+        return self._table.numbers[layer]
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
         step = self._step
-        if step is not None and layer in self._numbers and layer not in step.written:
+        if step is not None and layer in self._table.numbers and layer not in step.written:
             return step.past
         return self.batch.length
 
@@ -69,15 +103,17 @@ class Pages:
             self.finish()
             past = self.batch.length
             step = self._step = Step(self.batch.grow(keys.shape[0], keys.shape[2]), past)
-        number = self._number_for(layer, keys, values, step.past)
-        self.pool.write(number, _by_token(keys), _by_token(values), step.plan)
+        if step.past and layer not in self._table.numbers:
+            raise InvalidOperation(f"layer {layer}: expected K and V from the first token on, {step.past} are missing")
+        number = self._table.place(layer, keys, values)
+        self.pool.write(number, by_token(keys), by_token(values), step.plan)
         step.written.add(layer)
         return step
 
     def gather(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Return K and V of all tokens, ``[batch, heads, tokens, dim]``."""
         if step.slots is None:
-            step.slots = self.pool.storage.slot_index(_all_slots(step.plan, self.pool.block_size))
+            step.slots = self.pool.storage.slot_index(visible_slots(step.plan, self.pool.block_size))
         rows = step.plan.num_sequences
         keys, values = self.pool.storage.gather(self.number(layer), step.slots)
         return _by_row(keys, rows), _by_row(values, rows)
@@ -87,7 +123,7 @@ class Pages:
         step, self._step = self._step, None
         if step is None:
             return
-        if step.written < self._numbers.keys():
+        if step.written < self._table.numbers.keys():
             self.batch.truncate(step.past)
         elif self._expected <= step.written:
             self.pool.commit(step.plan)
@@ -100,19 +136,8 @@ class Pages:
             self.finish()
         self.batch.release()
 
-    def _number_for(self, layer: int, keys: Tensor, values: Tensor, past: int) -> int:
-        number = self._numbers.get(layer)
-        if number is None:
-            if past:
-                raise InvalidOperation(f"layer {layer}: expected K and V from the first token on, {past} are missing")
-            if not self._numbers:
-                self.pool.settle(self._dtype or keys.dtype, self._device or keys.device)
-            number = self.pool.add_layer(keys.shape[1], keys.shape[3], values.shape[3])
-            self._numbers[layer] = number
-        return number
 
-
-def _by_token(states: Tensor) -> Tensor:
+def by_token(states: Tensor) -> Tensor:
     """Turn ``[batch, heads, tokens, dim]`` into ``[batch * tokens, heads, dim]``."""
     return states.transpose(1, 2).flatten(0, 1)
 
@@ -122,9 +147,14 @@ def _by_row(states: Tensor, rows: int) -> Tensor:
     return states.view(rows, -1, *states.shape[1:]).transpose(1, 2)
 
 
-def _all_slots(plan: BatchPlan, block_size: int) -> npt.NDArray[np.int64]:
-    """Return the slot of every token of every row; all rows hold the same number of tokens."""
-    length = int(plan.seq_lens[0])
-    tables = plan.block_tables[:, : -(-length // block_size)].astype(np.int64)
-    slots = tables[:, :, None] * block_size + np.arange(block_size)
-    return slots.reshape(len(tables), -1)[:, :length].reshape(-1)
+def visible_slots(plan: BatchPlan, block_size: int) -> npt.NDArray[np.int64]:
+    """Return the slots of all tokens that the sequences of a plan see, one sequence after the other."""
+    lengths = plan.seq_lens.astype(np.int64)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    holes = plan.holes.astype(np.int64)
+    places += np.where(places >= holes[rows, 0], (holes[:, 1] - holes[:, 0])[rows], 0)
+    slots: npt.NDArray[np.int64] = (
+        plan.block_tables[rows, places // block_size].astype(np.int64) * block_size + places % block_size
+    )
+    return slots

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pagedkv.errors import InvalidOperation
+from pagedkv.hf.compat import AttentionInterface, attention_by
 from pagedkv.hf.rope import Rope, rope_of
 
 __all__ = ["Attender", "LayerCall", "RotaryModel"]
@@ -151,7 +150,7 @@ class RotaryModel:
         -------
         Tensor [batch, n or logits_to_keep, vocab_size]
         """
-        with _our_attention(self._model):
+        with attention_by(ATTENTION, self._model.config):
             output = self._model(
                 input_ids=ids,
                 position_ids=positions,
@@ -196,14 +195,3 @@ class RotaryModel:
                 f"model expects rotary positions that turn the halves of a head against each other, got other keys in "
                 f"layer {near.layer} of {type(self._model).__name__}"
             )
-
-
-@contextmanager
-def _our_attention(model: PreTrainedModel) -> Iterator[None]:
-    config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = ATTENTION
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

@@ -1,0 +1,162 @@
+"""ModelRunner: one model over one paged cache, for ragged batches of prefill chunks and decode tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagedkv.control.plan import BatchPlan
+from pagedkv.errors import InvalidOperation
+from pagedkv.hf.compat import attention_by
+from pagedkv.hf.direct import DIRECT
+from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
+from pagedkv.hf.pages import LayerTable, ModelKvCache
+from pagedkv.hf.states import SequenceStates
+
+__all__ = ["ModelRunner"]
+
+Ids = npt.NDArray[np.int64]
+
+
+class ModelRunner:
+    """Runs a model over the sequences of a paged cache; made by :func:`pagedkv.hf.load_runner`.
+
+    One step is ``plan = runner.cache.append_batch(…)`` (or ``plan(…)``), ``runner.forward(plan, …)`` and
+    ``runner.cache.commit(plan)``. Not for several threads at once.
+
+    In ``"ragged"`` mode the tokens of all sequences go through the model as one row, without padding, and attention
+    reads the blocks in place. In ``"gather"`` mode the model sees one sequence after the other, with all of its K and V
+    as dense tensors: slower, for every model.
+
+    Attributes
+    ----------
+    cache : PagedKvCache
+    mode : {"ragged", "gather"}
+    model : PreTrainedModel
+    vocab_size : int
+        Elements of a row of logits.
+    max_positions : int or None
+        The longest text that the model was made for, in tokens.
+    reuses_prefixes : bool
+        Whether all that a layer keeps is in blocks; if not, prefixes cannot be reused.
+    """
+
+    def __init__(self, model: Any, cache: ModelKvCache, mode: str, *, kv_dtype: Any = None) -> None:
+        self.model, self.cache, self.mode = model, cache, mode
+        self._text = model.config.get_text_config(decoder=True)
+        self.vocab_size = int(self._text.vocab_size)
+        limit = getattr(self._text, "max_position_embeddings", None)
+        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self._states = SequenceStates(model.config)
+        self.reuses_prefixes = self._states.is_empty
+        self.table = LayerTable(cache, kv_dtype)
+        self._ragged = RaggedWriter(cache, self.table)
+        self._gather = GatherWriter(cache, self.table)
+        self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_rows = "logits_to_keep" in accepted
+
+    @property
+    def bytes_per_block(self) -> int:
+        """Bytes of K and V of one block over all layers; 0 before the first forward pass."""
+        return self.cache.block_memory_bytes
+
+    def forward(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> Tensor:
+        """Compute K and V of the query tokens of a plan and the logits of some of them. Commits nothing.
+
+        Parameters
+        ----------
+        plan : BatchPlan
+            Of ``runner.cache``, and of its present state.
+        token_ids : int64 [total_tokens]
+            The query tokens of all sequences, in the order of the plan.
+        wanted : int64 [k]
+            The query tokens whose logits are wanted, as places in `token_ids`.
+
+        Returns
+        -------
+        float32 Tensor [k, vocab_size]
+
+        Raises
+        ------
+        InvalidOperation
+            If an argument does not fit the plan or the model.
+        """
+        ids, rows = self._checked(plan, token_ids, wanted)
+        if not len(ids):
+            return torch.empty(0, self.vocab_size, device=self.model.device)
+        positions = plan.text_positions
+        with torch.no_grad():
+            if self.mode == "ragged":
+                return self._forward_ragged(plan, ids, positions, rows)
+            return self._forward_gather(plan, ids, positions, rows)
+
+    def fork(self, src: int, dst: int) -> None:
+        """Follow ``cache.fork(src, dst)`` with what is kept outside of the blocks."""
+        self._states.fork(src, dst)
+
+    def release(self, seq_id: int) -> None:
+        """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
+        self._states.release(seq_id)
+
+    def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
+        self._ragged.plan = plan
+        try:
+            with attention_by(DIRECT, self._text):
+                return self._run(self._ragged_cache, ids, positions, rows)
+        finally:
+            self._ragged.plan = None
+
+    def _forward_gather(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
+        logits = torch.empty(len(rows), self.vocab_size, device=self.model.device)
+        cuts = plan.cu_seqlens_q
+        for i, past in enumerate(self._gather.sequences(plan)):
+            first, last = int(cuts[i]), int(cuts[i + 1])
+            if first == last:
+                continue
+            layers = self._states.layers(int(plan.seq_ids[i]), past, last - first)
+            cache = forward_cache(layers, self._states.paged, self._gather)
+            chosen = (rows >= first) & (rows < last)
+            logits[torch.from_numpy(chosen)] = self._run(
+                cache, ids[first:last], positions[first:last], rows[chosen] - first
+            )
+        return logits
+
+    def _run(self, cache: Any, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
+        device = self.model.device
+        kept = torch.from_numpy(rows).to(device)
+        inputs: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
+        if self._takes_positions:
+            inputs["position_ids"] = torch.from_numpy(positions).to(device)[None]
+        output = self.model(
+            input_ids=torch.from_numpy(ids).to(device)[None], past_key_values=cache, use_cache=True, **inputs
+        )
+        logits: Tensor = output.logits[0]
+        return (logits if self._takes_rows else logits[kept]).float()
+
+    def _checked(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> tuple[Ids, Ids]:
+        if not isinstance(plan, BatchPlan):
+            raise InvalidOperation(f"plan: expected a BatchPlan, got {type(plan).__name__}")
+        ids = _integers("token_ids", token_ids, self.vocab_size)
+        if len(ids) != plan.total_tokens:
+            raise InvalidOperation(f"token_ids: expected {plan.total_tokens} as the plan has, got {len(ids)}")
+        return ids, _integers("wanted", wanted, plan.total_tokens)
+
+
+def _integers(name: str, given: Any, limit: int) -> Ids:
+    """Return a flat array of numbers 0 … limit - 1."""
+    array = np.asarray(given)
+    if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
+        raise InvalidOperation(f"{name}: expected a flat array of int, got {array.dtype} {list(array.shape)}")
+    array = np.ascontiguousarray(array, np.int64)
+    # As unsigned numbers negative ones are huge: one pass finds both kinds.
+    if len(array) and int(array.view(np.uint64).max()) >= limit:
+        wrong = array[array.view(np.uint64) >= limit][0]
+        raise InvalidOperation(f"{name}: expected numbers in 0 … {limit - 1}, got {wrong}")
+    return array
