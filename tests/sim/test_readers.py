@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 
-import msgspec
 import numpy as np
 import pytest
 from tests.sim.trace_checks import check_trace
@@ -290,8 +289,8 @@ def test_progress_tells_bytes_on_disk(tmp_path, monkeypatch):
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(InvalidOperation, match="format must be one of mooncake, .*, got 'moon'"):
         read_trace(tmp_path, format="moon")
-    for block_tokens in (0, -1, 2**31):
-        with pytest.raises(InvalidOperation, match=f"block_tokens must be .*, got {block_tokens}"):
+    for block_tokens in (0, -1, 2**31, 1.5, "16"):
+        with pytest.raises(InvalidOperation, match=f"block_tokens must be .*, got {block_tokens!r}"):
             read_trace(tmp_path, block_tokens=block_tokens)
 
 
@@ -301,7 +300,6 @@ def test_readers_document_their_formats():
         assert module.__name__.startswith(readers.__name__) and module.__doc__ and reader.__doc__
 
 
-def test_msgspec_and_json_agree_on_numbers(read):
+def test_numbers_may_be_written_as_floats(read):
     line = b'{"timestamp": 1e3, "input_length": 12, "output_length": 3, "hash_ids": [9007199254740993]}\n'
     assert read(line + line.replace(b"1e3", b"1.5e3")).times.tolist() == [0.0, 0.5]
-    assert msgspec.json.decode(b"9007199254740993") == 9007199254740993

@@ -21,7 +21,7 @@ from tests.sim.trace_files import (
 )  # fmt: skip
 
 from pagedkv import PagedKvError, TraceError
-from pagedkv.sim import source
+from pagedkv.sim import collecting, interning, source
 from pagedkv.sim.readers import weka as weka_reader
 from pagedkv.sim.reading import read_trace
 
@@ -226,3 +226,21 @@ def test_a_trace_error_is_a_value_error_and_survives_pickling():
     copy = pickle.loads(pickle.dumps(error))
     assert (str(copy), copy.file, copy.line, copy.reason) == ("a.jsonl, batch 3: broken", "a.jsonl", 3, "broken")
     assert str(TraceError("a", None, "b")) == "a: b"
+
+
+def test_more_blocks_than_can_be_numbered(tmp_path, monkeypatch):
+    monkeypatch.setattr(interning, "MAX_DISTINCT", 5)
+    path = tmp_path / "file"
+    path.write_bytes(lines(mooncake(ids=range(4)), mooncake(ids=range(4, 8))))
+    for skip_bad in (False, True):
+        with pytest.raises(TraceError, match="file: more than 5 different blocks"):
+            read_trace(path, skip_bad=skip_bad)
+
+
+def test_no_room_on_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(collecting, "SPILL_BYTES", 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    path = tmp_path / "file"
+    path.write_bytes(lines(mooncake()))
+    with pytest.raises(TraceError, match="file: .*No such file or directory"):
+        read_trace(path)

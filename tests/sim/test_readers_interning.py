@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv.sim import interning
-from pagedkv.sim.interning import Interner
+from pagedkv.sim.interning import Interner, TooManyBlocks
 from pagedkv.sim.sorting import renumber_sessions, reorder_ids
 
 INT64 = st.one_of(st.integers(0, 4), st.sampled_from([-(2**63), 2**63 - 1, -1, 2**32, 2**32 + 1]))
@@ -64,7 +64,7 @@ def test_more_blocks_than_an_int32_can_number(monkeypatch):
     monkeypatch.setattr(interning, "MAX_DISTINCT", 3)
     interner = Interner()
     interner.intern(*arrays([[1, 2]]), np.array([-1], np.int32))
-    with pytest.raises(OverflowError, match="more than 3 different blocks"):
+    with pytest.raises(TooManyBlocks, match="more than 3 different blocks"):
         interner.intern(*arrays([[3, 4]]), np.array([-1], np.int32))
     assert interner.count == 2
 

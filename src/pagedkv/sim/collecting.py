@@ -152,14 +152,14 @@ class Collector:
 
         Raises
         ------
-        ValueError
+        BadRecord
             There is no request.
         """
         if self._times:
             self._flush()
         arrays = self._columns.finish()
         if not len(arrays["times"]):
-            raise ValueError("holds no request")
+            raise BadRecord("holds no request")
         parents = self._interner.parents.copy()
         num_reordered = 0
         times = arrays["times"]

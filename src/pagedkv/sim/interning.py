@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pagedkv.jit import compiled
 
-__all__ = ["MAX_DISTINCT", "Interner"]
+__all__ = ["MAX_DISTINCT", "Interner", "TooManyBlocks"]
 
 Array = npt.NDArray[Any]
 
@@ -67,6 +67,10 @@ def _rehash(raws: Array, parents: Array, count: int, table: Array) -> None:
         table[_slot_of(parents[block], raws[block], raws, parents, table)] = block
 
 
+class TooManyBlocks(Exception):
+    """There are more different blocks than an int32 can number."""
+
+
 class Interner:
     """A growing set of blocks, numbered in the order of their first appearance.
 
@@ -107,12 +111,12 @@ class Interner:
 
         Raises
         ------
-        OverflowError
-            More different blocks than an int32 can number; nothing has changed then.
+        TooManyBlocks
+            Nothing has changed then.
         """
         needed = self.count + len(raw_ids)
         if needed > MAX_DISTINCT:
-            raise OverflowError(f"more than {MAX_DISTINCT} different blocks")
+            raise TooManyBlocks(f"more than {MAX_DISTINCT} different blocks")
         self._make_room(needed)
         ids = np.empty(len(raw_ids), np.int32)
         self.count = int(

@@ -11,6 +11,7 @@ import numpy as np
 from pagedkv.errors import InvalidOperation, TraceError
 from pagedkv.sim.collecting import Collector
 from pagedkv.sim.detecting import HEAD_BYTES, detect
+from pagedkv.sim.interning import TooManyBlocks
 from pagedkv.sim.readers.azure import AzureReader
 from pagedkv.sim.readers.base import Reader
 from pagedkv.sim.readers.burstgpt import BurstGptReader
@@ -19,7 +20,7 @@ from pagedkv.sim.readers.mooncake import MooncakeReader
 from pagedkv.sim.readers.qwen import QwenReader
 from pagedkv.sim.readers.tokens import TokensReader
 from pagedkv.sim.readers.weka import WekaReader
-from pagedkv.sim.source import Progress, Source
+from pagedkv.sim.source import BadRecord, Progress, Source
 from pagedkv.sim.trace import Trace
 
 __all__ = ["FORMATS", "detect_format", "read_trace"]
@@ -86,7 +87,7 @@ def read_trace(
     """
     if format is not None and format not in FORMATS:
         raise InvalidOperation(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if block_tokens is not None and not 0 < block_tokens < 2**31:
+    if block_tokens is not None and not (isinstance(block_tokens, int) and 0 < block_tokens < 2**31):
         raise InvalidOperation(f"block_tokens must be 1 … 2**31 - 1, got {block_tokens!r}")
     path = Path(path)
     kind = FORMATS[format or detect_format(path)]
@@ -127,9 +128,7 @@ def _read(path: Path, reader: Reader, collector: Collector, skip_bad: bool, prog
             has_content=reader.has_content,
             num_skipped=sum(source.num_skipped for source in sources),
         )
-    except TraceError:
-        raise
-    except (ValueError, OverflowError, OSError) as error:  # no request, too many blocks, no room on the disk
+    except (BadRecord, TooManyBlocks, OSError) as error:  # no request, no more numbers, no room on the disk
         raise TraceError(str(path), None, str(error)) from error
     _doubt_block_tokens(trace)
     return trace
