@@ -21,7 +21,7 @@ from tests.sim.trace_files import (
 )  # fmt: skip
 
 from pagedkv import InvalidOperation, TraceError
-from pagedkv.sim import readers, source
+from pagedkv.sim import source
 from pagedkv.sim.reading import FORMATS, detect_format, read_trace
 
 
@@ -292,12 +292,6 @@ def test_arguments_are_checked(tmp_path):
     for block_tokens in (0, -1, 2**31, 1.5, "16"):
         with pytest.raises(InvalidOperation, match=f"block_tokens must be .*, got {block_tokens!r}"):
             read_trace(tmp_path, block_tokens=block_tokens)
-
-
-def test_readers_document_their_formats():
-    for reader in FORMATS.values():
-        module = __import__(reader.__module__, fromlist=["__doc__"])
-        assert module.__name__.startswith(readers.__name__) and module.__doc__ and reader.__doc__
 
 
 def test_numbers_may_be_written_as_floats(read):
