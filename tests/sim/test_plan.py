@@ -128,6 +128,7 @@ def test_bounds_hold_on_random_traffic(requests):
         assert level.lru.share * most >= wanted - 1e-6 and curve.at(level.lru.blocks) == level.lru.hit_ratio
         assert level.lru.blocks == 1 or round(curve.at(level.lru.blocks - 1) * trace.num_accesses) < wanted
         assert level.optimum.blocks <= level.best.blocks <= level.lru.blocks
+        assert level.best.strategy == "lru" or level.best.blocks < level.lru.blocks
         assert min(level.best.share, level.optimum.share) * most >= wanted - 1e-6
     for name in ("lru", "best", "optimum"):
         blocks = [getattr(level, name).blocks for level in made.levels]
@@ -183,6 +184,16 @@ def test_the_load_counts_shared_blocks_once():
     trace = dataclasses.replace(as_trace([[0, 1, 2]] * 5), times=np.zeros(5), output_tokens=np.full(5, 4))
     load = estimate_load(trace, MODEL, Hardware())
     assert (load.peak_requests, load.peak_blocks) == (5, 3 + 5)
+
+
+def test_a_block_is_held_for_as_long_as_any_request_needs_it():
+    trace = dataclasses.replace(
+        as_trace([[0]] * 3), times=np.array([0.0, 1.0, 5.0]), output_tokens=np.array([100, 10, 10], np.int64)
+    )
+    load = estimate_load(trace, MODEL, Hardware(1e12, 1.0, decode_tokens_per_second=10.0))
+    # The first runs for 10 s around the other two: one shared block, and 25, 3 and 3 for outputs.
+    assert load.peak_blocks == 1 + 25 + 3
+    assert load.mean_blocks == pytest.approx((1 * 10 + 25 * 10 + 3 + 3) / 10, rel=1e-6)
 
 
 @pytest.mark.parametrize(
