@@ -121,3 +121,20 @@ def test_matches_equal_a_naive_search(stored, asked, size):
     for ids in [*asked, *stored]:
         assert manager.match_prefix(ids) == naive_match(stored, ids, size)
     manager.check()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 5, 8, 9])
+@pytest.mark.parametrize("held", [True, False])
+def test_blocks_to_allocate_is_what_an_allocation_takes(cut, held):
+    manager = BlockManager(12, 2)
+    manager.allocate(0, range(8))
+    manager.commit(0)
+    if not held:
+        manager.free(0)
+    tokens = [*range(cut), *range(50, 53)]
+    for salt in ("", "other"):
+        before, told = manager.free_block_count, manager.blocks_to_allocate(tokens, salt)
+        manager.allocate(1, tokens, cache_salt=salt)
+        assert before - manager.free_block_count == told
+        manager.free(1)
+    assert manager.blocks_to_allocate(9) == 5

@@ -64,3 +64,12 @@ def test_sequences_of_the_batch_are_never_evicted_for_it():
         manager.allocate(seq_id, 1)
     manager.append_batch([0, 1], 1)
     assert manager.sequence_ids == [0, 1]
+
+
+def test_spared_sequences_are_passed_over_and_stay_in_the_order():
+    manager = full()
+    assert manager.select_eviction_target(spared=[0, 1, 77]) == 2
+    assert manager.select_eviction_target(spared=range(5)) is None
+    assert manager.select_eviction_target() == 0
+    with pytest.raises(InvalidOperation, match="spared expects an int"):
+        manager.select_eviction_target(spared=[-1])

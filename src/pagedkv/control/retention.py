@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+import numpy as np
 
 from pagedkv.control import lifecycle, prefix_clear, rows
 from pagedkv.control.arguments import (
@@ -74,10 +76,14 @@ class Retention(Holding):
                 self._state.sequences[row].marks &= ~PINNED
                 self._state.sequences[row].pinned_blocks = 0
 
-    def select_eviction_target(self) -> SeqId | None:
-        """Return the sequence that ``evict`` would free, or None if there is none that may go."""
+    def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
+        """Return the sequence that ``evict`` would free, or None if there is none that may go.
+
+        Sequences that are `spared` are passed over as pinned ones are; ids that are not in use are ignored.
+        """
+        keys = [sequence_key(seq_id, "spared") for seq_id in spared]
         with self._lock:
-            row = self._victims.first(self._state)
+            row = self._victims.first(self._state, frozenset(int(rows.find_row(self._state, key)) for key in keys))
             return None if row is None else self._seq_id(row)
 
     def evict(self) -> SeqId:
@@ -160,6 +166,26 @@ class Retention(Holding):
             if namespace is None or not self._state.counters[0].prefix_caching:
                 return 0
             return int(lifecycle.count_matching(self._state, namespace, ids))
+
+    def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
+        """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
+
+        Cached blocks that it would take up again count; blocks that other sequences hold and it would share do not.
+
+        Parameters
+        ----------
+        tokens : int or sequence of int
+            As for ``allocate``.
+        cache_salt : str
+        """
+        count, ids, known = parse_tokens(tokens)
+        with self._lock:
+            namespace = self._namespaces.find(cache_salt) if known else None
+            needed = -(-count // self.block_size)
+            if namespace is None or not self._state.counters[0].prefix_caching:
+                return needed
+            matched = self._state.blocks[lifecycle.matching_blocks(self._state, namespace, ids)]
+            return needed - int(np.count_nonzero((matched["ref_count"] > 0) | (matched["pins"] > 0)))
 
     def clear_prefix_cache(self) -> int:
         """Make everything stored so far unfindable, pinned blocks too; returns how many blocks became free.
