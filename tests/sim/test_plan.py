@@ -196,6 +196,12 @@ def test_a_block_is_held_for_as_long_as_any_request_needs_it():
     assert load.mean_blocks == pytest.approx((1 * 10 + 25 * 10 + 3 + 3) / 10, rel=1e-6)
 
 
+def test_a_size_that_running_requests_outgrow_is_noted():
+    busy = dataclasses.replace(there_and_back(), output_tokens=np.full(240, 4000))
+    assert any("at the peak running requests alone hold" in note for note in plan(busy, MODEL, strategies=FEW).notes)
+    assert not plan(there_and_back(), MODEL, strategies=FEW).notes
+
+
 @pytest.mark.parametrize(
     ("name", "blocks", "gib", "kind"),
     [(CHAT, 31_435, 1964.6875, "strategy"), (AGENTS, 3_216, 201.0, "capacity")],

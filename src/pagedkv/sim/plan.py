@@ -165,7 +165,7 @@ class _Planner:
             ),
             verdict=verdict,
             strategies=self.names,
-            notes=self.notes(),
+            notes=self.notes(shown),
             curve=self.curve,
             runs=self.search.results,
             shown_blocks=shown,
@@ -242,9 +242,14 @@ class _Planner:
         sizes = blocks * np.int64(self.bytes_per_block) + np.int64(self.load.window_bytes)
         return Line(name, blocks, sizes, hits, tokens)
 
-    def notes(self) -> tuple[str, ...]:
-        """Say what was assumed."""
+    def notes(self, shown: int | None) -> tuple[str, ...]:
+        """Say what was assumed, and what the size that is shown leaves out."""
         notes = list(self.model.notes)
+        if shown is not None and self.load.peak_blocks > shown:
+            notes.append(
+                f"at the peak running requests alone hold {self.load.peak_blocks:,} blocks, more than the {shown:,} "
+                "planned here: on one replica of this speed some would have to wait"
+            )
         if self.load.window_bytes:
             all_layers = self.model.bytes_per_token_all_layers / self.model.bytes_per_token
             notes.append(
