@@ -50,21 +50,26 @@ class Hooks:
             self._strategy.on_store(block_view(state, blocks), int(state.counters[0].tick))
 
     def make_room(self, state: State, needed: int, spared: int = -1) -> None:
-        """Give up cached blocks as the strategy decides, so that `needed` can be taken; not the leaf `spared`."""
+        """Give up cached blocks as the strategy decides, so that `needed` can be taken; never `spared`."""
         if not self.decide_reclaims:
             return
         counters = state.counters[0]
         missing = needed - int(counters.free_top) - int(counters.num_blocks - counters.fresh)
-        if spared >= 0:
+        # A pin, as the block may have cached children now and become a leaf when they go.
+        is_pinned_here = spared >= 0 and state.blocks[spared].pins == 0
+        if is_pinned_here:
             withdraw(state, spared)
+            state.blocks[spared].pins = 1
         try:
             for _ in range(missing):
                 self._give_up_one(state)
         finally:
-            if spared >= 0:
+            if is_pinned_here:
+                state.blocks[spared].pins = 0
                 offer(state, spared)
 
     def _give_up_one(self, state: State) -> None:
+        name = type(self._strategy).__name__
         most = SOME_CHANCES + MOST_CHANCES * int(state.counters[0].heap_size)
         for _ in range(most):
             block = int(lowest_leaf(state))
@@ -75,8 +80,7 @@ class Hooks:
             if answer is None:
                 self._free(state, block)
                 return
-            rescore(state, block, require_int("on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
-        name = type(self._strategy).__name__
+            rescore(state, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
         raise InvalidOperation(f"{name}.on_reclaim expects to let go of some block, kept {most} in a row")
 
     @staticmethod
