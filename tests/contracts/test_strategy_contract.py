@@ -6,65 +6,31 @@ import copy
 
 import numpy as np
 import pytest
+from tests.contracts.user_strategies import Modulo, Recorder, SmallestFirst
 
 from pagedkv import (
     FIFO,
+    GDSF,
     LFU,
     LRU,
+    S3FIFO,
+    SIEVE,
+    TTL,
     BlockManager,
     BlockRemoved,
     EvictionStrategy,
     InvalidOperation,
     LongestFirst,
+    OutOfMemory,
+    PagedKvCache,
     Priority,
     StreamingLLM,
     parse_strategy,
     register_strategy,
 )
-
-
-@register_strategy("smallest_first")
-class SmallestFirst:
-    """Evicts short sequences; gives up the shallowest leaves, the youngest first."""
-
-    def score_sequences(self, sequences, now):
-        return sequences.num_tokens
-
-    def score_blocks(self, blocks, now):
-        return blocks.depth * 1_000_000 - blocks.created
-
-    def __eq__(self, other):
-        return type(other) is SmallestFirst
-
-    def __hash__(self):
-        return 0
-
-    def __str__(self):
-        return "smallest_first"
-
-
-@register_strategy("modulo")
-class Modulo:
-    """Ties everywhere: only ids can break them."""
-
-    def __init__(self, divisor=2):
-        self.divisor = divisor
-
-    def score_sequences(self, sequences, now):
-        return (sequences.seq_id % self.divisor).astype(np.int64)
-
-    def score_blocks(self, blocks, now):
-        return (blocks.block_id % self.divisor).astype(np.int32)
-
-    def __eq__(self, other):
-        return type(other) is Modulo and other.divisor == self.divisor
-
-    def __hash__(self):
-        return self.divisor
-
-    def __str__(self):
-        return f"modulo(divisor={self.divisor})"
-
+from pagedkv.control.ghosts import INFLATION
+from pagedkv.control.hooks import block_view
+from pagedkv.control.rules import score_by_rule
 
 STRATEGIES = [
     LRU(),
@@ -73,9 +39,16 @@ STRATEGIES = [
     Priority(4),
     StreamingLLM(2, 8),
     FIFO(),
+    S3FIFO(),
+    SIEVE(),
+    GDSF(),
+    TTL(7),
     SmallestFirst(),
     Modulo(3),
 ]
+
+
+USERS, QUEUES = {SmallestFirst, Modulo}, {S3FIFO, SIEVE}
 
 
 @pytest.fixture(params=STRATEGIES, ids=str)
@@ -95,23 +68,6 @@ def work(manager, seed=3, sequences=40):
         if rng.random() < 0.5:
             manager.free(int(rng.choice(live)))
     return manager
-
-
-class Recorder:
-    """Passes on to a strategy and notes what it said of every block and sequence last."""
-
-    def __init__(self, inner):
-        self.inner, self.blocks, self.sequences = inner, {}, {}
-
-    def score_blocks(self, blocks, now):
-        scores = np.asarray(self.inner.score_blocks(blocks, now))
-        self.blocks.update(zip(blocks.block_id.tolist(), scores.tolist(), strict=True))
-        return scores
-
-    def score_sequences(self, sequences, now):
-        scores = np.asarray(self.inner.score_sequences(sequences, now))
-        self.sequences.update(zip(sequences.seq_id.tolist(), scores.tolist(), strict=True))
-        return scores
 
 
 def test_it_is_a_strategy(strategy):
@@ -212,6 +168,83 @@ def test_it_works_where_whole_sequences_make_room(strategy):
     manager.check()
 
 
+@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) not in USERS | QUEUES], ids=str)
+def test_a_compiled_rule_scores_as_its_twin_in_numpy(compiled):
+    manager = work(BlockManager(60, 2, strategy=compiled, on_full="evict"), sequences=120)
+    state = manager._state
+    indexed = np.flatnonzero(state.blocks["indexed"]).astype(np.int32)
+    scores = [int(score_by_rule(state, block)) for block in indexed.tolist()]
+    price = int(state.policy[INFLATION]) if isinstance(compiled, GDSF) else 0
+    assert manager.stats.blocks_reclaimed and (price > 0) == isinstance(compiled, GDSF)
+    twin = compiled.score_blocks(block_view(state, indexed), manager.snapshot().tick)
+    assert [score - price for score in scores] == twin.tolist() and len(set(scores)) > 10
+
+
+@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) not in USERS | QUEUES | {GDSF}], ids=str)
+def test_a_compiled_rule_evicts_as_its_twin_in_numpy(compiled):
+    runs = []
+    for strategy in (compiled, Recorder(compiled)):
+        heard = []
+        manager = BlockManager(50, 2, strategy=strategy, on_full="evict")
+        manager.subscribe(heard.append)
+        work(manager, sequences=120)
+        runs.append((heard, manager.stats, manager.sequence_ids))
+    assert runs[0] == runs[1] and runs[0][1].blocks_reclaimed > 20
+
+
+def test_one_object_serves_two_caches(strategy):
+    def new_cache(strategy):
+        manager, heard = BlockManager(90, 2, strategy=strategy), []
+        manager.subscribe(heard.append)
+        return manager, heard
+
+    def serve(manager, seed):
+        work(manager, seed)
+        for seq_id in manager.sequence_ids:
+            manager.free(seq_id)
+        manager.check()
+
+    (one, hears_one), (two, hears_two) = (new_cache(copy.deepcopy(strategy)) for _ in range(2))
+    (first, hears_first), (second, hears_second) = (new_cache(strategy) for _ in range(2))
+    for manager, seed in ((one, 1), (one, 2), (two, 3), (two, 4), (first, 1), (second, 3), (first, 2), (second, 4)):
+        serve(manager, seed)
+    assert (hears_first, hears_second) == (hears_one, hears_two)
+    assert any(isinstance(event, BlockRemoved) for event in hears_first)
+
+
+def test_a_call_that_does_not_fit_changes_nothing(strategy):
+    manager = work(BlockManager(40, 2, strategy=strategy, on_full="evict"))
+    manager._on_full = "raise"
+    before, heard = seen(manager), []
+    manager.subscribe(heard.append)
+    room = manager.free_block_count
+    live = manager.sequence_ids[0]
+    for call in (
+        lambda: manager.allocate(500, 2 * room + 1),
+        lambda: manager.allocate(500, [1, 0] * (room + 20)),
+        lambda: manager.append(live, 2 * room + 4),
+        lambda: manager.append_batch([live], [2 * room + 4]),
+    ):
+        with pytest.raises(OutOfMemory):
+            call()
+    assert seen(manager) == before and heard == []
+    manager.check()
+
+
+def test_the_same_evictions_with_and_without_tensors(strategy):
+    runs = []
+    for cache in (
+        BlockManager(50, 2, strategy=strategy, on_full="evict"),
+        PagedKvCache(50, 2, 1, 2, strategy=strategy, on_full="evict"),
+    ):
+        heard = []
+        cache.subscribe(heard.append)
+        work(cache, sequences=80)
+        cache.check()
+        runs.append((heard, cache.stats, cache.snapshot().sequences))
+    assert runs[0] == runs[1]
+
+
 # ---------------------------------------------------------------- strategies that fail
 
 
@@ -303,7 +336,10 @@ def test_a_name_is_registered_once():
     assert parse_strategy("lru") == LRU()
 
 
-@pytest.mark.parametrize("build", [lambda: Priority(0), lambda: Priority(1.5), lambda: StreamingLLM(-1, 2)])
+TTLS = [lambda: TTL(-1), lambda: TTL(2**32), lambda: TTL(True), lambda: TTL(1.5), lambda: parse_strategy("ttl:ticks=x")]
+
+
+@pytest.mark.parametrize("build", [lambda: Priority(0), lambda: Priority(1.5), lambda: StreamingLLM(-1, 2)] + TTLS)
 def test_parameters_out_of_range(build):
     with pytest.raises(InvalidOperation, match="expects an int in"):
         build()

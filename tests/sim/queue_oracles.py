@@ -10,7 +10,26 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+import numpy as np
+
 Requests = list[list[int]]
+
+
+def looping_requests(seed: int, requests: int = 400, blocks: int = 25) -> Requests:
+    """Requests that continue prefixes of earlier ones, the recent and the popular ones more often."""
+    rng = np.random.default_rng(seed)
+    made: Requests = []
+    fresh = 0
+    for _ in range(requests):
+        if made and rng.random() < 0.8:
+            newest = len(made) - 1
+            before = made[int(newest - min(newest, rng.zipf(1.4)))] if rng.random() < 0.7 else made[newest // 9]
+        else:
+            before = []
+        grown = int(rng.integers(0, blocks // 4))
+        made.append(before[: int(rng.integers(0, len(before) + 1))] + list(range(fresh, fresh + grown)))
+        fresh += grown
+    return made
 
 
 @dataclass

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.sim.oracles import naive_fifo, naive_leaf_lru, naive_lfu, naive_lru
-from tests.sim.queue_oracles import Gdsf, LongestFirst, S3Fifo, Sieve
+from tests.sim.queue_oracles import Gdsf, LongestFirst, S3Fifo, Sieve, looping_requests
 from tests.sim.traces import AGENTS, CHAT, as_requests, as_trace, chained_requests, chained_traces, real_trace
 
 from pagedkv import InvalidOperation
@@ -26,22 +26,6 @@ ORACLES = {
     "sieve": lambda requests, capacity: Sieve(capacity).run(requests),
     "gdsf": lambda requests, capacity: Gdsf(capacity).run(requests),
 }
-
-
-def looping_requests(seed, requests=400, blocks=25):
-    """Requests that continue prefixes of earlier ones, the recent and the popular ones more often."""
-    rng = np.random.default_rng(seed)
-    made, fresh = [], 0
-    for _ in range(requests):
-        if made and rng.random() < 0.8:
-            newest = len(made) - 1
-            before = made[int(newest - min(newest, rng.zipf(1.4)))] if rng.random() < 0.7 else made[newest // 9]
-        else:
-            before = []
-        grown = int(rng.integers(0, blocks // 4))
-        made.append(before[: int(rng.integers(0, len(before) + 1))] + list(range(fresh, fresh + grown)))
-        fresh += grown
-    return made
 
 
 def run_checked(requests, capacity, strategy):
