@@ -17,6 +17,7 @@ __all__ = ["BACKENDS", "paged_attention"]
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu",
+    "cpu_invariant": "pagedkv.data.cpu_invariant",
     "reference": "pagedkv.data.reference",
 }
 """The module of each backend; its ``attend(call)`` fills ``call.out``. Loaded when it is first used."""
@@ -78,8 +79,9 @@ def paged_attention(
         ``"HND"`` swaps the middle two dimensions of ``keys`` and ``values``.
     out : Tensor [total_tokens, num_q_heads, v_head_dim], optional
         Receives the result; of the queries' dtype.
-    backend : {"auto", "cpu", "reference"}
-        ``"auto"`` takes the fastest for the device.
+    backend : {"auto", "cpu", "cpu_invariant", "reference"}
+        ``"auto"`` takes the fastest for the device; ``"cpu_invariant"`` gives every query the same bits however its
+        sequence is cut into calls.
 
     Returns
     -------
@@ -95,7 +97,8 @@ def paged_attention(
     Notes
     -----
     On the CPU a sequence of up to ``cpu.FEW_QUERIES`` query tokens gets the same bits whatever else is in the batch and
-    however many threads there are; longer prompts go through torch's matrix products, which promise neither. Threads
+    however many threads there are; longer prompts go through torch's matrix products, which promise neither, unless
+    the backend is ``"cpu_invariant"``, which takes longer for them. Threads
     are torch's: ``torch.set_num_threads`` sets how many. Calls from several Python threads may overlap.
     """
     if backend != "auto" and backend not in BACKENDS:

@@ -33,12 +33,12 @@ _NO_SINKS = np.zeros(0, np.float32)
 _workspace = threading.local()
 
 
-def attend(call: AttentionCall) -> None:
-    """Fill ``call.out``."""
+def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
+    """Fill ``call.out``; sequences of up to ``few_queries`` query tokens are served from the blocks in place."""
     shape = _shape(call)
     window = call.window or _NO_WINDOW
     items, first_item, num_positions, num_partials, most_quads = plan_items(
-        call.seq_lens, call.cu_seqlens_q, FEW_QUERIES, window, shape
+        call.seq_lens, call.cu_seqlens_q, few_queries, window, shape
     )
     if len(items):
         num_bytes = num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
@@ -66,8 +66,8 @@ def attend(call: AttentionCall) -> None:
             _rules(call, window),
         )
         run_in_threads(attend_items, arguments, threads)
-    if len(call.queries) > FEW_QUERIES:
-        for i in np.flatnonzero(np.diff(call.cu_seqlens_q) > FEW_QUERIES):
+    if len(call.queries) > few_queries:
+        for i in np.flatnonzero(np.diff(call.cu_seqlens_q) > few_queries):
             attend_sequence(call, int(i))
 
 

@@ -3,8 +3,8 @@
 The work of a sequence is cut into items of :data:`SPLIT` positions. An item leaves a partial softmax (the running
 maximum, the sum, the weighted values); the thread that finishes a sequence's last item puts them together, always in
 the order of the positions: flash-decoding (Dao et al., 2023) over the online softmax of Milakov and Gimelshein (2018).
-Items are cut at fixed positions and each is computed by one thread in one order, so a sequence's result depends neither
-on the rest of the batch nor on the number of threads, to the last bit.
+Items and tiles are cut at fixed positions and each is computed by one thread in one order, so what a query gets depends
+neither on the queries beside it, nor on the rest of the batch, nor on the number of threads, to the last bit.
 """
 
 from __future__ import annotations
@@ -39,6 +39,12 @@ SPLIT = 512
 
 
 @compiled
+def _first_position(seq_len: int, num_queries: int, window: int) -> int:
+    """Return where to begin: at a tile's edge, so that the tiles of a query do not depend on the queries beside it."""
+    return max(0, seq_len - num_queries - window + 1) // TILE * TILE
+
+
+@compiled
 def plan_items(
     seq_lens: Array, cu_seqlens_q: Array, most_queries: int, window: int, shape: Shape
 ) -> tuple[Ints, Ints, int, int, int]:
@@ -58,14 +64,14 @@ def plan_items(
         seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
         count = 0
         if 0 < num_queries <= most_queries:
-            low = max(0, seq_len - num_queries - window + 1)
+            low = _first_position(seq_len, num_queries, window)
             count = (seq_len - 1) // SPLIT - low // SPLIT + 1
         first_item[i + 1] = first_item[i] + count
     items = np.empty((first_item[n], 4), np.int64)
     num_positions, num_partials, most_quads = 0, 0, 0
     for i in range(n):
         seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
-        low = max(0, seq_len - num_queries - window + 1)
+        low = _first_position(seq_len, num_queries, window)
         quads = (num_queries * shape.group + ROWS - 1) // ROWS
         for item in range(first_item[i], first_item[i + 1]):
             split = low // SPLIT + item - first_item[i]
