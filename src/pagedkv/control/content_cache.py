@@ -89,6 +89,13 @@ class ContentCache(BlockManager):
                 contents.run_requests(self._state, namespace, ids, offsets, path, hits)
         return hits
 
+    def has_room(self, ids: Ids, more: int = 0) -> bool:
+        """Tell whether a request of these content ids, and `more` blocks behind them, fits now; changes nothing."""
+        ids = _flat("ids", ids, (np.int32, np.int64)).astype(np.int64)
+        with self._lock:
+            _, needed, available = self._room_for(self._enter_namespace(""), len(ids), ids, True)
+            return needed + more <= available
+
     def _run_observed(self, namespace: int, ids: Ids, start: int, stop: int, path: npt.NDArray[np.int32]) -> int:
         """Run one request; a strategy in NumPy scores its blocks, hooks and subscribers hear of it."""
         self._reclaim_for(namespace, stop - start, ids[start:stop].astype(np.int64), True, as_far_as_it_fits=True)

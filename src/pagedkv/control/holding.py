@@ -111,13 +111,16 @@ class Holding(Inspection):
         """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
         if not self._hooks.decide_reclaims:
             return
+        matched, needed, available = self._room_for(namespace, count, ids, known)
+        if needed <= available or as_far_as_it_fits:
+            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
+
+    def _room_for(self, namespace: int, count: int, ids: Any, known: bool) -> tuple[npt.NDArray[np.int32], int, int]:
+        """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
         state = self._state
         matched = lifecycle.matching_blocks(state, namespace, ids) if known else np.empty(0, np.int32)
         idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
-        needed = -(-count // self.block_size) - len(matched)
-        available = self.free_block_count - int(idle.sum())
-        if needed <= available or as_far_as_it_fits:
-            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
+        return matched, -(-count // self.block_size) - len(matched), self.free_block_count - int(idle.sum())
 
     def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
         """Let a strategy that decides over reclaims make room for more tokens, if they fit."""

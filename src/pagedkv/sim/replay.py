@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.strategies import EvictionStrategy
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.timed import replay_timed
+from pagedkv.sim.timed import most_blocks, replay_timed
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
@@ -48,9 +49,10 @@ def replay(
         raise InvalidOperation(f"trace {trace.name!r} ({trace.format}) carries lengths only: hits need content ids")
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
     # A pool larger than the trace ever fills finds the same hits in less memory.
-    cache = ContentCache(min(blocks, max(1, trace.num_distinct)) if timing is None else blocks, strategy)
+    most = trace.num_distinct if timing is None else most_blocks(trace)
+    cache = ContentCache(min(blocks, max(1, most)), strategy)
     if timing is not None:
-        return replay_timed(trace, cache, str(strategy), timing)
+        return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing), blocks=blocks)
     started = time.perf_counter()
     hits = cache.run(trace.ids, trace.offsets)
     seconds = time.perf_counter() - started

@@ -13,14 +13,23 @@ import time
 from collections import deque
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.errors import OutOfMemory
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 
 _PREFILLED, _SERVED = 0, 1
+
+
+def _output_blocks(trace: Trace) -> npt.NDArray[np.int64]:
+    return -(-trace.output_tokens // trace.block_tokens)
+
+
+def most_blocks(trace: Trace) -> int:
+    """Return how many blocks hold all requests at once, none of them shared."""
+    return trace.num_accesses + int(_output_blocks(trace).sum())
 
 
 class _Service:
@@ -31,18 +40,16 @@ class _Service:
         self._due: list[tuple[float, int, int, int]] = []  # when, what, request, its run number
         self._runs: dict[int, int] = {}
         self._waiting: deque[int] = deque()
-        self._output_blocks = -(-trace.output_tokens // trace.block_tokens)
+        self._output_blocks = _output_blocks(trace)
         self.needs = np.diff(trace.offsets) + self._output_blocks
         self.preempted = 0
 
     def arrive(self, request: int, now: float) -> int:
         """Start a request that fits the pool, whoever must go for it; returns the blocks found."""
         self.advance(now)
-        while True:
-            try:
-                return self._start(request, now)
-            except OutOfMemory:
-                self._preempt()
+        while not self._cache.has_room(self._ids(request), int(self._output_blocks[request])):
+            self._preempt()
+        return self._start(request, now)
 
     def advance(self, now: float) -> None:
         """Let everything happen that is due by `now`."""
@@ -59,13 +66,8 @@ class _Service:
 
     def _start(self, request: int, now: float) -> int:
         trace, timing = self._trace, self._timing
-        start, stop = trace.offsets[request], trace.offsets[request + 1]
-        found = self._cache.allocate(request, np.asarray(trace.ids[start:stop], np.int64)).num_cached_tokens
-        try:
-            self._cache.append(request, int(self._output_blocks[request]))
-        except OutOfMemory:
-            self._cache.free(request)
-            raise
+        found = self._cache.allocate(request, self._ids(request)).num_cached_tokens
+        self._cache.append(request, int(self._output_blocks[request]))
         computed = max(0, int(trace.input_tokens[request]) - found * trace.block_tokens)
         prefilled = now + computed / timing.prefill_tokens_per_second
         served = prefilled + int(trace.output_tokens[request]) / timing.decode_tokens_per_second
@@ -73,6 +75,10 @@ class _Service:
         heapq.heappush(self._due, (prefilled, _PREFILLED, request, run))
         heapq.heappush(self._due, (served, _SERVED, request, run))
         return found
+
+    def _ids(self, request: int) -> npt.NDArray[np.int64]:
+        start, stop = self._trace.offsets[request], self._trace.offsets[request + 1]
+        return np.asarray(self._trace.ids[start:stop], np.int64)
 
     def _preempt(self) -> None:
         victim = int(self._cache.evict())
