@@ -36,7 +36,8 @@ class Holding(Inspection):
 
     def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
-            self._reclaim_to_grow(keys, counts)
+            if self._hooks.decide_reclaims:
+                self._reclaim_to_grow(keys, counts)
             status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
             if status == rows.OK:
                 break
@@ -124,10 +125,9 @@ class Holding(Inspection):
 
     def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
         """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
-        if self._hooks.decide_reclaims:
-            status, needed = growth.blocks_to_grow(self._state, keys, counts)
-            if status == rows.OK:
-                self._let_strategy_make_room(needed)
+        status, needed = growth.blocks_to_grow(self._state, keys, counts)
+        if status == rows.OK:
+            self._let_strategy_make_room(needed)
 
     def _let_strategy_make_room(self, needed: int, spared: int = -1) -> None:
         try:

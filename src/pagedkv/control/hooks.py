@@ -27,21 +27,15 @@ class Hooks:
 
     def __init__(self, strategy: EvictionStrategy) -> None:
         self._strategy: Any = strategy
-        self._names = hooks_of(strategy)
-
-    @property
-    def see_stores(self) -> bool:
-        """Whether the strategy wants to know what was stored."""
-        return "on_store" in self._names
-
-    @property
-    def decide_reclaims(self) -> bool:
-        """Whether the strategy is asked before a block is given up."""
-        return "on_reclaim" in self._names
+        names = hooks_of(strategy)
+        # Plain attributes: every call of a cache asks for them.
+        self.see_hits = "on_hit" in names
+        self.see_stores = "on_store" in names
+        self.decide_reclaims = "on_reclaim" in names
 
     def hit(self, state: State, blocks: Blocks) -> None:
         """Tell of blocks that a new sequence found."""
-        if "on_hit" in self._names and len(blocks):
+        if self.see_hits and len(blocks):
             self._strategy.on_hit(block_view(state, blocks), int(state.counters[0].tick))
 
     def stored(self, state: State, blocks: Blocks) -> None:
