@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.sim.traces import as_trace, chained_traces
 
 from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim.replay import Timing, replay
+from pagedkv.sim.replaying import Timing, replay
 from pagedkv.sim.timed import replay_timed
-from tests.sim.traces import as_trace, chained_traces
 
 # One block of four tokens takes a second to prefill, and a second to decode.
 STEADY = Timing(4, 4)
