@@ -13,6 +13,7 @@
     ├── ModelConfigError     (ValueError)    source, field, reason
     ├── RequestRefused       (ValueError)    reason
     ├── EngineDead           (RuntimeError)  reason
+    ├── InvalidLogits        (ArithmeticError) request_ids
     └── CorruptedState       (AssertionError)
 
 Every error leaves the cache as it was before the call.
@@ -24,6 +25,7 @@ __all__ = [
     "BlockNotFound",
     "CorruptedState",
     "EngineDead",
+    "InvalidLogits",
     "InvalidOperation",
     "MissingExtra",
     "ModelConfigError",
@@ -212,6 +214,24 @@ class EngineDead(PagedKvError, RuntimeError):
 
     def __reduce__(self) -> tuple[type, tuple[str]]:
         return type(self), (self.reason,)
+
+
+class InvalidLogits(PagedKvError, ArithmeticError):
+    """The model gave logits that no token can be chosen from: NaN, +inf, or nothing but -inf.
+
+    Attributes
+    ----------
+    request_ids : tuple of str
+        The requests whose logits they are.
+    """
+
+    def __init__(self, request_ids: tuple[str, ...]) -> None:
+        names = ", ".join(request_ids)
+        super().__init__(f"logits: expected finite numbers or -inf, got NaN, +inf or only -inf for request {names}")
+        self.request_ids = request_ids
+
+    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
+        return type(self), (self.request_ids,)
 
 
 class TraceError(PagedKvError, ValueError):

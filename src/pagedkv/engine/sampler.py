@@ -1,0 +1,226 @@
+"""The sampler: logits of a step in, one token a row out; what a row gets does not depend on the rows beside it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import compress
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagedkv.engine.draw import draw, uniforms
+from pagedkv.engine.logprobs import Logprob, token_logprobs
+from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.penalties import TokenCounts
+from pagedkv.errors import InvalidLogits, InvalidOperation
+
+__all__ = ["SampleResult", "SampleRow", "Sampler", "random_seed"]
+
+MASK = 2**64 - 1
+
+Ids = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
+
+
+def random_seed() -> int:
+    """Return a seed for a request that brings none."""
+    return secrets.randbits(64)
+
+
+class SampleRow:
+    """What the sampler has to know of one text: its parameters, its random stream and what it has said so far.
+
+    Parameters
+    ----------
+    request_id : str
+        For errors.
+    params : SamplingParams
+    prompt_token_ids : int64 [n]
+        Only looked at for a repetition penalty.
+    seed : int
+        Its random stream is a function of (seed, choice, position): pass :func:`random_seed` where params has none.
+    choice : int
+        Which of the request's texts.
+    end_ids : sequence of int
+        The model's end-of-text tokens, which `min_tokens` keeps away, as it does the stop tokens.
+
+    Attributes
+    ----------
+    position : int
+        Tokens of the text so far.
+    """
+
+    __slots__ = ("banned", "biases", "choice", "counts", "params", "position", "request_id", "seed", "shapes")
+
+    def __init__(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        prompt_token_ids: npt.ArrayLike,
+        *,
+        seed: int,
+        choice: int = 0,
+        end_ids: Iterable[int] = (),
+    ) -> None:
+        self.request_id, self.params, self.seed, self.choice = request_id, params, seed & MASK, choice
+        self.position = 0
+        self.counts = TokenCounts(params, prompt_token_ids) if params.penalises else None
+        self.banned = np.array(sorted({*end_ids, *params.stop_token_ids}), np.int64) if params.min_tokens else None
+        self.biases: tuple[Ids, Logits] | None = None
+        if params.logit_bias:
+            ids = np.fromiter(params.logit_bias, np.int64)
+            self.biases = ids, np.fromiter(params.logit_bias.values(), np.float32)
+        self.shapes = self.counts is not None or self.biases is not None or self.banned is not None
+
+    def accept(self, token: int) -> None:
+        """Take note of a token that was added to the text."""
+        self.position += 1
+        if self.counts is not None:
+            self.counts.add(token)
+
+    def ahead(self, tokens: Iterable[int], choice: int | None = None) -> SampleRow:
+        """Return the row of a text that goes on with these tokens, for drafts and forks; this one stays as it is."""
+        other = object.__new__(SampleRow)
+        for name in SampleRow.__slots__:
+            setattr(other, name, getattr(self, name))
+        other.choice = self.choice if choice is None else choice
+        other.counts = None if self.counts is None else self.counts.copy()
+        for token in tokens:
+            other.accept(token)
+        return other
+
+    def shape(self, logits: Logits) -> None:
+        """Apply bias, the ban of `min_tokens` and penalties to float32 [vocab], in place."""
+        if self.biases is not None:
+            logits[self.biases[0]] += self.biases[1]
+        if self.banned is not None and self.position < self.params.min_tokens:
+            logits[self.banned] = -np.inf
+        if self.counts is not None:
+            self.counts.apply(logits)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """The tokens of a step.
+
+    Attributes
+    ----------
+    token_ids : int64 [k]
+    logprobs : list of dict, or None
+        k of token id to :class:`Logprob` for rows that asked, None for those that did not; None if nobody did.
+    """
+
+    token_ids: Ids
+    logprobs: list[dict[int, Logprob] | None] | None
+
+
+class Sampler:
+    """Chooses tokens, one vectorised pass over a batch.
+
+    In this order, which is vLLM's: logit bias, the ban of `min_tokens`, repetition, frequency and presence penalty,
+    temperature, min-p, top-k, top-p, draw. Greedy rows stop before the temperature. If every token is banned, the
+    likeliest of the raw logits is taken. The draw inverts the cumulative distribution at a number that is a function
+    of the row's seed, choice and position, so neither the batch nor the steps before it matter.
+    """
+
+    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+        """Choose one token a row. Changes neither logits nor rows: tell the rows with :meth:`SampleRow.accept`.
+
+        Parameters
+        ----------
+        logits : float [k, vocab]
+            As the model gave them; -inf is a token that the model rules out.
+        rows : sequence of SampleRow
+            k.
+
+        Returns
+        -------
+        SampleResult
+
+        Raises
+        ------
+        InvalidLogits
+            A row holds NaN or +inf, or nothing but -inf; names the requests.
+        InvalidOperation
+            Not one row of logits a row.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(rows):
+            raise InvalidOperation(f"logits: expected [{len(rows)}, vocab], got {list(logits.shape)}")
+        if not rows:
+            return SampleResult(np.empty(0, np.int64), None)
+        best, chosen = logits.max(dim=-1)
+        _require_finite(best, rows)
+        tokens: Ids = chosen.cpu().numpy()
+        work = [row.shapes or not row.params.greedy for row in rows]
+        if any(work):
+            places = np.flatnonzero(work)
+            picked = logits if len(places) == len(rows) else logits[torch.as_tensor(places, device=logits.device)]
+            tokens[places] = _worked(picked, list(compress(rows, work)), tokens[places])
+        return SampleResult(tokens, _logprobs(logits, rows, tokens))
+
+
+def _require_finite(best: Tensor, rows: Sequence[SampleRow]) -> None:
+    finite = torch.isfinite(best)
+    if not finite.all():
+        bad = (~finite).nonzero()[:, 0].tolist()
+        raise InvalidLogits(tuple(dict.fromkeys(rows[place].request_id for place in bad)))
+
+
+def _worked(logits: Tensor, rows: Sequence[SampleRow], likeliest: Ids) -> Ids:
+    """Choose tokens for rows that are more than an argmax of raw logits."""
+    shaped = logits.to("cpu", torch.float32, copy=True).contiguous()
+    arrays = shaped.numpy()
+    for place, row in enumerate(rows):
+        if row.shapes:
+            row.shape(arrays[place])
+    best, chosen = shaped.max(dim=-1)
+    highest = best.numpy().astype(np.float64)
+    tokens: Ids = np.where(highest > -np.inf, chosen.numpy(), likeliest)
+    chance = np.array([not row.params.greedy for row in rows]) & (highest > -np.inf)
+    if chance.any():
+        places = np.flatnonzero(chance)
+        if len(places) < len(rows):
+            shaped, highest, rows = shaped[torch.as_tensor(places)], highest[places], list(compress(rows, chance))
+        tokens[places] = _drawn(shaped, highest, rows)
+    return tokens
+
+
+def _drawn(logits: Tensor, highest: npt.NDArray[np.float64], rows: Sequence[SampleRow]) -> Ids:
+    params = [row.params for row in rows]
+    seeds = np.array([row.seed for row in rows], np.uint64)
+    streams = np.array([(row.choice, row.position, row.params.top_k) for row in rows], np.int64).T
+    settings = np.array([(p.temperature, p.top_p, p.min_p) for p in params]).T
+    numbers = uniforms(seeds, streams[0], streams[1])
+    heat = torch.from_numpy(settings[0].astype(np.float32))[:, None]
+    masses = (logits - torch.from_numpy(highest.astype(np.float32))[:, None]).div_(heat).exp_()
+    lowest = logits.amin(dim=-1).numpy().astype(np.float64)
+    tokens = np.empty(len(rows), np.int64)
+    arrays = logits.numpy()
+    draw(
+        arrays,
+        arrays.view(np.int32),
+        masses.numpy(),
+        np.stack([highest, lowest], axis=1),
+        np.ascontiguousarray(streams[2]),
+        np.ascontiguousarray(settings[1]),
+        np.ascontiguousarray(settings[2]),
+        numbers,
+        tokens,
+    )
+    return tokens
+
+
+def _logprobs(logits: Tensor, rows: Sequence[SampleRow], tokens: Ids) -> list[dict[int, Logprob] | None] | None:
+    asking = [place for place, row in enumerate(rows) if row.params.logprobs is not None]
+    if not asking:
+        return None
+    top = [rows[place].params.logprobs or 0 for place in asking]
+    found = token_logprobs(logits[torch.as_tensor(asking, device=logits.device)], tokens[asking].tolist(), top)
+    logprobs: list[dict[int, Logprob] | None] = [None] * len(rows)
+    for place, entries in zip(asking, found, strict=True):
+        logprobs[place] = entries
+    return logprobs
