@@ -86,6 +86,11 @@ class Inspection:
         return self.utilization >= self._eviction_threshold
 
     @property
+    def prefix_caching(self) -> bool:
+        """Whether committed blocks stay findable."""
+        return bool(self._state.counters[0].prefix_caching)
+
+    @property
     def eviction_threshold(self) -> float:
         """The utilization from which on eviction is due."""
         return self._eviction_threshold

@@ -1,0 +1,52 @@
+"""What the engine needs of a model runner."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.manager import BlockManager
+from pagedkv.control.plan import BatchPlan
+
+__all__ = ["Runner"]
+
+
+class Runner(Protocol):
+    """One model over one cache; :class:`pagedkv.hf.runner.ModelRunner` is the one that serves.
+
+    Attributes
+    ----------
+    cache : PagedKvCache
+    vocab_size : int
+    max_positions : int or None
+        The longest text.
+    reuses_prefixes : bool
+        Whether all that the model keeps of a text is in the cache.
+    """
+
+    @property
+    def cache(self) -> BlockManager:
+        """The cache."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Elements of a row of logits."""
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest text, in tokens."""
+
+    @property
+    def reuses_prefixes(self) -> bool:
+        """Whether all that the model keeps of a text is in the cache."""
+
+    def forward(self, plan: BatchPlan, token_ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> Any:
+        """Compute K and V of the query tokens and return the logits of those wanted, float32 ``[k, vocab_size]``."""
+
+    def fork(self, src: int, dst: int) -> None:
+        """Follow a fork of the cache."""
+
+    def release(self, seq_id: int) -> None:
+        """Follow a free of the cache."""

@@ -1,0 +1,146 @@
+"""A model that is nothing but a hash of the text that its cache really holds: quick, and it notices every mix-up."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pagedkv import BlockManager
+from pagedkv.engine import EngineCore, Request, SamplingParams
+
+VOCAB = 31
+MIX = np.uint64(0x9E3779B97F4A7C15)
+
+
+class TokenCache(BlockManager):
+    """A BlockManager whose K and V are the token ids and positions themselves."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.tokens = np.full(self.total_blocks * self.block_size, -1, np.int64)
+        self.places = np.full(self.total_blocks * self.block_size, -1, np.int64)
+
+    def _copy(self, copies: Any) -> None:
+        size = self.block_size
+        for column in (self.tokens, self.places):
+            rows = column.reshape(-1, size)
+            rows[copies[:, 1]] = rows[copies[:, 0]]
+
+
+class FakeRunner:
+    """Logits out of the tokens that the blocks hold; it refuses blocks that hold the wrong positions."""
+
+    reuses_prefixes = True
+    max_positions: int | None = None
+    vocab_size = VOCAB
+
+    def __init__(self, num_blocks: int, block_size: int = 4, **options: Any) -> None:
+        self.cache = TokenCache(num_blocks, block_size, **options)
+        self.computed_tokens = 0
+        self.fail = False
+        self.batches: list[list[int]] = []
+
+    def forward(self, plan: Any, token_ids: Any, wanted: Any) -> Any:
+        assert len(plan.copies) == 0
+        if self.fail:
+            raise RuntimeError("the model broke")
+        cache, size = self.cache, self.cache.block_size
+        cache.tokens[plan.slot_mapping] = token_ids
+        cache.places[plan.slot_mapping] = plan.text_positions
+        self.computed_tokens += len(token_ids)
+        self.batches.append(plan.num_query_tokens.tolist())
+        rows = []
+        for place in wanted.tolist():
+            i = int(np.searchsorted(plan.cu_seqlens_q, place, side="right")) - 1
+            positions = np.arange(plan.positions[place] + 1)
+            hole = plan.holes[i]
+            slots = np.where(positions >= hole[0], positions + hole[1] - hole[0], positions)
+            slots = plan.block_tables[i, slots // size].astype(np.int64) * size + slots % size
+            dropped = int(plan.num_dropped[i])
+            texts = np.where(positions >= hole[0], positions + dropped, positions) if dropped else positions
+            assert np.array_equal(cache.places[slots], texts), "a block holds another part of the text"
+            rows.append(logits_of(cache.tokens[slots]))
+        return np.array(rows) if rows else np.empty((0, VOCAB))
+
+    def fork(self, src: int, dst: int) -> None:
+        pass
+
+    def release(self, seq_id: int) -> None:
+        pass
+
+
+def logits_of(tokens: Any) -> Any:
+    """Return pseudo-random logits of a text; the last few tokens matter most, so that texts repeat themselves."""
+    with np.errstate(over="ignore"):
+        state = np.uint64(len(tokens) % 3)
+        for token in tokens[-3:].tolist():
+            state = (state ^ np.uint64(token + 1)) * MIX
+            state ^= state >> np.uint64(29)
+        far = np.uint64(int(tokens.sum()) % 7)
+        values = (np.arange(VOCAB, dtype=np.uint64) + state * np.uint64(7) + far) * MIX
+        values ^= values >> np.uint64(31)
+        values *= MIX
+    return (values >> np.uint64(40)).astype(np.float64) / 2**22
+
+
+class Chosen(NamedTuple):
+    token_ids: Any
+    logprobs: Any
+
+
+class FakeSampler:
+    """The likeliest token, or one by a random number of seed, text and position."""
+
+    def sample(self, logits: Any, rows: Any) -> Chosen:
+        assert len(logits) == len(rows)
+        chosen = []
+        for values, row in zip(logits, rows, strict=True):
+            if row.params.temperature > 0:
+                values = values + np.random.default_rng([row.seed, row.index, row.position]).gumbel(size=VOCAB)
+            chosen.append(int(values.argmax()))
+        return Chosen(np.array(chosen, np.int64), [None] * len(chosen))
+
+
+def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **options: Any) -> EngineCore:
+    """Return an engine over a fake model; options of the cache and of the engine."""
+    own = {name: options.pop(name) for name in ("max_batch_tokens", "max_num_seqs", "eos_token_ids") if name in options}
+    runner = runner or FakeRunner(num_blocks, block_size, **options)
+    return EngineCore(runner, sampler=FakeSampler(), **own)
+
+
+def request(name: str, prompt: Any, **options: Any) -> Request:
+    """Return a request; options of Request and of SamplingParams."""
+    own = {key: options.pop(key) for key in ("priority", "cache_salt", "wants_updates") if key in options}
+    return Request(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**options), **own)
+
+
+def run(core: EngineCore, *, check: bool = True, most_steps: int = 5000) -> dict[str, Any]:
+    """Step until nothing is left; returns the last output of each request."""
+    outputs = {}
+    for _ in range(most_steps):
+        if not core.has_work:
+            break
+        for output in core.step():
+            outputs[output.request_id] = output
+        if check:
+            core.runner.cache.check()
+    assert not core.has_work, "the engine does not come to its end"
+    return outputs
+
+
+def tokens_of(output: Any) -> list[tuple[int, ...]]:
+    return [each.token_ids for each in output.outputs]
+
+
+def alone(req: Request, **options: Any) -> list[tuple[int, ...]]:
+    """Return the tokens that a request gets with a large engine to itself."""
+    core = engine(4096, 4, **options)
+    twin = Request(
+        request_id=req.request_id,
+        prompt_token_ids=list(req.prompt_token_ids),
+        params=req.params,
+        cache_salt=req.cache_salt,
+    )
+    core.add(twin)
+    return tokens_of(run(core, check=False)[req.request_id])
