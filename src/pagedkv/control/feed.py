@@ -40,7 +40,8 @@ class EventFeed:
     def publish(self, state: State, event: CacheEvent | None = None) -> None:
         """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
         if not self._active:
-            state.counters[0].log_len = 0
+            if self._always_log:
+                state.counters[0].log_len = 0
             return
         self._queue.extend(self._read(state))
         if event is not None:
