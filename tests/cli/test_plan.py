@@ -9,7 +9,7 @@ from pagedkv.cli.failures import Failure
 from pagedkv.cli.plan import parse_size
 from pagedkv.errors import ModelConfigError, PagedKvError
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.plan import plan
+from pagedkv.sim.planning import plan
 from pagedkv.sim.reading import read_trace
 
 ARGUMENTS = ("--model", "llama-3.1-8b", "--strategies", "lru,lfu")

@@ -22,7 +22,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.sim.capacities import parse_capacities, spread_capacities
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace
-from pagedkv.sim.replay import replay
+from pagedkv.sim.replaying import replay
 from pagedkv.sim.result import ReplayResult
 
 KEYS = ["strategy", "blocks", "accesses", "hit_blocks", "hit_ratio", "token_hit_ratio", "reclaimed", "seconds"]

@@ -10,7 +10,7 @@ from tests.cli.test_errors import failure
 from tests.cli.test_info import NOTHING_HEAVY
 
 from pagedkv.cli.traffic_table import MEANINGS
-from pagedkv.sim.describe import describe
+from pagedkv.sim.describing import describe
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import synthesize
 from pagedkv.sim.traffic import TRAFFIC, Traffic

@@ -14,9 +14,9 @@ from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, real_trac
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.plan import LEVELS, Hardware, default_strategies, plan
 from pagedkv.sim.plan_load import estimate_load
 from pagedkv.sim.plan_verdict import format_bytes
+from pagedkv.sim.planning import LEVELS, Hardware, default_strategies, plan
 
 CONFIG = {
     "model_type": "llama",

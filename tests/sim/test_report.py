@@ -14,7 +14,7 @@ from tests.sim.traces import as_trace
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.optimum import optimal
-from pagedkv.sim.plan import plan
+from pagedkv.sim.planning import plan
 from pagedkv.sim.report import plan_report, replay_report
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.markup import Markup, tag, text

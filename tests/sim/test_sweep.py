@@ -16,8 +16,8 @@ from tests.sim.sweeping import small_trace
 
 from pagedkv.control.strategies import LRU
 from pagedkv.errors import InvalidOperation, MissingExtra, ReplayFailed
-from pagedkv.sim.replay import replay
-from pagedkv.sim.sweep import sweep
+from pagedkv.sim.replaying import replay
+from pagedkv.sim.sweeping import sweep
 from pagedkv.sim.timing import Timing
 
 HERE = "tests.sim.sweeping"
@@ -289,7 +289,7 @@ def test_a_real_cluster_finds_the_same():
 def test_a_script_without_the_guard_is_told_about_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from tests.sim.sweeping import small_trace\nfrom pagedkv.sim.sweep import sweep\n"
+        "from tests.sim.sweeping import small_trace\nfrom pagedkv.sim.sweeping import sweep\n"
         "sweep(small_trace(), ['lru', 'fifo'], [16], jobs=2)\n"
     )
     root = str(Path(sweeping.__file__).parents[2])

@@ -10,7 +10,7 @@ import pytest
 from tests.sim.traces import as_requests
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.describe import describe
+from pagedkv.sim.describing import describe
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import DEFAULT_REQUESTS, synthesize
 from pagedkv.sim.trace import NO_PARENT, Trace

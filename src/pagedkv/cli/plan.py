@@ -54,7 +54,7 @@ def run(request: PlanRequest) -> None:
     """
     from pagedkv.cli.plan_output import print_json, print_screen
     from pagedkv.sim.model_shape import read_model
-    from pagedkv.sim.plan import plan
+    from pagedkv.sim.planning import plan
     from pagedkv.sim.reading import read_trace
 
     if not 0 < request.target <= 1:

@@ -68,7 +68,7 @@ def run(request: ReplayRequest) -> None:
     from pagedkv.sim.capacities import parse_capacities
     from pagedkv.sim.curves import lru_curve
     from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.sweep import sweep
+    from pagedkv.sim.sweeping import sweep
 
     _check_outputs(request)
     strategies, timing = _strategies(request), _timing(request)

@@ -17,7 +17,7 @@ from rich.text import Text
 from pagedkv.cli.console import library_notices, notes, output
 
 if TYPE_CHECKING:
-    from pagedkv.sim.describe import ContentFigures, Description, Figures
+    from pagedkv.sim.describing import ContentFigures, Description, Figures
     from pagedkv.sim.trace import Trace
 
 __all__ = ["print_description", "show"]
@@ -36,7 +36,7 @@ def print_description(
     PagedKvError
         When the trace cannot be read or an option is wrong.
     """
-    from pagedkv.sim.describe import describe
+    from pagedkv.sim.describing import describe
 
     console = notes()
     with library_notices(console):

@@ -1,1 +1,68 @@
-"""Replay real traffic through the control plane that serves models, and say how much cache it needs."""
+"""Replay real traffic through the control plane that serves models, and say how much cache it needs.
+
+The names are loaded when they are first used, so that the command's help stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagedkv.sim.curves import HitCurve, lru_curve, shards_curve
+    from pagedkv.sim.describing import describe
+    from pagedkv.sim.optimum import optimal
+    from pagedkv.sim.planning import plan
+    from pagedkv.sim.reading import read_trace
+    from pagedkv.sim.replaying import replay
+    from pagedkv.sim.result import ReplayResult
+    from pagedkv.sim.sweeping import sweep
+    from pagedkv.sim.synth import synthesize
+    from pagedkv.sim.timing import Timing
+    from pagedkv.sim.trace import Trace
+    from pagedkv.sim.writing import write_trace
+
+__all__ = [
+    "HitCurve",
+    "ReplayResult",
+    "Timing",
+    "Trace",
+    "describe",
+    "lru_curve",
+    "optimal",
+    "plan",
+    "read_trace",
+    "replay",
+    "shards_curve",
+    "sweep",
+    "synthesize",
+    "write_trace",
+]
+
+_HOMES = {
+    "curves": ("HitCurve", "lru_curve", "shards_curve"),
+    "describing": ("describe",),
+    "optimum": ("optimal",),
+    "planning": ("plan",),
+    "reading": ("read_trace",),
+    "replaying": ("replay",),
+    "result": ("ReplayResult",),
+    "sweeping": ("sweep",),
+    "synth": ("synthesize",),
+    "timing": ("Timing",),
+    "trace": ("Trace",),
+    "writing": ("write_trace",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'pagedkv.sim' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"pagedkv.sim.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,7 +6,7 @@ import math
 import re
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.replay import MAX_BLOCKS
+from pagedkv.sim.replaying import MAX_BLOCKS
 
 __all__ = ["parse_capacities", "spread_capacities"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.registry import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, PagedKvError, ReplayFailed
-from pagedkv.sim.replay import replay
+from pagedkv.sim.replaying import replay
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace

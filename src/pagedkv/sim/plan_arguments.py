@@ -10,7 +10,7 @@ from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_search import OPTIMAL
 from pagedkv.sim.plan_types import Load
 from pagedkv.sim.plan_verdict import format_bytes
-from pagedkv.sim.replay import MAX_BLOCKS
+from pagedkv.sim.replaying import MAX_BLOCKS
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
 

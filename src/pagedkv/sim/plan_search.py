@@ -11,7 +11,7 @@ import numpy as np
 from pagedkv.sim.hit_curve import HitCurve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.sweep import sweep
+from pagedkv.sim.sweeping import sweep
 from pagedkv.sim.trace import Trace
 
 __all__ = ["OPTIMAL", "Found", "Search", "capacities_to_try", "smallest_lru"]
