@@ -1,0 +1,80 @@
+"""create_app: the routes, around one engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+from pagedkv import __version__
+from pagedkv.server.config import ServerConfig
+from pagedkv.server.errors import ErrorResponse, install_error_handlers
+from pagedkv.server.gate import Gate
+from pagedkv.server.limits import Limits
+from pagedkv.server.logs import RequestLog
+from pagedkv.server.routers import BACKGROUND, ROUTERS
+from pagedkv.server.served import ServedModel
+from pagedkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
+
+__all__ = ["create_app"]
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is at fault, or there is no room."},
+    "5XX": {"model": ErrorResponse, "description": "The server is at fault, or it took too long."},
+}
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
+    """Return the application that serves an engine; it shuts the engine down when it ends.
+
+    Parameters
+    ----------
+    engine : AsyncEngine
+    config : ServerConfig, optional
+
+    Returns
+    -------
+    FastAPI
+        Its shared state is ``app.state.server``.
+    """
+    config = config or ServerConfig()
+    model = ServedModel.of(engine, config)
+    state = ServerState(engine=engine, config=config, model=model, gate=Gate(model.max_num_seqs, config.max_queue))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            for part in BACKGROUND:
+                await stack.enter_async_context(part(state))
+            try:
+                yield
+            finally:
+                state.draining = True
+                await engine.shutdown(drain=True, timeout=config.drain_timeout)
+
+    app = FastAPI(
+        title="pagedkv",
+        version=__version__,
+        summary="A language model over a paged KV cache, behind the API that OpenAI's clients speak.",
+        lifespan=lifespan,
+        responses=_ERRORS,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.server = state
+    install_error_handlers(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_middleware(Limits, config=config)
+    if config.allow_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(config.allow_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(RequestLog)
+    return app

@@ -1,0 +1,145 @@
+"""Every failure as the JSON object that OpenAI's clients expect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from pagedkv.errors import EngineDead, InvalidOperation, RequestRefused
+
+__all__ = ["ApiError", "ErrorBody", "ErrorResponse", "api_error_of", "error_response", "install_error_handlers"]
+
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+_MEMBERS = frozenset({"str", "int", "float", "bool", "list", "dict", "nullable"})
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorBody
+
+
+class ApiError(HTTPException):
+    """An answer that is no success.
+
+    It is an exception of HTTP, so that FastAPI lets it through where it reads the body.
+
+    Parameters
+    ----------
+    status : int
+        Of HTTP.
+    message : str
+    param : str, optional
+        The field at fault.
+    code : str, optional
+        A word for programs.
+    retry_after : float, optional
+        Seconds.
+    headers : dict, optional
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        headers = dict(headers or {})
+        if retry_after is not None:
+            headers["Retry-After"] = str(max(1, round(retry_after)))
+        super().__init__(status, message, headers)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = _TYPES.get(self.status, default)
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """Return the answer for an error."""
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+def api_error_of(error: BaseException) -> ApiError:
+    """Return how an error of the engine, or one that nobody foresaw, is answered."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestRefused):
+        if error.retry_after is not None:
+            return ApiError(429, error.reason, code="queue_full", retry_after=error.retry_after)
+        return ApiError(400, error.reason, code="request_too_large")
+    if isinstance(error, InvalidOperation):
+        return ApiError(400, error.reason, code="invalid_value")
+    if isinstance(error, EngineDead):
+        return ApiError(503, "the engine has stopped", code="engine_dead")
+    return ApiError(500, "the server met an error that it did not foresee", code="internal_error")
+
+
+def _field(location: tuple[Any, ...]) -> str | None:
+    # The first part says body, query or path; the names of the members of a union would tell a client nothing.
+    parts = [part for part in location[1:] if isinstance(part, int) or (part.isidentifier() and part not in _MEMBERS)]
+    return ".".join(map(str, parts)) or None
+
+
+async def _invalid(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = _field(tuple(first["loc"]))
+    if first["type"] == "json_invalid":
+        return error_response(ApiError(400, "the body is no valid JSON", code="invalid_json"))
+    message = f"{field}: {first['msg']}" if field else str(first["msg"])
+    return error_response(ApiError(400, message, param=field, code="invalid_value"))
+
+
+async def _http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    messages = {
+        404: f"there is nothing at {request.url.path}",
+        405: f"{request.url.path} does not take {request.method}",
+    }
+    message = messages.get(error.status_code, str(error.detail))
+    return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _known(request: Request, error: Exception) -> JSONResponse:
+    return error_response(api_error_of(error))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every error of an app in the one shape."""
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)
+    for kind in (ApiError, RequestRefused, InvalidOperation, EngineDead):
+        app.add_exception_handler(kind, _known)

@@ -1,0 +1,88 @@
+"""Limits that hold before a route is asked: how many requests, whose bodies, how large and how slow."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from pagedkv.server.auth import is_known
+from pagedkv.server.config import ServerConfig
+from pagedkv.server.errors import ApiError, error_response
+
+__all__ = ["Limits"]
+
+_CLOSE = {"Connection": "close"}  # what is left of the body is not read
+
+
+class Limits:
+    """Middleware: refuses what is too much before it is read.
+
+    Parameters
+    ----------
+    app : ASGI application
+    config : ServerConfig
+    """
+
+    def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
+        self._app, self._config = app, config
+        self._inside = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"authorization")}
+        refusal = self._refusal(scope, headers)
+        if refusal is not None:
+            await error_response(refusal)(scope, receive, send)
+            return
+        self._inside += 1
+        try:
+            await self._app(scope, self._bounded(receive), send)
+        finally:
+            self._inside -= 1
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        config = self._config
+        if self._inside >= config.max_connections:
+            message = (
+                f"the server is busy: {self._inside} requests are under way, at most {config.max_connections} may be"
+            )
+            return ApiError(503, message, code="too_many_connections", retry_after=1, headers=_CLOSE)
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > config.max_body:
+            return self._too_large()
+        # Every POST takes a key, and nobody's body is read before it is known who sends it.
+        if scope["method"] == "POST" and not is_known(config, headers.get(b"authorization")):
+            message = "expected the header Authorization: Bearer <key> with a key that the server knows"
+            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **_CLOSE})
+        return None
+
+    def _too_large(self) -> ApiError:
+        message = f"the body is larger than the {self._config.max_body} bytes that the server takes"
+        return ApiError(413, message, code="body_too_large", headers=_CLOSE)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Count what comes, and do not wait for it for ever."""
+        total, complete = 0, False
+        deadline = asyncio.get_running_loop().time() + self._config.body_timeout
+
+        async def bounded() -> Message:
+            nonlocal total, complete
+            if complete:
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the body did not arrive within {self._config.body_timeout:g} seconds"
+                raise ApiError(408, text, code="body_timeout", headers=_CLOSE) from None
+            total += len(message.get("body", b""))
+            if total > self._config.max_body:
+                raise self._too_large()
+            complete = message["type"] != "http.request" or not message.get("more_body", False)
+            return message
+
+        return bounded

@@ -1,0 +1,126 @@
+"""The live page at ``/`` and the stream that it draws: server-sent events, one snapshot each."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import AsyncIterator
+from functools import cache
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import msgspec
+from fastapi import APIRouter
+from fastapi.responses import Response, StreamingResponse
+
+from pagedkv.engine.snapshot import pack_columns
+from pagedkv.server.auth import Operator
+from pagedkv.server.errors import ApiError
+from pagedkv.server.snapshots import Snapshots, SnapshotSource
+from pagedkv.server.state import Server, ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine.snapshot import EngineSnapshot
+
+__all__ = ["page_router", "stream_router"]
+
+MAX_WATCHERS = 16
+SECONDS_BETWEEN_SIGNS = 1.0
+"""So often at least something is sent, so that a reader that is gone is noticed."""
+
+_PAGE_FILES = {
+    "index.html": "text/html; charset=utf-8",
+    "page.css": "text/css; charset=utf-8",
+    "page.js": "text/javascript; charset=utf-8",
+    "map.js": "text/javascript; charset=utf-8",
+    "charts.js": "text/javascript; charset=utf-8",
+    "stream.js": "text/javascript; charset=utf-8",
+    "tables.js": "text/javascript; charset=utf-8",
+    "icon.svg": "image/svg+xml",
+}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+
+page_router = APIRouter(include_in_schema=False)
+stream_router = APIRouter(tags=["cache"], dependencies=[Operator])
+
+
+@cache
+def _page_file(name: str) -> bytes:
+    return files("pagedkv.server").joinpath("page", name).read_bytes()
+
+
+@page_router.get("/")
+async def page() -> Response:
+    """Return the page; it holds nothing of the cache, what it shows it asks for."""
+    return await page_file("index.html")
+
+
+@page_router.get("/page/{name}")
+async def page_file(name: str) -> Response:
+    """Return a part of the page."""
+    if name not in _PAGE_FILES:
+        raise ApiError(404, "there is no such part of the page")
+    return Response(_page_file(name), media_type=_PAGE_FILES[name], headers=_PAGE_HEADERS)
+
+
+@stream_router.get(
+    "/v1/cache/stream",
+    summary="Snapshots of the cache as they come",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events without an end."}},
+)
+async def stream(server: Server, snapshots: Snapshots) -> StreamingResponse:
+    """Stream snapshots: at most four a second, fewer for a slow reader, none while nobody reads."""
+    if snapshots.watchers >= MAX_WATCHERS:
+        raise ApiError(503, f"{MAX_WATCHERS} readers watch already", code="too_many_watchers", retry_after=5)
+    return StreamingResponse(
+        _events(server, snapshots),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(server: ServerState, source: SnapshotSource) -> AsyncIterator[bytes]:
+    # A slow reader holds up this generator alone: it asks for the next snapshot when the last one has been taken.
+    source.watchers += 1
+    try:
+        known, sent_at = -1, 0.0
+        snapshot = await source.now()
+        while not server.draining:
+            is_news = snapshot.tick != known
+            if is_news or _is_busy(snapshot) or snapshot.taken - sent_at >= SECONDS_BETWEEN_SIGNS:
+                yield event_of(snapshot, server.model.name, with_blocks=is_news)
+                known, sent_at = snapshot.tick, snapshot.taken
+            snapshot = await source.next()
+    finally:
+        source.watchers -= 1
+
+
+def _is_busy(snapshot: EngineSnapshot) -> bool:
+    return bool(snapshot.requests)
+
+
+def event_of(snapshot: EngineSnapshot, model: str, *, with_blocks: bool) -> bytes:
+    """Return a server-sent event that holds a snapshot as JSON; without `with_blocks` the blocks are as they were."""
+    fields = {
+        "model": model,
+        "taken": snapshot.taken,
+        "block_size": snapshot.block_size,
+        "strategy": snapshot.strategy,
+        "tick": snapshot.tick,
+        "num_blocks": snapshot.total_blocks,
+        "requests": snapshot.requests,
+        "prefixes": snapshot.prefixes,
+        "stats": dataclasses.asdict(snapshot.stats),
+        "columns": base64.b64encode(pack_columns(snapshot)).decode() if with_blocks else None,
+    }
+    return b"data: " + msgspec.json.encode(fields) + b"\n\n"

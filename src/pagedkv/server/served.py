@@ -1,0 +1,169 @@
+"""ServedModel: the model as the API sees it: name, limits, text to tokens and back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pagedkv.server.config import ServerConfig
+from pagedkv.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
+
+__all__ = ["ServedModel"]
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False, kw_only=True)
+class ServedModel:
+    """The model as the API sees it.
+
+    Attributes
+    ----------
+    name : str
+    tokenizer : optional
+        Of transformers; without one only token ids are taken.
+    vocab_size : int
+        Token ids are below it.
+    max_model_len : int
+        Tokens of a prompt and its continuation.
+    max_prompt_tokens : int
+    max_num_seqs : int
+        Sequences that the engine runs at once.
+    chat_template : str, optional
+        Instead of the tokenizer's own.
+    created : int
+        Seconds since 1970.
+    """
+
+    name: str
+    tokenizer: Any
+    vocab_size: int
+    max_model_len: int
+    max_prompt_tokens: int
+    max_num_seqs: int
+    chat_template: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        # Long prompts are tokenized beside the event loop, and no more than two of them at a time.
+        self._threads = ThreadPoolExecutor(2, "pagedkv-tokenizer")
+
+    @classmethod
+    def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
+        """Read it off an engine."""
+        core = engine.llm.core
+        cache = core.runner.cache
+        longest = cache.total_blocks * cache.block_size
+        if core.runner.max_positions is not None:
+            longest = min(longest, core.runner.max_positions)
+        prompt_limit = longest - 1
+        if config.max_prompt_tokens is not None:
+            prompt_limit = min(prompt_limit, config.max_prompt_tokens)
+        return cls(
+            name=config.model_name,
+            tokenizer=core.tokenizer,
+            vocab_size=core.runner.vocab_size,
+            max_model_len=longest,
+            max_prompt_tokens=prompt_limit,
+            max_num_seqs=core.scheduler.max_num_seqs,
+            chat_template=config.chat_template,
+        )
+
+    def check_name(self, name: str | None) -> None:
+        """See that a request means this model.
+
+        Raises
+        ------
+        ApiError
+            404.
+        """
+        if name is not None and name != self.name:
+            shown = name if len(name) <= 100 else f"{name[:100]}…"
+            raise ApiError(
+                404,
+                f"there is no model {shown!r}; this server has {self.name!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a text.
+
+        Raises
+        ------
+        ApiError
+            400: there is no tokenizer.
+        """
+        tokenizer = self._need_tokenizer()
+
+        def call() -> list[int]:
+            ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+            return ids
+
+        return await self._beside(call)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return await self._beside(partial(self._need_tokenizer().decode, list(token_ids)))
+
+    async def render_chat(self, render: Callable[[Any], str]) -> str:
+        """Return what a function makes of the tokenizer, called beside the event loop."""
+        return await self._beside(partial(render, self._need_tokenizer()))
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """See that the model knows the tokens.
+
+        Raises
+        ------
+        ApiError
+            400.
+        """
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
+            wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
+            raise ApiError(
+                400,
+                f"{param}: expected token ids from 0 to {self.vocab_size - 1}, got {wrong}",
+                param=param,
+                code="invalid_value",
+            )
+
+    def check_length(self, tokens: int, max_tokens: int | None, param: str) -> None:
+        """See that a prompt and what is to be written fit.
+
+        Raises
+        ------
+        ApiError
+            400, with the numbers.
+        """
+        if tokens == 0:
+            raise ApiError(400, f"{param}: expected at least one token, got none", param=param, code="invalid_value")
+        code = "context_length_exceeded"
+        if tokens > self.max_prompt_tokens:
+            message = f"{param}: the prompt has {tokens} tokens, at most {self.max_prompt_tokens} are taken"
+            raise ApiError(400, message, param=param, code=code)
+        if max_tokens is not None and tokens + max_tokens > self.max_model_len:
+            message = (
+                f"This model's maximum context length is {self.max_model_len} tokens, but {tokens + max_tokens} were "
+                f"requested: {tokens} of the prompt and {max_tokens} to write"
+            )
+            raise ApiError(400, message, param="max_tokens", code=code)
+
+    def close(self) -> None:
+        """End the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ApiError(400, "this server has no tokenizer: it takes and gives token ids only", code="no_tokenizer")
+        return self.tokenizer
+
+    async def _beside(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, call)

@@ -1,0 +1,71 @@
+"""ServerState: what the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Protocol
+
+from fastapi import Depends, Request
+
+from pagedkv.server.config import ServerConfig
+from pagedkv.server.gate import Gate
+from pagedkv.server.served import ServedModel
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine, RequestOutput
+
+__all__ = ["Observer", "Server", "ServerState"]
+
+
+class Observer(Protocol):
+    """Watches the requests of a server; its methods are called in the event loop and must be quick."""
+
+    def updated(self, output: RequestOutput) -> None:
+        """Take an output of the engine: cumulative, and only the newest one where several came at once."""
+
+    def ended(self, output: RequestOutput | None, reason: str) -> None:
+        """Take the end of a request of the engine.
+
+        Parameters
+        ----------
+        output : RequestOutput, optional
+            The last one; None if there was none.
+        reason : {"finished", "aborted", "timeout", "error"}
+        """
+
+
+@dataclass(eq=False, kw_only=True)
+class ServerState:
+    """What the routes of one server share; routes take it as a parameter of type ``Server``.
+
+    Attributes
+    ----------
+    engine : AsyncEngine
+    config : ServerConfig
+    model : ServedModel
+        Tokenizer, limits and name of the model.
+    gate : Gate
+        Counts the sequences that are under way.
+    observers : list of Observer
+    draining : bool
+        Whether SIGTERM came: what streams without an end must end now.
+    started : float
+        Seconds of ``time.time``.
+    """
+
+    engine: AsyncEngine
+    config: ServerConfig
+    model: ServedModel
+    gate: Gate
+    observers: list[Observer] = field(default_factory=list)
+    draining: bool = False
+    started: float = field(default_factory=time.time)
+
+
+def _state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+Server = Annotated[ServerState, Depends(_state_of)]
