@@ -62,16 +62,20 @@ class PagedStates(_Handle):
     pool: PagedKvCache
     layer: int
     plan: BatchPlan
+    backend: str
 
     @classmethod
-    def of(cls, states: Tensor, pool: PagedKvCache, layer: int, plan: BatchPlan, length: int) -> PagedStates:
+    def of(
+        cls, states: Tensor, pool: PagedKvCache, layer: int, plan: BatchPlan, length: int, backend: str = "auto"
+    ) -> PagedStates:
         """Return the handle for all K or V of the rows that `states` [batch, heads, tokens, dim] belongs to.
 
-        It shows itself as `length` tokens long, which is what the mask is made for.
+        It shows itself as `length` tokens long, which is what the mask is made for. Query tokens behind those of the
+        plan are padding.
         """
         rows, heads, _, dim = states.shape
         handle = cls._make((rows, heads, length, dim), states.dtype, states.device)
-        handle.pool, handle.layer, handle.plan = pool, layer, plan
+        handle.pool, handle.layer, handle.plan, handle.backend = pool, layer, plan, backend
         return handle
 
 
@@ -101,15 +105,16 @@ class PagedMask(_Handle):
         handle.window, handle.pads, handle._layout = window, pads, None
         return handle
 
-    def without_padding(self, plan: BatchPlan) -> _Layout:
+    def without_padding(self, plan: BatchPlan, num_queries: int) -> _Layout:
         """Return the plan without the padding, made once for all layers."""
         if self._layout is None or self._layout.plan is not plan:
-            self._layout = _without_padding(plan, self.pads) if self.pads.any() else _as_planned(plan)
+            self._layout = _without_padding(plan, self.pads) if self.pads.any() else _as_planned(plan, num_queries)
         return self._layout
 
 
-def _as_planned(plan: BatchPlan) -> _Layout:
-    return _Layout(plan, plan.seq_lens, plan.cu_seqlens_q, plan.holes, None)
+def _as_planned(plan: BatchPlan, num_queries: int) -> _Layout:
+    queries = None if plan.total_tokens == num_queries else torch.arange(plan.total_tokens)
+    return _Layout(plan, plan.seq_lens, plan.cu_seqlens_q, plan.holes, queries)
 
 
 def _without_padding(plan: BatchPlan, pads: npt.NDArray[np.int64]) -> _Layout:
@@ -206,7 +211,7 @@ def attend_blocks(
         raise InvalidOperation(
             f"attention_mask: expected [{rows}, 1, {tokens}, {key.shape[2]}], got {list(attention_mask.shape)}"
         )
-    layout = attention_mask.without_padding(key.plan)
+    layout = attention_mask.without_padding(key.plan, rows * tokens)
     queries = query.transpose(1, 2).reshape(rows * tokens, heads, dim)
     text = queries if layout.queries is None else queries[layout.queries.to(query.device)]
     out = paged_attention(
@@ -221,6 +226,7 @@ def attend_blocks(
         window=attention_mask.window,
         softcap=softcap,
         sinks=s_aux,
+        backend=key.backend,
     )  # a PagedCache lays its blocks out as NHD, the default
     if layout.queries is not None:
         out = out.new_zeros(rows * tokens, *out.shape[1:]).index_copy_(0, layout.queries.to(out.device), out)

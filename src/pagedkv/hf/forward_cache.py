@@ -79,11 +79,18 @@ class RaggedWriter:
     """All sequences of a plan in one row: attention gets handles and reads the blocks by the plan.
 
     The model is made to believe that the row is one prompt with nothing before it; who sees whom is in the plan, and
-    positions are told.
+    positions are told. The row may be longer than the plan: what is behind is padding.
+
+    Parameters
+    ----------
+    pool : ModelKvCache
+    table : LayerTable
+    backend : str
+        Of :func:`pagedkv.paged_attention`.
     """
 
-    def __init__(self, pool: ModelKvCache, table: LayerTable) -> None:
-        self._pool, self._table = pool, table
+    def __init__(self, pool: ModelKvCache, table: LayerTable, backend: str) -> None:
+        self._pool, self._table, self._backend = pool, table, backend
         self.plan: BatchPlan | None = None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,8 +99,9 @@ class RaggedWriter:
         if plan is None:
             raise InvalidOperation("past_key_values: expected a forward pass of its ModelRunner")
         number = self._table.place(layer, keys, values)
-        self._pool.write(number, by_token(keys), by_token(values), plan)
-        where = (self._pool, number, plan, plan.total_tokens)
+        total = plan.total_tokens
+        self._pool.write(number, by_token(keys)[:total], by_token(values)[:total], plan)
+        where = (self._pool, number, plan, keys.shape[2], self._backend)
         return PagedStates.of(keys, *where), PagedStates.of(values, *where)
 
     def length(self, layer: int) -> int:

@@ -27,6 +27,11 @@ class ModelKvCache(PagedKvCache):
         """Fix dtype and device of the storage while it has no layers."""
         self._storage = KvStorage(replace(self._storage.spec, dtype=dtype), device)
 
+    def are_private(self, block_ids: npt.NDArray[np.int64]) -> bool:
+        """Tell whether these blocks are held once, not pinned and not findable, so that their keys may change."""
+        records = self._state.blocks[block_ids]
+        return bool(((records["ref_count"] == 1) & (records["pins"] == 0) & (records["indexed"] == 0)).all())
+
 
 class LayerTable:
     """Which layer of a model is which layer of its pool: each gets its place, and its shape, with its first keys.
@@ -147,14 +152,12 @@ def _by_row(states: Tensor, rows: int) -> Tensor:
     return states.view(rows, -1, *states.shape[1:]).transpose(1, 2)
 
 
-def visible_slots(plan: BatchPlan, block_size: int) -> npt.NDArray[np.int64]:
-    """Return the slots of all tokens that the sequences of a plan see, one sequence after the other."""
-    lengths = plan.seq_lens.astype(np.int64)
+def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None)) -> npt.NDArray[np.int64]:
+    """Return the slots of all tokens that the (chosen) sequences of a plan see, one sequence after the other."""
+    lengths, holes = plan.seq_lens[chosen].astype(np.int64), plan.holes[chosen].astype(np.int64)
     rows = np.repeat(np.arange(len(lengths)), lengths)
     places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    holes = plan.holes.astype(np.int64)
     places += np.where(places >= holes[rows, 0], (holes[:, 1] - holes[:, 0])[rows], 0)
-    slots: npt.NDArray[np.int64] = (
-        plan.block_tables[rows, places // block_size].astype(np.int64) * block_size + places % block_size
-    )
+    blocks = plan.block_tables[chosen][rows, places // block_size].astype(np.int64)
+    slots: npt.NDArray[np.int64] = blocks * block_size + places % block_size
     return slots

@@ -16,11 +16,16 @@ from pagedkv.hf.compat import attention_by
 from pagedkv.hf.direct import DIRECT
 from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
 from pagedkv.hf.pages import LayerTable, ModelKvCache
+from pagedkv.hf.runner_streams import RunnerStreams
 from pagedkv.hf.states import SequenceStates
 
 __all__ = ["ModelRunner"]
 
 Ids = npt.NDArray[np.int64]
+
+TILE = 4
+"""Rows of a matrix product are a multiple of it: for fewer, or for those left over when several threads share them, the
+products of float32 add in another order."""
 
 
 class ModelRunner:
@@ -46,7 +51,9 @@ class ModelRunner:
         Whether all that a layer keeps is in blocks; if not, prefixes cannot be reused.
     """
 
-    def __init__(self, model: Any, cache: ModelKvCache, mode: str, *, kv_dtype: Any = None) -> None:
+    def __init__(
+        self, model: Any, cache: ModelKvCache, mode: str, kv_dtype: Any = None, batch_invariant: bool = True
+    ) -> None:
         self.model, self.cache, self.mode = model, cache, mode
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
@@ -55,9 +62,12 @@ class ModelRunner:
         self._states = SequenceStates(model.config)
         self.reuses_prefixes = self._states.is_empty
         self.table = LayerTable(cache, kv_dtype)
-        self._ragged = RaggedWriter(cache, self.table)
+        on_cpu = model.device.type == "cpu"
+        self._tile = TILE if batch_invariant and on_cpu else 1
+        self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
         self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
+        self._streaming = RunnerStreams(model, cache)
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_rows = "logits_to_keep" in accepted
@@ -86,30 +96,40 @@ class ModelRunner:
         Raises
         ------
         InvalidOperation
-            If an argument does not fit the plan or the model.
+            If an argument does not fit the plan or the model; or a sequence streams and the model has no rotary
+            positions that allow it, or its blocks are shared or findable (allocate it by a count of tokens).
         """
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = plan.text_positions
+        positions = self._streaming.positions(plan) if plan.num_dropped.any() else plan.positions
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
 
     def fork(self, src: int, dst: int) -> None:
-        """Follow ``cache.fork(src, dst)`` with what is kept outside of the blocks."""
+        """Go before ``cache.fork(src, dst)`` with what is kept outside of the blocks.
+
+        Raises
+        ------
+        InvalidOperation
+            If `src` streams and has dropped tokens: its keys move, so they cannot be shared.
+        """
+        self._streaming.refuse_fork(src)
         self._states.fork(src, dst)
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
         self._states.release(seq_id)
+        self._streaming.release(seq_id)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         self._ragged.plan = plan
         try:
             with attention_by(DIRECT, self._text):
-                return self._run(self._ragged_cache, ids, positions, rows)
+                padded = (_padded(array, self._tile) for array in (ids, positions, rows))
+                return self._run(self._ragged_cache, *padded)[: len(rows)]
         finally:
             self._ragged.plan = None
 
@@ -147,6 +167,12 @@ class ModelRunner:
         if len(ids) != plan.total_tokens:
             raise InvalidOperation(f"token_ids: expected {plan.total_tokens} as the plan has, got {len(ids)}")
         return ids, _integers("wanted", wanted, plan.total_tokens)
+
+
+def _padded(array: Ids, multiple: int) -> Ids:
+    """Return the array with zeros behind it, up to a multiple of some length."""
+    missing = -len(array) % multiple
+    return np.concatenate((array, np.zeros(missing, np.int64))) if missing else array
 
 
 def _integers(name: str, given: Any, limit: int) -> Ids:

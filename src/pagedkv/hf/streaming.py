@@ -4,9 +4,7 @@ Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Si
 the text (the sinks), the last ones (the window) and itself, and rotary positions are those *inside the cache*: the
 sinks stand right before the window, however much text was dropped between them.
 
-Attention under RoPE depends on distances only. So the window's keys stay as they were written, and only the few sinks
-move each time the window slides: their keys are kept unrotated in float32 and turned afresh from there, so no error
-builds up.
+How keys come to stand there is told in :mod:`pagedkv.hf.streamed_keys`.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -23,16 +20,13 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, OutOfMemory
 from pagedkv.hf.rotary_model import LayerCall, RotaryModel
+from pagedkv.hf.streamed_keys import StreamedKeys, rebase_limit
 from pagedkv.spec import require_int
 
 __all__ = ["StreamingSession", "blocks_for_streaming"]
 
-HALF_REBASE_AT = 4096  # angles are good to 0.0002 radians there, cosines in bfloat16 to 0.002
 HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
 SEQ = 0
-
-Slots = tuple[Tensor, Tensor]
-"""Blocks and offsets of tokens, int64 [n] each."""
 
 
 def blocks_for_streaming(sink_tokens: int, window_tokens: int, block_size: int) -> int:
@@ -101,7 +95,7 @@ class StreamingSession:
         least = self._sink + 2 * self._window + 1
         dtype = getattr(model, "dtype", None) if dtype is None else dtype
         if rebase_at is None:
-            self._rebase_at = least if "float32" in str(dtype) else max(HALF_REBASE_AT, least)
+            self._rebase_at = rebase_limit(self._sink, self._window, dtype)
         else:
             self._rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
@@ -130,8 +124,7 @@ class StreamingSession:
         self._cache.allocate(SEQ, 0)
         self._held = 0
         self._num_dropped = 0
-        self._base = 0  # how many dropped tokens rotary positions leave out, see _rebase
-        self._sinks: tuple[Tensor, Slots] | None = None  # unrotated keys [layers, sinks, heads, head_dim]
+        self._keys = StreamedKeys(self._cache, self._model.rope, lambda sinks, window: self._rebase_at)
         self._logits: Tensor | None = None
 
     @property
@@ -249,10 +242,7 @@ class StreamingSession:
     def _step(self, ids: Tensor, all_logits: bool) -> Tensor:
         plan = self._cache.append_batch([SEQ], len(ids))
         try:
-            if int(plan.text_positions[-1]) - self._base >= self._rebase_at:
-                self._rebase()
-            self._place_sinks()
-            positions = torch.from_numpy(plan.text_positions - self._base).to(ids.device)
+            positions = torch.from_numpy(self._keys.prepare(plan)).to(ids.device)
             step = _Step(self._cache, plan)
             logits = self._model.run(step, ids[None], positions[None], 0 if all_logits else 1)[0]
         except BaseException:
@@ -264,49 +254,8 @@ class StreamingSession:
         return logits
 
     def _slide(self) -> None:
-        if self._sinks is None:
-            # Nothing was dropped so far, so they stand at their own positions. Their slots never change.
-            slots = self._slots(0, self._sink)
-            self._sinks = self._model.rope.turn(self._read_keys(slots), -torch.arange(self._sink)), slots
         self._num_dropped += self._cache.apply_streaming_llm(SEQ, self._sink, self._window)
         self._held = self._sink + self._window
-
-    def _place_sinks(self) -> None:
-        """Turn the sinks to where the window begins: each dropped token has moved it one further."""
-        if self._sinks is not None and self._sink:
-            keys, slots = self._sinks
-            steps = torch.arange(self._sink) + (self._num_dropped - self._base)
-            self._write_keys(self._model.rope.turn(keys, steps), slots)
-
-    def _rebase(self) -> None:
-        """Start again from small positions.
-
-        A model takes angles in float32, and position times frequency is off by up to 2⁻²⁴ of itself: 0.0002 radians at
-        position 4096, 0.06 at a million. So positions must not grow with the text. When they reach the limit, all of
-        the window's keys are turned back by one angle, taken in float64. A key lives for ``window_tokens`` tokens and
-        rebases are further apart than that, so it is turned back at most once.
-        """
-        slots = self._slots(self._sink, self._held)
-        steps = torch.full((self._held - self._sink,), self._base - self._num_dropped)
-        self._write_keys(self._model.rope.turn(self._read_keys(slots), steps), slots)
-        self._base = self._num_dropped
-
-    # ---------------------------------------------------------------- keys in their slots
-
-    def _slots(self, first: int, last: int) -> Slots:
-        """Return where the tokens ``[first, last)`` of the cache are."""
-        everything = self._cache.plan([SEQ], self._cache.get_sequence(SEQ).num_tokens)
-        blocks, offsets = np.divmod(everything.slot_mapping[first:last], self._cache.block_size)
-        return torch.from_numpy(blocks), torch.from_numpy(offsets)
-
-    def _read_keys(self, slots: Slots) -> Tensor:
-        storage = self._cache.storage
-        return torch.stack([storage.keys(layer)[slots] for layer in range(storage.num_layers)])
-
-    def _write_keys(self, keys: Tensor, slots: Slots) -> None:
-        storage = self._cache.storage
-        for layer, layer_keys in enumerate(keys.to(storage.dtype)):
-            storage.keys(layer)[slots] = layer_keys
 
 
 def _likeliest(logits: Tensor) -> int:
