@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import torch
 
 from pagedkv import BlockManager
 from pagedkv.engine import EngineCore, Request, SamplingParams
@@ -61,7 +62,7 @@ class FakeRunner:
             texts = np.where(positions >= hole[0], positions + dropped, positions) if dropped else positions
             assert np.array_equal(cache.places[slots], texts), "a block holds another part of the text"
             rows.append(logits_of(cache.tokens[slots]))
-        return np.array(rows) if rows else np.empty((0, VOCAB))
+        return torch.from_numpy(np.array(rows, np.float32).reshape(-1, VOCAB))
 
     def fork(self, src: int, dst: int) -> None:
         pass
@@ -81,32 +82,14 @@ def logits_of(tokens: Any) -> Any:
         values = (np.arange(VOCAB, dtype=np.uint64) + state * np.uint64(7) + far) * MIX
         values ^= values >> np.uint64(31)
         values *= MIX
-    return (values >> np.uint64(40)).astype(np.float64) / 2**22
-
-
-class Chosen(NamedTuple):
-    token_ids: Any
-    logprobs: Any
-
-
-class FakeSampler:
-    """The likeliest token, or one by a random number of seed, text and position."""
-
-    def sample(self, logits: Any, rows: Any) -> Chosen:
-        assert len(logits) == len(rows)
-        chosen = []
-        for values, row in zip(logits, rows, strict=True):
-            if row.params.temperature > 0:
-                values = values + np.random.default_rng([row.seed, row.index, row.position]).gumbel(size=VOCAB)
-            chosen.append(int(values.argmax()))
-        return Chosen(np.array(chosen, np.int64), [None] * len(chosen))
+    return (values >> np.uint64(40)).astype(np.float32) / 2**22
 
 
 def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **options: Any) -> EngineCore:
     """Return an engine over a fake model; options of the cache and of the engine."""
     own = {name: options.pop(name) for name in ("max_batch_tokens", "max_num_seqs", "eos_token_ids") if name in options}
     runner = runner or FakeRunner(num_blocks, block_size, **options)
-    return EngineCore(runner, sampler=FakeSampler(), **own)
+    return EngineCore(runner, **own)
 
 
 def request(name: str, prompt: Any, **options: Any) -> Request:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import random
+import logging
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -13,15 +13,18 @@ from pagedkv.engine.intake import prepare
 from pagedkv.engine.outcome import Outcome
 from pagedkv.engine.outputs import FinishReason, RequestOutput
 from pagedkv.engine.reporting import output_of
-from pagedkv.engine.request import Request
+from pagedkv.engine.request import Branch, Request
 from pagedkv.engine.runner import Runner
+from pagedkv.engine.sampler import Sampler, SampleRow, random_seed
 from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSnapshot, take_snapshot
 from pagedkv.engine.stats import EngineStats
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidLogits, InvalidOperation
 from pagedkv.spec import require_int
 
 __all__ = ["EngineCore"]
+
+logger = logging.getLogger("pagedkv")
 
 
 class EngineCore:
@@ -63,10 +66,9 @@ class EngineCore:
         self.runner, self.tokenizer = runner, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.scheduler = Scheduler(runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
-        self._sampler = _default_sampler() if sampler is None else sampler
+        self._sampler = Sampler() if sampler is None else sampler
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
-        self._random = random.Random()
         self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
         self._seconds = {"busy": 0.0, "forward": 0.0, "sampling": 0.0}
 
@@ -90,7 +92,7 @@ class EngineCore:
         prepare(request, self.runner)
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
         request.number = next(self._numbers)
-        request.seed = self._random.getrandbits(62) if request.params.seed is None else request.params.seed
+        request.seed = random_seed() if request.params.seed is None else request.params.seed
         request.branches = [self.scheduler.new_branch(request)]
         self._requests[request.request_id] = request
 
@@ -128,6 +130,9 @@ class EngineCore:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
             outcome.choose(logits, self._sampler)
+        except InvalidLogits as error:
+            self.scheduler.recall(batch)
+            return self._refused(error)
         except BaseException:
             self.scheduler.recall(batch)
             raise
@@ -176,6 +181,26 @@ class EngineCore:
         for name, amount in amounts.items():
             self._counts[name] += amount
 
+    def row_of(self, branch: Branch) -> SampleRow:
+        """Return what the sampler has to know of a branch."""
+        if branch.row is None:
+            request = branch.request
+            branch.row = SampleRow(
+                request.request_id,
+                request.params,
+                request.prompt_token_ids,
+                seed=request.seed,
+                choice=branch.index,
+                end_ids=self.eos_token_ids,
+            )
+        return branch.row
+
+    def _refused(self, error: InvalidLogits) -> list[RequestOutput]:
+        """End the requests for which the model gave no numbers; all others go on."""
+        logger.error("%s", error)
+        outputs = [self.abort(request_id) for request_id in error.request_ids]
+        return [output for output in outputs if output is not None]
+
     def _reported(self, request: Request) -> RequestOutput | None:
         if all(branch.finish_reason is not None for branch in request.branches):
             self._counts["finished_requests"] += 1
@@ -186,12 +211,6 @@ class EngineCore:
         request.finished = time.monotonic()
         del self._requests[request.request_id]
         return output_of(request, reason)
-
-
-def _default_sampler() -> Any:
-    from pagedkv.engine.sampler import Sampler
-
-    return Sampler()
 
 
 _COUNTED = (

@@ -28,6 +28,7 @@ def prepare(request: Request, runner: Runner) -> None:
     """
     if not isinstance(request.params, SamplingParams):
         raise InvalidOperation(f"params expects SamplingParams, got {request.params!r}")
+    request.params.require_vocab(runner.vocab_size)
     if not isinstance(request.cache_salt, str):
         raise InvalidOperation(f"cache_salt expects a str, got {request.cache_salt!r}")
     strategy = runner.cache.eviction_strategy

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from pagedkv.engine.batch import Batch, Part
 from pagedkv.engine.request import Branch, Request
-from pagedkv.engine.rows import row_of
 from pagedkv.engine.writing import Writer
 from pagedkv.errors import OutOfMemory
 
@@ -31,6 +30,7 @@ class Outcome:
         self._rows: list[Any] = []  # for the sampler
         self._places: list[int] = []  # of each row among the logits
         self._first_row: list[int] = []  # of each part
+        self._logprobs: Any = None
         self._beams: dict[Request, list[int]] = {}  # places of the logits of its live beams
         place = 0
         for part in batch.parts:
@@ -41,18 +41,15 @@ class Outcome:
 
     def _expect(self, part: Part, place: int) -> None:
         branch, request = part.branch, part.branch.request
-        eos = self._core.eos_token_ids
         if request.params.beam_width is not None:
             self._beams.setdefault(request, []).append(place)
-        elif request.num_unborn:
-            for index in range(1 + request.num_unborn):
-                self._rows.append(row_of(branch, index, branch.ids, eos))
-                self._places.append(place)
         else:
-            ids = branch.with_drafts(part.drafts) if len(part.drafts) else branch.ids
-            for i in range(1 + len(part.drafts)):
-                self._rows.append(row_of(branch, branch.index, ids[: branch.length + i], eos))
-                self._places.append(place + i)
+            row = self._core.row_of(branch)
+            self._rows.append(row)
+            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unborn)]
+            self._rows += [row.ahead(part.drafts[: i + 1].tolist()) for i in range(len(part.drafts))]
+            self._places += [place] * (1 + request.num_unborn)
+            self._places += range(place + 1, place + 1 + len(part.drafts))
 
     def choose(self, logits: Any, sampler: Any) -> None:
         """Choose the tokens; nothing has changed if this fails."""
@@ -84,7 +81,9 @@ class Outcome:
             if tokens:
                 touched[request] = None
                 for index in range(1, 1 + request.num_unborn):
-                    request.branches.append(scheduler.fork(branch, index))
+                    twin = scheduler.fork(branch, index)
+                    twin.row = self._rows[first + index]
+                    request.branches.append(twin)
                 request.num_unborn = 0
                 if len(tokens) > 1 and not len(part.drafts):
                     for i, twin in enumerate(request.branches):
@@ -118,8 +117,11 @@ class Outcome:
             request.first_token = time.monotonic()
         for i, token in enumerate(tokens):
             branch.push(token)
-            if request.params.logprobs is not None:
-                branch.note_logprob(token, self._logprobs[first + i])
+            branch.row.accept(token)
+            if self._logprobs is not None and request.params.logprobs is not None:
+                entries = self._logprobs[first + i]
+                branch.logprobs.append(entries)
+                branch.cumulative_logprob += entries[token].logprob
             ending = branch.writer.add(token)
             core.count(generation_tokens=1)
             if ending is not None:

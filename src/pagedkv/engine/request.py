@@ -126,6 +126,7 @@ class Branch:
         "logprobs",
         "output_ids",
         "request",
+        "row",
         "seq_id",
         "state",
         "stop_reason",
@@ -146,6 +147,7 @@ class Branch:
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
+        self.row: Any = None  # what the sampler has to know
         self.writer: Any = None  # what turns tokens into text and finds the stops
 
     @property
@@ -191,12 +193,8 @@ class Branch:
         self.length += 1
         self.output_ids.append(token)
 
-    def with_drafts(self, drafts: Ids) -> Ids:
-        """Return its tokens and, behind them, drafts: a copy."""
-        return np.concatenate([self.ids, drafts])
-
     def twin(self, index: int, seq_id: int) -> Branch:
-        """Return a branch that has read and written the same so far, without the state of its writer."""
+        """Return a branch that has read and written the same so far, without a writer and a row."""
         other = Branch(self.request, index, seq_id)
         other._ids = self._ids.copy()
         other.length, other.computed, other.dropped = self.length, self.computed, self.dropped
