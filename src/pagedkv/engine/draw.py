@@ -168,7 +168,7 @@ def draw(
     ``extremes`` float64 [n, 2] are highest and lowest logits, ``numbers`` float64 [n] in [0, 1) decide.
     """
     for row in range(len(tokens)):
-        floor, last = -np.inf, np.int64(logits.shape[1])
+        floor, last = -np.inf, logits.shape[1]
         if top_k[row] > 0 or top_p[row] < 1:
             floor, last = nucleus(
                 logits[row],
