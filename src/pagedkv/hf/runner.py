@@ -102,7 +102,7 @@ class ModelRunner:
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = self._streaming.positions(plan) if plan.num_dropped.any() else plan.positions
+        positions = self._streaming.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
@@ -180,7 +180,7 @@ def _integers(name: str, given: Any, limit: int) -> Ids:
     array = np.asarray(given)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
         raise InvalidOperation(f"{name}: expected a flat array of int, got {array.dtype} {list(array.shape)}")
-    array = np.ascontiguousarray(array, np.int64)
+    array = np.array(array, np.int64)  # a copy: torch wants arrays that it may write
     # As unsigned numbers negative ones are huge: one pass finds both kinds.
     if len(array) and int(array.view(np.uint64).max()) >= limit:
         wrong = array[array.view(np.uint64) >= limit][0]

@@ -1,0 +1,102 @@
+"""The ragged runner: whatever is in a batch and however it is cut, each text goes on as it would alone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.hf.models import CONFIGS, FURTHER, VOCAB, build, prompt
+from tests.hf.serving import WHOLE, Request, generated, serve
+from transformers import AutoModelForCausalLM
+
+from pagedkv import InvalidOperation
+from pagedkv.hf import ModelRunner, StreamingSession, load_runner
+from pagedkv.models import shipped_model_path
+
+FAMILIES = [*CONFIGS, *FURTHER]
+GATHERED = {"deepseek_v3", "falcon", "bloom", "llama4", "lfm2"}
+BLOCK, NEW = 5, 10
+SINKS, WINDOW = 3, 14
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog):
+    caplog.set_level(logging.CRITICAL, "transformers")
+
+
+@functools.cache
+def texts() -> list[list[int]]:
+    """Eight prompts of 1 to 90 tokens; most begin alike, two are equal."""
+    shared = prompt(1, 23, seed=5)[0].tolist()
+    ends = [prompt(1, n, seed=n)[0].tolist() for n in (3, 12, 40, 67)]
+    return [*(shared + end for end in ends), ends[2], ends[0][:1], shared + ends[1], shared]
+
+
+@functools.cache
+def expected(name: str) -> list[list[int]]:
+    return [generated(build(name), text, NEW) for text in texts()]
+
+
+def runner_of(name: str, **options: Any) -> ModelRunner:
+    return load_runner(build(name), **{"num_blocks": 400, "block_size": BLOCK, **options})
+
+
+def tokens(requests: list[Request]) -> list[list[int]]:
+    return [request.text for request in requests]
+
+
+def assert_all_free(runner: ModelRunner) -> None:
+    runner.cache.check()
+    assert runner.cache.used_block_count == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, WHOLE])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gives_the_tokens_of_generate(name, chunk):
+    runner = runner_of(name)
+    assert runner.mode == ("gather" if name in GATHERED else "ragged")
+    for reuse in (False, True, True):
+        served = serve(runner, texts(), NEW, chunk=chunk, reuse=reuse)
+        assert tokens(served) == expected(name)
+    longest = max(served, key=lambda request: request.num_cached)
+    assert longest.num_cached == (len(longest.text) - NEW - 1 if runner.reuses_prefixes else 0)
+    assert_all_free(runner)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_speculation_takes_back_leaves_no_trace(name):
+    runner = runner_of(name)
+    assert tokens(serve(runner, texts(), NEW, chunk=30, drafts=3)) == expected(name)
+    assert_all_free(runner)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forks_go_on_apart(name):
+    model, runner, start = build(name), runner_of(name), texts()[1]
+    step(runner, {0: start[:-1]})
+    runner.fork(0, 1)
+    runner.cache.fork(0, 1)
+    others = [start[-1], (start[-1] + 1) % VOCAB]
+    ends: dict[int, list[int]] = {0: others[:1], 1: others[1:]}
+    for _ in range(NEW):
+        rows = step(runner, {seq_id: end[-1:] for seq_id, end in ends.items()})
+        for seq_id, row in rows.items():
+            ends[seq_id].append(int(row.argmax()))
+    for seq_id, end in ends.items():
+        assert start[:-1] + end == generated(model, start[:-1] + end[:1], NEW)
+
+
+def step(runner: ModelRunner, news: dict[int, list[int]], *, by_count: bool = False) -> dict[int, torch.Tensor]:
+    """Feed tokens to sequences, new ones too, and return the logits of the last token of each."""
+    for seq_id in news.keys() - set(runner.cache.sequence_ids):
+        runner.cache.allocate(seq_id, 0)
+    lengths = [len(new) for new in news.values()]
+    plan = runner.cache.append_batch(list(news), lengths if by_count else list(news.values()))
+    logits = runner.forward(plan, np.concatenate(list(news.values())), np.cumsum(lengths) - 1)
+    runner.cache.commit(plan)
+    return dict(zip(news, logits, strict=True))
