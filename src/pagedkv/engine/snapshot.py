@@ -32,6 +32,7 @@ __all__ = [
     "RequestRecord",
     "decode",
     "encode",
+    "pack_columns",
     "take_snapshot",
 ]
 
@@ -221,9 +222,14 @@ _encoder: Any = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Frame)
 
 
-def encode(snapshot: EngineSnapshot) -> bytes:
-    """Return a snapshot as one msgpack map; the arrays are deflated, which leaves about a tenth of a calm pool."""
+def pack_columns(snapshot: EngineSnapshot) -> bytes:
+    """Return the arrays one behind the other, little-endian and deflated (zlib): kinds, ref_count, owner, depth, age."""
     arrays = [getattr(snapshot, name).astype(kind, copy=False).tobytes() for name, kind in _COLUMNS]
+    return zlib.compress(b"".join(arrays), 1)
+
+
+def encode(snapshot: EngineSnapshot) -> bytes:
+    """Return a snapshot as one msgpack map."""
     return bytes(
         _encoder.encode(
             _Frame(
@@ -233,7 +239,7 @@ def encode(snapshot: EngineSnapshot) -> bytes:
                 strategy=snapshot.strategy,
                 tick=snapshot.tick,
                 num_blocks=snapshot.total_blocks,
-                columns=zlib.compress(b"".join(arrays), 1),
+                columns=pack_columns(snapshot),
                 requests=snapshot.requests,
                 prefixes=snapshot.prefixes,
                 stats=snapshot.stats,

@@ -93,24 +93,21 @@ async def _events(server: ServerState, source: SnapshotSource) -> AsyncIterator[
     # A slow reader holds up this generator alone: it asks for the next snapshot when the last one has been taken.
     source.watchers += 1
     try:
-        known, sent_at = -1, 0.0
+        known, sent_at = b"", 0.0
         snapshot = await source.now()
         while not server.draining:
-            is_news = snapshot.tick != known
-            if is_news or _is_busy(snapshot) or snapshot.taken - sent_at >= SECONDS_BETWEEN_SIGNS:
-                yield event_of(snapshot, server.model.name, with_blocks=is_news)
-                known, sent_at = snapshot.tick, snapshot.taken
+            columns = pack_columns(snapshot)
+            is_news = columns != known
+            if is_news or snapshot.requests or snapshot.taken - sent_at >= SECONDS_BETWEEN_SIGNS:
+                yield event_of(snapshot, server.model.name, columns if is_news else None)
+                known, sent_at = columns, snapshot.taken
             snapshot = await source.next()
     finally:
         source.watchers -= 1
 
 
-def _is_busy(snapshot: EngineSnapshot) -> bool:
-    return bool(snapshot.requests)
-
-
-def event_of(snapshot: EngineSnapshot, model: str, *, with_blocks: bool) -> bytes:
-    """Return a server-sent event that holds a snapshot as JSON; without `with_blocks` the blocks are as they were."""
+def event_of(snapshot: EngineSnapshot, model: str, columns: bytes | None) -> bytes:
+    """Return a server-sent event that holds a snapshot as JSON; without columns the blocks are as they were."""
     fields = {
         "model": model,
         "taken": snapshot.taken,
@@ -121,6 +118,6 @@ def event_of(snapshot: EngineSnapshot, model: str, *, with_blocks: bool) -> byte
         "requests": snapshot.requests,
         "prefixes": snapshot.prefixes,
         "stats": dataclasses.asdict(snapshot.stats),
-        "columns": base64.b64encode(pack_columns(snapshot)).decode() if with_blocks else None,
+        "columns": None if columns is None else base64.b64encode(columns).decode(),
     }
     return b"data: " + msgspec.json.encode(fields) + b"\n\n"
