@@ -34,7 +34,7 @@ class Detokenizer:
     skip_special_tokens : bool
     """
 
-    __slots__ = ("_byte_ids", "_decode", "_out", "_shown", "_window")
+    __slots__ = ("_byte_ids", "_decode", "_in_run", "_out", "_shown", "_window")
 
     def __init__(
         self, tokenizer: Any, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
@@ -42,13 +42,16 @@ class Detokenizer:
         self._decode = _decoder(tokenizer, skip_special_tokens)
         self._byte_ids = _byte_ids(tokenizer)
         self._window = self._context(prompt_token_ids)
+        self._in_run = False  # of byte tokens
         self._out = len(self._window)  # tokens of the window whose text is out
         self._shown = self._decode(self._window).removesuffix(HALF)  # text of the window that is out
 
     def push(self, token: int) -> str:
         """Take the next token and return the text that it settles; often its own, sometimes none."""
         self._window.append(token)
-        if token in self._byte_ids:
+        in_run = token in self._byte_ids or (self._in_run and not self._decode([token]))  # skipped tokens end no run
+        self._in_run = in_run
+        if in_run:
             return ""
         text = self._decode(self._window)
         whole = not text.endswith(HALF)
@@ -79,7 +82,7 @@ class Detokenizer:
 
     def _context(self, prompt: Sequence[int]) -> list[int]:
         start = max(0, len(prompt) - CONTEXT)
-        while start > 0 and (prompt[start] in self._byte_ids or not self._decode([int(t) for t in prompt[start:]])):
+        while start > 0 and (prompt[start] in self._byte_ids or not self._decode([int(prompt[start])])):
             start -= 1
         return [int(token) for token in prompt[start:]]
 
