@@ -18,6 +18,7 @@ from pagedkv.server.logs import RequestLog
 from pagedkv.server.routers import BACKGROUND, ROUTERS
 from pagedkv.server.served import ServedModel
 from pagedkv.server.state import ServerState
+from pagedkv.server.streamed import document_chunks
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
@@ -57,6 +58,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
             finally:
                 state.draining = True
                 await engine.shutdown(drain=True, timeout=config.drain_timeout)
+                model.close()
 
     app = FastAPI(
         title="pagedkv",
@@ -71,6 +73,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
+    document_chunks(app)
     app.add_middleware(Limits, config=config)
     if config.allow_origins:
         app.add_middleware(

@@ -1,9 +1,135 @@
-"""Routes of chat."""
+"""``/v1/chat/completions``: answer a conversation."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from pagedkv.engine import RequestOutput
+from pagedkv.server.auth import Caller, caller_of, salt_of
+from pagedkv.server.conversation import PLAIN_STOPS, encode_chat, has_template
+from pagedkv.server.errors import ApiError
+from pagedkv.server.event_stream import stream
+from pagedkv.server.logs import request_id_of
+from pagedkv.server.pieces import Piece, Pieces, whole
+from pagedkv.server.running import Changes, Job, Running
+from pagedkv.server.schemas_chat import ChatChunk, ChatCompletion, ChatRequest
+from pagedkv.server.state import Server, ServerState
+from pagedkv.server.streamed import answers_with_events
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(tags=["chat"])
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="Answer a conversation",
+    response_model=ChatCompletion,
+    responses=answers_with_events(ChatChunk),
+)
+async def chat(
+    body: ChatRequest, request: Request, server: Server, caller: Annotated[Caller, Depends(caller_of)]
+) -> ChatCompletion | Response:
+    """Write answers to a conversation, as OpenAI's endpoint does."""
+    server.model.check_name(body.model)
+    _refuse_what_is_not_supported(body)
+    answer = _Answer(body, server, request_id_of(request.scope))
+    running = Running(
+        server,
+        request,
+        [await _job(body, server)],
+        priority=body.priority or 0,
+        salt=salt_of(caller, body.cache_salt),
+        session_id=body.session_id or request.headers.get("x-session-id"),
+    )
+    if body.stream:
+        return await stream(running, lambda changes: answer.chunks(changes, running))
+    async with running:
+        (output,) = await running.finished()
+        usage = running.usage()
+    return ChatCompletion.model_validate({**answer.frame, "choices": answer.choices(output), "usage": usage})
+
+
+def _refuse_what_is_not_supported(body: ChatRequest) -> None:
+    unsupported = {
+        "tools": bool(body.tools),
+        "functions": bool(body.functions),
+        "tool_choice": body.tool_choice not in (None, "none", "auto"),
+        "response_format": body.response_format is not None and body.response_format.type != "text",
+        "modalities": body.modalities is not None and body.modalities != ["text"],
+    }
+    for name, asked in unsupported.items():
+        if asked:
+            message = f"{name}: not supported by this server, which writes plain text"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+    if body.top_logprobs and not body.logprobs:
+        message = "top_logprobs: expected logprobs = true beside it"
+        raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+
+
+async def _job(body: ChatRequest, server: ServerState) -> Job:
+    more: dict[str, Any] = {"max_tokens": body.limit, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
+    if not has_template(server.model):
+        own = [body.stop] if isinstance(body.stop, str) else body.stop or []
+        more["stop"] = [*own, *PLAIN_STOPS]
+    params = body.sampling_params(**more)
+    params.require_vocab(server.model.vocab_size)
+    ids = await encode_chat(server.model, body.messages, open_answer=body.add_generation_prompt is not False)
+    server.model.check_length(len(ids), body.limit, "messages")
+    return Job(ids, params)
+
+
+class _Answer:
+    """Makes the objects of an answer out of the engine's outputs."""
+
+    def __init__(self, body: ChatRequest, server: ServerState, request_id: str) -> None:
+        self._body, self._tokens = body, server.tokens
+        self.frame: dict[str, Any] = {
+            "id": f"chatcmpl-{request_id}",
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": server.model.name,
+        }
+
+    def choices(self, output: RequestOutput) -> list[dict[str, Any]]:
+        """Return all answers."""
+        pieces = [(choice.index, whole(choice)) for choice in output.outputs]
+        return [
+            {**self._rest(index, piece), "message": {"role": "assistant", "content": piece.text}}
+            for index, piece in pieces
+        ]
+
+    async def chunks(self, changes: Changes, running: Running) -> AsyncIterator[dict[str, Any]]:
+        """Yield the objects of a stream."""
+        pieces = Pieces()
+        usage = {"usage": None} if self._body.wants_usage else {}
+        async for news in changes:
+            for _, output in news:
+                for choice in output.outputs:
+                    piece = pieces.of(choice.index, choice)
+                    if piece is not None:
+                        yield {**self.frame, "choices": [self._chunk(choice.index, piece)], **usage}
+        if self._body.wants_usage:
+            yield {**self.frame, "choices": [], "usage": running.usage().model_dump()}
+
+    def _chunk(self, index: int, piece: Piece) -> dict[str, Any]:
+        delta = {"role": "assistant"} if piece.first else {}
+        return {**self._rest(index, piece), "delta": {**delta, "content": piece.text}}
+
+    def _rest(self, index: int, piece: Piece) -> dict[str, Any]:
+        return {
+            "index": index,
+            "logprobs": self._logprobs(piece) if self._body.logprobs else None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+        count = self._body.top_logprobs or 0
+        entries = zip(piece.token_ids, piece.logprobs or [], strict=False)
+        return {"content": [self._tokens.chat_entry(token, likely, count) for token, likely in entries]}

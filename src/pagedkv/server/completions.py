@@ -1,9 +1,188 @@
-"""Routes of completions."""
+"""``/v1/completions``: go on from prompts."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from starlette.responses import Response
+
+from pagedkv.engine import CompletionOutput, RequestOutput
+from pagedkv.server.auth import Caller, caller_of, salt_of
+from pagedkv.server.errors import ApiError
+from pagedkv.server.event_stream import stream
+from pagedkv.server.logs import request_id_of
+from pagedkv.server.pieces import Piece, Pieces, whole
+from pagedkv.server.running import Changes, Job, Running
+from pagedkv.server.schemas import Usage
+from pagedkv.server.schemas_completion import Completion, CompletionChunk, CompletionRequest
+from pagedkv.server.state import Server, ServerState
+from pagedkv.server.streamed import answers_with_events
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(tags=["completions"])
+DEFAULT_MAX_TOKENS = 16
+
+
+@router.post(
+    "/v1/completions",
+    summary="Go on from prompts",
+    response_model=Completion,
+    responses=answers_with_events(CompletionChunk),
+)
+async def complete(
+    body: CompletionRequest, request: Request, server: Server, caller: Annotated[Caller, Depends(caller_of)]
+) -> Completion | Response:
+    """Write texts that continue the prompts, as OpenAI's endpoint does."""
+    server.model.check_name(body.model)
+    _refuse_what_does_not_go_together(body)
+    answer = await _prepare(body, request, server)
+    running = Running(
+        server,
+        request,
+        answer.jobs,
+        priority=body.priority or 0,
+        salt=salt_of(caller, body.cache_salt),
+        session_id=body.session_id or request.headers.get("x-session-id"),
+    )
+    if body.stream:
+        return await stream(running, lambda changes: answer.chunks(changes, running))
+    async with running:
+        outputs = await running.finished()
+        return Completion.model_validate(
+            {**answer.frame, "choices": answer.choices(outputs), "usage": answer.usage(running)}
+        )
+
+
+def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
+    if body.suffix:
+        raise ApiError(400, "suffix: not supported by this server", param="suffix", code="unsupported_parameter")
+    if body.best_of is not None and body.best_of < body.texts:
+        message = f"best_of: expected at least n = {body.texts}, got {body.best_of}"
+        raise ApiError(400, message, param="best_of", code="invalid_value")
+    if body.stream and body.best_of is not None and body.best_of > body.texts:
+        message = "best_of: does not go with stream, as the best are known at the end only"
+        raise ApiError(400, message, param="best_of", code="invalid_value")
+
+
+async def _prepare(body: CompletionRequest, request: Request, server: ServerState) -> _Answer:
+    prompts = body.prompts
+    most = server.config.max_prompts
+    if len(prompts) > most:
+        message = f"prompt: expected at most {most} prompts in one request, got {len(prompts)}"
+        raise ApiError(400, message, param="prompt", code="too_many_prompts")
+    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    chosen_among = max(body.texts, body.best_of or 1)
+    likely = body.logprobs
+    if chosen_among > body.texts and likely is None:
+        likely = 0  # the best are found by them
+    params = body.sampling_params(
+        n=chosen_among,
+        max_tokens=max(1, max_tokens),
+        logprobs=likely,
+        prompt_logprobs=body.logprobs if body.echo else None,
+    )
+    params.require_vocab(server.model.vocab_size)
+    jobs, texts = [], []
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            ids = await server.model.encode(prompt)
+        else:
+            ids = prompt
+            server.model.check_ids(ids, "prompt")
+        server.model.check_length(len(ids), max_tokens, "prompt")
+        jobs.append(Job(ids, params))
+        if body.echo:
+            texts.append(prompt if isinstance(prompt, str) else await server.model.decode(ids))
+    return _Answer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
+
+
+@dataclass(eq=False)
+class _Answer:
+    """Makes the objects of an answer out of the engine's outputs."""
+
+    body: CompletionRequest
+    server: ServerState
+    jobs: list[Job]
+    prompts: list[str]
+    silent: bool
+    """Whether no token was asked for: the engine writes one, which is not told."""
+    request_id: str
+    offsets: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.frame: dict[str, Any] = {
+            "id": f"cmpl-{self.request_id}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": self.server.model.name,
+        }
+
+    def choices(self, outputs: Sequence[RequestOutput]) -> list[dict[str, Any]]:
+        """Return the texts of all prompts, the best ones where there are more than were asked for."""
+        texts = self.body.texts
+        return [
+            self._choice(place * texts + index, whole(choice), outputs[place])
+            for place, output in enumerate(outputs)
+            for index, choice in enumerate(_best(output.outputs, texts))
+        ]
+
+    async def chunks(self, changes: Changes, running: Running) -> AsyncIterator[dict[str, Any]]:
+        """Yield the objects of a stream."""
+        pieces, texts = Pieces(), self.body.texts
+        usage = {"usage": None} if self.body.wants_usage else {}
+        async for news in changes:
+            for place, output in news:
+                for choice in output.outputs:
+                    index = place * texts + choice.index
+                    piece = pieces.of(index, choice)
+                    if piece is not None:
+                        yield {**self.frame, "choices": [self._choice(index, piece, output)], **usage}
+        if self.body.wants_usage:
+            yield {**self.frame, "choices": [], "usage": self.usage(running).model_dump()}
+
+    def usage(self, running: Running) -> Usage:
+        """Return what it cost."""
+        usage = running.usage()
+        if self.silent:
+            usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
+        return usage
+
+    def _choice(self, index: int, piece: Piece, output: RequestOutput) -> dict[str, Any]:
+        text = "" if self.silent else piece.text
+        if self.body.echo and piece.first:
+            text = self.prompts[index // self.body.texts] + text
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(index, piece, output),
+            "finish_reason": "length" if self.silent and piece.finish_reason else piece.finish_reason,
+            "stop_reason": None if self.silent else piece.stop_reason,
+        }
+
+    def _logprobs(self, index: int, piece: Piece, output: RequestOutput) -> dict[str, Any]:
+        tokens = [] if self.silent else list(piece.token_ids)
+        likely: list[Any] = [] if self.silent else list(piece.logprobs or [])
+        if self.body.echo and piece.first:
+            tokens = [*output.prompt_token_ids, *tokens]
+            likely = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *likely]
+        offset = self.offsets.get(index, 0)
+        entries = self.server.tokens.completion_entries(tokens, likely, offset)
+        if tokens:
+            self.offsets[index] = entries["text_offset"][-1] + self.server.tokens.length(tokens[-1])
+        return entries
+
+
+def _best(choices: list[CompletionOutput], count: int) -> list[CompletionOutput]:
+    """Return the texts whose tokens are the likeliest on the average."""
+    if len(choices) <= count:
+        return choices
+
+    def mean(choice: CompletionOutput) -> float:
+        return (choice.cumulative_logprob or 0.0) / max(1, len(choice.token_ids))
+
+    return sorted(choices, key=mean, reverse=True)[:count]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,15 @@ from starlette.exceptions import HTTPException
 
 from pagedkv.errors import EngineDead, InvalidOperation, RequestRefused
 
-__all__ = ["ApiError", "ErrorBody", "ErrorResponse", "api_error_of", "error_response", "install_error_handlers"]
+__all__ = [
+    "ApiError",
+    "ClientLeft",
+    "ErrorBody",
+    "ErrorResponse",
+    "api_error_of",
+    "error_response",
+    "install_error_handlers",
+]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -42,6 +51,10 @@ class ErrorResponse(BaseModel):
     """The body of every answer that is no success."""
 
     error: ErrorBody
+
+
+class ClientLeft(OSError):
+    """Nobody waits for the answer any more."""
 
 
 class ApiError(HTTPException):
@@ -101,7 +114,10 @@ def api_error_of(error: BaseException) -> ApiError:
             return ApiError(429, error.reason, code="queue_full", retry_after=error.retry_after)
         return ApiError(400, error.reason, code="request_too_large")
     if isinstance(error, InvalidOperation):
-        return ApiError(400, error.reason, code="invalid_value")
+        named = re.match(r"(\w+)(:| expects) ", error.reason)
+        return ApiError(400, error.reason, param=named and named[1], code="invalid_value")
+    if isinstance(error, ClientLeft):
+        return ApiError(499, "the client left", code="client_left")  # nobody reads it, but the log does
     if isinstance(error, EngineDead):
         return ApiError(503, "the engine has stopped", code="engine_dead")
     return ApiError(500, "the server met an error that it did not foresee", code="internal_error")
@@ -141,5 +157,5 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of an app in the one shape."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    for kind in (ApiError, RequestRefused, InvalidOperation, EngineDead):
+    for kind in (ApiError, ClientLeft, RequestRefused, InvalidOperation, EngineDead):
         app.add_exception_handler(kind, _known)

@@ -24,4 +24,4 @@ ROUTERS: tuple[APIRouter, ...] = (
 of ``server/auth.py``."""
 
 BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = ()
-"""Entered when the server starts and left when it has drained, in this order; the place to add to ``state.observers``."""
+"""Entered when the server starts and left when it has drained, in this order; here ``state.observers`` grows."""

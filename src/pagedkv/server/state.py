@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.gate import Gate
 from pagedkv.server.served import ServedModel
+from pagedkv.server.token_text import TokenText
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine, RequestOutput
@@ -48,6 +49,8 @@ class ServerState:
     gate : Gate
         Counts the sequences that are under way.
     observers : list of Observer
+    tokens : TokenText
+        Shows single tokens.
     draining : bool
         Whether SIGTERM came: what streams without an end must end now.
     started : float
@@ -60,7 +63,11 @@ class ServerState:
     gate: Gate
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
+    tokens: TokenText = field(init=False)
     started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self.tokens = TokenText(self.model.tokenizer)
 
 
 def _state_of(request: Request) -> ServerState:

@@ -1,9 +1,77 @@
-"""Routes of tokenize."""
+"""Text to tokens and back."""
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from fastapi import APIRouter
+from pydantic import BaseModel, FailFast, Field
+
+from pagedkv.server.auth import Client
+from pagedkv.server.conversation import encode_chat
+from pagedkv.server.errors import ApiError
+from pagedkv.server.schemas import Body, TokenId
+from pagedkv.server.schemas_chat import ChatMessage
+from pagedkv.server.state import Server
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(tags=["tokens"], dependencies=[Client])
+
+
+class TokenizeRequest(Body):
+    """A text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = Field(None, description="A text; either it or messages.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000), FailFast()] | None = Field(
+        None, description="A conversation, written out as for the chat endpoint."
+    )
+    add_special_tokens: bool | None = Field(None, description="With the tokens that open a text; true.")
+    add_generation_prompt: bool | None = Field(None, description="Of a conversation: open the answer; true.")
+    return_token_strs: bool | None = Field(None, description="Return the text of every token, too.")
+
+
+class Tokens(BaseModel):
+    """The tokens of a text."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(Body):
+    """Tokens."""
+
+    model: str | None = None
+    tokens: Annotated[list[TokenId], FailFast()]
+
+
+class Detokenized(BaseModel):
+    """The text of tokens."""
+
+    prompt: str
+
+
+@router.post("/tokenize", summary="Turn a text into tokens")
+async def tokenize(body: TokenizeRequest, server: Server) -> Tokens:
+    """Return the tokens of a text or of a conversation."""
+    server.model.check_name(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise ApiError(400, "prompt: expected either prompt or messages", param="prompt", code="invalid_value")
+    if body.messages is not None:
+        opened = body.add_generation_prompt is not False
+        ids = await encode_chat(server.model, body.messages, open_answer=opened)
+    else:
+        ids = await server.model.encode(body.prompt or "", special_tokens=body.add_special_tokens is not False)
+    texts = [server.tokens.text(token) for token in ids] if body.return_token_strs else None
+    return Tokens(count=len(ids), max_model_len=server.model.max_model_len, tokens=ids, token_strs=texts)
+
+
+@router.post("/detokenize", summary="Turn tokens into a text")
+async def detokenize(body: DetokenizeRequest, server: Server) -> Detokenized:
+    """Return the text of tokens, special ones included."""
+    server.model.check_name(body.model)
+    server.model.check_ids(body.tokens, "tokens")
+    return Detokenized(prompt=await server.model.decode(body.tokens))

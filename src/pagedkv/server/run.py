@@ -1,0 +1,120 @@
+"""run: listen, serve, and drain when SIGTERM or SIGINT comes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.server.app import create_app
+from pagedkv.server.config import ServerConfig
+from pagedkv.server.logs import JsonFormatter
+from pagedkv.server.slow_readers import SlowReaders
+from pagedkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
+
+__all__ = ["listen", "run", "show_logs"]
+
+BACKLOG = 2048
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """Return a socket that is bound to the host and port of a config, so that a port in use is found at once.
+
+    Raises
+    ------
+    InvalidOperation
+        It cannot be had.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InvalidOperation(f"host and port: cannot listen on {config.host}:{config.port}: {reason}") from None
+    return listener
+
+
+def run(
+    engine: AsyncEngine,
+    config: ServerConfig,
+    listener: socket.socket | None = None,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve an engine until SIGTERM or SIGINT; then let running requests end, for ``config.drain_timeout`` at most.
+
+    Parameters
+    ----------
+    engine : AsyncEngine
+        Shut down at the end.
+    config : ServerConfig
+    listener : socket, optional
+        Of `listen`.
+    on_ready : callable
+        Called once requests are answered.
+    """
+    app = create_app(engine, config)
+    settings = uvicorn.Config(
+        SlowReaders(app, config.write_timeout),
+        log_config=None,
+        access_log=False,
+        backlog=BACKLOG,
+        server_header=False,
+        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+        timeout_keep_alive=30,
+        ws="none",
+        lifespan="on",
+    )
+    _Server(settings, app.state.server, on_ready).run([listener or listen(config)])
+
+
+def show_logs(config: ServerConfig) -> None:
+    """Write the logs to stderr in the format of a config."""
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s")
+    handler.setFormatter(JsonFormatter() if config.log_format == "json" else text)
+    for name, level in (("pagedkv", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+class _Server(uvicorn.Server):
+    """Says when it is ready and when it drains, and ends with success after a signal."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._state, self._on_ready = state, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and not self.should_exit:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._state.draining = True
+        super().handle_exit(sig, frame)
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        # As uvicorn's, but a signal that was obeyed is not raised again: the process ends with 0.
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)

@@ -1,0 +1,222 @@
+"""Running: the requests to the engine behind one HTTP request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import ExitStack, aclosing
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.requests import Request
+
+from pagedkv.engine import RequestOutput, SamplingParams
+from pagedkv.server.errors import ApiError, ClientLeft
+from pagedkv.server.logs import note
+from pagedkv.server.schemas import Usage
+from pagedkv.server.state import ServerState
+
+__all__ = ["Changes", "Job", "Running"]
+
+Changes = AsyncIterator[list[tuple[int, RequestOutput]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt.
+
+    Attributes
+    ----------
+    token_ids : list of int
+    params : SamplingParams
+    """
+
+    token_ids: list[int]
+    params: SamplingParams
+
+
+class Running:
+    """Runs the prompts of one HTTP request and hands out what is newest.
+
+    Outputs are cumulative, so only the newest one of each prompt is kept: a client that reads slowly skips steps, the
+    engine never waits for it, and what is held for it is bounded. When the client leaves, or time is up, or the
+    ``async with`` block ends, whatever still runs is aborted and its blocks are free.
+
+    Parameters
+    ----------
+    server : ServerState
+    request : Request
+        Its body has been read.
+    jobs : sequence of Job
+    priority : int
+    salt : str
+    session_id : str, optional
+    """
+
+    def __init__(
+        self,
+        server: ServerState,
+        request: Request,
+        jobs: Sequence[Job],
+        *,
+        priority: int = 0,
+        salt: str = "",
+        session_id: str | None = None,
+    ) -> None:
+        self.latest: list[RequestOutput | None] = [None] * len(jobs)
+        self._server, self._request, self._jobs = server, request, jobs
+        self._priority, self._salt, self._session_id = priority, salt, session_id
+        self._changed: set[int] = set()
+        self._wake = asyncio.Event()
+        self._error: BaseException | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._places = ExitStack()
+        self._started = time.perf_counter()
+
+    async def __aenter__(self) -> Running:
+        """Start.
+
+        Raises
+        ------
+        ApiError
+            429 if there is no room, 503 if the server drains.
+        """
+        if self._server.draining:
+            raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
+        self._places.enter_context(self._server.gate.entered(sum(job.params.n for job in self._jobs)))
+        work = [self._pump(place, job) for place, job in enumerate(self._jobs)]
+        self._tasks = [asyncio.create_task(self._guarded(each)) for each in (*work, self._watch(), self._clock())]
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Abort what still runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._places.close()
+        self._server.gate.took(time.perf_counter() - self._started)
+        self._take_notes()
+
+    async def changes(self) -> Changes:
+        """Yield (prompt, its newest output) of all prompts that changed, until all are finished.
+
+        Raises
+        ------
+        ClientLeft
+        ApiError
+            504 when time is up, or what the engine raised.
+        """
+        unfinished = set(range(len(self._jobs)))
+        while unfinished:
+            await self._wake.wait()
+            self._wake.clear()
+            if self._error is not None:
+                raise self._error
+            changed, self._changed = sorted(self._changed), set()
+            news = [(place, output) for place in changed if (output := self.latest[place]) is not None]
+            unfinished -= {place for place, output in news if output.finished}
+            if news:
+                yield news
+
+    async def finished(self) -> list[RequestOutput]:
+        """Return the last outputs, one a prompt; raises as `changes` does."""
+        async for _ in self.changes():
+            pass
+        return [output for output in self.latest if output is not None]
+
+    def usage(self) -> Usage:
+        """Return what it cost so far."""
+        outputs = [output for output in self.latest if output is not None]
+        prompt = sum(len(output.prompt_token_ids) for output in outputs)
+        written = sum(len(choice.token_ids) for output in outputs for choice in output.outputs)
+        cached = sum(output.num_cached_tokens or 0 for output in outputs)
+        return Usage.model_validate(
+            {
+                "prompt_tokens": prompt,
+                "completion_tokens": written,
+                "total_tokens": prompt + written,
+                "prompt_tokens_details": {"cached_tokens": cached},
+            }
+        )
+
+    async def _guarded(self, work: Coroutine[object, object, None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            if self._error is None:
+                self._error = error
+            self._wake.set()
+
+    async def _pump(self, place: int, job: Job) -> None:
+        last: RequestOutput | None = None
+        reason = "aborted"
+        try:
+            async with aclosing(self._start(job)) as outputs:
+                async for last in outputs:
+                    _refuse_abort(last)
+                    self.latest[place] = last
+                    self._changed.add(place)
+                    self._wake.set()
+                    for observer in self._server.observers:
+                        observer.updated(last)
+            if last is None or not last.finished:
+                raise _aborted()
+            reason = "finished"
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            for observer in self._server.observers:
+                observer.ended(last, "timeout" if self._out_of_time else reason)
+
+    def _start(self, job: Job) -> AsyncGenerator[RequestOutput, None]:
+        outputs = self._server.engine.generate(
+            job.token_ids, job.params, priority=self._priority, cache_salt=self._salt, session_id=self._session_id
+        )
+        return cast("AsyncGenerator[RequestOutput, None]", outputs)
+
+    async def _watch(self) -> None:
+        """See when the client leaves."""
+        while (await self._request.receive())["type"] != "http.disconnect":
+            pass
+        raise ClientLeft("the client left")
+
+    async def _clock(self) -> None:
+        limit = self._server.config.request_timeout
+        await asyncio.sleep(limit)
+        raise ApiError(
+            504,
+            f"the request took longer than the {limit:g} seconds that it may",
+            code="request_timeout",
+            headers={"x-should-retry": "false"},
+        )
+
+    @property
+    def _out_of_time(self) -> bool:
+        return isinstance(self._error, ApiError) and self._error.status == 504
+
+    def _take_notes(self) -> None:
+        usage = self.usage()
+        facts: dict[str, object] = {
+            "prompts": len(self._jobs),
+            "prompt_tokens": usage.prompt_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "cached_tokens": usage.prompt_tokens_details.cached_tokens,
+        }
+        firsts = [o.metrics.first_token - o.metrics.arrived for o in self.latest if o and o.metrics.first_token]
+        if firsts:
+            facts["first_token_seconds"] = round(max(firsts), 6)
+        if self._error is not None:
+            facts["ended"] = self._error.code if isinstance(self._error, ApiError) else type(self._error).__name__
+        note(self._request.scope, **facts)
+
+
+def _aborted() -> ApiError:
+    return ApiError(503, "the request was aborted: the server is shutting down", code="aborted", retry_after=5)
+
+
+def _refuse_abort(output: RequestOutput) -> None:
+    # The engine ends requests on its own only when it shuts down.
+    if output.finished and any(choice.finish_reason == "abort" for choice in output.outputs):
+        raise _aborted()
