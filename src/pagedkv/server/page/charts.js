@@ -1,6 +1,6 @@
 // Small charts of the last two minutes.
 
-const SPAN = 120;  // seconds
+const SHORTEST_SPAN = 30, SPAN = 120;  // seconds
 const MOST = 1200; // points
 
 class Chart {
@@ -40,7 +40,8 @@ class Chart {
     if (!points.length) return;
     const end = points[points.length - 1][0];
     const top = this.ceiling ?? Math.max(1e-9, ...points.map((point) => Math.max(point[1], point[2] ?? 0)));
-    const x = (time) => width - ((end - time) / SPAN) * width;
+    const span = Math.max(SHORTEST_SPAN, end - points[0][0]);
+    const x = (time) => width - ((end - time) / span) * width;
     const y = (value) => height - 1 - (Math.min(value, top) / top) * (height - 4);
     const trace = (column) => {
       pen.beginPath();

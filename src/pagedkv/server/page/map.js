@@ -20,7 +20,7 @@ export class BlockMap {
     this.shade = "kind";
     this.blocks = null;
     this.cursor = -1;
-    this.owner = -1;
+    this.near = null;  // the blocks that stand out
     this.readColours();
   }
 
@@ -61,12 +61,12 @@ export class BlockMap {
   }
 
   paint() {
-    const { kinds, owners, ages, depths } = this.blocks;
-    const { pixels, plain, faint, ramp, owner } = this;
+    const { kinds, ages, depths } = this.blocks;
+    const { pixels, plain, faint, ramp, near } = this;
     if (this.shade === "kind") {
-      for (let i = 0; i < kinds.length; i += 1) {
-        pixels[i] = owner < 0 || owners[i] === owner ? plain[kinds[i]] : faint[kinds[i]];
-      }
+      const colours = near ? faint : plain;
+      for (let i = 0; i < kinds.length; i += 1) pixels[i] = colours[kinds[i]];
+      if (near) for (const block of near) pixels[block] = plain[kinds[block]];
       return;
     }
     const values = this.shade === "age" ? ages : depths;

@@ -10,8 +10,9 @@ const map = new BlockMap(find("map"));
 const charts = makeCharts(document);
 const requests = requestTable(find("requests"));
 const prefixes = prefixTable(find("prefixes"));
+const MOST_HOLDERS = 4;
 const number = (value) => value.toLocaleString("en");
-let latest = null, isPaused = false, isDue = false, walksByKeys = false;
+let pointedRow = null, latest = null, isPaused = false, isDue = false, walksByKeys = false;
 
 const legend = Object.fromEntries(KINDS.map((kind) => {
   const item = document.createElement("li"), swatch = document.createElement("span"), count = document.createElement("b");
@@ -42,8 +43,16 @@ function drawSoon() {
   });
 }
 
+/** Whose blocks stand out: the request of the row that is pointed at, or the owner of the block. */
+function ownerInSight() {
+  if (pointedRow !== null) return pointedRow;
+  return map.cursor >= 0 ? latest.requests[map.blocks.owners[map.cursor]]?.request_id ?? null : null;
+}
+
 function draw() {
   if (!latest || !map.blocks) return;
+  const owner = ownerInSight();
+  map.near = map.blocks.tables[owner] ?? null;
   map.draw();
   const style = getComputedStyle(document.documentElement);
   const colours = Object.fromEntries(["line", "fill", "rule", "other"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
@@ -56,16 +65,24 @@ function draw() {
   map.canvas.setAttribute("aria-label", `Block map: ${KINDS.map((kind, i) => `${counts[i]} ${kind}`).join(", ")}`);
   requests.fill(latest.requests);
   prefixes.fill(latest.prefixes);
+  for (const row of requests.body.rows) row.classList.toggle("near", owner !== null && row.cells[0].textContent === owner);
   describe();
+}
+
+/** Who holds a block, as many as a line can name. */
+function holders(block) {
+  const ids = Object.keys(map.blocks.tables).filter((id) => map.blocks.tables[id].includes(block));
+  const named = ids.slice(0, MOST_HOLDERS).join(", ");
+  return ids.length > MOST_HOLDERS ? `${named} and ${ids.length - MOST_HOLDERS} more` : named;
 }
 
 function describe() {
   const block = map.cursor, line = find("cell");
   if (block < 0 || block >= map.count) { line.textContent = ""; return; }
-  const { kinds, refCounts, owners, depths, ages } = map.blocks;
-  const kind = KINDS[kinds[block]], owner = latest.requests[owners[block]];
-  const said = [kind === "shared" ? `shared by ${refCounts[block]}` : kind];
-  if (owner) said.push(`${refCounts[block] > 1 ? "one of them" : "held by"} ${owner.request_id}`);
+  const { kinds, refCounts, depths, ages } = map.blocks;
+  const kind = KINDS[kinds[block]], count = refCounts[block];
+  const said = [count > 1 ? `${kind === "shared" ? "shared" : `${kind}, held`} by ${number(count)}: ${holders(block)}` : kind];
+  if (count === 1) said.push(`held by ${holders(block)}`);
   if (kind !== "free") {
     said.push(`depth ${depths[block]}`, ages[block] ? `last used ${number(ages[block])} ticks ago` : "used right now");
   }
@@ -76,11 +93,8 @@ function describe() {
 }
 
 function point(block) {
-  const owner = block >= 0 && map.blocks ? map.blocks.owners[block] : -1;
-  if (block === map.cursor && owner === map.owner) return;
+  if (block === map.cursor) return;
   map.cursor = block;
-  map.owner = owner;
-  [...requests.body.rows].forEach((row, place) => row.classList.toggle("near", place === owner));
   drawSoon();
 }
 
@@ -96,10 +110,10 @@ map.canvas.addEventListener("keydown", (event) => {
 });
 find("requests").addEventListener("pointerover", (event) => {
   const row = event.target.closest("tbody tr");
-  map.owner = row?.dataset.row ? Number(row.dataset.row) : -1;
+  pointedRow = row?.dataset.row ? row.cells[0].textContent : null;
   drawSoon();
 });
-find("requests").addEventListener("pointerleave", () => { map.owner = -1; drawSoon(); });
+find("requests").addEventListener("pointerleave", () => { pointedRow = null; drawSoon(); });
 find("shade").addEventListener("change", (event) => { map.shade = event.target.value; drawSoon(); });
 window.addEventListener("resize", drawSoon);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { map.readColours(); drawSoon(); });

@@ -15,30 +15,27 @@ async function* events(response) {
     if (done) return;
     const parts = (rest + value).split("\n\n");
     rest = parts.pop();
-    // What piled up while the page was busy is old news; only the blocks must not be lost.
-    const snapshots = parts.filter((part) => part.startsWith("data: ")).map((part) => JSON.parse(part.slice(6)));
-    if (!snapshots.length) continue;
-    const last = snapshots[snapshots.length - 1];
-    last.columns = snapshots.map((snapshot) => snapshot.columns).filter(Boolean).pop() ?? null;
-    yield last;
+    for (const part of parts) if (part.startsWith("data: ")) yield JSON.parse(part.slice(6));
   }
 }
 
-async function inflate(base64, numBlocks) {
+async function inflate(base64, numBlocks, requests) {
   const packed = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const raw = await new Response(stream).arrayBuffer();
   let place = 0;
   // Columns need not lie on their own boundaries: slice() copies them to where they may be read.
-  const column = (Kind) => {
-    const size = numBlocks * Kind.BYTES_PER_ELEMENT;
+  const column = (Kind, count = numBlocks) => {
+    const size = count * Kind.BYTES_PER_ELEMENT;
     place += size;
     return new Kind(raw.slice(place - size, place));
   };
-  return {
+  const blocks = {
     kinds: column(Uint8Array), refCounts: column(Uint16Array), owners: column(Int32Array),
-    depths: column(Uint16Array), ages: column(Uint32Array),
+    depths: column(Uint16Array), ages: column(Uint32Array), tables: {},
   };
+  for (const request of requests) blocks.tables[request.request_id] = column(Int32Array, request.blocks);
+  return blocks;
 }
 
 async function follow(address, key, signal, onSnapshot) {
@@ -49,7 +46,7 @@ async function follow(address, key, signal, onSnapshot) {
     throw new Refused(response.status, body.error?.message ?? response.statusText);
   }
   for await (const snapshot of events(response)) {
-    snapshot.blocks = snapshot.columns ? await inflate(snapshot.columns, snapshot.num_blocks) : null;
+    snapshot.blocks = snapshot.columns ? await inflate(snapshot.columns, snapshot.num_blocks, snapshot.requests) : null;
     onSnapshot(snapshot);
   }
 }
