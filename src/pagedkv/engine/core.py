@@ -11,7 +11,7 @@ from typing import Any
 from pagedkv.engine.admission import refuse_what_never_fits
 from pagedkv.engine.intake import prepare
 from pagedkv.engine.outcome import Outcome
-from pagedkv.engine.outputs import FinishReason, RequestOutput
+from pagedkv.engine.outputs import RequestOutput
 from pagedkv.engine.reporting import output_of
 from pagedkv.engine.request import Branch, Request
 from pagedkv.engine.runner import Runner
@@ -90,6 +90,8 @@ class EngineCore:
         if request.request_id in self._requests:
             raise InvalidOperation(f"request_id expects one that is not in use, got {request.request_id!r}")
         prepare(request, self.runner)
+        if request.params.stop and self.tokenizer is None:
+            raise InvalidOperation("stop expects no strings, as the engine has no tokenizer")
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed
@@ -111,8 +113,10 @@ class EngineCore:
             if branch.finish_reason is None:
                 self.scheduler.drop(branch)
                 branch.finish_reason = "abort"
+                if branch.writer is not None:
+                    branch.writer.close()
         self._counts["aborted_requests"] += 1
-        return self._ended(request, "abort")
+        return self._ended(request, aborted=True)
 
     def step(self) -> list[RequestOutput]:
         """Make one forward pass and return what it brought, in the order of arrival.
@@ -205,12 +209,13 @@ class EngineCore:
         if all(branch.finish_reason is not None for branch in request.branches):
             self._counts["finished_requests"] += 1
             return self._ended(request)
-        return output_of(request) if request.wants_updates else None
+        # Beams may still change their minds about every word.
+        return output_of(request) if request.wants_updates and request.beams is None else None
 
-    def _ended(self, request: Request, reason: FinishReason | None = None) -> RequestOutput:
+    def _ended(self, request: Request, *, aborted: bool = False) -> RequestOutput:
         request.finished = time.monotonic()
         del self._requests[request.request_id]
-        return output_of(request, reason)
+        return output_of(request, aborted=aborted)
 
 
 _COUNTED = (

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.engine.batch import Batch, Part
+from pagedkv.engine.beaming import advance_beams, begin_beams
 from pagedkv.engine.request import Branch, Request
 from pagedkv.engine.writing import Writer
 from pagedkv.errors import OutOfMemory
@@ -31,7 +32,7 @@ class Outcome:
         self._places: list[int] = []  # of each row among the logits
         self._first_row: list[int] = []  # of each part
         self._logprobs: Any = None
-        self._beams: dict[Request, list[int]] = {}  # places of the logits of its live beams
+        self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
         place = 0
         for part in batch.parts:
             self._first_row.append(len(self._rows))
@@ -42,7 +43,7 @@ class Outcome:
     def _expect(self, part: Part, place: int) -> None:
         branch, request = part.branch, part.branch.request
         if request.params.beam_width is not None:
-            self._beams.setdefault(request, []).append(place)
+            self._beams.setdefault(request, []).append((branch.index, place))
         else:
             row = self._core.row_of(branch)
             self._rows.append(row)
@@ -93,6 +94,9 @@ class Outcome:
             if request.params.streaming is not None:
                 for streaming in request.branches:
                     self._slide(streaming)
+        for request, beams in self._beams.items():
+            touched[request] = None
+            self._move_beams(request, beams)
         return sorted(touched, key=lambda request: request.number)
 
     def _accepted(self, part: Part, first: int) -> list[int]:
@@ -128,6 +132,18 @@ class Outcome:
                 branch.finish_reason, branch.stop_reason = ending
                 core.scheduler.drop(branch)
                 return
+
+    def _move_beams(self, request: Request, beams: list[tuple[int, int]]) -> None:
+        core = self._core
+        if request.beams is None:
+            request.beams, request.num_unborn = begin_beams(request, core.eos_token_ids, core.tokenizer), 0
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        core.count(
+            generation_tokens=advance_beams(
+                request, self._logits[[place for _, place in sorted(beams)]], core.scheduler
+            )
+        )
 
     def _slide(self, branch: Branch) -> None:
         """Let a stream keep its sinks and its window only."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from pagedkv.engine.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from pagedkv.engine.beaming import beam_outputs
+from pagedkv.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.engine.request import Branch, Request
 
 __all__ = ["output_of"]
 
 
-def output_of(request: Request, reason: FinishReason | None = None) -> RequestOutput:
-    """Return what there is of a request; `reason` is why it ended, where that is not its texts' own affair."""
+def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
+    """Return what there is of a request."""
     return RequestOutput(
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_tuple,
-        outputs=_beams(request, reason) if request.params.beam_width else [*map(_completion, request.branches)],
+        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.branches)],
         finished=request.is_finished,
-        num_cached_tokens=request.num_cached_tokens or 0,
+        num_cached_tokens=request.num_cached_tokens,
         metrics=RequestMetrics(
             arrived=request.arrived,
             first_scheduled=request.first_scheduled,
@@ -39,7 +40,3 @@ def _completion(branch: Branch) -> CompletionOutput:
         logprobs=branch.logprobs.copy() if wants_logprobs else None,
         cumulative_logprob=branch.cumulative_logprob if wants_logprobs else None,
     )
-
-
-def _beams(request: Request, reason: FinishReason | None) -> list[CompletionOutput]:
-    return []

@@ -1,0 +1,283 @@
+"""AsyncEngine: the engine in a thread of its own, for coroutines of any event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from pagedkv.engine.llm import LLM
+from pagedkv.engine.outputs import RequestOutput
+from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.snapshot import EngineSnapshot
+from pagedkv.engine.stats import EngineStats
+from pagedkv.engine.stream import Stream, deliver
+from pagedkv.errors import EngineDead, PagedKvError
+
+__all__ = ["AsyncEngine"]
+
+logger = logging.getLogger("pagedkv")
+
+T = TypeVar("T")
+LONG_TEXT = 4096  # characters that are tokenized beside the event loop
+
+
+class AsyncEngine:
+    """Runs the steps of an engine in a thread of its own and streams what they bring.
+
+    Use it from any event loop and any thread; do not use the `llm` itself as long as the thread runs. The thread starts
+    with the first request.
+
+    Parameters
+    ----------
+    llm : LLM
+
+    Attributes
+    ----------
+    llm : LLM
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self.llm = llm
+        self._core = llm.core
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._streams: dict[str, Stream] = {}  # of the engine's thread alone
+        self._thread: threading.Thread | None = None
+        self._numbers = itertools.count()
+        self._closing = self._stopped = False
+        self._dead: EngineDead | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests."""
+        return self._dead is None and not self._closing
+
+    @property
+    def error(self) -> EngineDead | None:
+        """Why it has stopped; None while it has not."""
+        return self._dead
+
+    async def generate(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        session_id: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Stream the outputs of one request; each holds all of the text so far, and the last one is ``finished``.
+
+        A slow reader misses outputs between, never text. When the iterator is closed or its task is cancelled the
+        request is aborted, and its blocks are free before the next step.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+        params : SamplingParams, optional
+        request_id : str, optional
+            One that is not in use.
+        priority : int
+            Higher goes first.
+        cache_salt : str
+            Requests of different salts never share a block.
+        session_id : str, optional
+
+        Yields
+        ------
+        RequestOutput
+
+        Raises
+        ------
+        InvalidOperation
+            If an argument makes no sense.
+        RequestRefused
+            If the request can never fit, with the numbers.
+        EngineDead
+            If a step failed, or the engine was shut down.
+        """
+        self._require_alive()
+        ids: Sequence[int]
+        if isinstance(prompt, str) and len(prompt) > LONG_TEXT:
+            ids = await asyncio.to_thread(self.llm.encode, prompt)
+        else:
+            ids = self.llm.encode(prompt) if isinstance(prompt, str) else prompt
+        request = self.llm.request(
+            ids,
+            params,
+            request_id=f"async-{next(self._numbers)}" if request_id is None else request_id,
+            priority=priority,
+            cache_salt=cache_salt,
+            session_id=session_id,
+        )
+        request.prompt = prompt if isinstance(prompt, str) else None
+        stream = Stream(asyncio.get_running_loop())
+        self._submit(lambda: self._take_in(request, stream))
+        try:
+            async for output in stream:
+                yield output
+        finally:
+            if not stream.is_over:
+                self._submit_quietly(lambda: self._take_out(request.request_id, stream))
+
+    async def abort(self, request_id: str) -> None:
+        """End a request: its stream gets a last output with what there is. Unknown ids are ignored."""
+        self._submit_quietly(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """Return the counters; never waits."""
+        return self._core.stats()
+
+    def snapshot(self) -> EngineSnapshot:
+        """Return pool, requests and counters between two steps; blocks until the present step is done."""
+        return self._between_steps(self._core.snapshot).result()
+
+    async def clear_prefix_cache(self) -> int:
+        """Forget all prefixes, between two steps; returns how many blocks became free."""
+        return await asyncio.wrap_future(self._between_steps(self._core.clear_prefix_cache))
+
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+        """Stop; requests that come now get EngineDead.
+
+        Parameters
+        ----------
+        drain : bool
+            Let requests under way come to their end.
+        timeout : float, optional
+            Seconds that they have; what is left then is aborted.
+        """
+        self._closing = True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while drain and self._is_busy() and (deadline is None or time.monotonic() < deadline):
+            await asyncio.sleep(0.01)
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    # ---------------------------------------------------------------- from any thread
+
+    def _require_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead.reason) from self._dead
+        if self._closing:
+            raise EngineDead("it is shutting down")
+
+    def _submit(self, job: Callable[[], None]) -> None:
+        """Have a job done by the engine's thread, before its next step."""
+        with self._wake:
+            self._require_alive()
+            self._post(job)
+
+    def _submit_quietly(self, job: Callable[[], None]) -> None:
+        """The same for jobs that also make sense while it shuts down, and none when it has stopped."""
+        with self._wake:
+            if self._dead is None and not self._stopped:
+                self._post(job)
+
+    def _post(self, job: Callable[[], None]) -> None:
+        self._inbox.append(job)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="pagedkv-engine", daemon=True)
+            self._thread.start()
+        self._wake.notify()
+
+    def _between_steps(self, call: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def job() -> None:
+            try:
+                future.set_result(call())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self._thread is not None and not self._stopped and self._dead is None:
+                self._post(job)
+                return future
+        job()  # nothing runs
+        return future
+
+    def _is_busy(self) -> bool:
+        return self._dead is None and (bool(self._inbox) or self._core.has_work)
+
+    # ---------------------------------------------------------------- in the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._next_jobs():
+                if self._core.has_work:
+                    self._deliver(self._core.step())
+            self._end(EngineDead("it was shut down"), None)
+        except BaseException as error:  # whatever a model can raise: nobody may wait for ever
+            logger.exception("a step of the engine failed")
+            self._end(EngineDead(f"a step failed: {type(error).__name__}: {error}"), error)
+
+    def _next_jobs(self) -> bool:
+        """Do what was asked for, waiting for it where there is nothing else to do; False when it is time to stop."""
+        with self._wake:
+            while not self._inbox and not self._stopped and not self._core.has_work:
+                self._wake.wait()
+            jobs, go_on = list(self._inbox), not self._stopped
+            self._inbox.clear()
+        for job in jobs:
+            job()
+        return go_on
+
+    def _take_in(self, request: Any, stream: Stream) -> None:
+        try:
+            self._core.add(request)
+        except PagedKvError as error:
+            deliver({stream.loop: [(stream, error)]})
+        else:
+            self._streams[request.request_id] = stream
+
+    def _take_out(self, request_id: str, stream: Stream) -> None:
+        # The id may belong to another request by now.
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self._core.abort(request_id)
+
+    def _abort(self, request_id: str) -> None:
+        output = self._core.abort(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        """Hand outputs to their streams, in one call for each event loop."""
+        by_loop: dict[Any, list[tuple[Stream, Any]]] = defaultdict(list)
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                by_loop[stream.loop].append((stream, output))
+                if output.finished:
+                    del self._streams[output.request_id]
+        deliver(by_loop)
+
+    def _end(self, dead: EngineDead, cause: BaseException | None) -> None:
+        """Fail all who wait and free their blocks."""
+        dead.__cause__ = cause
+        with self._wake:
+            self._dead = dead
+            jobs = list(self._inbox)
+            self._inbox.clear()
+        for job in jobs:
+            job()
+        by_loop: dict[Any, list[tuple[Stream, Any]]] = defaultdict(list)
+        for request_id, stream in self._streams.items():
+            by_loop[stream.loop].append((stream, dead))
+            try:
+                self._core.abort(request_id)
+            except PagedKvError:
+                logger.exception("request %s could not be taken out", request_id)
+        self._streams.clear()
+        deliver(by_loop)

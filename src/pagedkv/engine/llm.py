@@ -1,0 +1,226 @@
+"""LLM: texts for a list of prompts, all in one batch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.engine.core import EngineCore
+from pagedkv.engine.outputs import RequestOutput
+from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.progress import Progress
+from pagedkv.engine.request import Request
+from pagedkv.engine.sizing import default_blocks
+from pagedkv.errors import InvalidOperation
+
+__all__ = ["LLM"]
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A language model behind a continuous batching engine.
+
+    Parameters
+    ----------
+    model : str, path, PreTrainedModel or runner
+        A folder in the Hugging Face format, a causal language model of transformers, or a
+        :class:`pagedkv.hf.runner.ModelRunner`, which brings its cache.
+    tokenizer : str, path or tokenizer, optional
+        That of the folder by default; without one prompts are token ids and outputs have no text.
+    num_blocks : int, optional
+        Size of the pool. By default what ``max_num_seqs`` texts of full length need, or a quarter of the memory that is
+        free, if that is less.
+    block_size : int
+        Tokens of a block.
+    max_batch_tokens : int
+        Most tokens that go through the model in a step, but that every text which is being written gets its next one.
+    max_num_seqs : int
+        Most texts that are written at once.
+    strategy : str or EvictionStrategy
+        Which cached blocks, and which running texts, are given up first.
+    prefix_caching : bool
+        Whether the K and V of equal prefixes are used again.
+    eviction_threshold : float
+        As of :class:`pagedkv.PagedKvCache`.
+    kv_dtype : str or torch.dtype, optional
+        Of the stored K and V; that of the model by default.
+    mode : {"auto", "ragged", "gather"}
+        How the model is run; see :func:`pagedkv.hf.load_runner`.
+
+    Attributes
+    ----------
+    core : EngineCore
+    tokenizer
+        None if there is none.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        num_blocks: int | None = None,
+        block_size: int = 16,
+        max_batch_tokens: int = 512,
+        max_num_seqs: int = 256,
+        strategy: str | EvictionStrategy = "lru",
+        prefix_caching: bool = True,
+        eviction_threshold: float = 0.9,
+        kv_dtype: Any = None,
+        mode: str = "auto",
+    ) -> None:
+        if hasattr(model, "forward") and hasattr(model, "cache"):
+            runner = model
+        else:
+            from pagedkv.hf.load import load_runner
+
+            runner = load_runner(
+                model,
+                num_blocks=default_blocks(model, block_size, max_num_seqs) if num_blocks is None else num_blocks,
+                block_size=block_size,
+                strategy=strategy,
+                prefix_caching=prefix_caching,
+                kv_dtype=kv_dtype,
+                mode=mode,
+                eviction_threshold=eviction_threshold,
+            )
+        self.tokenizer = _tokenizer_of(model if tokenizer is None else tokenizer)
+        self.core = EngineCore(
+            runner,
+            tokenizer=self.tokenizer,
+            eos_token_ids=_eos_of(runner),
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        self._numbers = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+        progress: bool = False,
+    ) -> list[RequestOutput]:
+        """Write a continuation of every prompt.
+
+        Parameters
+        ----------
+        prompts : str, list of int, or a list of these
+            Texts, or token ids.
+        params : SamplingParams, or one for each prompt
+            The defaults by default.
+        priority : int
+            Matters among requests that are under way at the same time.
+        cache_salt : str
+            Calls of different salts never share a block.
+        progress : bool
+            Show a progress bar.
+
+        Returns
+        -------
+        list of RequestOutput
+            In the order of the prompts.
+
+        Raises
+        ------
+        InvalidOperation
+            If an argument makes no sense.
+        RequestRefused
+            If a request can never fit, with the numbers; none is computed then.
+        """
+        listed = _listed(prompts)
+        wanted = _one_each(params, len(listed))
+        requests = [
+            self.request(prompt, each, priority=priority, cache_salt=cache_salt, wants_updates=False)
+            for prompt, each in zip(listed, wanted, strict=True)
+        ]
+        done: dict[str, RequestOutput] = {}
+        try:
+            for request in requests:
+                self.core.add(request)
+            with Progress(len(requests), progress) as bar:
+                while len(done) < len(requests):
+                    for output in self.core.step():
+                        done[output.request_id] = output
+                        bar.advance()
+        except BaseException:
+            for request in requests:
+                self.core.abort(request.request_id)
+            raise
+        return [done[request.request_id] for request in requests]
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options: Any
+    ) -> Request:
+        """Return a request for ``core.add``; `options` are those of :class:`Request`."""
+        return Request(
+            request_id=f"request-{next(self._numbers)}" if request_id is None else request_id,
+            prompt_token_ids=self.encode(prompt) if isinstance(prompt, str) else prompt,
+            prompt=prompt if isinstance(prompt, str) else None,
+            params=SamplingParams() if params is None else params,
+            **options,
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, with the special tokens that the tokenizer puts around it.
+
+        Raises
+        ------
+        InvalidOperation
+            If there is no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise InvalidOperation("prompts expects token ids, as the engine has no tokenizer, got a str")
+        ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    try:
+        listed = list(prompts)
+    except TypeError:
+        raise InvalidOperation(f"prompts expects texts or lists of token ids, got {prompts!r}") from None
+    return [listed] if listed and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__") else listed
+
+
+def _one_each(params: Any, count: int) -> list[Any]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise InvalidOperation(f"params expects one SamplingParams for each of {count} prompts, got {len(params)}")
+    return list(params)
+
+
+def _tokenizer_of(source: Any) -> Any:
+    """Return a tokenizer, loaded where a folder is given that has one."""
+    if not isinstance(source, (str, PathLike)):
+        return source if callable(getattr(source, "decode", None)) else None
+    folder = Path(source)
+    if folder.is_dir() and not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(source)
+
+
+def _eos_of(runner: Any) -> list[int]:
+    model = getattr(runner, "model", None)
+    for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return [int(eos)] if isinstance(eos, int) else [int(token) for token in eos]
+    return []
