@@ -89,3 +89,14 @@ def generated(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
     options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0, "eos_token_id": None}
     out: list[int] = model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0].tolist()
     return out
+
+
+def step(runner: ModelRunner, news: dict[int, list[int]]) -> dict[int, torch.Tensor]:
+    """Feed tokens to sequences, new ones too, and return the logits of the last token of each."""
+    for seq_id in news.keys() - set(runner.cache.sequence_ids):
+        runner.cache.allocate(seq_id, 0)
+    lengths = [len(new) for new in news.values()]
+    plan = runner.cache.append_batch(list(news), list(news.values()))
+    logits = runner.forward(plan, np.concatenate(list(news.values())), np.cumsum(lengths) - 1)
+    runner.cache.commit(plan)
+    return dict(zip(news, logits, strict=True))

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 from tests.hf.models import CONFIGS, FURTHER, VOCAB, build, prompt
-from tests.hf.serving import WHOLE, Request, generated, serve
-from transformers import AutoModelForCausalLM
+from tests.hf.serving import WHOLE, Request, generated, serve, step
 
-from pagedkv import InvalidOperation
-from pagedkv.hf import ModelRunner, StreamingSession, load_runner
-from pagedkv.models import shipped_model_path
+from pagedkv.hf import ModelRunner, load_runner
 
 FAMILIES = [*CONFIGS, *FURTHER]
 GATHERED = {"deepseek_v3", "falcon", "bloom", "llama4", "lfm2"}
 BLOCK, NEW = 5, 10
-SINKS, WINDOW = 3, 14
 
 
 @pytest.fixture(autouse=True)
@@ -87,16 +80,5 @@ def test_forks_go_on_apart(name):
         rows = step(runner, {seq_id: end[-1:] for seq_id, end in ends.items()})
         for seq_id, row in rows.items():
             ends[seq_id].append(int(row.argmax()))
-    for seq_id, end in ends.items():
+    for end in ends.values():
         assert start[:-1] + end == generated(model, start[:-1] + end[:1], NEW)
-
-
-def step(runner: ModelRunner, news: dict[int, list[int]], *, by_count: bool = False) -> dict[int, torch.Tensor]:
-    """Feed tokens to sequences, new ones too, and return the logits of the last token of each."""
-    for seq_id in news.keys() - set(runner.cache.sequence_ids):
-        runner.cache.allocate(seq_id, 0)
-    lengths = [len(new) for new in news.values()]
-    plan = runner.cache.append_batch(list(news), lengths if by_count else list(news.values()))
-    logits = runner.forward(plan, np.concatenate(list(news.values())), np.cumsum(lengths) - 1)
-    runner.cache.commit(plan)
-    return dict(zip(news, logits, strict=True))

@@ -40,6 +40,7 @@ def load_runner(
     kv_dtype: Any = None,
     mode: str = "auto",
     eviction_threshold: float = 0.9,
+    batch_invariant: bool = True,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -60,6 +61,9 @@ def load_runner(
         Of the stored K and V; that of the keys by default.
     mode : {"auto", "ragged", "gather"}
         ``"ragged"`` fails where ``"auto"`` would go over to gather mode.
+    batch_invariant : bool
+        Whether logits in ragged mode on the CPU are to have the same bits whatever else is in a batch and however a
+        text is cut. It costs next to nothing.
 
     Returns
     -------
@@ -88,7 +92,7 @@ def load_runner(
         prefix_caching=prefix_caching and proved.reuses_prefixes,
         eviction_threshold=eviction_threshold,
     )
-    runner = ModelRunner(model, cache, proved.mode, kv_dtype=kv_dtype)
+    runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant)
     runner.table.follow(proved.table)
     return runner
 
