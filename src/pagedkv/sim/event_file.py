@@ -7,43 +7,19 @@ bytes, big-endian, as far as they stay below 16 MiB.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Iterator
-from typing import Any, BinaryIO
 
-import msgspec
 import numpy as np
 
+from pagedkv.control.event_wire import BIN_32, MAX_BATCH_BYTES, append_event_batch
 from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
 from pagedkv.sim.source import BadRecord
 
 __all__ = ["MAX_BATCH_BYTES", "append_event_batch", "read_event_batches"]
 
-MAX_BATCH_BYTES = 32 * 2**20
-BIN_8, BIN_16, BIN_32 = 0xC4, 0xC5, 0xC6
+BIN_8, BIN_16 = 0xC4, 0xC5
 _BIN_FIELDS = {BIN_8: 1, BIN_16: 2, BIN_32: 4}
 _LENGTH_FIELD = 4
-_encoder = msgspec.msgpack.Encoder()
-
-
-def append_event_batch(file: BinaryIO, batch: Any) -> None:
-    """Append one batch of events, in one write.
-
-    Parameters
-    ----------
-    file : binary file, open for writing
-    batch : bytes or object
-        The payload as it was published, or what msgspec encodes: ``[ts, events, data_parallel_rank]``.
-
-    Raises
-    ------
-    ValueError
-        The batch is too large for `read_event_batches`; nothing was written.
-    """
-    payload = bytes(batch) if isinstance(batch, bytes | bytearray | memoryview) else _encoder.encode(batch)
-    if len(payload) > MAX_BATCH_BYTES:
-        raise ValueError(f"a batch takes at most {MAX_BATCH_BYTES} bytes, got {len(payload)}")
-    file.write(struct.pack(">BI", BIN_32, len(payload)) + payload)
 
 
 def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadRecord]:

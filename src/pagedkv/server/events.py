@@ -1,0 +1,211 @@
+"""KV events for others: over ZMQ as vLLM publishes them, and in a file that ``pagedkv replay`` reads."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
+from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.server.state import ServerState
+
+__all__ = ["EventPublisher", "EventRecorder", "kv_events", "replay_endpoint_of"]
+
+logger = logging.getLogger("pagedkv")
+
+SECONDS_BETWEEN_BATCHES = 0.05
+MAX_KEPT_BATCHES = 10_000
+MAX_KEPT_BYTES = 64 * 2**20
+END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+HIGH_WATER_MARK = 100_000
+
+
+def replay_endpoint_of(endpoint: str) -> str:
+    """Return where batches are replayed: the next port, or the same address with ``-replay`` behind it."""
+    match = re.fullmatch(r"(tcp://.+:)(\d+)", endpoint)
+    if match is None:
+        return endpoint if endpoint.endswith(":*") else f"{endpoint}-replay"
+    port = int(match[2]) + 1 if int(match[2]) else 0
+    return f"{match[1]}{port}"
+
+
+class EventPublisher:
+    """Publishes batches and replays the last ones; use it as an asynchronous context manager.
+
+    A message is (topic, sequence number of 8 bytes big-endian, msgpack batch). A client that missed some sends (empty,
+    number from which on it wants them) to the replay endpoint and gets (empty, number, batch) for each and (empty, −1,
+    empty) at the end.
+
+    Parameters
+    ----------
+    endpoint : str
+        Where a PUB socket is bound: ``tcp://127.0.0.1:5557``, ``ipc:///run/kv-events``.
+    replay_endpoint : str, optional
+        Where a ROUTER socket is bound; see `replay_endpoint_of`.
+    topic : str
+
+    Attributes
+    ----------
+    address, replay_address : str
+        What was bound in the end; tells the port where it was left open.
+
+    Raises
+    ------
+    MissingExtra
+        Without pyzmq.
+    InvalidOperation
+        An endpoint cannot be bound.
+    """
+
+    def __init__(self, endpoint: str, replay_endpoint: str | None = None, topic: str = "") -> None:
+        try:
+            import zmq.asyncio
+        except ModuleNotFoundError as error:
+            raise MissingExtra("pyzmq", "events") from error
+        self._zmq = zmq
+        self._endpoints = (endpoint, replay_endpoint or replay_endpoint_of(endpoint))
+        self._topic = topic.encode()
+        self._kept: deque[tuple[int, bytes]] = deque()
+        self._kept_bytes = self._next = 0
+        self.address = self.replay_address = ""
+
+    async def __aenter__(self) -> EventPublisher:
+        """Bind the sockets."""
+        zmq = self._zmq
+        self._context: Any = zmq.asyncio.Context()
+        self._publisher, self._router = self._context.socket(zmq.PUB), self._context.socket(zmq.ROUTER)
+        self._publisher.set_hwm(HIGH_WATER_MARK)
+        try:
+            for socket, endpoint in zip((self._publisher, self._router), self._endpoints, strict=True):
+                socket.setsockopt(zmq.LINGER, 0)
+                self._bind(socket, endpoint)
+        except BaseException:
+            self._context.destroy(linger=0)
+            raise
+        self.address = self._publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.replay_address = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._task = asyncio.create_task(self._answer())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        """Close the sockets; what was sent is still delivered for a moment."""
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+        self._context.destroy(linger=200)
+
+    async def publish(self, payload: bytes) -> None:
+        """Send a batch to all who listen; nobody is waited for."""
+        number = self._next
+        self._next += 1
+        self._kept.append((number, payload))
+        self._kept_bytes += len(payload)
+        while len(self._kept) > MAX_KEPT_BATCHES or self._kept_bytes > MAX_KEPT_BYTES:
+            self._kept_bytes -= len(self._kept.popleft()[1])
+        await self._publisher.send_multipart((self._topic, number.to_bytes(8, "big"), payload))
+
+    def _bind(self, socket: Any, endpoint: str) -> None:
+        try:
+            socket.bind(endpoint)
+        except self._zmq.ZMQError as error:
+            raise InvalidOperation(
+                f"events_endpoint expects an address that is free, got {endpoint}: {error}"
+            ) from None
+
+    async def _answer(self) -> None:
+        while True:
+            frames = await self._router.recv_multipart()
+            if len(frames) != 3 or len(frames[2]) != 8:
+                logger.warning("a replay request of %d frames was ignored", len(frames))
+                continue
+            client, start = frames[0], int.from_bytes(frames[2], "big")
+            for number, payload in list(self._kept):
+                if number >= start:
+                    await self._router.send_multipart((client, b"", number.to_bytes(8, "big"), payload))
+            await self._router.send_multipart((client, b"", END_OF_REPLAY, b""))
+
+
+class EventRecorder:
+    """Appends batches to a file; a disk that is full ends the recording, never the server.
+
+    Parameters
+    ----------
+    path : Path
+        A file of former batches is continued.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = open(path, "ab")  # noqa: SIM115
+
+    def record(self, payload: bytes) -> None:
+        """Append a batch and hand it to the system."""
+        if self._file.closed:
+            return
+        try:
+            append_event_batch(self._file, payload)
+            self._file.flush()
+        except (OSError, ValueError) as error:
+            logger.error("recording KV events to %s ends: %s", self._path, error)
+            self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        with suppress(OSError):
+            self._file.close()
+
+
+@asynccontextmanager
+async def kv_events(state: ServerState) -> AsyncIterator[None]:
+    """Publish and record the events of the engine's cache, where the operator wants them."""
+    config = state.config
+    if config.events_endpoint is None and config.record_events is None:
+        yield
+        return
+    async with AsyncExitStack() as stack:
+        takers: list[Callable[[bytes], Any]] = []
+        if config.record_events is not None:
+            recorder = EventRecorder(config.record_events)
+            stack.callback(recorder.close)
+            takers.append(recorder.record)
+        if config.events_endpoint is not None:
+            publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
+            logger.info("KV events at %s, replayed at %s", publisher.address, publisher.replay_address)
+            takers.append(publisher.publish)
+        log = KvEventLog(state.engine.llm.core.runner.cache)
+        stack.callback(log.close)
+        task = asyncio.create_task(_pass_on(log, takers))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await _hand_out(log, takers)
+
+
+async def _pass_on(log: KvEventLog, takers: list[Callable[[bytes], Any]]) -> None:
+    while True:
+        await _hand_out(log, takers)
+        await asyncio.sleep(SECONDS_BETWEEN_BATCHES)
+
+
+async def _hand_out(log: KvEventLog, takers: list[Callable[[bytes], Any]]) -> None:
+    batch = log.take()
+    if batch is None:
+        return
+    payload = batch_bytes(batch)
+    for take in takers:
+        if asyncio.iscoroutine(sent := take(payload)):
+            await sent
