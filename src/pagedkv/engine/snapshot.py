@@ -33,6 +33,7 @@ __all__ = [
     "CACHED",
     "FREE",
     "KINDS",
+    "NUM_PREFIXES",
     "PINNED",
     "SHARED",
     "EngineSnapshot",
@@ -40,6 +41,7 @@ __all__ = [
     "RequestRecord",
     "decode",
     "encode",
+    "hottest_prefixes",
     "pack_columns",
     "take_snapshot",
 ]
@@ -93,6 +95,7 @@ def take_snapshot(cache: Inspection, requests: Iterable[Request], stats: EngineS
         requests=tuple(_record(request, sum(map(len, tables)), now) for tables, request in listed),
         prefixes=prefixes,
         stats=stats,
+        cost=time.monotonic() - now,
     )
 
 

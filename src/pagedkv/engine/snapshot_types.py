@@ -97,6 +97,8 @@ class EngineSnapshot:
     prefixes : tuple of PrefixRecord
         The hottest first.
     stats : EngineStats
+    cost : float
+        Seconds that it took to take; not part of what is encoded.
     """
 
     taken: float
@@ -112,6 +114,7 @@ class EngineSnapshot:
     requests: tuple[RequestRecord, ...] = ()
     prefixes: tuple[PrefixRecord, ...] = ()
     stats: EngineStats
+    cost: float = 0.0
 
     @property
     def total_blocks(self) -> int:

@@ -7,7 +7,8 @@ from contextlib import AbstractAsyncContextManager
 
 from fastapi import APIRouter
 
-from pagedkv.server import cache_control, chat, completions, health, models, tokenize
+from pagedkv.server import cache_control, cache_routes, chat, completions, health, live, metrics, models, tokenize
+from pagedkv.server.events import kv_events
 from pagedkv.server.state import ServerState
 
 __all__ = ["BACKGROUND", "ROUTERS"]
@@ -19,9 +20,13 @@ ROUTERS: tuple[APIRouter, ...] = (
     chat.router,
     tokenize.router,
     cache_control.router,
+    cache_routes.router,
+    live.stream_router,
+    live.page_router,
+    metrics.router,
 )
 """Every one is included as it is: a router that needs a key says so with ``dependencies=[Client]`` or ``[Operator]``
 of ``server/auth.py``."""
 
-BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = ()
+BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = (metrics.metering, kv_events)
 """Entered when the server starts and left when it has drained, in this order; here ``state.observers`` grows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,15 +61,11 @@ class SnapshotSource:
 
     async def _take(self) -> EngineSnapshot:
         started = time.monotonic()
-        # Beside the event loop: the cache may be busy with a step for a moment.
-        snapshot = await asyncio.to_thread(self._engine.snapshot)
-        if inspect.isawaitable(snapshot):
-            snapshot = await snapshot
-        ended = time.monotonic()
-        self._next_at = started + max(self._shortest, (ended - started) / SHARE_OF_TIME)
+        # Beside the event loop: a snapshot waits for the step that is being made.
+        snapshot: EngineSnapshot = await asyncio.to_thread(self._engine.snapshot)
+        self._next_at = started + max(self._shortest, snapshot.cost / SHARE_OF_TIME)
         self.taken += 1
-        taken: EngineSnapshot = snapshot
-        return taken
+        return snapshot
 
 
 def _source_of(request: Request, server: Server) -> SnapshotSource:

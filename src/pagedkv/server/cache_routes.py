@@ -1,0 +1,147 @@
+"""What is in the cache: blocks by state, the requests, the hottest prefixes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+
+from pagedkv.engine.snapshot import NUM_PREFIXES, encode, hottest_prefixes
+from pagedkv.server.auth import Operator
+from pagedkv.server.snapshots import Snapshots
+from pagedkv.server.state import Server, ServerState
+
+__all__ = ["router"]
+
+MAX_SHOWN_TOKENS = 512
+SNAPSHOT_TYPE = "application/vnd.pagedkv.snapshot"
+
+router = APIRouter(tags=["cache"], dependencies=[Operator])
+
+
+class Blocks(BaseModel):
+    """How many blocks there are of each kind; every block counts once."""
+
+    free: int
+    active: int = Field(description="Held by one sequence.")
+    shared: int = Field(description="Held by several sequences.")
+    cached: int = Field(description="Held by nobody, still findable.")
+    pinned: int = Field(description="Never given up, whoever holds them.")
+
+
+class CachedRequest(BaseModel):
+    """A request that is under way."""
+
+    request_id: str
+    state: str
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int
+    blocks: int
+    priority: int
+    age_seconds: float
+    num_preemptions: int
+
+
+class Prefix(BaseModel):
+    """A prefix that several requests have used."""
+
+    block_id: int = Field(description="Its last block.")
+    num_tokens: int
+    uses: int = Field(description="Sequences that have held it since it was stored.")
+    ref_count: int = Field(description="Sequences that hold it now.")
+    age_ticks: int = Field(description="Calls of the cache since its last use.")
+    text: str | None = Field(None, description="Its beginning, where the operator lets it be shown.")
+
+
+class Cache(BaseModel):
+    """The cache at one moment."""
+
+    model: str
+    taken: float = Field(description="Unix time.")
+    strategy: str
+    block_size: int
+    num_blocks: int
+    tick: int
+    usage: float = Field(description="Blocks that requests hold, a fraction of all.")
+    prefix_hit_rate: float = Field(description="Prompt tokens found in the cache, a fraction of those looked up.")
+    blocks: Blocks
+    requests: list[CachedRequest]
+    num_requests: int
+    hottest_prefixes: list[Prefix]
+    stats: dict[str, float]
+
+
+@router.get("/v1/cache", summary="What is in the cache")
+async def show_cache(
+    server: Server,
+    snapshots: Snapshots,
+    max_requests: Annotated[int, Query(ge=0, le=100_000, description="List at most so many requests.")] = 1000,
+) -> Cache:
+    """Return the blocks by state, the requests and the hottest prefixes; snapshots are at most four a second."""
+    snapshot = await snapshots.now()
+    stats, total = snapshot.stats, snapshot.total_blocks
+    texts = await _texts(server) if server.config.show_tokens else {}
+    return Cache(
+        model=server.model.name,
+        taken=snapshot.taken,
+        strategy=snapshot.strategy,
+        block_size=snapshot.block_size,
+        num_blocks=total,
+        tick=snapshot.tick,
+        usage=stats.blocks_used / total if total else 0.0,
+        prefix_hit_rate=stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
+        blocks=Blocks(**snapshot.counts()),
+        requests=[
+            CachedRequest(
+                request_id=r.request_id,
+                state=r.state,
+                prompt_tokens=r.prompt_tokens,
+                output_tokens=r.output_tokens,
+                cached_tokens=r.cached_tokens,
+                blocks=r.blocks,
+                priority=r.priority,
+                age_seconds=r.age,
+                num_preemptions=r.num_preemptions,
+            )
+            for r in snapshot.requests[:max_requests]
+        ],
+        num_requests=len(snapshot.requests),
+        hottest_prefixes=[
+            Prefix(
+                block_id=p.block_id,
+                num_tokens=p.num_tokens,
+                uses=p.uses,
+                ref_count=p.ref_count,
+                age_ticks=p.age,
+                text=texts.get(p.block_id),
+            )
+            for p in snapshot.prefixes
+        ],
+        stats=dataclasses.asdict(stats),
+    )
+
+
+@router.get(
+    "/v1/cache/snapshot",
+    summary="A snapshot for pagedkv top",
+    response_class=Response,
+    responses={200: {"content": {SNAPSHOT_TYPE: {"schema": {"type": "string", "format": "binary"}}}}},
+)
+async def snapshot(snapshots: Snapshots) -> Response:
+    """Return the whole pool, a few bytes a block; ``pagedkv.engine.snapshot.decode`` reads it."""
+    frozen = await snapshots.now()
+    data = await asyncio.to_thread(encode, frozen)
+    return Response(data, media_type=SNAPSHOT_TYPE, headers={"Cache-Control": "no-store"})
+
+
+async def _texts(server: ServerState) -> dict[int, str]:
+    """Return the beginnings of the hottest prefixes, by their last blocks."""
+    if server.model.tokenizer is None:
+        return {}
+    prefixes = hottest_prefixes(server.engine.llm.core.runner.cache, NUM_PREFIXES, MAX_SHOWN_TOKENS)
+    return {prefix.block_id: await server.model.decode(prefix.token_ids) for prefix in prefixes}

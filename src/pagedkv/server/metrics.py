@@ -1,0 +1,196 @@
+"""``/metrics`` for Prometheus: names after vLLM's with the prefix ``pagedkv:``, and under ``vllm:`` where wished."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
+
+from pagedkv.engine.block_lives import BlockLives
+from pagedkv.server.auth import Operator
+from pagedkv.server.counters import OURS, VLLMS, EngineCounters
+from pagedkv.server.errors import ApiError
+from pagedkv.server.state import Server, ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import RequestOutput
+
+__all__ = ["ServerMetrics", "metering", "router"]
+
+SECONDS_BETWEEN_LOOKS = 0.25
+_BLOCK_SECONDS = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 21600)
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_NEXT_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10, 20)
+_REQUEST = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From the arrival of a request to its first token", _FIRST_TOKEN),
+    "inter_token_latency_seconds": ("Between two tokens of a text", _NEXT_TOKEN),
+    "e2e_request_latency_seconds": ("From the arrival of a request to its last token", _REQUEST),
+    "request_queue_time_seconds": ("From the arrival of a request until it is first computed", _REQUEST),
+    "request_prefill_time_seconds": ("From then until the first token", _REQUEST),
+    "request_decode_time_seconds": ("From the first token to the last", _REQUEST),
+    "request_time_per_output_token_seconds": ("Mean time between the tokens of a request", _NEXT_TOKEN),
+    "request_prompt_tokens": ("Tokens of the prompt of a request", _TOKENS),
+    "request_generation_tokens": ("Tokens that were written for a request", _TOKENS),
+    "kv_block_lifetime_seconds": ("From when a block is stored until it is given up, of a sample", _BLOCK_SECONDS),
+    "kv_block_idle_before_evict_seconds": ("From the last use of a block until it is given up", _BLOCK_SECONDS),
+    "kv_block_reuse_gap_seconds": ("Between two uses of a block by different sequences", _BLOCK_SECONDS),
+}
+
+
+class ServerMetrics:
+    """The metrics of one server, in a registry of its own; an observer of its requests.
+
+    Parameters
+    ----------
+    state : ServerState
+    """
+
+    def __init__(self, state: ServerState) -> None:
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(EngineCounters(state.engine, state.model.name))
+        self._labels = {"model_name": state.model.name, "engine": "0"}
+        names = tuple(self._labels)
+        self._histograms = {
+            name: Histogram(OURS + name, text, names, buckets=buckets, registry=self._registry).labels(**self._labels)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        # Series that are there from the start: the rate of one that appears with its first event misses that event.
+        self._ended = Counter(
+            f"{OURS}request_success",
+            "Texts that came to their end",
+            (*names, "finished_reason"),
+            registry=self._registry,
+        )
+        self._failed = Counter(
+            f"{OURS}request_failure", "Requests that did not", (*names, "reason"), registry=self._registry
+        )
+        for reason in ("stop", "length", "abort"):
+            self._ended.labels(**self._labels, finished_reason=reason)
+        for reason in ("aborted", "timeout", "error"):
+            self._failed.labels(**self._labels, reason=reason)
+        self._published: Collector = _Renamed(self._registry) if state.config.vllm_metrics else self._registry
+        self._progress: dict[str, tuple[float, int]] = {}
+        self.lives = BlockLives(state.engine.llm.core.runner.cache)
+
+    def text(self) -> bytes:
+        """Return all metrics in the text format."""
+        return generate_latest(self._published)
+
+    def updated(self, output: RequestOutput) -> None:
+        """Take the time between tokens; several that came at once share what they took."""
+        now, written = time.monotonic(), sum(len(choice.token_ids) for choice in output.outputs)
+        before = self._progress.get(output.request_id)
+        if before is None:
+            self._begun(output)
+        elif written > before[1] and before[1]:
+            texts = sum(not choice.finished for choice in output.outputs) or 1
+            each = (now - before[0]) * min(texts, written - before[1]) / (written - before[1])
+            for _ in range(written - before[1]):
+                self._histograms["inter_token_latency_seconds"].observe(each)
+        if before is None or written > before[1]:
+            self._progress[output.request_id] = (now, written)
+
+    def ended(self, output: RequestOutput | None, reason: str) -> None:
+        """Take the end of a request."""
+        if output is not None:
+            self._progress.pop(output.request_id, None)
+        if reason != "finished" or output is None:
+            self._failed.labels(**self._labels, reason=reason).inc()
+            return
+        times, written = output.metrics, sum(len(choice.token_ids) for choice in output.outputs)
+        for choice in output.outputs:
+            self._ended.labels(**self._labels, finished_reason=choice.finish_reason or "stop").inc()
+        self._observe("request_prompt_tokens", len(output.prompt_token_ids))
+        self._observe("request_generation_tokens", written)
+        if times.finished is not None:
+            self._observe("e2e_request_latency_seconds", times.finished - times.arrived)
+            if times.first_token is not None:
+                decoding = times.finished - times.first_token
+                self._observe("request_decode_time_seconds", decoding)
+                longest = max(len(choice.token_ids) for choice in output.outputs)
+                if longest > 1:
+                    self._observe("request_time_per_output_token_seconds", decoding / (longest - 1))
+
+    def look_at_blocks(self) -> None:
+        """Learn what became of the sample of the blocks."""
+        samples = self.lives.look(time.monotonic())
+        for name, seconds in (
+            ("kv_block_lifetime_seconds", samples.lifetimes),
+            ("kv_block_idle_before_evict_seconds", samples.idle_before_evict),
+            ("kv_block_reuse_gap_seconds", samples.reuse_gaps),
+        ):
+            for value in seconds.tolist():
+                self._observe(name, value)
+
+    def _begun(self, output: RequestOutput) -> None:
+        times = output.metrics
+        if times.first_scheduled is not None:
+            self._observe("request_queue_time_seconds", times.first_scheduled - times.arrived)
+        if times.first_token is not None:
+            self._observe("time_to_first_token_seconds", times.first_token - times.arrived)
+            if times.first_scheduled is not None:
+                self._observe("request_prefill_time_seconds", times.first_token - times.first_scheduled)
+
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
+
+
+class _Renamed(Collector):
+    """Everything twice: as it is, and under vLLM's names where vLLM has them."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metrics."""
+        for metric in self._registry.collect():
+            yield metric
+            if metric.name.removeprefix(OURS) in VLLMS:
+                twin = Metric(metric.name.replace(OURS, "vllm:", 1), metric.documentation, metric.type)
+                twin.samples = [Sample(s.name.replace(OURS, "vllm:", 1), *s[1:]) for s in metric.samples]
+                yield twin
+
+
+@asynccontextmanager
+async def metering(state: ServerState) -> AsyncIterator[None]:
+    """Observe the requests and the blocks of a server for as long as it runs."""
+    metrics = ServerMetrics(state)
+    state.observers.append(metrics)
+    task = asyncio.create_task(_look(metrics))
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        state.observers.remove(metrics)
+
+
+async def _look(metrics: ServerMetrics) -> None:
+    while True:
+        metrics.look_at_blocks()
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+router = APIRouter(tags=["server"], dependencies=[Operator])
+
+
+@router.get("/metrics", summary="Metrics for Prometheus", response_class=PlainTextResponse)
+async def metrics(server: Server) -> Response:
+    """Return the metrics in Prometheus' text format."""
+    found = next((observer for observer in server.observers if isinstance(observer, ServerMetrics)), None)
+    if found is None:
+        raise ApiError(503, "the server has not started yet", code="not_ready", retry_after=1)
+    return Response(found.text(), media_type=CONTENT_TYPE_LATEST)
