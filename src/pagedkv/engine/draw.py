@@ -1,7 +1,8 @@
 """Kernels of the sampler: random numbers by counter, and one draw a row among the tokens that are kept.
 
 Nothing is sorted but a few tokens. A histogram over the logits finds the bin in which the k-th token, or the token
-that completes the probability `top_p`, must lie; only the tokens of this bin are put in order.
+that completes the probability `top_p`, must lie; only the tokens of this bin are put in order. Each row is worked on
+by itself, with the same operations in the same order wherever it stands: no bit of it depends on the batch.
 """
 
 from __future__ import annotations
@@ -11,14 +12,26 @@ import numpy.typing as npt
 
 from pagedkv.jit import compiled
 
-__all__ = ["draw", "nucleus", "uniforms"]
+__all__ = ["draw", "first_of", "nucleus", "uniforms", "weigh"]
 
 BINS = 2048
-WIDEST = 64.0  # a token that is e**-64 less likely shares the last bin with all that are less likely still
+WIDEST = 64.0  # tokens further than this below the highest logit share the last bin
 NARROWEST = 1e-6
+BLOCK = 256  # tokens that are compared at once
+LANES = 8  # sums that run side by side
 GOLDEN = 0x9E3779B97F4A7C15
 
+# exp(x) = 2**k * polynomial(x - k ln 2), as Moshier's Cephes library has it for float32.
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+ROUNDING = np.float32(1.5 * 2**23)  # adding and subtracting it rounds to an integer
+C0, C1, C2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+C3, C4, C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+ONE = np.float32(1)
+FAR = np.float32(-200)
+SMALLEST_EXPONENT = -125  # what is less likely counts as impossible
+
 Floats = npt.NDArray[np.float32]
+Words = npt.NDArray[np.int32]
 Doubles = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -39,29 +52,37 @@ def uniforms(seeds: npt.NDArray[np.uint64], choices: Ints, positions: Ints) -> D
 
 
 @compiled
-def _bin_of(logit: float, highest: float, scale: float) -> int:
-    place = (highest - logit) * scale
-    return BINS - 1 if place >= BINS - 1 else int(place)
+def weigh(
+    logits: Floats, highest: np.float32, heat: np.float32, min_p: float, masses: Floats, bits: Words, exponents: Words
+) -> None:
+    """Set ``masses`` to exp((logits - highest) / heat), 0 below 2**-125 and below ``min_p``; float32 [vocab] each.
+
+    Every loop is one that the compiler turns into vector instructions. ``bits`` is the memory of the masses as int32,
+    ``exponents`` int32 [vocab] is scratch.
+    """
+    for token in range(len(logits)):
+        x = (logits[token] - highest) / heat
+        x = x if x > FAR else FAR
+        k = (x * LOG2_E + ROUNDING) - ROUNDING
+        r = (x - k * LN2_HIGH) - k * LN2_LOW
+        masses[token] = (((((C0 * r + C1) * r + C2) * r + C3) * r + C4) * r + C5) * (r * r) + r + ONE
+        exponents[token] = np.int32(k)
+    for token in range(len(logits)):
+        exponent = exponents[token]
+        bits[token] = bits[token] + (exponent << 23) if exponent >= SMALLEST_EXPONENT else 0
+    if min_p > 0:
+        for token in range(len(logits)):
+            masses[token] = masses[token] if masses[token] >= min_p else 0
 
 
 @compiled
-def _members(
-    which: int,
-    count: int,
-    logits: Floats,
-    bits: npt.NDArray[np.int32],
-    masses: Floats,
-    highest: float,
-    scale: float,
-    min_p: float,
-) -> Ints:
+def _sorted_members(which: int, count: int, places: Words, patterns: Words) -> Ints:
     """Return the tokens of one bin, the likeliest first, of equals the lowest id."""
     keys = np.empty(count, np.int64)
     found = 0
-    for token in range(len(logits)):
-        logit = np.float64(logits[token])
-        if masses[token] >= min_p and logit > -np.inf and _bin_of(logit, highest, scale) == which:
-            pattern = np.int64(bits[token])
+    for token in range(len(places)):
+        if places[token] == which:
+            pattern = np.int64(patterns[token])
             ordered = pattern if pattern >= 0 else -(pattern & 0x7FFFFFFF)
             keys[found] = (-ordered << 32) | token
             found += 1
@@ -72,49 +93,51 @@ def _members(
 @compiled
 def nucleus(
     logits: Floats,
-    bits: npt.NDArray[np.int32],
+    patterns: Words,
     masses: Floats,
-    highest: float,
-    lowest: float,
+    highest: np.float32,
+    lowest: np.float32,
     top_k: int,
     top_p: float,
-    min_p: float,
-) -> tuple[float, int]:
+    places: Words,
+) -> tuple[np.float32, int]:
     """Return the least likely token that may still be drawn, as its logit and id: what is kept lies above, or equals
     the logit with an id that is no higher.
-
-    min-p comes first, then top-k, then top-p over what these two left: vLLM's order.
 
     Parameters
     ----------
     logits : float32 [vocab]
-        After the temperature or before, without NaN; -inf are tokens that must not be drawn.
-    bits : int32 [vocab]
+        Without NaN and +inf.
+    patterns : int32 [vocab]
         The same memory, as bit patterns.
     masses : float32 [vocab]
-        exp((logits - highest) / temperature).
-    highest, lowest : float
+        In proportion to the probabilities; tokens with 0 are out already.
+    highest, lowest : float32
         Of the logits.
     top_k : int
         0 keeps all.
-    top_p, min_p : float
-        1 and 0 keep all.
+    top_p : float
+        1 keeps all. It is a part of what top-k left.
+    places : int32 [vocab]
+        Scratch.
     """
-    scale = BINS / min(max(highest - lowest, NARROWEST), WIDEST)
-    counts, weights = np.zeros(BINS, np.int64), np.zeros(BINS)
+    scale = np.float32(BINS / min(max(np.float64(highest) - np.float64(lowest), NARROWEST), WIDEST))
+    final = np.float32(BINS - 1)
     for token in range(len(logits)):
-        logit = np.float64(logits[token])
-        if masses[token] >= min_p and logit > -np.inf:
-            place = _bin_of(logit, highest, scale)
-            counts[place] += 1
-            weights[place] += masses[token]
-    floor, last, total, kept = -np.inf, len(logits), 0.0, 0
+        place = (highest - logits[token]) * scale
+        place = place if place < final else final
+        places[token] = np.int32(place) if masses[token] > 0 else BINS
+    counts, weights = np.zeros(BINS + 1, np.int64), np.zeros(BINS + 1)
+    for token in range(len(logits)):
+        counts[places[token]] += 1
+        weights[places[token]] += masses[token]
+    floor, last, total, kept = np.float32(-np.inf), len(logits), 0.0, 0
     for place in range(BINS):
         if top_k > 0 and kept + counts[place] >= top_k:
-            members = _members(place, counts[place], logits, bits, masses, highest, scale, min_p)
+            members = _sorted_members(place, counts[place], places, patterns)
             for token in members[: top_k - kept]:
                 total += masses[token]
-                floor, last = np.float64(logits[token]), token
+                floor, last = logits[token], token
             break
         kept += counts[place]
         total += weights[place]
@@ -123,61 +146,100 @@ def nucleus(
     goal, reached = top_p * total, 0.0
     for place in range(BINS):
         if counts[place] > 0 and reached + weights[place] >= goal:
-            members = _members(place, counts[place], logits, bits, masses, highest, scale, min_p)
+            members = _sorted_members(place, counts[place], places, patterns)
             for token in members:
                 reached += masses[token]
                 if reached >= goal or token == last:
-                    return np.float64(logits[token]), token
+                    return logits[token], token
         else:
             reached += weights[place]
     return floor, last
 
 
 @compiled
-def _pick(logits: Floats, masses: Floats, floor: float, last: int, min_p: float, uniform: float) -> int:
-    """Invert the cumulative distribution of what is kept, in the order of the ids."""
-    total = 0.0
-    for token in range(len(logits)):
-        if masses[token] >= min_p and (logits[token] > floor or (logits[token] == floor and token <= last)):
-            total += masses[token]
-    goal, reached, picked = uniform * total, 0.0, 0
-    for token in range(len(logits)):
-        if masses[token] >= min_p and (logits[token] > floor or (logits[token] == floor and token <= last)):
+def _pick(masses: Floats, uniform: float) -> int:
+    """Invert the cumulative distribution: first all tokens whose id is 0 modulo LANES, then 1, and so on."""
+    length = len(masses)
+    whole = length - length % LANES
+    sums = np.zeros(LANES)
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += masses[start + lane]
+    for token in range(whole, length):
+        sums[token - whole] += masses[token]
+    goal, reached, picked = uniform * sums.sum(), 0.0, 0
+    for lane in range(LANES):
+        if reached + sums[lane] <= goal and lane < LANES - 1:
+            reached += sums[lane]
+            continue
+        inside = 0.0
+        for token in range(lane, length, LANES):
             if masses[token] > 0:
-                reached += masses[token]
+                inside += masses[token]
                 picked = token
-                if reached > goal:
-                    break
+                if reached + inside > goal:
+                    return picked
+        reached += sums[lane]
     return picked
 
 
 @compiled
 def draw(
     logits: Floats,
-    bits: npt.NDArray[np.int32],
-    masses: Floats,
-    extremes: Doubles,
+    patterns: Words,
+    extremes: Floats,
+    heat: Floats,
     top_k: Ints,
     top_p: Doubles,
     min_p: Doubles,
-    numbers: Doubles,
+    uniform: Doubles,
     tokens: Ints,
 ) -> None:
-    """Draw one token a row into ``tokens``: the arguments of :func:`nucleus` for n rows, [n, vocab] and [n].
+    """Draw one token a row, among what min-p, then top-k, then top-p leave: vLLM's order.
 
-    ``extremes`` float64 [n, 2] are highest and lowest logits, ``numbers`` float64 [n] in [0, 1) decide.
+    Parameters
+    ----------
+    logits : float32 [n, vocab]
+        Without NaN and +inf; -inf are tokens that must not be drawn. At least one a row is finite.
+    patterns : int32 [n, vocab]
+        The same memory, as bit patterns.
+    extremes : float32 [n, 2]
+        Highest and lowest logits.
+    heat : float32 [n]
+        Temperatures, above 0.
+    top_k : int64 [n]
+    top_p, min_p, uniform : float64 [n]
+        The last in [0, 1): they decide.
+    tokens : int64 [n]
+        For the result.
     """
+    vocab = logits.shape[1]
+    masses, scratch = np.empty(vocab, np.float32), np.empty(vocab, np.int32)
+    bits = masses.view(np.int32)
     for row in range(len(tokens)):
-        floor, last = -np.inf, logits.shape[1]
+        one, highest = logits[row], extremes[row, 0]
+        weigh(one, highest, heat[row], min_p[row], masses, bits, scratch)
         if top_k[row] > 0 or top_p[row] < 1:
-            floor, last = nucleus(
-                logits[row],
-                bits[row],
-                masses[row],
-                extremes[row, 0],
-                extremes[row, 1],
-                top_k[row],
-                top_p[row],
-                min_p[row],
-            )
-        tokens[row] = _pick(logits[row], masses[row], floor, last, min_p[row], numbers[row])
+            lowest = extremes[row, 1]
+            floor, last = nucleus(one, patterns[row], masses, highest, lowest, top_k[row], top_p[row], scratch)
+            for token in range(vocab):
+                kept = one[token] > floor or (one[token] == floor and token <= last)
+                masses[token] = masses[token] if kept else 0
+        tokens[row] = _pick(masses, uniform[row])
+
+
+@compiled
+def first_of(logits: Floats, values: Floats, tokens: Ints) -> None:
+    """Set ``tokens``, int64 [n], to the lowest ids with these values: float32 [n, vocab] and [n]. NaN is nowhere."""
+    vocab = logits.shape[1]
+    for row in range(len(values)):
+        value, tokens[row] = values[row], 0
+        for start in range(0, vocab, BLOCK):
+            end, found = min(start + BLOCK, vocab), np.int32(0)
+            for token in range(start, end):
+                found |= np.int32(logits[row, token] == value)
+            if found:
+                while logits[row, start] != value:
+                    start += 1
+                tokens[row] = start
+                break

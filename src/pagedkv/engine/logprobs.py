@@ -67,12 +67,12 @@ def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int])
 def _likeliest(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Return the `most` highest logits of each row and their ids, equals by their ids."""
     if most == 0:
-        return logits[:, :0], torch.empty(len(logits), 0, dtype=torch.int64)
-    values, ids = torch.topk(logits, most, dim=-1)
-    tied = (logits == values[:, -1:]).sum(dim=-1) > (values == values[:, -1:]).sum(dim=-1)
-    for row in tied.nonzero()[:, 0].tolist():  # topk took some of several equals: any of them
-        ids[row] = torch.sort(logits[row], descending=True, stable=True)[1][:most]
-    ids, _ = ids.sort(dim=-1)
+        return logits[:, :0], torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    values, ids = torch.topk(logits, min(most + 1, logits.shape[1]), dim=-1)
+    tied = values[:, most:] == values[:, most - 1 : most]  # topk took some of several equals: any of them
+    for row in tied.any(dim=-1).nonzero()[:, 0].tolist():
+        ids[row, :most] = torch.sort(logits[row], descending=True, stable=True)[1][:most]
+    ids = ids[:, :most].sort(dim=-1)[0]
     values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
     return values, ids.gather(1, order)
 
