@@ -197,7 +197,8 @@ class EngineCore:
                 choice=branch.index,
                 end_ids=self.eos_token_ids,
             )
-        return branch.row
+        row: SampleRow = branch.row
+        return row
 
     def _refused(self, error: InvalidLogits) -> list[RequestOutput]:
         """End the requests for which the model gave no numbers; all others go on."""

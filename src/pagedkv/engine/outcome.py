@@ -60,7 +60,7 @@ class Outcome:
             plain = plain and self._places == list(range(len(self._places)))
             result = sampler.sample(logits if plain else logits[self._places], self._rows)
             self._tokens: list[int] = result.token_ids.tolist()
-            self._logprobs: Any = result.logprobs
+            self._logprobs = result.logprobs
 
     def apply(self) -> list[Request]:
         """Move every branch on; returns the requests that got tokens, in the order of arrival."""
@@ -147,7 +147,7 @@ class Outcome:
 
     def _slide(self, branch: Branch) -> None:
         """Let a stream keep its sinks and its window only."""
-        sink, window = branch.request.params.streaming
+        sink, window = branch.request.params.streaming or (0, 0)
         if not branch.is_running or branch.held <= sink + window:
             return
         try:

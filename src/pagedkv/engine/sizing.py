@@ -63,6 +63,7 @@ def _free_of_group() -> list[int]:
 
 def _longest(model: Any) -> int | None:
     if isinstance(model, (str, PathLike)):
+        config: Any
         try:
             config = json.loads((Path(model) / "config.json").read_text())
         except (OSError, ValueError):

@@ -1,0 +1,121 @@
+"""The scheduler under random load: everybody gets what it would get alone, and nothing is left behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+
+from pagedkv.engine import RequestRefused
+
+from tests.engine.fakes import alone, engine, request, tokens_of
+
+HEADS = [[3] * 9, [3] * 5 + [4] * 8, list(range(13)), []]
+
+prompts = st.builds(
+    lambda head, tail: head + tail, st.sampled_from(HEADS), st.lists(st.integers(0, 4), min_size=1, max_size=14)
+)
+extras = st.one_of(
+    st.just({}),
+    st.just({}),
+    st.fixed_dictionaries({"n": st.integers(2, 3), "temperature": st.just(1.0)}),
+    st.fixed_dictionaries({"prompt_lookup": st.integers(1, 5)}),
+    st.fixed_dictionaries({"prompt_lookup": st.integers(1, 5), "temperature": st.just(0.3)}),
+    st.fixed_dictionaries({"beam_width": st.integers(2, 3), "n": st.just(2)}),
+    st.fixed_dictionaries({"streaming": st.tuples(st.integers(0, 5), st.integers(1, 9))}),
+    st.fixed_dictionaries({"logprobs": st.just(2), "frequency_penalty": st.just(1.5)}),
+)
+
+
+class Load(RuleBasedStateMachine):
+    """Requests come, are aborted and stepped over a pool that is too small for them."""
+
+    options: dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core = engine(eos_token_ids=[30], **self.options)
+        self.given: dict[str, Any] = {}
+        self.outputs: dict[str, Any] = {}
+        self.aborted: set[str] = set()
+        self.steps = 0
+
+    @rule(
+        prompt=prompts,
+        max_tokens=st.integers(1, 24),
+        priority=st.sampled_from([0, 0, 0, 1, 2]),
+        salt=st.sampled_from(["", "", "other"]),
+        seed=st.integers(0, 3),
+        extra=extras,
+    )
+    def arrive(self, prompt, max_tokens, priority, salt, seed, extra):
+        name = f"r{len(self.given)}"
+        new = request(name, prompt, max_tokens=max_tokens, priority=priority, cache_salt=salt, seed=seed, **extra)
+        try:
+            self.core.add(new)
+            self.given[name] = new
+        except RequestRefused:
+            assert len(prompt) + max_tokens > 24
+
+    @rule(which=st.integers(0, 50))
+    def abort(self, which):
+        name = f"r{which}"
+        output = self.core.abort(name)
+        if output is not None:
+            assert output.finished and name not in self.outputs
+            self.aborted.add(name)
+
+    @rule(count=st.integers(1, 6))
+    def step(self, count):
+        for _ in range(count):
+            before = self.core.runner.computed_tokens
+            for output in self.core.step():
+                assert output.request_id not in self.aborted
+                if output.finished:
+                    assert output.request_id not in self.outputs
+                    self.outputs[output.request_id] = output
+            self.core.runner.cache.check()
+            self.steps += self.core.runner.computed_tokens == before
+        assert self.steps < 500
+
+    @invariant()
+    def the_books_agree(self):
+        stats = self.core.stats()
+        assert stats.num_running + stats.num_waiting == len(self.given) - len(self.outputs) - len(self.aborted)
+        assert len(self.core.scheduler.running) == self.core.runner.cache.num_sequences
+
+    def teardown(self):
+        for _ in range(3000):
+            if not self.core.has_work:
+                break
+            self.step(1)
+        assert not self.core.has_work, "somebody starves"
+        assert self.core.runner.cache.used_block_count == 0 and self.core.runner.cache.num_sequences == 0
+        for name, output in self.outputs.items():
+            assert tokens_of(output) == alone(self.given[name], eos_token_ids=[30]), self.given[name]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_blocks": 18, "max_batch_tokens": 16, "max_num_seqs": 5},
+        {"num_blocks": 18, "max_batch_tokens": 3, "max_num_seqs": 4, "strategy": "lfu"},
+        {"num_blocks": 24, "max_batch_tokens": 200, "prefix_caching": False, "strategy": "longest_first"},
+        {"num_blocks": 20, "max_batch_tokens": 1, "strategy": "priority:levels=3"},
+    ],
+    ids=["small", "chunks of 3", "without prefixes", "one token a step"],
+)
+def test_random_load(options):
+    machine = type("Load", (Load,), {"options": options})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=30,
+            stateful_step_count=30,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
