@@ -97,7 +97,7 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
         server.model.check_length(len(ids), max_tokens, "prompt")
         jobs.append(Job(ids, params))
         if body.echo:
-            texts.append(prompt if isinstance(prompt, str) else await server.model.decode(ids))
+            texts.append(prompt if isinstance(prompt, str) else await server.model.decode(ids, special_tokens=False))
     return _Answer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
 
 

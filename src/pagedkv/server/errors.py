@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -123,24 +124,40 @@ def api_error_of(error: BaseException) -> ApiError:
     return ApiError(500, "the server met an error that it did not foresee", code="internal_error")
 
 
-def _field(location: tuple[Any, ...]) -> str | None:
+def _field(location: Sequence[Any]) -> str | None:
     # The first part says body, query or path; the names of the members of a union would tell a client nothing.
     parts = [part for part in location[1:] if isinstance(part, int) or (part.isidentifier() and part not in _MEMBERS)]
     return ".".join(map(str, parts)) or None
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    field = _field(tuple(first["loc"]))
-    if first["type"] == "json_invalid":
+    """Name the field at fault, and what each form that it may take expected."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else []
+    if problems[0]["type"] == "json_invalid":
         return error_response(ApiError(400, "the body is no valid JSON", code="invalid_json"))
-    message = f"{field}: {first['msg']}" if field else str(first["msg"])
-    return error_response(ApiError(400, message, param=field, code="invalid_value"))
+    if problems[0]["loc"] == ("body",) and not _says_json(request.headers.get("content-type", "")):
+        text = "expected a JSON object and the header Content-Type: application/json"
+        return error_response(ApiError(415, text, code="unsupported_media_type"))
+    field = _field(problems[0]["loc"])
+    same = [problem for problem in problems if _root(problem["loc"]) == _root(problems[0]["loc"])]
+    said = dict.fromkeys(f"{_field(problem['loc']) or 'the body'}: {problem['msg']}" for problem in same)
+    return error_response(ApiError(400, "; or ".join(list(said)[:4]), param=field, code="invalid_value"))
+
+
+def _says_json(content_type: str) -> bool:
+    kind = content_type.partition(";")[0].strip().lower()
+    return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
+
+
+def _root(location: tuple[Any, ...]) -> tuple[Any, ...]:
+    # Of messages, say, each message is a field of its own; the members of a union share theirs.
+    numbered = 3 if len(location) > 2 and isinstance(location[2], int) else 2
+    return location[:numbered]
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+    if not isinstance(error, HTTPException):
+        raise error
     messages = {
         404: f"there is nothing at {request.url.path}",
         405: f"{request.url.path} does not take {request.method}",

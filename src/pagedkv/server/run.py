@@ -24,7 +24,7 @@ from pagedkv.server.state import ServerState
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
-__all__ = ["listen", "run", "show_logs"]
+__all__ = ["listen", "make_server", "run", "show_logs"]
 
 BACKLOG = 2048
 
@@ -67,6 +67,13 @@ def run(
     on_ready : callable
         Called once requests are answered.
     """
+    make_server(engine, config, on_ready).run([listener or listen(config)])
+
+
+def make_server(
+    engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
+) -> uvicorn.Server:
+    """Return the HTTP server of an engine, for whoever runs it in a thread of his own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),
@@ -79,7 +86,7 @@ def run(
         ws="none",
         lifespan="on",
     )
-    _Server(settings, app.state.server, on_ready).run([listener or listen(config)])
+    return _Server(settings, app.state.server, on_ready)
 
 
 def show_logs(config: ServerConfig) -> None:

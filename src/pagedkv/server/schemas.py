@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from pagedkv.engine import SamplingParams
 from pagedkv.server.errors import ApiError
@@ -42,7 +42,7 @@ class GenerationFields(Body):
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = Field(None, description="0 is greedy; 1 by default.")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS), FailFast()] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS, fail_fast=True)] | None = None
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = Field(
         None, description="The same seed gives the same text, whatever else is computed beside it."
     )
@@ -57,7 +57,7 @@ class GenerationFields(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Extension.")
     repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = Field(None, description="Extension.")
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="Extension.")
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024), FailFast()] | None = Field(
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024, fail_fast=True)] | None = Field(
         None, description="Extension."
     )
     ignore_eos: bool | None = Field(None, description="Extension: go on after the end of the text.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, Field
 
 from pagedkv.server.schemas import MOST_LOGPROBS, Body, GenerationFields, Usage
 
@@ -22,7 +22,7 @@ class ChatMessage(Body):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1), FailFast()] | None = Field(
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="A text, or parts of type text."
     )
     name: str | None = None
@@ -44,7 +44,7 @@ class ResponseFormat(Body):
 class ChatRequest(GenerationFields):
     """Answer a conversation."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000), FailFast()]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(None, description="As many as fit by default.")
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="The newer name of max_tokens; it wins."

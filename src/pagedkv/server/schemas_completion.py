@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, Field
 
 from pagedkv.server.schemas import MOST_LOGPROBS, MOST_TEXTS, GenerationFields, TokenId, Usage
 
 __all__ = ["Completion", "CompletionChoice", "CompletionChunk", "CompletionLogprobs", "CompletionRequest"]
 
 Text = Annotated[str, Field(min_length=1)]
-Tokens = Annotated[list[TokenId], Field(min_length=1), FailFast()]
+Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
 Prompt = (
     Text
     | Tokens
-    | Annotated[list[Text], Field(min_length=1), FailFast()]
-    | Annotated[list[Tokens], Field(min_length=1), FailFast()]
+    | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
+    | Annotated[list[Tokens], Field(min_length=1, fail_fast=True)]
 )
 
 

@@ -110,9 +110,10 @@ class ServedModel:
 
         return await self._beside(call)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
-        return await self._beside(partial(self._need_tokenizer().decode, list(token_ids)))
+    async def decode(self, token_ids: Sequence[int], *, special_tokens: bool = True) -> str:
+        """Return the text of token ids, with the special ones or without."""
+        decode = self._need_tokenizer().decode
+        return await self._beside(partial(decode, list(token_ids), skip_special_tokens=not special_tokens))
 
     async def render_chat(self, render: Callable[[Any], str]) -> str:
         """Return what a function makes of the tokenizer, called beside the event loop."""

@@ -40,7 +40,9 @@ class TokenText:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def length(self, token: int) -> int:
-        """Return how many whole characters a token has."""
+        """Return how many characters of the text a token makes; special ones are not shown in it."""
+        if self._tokenizer is not None and token in self._special:
+            return 0
         return len(self.raw(token).decode(errors="ignore"))
 
     def chat_entry(self, token: int, likely: Mapping[int, Any], count: int) -> dict[str, Any]:
@@ -80,13 +82,17 @@ class TokenText:
         name = self._tokenizer.convert_ids_to_tokens(token)
         if name is None:
             return b""
-        if token in self._tokenizer.all_special_ids:
+        if token in self._special:
             return str(name).encode()
         if self._is_byte_level and all(letter in _BYTES for letter in name):
             return bytes(_BYTES[letter] for letter in name)
         if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
             return bytes.fromhex(name[3:5])
         return str(name).replace("\u2581", " ").encode()
+
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
 
     @cached_property
     def _is_byte_level(self) -> bool:

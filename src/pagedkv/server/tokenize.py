@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import BaseModel, FailFast, Field
+from pydantic import BaseModel, Field
 
 from pagedkv.server.auth import Client
 from pagedkv.server.conversation import encode_chat
@@ -24,7 +24,7 @@ class TokenizeRequest(Body):
 
     model: str | None = None
     prompt: str | None = Field(None, description="A text; either it or messages.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000), FailFast()] | None = Field(
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
         None, description="A conversation, written out as for the chat endpoint."
     )
     add_special_tokens: bool | None = Field(None, description="With the tokens that open a text; true.")
@@ -45,7 +45,7 @@ class DetokenizeRequest(Body):
     """Tokens."""
 
     model: str | None = None
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class Detokenized(BaseModel):

@@ -1,0 +1,115 @@
+"""An engine without a model: it writes a fixed text and remembers what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+from pagedkv.engine import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from pagedkv.models import shipped_model_path
+
+STORY = "import os\n\ndef main():\n    return os.path.join('a', 'β→')\n"
+
+
+@cache
+def shipped_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shipped_model_path())
+
+
+@cache
+def story_tokens() -> tuple[int, ...]:
+    return tuple(shipped_tokenizer()(STORY, add_special_tokens=False)["input_ids"])
+
+
+@dataclass
+class Call:
+    token_ids: list[int]
+    params: SamplingParams
+    options: dict[str, Any]
+    ended: str = ""
+
+
+class FakeEngine:
+    """Follows the contract of AsyncEngine; a token takes `delay` seconds."""
+
+    def __init__(self, *, delay: float = 0.0, max_positions: int = 256, cached: int = 0) -> None:
+        self.delay, self.cached = delay, cached
+        self.calls: list[Call] = []
+        self.error: Exception | None = None
+        self.fails_after: int | None = None
+        self.is_alive = True
+        self.cleared = 0
+        self.tokenizer = shipped_tokenizer()
+        runner = SimpleNamespace(
+            cache=SimpleNamespace(total_blocks=1024, block_size=16), max_positions=max_positions, vocab_size=4096
+        )
+        core = SimpleNamespace(runner=runner, tokenizer=self.tokenizer, scheduler=SimpleNamespace(max_num_seqs=4))
+        self.llm = SimpleNamespace(core=core, tokenizer=self.tokenizer)
+
+    @property
+    def running(self) -> int:
+        return sum(not call.ended for call in self.calls)
+
+    async def generate(
+        self, prompt: Sequence[int], params: SamplingParams, **options: Any
+    ) -> AsyncIterator[RequestOutput]:
+        call = Call(list(prompt), params, options)
+        self.calls.append(call)
+        if self.error is not None:
+            call.ended = "refused"
+            raise self.error
+        arrived = time.monotonic()
+        try:
+            limit = params.max_tokens or 8
+            for count in range(1, limit + 1):
+                await asyncio.sleep(self.delay)
+                if self.fails_after is not None and count > self.fails_after:
+                    raise RuntimeError("secret words of the prompt")
+                yield self._output(call, count, count == limit, arrived)
+            call.ended = "finished"
+        finally:
+            call.ended = call.ended or "aborted"
+
+    def _output(self, call: Call, count: int, finished: bool, arrived: float) -> RequestOutput:
+        now = time.monotonic()
+        metrics = RequestMetrics(arrived=arrived, first_scheduled=arrived, first_token=now)
+        return RequestOutput(
+            request_id="fake",
+            prompt=None,
+            prompt_token_ids=tuple(call.token_ids),
+            outputs=[self._text(index, call.params, count, finished) for index in range(call.params.n)],
+            finished=finished,
+            num_cached_tokens=self.cached,
+            metrics=replace(metrics, finished=now if finished else None),
+        )
+
+    def _text(self, index: int, params: SamplingParams, count: int, finished: bool) -> CompletionOutput:
+        story = story_tokens()
+        tokens = tuple(story[place % len(story)] for place in range(count))
+        text = self.tokenizer.decode(list(tokens))
+        likely = [{token: Logprob(-0.5 - index, 1), 5: Logprob(-1.5, 2)} for token in tokens]
+        return CompletionOutput(
+            index=index,
+            text=text if finished else text.rstrip("\ufffd"),
+            token_ids=tokens,
+            finish_reason="length" if finished else None,
+            logprobs=None if params.logprobs is None else likely,
+            cumulative_logprob=(-0.5 - index) * count,
+        )
+
+    async def clear_prefix_cache(self) -> int:
+        self.cleared += 1
+        return 7
+
+    def stats(self) -> EngineStats:
+        return EngineStats(num_running=self.running)
+
+    async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
+        self.is_alive = False
