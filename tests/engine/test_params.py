@@ -78,7 +78,18 @@ def test_refusals_name_argument_expectation_and_value(name, value, expected):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n", 3), ("temperature", 0.5), ("prompt_lookup", 4), ("streaming", (4, 8)), ("logprobs", 0), ("stop", "x")],
+    [
+        ("n", 3),
+        ("temperature", 0.5),
+        ("prompt_lookup", 4),
+        ("streaming", (4, 8)),
+        ("logprobs", 0),
+        ("stop", "x"),
+        ("repetition_penalty", 1.1),
+        ("presence_penalty", 1.0),
+        ("frequency_penalty", 1.0),
+        ("logit_bias", {1: 1.0}),
+    ],
 )
 def test_what_does_not_go_with_beams_is_refused(name, value):
     with pytest.raises(InvalidOperation, match=f"^Invalid operation: {name}: "):

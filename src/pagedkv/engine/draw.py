@@ -127,10 +127,11 @@ def nucleus(
         place = (highest - logits[token]) * scale
         place = place if place < final else final
         places[token] = np.int32(place) if masses[token] > 0 else BINS
-    counts, weights = np.zeros(BINS + 1, np.int64), np.zeros(BINS + 1)
+    counts, weights = np.zeros(BINS, np.int64), np.zeros(BINS)
     for token in range(len(logits)):
-        counts[places[token]] += 1
-        weights[places[token]] += masses[token]
+        if places[token] < BINS:
+            counts[places[token]] += 1
+            weights[places[token]] += masses[token]
     floor, last, total, kept = np.float32(-np.inf), len(logits), 0.0, 0
     for place in range(BINS):
         if top_k > 0 and kept + counts[place] >= top_k:

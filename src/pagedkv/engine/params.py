@@ -16,6 +16,16 @@ GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them says noth
 MOST_TOKENS = 2**31 - 1
 MOST_DRAFTS = 64
 MOST_BIAS = 100.0
+UNLIKE_BEAMS: dict[str, Any] = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "logit_bias": None,
+    "stop": (),
+    "logprobs": None,
+    "prompt_lookup": 0,
+    "streaming": None,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +72,8 @@ class SamplingParams:
     seed : int, optional
         The same seed gives the same text, whatever else is in the batch. A random one by default.
     beam_width : int, optional
-        Beam search with this many beams; the best `n` are returned. Goes with greedy settings only.
+        Beam search with this many beams; the best `n` are returned. Goes with lengths and end tokens, not with
+        temperature, penalties, biases, stop strings, logprobs, prompt lookup or streaming.
     length_penalty : float
         Of beam search: scores are divided by length to this power; above 0 favours longer texts.
     prompt_lookup : int
@@ -195,7 +206,7 @@ class SamplingParams:
     def _check_beams(self, beam_width: int) -> None:
         if self.n > beam_width:
             raise InvalidOperation(f"n: expected at most beam_width = {beam_width}, got {self.n}")
-        for name, default in (("prompt_lookup", 0), ("streaming", None), ("logprobs", None), ("stop", ())):
+        for name, default in UNLIKE_BEAMS.items():
             if getattr(self, name) != default:
                 raise InvalidOperation(f"{name}: does not go with beam_width, got {getattr(self, name)!r}")
         if not self.greedy:
