@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import plan_options, replay_options, serve_options, trace
+from pagedkv.cli import plan_options, replay_options, serve_options, top, trace
 from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
 
 __all__ = ["app"]
@@ -193,3 +193,4 @@ app.command(help=replay_options.EXAMPLES)(replay_options.replay)
 app.add_typer(trace.app, name="trace")
 app.command(help=plan_options.EXAMPLES)(plan_options.plan)
 app.command(help=serve_options.EXAMPLES)(serve_options.serve)
+app.command(help=top.EXAMPLES)(top.top)

@@ -1,0 +1,275 @@
+"""The terminal view: widgets around the pure rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rich.text import Text
+from textual.app import App, ComposeResult
+from textual.binding import Binding, BindingType
+from textual.containers import Horizontal, Vertical
+from textual.widgets import DataTable, Footer, Input, Sparkline, Static
+from textual.worker import Worker, WorkerState
+
+from pagedkv.cli.top_help import HelpScreen
+from pagedkv.cli.top_history import Figures, History
+from pagedkv.cli.top_map import COLOURS, BlockMapView
+from pagedkv.cli.top_rows import COLUMNS, block_line, request_rows
+from pagedkv.cli.top_source import Recording, SnapshotFile, Source
+from pagedkv.errors import PagedKvError
+
+if TYPE_CHECKING:
+    from pagedkv.engine.snapshot_types import EngineSnapshot
+
+__all__ = ["TopApp"]
+
+_TILES = (
+    ("usage", "Blocks in use", lambda f: f"{f.usage:.0%}"),
+    ("running", "Requests", lambda f: f"{f.running:,} running, {f.waiting:,} waiting"),
+    ("hit_rate", "Prefix hit rate", lambda f: f"{f.hit_rate:.0%} of prompt tokens"),
+    ("tokens_per_second", "Tokens per second", lambda f: f"{f.tokens_per_second:,.0f}"),
+    (
+        "given_up_per_second",
+        "Given up per second",
+        lambda f: f"{f.given_up_per_second:,.0f}, {f.preemptions:,} preempted",
+    ),
+)
+
+
+class TopApp(App[str | None]):
+    """The pool, the requests and the rates of a source, several times a second.
+
+    Parameters
+    ----------
+    source : Source
+    interval : float
+        Seconds between two snapshots.
+    recording : Recording, optional
+        Takes every snapshot that is shown.
+    """
+
+    CSS_PATH = "top.tcss"
+    TITLE = "pagedkv top"
+    ENABLE_COMMAND_PALETTE = False
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("q", "quit", "Quit"),
+        Binding("p,space", "pause", "Pause"),
+        Binding("s", "sort(1)", "Sort"),
+        Binding("S", "sort(-1)", "Sort back", show=False),
+        Binding("r", "reverse", "Reverse"),
+        Binding("slash", "filter", "Filter"),
+        Binding("escape", "clear", "All", show=False),
+        Binding("comma", "step(-1)", "Back"),
+        Binding("full_stop", "step(1)", "On"),
+        Binding("d", "shade", "Dark/light"),
+        Binding("question_mark,h,f1", "help", "Help"),
+    ]
+
+    def __init__(self, source: Source, interval: float = 0.5, recording: Recording | None = None) -> None:
+        super().__init__()
+        self.source, self.interval, self.recording = source, interval, recording
+        self.history = History()
+        self.snapshot: EngineSnapshot | None = None
+        self.sort, self.is_reversed, self.wanted = "age", False, ""
+        self.is_paused = self._is_asking = self._is_at_end = False
+        self._trouble = ""
+
+    def compose(self) -> ComposeResult:
+        """Lay out the view."""
+        yield Static(id="about")
+        with Horizontal(id="tiles"):
+            for name, title, _ in _TILES:
+                with Vertical(classes="tile"):
+                    yield Static(title, classes="title")
+                    yield Static("–", id=f"figure-{name}", classes="figure")
+                    yield Sparkline([], id=f"course-{name}")
+        yield Static(id="legend")
+        yield BlockMapView(id="map")
+        yield Static(id="block")
+        table: DataTable[Any] = DataTable(id="requests", cursor_type="row", zebra_stripes=True)
+        yield table
+        yield Input(placeholder="part of a request id, running, waiting", id="filter")
+        yield Footer()
+
+    def on_mount(self) -> None:
+        """Ask for the first snapshot."""
+        table = self.query_one(DataTable)
+        for column in COLUMNS:
+            table.add_column(column.title, key=column.name)
+        self.query_one("#filter").display = False
+        table.focus()
+        self.set_interval(self.interval, self.ask)
+        self.ask()
+
+    def ask(self) -> None:
+        """Ask for the next snapshot, unless one is on its way; a server may be slow, the keys never are."""
+        if not (self.is_paused or self._is_asking or self._is_at_end):
+            self._is_asking = True
+            self.run_worker(self.source.next, thread=True, exit_on_error=False, group="source")
+
+    def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
+        """Take what the source gave."""
+        if event.worker.group != "source" or not event.worker.is_finished:
+            return
+        self._is_asking = False
+        if event.state is WorkerState.ERROR:
+            self._fail(event.worker.error)
+        elif event.state is WorkerState.SUCCESS:
+            self._trouble = ""
+            if event.worker.result is None:
+                self._is_at_end = True
+                self._draw_about()
+            else:
+                self.show(event.worker.result)
+
+    def _fail(self, error: BaseException | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, PagedKvError):
+            raise error
+        if self.snapshot is None:
+            self.exit(str(error))  # there was nothing to see yet: the command says why
+        self._trouble = str(error)
+        self._draw_about()
+
+    def show(self, snapshot: EngineSnapshot) -> None:
+        """Draw a snapshot."""
+        self.snapshot = snapshot
+        if self.recording is not None:
+            self.recording.add(snapshot)
+        figures = self.history.add(snapshot)
+        self._draw_tiles(figures)
+        self._draw_legend(snapshot)
+        self._draw_requests()
+        view = self.query_one(BlockMapView)
+        view.snapshot = snapshot
+        self._draw_block(view.cursor)
+        self._draw_about()
+
+    def _draw_about(self) -> None:
+        state = "paused" if self.is_paused else "live" if self.source.is_live else "recorded"
+        if isinstance(self.source, SnapshotFile):
+            state = f"{state}, {self.source.place + 1} of {len(self.source)}"
+        if self._trouble:
+            state = self._trouble
+        words = Text.assemble(("pagedkv top", "bold"), f"  {self.source.name}  ", (f"● {state}", "bold"))
+        if self.snapshot is not None:
+            words.append(f"  {self.snapshot.strategy}, blocks of {self.snapshot.block_size} tokens", "dim")
+        if self.recording is not None:
+            words.append("  recording", "bold")
+        self.query_one("#about", Static).update(words)
+
+    def _draw_tiles(self, figures: Figures) -> None:
+        for name, _, text in _TILES:
+            self.query_one(f"#figure-{name}", Static).update(text(figures))
+            self.query_one(f"#course-{name}", Sparkline).data = self.history.course(name)
+
+    def _draw_legend(self, snapshot: EngineSnapshot) -> None:
+        words = Text()
+        for (kind, count), colour in zip(snapshot.counts().items(), COLOURS, strict=True):
+            words.append("■ ", colour).append(f"{kind} ").append(f"{count:,}   ", "bold")
+        per_cell = self.query_one(BlockMapView).blocks_per_cell
+        words.append("a cell is a block" if per_cell == 1 else f"a cell is {per_cell:,} blocks", "dim")
+        self.query_one("#legend", Static).update(words)
+
+    def _draw_requests(self) -> None:
+        if self.snapshot is None:
+            return
+        table = self.query_one(DataTable)
+        rows = request_rows(self.snapshot, self.sort, self.is_reversed, self.wanted)
+        for column in COLUMNS:
+            mark = ("▲" if self.is_reversed == column.is_number else "▼") if column.name == self.sort else ""
+            head = table.columns[next(key for key in table.columns if key.value == column.name)]
+            head.label = Text(f"{column.title} {mark}".strip(), justify="right" if column.is_number else "left")
+        chosen, offset = self._chosen(), table.scroll_offset
+        table.clear()
+        for row in rows:
+            cells = [Text(t, justify="right" if c.is_number else "left") for t, c in zip(row, COLUMNS, strict=True)]
+            table.add_row(*cells, key=row[0])
+        place = next((i for i, row in enumerate(rows) if row[0] == chosen), None)
+        if place is not None:
+            table.move_cursor(row=place, scroll=False)
+        table.scroll_to(offset.x, offset.y, animate=False)
+
+    def _chosen(self) -> str | None:
+        table = self.query_one(DataTable)
+        if not table.row_count or not table.is_valid_row_index(table.cursor_row):
+            return None
+        return table.coordinate_to_cell_key((table.cursor_row, 0)).row_key.value  # type: ignore[arg-type]
+
+    def _draw_block(self, block: int) -> None:
+        snapshot = self.snapshot
+        is_there = snapshot is not None and 0 <= block < snapshot.total_blocks
+        line = (
+            block_line(snapshot, block)
+            if snapshot is not None and is_there
+            else "Tab to the map and walk with the arrow keys"
+        )
+        self.query_one("#block", Static).update(line)
+
+    def on_block_map_view_walked(self, event: BlockMapView.Walked) -> None:
+        """Say what the cursor stands on, and let its owner stand out."""
+        self._draw_block(event.block)
+        if self.snapshot is not None and event.block < self.snapshot.total_blocks:
+            owner = int(self.snapshot.owner[event.block])
+            self.query_one(BlockMapView).near = self.snapshot.requests[owner].request_id if owner >= 0 else None
+
+    def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
+        """Let the blocks of a request stand out, or all again."""
+        view = self.query_one(BlockMapView)
+        view.near = None if view.near == event.row_key.value else event.row_key.value
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        """Filter as it is typed."""
+        self.wanted = event.value
+        self._draw_requests()
+
+    def on_input_submitted(self) -> None:
+        """Go back to the table, filtered."""
+        self.query_one(DataTable).focus()
+
+    def action_pause(self) -> None:
+        """Hold still, or go on."""
+        self.is_paused = not self.is_paused
+        self._draw_about()
+
+    def action_sort(self, by: int) -> None:
+        """Sort by the next column."""
+        names = [column.name for column in COLUMNS]
+        self.sort = names[(names.index(self.sort) + by) % len(names)]
+        self._draw_requests()
+
+    def action_reverse(self) -> None:
+        """Sort the other way round."""
+        self.is_reversed = not self.is_reversed
+        self._draw_requests()
+
+    def action_filter(self) -> None:
+        """Ask for a part of a request id."""
+        field = self.query_one("#filter", Input)
+        field.display = True
+        field.focus()
+
+    def action_clear(self) -> None:
+        """Show all requests and all blocks alike."""
+        field = self.query_one("#filter", Input)
+        field.value = ""
+        field.display = False
+        self.query_one(BlockMapView).near = None
+        self.query_one(DataTable).focus()
+
+    def action_step(self, by: int) -> None:
+        """Go through a recorded file by hand."""
+        if not isinstance(self.source, SnapshotFile):
+            return
+        self.is_paused, self._is_at_end = True, False
+        snapshot = self.source.step(by)
+        if snapshot is not None:
+            self.show(snapshot)
+        self._draw_about()
+
+    def action_shade(self) -> None:
+        """Change between dark and light."""
+        self.theme = "textual-light" if self.theme == "textual-dark" else "textual-dark"
+
+    def action_help(self) -> None:
+        """Explain the keys and the colours."""
+        self.push_screen(HelpScreen())
