@@ -1,0 +1,113 @@
+"""Who may call, and whose prefixes a call may reuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tests.server.asgi import client_of
+from tests.server.fakes import FakeEngine
+
+from pagedkv.server.auth import Caller, salt_of
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/completions"
+
+
+def as_(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer ", "Basic alice", "alice", "Bearer alicé"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", URL), ("POST", "/tokenize"), ("POST", "/v1/cache/clear"), ("GET", "/v1/models"), ("GET", "/v1/models/x")],
+)
+async def test_without_a_key_there_is_nothing(header: str | None, method: str, path: str) -> None:
+    engine = FakeEngine()
+    async with client_of(engine, api_keys=("alice", "bob")) as client:
+        headers = {} if header is None else {"authorization": header.encode("latin-1")}
+        answer = await client.request(method, path, json={"prompt": "a"}, headers=headers)  # type: ignore[arg-type]
+    assert answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert engine.calls == [] and engine.cleared == 0
+
+
+async def test_nobodys_body_is_read_before_it_is_known_who_sends_it() -> None:
+    async def pieces() -> Any:
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with client_of(FakeEngine(), api_keys=("alice",)) as client:
+        assert (await client.post(URL, content=pieces(), headers=as_("eve"))).status_code == 401
+
+
+async def test_health_and_version_need_no_key() -> None:
+    async with client_of(FakeEngine(), api_keys=("alice",)) as client:
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.get("/version")).json()["version"]
+
+
+async def salts(**settings: Any) -> list[str]:
+    """The salts of alice, alice with a salt of her own, bob, bob with the same salt, and alice again."""
+    engine = FakeEngine()
+    async with client_of(engine, **settings) as client:
+        for key, salt in (("alice", None), ("alice", "s"), ("bob", None), ("bob", "s"), ("alice", None)):
+            body = {"prompt": "a", "cache_salt": salt, "max_tokens": 1}
+            assert (await client.post(URL, json=body, headers=as_(key))).status_code == 200
+    return [call.options["cache_salt"] for call in engine.calls]
+
+
+async def test_each_key_has_a_cache_of_its_own() -> None:
+    found = await salts(api_keys=("alice", "bob"))
+    assert len(set(found[:4])) == 4 and found[4] == found[0]
+    assert not any("alice" in salt or "bob" in salt or salt == "s" for salt in found)
+
+
+async def test_a_cache_that_is_shared_on_request() -> None:
+    found = await salts(api_keys=("alice", "bob"), shared_cache=True)
+    assert found[0] == found[2] == found[4] == "" and found[1] == found[3] != ""
+
+
+async def test_without_keys_all_share() -> None:
+    found = await salts()
+    assert found[0] == found[2] == "" and found[1] == found[3] != ""
+
+
+def test_salts_cannot_be_forged() -> None:
+    parts = [("ab", "c"), ("a", "bc"), ("", "abc"), ("abc", ""), ("abc", None), ("", "c"), ("", "\udc80")]
+    made = [salt_of(Caller("", tenant), salt) for tenant, salt in parts]
+    assert len(set(made)) == len(parts) - 1 and made[3] == made[4]
+
+
+@pytest.mark.parametrize("path", ["/v1/cache/clear", "/reset_prefix_cache"])
+@pytest.mark.parametrize(
+    ("settings", "key", "status"),
+    [
+        ({}, "", 200),
+        ({"api_keys": ("alice",)}, "alice", 200),
+        ({"api_keys": ("alice", "bob")}, "alice", 403),
+        ({"api_keys": ("alice", "bob"), "shared_cache": True}, "alice", 200),
+        ({"api_keys": ("alice", "bob"), "operator_keys": ("root",)}, "alice", 403),
+        ({"api_keys": ("alice",), "operator_keys": ("root",)}, "alice", 403),
+        ({"api_keys": ("alice", "bob"), "operator_keys": ("root",)}, "root", 200),
+    ],
+)
+async def test_who_may_touch_the_cache_of_all(path: str, settings: dict[str, Any], key: str, status: int) -> None:
+    engine = FakeEngine()
+    async with client_of(engine, **settings) as client:
+        answer = await client.post(path, headers=as_(key) if key else {})
+    assert answer.status_code == status
+    assert engine.cleared == (status == 200)
+    assert (
+        answer.json() == {"cleared_blocks": 7} if status == 200 else answer.json()["error"]["code"] == "operator_only"
+    )
+
+
+async def test_web_pages_of_other_origins_may_not_call_unless_they_are_named() -> None:
+    asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    async with client_of(FakeEngine()) as client:
+        assert "access-control-allow-origin" not in (await client.get("/health", headers=asks)).headers
+    async with client_of(FakeEngine(), allow_origins=("https://a.example",)) as client:
+        answer = await client.options(URL, headers=asks)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"

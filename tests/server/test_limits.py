@@ -1,0 +1,202 @@
+"""What the server does not take, what it does not wait for, and what it lets go of."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from tests.server.asgi import RawRequest, client_of, events_of, until
+from tests.server.fakes import STORY, FakeEngine, story_tokens
+
+from pagedkv.errors import InvalidOperation
+from pagedkv.server import ServerConfig, create_app
+from pagedkv.server.slow_readers import SlowReaders
+
+pytestmark = pytest.mark.anyio
+URL = "/v1/completions"
+
+
+async def test_a_large_body_is_refused_unread() -> None:
+    async with client_of(FakeEngine(), max_body=1000) as client:
+        answer = await client.post(URL, json={"prompt": "x" * 1000})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+        assert answer.headers["connection"] == "close"
+        assert (await client.post(URL, json={"prompt": "x" * 900})).status_code in (200, 400)
+
+
+async def test_a_large_body_that_does_not_say_so_is_refused_when_the_limit_is_passed() -> None:
+    pieces_read = 0
+
+    async def pieces() -> Any:
+        nonlocal pieces_read
+        for _ in range(1000):
+            pieces_read += 1
+            yield b"x" * 100
+
+    async with client_of(FakeEngine(), max_body=1000) as client:
+        answer = await client.post(URL, content=pieces(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+    assert pieces_read == 11
+
+
+async def test_a_body_that_does_not_come() -> None:
+    app = create_app(FakeEngine(), ServerConfig(body_timeout=0.05))  # type: ignore[arg-type]
+    request = RawRequest(app, URL, b"")
+    request.inbox = asyncio.Queue()
+    request.inbox.put_nowait({"type": "http.request", "body": b"{", "more_body": True})
+    await request.start()
+    assert request.status == 408 and b"body_timeout" in request.body
+
+
+async def test_a_full_queue() -> None:
+    """4 run at once, 2 may wait."""
+    engine = FakeEngine(delay=0.02)
+    async with client_of(engine, max_queue=2) as client:
+        answers = await asyncio.gather(*(client.post(URL, json={"prompt": "a", "max_tokens": 5}) for _ in range(9)))
+        assert sorted(answer.status_code for answer in answers) == [200] * 6 + [429] * 3
+        refused = next(answer for answer in answers if answer.status_code == 429)
+        assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["type"] == "rate_limit_error"
+        never = await client.post(URL, json={"prompt": ["a", "b"], "n": 4, "max_tokens": 1})
+        assert never.status_code == 400 and "8 texts" in never.json()["error"]["message"]
+        full = await client.post(URL, json={"prompt": ["a", "b"], "n": 3, "max_tokens": 1})
+        assert full.status_code == 200  # what was taken is given back
+
+
+async def test_too_many_prompts_and_too_many_requests() -> None:
+    engine = FakeEngine(delay=0.05)
+    async with client_of(engine, max_prompts=2, max_connections=2) as client:
+        many = await client.post(URL, json={"prompt": ["a"] * 3})
+        assert many.status_code == 400 and many.json()["error"]["code"] == "too_many_prompts"
+        answers = await asyncio.gather(*(client.post(URL, json={"prompt": "a", "max_tokens": 2}) for _ in range(4)))
+    assert sorted(answer.status_code for answer in answers) == [200, 200, 503, 503]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_time_is_up(stream: bool) -> None:
+    engine = FakeEngine(delay=0.02)
+    async with client_of(engine, request_timeout=0.1) as client:
+        answer = await client.post(URL, json={"prompt": "a", "max_tokens": 100, "stream": stream})
+    if stream:
+        *pieces, last = events_of(answer.text)
+        assert pieces and last["error"]["code"] == "request_timeout"
+    else:
+        assert answer.status_code == 504 and answer.json()["error"]["type"] == "timeout_error"
+        assert answer.headers["x-should-retry"] == "false"
+    assert [call.ended for call in engine.calls] == ["aborted"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", [URL, "/v1/chat/completions"])
+async def test_who_leaves_is_aborted_at_once(stream: bool, path: str) -> None:
+    engine = FakeEngine(delay=0.01)
+    app = create_app(engine, ServerConfig(model_name="tiny"))  # type: ignore[arg-type]
+    body = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "max_tokens": 200, "stream": stream}
+    request = RawRequest(app, path, body)
+    task = request.start()
+    await until(lambda: engine.running == 1 and (not stream or len(request.sent) > 2))
+    assert app.state.server.gate.inside == 1
+    request.leave()
+    await asyncio.wait_for(task, 5)
+    assert [call.ended for call in engine.calls] == ["aborted"]
+    assert app.state.server.gate.inside == 0
+
+
+async def test_who_reads_slowly_holds_nobody_up_and_misses_nothing() -> None:
+    engine = FakeEngine(delay=0.0005)
+    app = create_app(engine, ServerConfig(model_name="tiny"))  # type: ignore[arg-type]
+    count = len(story_tokens())
+    request = RawRequest(app, URL, {"prompt": "a", "max_tokens": count, "stream": True, "logprobs": 0})
+    request.may_send.clear()
+    task = request.start()
+    await until(lambda: [call.ended for call in engine.calls] == ["finished"])
+    assert request.sent == []
+    request.may_send.set()
+    await asyncio.wait_for(task, 5)
+    choices = [event["choices"][0] for event in events_of(request.body.decode())]
+    assert len(choices) < count and "".join(choice["text"] for choice in choices) == STORY
+    assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == count
+
+
+async def test_who_does_not_read_at_all_is_cut_off() -> None:
+    class Transport:
+        aborted = False
+
+        def abort(self) -> None:
+            self.aborted = True
+
+    engine = FakeEngine(delay=0.01)
+    inner = create_app(engine, ServerConfig(model_name="tiny"))  # type: ignore[arg-type]
+    request = RawRequest(SlowReaders(inner, 0.05), URL, {"prompt": "a", "max_tokens": 200, "stream": True})
+    request.transport = Transport()  # type: ignore[attr-defined]
+    task = request.start()
+    await until(lambda: len(request.sent) > 2)
+    request.may_send.clear()
+    await asyncio.wait_for(task, 5)
+    assert request.transport.aborted  # type: ignore[attr-defined]
+    assert [call.ended for call in engine.calls] == ["aborted"] and inner.state.server.gate.inside == 0
+
+
+async def test_a_server_that_drains_takes_nothing_new_and_says_so() -> None:
+    engine = FakeEngine(delay=0.01)
+    async with client_of(engine) as client:
+        under_way = asyncio.create_task(client.post(URL, json={"prompt": "a", "max_tokens": 20}))
+        await until(lambda: engine.running == 1)
+        client.app.state.server.draining = True  # type: ignore[attr-defined]
+        refused = await client.post(URL, json={"prompt": "a"})
+        health = await client.get("/health")
+        assert refused.status_code == 503 and refused.json()["error"]["code"] == "draining"
+        assert health.status_code == 503 and health.json() == {"status": "draining"}
+        assert (await under_way).status_code == 200
+
+
+async def test_a_dead_engine_is_told_by_health() -> None:
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        assert (await client.get("/health")).json() == {"status": "ok"}
+        engine.is_alive = False
+        health = await client.get("/health")
+    assert health.status_code == 503 and health.json() == {"status": "dead"}
+
+
+async def test_observers_see_every_request() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    class Witness:
+        def updated(self, output: Any) -> None:
+            seen.append(("updated", len(output.outputs[0].token_ids)))
+
+        def ended(self, output: Any, reason: str) -> None:
+            seen.append((reason, None if output is None else len(output.outputs[0].token_ids)))
+
+    engine = FakeEngine()
+    async with client_of(engine) as client:
+        client.app.state.server.observers.append(Witness())  # type: ignore[attr-defined]
+        await client.post(URL, json={"prompt": "a", "max_tokens": 2})
+        engine.error = RuntimeError("no")
+        await client.post(URL, json={"prompt": "a", "max_tokens": 2})
+    assert seen == [("updated", 1), ("updated", 2), ("finished", 2), ("error", None)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"port": -1},
+        {"max_body": 0},
+        {"max_queue": -1},
+        {"max_prompt_tokens": 0},
+        {"request_timeout": 0},
+        {"request_timeout": float("nan")},
+        {"write_timeout": float("inf")},
+        {"drain_timeout": float("nan")},
+        {"api_keys": ("",)},
+        {"operator_keys": ("a",)},
+        {"model_name": ""},
+        {"log_format": "xml"},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_sense_names_the_field(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidOperation, match=next(iter(wrong))):
+        ServerConfig(**wrong)

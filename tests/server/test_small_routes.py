@@ -1,0 +1,72 @@
+"""Models, tokens and the OpenAPI document."""
+
+from __future__ import annotations
+
+import pytest
+from tests.server.asgi import client_of
+from tests.server.fakes import STORY, FakeEngine, shipped_tokenizer
+
+from pagedkv import __version__
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_models() -> None:
+    async with client_of(FakeEngine(max_positions=99)) as client:
+        listed = (await client.get("/v1/models")).json()
+        one = (await client.get("/v1/models/tiny")).json()
+    assert listed == {"object": "list", "data": [one]}
+    assert one["id"] == "tiny" and one["object"] == "model" and one["max_model_len"] == 99
+
+
+async def test_a_name_with_slashes() -> None:
+    from pagedkv.server import ServerConfig, create_app
+
+    app = create_app(FakeEngine(), ServerConfig(model_name="org/tiny"))  # type: ignore[arg-type]
+    import httpx
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        assert (await client.get("/v1/models/org/tiny")).json()["id"] == "org/tiny"
+
+
+async def test_version() -> None:
+    async with client_of(FakeEngine()) as client:
+        assert (await client.get("/version")).json() == {"version": __version__}
+
+
+async def test_tokens_there_and_back() -> None:
+    async with client_of(FakeEngine()) as client:
+        told = (await client.post("/tokenize", json={"prompt": STORY, "return_token_strs": True})).json()
+        bare = (await client.post("/tokenize", json={"prompt": STORY, "add_special_tokens": False})).json()
+        back = (await client.post("/detokenize", json={"tokens": bare["tokens"]})).json()
+    assert told["tokens"] == shipped_tokenizer()(STORY)["input_ids"] and told["max_model_len"] == 256
+    assert told["count"] == len(told["tokens"]) == len(told["token_strs"]) == bare["count"] + 1
+    assert told["token_strs"][0] == "<|file|>" and back == {"prompt": STORY}
+
+
+async def test_tokens_of_a_conversation() -> None:
+    async with client_of(FakeEngine()) as client:
+        told = (await client.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]})).json()
+        neither = await client.post("/tokenize", json={})
+        both = await client.post("/tokenize", json={"prompt": "x", "messages": [{"role": "user", "content": "x"}]})
+        wrong = await client.post("/detokenize", json={"tokens": [4096]})
+        empty = await client.post("/detokenize", json={"tokens": []})
+    assert shipped_tokenizer().decode(told["tokens"], skip_special_tokens=True) == "user: x\n\nassistant:"
+    assert neither.status_code == both.status_code == wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "tokens" and empty.json() == {"prompt": ""}
+
+
+async def test_the_document_is_whole() -> None:
+    async with client_of(FakeEngine()) as client:
+        document = (await client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    text = str(document)
+    for name in schemas:
+        assert f"#/components/schemas/{name}" in text, f"nothing refers to {name}"
+    for path, methods in document["paths"].items():
+        for method, told in methods.items():
+            content = told["responses"]["200"]["content"]
+            assert all(of.get("schema") for kind, of in content.items() if "json" in kind), (path, method)
+            if method == "post" and path.startswith("/v1/c") and "clear" not in path:
+                assert set(content) == {"application/json", "text/event-stream"}
+            assert "422" not in told["responses"] and told["responses"]["4XX"] and told["summary"]
