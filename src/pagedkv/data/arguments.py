@@ -15,7 +15,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT, require_int
 
-__all__ = ["AttentionCall", "checked_call"]
+__all__ = ["AttentionCall", "checked_call", "first_fault"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -84,9 +84,9 @@ def checked_call(
     _require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
     _require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
     _require_shape("holes", hole_rows, (count, 2), "[n, 2]")
-    fault = _first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, queries.shape[0])
-    if fault[0]:
-        raise InvalidOperation(_FAULTS[fault[0]].format(i=fault[1], got=fault[2], bound=fault[3]))
+    fault = first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, queries.shape[0])
+    if fault:
+        raise InvalidOperation(fault)
     return AttentionCall(
         queries,
         keys,
@@ -213,6 +213,22 @@ _FAULTS = (
     "block_tables: expected at least {bound} columns for sequence {i}, got {got}",
     "block_tables: expected block ids below {bound} in sequence {i}, got {got}",
 )
+
+
+def first_fault(
+    block_tables: Int32Array,
+    seq_lens: Int32Array,
+    cu_seqlens_q: Int32Array,
+    holes: Int32Array,
+    block_size: int,
+    num_blocks: int,
+    total_tokens: int,
+) -> str:
+    """Return what is wrong with the arrays of a batch, which are C-contiguous and of the right shapes; "" if nothing."""
+    fault, i, got, bound = _first_fault(
+        block_tables, seq_lens, cu_seqlens_q, holes, block_size, num_blocks, total_tokens
+    )
+    return _FAULTS[fault].format(i=i, got=got, bound=bound)
 
 
 @compiled

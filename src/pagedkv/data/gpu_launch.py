@@ -1,0 +1,159 @@
+"""Launching the attention kernels: grids, strides, compile-time choices. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.gpu_attention import attend_tiles, combine_splits
+from pagedkv.data.gpu_device import device_of, is_interpreted, tl_dtype
+from pagedkv.data.gpu_plan import DeviceBatch
+from pagedkv.data.gpu_shapes import Config, Heads, num_splits, power_of_two
+from pagedkv.data.gpu_tuning import config_for
+from pagedkv.spec import MAX_COUNT
+
+__all__ = ["launch"]
+
+
+def launch(call: AttentionCall, batch: DeviceBatch) -> None:
+    """Fill ``call.out``: sequences with few query tokens by split keys, those with more by large tiles."""
+    out = call.out
+    if is_interpreted() and out.dtype == torch.bfloat16:
+        # The interpreter cuts float32 off to bfloat16 where a device rounds.
+        call.out = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    few = _heads(call, 1).few
+    most = batch.most_up_to(few)
+    if batch.has_more_than(few):
+        _launch_many(call, batch, few)
+    if most:
+        _launch_few(call, batch, most)
+    if call.out is not out:
+        out.copy_(call.out)
+        call.out = out
+
+
+def compute_dtype(call: AttentionCall) -> torch.dtype:
+    """Return the dtype of the dot products: that of the tensor cores where keys fit into the queries' dtype."""
+    dtype: torch.dtype = call.queries.dtype
+    if call.keys.dtype != dtype and call.keys.dtype.itemsize > 1:
+        return torch.float32
+    if is_interpreted() and dtype == torch.bfloat16:
+        return torch.float32  # the interpreter multiplies bfloat16 as if it were integers
+    return dtype
+
+
+def _heads(call: AttentionCall, most: int) -> Heads:
+    group = call.queries.shape[1] // call.keys.shape[2]
+    sizes = compute_dtype(call).itemsize, call.keys.element_size()
+    return Heads(group, call.keys.shape[3], call.values.shape[3], *sizes, most)
+
+
+def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
+    heads = _heads(call, 0)
+
+    def run(config: Config) -> None:
+        tiles = batch.total_tokens // (config.tile_m // heads.group) + batch.num_sequences
+        grid = (tiles, call.keys.shape[2], 1)
+        _attend(call, batch, heads, config, grid, (few + 1, MAX_COUNT), (call.out, call.out), search=True)
+
+    run(config_for(heads, call, run))
+
+
+def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
+    heads = _heads(call, most)
+
+    def run(config: Config) -> None:
+        num_kv_heads, num_heads = call.keys.shape[2], call.queries.shape[1]
+        longest = batch.longest if call.window is None else min(batch.longest, call.window + most)
+        splits = num_splits(batch.num_sequences * num_kv_heads, longest, config, device_of(call.queries.device))
+        grid = (batch.num_sequences, num_kv_heads, splits)
+        rows = (batch.num_sequences * most, num_heads)
+        size = (*rows, splits) if splits > 1 else (0,)
+        partial = torch.empty((*size, heads.v_head_dim), dtype=torch.float32, device=call.out.device)
+        sums = torch.empty((*size, 2), dtype=torch.float32, device=call.out.device)
+        _attend(call, batch, heads, config, grid, (1, most), (partial, sums), search=False)
+        if splits > 1:
+            combine_splits[rows](
+                call.out,
+                partial,
+                sums,
+                call.sinks,
+                batch.cu_seqlens_q,
+                1,
+                most,
+                *call.out.stride()[:2],
+                V_HEAD_DIM=heads.v_head_dim,
+                TILE_DV=heads.tile_dv,
+                SPLITS=splits,
+                SINKS=call.sinks is not None,
+            )
+
+    run(config_for(heads, call, run))
+
+
+def _attend(
+    call: AttentionCall,
+    batch: DeviceBatch,
+    heads: Heads,
+    config: Config,
+    grid: tuple[int, int, int],
+    served: tuple[int, int],
+    partials: tuple[Tensor, Tensor],
+    search: bool,
+) -> None:
+    key_scales: Tensor | None = getattr(call, "key_scales", None)
+    value_scales: Tensor | None = getattr(call, "value_scales", None)
+    meta: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    with _on(call.queries):
+        attend_tiles[grid](
+            call.out,
+            *partials,
+            call.queries,
+            call.keys,
+            call.values,
+            key_scales,
+            value_scales,
+            call.sinks,
+            batch.block_tables,
+            batch.seq_lens,
+            batch.cu_seqlens_q,
+            batch.holes,
+            batch.num_sequences,
+            *served,
+            call.scale,
+            call.softcap or 0.0,
+            call.window or 0,
+            batch.block_tables.shape[1],
+            *call.queries.stride()[:2],
+            *call.keys.stride()[:3],
+            *call.values.stride()[:3],
+            *((0, 0, 0) if key_scales is None else key_scales.stride()),
+            *call.out.stride()[:2],
+            BLOCK_SIZE=call.keys.shape[1],
+            GROUP=heads.group,
+            HEAD_DIM=heads.head_dim,
+            V_HEAD_DIM=heads.v_head_dim,
+            TILE_M=config.tile_m,
+            TILE_N=config.tile_n,
+            TILE_D=heads.tile_d,
+            TILE_DV=heads.tile_dv,
+            SPLITS=grid[2],
+            SEARCH=search,
+            CAUSAL=call.causal,
+            WINDOW=call.window is not None,
+            SOFTCAP=call.softcap is not None,
+            SINKS=call.sinks is not None,
+            SCALED=key_scales is not None,
+            COMPUTE=tl_dtype(compute_dtype(call)),
+            PRECISION="ieee",
+            **meta,
+        )
+
+
+def _on(tensor: Tensor) -> Any:
+    """Return a context in which kernels go to the tensor's device."""
+    return torch.cuda.device_of(tensor)
