@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
 from pagedkv.engine import RequestRefused
+from pagedkv.engine.admission import blocks_at_most
 
 from tests.engine.fakes import alone, engine, request, tokens_of
 
@@ -57,8 +58,9 @@ class Load(RuleBasedStateMachine):
         try:
             self.core.add(new)
             self.given[name] = new
-        except RequestRefused:
-            assert len(prompt) + max_tokens > 24
+        except RequestRefused as refusal:
+            assert f"the pool has {self.core.runner.cache.total_blocks}" in str(refusal)
+            assert blocks_at_most(new, 4, False) > self.core.runner.cache.total_blocks
 
     @rule(which=st.integers(0, 50))
     def abort(self, which):
@@ -105,8 +107,9 @@ class Load(RuleBasedStateMachine):
         {"num_blocks": 18, "max_batch_tokens": 3, "max_num_seqs": 4, "strategy": "lfu"},
         {"num_blocks": 24, "max_batch_tokens": 200, "prefix_caching": False, "strategy": "longest_first"},
         {"num_blocks": 20, "max_batch_tokens": 1, "strategy": "priority:levels=3"},
+        {"num_blocks": 11, "max_batch_tokens": 64},
     ],
-    ids=["small", "chunks of 3", "without prefixes", "one token a step"],
+    ids=["small", "chunks of 3", "without prefixes", "one token a step", "tiny"],
 )
 def test_random_load(options):
     machine = type("Load", (Load,), {"options": options})
