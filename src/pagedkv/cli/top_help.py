@@ -32,7 +32,7 @@ _KINDS = (
     ("free", "holds nothing"),
     ("active", "held by one sequence"),
     ("shared", "held by several: a common prefix, a fork"),
-    ("cached", "held by nobody, still findable, given up when room is needed"),
+    ("cached", "held by nobody, still findable, first to be given up"),
     ("pinned", "never given up"),
 )
 
@@ -52,6 +52,6 @@ class HelpScreen(ModalScreen[None]):
         words.append("\nBlocks\n", "bold")
         for (kind, meaning), colour in zip(_KINDS, COLOURS, strict=True):
             words.append("  ■ ", colour).append(f"{kind:<7} ", "bold").append(f"{meaning}\n", "not bold")
-        words.append("\nA cell that stands for several blocks has the colour of most of them.", "not bold dim")
+        words.append("\nA cell of several blocks has the colour of most of them.", "not bold dim")
         with VerticalScroll(id="help"):
             yield Static(words)

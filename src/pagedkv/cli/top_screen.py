@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.text import Text
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TopApp"]
 
-_TILES = (
+_TILES: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("usage", "Blocks in use", lambda f: f"{f.usage:.0%}"),
     ("running", "Requests", lambda f: f"{f.running:,} running, {f.waiting:,} waiting"),
     ("hit_rate", "Prefix hit rate", lambda f: f"{f.hit_rate:.0%} of prompt tokens"),
@@ -226,6 +227,10 @@ class TopApp(App[str | None]):
         """Go back to the table, filtered."""
         self.query_one(DataTable).focus()
 
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+        """Offer steps only where there is a file to step through."""
+        return action != "step" or isinstance(self.source, SnapshotFile)
+
     def action_pause(self) -> None:
         """Hold still, or go on."""
         self.is_paused = not self.is_paused
@@ -258,8 +263,7 @@ class TopApp(App[str | None]):
 
     def action_step(self, by: int) -> None:
         """Go through a recorded file by hand."""
-        if not isinstance(self.source, SnapshotFile):
-            return
+        assert isinstance(self.source, SnapshotFile)
         self.is_paused, self._is_at_end = True, False
         snapshot = self.source.step(by)
         if snapshot is not None:

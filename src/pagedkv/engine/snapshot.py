@@ -67,8 +67,12 @@ def take_snapshot(cache: Inspection, requests: Iterable[Request], stats: EngineS
     place_of = {branch.seq_id: place for place, (_, request) in enumerate(listed) for branch in request.branches}
     # One entry more than there are sequences: the owner −1 of a block without one finds −1.
     places = np.array([place_of.get(int(info.seq_id), -1) for info in frozen.sequences] + [-1], np.int32)
+    pinned = frozen.pinned.copy()
+    for info in frozen.sequences:
+        if info.pinned:
+            pinned[info._table] = True  # as long as it lives it keeps all of its blocks
     kinds = np.select(
-        [frozen.pinned, frozen.ref_count > 1, frozen.ref_count == 1, frozen.cached], [PINNED, SHARED, ACTIVE, CACHED]
+        [pinned, frozen.ref_count > 1, frozen.ref_count == 1, frozen.cached], [PINNED, SHARED, ACTIVE, CACHED]
     ).astype(np.uint8)
     age = np.where(kinds == FREE, 0, np.clip(frozen.tick - frozen.last_access, 0, 2**32 - 1))
     prefixes = tuple(

@@ -73,7 +73,7 @@ class Cache(BaseModel):
     requests: list[CachedRequest]
     num_requests: int
     hottest_prefixes: list[Prefix]
-    stats: dict[str, float]
+    stats: dict[str, int | float]
 
 
 @router.get("/v1/cache", summary="What is in the cache")

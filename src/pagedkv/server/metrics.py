@@ -80,7 +80,7 @@ class ServerMetrics:
             self._ended.labels(**self._labels, finished_reason=reason)
         for reason in ("aborted", "timeout", "error"):
             self._failed.labels(**self._labels, reason=reason)
-        self._published: Collector = _Renamed(self._registry) if state.config.vllm_metrics else self._registry
+        self._published = _Published(self._registry, state.config.vllm_metrics)
         self._progress: dict[str, tuple[float, int]] = {}
         self.lives = BlockLives(state.engine.llm.core.runner.cache)
 
@@ -147,17 +147,18 @@ class ServerMetrics:
         self._histograms[name].observe(value)
 
 
-class _Renamed(Collector):
-    """Everything twice: as it is, and under vLLM's names where vLLM has them."""
+class _Published(Collector):
+    """What is exported: without the times at which series were made, and twice where vLLM's names are wanted, too."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
+    def __init__(self, registry: CollectorRegistry, with_vllm_names: bool) -> None:
+        self._registry, self._with_vllm_names = registry, with_vllm_names
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics."""
         for metric in self._registry.collect():
+            metric.samples = [sample for sample in metric.samples if not sample.name.endswith("_created")]
             yield metric
-            if metric.name.removeprefix(OURS) in VLLMS:
+            if self._with_vllm_names and metric.name.removeprefix(OURS) in VLLMS:
                 twin = Metric(metric.name.replace(OURS, "vllm:", 1), metric.documentation, metric.type)
                 twin.samples = [Sample(s.name.replace(OURS, "vllm:", 1), *s[1:]) for s in metric.samples]
                 yield twin
