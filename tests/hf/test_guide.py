@@ -11,7 +11,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "huggingface.md"
 def test_the_examples_run(capsys):
     names: dict[str, object] = {}
     examples = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
-    assert len(examples) == 3
+    assert len(examples) == 4
     for example in examples:
         exec(compile(example, str(GUIDE), "exec"), names)
     cached, total = map(int, re.findall(r"(\d+) of (\d+) prompt tokens were cached", capsys.readouterr().out)[0])

@@ -24,6 +24,7 @@ __all__ = [
     "Cache",
     "CacheLayerMixin",
     "attention_by",
+    "has_changing_rope",
     "is_causal_mask",
     "is_pageable",
     "is_stateless",
@@ -40,6 +41,16 @@ def attention_by(name: str, config: Any) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = before
+
+
+def has_changing_rope(config: Any) -> bool:
+    """Tell whether the rotary frequencies depend on the highest position of a forward pass."""
+    given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return any(
+        "dynamic" in str(one.get("rope_type")) or one.get("rope_type") == "longrope"
+        for one in (given, *given.values())
+        if isinstance(one, dict)
+    )
 
 
 def stock_layers(config: Any) -> list[Any]:

@@ -25,7 +25,7 @@ Ids = npt.NDArray[np.int64]
 
 TILE = 4
 """Rows of a matrix product are a multiple of it: for fewer, or for those left over when several threads share them, the
-products of float32 add in another order."""
+products of float32 add in another order. Those of bfloat16 were found to have one order for any number."""
 
 
 class ModelRunner:
@@ -63,7 +63,7 @@ class ModelRunner:
         self.reuses_prefixes = self._states.is_empty
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
-        self._tile = TILE if batch_invariant and on_cpu else 1
+        self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
         self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
         self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
