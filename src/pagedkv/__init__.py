@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         S3FIFO,
         SIEVE,
         TTL,
+        Adaptive,
         EvictionStrategy,
         LongestFirst,
         Priority,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Adaptive",
     "AllBlocksCleared",
     "BatchPlan",
     "BlockId",
@@ -104,6 +106,7 @@ _HOMES = {
     "pagedkv.control.manager": ("BlockManager",),
     "pagedkv.control.plan": ("BatchPlan",),
     "pagedkv.control.strategies": (
+        "Adaptive",
         "EvictionStrategy",
         "FIFO",
         "GDSF",

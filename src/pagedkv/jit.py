@@ -12,7 +12,7 @@ import numpy as np
 from numba.core import cgutils, event
 from numba.extending import intrinsic
 
-__all__ = ["borrowed", "compiled"]
+__all__ = ["borrowed", "called", "compiled", "inlined"]
 
 Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -61,7 +61,28 @@ def compiled(function: Function) -> Function:
     return decorated
 
 
+def inlined(function: Function) -> Function:
+    """Compile a part of other compiled functions that Python never calls: it is kept on disk within them."""
+    if numba.config.DISABLE_JIT:
+        return _as_plain_python(function)
+    decorated: Function = numba.njit(nogil=True, forceinline=True, error_model="numpy")(function)
+    return decorated
+
+
+def called(function: Function) -> Function:
+    """Compile a part that is long and rarely runs: as `inlined`, but it is called, so its callers stay small."""
+    if numba.config.DISABLE_JIT:
+        return _as_plain_python(function)
+    decorated: Function = numba.njit(nogil=True, error_model="numpy")(function)
+    return decorated
+
+
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
+    if not isinstance(kind, numba.types.Array):
+        for place, part in enumerate(kind.types):
+            inner = _without_owner(context, builder, part, builder.extract_value(value, place))
+            value = builder.insert_value(value, inner, place)
+        return value
     array = cgutils.create_struct_proxy(kind)(context, builder, value=value)
     array.meminfo = cgutils.get_null_value(array.meminfo.type)
     array.parent = cgutils.get_null_value(array.parent.type)
@@ -71,19 +92,13 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 @intrinsic
 def _borrowed(typing_context: Any, arrays: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        kind, value = signature.args[0], args[0]
-        if isinstance(kind, numba.types.Array):
-            return _without_owner(context, builder, kind, value)
-        for place, part in enumerate(kind.types):
-            array = _without_owner(context, builder, part, builder.extract_value(value, place))
-            value = builder.insert_value(value, array, place)
-        return value
+        return _without_owner(context, builder, signature.args[0], args[0])
 
     return arrays(arrays), generate
 
 
 def borrowed(arrays: Arrays) -> Arrays:
-    """Inside a compiled function: the same array, or named tuple of arrays, without reference counting.
+    """Inside a compiled function: the same array, or named tuple of arrays and such tuples, without counts.
 
     Something else must keep the arrays alive meanwhile; the caller does so for arguments. Without this every inner
     call would count each of them up and down, atomically, which takes longer than the work itself.

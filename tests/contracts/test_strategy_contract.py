@@ -16,6 +16,7 @@ from pagedkv import (
     S3FIFO,
     SIEVE,
     TTL,
+    Adaptive,
     BlockManager,
     BlockRemoved,
     EvictionStrategy,
@@ -43,12 +44,13 @@ STRATEGIES = [
     SIEVE(),
     GDSF(),
     TTL(7),
+    Adaptive(),
     SmallestFirst(),
     Modulo(3),
 ]
 
 
-USERS, QUEUES = {SmallestFirst, Modulo}, {S3FIFO, SIEVE}
+USERS, QUEUES = {SmallestFirst, Modulo}, {S3FIFO, SIEVE, Adaptive}
 
 
 @pytest.fixture(params=STRATEGIES, ids=str)

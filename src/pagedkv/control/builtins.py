@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pagedkv.control import rules
+from pagedkv.control.adaptive import Adaptive
 from pagedkv.control.chances import PROBATION_SHARE
 from pagedkv.control.ghosts import TICKS, with_policy
+from pagedkv.control.learning import with_learner
 from pagedkv.control.protocol import EvictionStrategy, hooks_of
 from pagedkv.control.queue_strategies import GDSF, S3FIFO, SIEVE, TTL
 from pagedkv.control.state import State
@@ -21,6 +23,7 @@ _RULES: dict[type, int] = {
     SIEVE: rules.SIEVE_RULE,
     GDSF: rules.COST,
     TTL: rules.EXPIRY,
+    Adaptive: rules.ADAPTIVE,
 }
 
 
@@ -31,6 +34,8 @@ def with_rule(state: State, strategy: EvictionStrategy) -> State:
     num_blocks = len(state.blocks)
     if rule == rules.S3_FIFO:
         return with_policy(state, paths=True, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
+    if rule == rules.ADAPTIVE:
+        return with_learner(state)
     if rule in (rules.SIEVE_RULE, rules.COST):
         return with_policy(state)
     if isinstance(strategy, TTL):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.control.ghosts import CLOCK, HAND, HEADER, INFLATION, LAP, note_path, recall, remember
-from pagedkv.control.rules import COST, CUSTOM, MOMENTS, RECENCY_BITS, S3_FIFO, SIEVE_RULE
+from pagedkv.control.reuse import note_give_up, note_store
+from pagedkv.control.rules import ADAPTIVE, COST, CUSTOM, MOMENTS, RECENCY_BITS, S3_FIFO, SIEVE_RULE
 from pagedkv.control.state import MAIN, PROBATION, State
 from pagedkv.jit import compiled
 
@@ -35,6 +36,8 @@ def queue_at_store(state: State, block: int, parent: int) -> int:
         return PROBATION if recall(state, note_path(state, block, parent)) < 0 else MAIN
     if rule == SIEVE_RULE:
         state.blocks[block].score = _next_moment(state)
+    elif rule == ADAPTIVE:
+        note_store(state, block, note_path(state, block, parent))
     elif rule == CUSTOM and len(state.policy) > HEADER:
         note_path(state, block, parent)
     return MAIN
@@ -84,5 +87,7 @@ def let_go(state: State, block: int) -> None:
     if rule == S3_FIFO:
         if state.blocks[block].indexed == 1 + PROBATION:
             remember(state, block)
+    elif rule == ADAPTIVE:
+        note_give_up(state, block)
     elif rule == COST:
         state.policy[INFLATION] = state.blocks[block].score

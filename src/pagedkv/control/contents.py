@@ -10,9 +10,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.adapting import end_of_request
 from pagedkv.control.pool import drop_block, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.reclaim import lowest_leaf
+from pagedkv.control.reuse import note_hit, note_release
+from pagedkv.control.rules import ADAPTIVE
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled
 
@@ -47,6 +50,10 @@ def begin_request(
         parent = child
         hits += 1
     if hits > 0:
+        if counters.rule == ADAPTIVE:
+            for i in range(hits - 1):
+                if state.blocks[path[i]].ref_count == 0:
+                    note_hit(state, int(path[i]))
         share_block(state, parent)
     held = hits
     while held < length and _can_take(state):
@@ -69,6 +76,11 @@ def end_request(state: State, path: npt.NDArray[np.int32], hits: int, held: int)
     """Let go of what `begin_request` holds, tail first."""
     for i in range(held - 1, max(hits - 1, 0) - 1, -1):
         drop_block(state, path[i])
+    if state.counters[0].rule == ADAPTIVE:
+        for i in range(hits - 2, -1, -1):
+            if state.blocks[path[i]].ref_count == 0:
+                note_release(state, path[i])
+        end_of_request(state)
 
 
 @compiled

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.adapting import end_of_request
 from pagedkv.control.pool import available_blocks, drop_block, pin_block, share_block, take_block
 from pagedkv.control.prefix import match_full_blocks, match_partial_block
 from pagedkv.control.rows import (
@@ -196,6 +197,7 @@ def free_row(state: State, row: int) -> None:
             pin_block(state, block)
         drop_block(state, block)
     drop_row(state, row)
+    end_of_request(state)
 
 
 @compiled

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
+from pagedkv.control.reuse import note_hit, note_release
+from pagedkv.control.rules import ADAPTIVE
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 
@@ -71,6 +73,8 @@ def share_block(state: State, block: int) -> None:
     record = state.blocks[block]
     if record.ref_count == 0:
         withdraw(state, block)
+        if counters.rule == ADAPTIVE:
+            note_hit(state, block)
         counters.cached -= 1
         if record.pins > 0:
             counters.pinned -= 1
@@ -91,6 +95,8 @@ def drop_block(state: State, block: int) -> None:
     counters.frees += 1
     if record.indexed:
         counters.cached += 1
+        if counters.rule == ADAPTIVE:
+            note_release(state, block)
         if record.pins > 0:
             counters.pinned += 1
         offer(state, block)

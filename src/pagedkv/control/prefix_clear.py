@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.control.ghosts import forget_ghosts
+from pagedkv.control.learning import forget_content
 from pagedkv.control.state import LIVE, OPAQUE, State
 
 
@@ -27,5 +28,6 @@ def clear(state: State) -> int:
     counters.free_top = top + len(cached)
     counters.cached = counters.pinned = counters.heap_size = counters.probation_heap_size = counters.probation = 0
     forget_ghosts(state)
+    forget_content(state)
     counters.log_len = 0
     return len(cached)

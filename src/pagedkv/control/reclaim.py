@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pagedkv.control.chances import gets_second_chance, let_go, prefers_probation, start_over
 from pagedkv.control.prefix import unlink_leaf
+from pagedkv.control.reuse import expiry_of
 from pagedkv.control.rules import CUSTOM, score_by_rule
 from pagedkv.control.state import State
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, called, compiled
 
 
 @compiled
@@ -114,6 +115,18 @@ def rescore(state: State, block: int, score: int, queue: int) -> None:
     record.indexed = 1 + queue
     record.score = score
     _enter(state, block)
+
+
+@called
+def rank_leaves(state: State) -> None:
+    """Score all cached leaves of the main queue anew by what was learned and put them in order, O(n)."""
+    state = borrowed(state)
+    size = state.counters[0].heap_size
+    for position in range(size):
+        block = state.heap[position]
+        state.blocks[block].score = expiry_of(state, block)
+    for position in range(size // 2 - 1, -1, -1):
+        _sink(state, state.heap[position], 0, position, size)
 
 
 @compiled

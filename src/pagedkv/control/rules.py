@@ -10,10 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.control.ghosts import HAND, INFLATION, LAP, TICKS
+from pagedkv.control.reuse import expiry_of
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 
-CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE, EXPIRY, S3_FIFO, SIEVE_RULE, COST = range(10)
+CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE, EXPIRY, S3_FIFO, SIEVE_RULE, COST, ADAPTIVE = range(11)
 
 # Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
 RECENCY_BITS = 40
@@ -47,4 +48,6 @@ def score_by_rule(state: State, block: int) -> int:
         moment = record.score & MOMENTS
         lap = state.policy[LAP] + (moment <= state.policy[HAND])
         return (lap << RECENCY_BITS) + moment
+    if rule == ADAPTIVE:
+        return expiry_of(state, block)
     return record.score

@@ -17,6 +17,8 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``seq_table``  open addressing: sequence id to row
 ``log``        blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
 ``policy``     what the strategy in force remembers beyond the records (`ghosts`); empty for most
+``notes``      what the adaptive strategy remembers of each block and ghost (`learning`)
+``learner``    what it has learned; both are empty while another strategy is in force
 ``counters``   one record of scalars
 =============  =====================================================================================
 """
@@ -28,6 +30,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from pagedkv.control.learning_records import NOTE, Learner, new_learner
 
 BLOCK = np.dtype(
     (
@@ -120,6 +124,8 @@ class State(NamedTuple):
     dirty: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
     policy: npt.NDArray[np.int64]
+    notes: npt.NDArray[np.void]
+    learner: Learner
     counters: npt.NDArray[np.void]
 
 
@@ -150,6 +156,8 @@ def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int 
         dirty=np.zeros(rows, np.int32),
         log=np.zeros(1, np.int32),
         policy=np.zeros(1, np.int64),
+        notes=np.zeros(0, NOTE),
+        learner=new_learner(False),
         counters=counters,
     )
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.adaptive import Adaptive
 from pagedkv.control.protocol import EvictionStrategy, Scores, StrategyHooks
 from pagedkv.control.queue_strategies import GDSF, S3FIFO, SIEVE, TTL
 from pagedkv.control.registry import as_strategy, parse_strategy, register_strategy
@@ -33,6 +34,7 @@ __all__ = [
     "S3FIFO",
     "SIEVE",
     "TTL",
+    "Adaptive",
     "EvictionStrategy",
     "LongestFirst",
     "Priority",
