@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -77,20 +78,7 @@ def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
         sums = torch.empty((*size, 2), dtype=torch.float32, device=call.out.device)
         _attend(call, batch, heads, config, grid, (1, most), (partial, sums), search=False)
         if splits > 1:
-            combine_splits[rows](
-                call.out,
-                partial,
-                sums,
-                call.sinks,
-                batch.cu_seqlens_q,
-                1,
-                most,
-                *call.out.stride()[:2],
-                V_HEAD_DIM=heads.v_head_dim,
-                TILE_DV=heads.tile_dv,
-                SPLITS=splits,
-                SINKS=call.sinks is not None,
-            )
+            _combine(call, batch, heads, partial, sums)
 
     run(config_for(heads, call, run))
 
@@ -107,7 +95,7 @@ def _attend(
 ) -> None:
     key_scales: Tensor | None = getattr(call, "key_scales", None)
     value_scales: Tensor | None = getattr(call, "value_scales", None)
-    meta: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    meta: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     with _on(call.queries):
         attend_tiles[grid](
             call.out,
@@ -149,9 +137,35 @@ def _attend(
             SINKS=call.sinks is not None,
             SCALED=key_scales is not None,
             COMPUTE=tl_dtype(compute_dtype(call)),
-            PRECISION="ieee",
+            PRECISION=_precision(call.queries.device),
             **meta,
         )
+
+
+def _combine(call: AttentionCall, batch: DeviceBatch, heads: Heads, partial: Tensor, sums: Tensor) -> None:
+    rows, num_heads, splits, v_head_dim = partial.shape
+    with _on(call.queries):
+        combine_splits[(rows, num_heads)](
+            call.out,
+            partial,
+            sums,
+            call.sinks,
+            batch.cu_seqlens_q,
+            1,
+            heads.most,
+            *call.out.stride()[:2],
+            V_HEAD_DIM=v_head_dim,
+            TILE_DV=heads.tile_dv,
+            SPLITS=splits,
+            SINKS=call.sinks is not None,
+            enable_fp_fusion=True,
+        )
+
+
+@functools.cache
+def _precision(device: torch.device) -> str:
+    """Return how float32 is multiplied: by tensor cores, in three parts that add up to nearly all of its digits."""
+    return "tf32x3" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8 else "ieee"
 
 
 def _on(tensor: Tensor) -> Any:
