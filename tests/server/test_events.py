@@ -1,0 +1,207 @@
+"""KV events: the format, ZMQ with replay, and a recording that the simulator reads."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+from tests.server.fake_snapshots import FakeEngine, server_state
+
+from pagedkv import BlockManager, InvalidOperation, MissingExtra
+from pagedkv.engine.kv_events import KvEventLog
+from pagedkv.server.events import END_OF_REPLAY, EventPublisher, EventRecorder, kv_events, replay_endpoint_of
+from pagedkv.sim.reading import read_trace
+
+ANYWHERE = "tcp://127.0.0.1:0"
+
+
+def stored(batch):
+    return [event for event in batch[1] if event["type"] == "BlockStored"]
+
+
+def test_a_chain_is_one_event_and_hashes_name_content():
+    cache, other = BlockManager(16, 4), BlockManager(16, 4)
+    log, other_log = KvEventLog(cache), KvEventLog(other)
+    assert log.take() is None
+    for manager, seq in ((cache, 1), (other, 77)):
+        manager.allocate(seq, list(range(10)))
+        manager.commit(seq)
+    time, events, rank = batch = log.take()
+    assert len(events) == 1 and time > 1e9 and rank == 0
+    event = events[0]
+    assert event["token_ids"] == list(range(8)) and event["block_size"] == 4 and event["parent_block_hash"] is None
+    assert len(event["block_hashes"]) == 2 and event["medium"] == "GPU"
+    assert stored(other_log.take())[0]["block_hashes"] == event["block_hashes"], "the same in every process"
+    cache.commit(cache.append_batch([1], [[10, 11]]))
+    (grown,) = stored(log.take())
+    assert grown["parent_block_hash"] == event["block_hashes"][-1] and grown["token_ids"] == [8, 9, 10, 11]
+    cache.free(1)
+    cache.allocate(2, list(range(10)), cache_salt="tenant")
+    cache.commit(2)
+    salted = stored(log.take())[0]
+    assert salted["token_ids"] == list(range(8)) and not {*salted["block_hashes"]} & {*event["block_hashes"]}
+    cache.clear_prefix_cache()
+    assert log.take()[1][-1] == {"type": "AllBlocksCleared"}
+    log.close()
+    cache.allocate(3, list(range(50, 60)))
+    cache.commit(3)
+    assert log.take() is None and batch
+
+
+def test_what_was_stored_is_removed_under_the_same_name():
+    cache = BlockManager(4, 2)
+    log = KvEventLog(cache)
+    cache.allocate(1, [1, 2, 3, 4, 5, 6])
+    cache.commit(1)
+    names = stored(log.take())[0]["block_hashes"]
+    cache.free(1)
+    cache.allocate(2, 6)
+    (event,) = log.take()[1]
+    assert event == {"type": "BlockRemoved", "block_hashes": [names[2], names[1]], "medium": "GPU"}
+
+
+def test_removals_of_blocks_from_before_are_not_told():
+    cache = BlockManager(2, 2)
+    cache.allocate(1, [1, 2])
+    cache.commit(1)
+    cache.free(1)
+    log = KvEventLog(cache)
+    cache.allocate(2, 4)
+    assert log.take() is None
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "replay"),
+    [
+        ("tcp://127.0.0.1:5557", "tcp://127.0.0.1:5558"),
+        ("tcp://*:0", "tcp://*:0"),
+        ("ipc:///run/kv", "ipc:///run/kv-replay"),
+    ],
+)
+def test_where_batches_are_replayed(endpoint, replay):
+    assert replay_endpoint_of(endpoint) == replay
+
+
+def test_listeners_hear_batches_and_get_missed_ones_again():
+    zmq = pytest.importorskip("zmq")
+    asynchronous = pytest.importorskip("zmq.asyncio")
+    payloads = [msgspec.msgpack.encode([float(i), [{"type": "AllBlocksCleared"}], 0]) for i in range(6)]
+
+    async def talk():
+        context = asynchronous.Context()
+        try:
+            async with EventPublisher(ANYWHERE, ANYWHERE, topic="kv") as publisher:
+                listener = context.socket(zmq.SUB)
+                listener.connect(publisher.address)
+                listener.setsockopt(zmq.SUBSCRIBE, b"kv")
+                await publisher.publish(payloads[0])
+                while not await listener.poll(50):  # until the subscription has reached the publisher
+                    await publisher.publish(payloads[1])
+                first = await listener.recv_multipart()
+                while await listener.poll(50):
+                    await listener.recv_multipart()
+                for payload in payloads[2:]:
+                    await publisher.publish(payload)
+                heard = [await listener.recv_multipart() for _ in payloads[2:]]
+                again = context.socket(zmq.DEALER)
+                again.connect(publisher.replay_address)
+                start = heard[1][1]
+                await again.send_multipart([b"", b"nonsense of another length"])
+                await again.send_multipart([b"", start])
+                replayed = []
+                while (frames := await again.recv_multipart())[1] != END_OF_REPLAY:
+                    replayed.append(frames)
+                return first, heard, replayed
+        finally:
+            context.destroy(linger=0)
+
+    first, heard, replayed = asyncio.run(asyncio.wait_for(talk(), 30))
+    assert first[0] == b"kv" and first[2] in payloads[:2]
+    numbers = [int.from_bytes(frames[1], "big") for frames in heard]
+    assert numbers == list(range(numbers[0], numbers[0] + 4)) and [f[2] for f in heard] == payloads[2:]
+    assert [frames[2] for frames in replayed] == payloads[3:] and [f[1] for f in replayed] == [f[1] for f in heard[1:]]
+    assert all(len(frames[1]) == 8 and frames[0] == b"" for frames in replayed)
+
+
+def test_only_the_last_batches_are_kept(monkeypatch):
+    pytest.importorskip("zmq.asyncio")
+    monkeypatch.setattr("pagedkv.server.events.MAX_KEPT_BYTES", 100)
+
+    async def publish():
+        async with EventPublisher(ANYWHERE, ANYWHERE) as publisher:
+            for _ in range(50):
+                await publisher.publish(b"x" * 30)
+            return [number for number, _ in publisher._kept]
+
+    assert asyncio.run(publish()) == [47, 48, 49]
+
+
+def test_an_address_in_use_is_said():
+    pytest.importorskip("zmq.asyncio")
+
+    async def twice():
+        async with EventPublisher(ANYWHERE, ANYWHERE) as first, EventPublisher(first.address, ANYWHERE):
+            pass
+
+    with pytest.raises(InvalidOperation, match="events_endpoint expects an address that is free"):
+        asyncio.run(twice())
+
+
+def test_without_zmq_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "zmq", None)
+    monkeypatch.setitem(sys.modules, "zmq.asyncio", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'pagedkv\[events\]'"):
+        EventPublisher(ANYWHERE)
+
+
+def test_a_recording_is_a_trace(tmp_path):
+    engine = FakeEngine(256)
+    path = tmp_path / "events.kv"
+
+    async def serve():
+        async with kv_events(server_state(engine, record_events=path)):
+            for _ in range(40):
+                engine.step()
+                await asyncio.sleep(0.005)
+
+    asyncio.run(serve())
+    trace = read_trace(path, format="kv-events")
+    assert trace.block_tokens == 16 and len(trace.input_tokens) > 10
+    # The first blocks of the trace's chains are the first blocks of the system prompts.
+    heads = {int(trace.ids[start]) for start in trace.offsets[:-1]}
+    assert len(heads) == len(engine.systems)
+
+
+def test_a_recording_goes_on_where_it_ended(tmp_path):
+    path = tmp_path / "events.kv"
+    for _ in range(2):
+        recorder = EventRecorder(path)
+        recorder.record(msgspec.msgpack.encode([1.0, [], 0]))
+        recorder.close()
+        recorder.record(b"late")
+    assert path.read_bytes().count(b"\xc6") == 2
+
+
+def test_a_full_disk_ends_the_recording_only(tmp_path, caplog):
+    recorder = EventRecorder(tmp_path / "events.kv")
+    recorder._file.close()
+
+    def refuse(_):
+        raise OSError("No space left on device")
+
+    recorder._file = SimpleNamespace(closed=False, write=refuse, flush=lambda: None, close=lambda: None)
+    recorder.record(b"x")
+    assert "No space left on device" in caplog.text
+
+
+def test_nobody_listens_and_the_cache_logs_nothing():
+    engine = FakeEngine(64)
+
+    async def serve():
+        async with kv_events(server_state(engine)):
+            return engine.cache._state.counters[0].logging
+
+    assert asyncio.run(serve()) == 0
