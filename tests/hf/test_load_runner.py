@@ -65,16 +65,19 @@ def test_frequencies_that_change_with_the_length_are_not_mixed():
     assert load_runner(model, num_blocks=8).mode == "gather"
 
 
-def test_states_outside_of_blocks_cannot_be_taken_back_far():
+@pytest.mark.parametrize("seq_id", [0, 2**64 - 1])
+def test_states_outside_of_blocks_cannot_be_taken_back_far(seq_id):
     runner = load_runner(build("lfm2"), num_blocks=32, block_size=4)
-    step(runner, {0: prompt(1, 9)[0].tolist()})
-    step(runner, {0: [5]})
-    runner.cache.truncate(0, 4)
-    with pytest.raises(InvalidOperation, match="compute it anew"):
-        step(runner, {0: [5]})
-    runner.cache.free(0)
-    runner.release(0)
-    assert len(step(runner, {0: prompt(1, 9)[0].tolist()})[0]) == VOCAB
+    step(runner, {seq_id: prompt(1, 9)[0].tolist()})
+    step(runner, {seq_id: [5]})
+    runner.cache.truncate(seq_id, 4)
+    with pytest.raises(InvalidOperation, match=f"S{seq_id} to go on after token 10, got 4: .* compute it anew"):
+        step(runner, {seq_id: [5]})
+    runner.cache.free(seq_id)
+    runner.release(seq_id)
+    runner.cache.allocate(seq_id, prompt(1, 9)[0].tolist())
+    with pytest.raises(InvalidOperation, match="after token 0, got 9"):  # it was released
+        step(runner, {seq_id: [5]})
 
 
 def test_the_own_attention_of_the_model_is_as_before(runner):

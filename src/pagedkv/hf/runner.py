@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import attention_by
@@ -116,13 +117,15 @@ class ModelRunner:
         InvalidOperation
             If `src` streams and has dropped tokens: its keys move, so they cannot be shared.
         """
-        self._streaming.refuse_fork(src)
-        self._states.fork(src, dst)
+        source, target = sequence_key(src), sequence_key(dst)
+        self._streaming.refuse_fork(source)
+        self._states.fork(source, target)
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
-        self._states.release(seq_id)
-        self._streaming.release(seq_id)
+        key = sequence_key(seq_id)
+        self._states.release(key)
+        self._streaming.release(key)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         self._ragged.plan = plan

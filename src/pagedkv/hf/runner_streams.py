@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.arguments import sequence_number
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.types import SeqId
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.pages import ModelKvCache
 from pagedkv.hf.rotary_model import RotaryModel
@@ -51,7 +51,7 @@ class RunnerStreams:
     def refuse_fork(self, src: int) -> None:
         """Refuse to share keys that move."""
         if src in self._dropped:
-            raise InvalidOperation(f"src: expected a sequence that has not dropped tokens, got {SeqId(src)}")
+            raise InvalidOperation(f"src: expected a sequence that has not dropped tokens, got S{sequence_number(src)}")
 
     def release(self, seq_id: int) -> None:
         """Forget a sequence."""
@@ -66,7 +66,7 @@ class RunnerStreams:
             used = -(-int(plan.seq_lens[i] + plan.holes[i, 1] - plan.holes[i, 0]) // self._cache.block_size)
             if not self._cache.are_private(plan.block_tables[i, :used].astype(np.int64)):
                 raise InvalidOperation(
-                    f"plan: expected {SeqId(seq_id)}, which streams, to share no block and to have none in the prefix "
+                    f"plan: expected S{sequence_number(seq_id)}, which streams, to share no block and to have none in the prefix "
                     "index, as its keys move: allocate it by a count of tokens, and do not fork it"
                 )
         self._measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))

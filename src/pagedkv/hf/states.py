@@ -6,7 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
-from pagedkv.control.types import SeqId
+from pagedkv.control.arguments import sequence_number
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import is_pageable, is_stateless, stock_layers
 
@@ -93,7 +93,7 @@ class _Kept:
         recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
         if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in recording)):
             raise InvalidOperation(
-                f"plan: expected {SeqId(seq_id)} to go on after token {self.seen}, got {self.seen - count}: what "
+                f"plan: expected S{sequence_number(seq_id)} to go on after token {self.seen}, got {self.seen - count}: what "
                 "recurrent layers keep cannot be taken back so far; free the sequence and compute it anew"
             )
         for layer in recording:
