@@ -66,8 +66,8 @@ class RunnerStreams:
             used = -(-int(plan.seq_lens[i] + plan.holes[i, 1] - plan.holes[i, 0]) // self._cache.block_size)
             if not self._cache.are_private(plan.block_tables[i, :used].astype(np.int64)):
                 raise InvalidOperation(
-                    f"plan: expected S{sequence_number(seq_id)}, which streams, to share no block and to have none in the prefix "
-                    "index, as its keys move: allocate it by a count of tokens, and do not fork it"
+                    f"plan: expected S{sequence_number(seq_id)}, which streams, to share no block and to have none in "
+                    "the prefix index, as its keys move: allocate it by a count of tokens, and do not fork it"
                 )
         self._measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))
         self._dropped[seq_id] = dropped

@@ -93,8 +93,8 @@ class _Kept:
         recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
         if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in recording)):
             raise InvalidOperation(
-                f"plan: expected S{sequence_number(seq_id)} to go on after token {self.seen}, got {self.seen - count}: what "
-                "recurrent layers keep cannot be taken back so far; free the sequence and compute it anew"
+                f"plan: expected S{sequence_number(seq_id)} to go on after token {self.seen}, got {self.seen - count}: "
+                "what recurrent layers keep cannot be taken back so far; free the sequence and compute it anew"
             )
         for layer in recording:
             if layer.is_croppable:
