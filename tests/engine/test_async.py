@@ -8,11 +8,10 @@ import threading
 import time
 
 import pytest
+from tests.engine.fakes import FakeRunner, alone, request
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, AsyncEngine, EngineDead, RequestRefused, SamplingParams
-
-from tests.engine.fakes import FakeRunner, alone, request
 
 
 class SlowRunner(FakeRunner):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.hf.models import CONFIGS, FURTHER, VOCAB, build
 from transformers import AutoModelForCausalLM
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, RequestRefused, SamplingParams
 from pagedkv.models import shipped_model_path
-
-from tests.hf.models import CONFIGS, FURTHER, VOCAB, build
 
 
 def by_model(model, prompt, max_tokens, **options):

@@ -8,11 +8,10 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
+from tests.engine.fakes import alone, engine, request, tokens_of
 
 from pagedkv.engine import RequestRefused
 from pagedkv.engine.admission import blocks_at_most
-
-from tests.engine.fakes import alone, engine, request, tokens_of
 
 HEADS = [[3] * 9, [3] * 5 + [4] * 8, list(range(13)), []]
 

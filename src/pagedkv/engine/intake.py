@@ -38,6 +38,7 @@ def prepare(request: Request, runner: Runner) -> None:
     request.prompt_tuple = tuple(request.prompt_token_ids.tolist())
     most = request.params.max_tokens
     request.max_tokens = _most_tokens(request, runner) if most is None else most
+    request.prompt_logprobs = None if request.params.prompt_logprobs is None else [None]
     request.num_unborn = request.num_branches - 1
 
 

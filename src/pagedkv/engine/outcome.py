@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pagedkv.engine.batch import Batch, Part
 from pagedkv.engine.beaming import advance_beams, begin_beams
+from pagedkv.engine.logprobs import Logprob, token_logprobs
 from pagedkv.engine.request import Branch, Request
 from pagedkv.engine.writing import Writer
 from pagedkv.errors import OutOfMemory
@@ -32,10 +33,14 @@ class Outcome:
         self._places: list[int] = []  # of each row among the logits
         self._first_row: list[int] = []  # of each part
         self._logprobs: Any = None
+        self._scored: list[tuple[Part, int]] = []  # whose prompts are scored, and the first place of their logits
         self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
         place = 0
         for part in batch.parts:
             self._first_row.append(len(self._rows))
+            if part.num_scored:
+                self._scored.append((part, place))
+                place += part.num_scored
             if part.reaches_end:
                 self._expect(part, place)
                 place += 1 + len(part.drafts)
@@ -56,7 +61,7 @@ class Outcome:
         """Choose the tokens; nothing has changed if this fails."""
         self._logits = logits
         if self._rows:
-            plain = len(self._places) == len(logits) and not self._beams
+            plain = len(self._places) == len(logits) and not self._beams and not self._scored
             plain = plain and self._places == list(range(len(self._places)))
             result = sampler.sample(logits if plain else logits[self._places], self._rows)
             self._tokens: list[int] = result.token_ids.tolist()
@@ -66,6 +71,9 @@ class Outcome:
         """Move every branch on; returns the requests that got tokens, in the order of arrival."""
         core, scheduler, cache = self._core, self._core.scheduler, self._core.runner.cache
         fresh: list[list[int]] = []
+        for part, place in self._scored:
+            logits = self._logits[place : place + part.num_scored]
+            part.branch.request.prompt_logprobs += _prompt_logprobs(part, logits)
         for part, first in zip(self._batch.parts, self._first_row, strict=True):
             tokens = self._accepted(part, first)
             fresh.append(tokens)
@@ -154,3 +162,10 @@ class Outcome:
             branch.dropped += self._core.runner.cache.apply_streaming_llm(branch.seq_id, sink, window)
         except OutOfMemory:  # forks share the window and there is no room for copies
             self._core.scheduler.preempt(branch)
+
+
+def _prompt_logprobs(part: Part, logits: Any) -> list[dict[int, Logprob]]:
+    """Return how likely each token of a prompt is that follows a scored one."""
+    branch, top = part.branch, part.branch.request.params.prompt_logprobs or 0
+    following = branch.ids[branch.computed + 1 : branch.computed + 1 + part.num_scored]
+    return token_logprobs(logits, following.tolist(), [top] * part.num_scored)

@@ -180,10 +180,9 @@ class Branch:
         """Whose turn it is: the lowest first."""
         return (-self.request.priority, self.request.number, self.index)
 
-    @property
-    def last_token(self) -> int:
-        """The newest token."""
-        return int(self._ids[self.length - 1])
+    def token(self, place: int) -> int:
+        """Return one of its tokens."""
+        return int(self._ids[place])
 
     def push(self, token: int) -> None:
         """Add a generated token."""

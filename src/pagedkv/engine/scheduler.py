@@ -164,6 +164,8 @@ class Scheduler:
                 each.state = State.WAITING
                 each.computed = each.dropped = 0
                 self.waiting.add(each)
+        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
+            request.prompt_logprobs = [None]
         request.num_preemptions += 1
         self.num_preemptions += 1
 
