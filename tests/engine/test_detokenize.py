@@ -162,11 +162,11 @@ def test_a_prompt_is_context(name):
     tokenizer = tokenizer_of(name)
     size = tokenizer.get_vocab_size() if isinstance(tokenizer, Tokenizer) else len(tokenizer)
 
-    @settings(max_examples=150, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, size - 1), max_size=20), st.lists(st.integers(0, size - 1), max_size=12))
     def check(prompt: list[int], ids: list[int]) -> None:
         before, whole = decode(tokenizer, prompt), decode(tokenizer, prompt + ids)
-        if whole.startswith(before) and not before.endswith("\ufffd"):
+        if whole.startswith(before):
             assert before + "".join(pieces(Detokenizer(tokenizer, prompt), ids)) == whole
 
     check()

@@ -44,7 +44,7 @@ class Detokenizer:
         self._window = self._context(prompt_token_ids)
         self._in_run = False  # of byte tokens
         self._out = len(self._window)  # tokens of the window whose text is out
-        self._shown = self._decode(self._window).removesuffix(HALF)  # text of the window that is out
+        self._shown = self._decode(self._window)  # text of the window that is out
 
     def push(self, token: int) -> str:
         """Take the next token and return the text that it settles; often its own, sometimes none."""
@@ -76,6 +76,8 @@ class Detokenizer:
 
     def _show(self, text: str) -> str:
         """Return what the text has beyond what is shown; only a prompt that ends in half a character may differ."""
+        if self._shown.startswith(text):
+            return ""
         shown = self._shown if text.startswith(self._shown) else os.path.commonprefix((self._shown, text))
         self._shown = text
         return text[len(shown) :]
