@@ -120,7 +120,7 @@ def tokens_of(output: Any) -> list[tuple[int, ...]]:
 
 def alone(req: Request, **options: Any) -> list[tuple[int, ...]]:
     """Return the tokens that a request gets with a large engine to itself."""
-    core = engine(4096, 4, **options)
+    core = engine(256, 4, **options)
     twin = Request(
         request_id=req.request_id,
         prompt_token_ids=list(req.prompt_token_ids),

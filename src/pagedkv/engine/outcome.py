@@ -73,7 +73,8 @@ class Outcome:
         fresh: list[list[int]] = []
         for part, place in self._scored:
             logits = self._logits[place : place + part.num_scored]
-            part.branch.request.prompt_logprobs += _prompt_logprobs(part, logits)
+            request = part.branch.request
+            request.prompt_logprobs = [*(request.prompt_logprobs or ()), *_prompt_logprobs(part, logits)]
         for part, first in zip(self._batch.parts, self._first_row, strict=True):
             tokens = self._accepted(part, first)
             fresh.append(tokens)
