@@ -72,9 +72,12 @@ class Browser:
             self._folder.cleanup()
 
     def open(self, path: Path) -> None:
+        self.visit(path.resolve().as_uri())
+
+    def visit(self, address: str) -> None:
         self._command("url", {"url": "about:blank"})
         self.console(), self.requests()  # of the page before
-        self._command("url", {"url": path.resolve().as_uri()})
+        self._command("url", {"url": address})
 
     def show_as(self, width: int, *, is_dark: bool = False) -> None:
         """Make the window another one: a phone, a desk, by night."""

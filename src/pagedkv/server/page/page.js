@@ -144,7 +144,7 @@ function pause(wanted) {
 
 find("pause").addEventListener("click", () => pause(!isPaused));
 document.addEventListener("keydown", (event) => {
-  const isTyping = event.target.matches("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey;
+  const isTyping = event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey;
   if (!isTyping && event.key.toLowerCase() === "p") pause(!isPaused);
 });
 // Nobody looks at a hidden page: the server takes no snapshots for it.
