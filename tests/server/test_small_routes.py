@@ -70,3 +70,14 @@ async def test_the_document_is_whole() -> None:
             if method == "post" and path.startswith("/v1/c") and "clear" not in path:
                 assert set(content) == {"application/json", "text/event-stream"}
             assert "422" not in told["responses"] and told["responses"]["4XX"] and told["summary"]
+
+
+async def test_the_document_asks_for_keys_where_there_are_any() -> None:
+    async with client_of(FakeEngine()) as client:
+        without = (await client.get("/openapi.json")).json()
+    async with client_of(FakeEngine(), api_keys=("alice",)) as client:
+        with_keys = (await client.get("/openapi.json")).json()
+    assert "securitySchemes" not in without["components"] and "'security'" not in str(without)
+    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/v1/cache/clear"):
+        assert with_keys["paths"][path]["post"]["security"]
+    assert "security" not in with_keys["paths"]["/health"]["get"]

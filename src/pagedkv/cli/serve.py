@@ -153,7 +153,7 @@ def example_curl(url: str, *, with_key: bool) -> str:
 
 
 def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig) -> None:
-    runner = engine.llm.core.runner
+    runner: Any = engine.llm.core.runner
     cache = runner.cache
     megabytes = runner.bytes_per_block * cache.total_blocks / 1e6
     keys = len(set(config.api_keys))

@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from pagedkv import __version__
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.document import complete_document
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
 from pagedkv.server.gate import Gate
 from pagedkv.server.limits import Limits
@@ -18,7 +19,6 @@ from pagedkv.server.logs import RequestLog
 from pagedkv.server.routers import BACKGROUND, ROUTERS
 from pagedkv.server.served import ServedModel
 from pagedkv.server.state import ServerState
-from pagedkv.server.streamed import document_chunks
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
@@ -73,7 +73,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    document_chunks(app)
+    complete_document(app, has_keys=bool(config.api_keys))
     app.add_middleware(Limits, config=config)
     if config.allow_origins:
         app.add_middleware(

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.server.auth import Caller, caller_of, salt_of
+from pagedkv.server.document import answers_with_events
 from pagedkv.server.errors import ApiError
 from pagedkv.server.event_stream import stream
 from pagedkv.server.logs import request_id_of
@@ -20,7 +21,6 @@ from pagedkv.server.running import Changes, Job, Running
 from pagedkv.server.schemas import Usage
 from pagedkv.server.schemas_completion import Completion, CompletionChunk, CompletionRequest
 from pagedkv.server.state import Server, ServerState
-from pagedkv.server.streamed import answers_with_events
 
 __all__ = ["router"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -12,6 +13,7 @@ from pagedkv.server.errors import ApiError, error_response
 
 __all__ = ["Limits"]
 
+LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20
 _CLOSE = {"Connection": "close"}  # what is left of the body is not read
 
 
@@ -36,7 +38,7 @@ class Limits:
         headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"authorization")}
         refusal = self._refusal(scope, headers)
         if refusal is not None:
-            await error_response(refusal)(scope, receive, send)
+            await _refuse(refusal, scope, receive, send)
             return
         self._inside += 1
         try:
@@ -86,3 +88,22 @@ class Limits:
             return message
 
         return bounded
+
+
+async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body has come, and take what still comes for a while.
+
+    A connection that is closed while the client still writes is reset, and the client never sees the answer.
+    """
+    answer = error_response(error)
+    await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
+    await send({"type": "http.response.body", "body": answer.body, "more_body": True})
+    taken = 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while taken < LINGER_BYTES:
+                message = await receive()
+                if message["type"] != "http.request" or not message.get("more_body", False):
+                    break
+                taken += len(message.get("body", b""))
+    await send({"type": "http.response.body", "body": b"", "more_body": False})

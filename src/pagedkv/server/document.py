@@ -1,4 +1,4 @@
-"""How the OpenAPI document tells of answers that may be streams."""
+"""The OpenAPI document: what FastAPI does not know by itself."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic.json_schema import models_json_schema
 from pagedkv.server.schemas_chat import ChatChunk
 from pagedkv.server.schemas_completion import CompletionChunk
 
-__all__ = ["answers_with_events", "document_chunks"]
+__all__ = ["answers_with_events", "complete_document"]
 
 _REF = "#/components/schemas/{model}"
 
@@ -28,18 +28,38 @@ def answers_with_events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any
     }
 
 
-def document_chunks(app: FastAPI) -> None:
-    """Add the objects that only streams hold to the OpenAPI document of an app."""
+def complete_document(app: FastAPI, *, has_keys: bool) -> None:
+    """Correct the OpenAPI document of an app.
+
+    Parameters
+    ----------
+    app : FastAPI
+    has_keys : bool
+        Whether requests need a key; if not, the document must not say that they do.
+    """
     of_fastapi = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             document = of_fastapi()
-            _, chunks = models_json_schema(
-                [(model, "serialization") for model in (CompletionChunk, ChatChunk)], ref_template=_REF
-            )
-            known = document.setdefault("components", {}).setdefault("schemas", {})
-            known |= {name: schema for name, schema in chunks["$defs"].items() if name not in known}
+            _add_chunks(document)
+            if not has_keys:
+                _forget_keys(document)
         return app.openapi_schema or document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _add_chunks(document: dict[str, Any]) -> None:
+    """Add the objects that only streams hold."""
+    chunks = [(model, "serialization") for model in (CompletionChunk, ChatChunk)]
+    _, found = models_json_schema(chunks, ref_template=_REF)  # type: ignore[arg-type]
+    known = document.setdefault("components", {}).setdefault("schemas", {})
+    known |= {name: schema for name, schema in found["$defs"].items() if name not in known}
+
+
+def _forget_keys(document: dict[str, Any]) -> None:
+    document["components"].pop("securitySchemes", None)
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            operation.pop("security", None)
