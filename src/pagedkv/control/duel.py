@@ -3,8 +3,8 @@
 Both see the same accesses. When the learned order is significantly ahead, it rules the real cache, and recency as soon
 as it is behind: that bounds the loss on traffic which cannot be learned. Sampling by hash takes all accesses of a block
 or none, so a small shadow behaves as the large cache does (Waldspurger et al., "Efficient MRC construction with
-SHARDS", FAST 2015); contests between policies are those of set dueling (Qureshi et al., "Adaptive insertion policies", ISCA 2007). Shadows
-know no prefixes: of blocks that were let go at the same moment the deepest goes first.
+SHARDS", FAST 2015); contests between policies are those of set dueling (Qureshi et al., "Adaptive insertion policies
+for high performance caching", ISCA 2007). Shadows know no prefixes: of blocks let go together the deepest goes first.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ def _touch_in_heap(learner: Learner, entry: int, rank: int) -> None:
 
 @inlined
 def _goes_before(learner: Learner, a: int, b: int) -> bool:
-    return learner.shadows[RANK, a] < learner.shadows[RANK, b] or (
-        learner.shadows[RANK, a] == learner.shadows[RANK, b] and a < b
-    )
+    first, second = learner.shadows[RANK, a], learner.shadows[RANK, b]
+    return first < second or (first == second and learner.shadows[PATH, a] < learner.shadows[PATH, b])
 
 
 @inlined

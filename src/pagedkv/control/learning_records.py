@@ -62,8 +62,9 @@ STORES, RELEASES, REQUESTS, LEAD, SEEN, REQUEST_LEAD, VARIANCE, NUM_SUMS = range
 shadow, out of how many sampled accesses; the lead in this request, and the sum of the squares of that."""
 
 REUSED, CENSORED, WAITING, HAZARD, HITS, SPACE, NUM_TABLES = range(7)
-"""Tables by class and age: reuses, ghosts forgotten before one, blocks not reused so far; what a lesson computes: chances
-of a reuse (of all classes together in the row behind the last), and what a block brings and takes up to each age."""
+"""Tables by class and age: reuses, ghosts forgotten before one, blocks not reused so far; and what a lesson computes:
+chances of a reuse (of all together in the row behind the last), what a block brings and takes up to each age.
+"""
 
 SHORT, LONG, TRIAL, NUM_LIVES = range(4)
 """Rows of times to live by class: one share of the requests has the long ones."""

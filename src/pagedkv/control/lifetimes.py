@@ -1,9 +1,9 @@
 """How long a block of each class is worth keeping: times to live, learned from what was reused at what age.
 
 Per class, the chance of a reuse at each age follows from the reuses seen (of cached blocks and of ghosts) and from how
-many blocks were at risk of one; blocks that still wait, and ghosts forgotten, are censored observations (Kaplan &
-Meier, "Nonparametric estimation from incomplete observations", 1958). From it follow the hits that a time to live is expected
-to bring and the space-time it takes; hits per space-time as the currency of eviction is that of LHD (Beckmann, Chen &
+many were at risk of one; blocks that still wait, and ghosts forgotten, are censored observations (Kaplan & Meier,
+"Nonparametric estimation from incomplete observations", 1958). From it follow the hits that a time to live promises
+and the space-time it takes; hits per space-time as the currency of eviction is that of LHD (Beckmann, Chen &
 Cidon, "LHD: improving cache hit rate by maximizing hit density", NSDI 2018). One price for space-time, a Lagrange
 multiplier, makes the expected occupancy equal to the room. It may jump there: so a share of the requests lives longer.
 

@@ -1,0 +1,284 @@
+"""The adaptive rule once more, in plain Python: dictionaries and scans in place of hash tables, lists and heaps.
+
+Requests come and go one after the other, as in `ContentCache.run`. The order of all sums is that of the rule, so that
+the counts are equal and not only near.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections import OrderedDict
+from dataclasses import dataclass
+
+WORD = 2**64 - 1
+EDGES = [b if b < 8 else (4 + b % 4) << (b // 4 - 1) for b in range(113)]
+CLASSES, AGES = range(12), range(112)
+
+
+def signed(word: int) -> int:
+    word &= WORD
+    return word - 2**64 if word >> 63 else word
+
+
+def path_of(above: int, block: int) -> int:
+    """The 64-bit name of a block of one token behind the prefix `above`."""
+    mixed = ((above ^ block) & WORD) * 0x9E3779B97F4A7C15 & WORD
+    mixed ^= mixed >> 31
+    mixed = mixed * 0xBF58476D1CE4E5B9 & WORD
+    return (mixed ^ (mixed >> 31)) | 1
+
+
+def bucket(age: int) -> int:
+    return min(bisect_right(EDGES, age) - 1, 111)
+
+
+@dataclass
+class Note:
+    """What is known of a block or a ghost."""
+
+    mark: int
+    uses: int = 1
+    kind: int | None = None
+    let_go: int = 0
+
+
+@dataclass
+class Node:
+    """One cached block."""
+
+    place: int
+    parent: int | None
+    depth: int
+    path: int
+    note: Note
+    children: int = 0
+
+
+class Shadows:
+    """Two small caches: an ordered dict for recency, a scan for the lowest rank for expiry."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.recent: OrderedDict[int, None] = OrderedDict()
+        self.ranked: dict[int, tuple[int, int, int, int]] = {}  # path: expiry, -depth, kind, let_go
+
+    def access(self, path: int, expiry: int, depth: int, kind: int, now: int) -> int:
+        lead = (path in self.ranked) - (path in self.recent)
+        if path not in self.recent and len(self.recent) == self.room:
+            self.recent.popitem(last=False)
+        self.recent[path] = None
+        self.recent.move_to_end(path)
+        if path not in self.ranked and len(self.ranked) == self.room:
+            del self.ranked[min(self.ranked, key=lambda other: (*self.ranked[other][:2], signed(other)))]
+        self.ranked[path] = (expiry, -min(depth, 4095), kind, now)
+        return lead
+
+
+class SlowAdaptive:
+    """A cache of `capacity` blocks under the adaptive rule."""
+
+    def __init__(self, capacity: int, root: int) -> None:
+        self.capacity, self.root = capacity, root
+        self.nodes: dict[int, Node] = {}
+        self.freed: list[int] = list(range(capacity))
+        sampled = 1
+        while capacity // (2 * sampled) >= 512:
+            sampled *= 2
+        self.sampled = sampled
+        self.shadows = Shadows(max(1, capacity // sampled))
+        self.ghosts: list[list[Note | None]] = [[None] * 4 for _ in range(max(1, 3 * capacity // 4))]
+        self.clock = self.accesses = self.lessons = self.share = 0
+        self.learned_rules = False
+        self.flips = 0
+        self.next_lesson = self.next_duel = capacity
+        self.period = max(2048, capacity // 2)
+        self.stores = self.releases = self.requests = 0.0
+        self.lead = self.seen = self.variance = 0.0
+        self.reused = [[0.0] * 112 for _ in CLASSES]
+        self.censored = [[0.0] * 112 for _ in CLASSES]
+        self.released = [0.0] * 12
+        self.short, self.long = [0] * 12, [0] * 12
+
+    def run(self, requests: list[list[int]]) -> list[int]:
+        return [self.serve(request) for request in requests]
+
+    def serve(self, request: list[int]) -> int:
+        found = 0
+        while found < len(request) and request[found] in self.nodes:
+            note = self.nodes[request[found]].note
+            self.reused[note.kind][bucket(self.clock - note.let_go)] += 1
+            note.uses, note.kind = min(note.uses + 1, 60_000), None
+            found += 1
+        in_use = set(request[:found])
+        places: list[int] = []
+        for _ in request[found:]:
+            if not self.freed and not self.give_up(in_use):
+                break
+            places.append(self.freed.pop(0))
+        for place, block in zip(places, request[found:], strict=False):
+            self.store(place, block, request)
+        taken = found + len(places)
+        in_request = 0.0
+        for block in reversed(request[:taken]):
+            in_request += self.let_go(self.nodes[block])
+        self.end(in_request)
+        return found
+
+    def store(self, place: int, block: int, request: list[int]) -> None:
+        depth = request.index(block)
+        parent = request[depth - 1] if depth else None
+        path = path_of(self.nodes[parent].path if depth else self.root, block)
+        note = Note(mark=(path >> 1) & 0xFFFFFFFF)
+        ghosts = self.ghost_set(path)
+        for i, ghost in enumerate(ghosts):
+            if ghost is not None and ghost.mark == note.mark:
+                note.uses = min(ghost.uses + 1, 60_000)
+                self.reused[ghost.kind][bucket(self.clock - ghost.let_go)] += 1
+                ghosts[i] = None
+                break
+        self.clock += 1
+        self.stores += 1
+        self.nodes[block] = Node(place, parent, depth, path, note)
+        if parent is not None:
+            self.nodes[parent].children += 1
+
+    def ghost_set(self, path: int) -> list[Note | None]:
+        return self.ghosts[((path >> 32) * len(self.ghosts)) >> 32]
+
+    def give_up(self, in_use: set[int]) -> bool:
+        leaves = [b for b, node in self.nodes.items() if node.children == 0 and b not in in_use]
+        if not leaves:
+            return False
+        block = min(leaves, key=lambda b: (self.score(self.nodes[b].note), self.nodes[b].place))
+        node = self.nodes.pop(block)
+        if node.parent is not None:
+            self.nodes[node.parent].children -= 1
+        self.freed.append(node.place)
+        ghosts = self.ghost_set(node.path)
+        i = ghosts.index(None) if None in ghosts else min(range(4), key=lambda i: ghosts[i].let_go)
+        if ghosts[i] is not None:
+            self.censored[ghosts[i].kind][bucket(self.clock - ghosts[i].let_go)] += 1
+        ghosts[i] = node.note
+        return True
+
+    def score(self, note: Note) -> int:
+        return self.expiry(note.kind, note.let_go) if self.learned_rules else note.let_go
+
+    def expiry(self, kind: int, let_go: int) -> int:
+        draw = ((let_go * 0x9E3779B97F4A7C15 & WORD) >> 24) & 0xFFFF
+        return let_go + (self.long[kind] if draw < self.share else self.short[kind])
+
+    def let_go(self, node: Node) -> int:
+        uses = node.note.uses
+        rank = uses - 1 if uses <= 4 else 4 if uses <= 7 else 5
+        kind = node.note.kind = 2 * rank + (node.children == 0)
+        node.note.let_go = self.clock
+        self.released[kind] += 1
+        self.accesses += 1
+        self.releases += 1
+        if (node.path >> 8) % self.sampled:
+            return 0
+        self.seen += 1
+        lead = self.shadows.access(node.path, self.expiry(kind, self.clock), node.depth, kind, self.clock)
+        self.lead += lead
+        return lead
+
+    def end(self, in_request: float) -> None:
+        self.requests += 1
+        self.variance += in_request * in_request
+        if self.clock >= self.next_lesson:
+            self.next_lesson = self.clock + self.period
+            if len(self.freed) <= self.capacity // 16:
+                self.learn()
+        if self.accesses >= self.next_duel:
+            self.next_duel = self.accesses + self.period
+            if self.lessons:
+                self.judge()
+
+    def judge(self) -> None:
+        before, deviation = self.learned_rules, math.sqrt(self.variance)
+        if self.lead > 0.002 * self.seen + 2.0 * deviation:
+            self.learned_rules = True
+        elif self.lead < -0.5 * deviation:
+            self.learned_rules = False
+        self.flips += self.learned_rules != before
+        kept = 1 / (1 + 1 / 9 * (self.period / self.capacity))
+        most = 0.2 * self.shadows.room
+        self.seen *= kept
+        self.variance *= kept * kept
+        self.lead = min(most, max(-most, self.lead * kept))
+
+    def learn(self) -> None:
+        hits, space = self.promises()
+        self.choose(hits, space)
+        ranked = self.shadows.ranked
+        for path, (_, depth, kind, let_go) in ranked.items():
+            ranked[path] = (self.expiry(kind, let_go), depth, kind, let_go)
+        self.lessons += 1
+        for table in (*self.reused, *self.censored, self.released):
+            table[:] = [0.95 * value for value in table]
+        self.stores *= 0.95
+        self.releases *= 0.95
+        self.requests *= 0.95
+
+    def promises(self) -> tuple[list[list[float]], list[list[float]]]:
+        waiting = [[0.0] * 112 for _ in CLASSES]
+        ghosts = [ghost for four in self.ghosts for ghost in four if ghost is not None]
+        for note in [node.note for node in self.nodes.values()] + ghosts:
+            waiting[note.kind][bucket(self.clock - note.let_go)] += 1
+        length = self.releases / self.requests
+        pool, at_risk = [0.0] * 112, 0.0
+        for b in reversed(AGES):
+            events, left = 0.0, 0.0
+            for c in CLASSES:
+                events += self.reused[c][b]
+                left += self.censored[c][b] + waiting[c][b]
+            at_risk += events + left
+            pool[b] = events / (at_risk - 0.5 * left + 2.5 * length)
+        hazards: list[list[float]] = []
+        hits, space = [], []
+        for c in CLASSES:
+            prior, hazard, at_risk = pool if c < 2 else hazards[c - 2], [0.0] * 112, 0.0
+            for b in reversed(AGES):
+                left = self.censored[c][b] + waiting[c][b]
+                at_risk += self.reused[c][b] + left
+                events = self.reused[c][b] + 10.0 * length * prior[b]
+                hazard[b] = events / (at_risk - 0.5 * left + 10.0 * length)
+            hazards.append(hazard)
+            alive, brought, taken = 1.0, [0.0], [0.0]
+            for b in AGES:
+                gone = alive * hazard[b]
+                brought.append(brought[-1] + gone)
+                taken.append(taken[-1] + (alive - 0.5 * gone) * (EDGES[b + 1] - EDGES[b]))
+                alive -= gone
+            hits.append(brought)
+            space.append(taken)
+        return hits, space
+
+    def choose(self, hits: list[list[float]], space: list[list[float]]) -> None:
+        def at(price: float) -> tuple[list[int], float]:
+            lives, occupied = [], 0.0
+            for c in CLASSES:
+                values = [hits[c][b] - price * space[c][b] for b in range(113)]
+                best = max(range(113), key=values.__getitem__)
+                lives.append(EDGES[best])
+                occupied += self.released[c] / self.stores * space[c][best]
+            return lives, occupied
+
+        low, high = 0.0, 1.0
+        self.short, fewest = at(high)
+        self.long, most = self.short, 0.0
+        for _ in range(63):
+            price = math.sqrt(low * high) if low > 0.0 else high / 8
+            lives, occupied = at(price)
+            if occupied > self.capacity:
+                low, self.long, most = price, lives, occupied
+            else:
+                high, self.short, fewest = price, lives, occupied
+                if low == 0.0:
+                    self.long = lives
+            if high < 1e-12 or high < low * 1.0005:
+                break
+        share = (self.capacity - fewest) / (most - fewest) if most > fewest else 0.0
+        self.share = int(65536 * min(1.0, max(0.0, share)))
