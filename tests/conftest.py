@@ -5,6 +5,12 @@ import os
 import pytest
 from hypothesis import HealthCheck, settings
 
+from pagedkv.cli.machine import cuda_devices
+
+# Without a GPU, Triton's kernels run in its interpreter; it has to be told before anything imports Triton.
+if not cuda_devices():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # Compiling and a busy machine make single examples slow; how long one takes is not what these tests are about.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)

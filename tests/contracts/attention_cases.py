@@ -23,6 +23,15 @@ class Case:
     values: torch.Tensor
     options: dict[str, Any]
 
+    def tensors(self, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return queries, keys and values on a device, strides as they are."""
+        return self.queries.to(device), _moved(self.keys, device), _moved(self.values, device)
+
+    def options_on(self, device: str) -> dict[str, Any]:
+        """Return the options with their tensors on a device."""
+        sinks = self.options.get("sinks")
+        return self.options if sinks is None else {**self.options, "sinks": sinks.to(device)}
+
     def expected(self) -> torch.Tensor:
         """Return the oracle's answer in float64."""
         defaults = {"causal": True, "window": None, "softcap": None, "sinks": None, "layout": "NHD", "out": None}
@@ -30,6 +39,12 @@ class Case:
         call.out = torch.full(call.out.shape, torch.nan, dtype=torch.float64)
         reference.attend(call, torch.float64)
         return call.out
+
+
+def _moved(pool: torch.Tensor, device: str) -> torch.Tensor:
+    """Return the pool on a device as the same view of the same memory: torch would pack it."""
+    memory = pool if pool._base is None else pool._base
+    return memory.to(device).as_strided(pool.shape, pool.stride(), pool.storage_offset())
 
 
 @dataclass

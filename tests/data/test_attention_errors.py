@@ -111,7 +111,7 @@ def test_the_case_itself_is_fine():
             r"out: expected torch.float32 \[4, 4, 6\] on cpu, got torch.float32 \[3, 4, 6\] on cpu",
         ),
         ("out", lambda o: o.half(), "out: expected torch.float32"),
-        ("backend", "gpuu", "backend: expected one of auto, .*reference, got 'gpuu'"),
+        ("backend", "gpuu", "backend: expected one of auto, .*triton, got 'gpuu'"),
     ],
     ids=lambda x: x if isinstance(x, str) and x.islower() and len(x) < 14 else "",
 )

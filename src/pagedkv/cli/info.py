@@ -20,7 +20,8 @@ __all__ = ["Info", "ModelInfo", "gather_info", "print_info"]
 _PACKAGES = ("numpy", "numba", "torch", "transformers", "tokenizers", "safetensors", "triton")
 _BACKENDS = {
     "cpu": ("pagedkv.data.cpu", ("torch", "numba")),
-    "gpu": ("pagedkv.data.gpu", ("torch", "triton")),
+    "triton": ("pagedkv.data.gpu", ("torch", "triton")),
+    "flashinfer": ("pagedkv.data.gpu_flashinfer", ("torch", "flashinfer")),
     "reference": ("pagedkv.data.reference", ("torch",)),
 }
 _MISSING = "not installed"
@@ -118,7 +119,7 @@ def _installed(package: str) -> str | None:
 
 def _can_run(backend: str, devices: list[str]) -> bool:
     module, needs = _BACKENDS[backend]
-    if backend == "gpu" and not devices:
+    if module.startswith("pagedkv.data.gpu") and not devices:
         return False
     return all(find_spec(name) for name in (*needs, module))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.arguments import AttentionCall, checked_call
+from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import InvalidOperation
 
 __all__ = ["BACKENDS", "paged_attention"]
@@ -18,7 +19,9 @@ __all__ = ["BACKENDS", "paged_attention"]
 BACKENDS = {
     "cpu": "pagedkv.data.cpu",
     "cpu_invariant": "pagedkv.data.cpu_invariant",
+    "flashinfer": "pagedkv.data.gpu_flashinfer",
     "reference": "pagedkv.data.reference",
+    "triton": "pagedkv.data.gpu",
 }
 """The module of each backend; its ``attend(call)`` fills ``call.out``. Loaded when it is first used."""
 
@@ -79,9 +82,10 @@ def paged_attention(
         ``"HND"`` swaps the middle two dimensions of ``keys`` and ``values``.
     out : Tensor [total_tokens, num_q_heads, v_head_dim], optional
         Receives the result; of the queries' dtype.
-    backend : {"auto", "cpu", "cpu_invariant", "reference"}
-        ``"auto"`` takes the fastest for the device; ``"cpu_invariant"`` gives every query the same bits however its
-        sequence is cut into calls.
+    backend : {"auto", "cpu", "cpu_invariant", "triton", "flashinfer", "reference"}
+        ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors (``"reference"`` where Triton is not
+        installed); ``"cpu_invariant"`` gives every query the same bits however its sequence is cut into calls;
+        ``"triton"`` takes CPU tensors too in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 
     Returns
     -------
@@ -126,7 +130,9 @@ def paged_attention(
 
 
 def _fastest_for(call: AttentionCall) -> str:
-    return "cpu" if call.queries.device.type == "cpu" else "reference"
+    if call.queries.device.type == "cpu":
+        return "cpu"
+    return "triton" if call.queries.device.type == "cuda" and has_triton() else "reference"
 
 
 @functools.cache

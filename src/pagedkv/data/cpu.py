@@ -16,6 +16,7 @@ from pagedkv.data.cpu_decode import attend_items, plan_items
 from pagedkv.data.cpu_prefill import attend_sequence
 from pagedkv.data.cpu_shapes import Rules, Shape, Strides, partial_size
 from pagedkv.data.threads import num_threads, run_in_threads
+from pagedkv.errors import InvalidOperation
 
 __all__ = ["attend"]
 
@@ -35,6 +36,8 @@ _workspace = threading.local()
 
 def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
     """Fill ``call.out``; sequences of up to ``few_queries`` query tokens are served from the blocks in place."""
+    if call.queries.device.type != "cpu":
+        raise InvalidOperation(f"queries: backend 'cpu' expects a tensor on the CPU, got one on {call.queries.device}")
     shape = _shape(call)
     window = call.window or _NO_WINDOW
     items, first_item, num_positions, num_partials, most_quads = plan_items(

@@ -1,0 +1,132 @@
+"""The FlashInfer backend: block tables become its CSR arrays, and its paged prefill kernel serves every batch.
+
+FlashInfer is not a dependency; where it is installed it may be chosen by name. "FlashInfer: Efficient and Customizable
+Attention Engine for LLM Inference Serving" (Ye et al., 2025).
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.gpu_device import is_capturing
+from pagedkv.errors import InvalidOperation, MissingExtra
+
+__all__ = ["attend", "csr_arrays"]
+
+Int32Array = npt.NDArray[np.int32]
+
+_WORKSPACE_BYTES = 128 << 20
+_kept = threading.local()
+
+
+def csr_arrays(
+    block_tables: Int32Array, seq_lens: Int32Array, block_size: int
+) -> tuple[Int32Array, Int32Array, Int32Array]:
+    """Return the blocks of a batch as FlashInfer wants them: compressed rows.
+
+    Parameters
+    ----------
+    block_tables : int32 [n, max_blocks]
+    seq_lens : int32 [n]
+    block_size : int
+
+    Returns
+    -------
+    indptr : int32 [n + 1]
+        Sequence ``i`` owns ``indices[indptr[i] : indptr[i + 1]]``.
+    indices : int32 [indptr[n]]
+        Block ids.
+    last_page_len : int32 [n]
+        Tokens in the last block of each sequence, 1 to block_size; 0 for an empty sequence.
+    """
+    counts = -(-seq_lens.astype(np.int64) // block_size)
+    indptr = np.zeros(len(seq_lens) + 1, np.int32)
+    np.cumsum(counts, out=indptr[1:])
+    is_owned = np.arange(block_tables.shape[1]) < counts[:, None]
+    indices = np.ascontiguousarray(block_tables[is_owned], np.int32)
+    last_page_len = np.where(seq_lens > 0, (seq_lens - 1) % block_size + 1, 0).astype(np.int32)
+    return indptr, indices, last_page_len
+
+
+def attend(call: AttentionCall) -> None:
+    """Fill ``call.out``.
+
+    Raises
+    ------
+    MissingExtra
+        FlashInfer is not installed.
+    InvalidOperation
+        The call is not on a CUDA device, or needs what FlashInfer's kernel does not do: sink logits, holes, quantised
+        keys, queries of another dtype, a CUDA graph around host arrays.
+    """
+    try:
+        import flashinfer
+    except ImportError as error:
+        raise MissingExtra("flashinfer", "flashinfer") from error
+    _require_known(call)
+    if not len(call.queries):
+        return
+    is_hnd = call.keys.stride(2) > call.keys.stride(1)
+    keys, values = (x.transpose(1, 2) if is_hnd else x for x in (call.keys, call.values))
+    wrapper = _planned(flashinfer, call, "HND" if is_hnd else "NHD")
+    result = wrapper.run(call.queries.contiguous(), (keys, values))
+    call.out.copy_(result)
+
+
+def _require_known(call: AttentionCall) -> None:
+    """Refuse every call that FlashInfer would answer with something else."""
+    holes = call.holes
+    faults = {
+        f"queries: expected a tensor on a CUDA device, got one on {call.queries.device}": not call.queries.is_cuda,
+        f"queries: expected {call.keys.dtype} as keys, got {call.queries.dtype}": call.queries.dtype != call.keys.dtype,
+        "sinks: expected none": call.sinks is not None,
+        "holes: expected none": bool(((holes[:, 1] > holes[:, 0]) & (holes[:, 0] < call.seq_lens)).any()),
+        "block_tables: expected no CUDA graph to be captured": is_capturing(call.queries.device),
+        "window: expected causal attention": call.window is not None and not call.causal,
+    }
+    for fault, is_there in faults.items():
+        if is_there:
+            raise InvalidOperation(f"backend 'flashinfer': {fault}")
+
+
+def _planned(flashinfer: Any, call: AttentionCall, layout: str) -> Any:
+    """Return a wrapper that is planned for this batch; all layers of a step share it."""
+    options = _plan_options(call)
+    arrays = (call.block_tables, call.seq_lens, call.cu_seqlens_q)
+    key = (call.queries.device, layout, tuple(options.items()))
+    kept_key, kept_arrays, wrapper = getattr(_kept, "last", (None, (), None))
+    if kept_key == key and all(np.array_equal(a, b) for a, b in zip(kept_arrays, arrays, strict=True)):
+        return wrapper
+    indptr, indices, last_page_len = csr_arrays(call.block_tables, call.seq_lens, call.keys.shape[1])
+    if wrapper is None or kept_key[:2] != key[:2]:
+        workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=call.queries.device)
+        wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout)
+    _kept.last = (None, (), None)  # a plan that fails leaves nothing behind
+    on_host = (torch.from_numpy(np.array(x)) for x in (call.cu_seqlens_q, indptr, indices, last_page_len))
+    on_device: list[Tensor] = [x.to(call.queries.device) for x in on_host]
+    wrapper.plan(*on_device, **options)
+    _kept.last = (key, tuple(x.copy() for x in arrays), wrapper)
+    return wrapper
+
+
+def _plan_options(call: AttentionCall) -> dict[str, Any]:
+    return {
+        "num_qo_heads": call.queries.shape[1],
+        "num_kv_heads": call.keys.shape[2],
+        "head_dim_qk": call.keys.shape[3],
+        "head_dim_vo": call.values.shape[3],
+        "page_size": call.keys.shape[1],
+        "causal": call.causal,
+        "sm_scale": call.scale,
+        "window_left": -1 if call.window is None else call.window - 1,
+        "logits_soft_cap": call.softcap,
+        "q_data_type": call.queries.dtype,
+        "kv_data_type": call.keys.dtype,
+    }
