@@ -158,3 +158,15 @@ def test_what_makes_no_sense_is_refused_and_nothing_stays(shipped):
     with pytest.raises(InvalidOperation, match="one SamplingParams for each of 1 prompts"):
         llm.generate([[1, 2]], [])
     settled(llm)
+
+
+def test_streams_are_those_of_a_streaming_session(shipped):
+    from pagedkv.hf.streaming import StreamingSession
+
+    prompts, _ = mixed(3, 2000, seed=8, longest=50)
+    llm = LLM(shipped, num_blocks=40, block_size=4, max_batch_tokens=16)
+    outputs = llm.generate(prompts, SamplingParams(max_tokens=60, streaming=(4, 24), ignore_eos=True))
+    for prompt, output in zip(prompts, outputs, strict=True):
+        session = StreamingSession(shipped, 4, 24, block_size=4)
+        assert output.outputs[0].token_ids == tuple(session.generate(prompt, 60))
+    settled(llm)

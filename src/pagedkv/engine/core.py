@@ -155,10 +155,10 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Return the counters."""
         cache, scheduler = self.runner.cache, self.scheduler
-        running = sum(any(b.is_running for b in request.branches) for request in self._requests.values())
+        running = sum(any(b.is_running for b in request.branches) for request in list(self._requests.values()))
         return EngineStats(
             num_running=running,
-            num_waiting=len(self._requests) - running,
+            num_waiting=len(requests) - running,
             num_preemptions=scheduler.num_preemptions,
             prompt_tokens=scheduler.num_prompt_tokens,
             prefix_queries=scheduler.num_prompt_tokens,

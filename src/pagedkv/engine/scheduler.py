@@ -181,10 +181,12 @@ class Scheduler:
         self.runner.release(branch.seq_id)
 
     def _resolve_stall(self) -> None:
-        """Beams that wait for fellows hold blocks which these may need: all but the first give theirs back."""
-        victim = self._victim()
-        if victim is not None:
-            self.preempt(victim)
+        """Take blocks from beams that wait for fellows, which may need them.
+
+        Where the first in line waits itself, it begins anew: its beams could not share what they shared before, since
+        the prefixes were forgotten meanwhile.
+        """
+        self.preempt(self._victim() or self.running[0])
 
 
 def streaming_room(branch: Branch) -> int:
