@@ -155,7 +155,8 @@ class EngineCore:
     def stats(self) -> EngineStats:
         """Return the counters."""
         cache, scheduler = self.runner.cache, self.scheduler
-        running = sum(any(b.is_running for b in request.branches) for request in list(self._requests.values()))
+        requests = list(self._requests.values())  # a copy, as other threads may ask
+        running = sum(any(branch.is_running for branch in request.branches) for request in requests)
         return EngineStats(
             num_running=running,
             num_waiting=len(requests) - running,
