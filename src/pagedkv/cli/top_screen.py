@@ -94,10 +94,11 @@ class TopApp(App[str | None]):
 
     def on_mount(self) -> None:
         """Ask for the first snapshot."""
-        table = self.query_one(DataTable)
+        self._view = self.screen  # the help may lie above it while snapshots come
+        table = self._view.query_one(DataTable)
         for column in COLUMNS:
             table.add_column(column.title, key=column.name)
-        self.query_one("#filter").display = False
+        self._view.query_one("#filter").display = False
         table.focus()
         self.set_interval(self.interval, self.ask)
         self.ask()
@@ -110,8 +111,8 @@ class TopApp(App[str | None]):
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """Take what the source gave."""
-        if event.worker.group != "source" or not event.worker.is_finished:
-            return
+        if event.worker.group != "source" or not event.worker.is_finished or not self._view.children:
+            return  # without children the view is being left
         self._is_asking = False
         if event.state is WorkerState.ERROR:
             self._fail(event.worker.error)
@@ -140,7 +141,7 @@ class TopApp(App[str | None]):
         self._draw_tiles(figures)
         self._draw_legend(snapshot)
         self._draw_requests()
-        view = self.query_one(BlockMapView)
+        view = self._view.query_one(BlockMapView)
         view.snapshot = snapshot
         self._draw_block(view.cursor)
         self._draw_about()
@@ -156,25 +157,25 @@ class TopApp(App[str | None]):
             words.append(f"  {self.snapshot.strategy}, blocks of {self.snapshot.block_size} tokens", "dim")
         if self.recording is not None:
             words.append("  recording", "bold")
-        self.query_one("#about", Static).update(words)
+        self._view.query_one("#about", Static).update(words)
 
     def _draw_tiles(self, figures: Figures) -> None:
         for name, _, text in _TILES:
-            self.query_one(f"#figure-{name}", Static).update(text(figures))
-            self.query_one(f"#course-{name}", Sparkline).data = self.history.course(name)
+            self._view.query_one(f"#figure-{name}", Static).update(text(figures))
+            self._view.query_one(f"#course-{name}", Sparkline).data = self.history.course(name)
 
     def _draw_legend(self, snapshot: EngineSnapshot) -> None:
         words = Text()
         for (kind, count), colour in zip(snapshot.counts().items(), COLOURS, strict=True):
             words.append("■ ", colour).append(f"{kind} ").append(f"{count:,}   ", "bold")
-        per_cell = self.query_one(BlockMapView).blocks_per_cell
+        per_cell = self._view.query_one(BlockMapView).blocks_per_cell
         words.append("a cell is a block" if per_cell == 1 else f"a cell is {per_cell:,} blocks", "dim")
-        self.query_one("#legend", Static).update(words)
+        self._view.query_one("#legend", Static).update(words)
 
     def _draw_requests(self) -> None:
         if self.snapshot is None:
             return
-        table = self.query_one(DataTable)
+        table = self._view.query_one(DataTable)
         rows = request_rows(self.snapshot, self.sort, self.is_reversed, self.wanted)
         for column in COLUMNS:
             mark = ("▲" if self.is_reversed == column.is_number else "▼") if column.name == self.sort else ""
@@ -191,7 +192,7 @@ class TopApp(App[str | None]):
         table.scroll_to(offset.x, offset.y, animate=False)
 
     def _chosen(self) -> str | None:
-        table = self.query_one(DataTable)
+        table = self._view.query_one(DataTable)
         if not table.row_count or not table.is_valid_row_index(table.cursor_row):
             return None
         return table.coordinate_to_cell_key((table.cursor_row, 0)).row_key.value  # type: ignore[arg-type]
@@ -204,18 +205,18 @@ class TopApp(App[str | None]):
             if snapshot is not None and is_there
             else "Tab to the map and walk with the arrow keys"
         )
-        self.query_one("#block", Static).update(line)
+        self._view.query_one("#block", Static).update(line)
 
     def on_block_map_view_walked(self, event: BlockMapView.Walked) -> None:
         """Say what the cursor stands on, and let its owner stand out."""
         self._draw_block(event.block)
         if self.snapshot is not None and event.block < self.snapshot.total_blocks:
             owner = int(self.snapshot.owner[event.block])
-            self.query_one(BlockMapView).near = self.snapshot.requests[owner].request_id if owner >= 0 else None
+            self._view.query_one(BlockMapView).near = self.snapshot.requests[owner].request_id if owner >= 0 else None
 
     def on_data_table_row_selected(self, event: DataTable.RowSelected) -> None:
         """Let the blocks of a request stand out, or all again."""
-        view = self.query_one(BlockMapView)
+        view = self._view.query_one(BlockMapView)
         view.near = None if view.near == event.row_key.value else event.row_key.value
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -225,7 +226,7 @@ class TopApp(App[str | None]):
 
     def on_input_submitted(self) -> None:
         """Go back to the table, filtered."""
-        self.query_one(DataTable).focus()
+        self._view.query_one(DataTable).focus()
 
     def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
         """Offer steps only where there is a file to step through."""
@@ -249,17 +250,17 @@ class TopApp(App[str | None]):
 
     def action_filter(self) -> None:
         """Ask for a part of a request id."""
-        field = self.query_one("#filter", Input)
+        field = self._view.query_one("#filter", Input)
         field.display = True
         field.focus()
 
     def action_clear(self) -> None:
         """Show all requests and all blocks alike."""
-        field = self.query_one("#filter", Input)
+        field = self._view.query_one("#filter", Input)
         field.value = ""
         field.display = False
-        self.query_one(BlockMapView).near = None
-        self.query_one(DataTable).focus()
+        self._view.query_one(BlockMapView).near = None
+        self._view.query_one(DataTable).focus()
 
     def action_step(self, by: int) -> None:
         """Go through a recorded file by hand."""
