@@ -15,7 +15,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT, require_int
 
-__all__ = ["AttentionCall", "checked_call", "first_fault"]
+__all__ = ["AttentionCall", "checked_call", "checked_tensors", "first_fault"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -71,11 +71,19 @@ def checked_call(
     out: Tensor | None,
 ) -> AttentionCall:
     """Return the call, or raise ``InvalidOperation`` that names the argument, what was expected and what came."""
-    if layout not in _LAYOUTS:
-        raise InvalidOperation(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
-    keys, values = _checked_pool(queries, keys, values, layout)
-    queries = queries.detach() if queries.requires_grad else queries
-    num_blocks, block_size, _, _ = keys.shape
+    call = checked_tensors(
+        queries,
+        keys,
+        values,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        layout=layout,
+        out=out,
+    )
+    num_blocks, block_size, _, _ = call.keys.shape
     tables = _int32_array("block_tables", block_tables, 2)
     lens = _int32_array("seq_lens", seq_lens, 1)
     cu_seqlens = _int32_array("cu_seqlens_q", cu_seqlens_q, 1)
@@ -84,17 +92,45 @@ def checked_call(
     _require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
     _require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
     _require_shape("holes", hole_rows, (count, 2), "[n, 2]")
-    fault = first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, queries.shape[0])
+    fault = first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, call.queries.shape[0])
     if fault:
         raise InvalidOperation(fault)
+    call.block_tables, call.seq_lens, call.cu_seqlens_q, call.holes = tables, lens, cu_seqlens, hole_rows
+    return call
+
+
+_NO_TABLES = np.zeros((0, 1), np.int32)
+_NO_LENS = np.zeros(0, np.int32)
+_NO_CUTS = np.zeros(1, np.int32)
+_NO_HOLES = np.zeros((0, 2), np.int32)
+
+
+def checked_tensors(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    layout: str,
+    out: Tensor | None,
+) -> AttentionCall:
+    """Return a call of no sequences yet, all of it checked but the arrays of the batch."""
+    if layout not in _LAYOUTS:
+        raise InvalidOperation(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+    keys, values = _checked_pool(queries, keys, values, layout)
+    queries = queries.detach() if queries.requires_grad else queries
     return AttentionCall(
         queries,
         keys,
         values,
-        tables,
-        lens,
-        cu_seqlens,
-        hole_rows,
+        _NO_TABLES,
+        _NO_LENS,
+        _NO_CUTS,
+        _NO_HOLES,
         _positive_or_finite("scale", scale, positive=False),
         bool(causal),
         None if window is None else require_int("window", window, 1, MAX_COUNT),
