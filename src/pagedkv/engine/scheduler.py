@@ -93,7 +93,7 @@ class Scheduler:
                 parts += admitted
                 plan = self.cache.plan([part.branch.seq_id for part in parts], [p.num_query_tokens for p in parts])
         if plan is None:
-            if self.running:
+            if self.running and self.num_preemptions == before:
                 self._resolve_stall()
             return None
         return make_batch(parts, plan)
