@@ -253,3 +253,32 @@ def test_counters():
     assert 0 < stats.bookkeeping_seconds < stats.busy_seconds and stats.steps == len(core.runner.batches)
     times = outputs["b"].metrics
     assert times.arrived <= times.first_scheduled <= times.first_token <= times.finished
+
+
+def test_an_admission_that_fails_leaves_no_trace(monkeypatch):
+    core = engine(64)
+    core.add(request("r", [1] * 6, max_tokens=9))
+    core.step()
+    core.add(request("s", [2] * 6, max_tokens=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner.cache, "match_prefix", None)
+        with pytest.raises(TypeError):
+            core.step()
+    core.runner.cache.check()
+    outputs = run(core)
+    assert tokens_of(outputs["r"]) == [greedy([1] * 6, 9)] and tokens_of(outputs["s"]) == [greedy([2] * 6, 9)]
+
+
+def test_interrupted_texts_go_on(monkeypatch):
+    core = engine(64)
+    for name in "rs":
+        core.add(request(name, [ord(name) % VOCAB] * 6, max_tokens=9))
+    core.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner.cache, "commit", None)
+        with pytest.raises(TypeError):
+            core.step()
+    core.runner.cache.check()
+    outputs = run(core)
+    for name in "rs":
+        assert tokens_of(outputs[name]) == [greedy([ord(name) % VOCAB] * 6, 9)]

@@ -134,14 +134,15 @@ class EngineCore:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
             outcome.choose(logits, self._sampler)
+            chosen = time.perf_counter()
+            moved = outcome.apply()
         except InvalidLogits as error:
-            self.scheduler.recall(batch)
+            self.scheduler.recall(batch.parts)
             return self._refused(error)
         except BaseException:
-            self.scheduler.recall(batch)
+            self.scheduler.recall(batch.parts)
             raise
-        chosen = time.perf_counter()
-        outputs = [self._reported(request) for request in outcome.apply()]
+        outputs = [self._reported(request) for request in moved]
         self._counts["steps"] += 1
         self._seconds["forward"] += computed - before
         self._seconds["sampling"] += chosen - computed

@@ -88,7 +88,11 @@ class Scheduler:
         parts, plan = self._grow(parts)
         if self.num_preemptions == before:
             used = sum(part.num_query_tokens for part in parts)
-            admitted = self._admission.admit(self.max_batch_tokens - used)
+            try:
+                admitted = self._admission.admit(self.max_batch_tokens - used)
+            except BaseException:  # a strategy of the user's, for instance; what has grown will not be computed
+                self.recall(parts)
+                raise
             if admitted:
                 parts += admitted
                 plan = self.cache.plan([part.branch.seq_id for part in parts], [p.num_query_tokens for p in parts])
@@ -169,9 +173,9 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def recall(self, batch: Batch) -> None:
-        """Forget that `batch` was laid out: its branches wait again and are computed anew."""
-        for part in batch.parts:
+    def recall(self, parts: Iterable[Part]) -> None:
+        """Forget that `parts` were laid out: their branches wait again and are computed anew."""
+        for part in parts:
             if part.branch.state is State.RUNNING:
                 self.preempt(part.branch)
 
