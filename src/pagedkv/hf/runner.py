@@ -17,6 +17,7 @@ from pagedkv.hf.compat import attention_by
 from pagedkv.hf.direct import DIRECT
 from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
 from pagedkv.hf.pages import LayerTable, ModelKvCache
+from pagedkv.hf.products import Products
 from pagedkv.hf.runner_streams import RunnerStreams
 from pagedkv.hf.states import SequenceStates
 
@@ -67,6 +68,7 @@ class ModelRunner:
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
         self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
+        self._products = Products(model)
         self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
         self._streaming = RunnerStreams(model, cache)
         accepted = inspect.signature(model.forward).parameters
@@ -130,7 +132,7 @@ class ModelRunner:
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         self._ragged.plan = plan
         try:
-            with attention_by(DIRECT, self._text):
+            with attention_by(DIRECT, self._text), self._products:
                 padded = (_padded(array, self._tile) for array in (ids, positions, rows))
                 return self._run(self._ragged_cache, *padded)[: len(rows)]
         finally:
