@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 
+import numpy as np
 import pytest
 from tests.engine.fakes import FakeRunner, alone, request
 
@@ -211,3 +212,36 @@ def test_several_event_loops_share_an_engine():
         thread.join(30)
     assert lengths == {name: 10 + name for name in range(4)}
     asyncio.run(engine.shutdown())
+
+
+def test_a_storm_of_requests_and_disconnects():
+    random = np.random.default_rng(0)
+    kinds = [{}, {"n": 2, "temperature": 1.0}, {"beam_width": 2}, {"prompt_lookup": 3}, {"streaming": (2, 6)}]
+
+    async def client(engine, number):
+        params = SamplingParams(max_tokens=int(random.integers(1, 20)), seed=number, **kinds[number % len(kinds)])
+        prompt = [1] * int(random.integers(1, 12)) + [number % 30]
+        patience = int(random.integers(1, 40))
+        await asyncio.sleep(number / 5000)
+        last = None
+        async for output in engine.generate(prompt, params, priority=number % 3):
+            last, patience = output, patience - 1
+            if patience == 0:
+                return None
+        return request(f"r{number}", prompt), params, last
+
+    async def test(engine):
+        clients = [asyncio.ensure_future(client(engine, number)) for number in range(200)]
+        await asyncio.sleep(0.05)
+        for task in clients[::7]:
+            task.cancel()
+        results = await asyncio.gather(*clients, return_exceptions=True)
+        ended = [result for result in results if isinstance(result, tuple)]
+        assert len(ended) > 50
+        for plain, params, last in ended:
+            plain.params = params
+            assert [each.token_ids for each in last.outputs] == alone(plain)
+        assert all(r is None or isinstance(r, (tuple, asyncio.CancelledError)) for r in results)
+        await settled(engine)
+
+    run_with(test, num_blocks=20, max_batch_tokens=24)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ class Admission:
         places = scheduler.max_num_seqs - sum(branch.request.num_unborn + 1 for branch in scheduler.running)
         promised = sum(map(self._promised, scheduler.running))
         passed_over = 0
-        for branch in list(scheduler.waiting):
+        for branch in list(islice(scheduler.waiting, 2 * scheduler.max_num_seqs + 2)):
             places -= 1 + branch.request.num_unborn
             if budget <= 0 or passed_over > scheduler.max_num_seqs or (places < 0 and scheduler.running):
                 break
