@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,18 +47,21 @@ def operations(served: Any) -> list[Any]:
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_nothing_breaks_it(served: Any, operations: list[Any], mode: GenerationMode) -> None:
+    asked: Counter[str] = Counter()
     for operation in operations:
         try:
             strategy = operation.as_strategy(generation_mode=mode)
-            _ask(served, strategy, 10 if operation.method == "post" else 3)
+            _ask(served, strategy, 20 if operation.method == "post" else 3, asked)
         except (Unsatisfiable, schemathesis.errors.InvalidSchema):
             assert mode is GenerationMode.NEGATIVE  # what takes nothing cannot be asked wrongly
+    assert all(asked[path] >= 15 for path in ("/v1/completions", "/v1/chat/completions", "/detokenize")), asked
 
 
-def _ask(served: Any, strategy: Any, examples: int) -> None:
+def _ask(served: Any, strategy: Any, examples: int, asked: Counter[str]) -> None:
     @given(case=strategy)
     @settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     def ask(case: Any) -> None:
         case.call_and_validate(base_url=served.url, timeout=60, checks=CHECKS)
+        asked[case.path] += 1
 
     ask()

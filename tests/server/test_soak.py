@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,21 +76,23 @@ def test_a_full_queue_is_a_rate_limit_error() -> None:
     assert len(refused) == 3 and all(int(each.response.headers["retry-after"]) >= 1 for each in refused)
 
 
-def test_sigterm_lets_requests_end_and_kill_does_no_harm(tmp_path: Path) -> None:
-    body = {"prompt": "class Parser:", "max_tokens": 400, "temperature": 0, "ignore_eos": True}
-    with process(tmp_path / "log", *SMALL, "--log-format", "json") as first:
-        with httpx.stream("POST", f"{first.url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+def test_kill_does_no_harm_and_sigterm_lets_requests_end(tmp_path: Path) -> None:
+    body = {"prompt": "class Parser:", "max_tokens": 2000, "temperature": 0, "ignore_eos": True, "stream": True}
+    with process(tmp_path / "log", *SMALL) as first:
+        with httpx.stream("POST", f"{first.url}/v1/completions", json=body, timeout=60) as answer:
+            next(answer.iter_lines())
+            first.kill()
+    log = tmp_path / "json"
+    with process(log, *SMALL, "--log-format", "json", port=first.port) as second:
+        body["max_tokens"] = 400
+        with httpx.stream("POST", f"{second.url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             next(lines)
-            first.process.terminate()
+            second.process.terminate()
             text = "\n".join(lines)
         assert text.rstrip().endswith("[DONE]") and '"finish_reason":"length"' in text
-        assert first.process.wait(30) == 0
-    assert '"event": "request"' in first.log.read_text() and "Parser" not in first.log.read_text()
-    with process(tmp_path / "log", *SMALL, port=first.port) as second:
-        asked = {**body, "stream": True, "max_tokens": 2000}
-        with httpx.stream("POST", f"{second.url}/v1/completions", json=asked, timeout=60) as answer:
-            next(answer.iter_lines())
-            second.kill()
-    with process(tmp_path / "log", *SMALL, port=first.port) as third:
-        assert httpx.post(f"{third.url}/v1/completions", json={**body, "max_tokens": 4}, timeout=60).status_code == 200
+        assert second.process.wait(30) == 0
+    (line,) = [line for line in log.read_text().splitlines() if "/v1/completions" in line and line.startswith('{"')]
+    told = json.loads(line)
+    assert told["event"] == "request" and told["status"] == 200 and told["completion_tokens"] == 400
+    assert "Parser" not in log.read_text()

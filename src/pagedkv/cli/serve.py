@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 __all__ = ["EngineOptions", "example_curl", "run"]
 
 T = TypeVar("T")
+_OPTIONS = {
+    "api_keys": "api-key",
+    "operator_keys": "operator-key",
+    "allow_origins": "allow-origin",
+    "model_name": "served-model-name",
+}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -125,8 +132,9 @@ def _as_options(call: Callable[[], T]) -> T:
     try:
         return call()
     except InvalidOperation as error:
-        argument, _, rest = error.reason.partition(" ")
-        raise Failure(f"--{argument.replace('_', '-')} {rest}") from None
+        argument, separator, rest = re.match(r"(\w*)(:?)(.*)", error.reason, re.S).groups()  # type: ignore[union-attr]
+        option = _OPTIONS.get(argument, argument.replace("_", "-"))
+        raise Failure(f"--{option}{separator}{rest}") from None
 
 
 def _warm_up(engine: AsyncEngine) -> None:

@@ -40,11 +40,15 @@ def listen(config: ServerConfig) -> socket.socket:
     try:
         family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except BaseException:
+            listener.close()
+            raise
     except OSError as error:
         reason = error.strerror or error
-        raise InvalidOperation(f"host and port: cannot listen on {config.host}:{config.port}: {reason}") from None
+        raise InvalidOperation(f"host: cannot listen on {config.host}:{config.port}: {reason}") from None
     return listener
 
 

@@ -1,0 +1,66 @@
+"""What ``pagedkv serve`` refuses before it loads anything."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pagedkv.cli.app import app
+
+pytest.importorskip("fastapi")
+
+
+def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
+    result = CliRunner().invoke(app, ["serve", *arguments], env=env)
+    assert result.exit_code == 2, result.output
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pagedkv: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--port", "70000"], "--port"),
+        (["--dtype", "int4"], "--dtype expects auto, float32"),
+        (["--max-body", "0"], "--max-body expects at least 1"),
+        (["--write-timeout", "nan"], "--write-timeout expects seconds"),
+        (["--log-format", "xml"], "--log-format expects"),
+        (["--operator-key", "a"], "--operator-key expects api_keys"),
+        (["/nowhere/at/all"], "there is no folder"),
+        (["--api-key-file", "/nowhere"], "--api-key-file: cannot read"),
+        (["--chat-template", "/nowhere"], "--chat-template: cannot read"),
+        (["--host", "256.1.1.1"], "--host: cannot listen"),
+    ],
+)
+def test_wrong_options_are_named(arguments: list[str], text: str) -> None:
+    assert text in failure(*arguments)
+
+
+def test_a_port_that_is_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert "in use" in failure("--port", str(taken.getsockname()[1]))
+
+
+def test_a_file_without_keys(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("# nobody yet\n\n")
+    assert "holds no key" in failure("--api-key-file", str(keys))
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    from pagedkv.cli.serve_keys import read_keys
+
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nalice\n\n  bob  \n")
+    assert read_keys(keys) == ("alice", "bob") and read_keys(None) == ()
+
+
+def test_help_has_examples() -> None:
+    result = CliRunner().invoke(app, ["serve", "--help"])
+    assert result.exit_code == 0 and "curl" in result.output and "PAGEDKV_API_KEYS" in result.output
