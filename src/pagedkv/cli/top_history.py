@@ -27,7 +27,7 @@ class Figures:
         Fractions.
     running, waiting : int
         Requests.
-    tokens_per_second, given_up_per_second : float
+    tokens_per_second, reclaimed_per_second : float
         Over the last two seconds or so.
     preemptions : int
     """
@@ -37,7 +37,7 @@ class Figures:
     waiting: int
     hit_rate: float
     tokens_per_second: float
-    given_up_per_second: float
+    reclaimed_per_second: float
     preemptions: int
 
 
@@ -74,7 +74,7 @@ class History:
             waiting=stats.num_waiting,
             hit_rate=self._hit_rate(stats),
             tokens_per_second=max(0, stats.generation_tokens - before.generation_tokens) / seconds,
-            given_up_per_second=max(0, stats.reclaimed - before.reclaimed) / seconds,
+            reclaimed_per_second=max(0, stats.reclaimed - before.reclaimed) / seconds,
             preemptions=stats.num_preemptions,
         )
 

@@ -27,6 +27,7 @@ COLOURS = ("#2b3850", "#4a9ff5", "#c084fc", "#1f9e90", "#fbbf24")
 _FAINT = ("#1a222f", "#22405f", "#4a3763", "#173f42", "#5d4a1c")
 _CURSOR, _NOTHING = 100, 101
 _UPPER_HALF = "▀"
+_ROOMY_CELL, _ROOMY_WIDTH = "■ ", 2
 
 
 @lru_cache(maxsize=1024)
@@ -70,9 +71,15 @@ class BlockMapView(Widget, can_focus=True):
         self._cells: MapCells | None = None
 
     @property
+    def is_roomy(self) -> bool:
+        """Whether there is room for a character, and a gap, for each block."""
+        total = self.snapshot.total_blocks if self.snapshot is not None else 0
+        return total <= self.size.width // _ROOMY_WIDTH * self.size.height
+
+    @property
     def columns(self) -> int:
         """Cells in a row."""
-        return max(1, self.size.width)
+        return max(1, self.size.width // _ROOMY_WIDTH if self.is_roomy else self.size.width)
 
     @property
     def blocks_per_cell(self) -> int:
@@ -99,13 +106,17 @@ class BlockMapView(Widget, can_focus=True):
     def _fold(self) -> None:
         if self.snapshot is None or not self.size.height:
             return
-        self._cells = fold(self.snapshot, self.columns * self.size.height * 2, self.near)
+        rows = self.size.height if self.is_roomy else 2 * self.size.height
+        self._cells = fold(self.snapshot, self.columns * rows, self.near)
         self.refresh()
 
     def render_line(self, y: int) -> Strip:
-        """Draw two rows of cells as one line."""
+        """Draw a row of cells as one line, or two where room is scarce."""
         if self._cells is None:
             return Strip.blank(self.size.width)
+        if self.is_roomy:
+            runs = [(kind, len(list(run))) for kind, run in groupby(self._row(y))]
+            return Strip([Segment(_ROOMY_CELL * n, _style(kind, _NOTHING)) for kind, n in runs if kind != _NOTHING])
         upper, lower = self._row(2 * y), self._row(2 * y + 1)
         segments = [
             Segment(_UPPER_HALF * len(list(run)), _style(*pair))
@@ -147,6 +158,7 @@ class BlockMapView(Widget, can_focus=True):
         self._point(event.x, event.y)
 
     def _point(self, x: int, y: int) -> None:
-        block = (2 * y * self.columns + x) * self.blocks_per_cell
+        cell = y * self.columns + x // _ROOMY_WIDTH if self.is_roomy else 2 * y * self.columns + x
+        block = cell * self.blocks_per_cell
         if self.snapshot is not None and 0 <= block < self.snapshot.total_blocks:
             self.cursor = block

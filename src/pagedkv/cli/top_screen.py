@@ -30,9 +30,9 @@ _TILES: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
     ("hit_rate", "Prefix hit rate", lambda f: f"{f.hit_rate:.0%} of prompt tokens"),
     ("tokens_per_second", "Tokens per second", lambda f: f"{f.tokens_per_second:,.0f}"),
     (
-        "given_up_per_second",
-        "Given up per second",
-        lambda f: f"{f.given_up_per_second:,.0f}, {f.preemptions:,} preempted",
+        "reclaimed_per_second",
+        "Reclaimed per second",
+        lambda f: f"{f.reclaimed_per_second:,.0f}, {f.preemptions:,} preempted",
     ),
 )
 
