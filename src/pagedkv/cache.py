@@ -8,6 +8,8 @@ from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.strategies import EvictionStrategy
 from pagedkv.data.attention import paged_attention
+from pagedkv.data.gpu import attend_plan
+from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import KvCacheSpec, LayerSpec
@@ -110,7 +112,7 @@ class PagedKvCache(BlockManager):
         with self._lock:
             return self._storage.add_layer(LayerSpec(num_kv_heads, head_dim, v_head_dim))
 
-    def write(self, layer: int, keys: Any, values: Any, plan: BatchPlan) -> None:
+    def write(self, layer: int, keys: Any, values: Any, plan: BatchPlan | DevicePlan) -> None:
         """Store K and V of the query tokens of `plan`.
 
         Parameters
@@ -119,7 +121,8 @@ class PagedKvCache(BlockManager):
         keys : Tensor [total_tokens, num_kv_heads, head_dim]
         values : Tensor [total_tokens, num_kv_heads, v_head_dim]
             Cast to the dtype of the cache.
-        plan : BatchPlan
+        plan : BatchPlan or DevicePlan
+            A ``DevicePlan`` has room for ``max_tokens`` tokens and wants as many; those behind its plan go nowhere.
 
         Raises
         ------
@@ -132,7 +135,7 @@ class PagedKvCache(BlockManager):
         self,
         layer: int,
         queries: Any,
-        plan: BatchPlan,
+        plan: BatchPlan | DevicePlan,
         *,
         scale: float | None = None,
         window: int | None = None,
@@ -146,7 +149,8 @@ class PagedKvCache(BlockManager):
         ----------
         layer : int
         queries : Tensor [total_tokens, num_q_heads, head_dim]
-        plan : BatchPlan
+        plan : BatchPlan or DevicePlan
+            With a ``DevicePlan`` the call may be captured in a CUDA graph; only backends ``"auto"`` and ``"triton"``.
         scale : float, optional
             ``head_dim ** -0.5`` by default.
         window, softcap, sinks, backend
@@ -156,6 +160,20 @@ class PagedKvCache(BlockManager):
         -------
         Tensor [total_tokens, num_q_heads, v_head_dim]
         """
+        if isinstance(plan, DevicePlan):
+            if backend not in ("auto", "triton"):
+                raise InvalidOperation(f"backend: expected auto or triton for a DevicePlan, got {backend!r}")
+            return attend_plan(
+                queries,
+                self._storage.keys(layer),
+                self._storage.values(layer),
+                plan,
+                scale=queries.shape[-1] ** -0.5 if scale is None else scale,
+                window=window,
+                softcap=softcap,
+                sinks=sinks,
+                layout=self.spec.layout,
+            )
         if not isinstance(plan, BatchPlan):
             raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
         return paged_attention(
@@ -174,8 +192,30 @@ class PagedKvCache(BlockManager):
             backend=backend,
         )
 
-    def _slot_index(self, plan: BatchPlan) -> Any:
+    def device_plan(
+        self, max_seqs: int, max_blocks: int, max_tokens: int, max_query_tokens: int | None = None
+    ) -> DevicePlan:
+        """Return buffers on the cache's device that plans of this cache can be loaded into, for CUDA graphs.
+
+        Parameters
+        ----------
+        max_seqs, max_blocks, max_tokens, max_query_tokens
+            As in :class:`DevicePlan`.
+        """
+        return DevicePlan(
+            max_seqs,
+            max_blocks,
+            max_tokens,
+            block_size=self.block_size,
+            num_blocks=self.total_blocks,
+            max_query_tokens=max_query_tokens,
+            device=self._storage.device,
+        )
+
+    def _slot_index(self, plan: BatchPlan | DevicePlan) -> Any:
         """Check the slots of a plan once for all layers."""
+        if isinstance(plan, DevicePlan):
+            return self._storage.slots_of(plan)
         if not isinstance(plan, BatchPlan):
             raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
         made_for, slots = self._slots

@@ -12,7 +12,16 @@ import torch
 from pagedkv.data.gpu_shapes import Device
 from pagedkv.errors import InvalidOperation, MissingExtra
 
-__all__ = ["device_of", "has_triton", "is_capturing", "is_debugging", "is_interpreted", "require_runnable", "tl_dtype"]
+__all__ = [
+    "device_of",
+    "has_triton",
+    "is_capturing",
+    "is_debugging",
+    "is_interpreted",
+    "require_runnable",
+    "tl_dtype",
+    "uses_triton",
+]
 
 _INTERPRETED = Device("interpreter", 4, 1 << 20)
 
@@ -65,6 +74,23 @@ def require_runnable(name: str, device: torch.device) -> None:
         )
     if device.type not in ("cpu", "cuda"):
         raise InvalidOperation(f"{name}: backend 'triton' expects a tensor on a CPU or CUDA device, got {device}")
+
+
+def uses_triton(backend: str, device: torch.device) -> bool:
+    """Tell whether a storage on this device moves its memory by Triton's kernels.
+
+    Raises
+    ------
+    MissingExtra
+        The backend is ``"triton"`` and it is not installed.
+    InvalidOperation
+        It cannot use the device, or there is no such backend.
+    """
+    if backend not in ("auto", "torch", "triton"):
+        raise InvalidOperation(f"backend: expected one of auto, torch, triton, got {backend!r}")
+    if backend == "triton":
+        require_runnable("device", device)
+    return backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton())
 
 
 @functools.cache

@@ -6,14 +6,13 @@ import functools
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from pagedkv.data.arguments import AttentionCall
 from pagedkv.data.gpu_attention import attend_tiles, combine_splits
 from pagedkv.data.gpu_device import device_of, is_interpreted, tl_dtype
 from pagedkv.data.gpu_plan import DeviceBatch
-from pagedkv.data.gpu_shapes import Config, Heads, num_splits, power_of_two
+from pagedkv.data.gpu_shapes import Config, Heads, num_splits
 from pagedkv.data.gpu_tuning import config_for
 from pagedkv.spec import MAX_COUNT
 

@@ -255,5 +255,13 @@ def _copy(target: Tensor, source: Tensor, targets: Tensor | None, sources: Tenso
     rows, _, words = source.shape
     with torch.cuda.device_of(target):
         _copy_words[(count, triton.cdiv(words, _CHUNK), rows)](
-            target, source, targets, sources, *target.stride()[:2], *source.stride()[:2], words, CHUNK=_CHUNK, enable_fp_fusion=False
+            target,
+            source,
+            targets,
+            sources,
+            *target.stride()[:2],
+            *source.stride()[:2],
+            words,
+            CHUNK=_CHUNK,
+            enable_fp_fusion=False,
         )

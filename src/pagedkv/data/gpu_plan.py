@@ -139,7 +139,7 @@ class DevicePlan:
         _require_room("query tokens", total, self.max_tokens)
         _require_room("query tokens of one sequence", int(np.diff(cuts).max(initial=0)), self.max_query_tokens)
         needed = lens.astype(np.int64) + np.where(plan.holes[:, 0] < lens, plan.holes[:, 1] - plan.holes[:, 0], 0)
-        _require_room("blocks of one sequence", int(-(-needed // self.block_size).max(initial=0)), self.max_blocks)
+        _require_room("blocks of one sequence", int((-(-needed // self.block_size)).max(initial=0)), self.max_blocks)
         fault = first_fault(tables, lens, cuts, plan.holes, self.block_size, self.num_blocks, total)
         if fault:
             raise InvalidOperation(fault)

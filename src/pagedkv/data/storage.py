@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pagedkv.data import gpu
+from pagedkv.data.gpu_device import is_debugging, uses_triton
+from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device
 from pagedkv.errors import BlockNotFound, InvalidOperation
 from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
@@ -50,20 +53,26 @@ class KvStorage:
         Shapes, dtype and layout. With no layers the storage starts empty and grows by :meth:`add_layer`.
     device : str or torch.device
         Where the memory lives.
+    backend : {"auto", "torch", "triton"}
+        What moves the memory: ``"auto"`` takes Triton's kernels on CUDA devices where Triton is installed, torch's
+        everywhere else.
 
     Raises
     ------
     InvalidOperation
-        The spec is none, or torch has no such device here.
+        The spec is none, torch has no such device here, or the backend cannot use it.
+    MissingExtra
+        The backend is ``"triton"`` and it is not installed.
     OutOfMemory
         The device cannot give that much memory.
     """
 
-    def __init__(self, spec: KvCacheSpec, device: str | torch.device = "cpu") -> None:
+    def __init__(self, spec: KvCacheSpec, device: str | torch.device = "cpu", *, backend: str = "auto") -> None:
         if not isinstance(spec, KvCacheSpec):
             raise InvalidOperation(f"spec: expected a KvCacheSpec, got {type(spec).__name__}")
         self._base = replace(spec, num_layers=0, layers=())
         self._device = checked_device(device)
+        self._uses_triton = uses_triton(backend, self._device)
         self._dtype: torch.dtype = getattr(torch, spec.dtype)
         self._is_hnd = spec.layout == "HND"
         self._num_slots = spec.num_blocks * spec.block_size
@@ -221,8 +230,8 @@ class KvStorage:
         Parameters
         ----------
         slot_mapping : integer array or tensor [n]
-            ``block_id * block_size + offset`` of each token. Slots that are already on an accelerator are not checked:
-            that would make the host wait for the device.
+            ``block_id * block_size + offset`` of each token. Slots that are already on an accelerator are checked with
+            ``PAGEDKV_DEBUG=1`` only: that makes the host wait for the device.
 
         Raises
         ------
@@ -236,14 +245,27 @@ class KvStorage:
         slots = as_int64("slot_mapping", slot_mapping)
         if slots.dim() != 1:
             raise InvalidOperation(f"slot_mapping: expected shape [n], got {list(slots.shape)}")
-        if slots.device.type == "cpu":
-            self._check_slots(slots)
+        if slots.device.type == "cpu" or is_debugging():
+            self._check_slots(slots.cpu())
         if slots.device != self._device:
             slots = slots.to(self._device, non_blocking=True)
         if not self._is_hnd:
             return SlotIndex(self, slots, (slots,))
         size = self._base.block_size
         return SlotIndex(self, slots, (slots.div(size, rounding_mode="floor"), slots.remainder(size)))
+
+    def slots_of(self, plan: DevicePlan) -> SlotIndex:
+        """Return the slots in the buffers of a plan; places behind its tokens are written nowhere.
+
+        Raises
+        ------
+        InvalidOperation
+            Not a DevicePlan for this storage, or torch moves the memory: it would write such tokens somewhere.
+        """
+        gpu.require_plan_of(plan, self._base.num_blocks, self._base.block_size, self._device)
+        if not self._uses_triton:
+            raise InvalidOperation("plan: expected a BatchPlan, as this storage has no Triton kernels")
+        return SlotIndex(self, plan.slot_mapping, ())
 
     def _check_slots(self, slots: Tensor) -> None:
         # As unsigned numbers negative slots are huge: one pass finds both kinds.
@@ -273,22 +295,30 @@ class KvStorage:
         index = self.slot_index(slot_mapping)
         new_keys = self._checked_tokens("keys", keys, len(index), key_side.token_shape)
         new_values = self._checked_tokens("values", values, len(index), value_side.token_shape)
+        if self._uses_triton:
+            gpu.write_tokens(self._shown(key_side), self._shown(value_side), new_keys, new_values, index.slots)
+            return
         key_side.write(new_keys, index.places)
         value_side.write(new_values, index.places)
 
     def _checked_tokens(self, name: str, tokens: Tensor, count: int, token_shape: tuple[int, int]) -> Tensor:
-        """Return the tokens contiguous and in our dtype."""
+        """Return the tokens contiguous and in our dtype; Triton's kernel casts them and takes any rows."""
         if not isinstance(tokens, Tensor):
             raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
         if tokens.shape != (count, *token_shape):
             raise InvalidOperation(f"{name}: expected shape {[count, *token_shape]}, got {list(tokens.shape)}")
         if tokens.device != self._device:
             raise InvalidOperation(f"{name}: expected a tensor on {self._device}, got one on {tokens.device}")
-        if tokens.dtype != self._dtype:
-            if not tokens.is_floating_point():
-                raise InvalidOperation(f"{name}: expected a floating dtype, got {tokens.dtype}")
-            tokens = tokens.to(self._dtype)
-        return (tokens.detach() if tokens.requires_grad else tokens).contiguous()
+        if not tokens.is_floating_point():
+            raise InvalidOperation(f"{name}: expected a floating dtype, got {tokens.dtype}")
+        tokens = tokens.detach() if tokens.requires_grad else tokens
+        if self._uses_triton and tokens.dtype != torch.float64:
+            return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+        return tokens.to(self._dtype).contiguous()
+
+    def _shown(self, side: LayerSide) -> Tensor:
+        """Return the memory as ``[num_blocks, block_size, num_kv_heads, dim]`` whatever the layout."""
+        return side.blocks.transpose(1, 2) if self._is_hnd else side.blocks
 
     def gather(self, layer: int, slots: Any) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values of slots, in the order given.
@@ -333,6 +363,10 @@ class KvStorage:
         if not len(pairs):
             return
         self._check_copies(pairs.numpy())
+        if self._uses_triton:
+            for pool in self._pools:
+                gpu.copy_blocks(pool.tensors, pairs.numpy())
+            return
         pairs = pairs.to(self._device, non_blocking=True)
         for pool in self._pools:
             pool.copy_blocks(pairs[:, 0], pairs[:, 1])
