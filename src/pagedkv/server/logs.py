@@ -68,7 +68,8 @@ class RequestLog:
                 return
             _log_fault(request_id, error)
             if status:
-                raise
+                # The connection must break, but what the error says stays here: it may quote the request.
+                raise ConnectionAbortedError("the answer broke off") from None
             known = error if isinstance(error, ApiError) else api_error_of(error)
             await error_response(known)(scope, receive, named)
         finally:

@@ -19,6 +19,7 @@ from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.slow_readers import SlowReaders
+from pagedkv.server.sockets import bounded_http, raise_file_limit
 from pagedkv.server.state import ServerState
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def run(
     on_ready : callable
         Called once requests are answered.
     """
+    raise_file_limit()
     make_server(engine, config, on_ready).run([listener or listen(config)])
 
 
@@ -81,6 +83,7 @@ def make_server(
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),
+        http=bounded_http(config),
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
