@@ -256,7 +256,7 @@ def test_the_map_is_walked_and_a_request_stands_out(recorded):
         await pilot.press("enter")
         assert view.near is None
         await pilot.hover(BlockMapView, offset=(3, 0))
-        assert view.is_roomy and view.cursor == 1, "a cell and a gap are two characters"
+        assert view.cell == "■ " and view.cursor == 1, "a cell and a gap are two characters"
 
     drive(SnapshotFile(recorded), script, interval=0.05)
 
@@ -365,14 +365,14 @@ def test_no_server_at_all_ends_the_view_with_the_reason():
     assert asyncio.run(asyncio.wait_for(run(), 60)) == "no answer from http://test"
 
 
-@pytest.mark.parametrize("size", [(40, 12), (80, 24), (200, 60)])
-def test_it_fits_and_follows_the_terminal(recorded, size):
+@pytest.mark.parametrize(("size", "cell"), [((40, 12), ""), ((100, 30), "■"), ((200, 60), "■ ")])
+def test_it_fits_and_follows_the_terminal(recorded, size, cell):
     async def script(app, pilot):
         view = app.query_one(BlockMapView)
-        assert view.columns <= size[0]
-        await pilot.resize_terminal(100, 30)
+        assert view.columns * max(1, len(cell)) <= size[0] and view.cell == cell
+        await pilot.resize_terminal(80, 24)
         await pilot.pause()
-        assert app.query_one(BlockMapView).columns in (49, 98) and len(app.export_screenshot()) > 1000
+        assert view.columns == 78 and len(app.export_screenshot()) > 1000
 
     drive(SnapshotFile(recorded), script, size=size, interval=5.0)
 
@@ -386,9 +386,7 @@ def test_a_large_pool_is_folded(tmp_path):
         await pilot.press("p")
         view = app.query_one(BlockMapView)
         assert (
-            not view.is_roomy
-            and view.blocks_per_cell > 1
-            and f"{view.blocks_per_cell} blocks" in text_of(app, "#legend")
+            view.cell == "" and view.blocks_per_cell > 1 and f"{view.blocks_per_cell} blocks" in text_of(app, "#legend")
         )
         assert f"{app.snapshot.counts()['free']:,}" in text_of(app, "#legend")
         assert app.snapshot.kinds[-1] == FREE

@@ -27,7 +27,8 @@ COLOURS = ("#2b3850", "#4a9ff5", "#c084fc", "#1f9e90", "#fbbf24")
 _FAINT = ("#1a222f", "#22405f", "#4a3763", "#173f42", "#5d4a1c")
 _CURSOR, _NOTHING = 100, 101
 _UPPER_HALF = "▀"
-_ROOMY_CELL, _ROOMY_WIDTH = "■ ", 2
+_CELLS = ("■ ", "■")
+"""A block as a line of its own draws it, the roomiest first; where both are too wide, two blocks share a character."""
 
 
 @lru_cache(maxsize=1024)
@@ -71,15 +72,16 @@ class BlockMapView(Widget, can_focus=True):
         self._cells: MapCells | None = None
 
     @property
-    def is_roomy(self) -> bool:
-        """Whether there is room for a character, and a gap, for each block."""
+    def cell(self) -> str:
+        """The text of a cell; empty where a character shows two cells, one above the other."""
         total = self.snapshot.total_blocks if self.snapshot is not None else 0
-        return total <= self.size.width // _ROOMY_WIDTH * self.size.height
+        fitting = (text for text in _CELLS if total <= self.size.width // len(text) * self.size.height)
+        return next(fitting, "")
 
     @property
     def columns(self) -> int:
         """Cells in a row."""
-        return max(1, self.size.width // _ROOMY_WIDTH if self.is_roomy else self.size.width)
+        return max(1, self.size.width // max(1, len(self.cell)))
 
     @property
     def blocks_per_cell(self) -> int:
@@ -106,7 +108,7 @@ class BlockMapView(Widget, can_focus=True):
     def _fold(self) -> None:
         if self.snapshot is None or not self.size.height:
             return
-        rows = self.size.height if self.is_roomy else 2 * self.size.height
+        rows = self.size.height if self.cell else 2 * self.size.height
         self._cells = fold(self.snapshot, self.columns * rows, self.near)
         self.refresh()
 
@@ -114,9 +116,9 @@ class BlockMapView(Widget, can_focus=True):
         """Draw a row of cells as one line, or two where room is scarce."""
         if self._cells is None:
             return Strip.blank(self.size.width)
-        if self.is_roomy:
+        if cell := self.cell:
             runs = [(kind, len(list(run))) for kind, run in groupby(self._row(y))]
-            return Strip([Segment(_ROOMY_CELL * n, _style(kind, _NOTHING)) for kind, n in runs if kind != _NOTHING])
+            return Strip([Segment(cell * count, _style(kind, _NOTHING)) for kind, count in runs if kind != _NOTHING])
         upper, lower = self._row(2 * y), self._row(2 * y + 1)
         segments = [
             Segment(_UPPER_HALF * len(list(run)), _style(*pair))
@@ -158,7 +160,7 @@ class BlockMapView(Widget, can_focus=True):
         self._point(event.x, event.y)
 
     def _point(self, x: int, y: int) -> None:
-        cell = y * self.columns + x // _ROOMY_WIDTH if self.is_roomy else 2 * y * self.columns + x
-        block = cell * self.blocks_per_cell
+        place = y * self.columns + x // len(self.cell) if self.cell else 2 * y * self.columns + x
+        block = place * self.blocks_per_cell
         if self.snapshot is not None and 0 <= block < self.snapshot.total_blocks:
             self.cursor = block
