@@ -231,7 +231,7 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["-b", "2.5"], "expected whole blocks"),
         (["-b", "99g"], "expected whole blocks"),
         (["-b", ","], "got ','"),
-        (["-s", "no_such"], "one of fifo, "),
+        (["-s", "no_such"], "one of adaptive, fifo, "),
         (["-s", "no_such"], "optimal, got 'no_such'"),
         (["-s", ""], "--strategies expects names"),
         (["-s", "priority:levels=0"], "levels expects an int"),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ReplayRequest", "run", "split_names"]
 
-_ONLINE = ("lru", "fifo", "lfu", "s3fifo")
+_ONLINE = ("lru", "fifo", "lfu", "s3fifo", "adaptive")
 _OPTIMAL = "optimal"
 _ALL = "all"
 _FOLDED = {"lru", _OPTIMAL, _ALL}

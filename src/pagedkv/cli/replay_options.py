@@ -50,7 +50,7 @@ def replay(
             "--strategies",
             "-s",
             help="What is given up first: registered names, optimal for Belady's optimum, or all.",
-            default="lru,fifo,lfu,s3fifo,optimal",
+            default="lru,fifo,lfu,s3fifo,adaptive,optimal",
             panel=_WHAT,
         ),
     ] = None,
