@@ -69,6 +69,11 @@ class Load(RuleBasedStateMachine):
             assert output.finished and name not in self.outputs
             self.aborted.add(name)
 
+    @rule(often=st.integers(0, 4))
+    def forget(self, often):
+        if often == 0:
+            self.core.clear_prefix_cache()
+
     @rule(count=st.integers(1, 6))
     def step(self, count):
         for _ in range(count):
@@ -99,25 +104,27 @@ class Load(RuleBasedStateMachine):
             assert tokens_of(output) == alone(self.given[name], eos_token_ids=[30]), self.given[name]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"num_blocks": 18, "max_batch_tokens": 16, "max_num_seqs": 5},
-        {"num_blocks": 18, "max_batch_tokens": 3, "max_num_seqs": 4, "strategy": "lfu"},
-        {"num_blocks": 24, "max_batch_tokens": 200, "prefix_caching": False, "strategy": "longest_first"},
-        {"num_blocks": 20, "max_batch_tokens": 1, "strategy": "priority:levels=3"},
-        {"num_blocks": 11, "max_batch_tokens": 64},
-    ],
-    ids=["small", "chunks of 3", "without prefixes", "one token a step", "tiny"],
-)
-def test_random_load(options):
-    machine = type("Load", (Load,), {"options": options})
+LOADS = {
+    "small": {"num_blocks": 18, "max_batch_tokens": 16, "max_num_seqs": 5},
+    "chunks of 3": {"num_blocks": 18, "max_batch_tokens": 3, "max_num_seqs": 4, "strategy": "lfu"},
+    "without prefixes": {
+        "num_blocks": 24,
+        "max_batch_tokens": 200,
+        "prefix_caching": False,
+        "strategy": "longest_first",
+    },
+    "one token a step": {"num_blocks": 20, "max_batch_tokens": 1, "strategy": "priority:levels=3"},
+    "tiny": {"num_blocks": 11, "max_batch_tokens": 64},
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.slow)])
+def test_random_load(name, examples):
+    machine = type("Load", (Load,), {"options": LOADS[name]})
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=20,
-            stateful_step_count=30,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
+            max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
