@@ -36,18 +36,27 @@ def test_dtypes_by_name_and_as_torch_writes_them(dtype, size):
     assert spec.dtype == dtype
 
 
+@pytest.mark.parametrize(("given", "dtype"), [(torch.int8, "int8"), (torch.float8_e4m3fn, "fp8"), ("fp8", "fp8")])
+def test_quantised_dtypes_have_scales(given, dtype):
+    spec = KvCacheSpec(2, 16, 8, 128, dtype=given)
+    assert (spec.dtype, spec.dtype_bytes, spec.is_quantised) == (dtype, 1, True)
+    assert spec.block_memory_bytes == 16 * 8 * 2 * (128 + 4)
+    assert not KvCacheSpec(2).is_quantised
+
+
 @given(
     num_blocks=st.integers(0, 10**6),
     block_size=dims,
     layers=st.lists(layer_specs, max_size=5),
-    dtype=st.sampled_from(["float16", "bfloat16", "float32"]),
+    dtype=st.sampled_from(["float16", "bfloat16", "float32", "int8", "fp8"]),
 )
 def test_bytes_add_up_over_layers(num_blocks, block_size, layers, dtype):
     spec = KvCacheSpec(num_blocks, block_size, layers=tuple(layers), dtype=dtype)
     elements = sum(layer.num_kv_heads * (layer.head_dim + layer.v_head_dim) for layer in layers)
     assert spec.layer_specs == tuple(layers)
     assert spec.num_layers == len(layers)
-    assert spec.bytes_per_token == elements * spec.dtype_bytes
+    scales = sum(2 * layer.num_kv_heads for layer in layers) if dtype in ("int8", "fp8") else 0
+    assert spec.bytes_per_token == elements * spec.dtype_bytes + 4 * scales
     assert spec.block_memory_bytes == block_size * spec.bytes_per_token
     assert spec.total_memory_bytes == spec.memory_bytes(num_blocks) == num_blocks * spec.block_memory_bytes
 
@@ -114,9 +123,9 @@ def test_zero_is_refused_where_it_makes_no_sense(name):
         KvCacheSpec(**{"num_blocks": 4, name: 0})
 
 
-@pytest.mark.parametrize("value", ["float64", "int8", "", None, 16, torch.float64])
+@pytest.mark.parametrize("value", ["float64", "int4", "fp4", "", None, 16, torch.float64])
 def test_unknown_dtype_is_refused(value):
-    with pytest.raises(InvalidOperation, match="dtype: expected one of float16, bfloat16, float32, got"):
+    with pytest.raises(InvalidOperation, match="dtype: expected one of float16, bfloat16, float32, int8, fp8, got"):
         KvCacheSpec(4, dtype=value)
 
 

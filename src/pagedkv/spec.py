@@ -12,7 +12,10 @@ __all__ = ["KvCacheSpec", "LayerSpec"]
 MAX_COUNT = 2**31 - 1
 """Block ids travel as int32."""
 
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
+_QUANTISED = ("int8", "fp8")
+_TORCH_NAMES = {"float8_e4m3fn": "fp8"}
+_SCALE_BYTES = 4
 _LAYOUTS = ("NHD", "HND")
 
 
@@ -37,7 +40,8 @@ def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
 
 def _dtype_name(dtype: object) -> str:
     # torch writes its dtypes as "torch.float16"; reading the name keeps torch out of this module.
-    return _require_choice("dtype", str(dtype).removeprefix("torch."), tuple(_DTYPE_BYTES))
+    name = str(dtype).removeprefix("torch.")
+    return _require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(_DTYPE_BYTES))
 
 
 @dataclass(frozen=True, init=False)
@@ -92,7 +96,8 @@ class KvCacheSpec:
     v_head_dim : int, optional
         Elements of one value head; ``head_dim`` where it is left out.
     dtype : str or torch.dtype
-        ``"float16"``, ``"bfloat16"`` or ``"float32"``; kept as that name.
+        ``"float16"``, ``"bfloat16"``, ``"float32"``, or quantised ``"int8"`` or ``"fp8"`` (float8_e4m3fn); kept as that
+        name. Quantised K and V have a float32 scale for each head of each token, and bytes are counted with it.
     layout : str
         ``"NHD"``: a block is ``[block_size, num_kv_heads, head_dim]``; ``"HND"`` swaps the first two.
     layers : sequence of LayerSpec, optional
@@ -163,11 +168,20 @@ class KvCacheSpec:
         return self.layers or (LayerSpec(self.num_kv_heads, self.head_dim, self.v_head_dim),) * self.num_layers
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether K and V are held as small numbers with a scale for each head of each token."""
+        return self.dtype in _QUANTISED
+
+    @property
     def bytes_per_token(self) -> int:
-        """Bytes of K and V of one token over all layers."""
+        """Bytes of K and V of one token over all layers, scales included."""
+        scale_bytes = 2 * _SCALE_BYTES if self.is_quantised else 0
+        head_bytes = (self.head_dim + self.v_head_dim) * self.dtype_bytes + scale_bytes
         if self.layers is None:
-            return self.num_layers * self.num_kv_heads * (self.head_dim + self.v_head_dim) * self.dtype_bytes
-        return sum(layer.elements_per_token for layer in self.layers) * self.dtype_bytes
+            return self.num_layers * self.num_kv_heads * head_bytes
+        return sum(
+            layer.elements_per_token * self.dtype_bytes + layer.num_kv_heads * scale_bytes for layer in self.layers
+        )
 
     @property
     def block_memory_bytes(self) -> int:

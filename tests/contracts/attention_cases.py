@@ -9,14 +9,17 @@ import numpy as np
 import torch
 
 from pagedkv.data import reference
-from pagedkv.data.arguments import checked_call
+from pagedkv.data.arguments import AttentionCall, checked_call
+from pagedkv.data.quantised import GREATEST, quantised
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+# The oracle reads the same quantised numbers, so they add no error of their own.
+TOLERANCE |= {dtype: 1e-5 for dtype in GREATEST}
 
 
 @dataclass
 class Case:
-    """The arguments of a call. Whatever no sequence owns, or a hole covers, is NaN in the pool."""
+    """The arguments of a call. Whatever no sequence owns, or a hole covers, is NaN in the pool, or its scale is."""
 
     queries: torch.Tensor
     keys: torch.Tensor
@@ -29,13 +32,19 @@ class Case:
 
     def options_on(self, device: str) -> dict[str, Any]:
         """Return the options with their tensors on a device."""
-        sinks = self.options.get("sinks")
-        return self.options if sinks is None else {**self.options, "sinks": sinks.to(device)}
+        moved = dict(self.options)
+        for name in {"sinks", "key_scales", "value_scales"} & moved.keys():
+            moved[name] = _moved(moved[name], device)
+        return moved
+
+    def call(self) -> AttentionCall:
+        """Return the checked call."""
+        defaults = {"causal": True, "window": None, "softcap": None, "sinks": None, "layout": "NHD", "out": None}
+        return checked_call(self.queries, self.keys, self.values, **{**defaults, **self.options})
 
     def expected(self) -> torch.Tensor:
         """Return the oracle's answer in float64."""
-        defaults = {"causal": True, "window": None, "softcap": None, "sinks": None, "layout": "NHD", "out": None}
-        call = checked_call(self.queries, self.keys, self.values, **{**defaults, **self.options})
+        call = self.call()
         call.out = torch.full(call.out.shape, torch.nan, dtype=torch.float64)
         reference.attend(call, torch.float64)
         return call.out
@@ -73,10 +82,14 @@ def make_case(shape: Shape) -> Case:
     num_blocks = sum(len(blocks) for blocks in tables) + 3
     keys = _pool(shape, num_blocks, shape.head_dim)
     values = _pool(shape, num_blocks, shape.v_head_dim)
-    for pool, dim in ((keys, shape.head_dim), (values, shape.v_head_dim)):
-        nhd = pool if shape.layout == "NHD" else pool.transpose(1, 2)
+    scales = [_scales(shape, num_blocks) for _ in range(2)] if shape.dtype in GREATEST else [None, None]
+    where = slots // shape.block_size, slots % shape.block_size
+    for pool, dim, pool_scales in ((keys, shape.head_dim, scales[0]), (values, shape.v_head_dim, scales[1])):
         fresh = torch.randn(len(slots), shape.num_kv_heads, dim, generator=rng)
-        nhd[slots // shape.block_size, slots % shape.block_size] = fresh.to(shape.dtype)
+        if pool_scales is not None:
+            fresh, fresh_scales = quantised("fresh", fresh, shape.dtype)
+            _nhd(shape, pool_scales)[where] = fresh_scales
+        _nhd(shape, pool)[where] = fresh.to(shape.dtype)
 
     width = max((len(blocks) for blocks in tables), default=0) + 1
     block_tables = np.full((len(tables), width), 2**31 - 1, np.int32)
@@ -94,9 +107,16 @@ def make_case(shape: Shape) -> Case:
         "layout": shape.layout,
         **shape.options,
     }
+    if shape.dtype in GREATEST:
+        options["key_scales"], options["value_scales"] = scales
     if shape.sinks:
         options["sinks"] = torch.randn(num_q_heads, generator=rng)
-    return Case(queries.to(shape.query_dtype or shape.dtype), keys, values, options)
+    plain = torch.float32 if shape.dtype in GREATEST else shape.dtype
+    return Case(queries.to(shape.query_dtype or plain), keys, values, options)
+
+
+def _nhd(shape: Shape, pool: torch.Tensor) -> torch.Tensor:
+    return pool if shape.layout == "NHD" else pool.transpose(1, 2)
 
 
 def _place(shape: Shape) -> tuple[list[np.ndarray], torch.Tensor]:
@@ -115,7 +135,14 @@ def _place(shape: Shape) -> tuple[list[np.ndarray], torch.Tensor]:
 def _pool(shape: Shape, num_blocks: int, dim: int) -> torch.Tensor:
     middle = (shape.block_size, shape.num_kv_heads)
     middle = middle if shape.layout == "NHD" else middle[::-1]
+    poison = 127 if shape.dtype == torch.int8 else torch.nan
     if not shape.strided:
-        return torch.full((num_blocks, *middle, dim), torch.nan, dtype=shape.dtype)
+        return torch.full((num_blocks, *middle, dim), poison, dtype=shape.dtype)
     # One layer of several, in rows wider than a head, as a storage with a common allocation might hold it.
-    return torch.full((num_blocks, 3, *middle, dim + 5), torch.nan, dtype=shape.dtype)[:, 1, ..., 2 : dim + 2]
+    return torch.full((num_blocks, 3, *middle, dim + 5), poison, dtype=shape.dtype)[:, 1, ..., 2 : dim + 2]
+
+
+def _scales(shape: Shape, num_blocks: int) -> torch.Tensor:
+    middle = (shape.block_size, shape.num_kv_heads)
+    middle = middle if shape.layout == "NHD" else middle[::-1]
+    return torch.full((num_blocks, 3 if shape.strided else 1, *middle), torch.nan)[:, -1]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.data.quantised import GREATEST, checked_scales
 from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT, require_int
@@ -20,6 +21,7 @@ __all__ = ["AttentionCall", "checked_call", "checked_tensors", "first_fault"]
 Int32Array = npt.NDArray[np.int32]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_POOL_DTYPES = (*_DTYPES, *GREATEST)
 _LAYOUTS = ("NHD", "HND")
 
 
@@ -46,6 +48,8 @@ class AttentionCall:
     softcap: float | None
     sinks: Tensor | None
     out: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -69,6 +73,8 @@ def checked_call(
     holes: Any,
     layout: str,
     out: Tensor | None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> AttentionCall:
     """Return the call, or raise ``InvalidOperation`` that names the argument, what was expected and what came."""
     call = checked_tensors(
@@ -82,6 +88,8 @@ def checked_call(
         sinks=sinks,
         layout=layout,
         out=out,
+        key_scales=key_scales,
+        value_scales=value_scales,
     )
     num_blocks, block_size, _, _ = call.keys.shape
     tables = _int32_array("block_tables", block_tables, 2)
@@ -117,11 +125,14 @@ def checked_tensors(
     sinks: Tensor | None,
     layout: str,
     out: Tensor | None,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
 ) -> AttentionCall:
     """Return a call of no sequences yet, all of it checked but the arrays of the batch."""
     if layout not in _LAYOUTS:
         raise InvalidOperation(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
     keys, values = _checked_pool(queries, keys, values, layout)
+    scales = checked_scales(keys, values, key_scales, value_scales, layout)
     queries = queries.detach() if queries.requires_grad else queries
     return AttentionCall(
         queries,
@@ -137,6 +148,7 @@ def checked_tensors(
         None if softcap is None else _positive_or_finite("softcap", softcap, positive=True),
         None if sinks is None else _checked_sinks(sinks, queries),
         _checked_out(out, queries, values.shape[3]),
+        *scales,
     )
 
 
@@ -146,7 +158,7 @@ def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) ->
     middle = "block_size, num_kv_heads" if layout == "NHD" else "num_kv_heads, block_size"
     shape = f"[num_blocks, {middle}, dim]"
     for name, tensor in (("keys", keys), ("values", values)):
-        _require_tensor(name, tensor, 4, shape)
+        _require_tensor(name, tensor, 4, shape, _POOL_DTYPES)
         if tensor.device != queries.device:
             raise InvalidOperation(f"{name}: expected a tensor on {queries.device} as queries, got {tensor.device}")
     if values.shape[:3] != keys.shape[:3]:
@@ -164,13 +176,16 @@ def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) ->
     return (keys.detach(), values.detach()) if keys.requires_grad or values.requires_grad else (keys, values)
 
 
-def _require_tensor(name: str, tensor: Tensor, dims: int, shape: str) -> None:
+def _require_tensor(
+    name: str, tensor: Tensor, dims: int, shape: str, dtypes: tuple[torch.dtype, ...] = _DTYPES
+) -> None:
     if not isinstance(tensor, Tensor):
         raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     if tensor.dim() != dims:
         raise InvalidOperation(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
-    if tensor.dtype not in _DTYPES:
-        raise InvalidOperation(f"{name}: expected float32, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.dtype not in dtypes:
+        names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+        raise InvalidOperation(f"{name}: expected {', '.join(names[:-1])} or {names[-1]}, got {tensor.dtype}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
         raise InvalidOperation(f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}")
     if 0 in tensor.shape[1:]:
@@ -260,7 +275,7 @@ def first_fault(
     num_blocks: int,
     total_tokens: int,
 ) -> str:
-    """Return what is wrong with the arrays of a batch, which are C-contiguous and of the right shapes; "" if nothing."""
+    """Return what is wrong with the arrays of a batch, C-contiguous and of the right shapes; "" if nothing."""
     fault, i, got, bound = _first_fault(
         block_tables, seq_lens, cu_seqlens_q, holes, block_size, num_blocks, total_tokens
     )

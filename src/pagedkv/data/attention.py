@@ -41,6 +41,8 @@ def paged_attention(
     sinks: Tensor | None = None,
     holes: Any = None,
     layout: str = "NHD",
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -54,8 +56,8 @@ def paged_attention(
     queries : Tensor [total_tokens, num_q_heads, head_dim]
         float32, bfloat16 or float16. Query head ``h`` reads kv head ``h // (num_q_heads // num_kv_heads)``.
     keys : Tensor [num_blocks, block_size, num_kv_heads, head_dim]
-        float32, bfloat16 or float16, whatever the queries are. May be a strided view, as ``storage[layer][0]``; the
-        last dimension has to be contiguous.
+        float32, bfloat16, float16, or quantised int8 or float8_e4m3fn, whatever the queries are. May be a strided view,
+        as ``storage[layer][0]``; the last dimension has to be contiguous.
     values : Tensor [num_blocks, block_size, num_kv_heads, v_head_dim]
         As ``keys``, of the same dtype.
     block_tables : int32 [n, max_blocks], NumPy array or CPU tensor
@@ -79,12 +81,15 @@ def paged_attention(
         Positions are counted without them: slot ``j`` is position ``j`` before the hole and ``j - (end - start)``
         behind it.
     layout : {"NHD", "HND"}
-        ``"HND"`` swaps the middle two dimensions of ``keys`` and ``values``.
+        ``"HND"`` swaps the middle two dimensions of ``keys`` and ``values``, and the last two of their scales.
+    key_scales, value_scales : float32 Tensor [num_blocks, block_size, num_kv_heads], optional
+        Of quantised keys and values, which need them: an element is its number times the scale of its token's head.
+        Both of the same strides.
     out : Tensor [total_tokens, num_q_heads, v_head_dim], optional
         Receives the result; of the queries' dtype.
     backend : {"auto", "cpu", "cpu_invariant", "triton", "flashinfer", "reference"}
-        ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors (``"reference"`` where Triton is not
-        installed); ``"cpu_invariant"`` gives every query the same bits however its sequence is cut into calls;
+        ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors (``"reference"`` where there is no
+        Triton); ``"cpu_invariant"`` gives every query the same bits however its sequence is cut into calls;
         ``"triton"`` takes CPU tensors too in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 
     Returns
@@ -122,6 +127,8 @@ def paged_attention(
         holes=holes,
         layout=layout,
         out=out,
+        key_scales=key_scales,
+        value_scales=value_scales,
     )
     if call.num_sequences:
         with torch.no_grad():

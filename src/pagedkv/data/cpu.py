@@ -28,9 +28,15 @@ PARALLEL_BYTES = 1 << 18
 """Keys and values that are worth a second thread."""
 _NO_WINDOW = 1 << 40
 _LOG2_E = math.log2(math.e)
-_BITS = {torch.float32: torch.float32, torch.bfloat16: torch.uint16, torch.float16: torch.int16}
-"""How a tensor is shown to the kernels, which tell the half-width types apart by it."""
-_NO_SINKS = np.zeros(0, np.float32)
+_BITS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.int8: torch.int8,
+    torch.float8_e4m3fn: torch.uint8,
+}
+"""How a tensor is shown to the kernels, which tell the narrow types apart by it."""
+_NO_FLOATS = np.zeros(0, np.float32)
 _workspace = threading.local()
 
 
@@ -58,8 +64,10 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
             _flat(call.queries),
             _flat(call.keys),
             _flat(call.values),
+            _NO_FLOATS if call.key_scales is None else _flat(call.key_scales),
+            _NO_FLOATS if call.value_scales is None else _flat(call.value_scales),
             _flat(call.out),
-            _NO_SINKS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
+            _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
             call.block_tables,
             call.seq_lens,
             call.cu_seqlens_q,
@@ -90,7 +98,11 @@ def _shape(call: AttentionCall) -> Shape:
 
 def _strides(call: AttentionCall) -> Strides:
     return Strides(
-        *call.queries.stride()[:2], *call.keys.stride()[:3], *call.values.stride()[:3], *call.out.stride()[:2]
+        *call.queries.stride()[:2],
+        *call.keys.stride()[:3],
+        *call.values.stride()[:3],
+        *call.out.stride()[:2],
+        *((0, 0, 0) if call.key_scales is None else call.key_scales.stride()),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.data.cpu_shapes import NOTHING, Array, Floats, Ints, Rules, Shape, Strides, padded, partial_size
-from pagedkv.data.cpu_tile import STEP, TILE, add_tile, mask, score_tile, soft_cap, softmax
+from pagedkv.data.cpu_tile import STEP, TILE, add_tile, mask, rescale, score_tile, soft_cap, softmax
 from pagedkv.data.lanes import (
     LANES,
     ROWS,
@@ -96,6 +96,8 @@ def attend_items(
     queries: Array,
     keys: Array,
     values: Array,
+    key_scales: Floats,
+    value_scales: Floats,
     out: Array,
     sinks: Floats,
     block_tables: Array,
@@ -109,6 +111,8 @@ def attend_items(
     """Work on items, each for ``1 / num_parts`` of the kv heads, until none is left. Runs in every thread.
 
     ``counters[0]`` counts the parts of items that were taken; ``counters[1 + i]`` those of sequence i that are done.
+    Without scales keys and values are what they are. With them a key's scale multiplies its scores, and a value's scale
+    its weight, once for all elements.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
     size = partial_size(shape.v_head_dim)
@@ -116,6 +120,8 @@ def attend_items(
     scores = np.empty(heads * most_quads * ROWS * TILE, np.float32)
     key_at = np.empty(SPLIT + 2 * TILE, np.int64)
     value_at = np.empty(SPLIT + 2 * TILE, np.int64)
+    is_quantised = len(key_scales) > 0
+    scales = np.empty(2 * heads * SPLIT if is_quantised else 0, np.float32)
     while True:
         work = fetch_add(counters, 0, 1)
         if work >= len(items) * num_parts:
@@ -129,6 +135,12 @@ def attend_items(
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
         at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
+        if is_quantised:
+            table, hole, values_from = block_tables[sequence], holes[sequence], heads * SPLIT
+            _gather_scales(key_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0)
+            _gather_scales(
+                value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, values_from
+            )
         _pack(queries, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
         _clear(partials, at, num_heads * num_quads, size)
         query_position = int(seq_lens[sequence]) - num_queries
@@ -137,11 +149,16 @@ def attend_items(
             score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
             for quad in range(num_heads * num_quads):
                 at_score = quad * ROWS * TILE
+                scale_at = quad // num_quads * SPLIT + tile
+                if is_quantised:
+                    rescale(scores, at_score, count, scales, scale_at)
                 if rules.cap > 0:
                     soft_cap(scores, at_score, count, rules.cap)
                 first_row = quad % num_quads * ROWS
                 mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
                 softmax(scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim)
+                if is_quantised:
+                    rescale(scores, at_score, count, scales, heads * SPLIT + scale_at)
             add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
         num_works = (first_item[sequence + 1] - first_item[sequence]) * num_parts
         if fetch_add(counters, 1 + sequence, 1) == num_works - 1:
@@ -172,6 +189,34 @@ def _locate(
     for i in range(end - start, end - start + 2 * TILE):
         key_at[i] = key_at[end - start - 1]
         value_at[i] = value_at[end - start - 1]
+
+
+@compiled
+def _gather_scales(
+    pool: Floats,
+    table: Array,
+    hole: Array,
+    start: int,
+    end: int,
+    first_head: int,
+    num_heads: int,
+    shape: Shape,
+    strides: Strides,
+    scales: Floats,
+    to: int,
+) -> None:
+    """Copy the scales of the positions start … end, SPLIT places for each head; behind them zeros to whole lanes."""
+    for i in range(end - start):
+        slot = start + i
+        if slot >= hole[0]:
+            slot += hole[1] - hole[0]
+        block, offset = np.int64(table[slot // shape.block_size]), slot % shape.block_size
+        at = block * strides.scale_block + offset * strides.scale + first_head * strides.scale_head
+        for head in range(num_heads):
+            scales[to + head * SPLIT + i] = pool[at + head * strides.scale_head]
+    for head in range(num_heads):
+        for i in range(end - start, (end - start + STEP - 1) // STEP * STEP):
+            scales[to + head * SPLIT + i] = 0
 
 
 @compiled

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.quantised import dequantised
 
 __all__ = ["attend_sequence"]
 
@@ -27,9 +28,10 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
     window = call.window or seq_len
     oldest = max(0, seq_len - q_len - window + 1)
     # torch multiplies bfloat16 faster than float32, float16 slower.
-    dtype = torch.bfloat16 if call.queries.dtype == call.keys.dtype == torch.bfloat16 else torch.float32
-    keys = _gather(call, call.keys, i, oldest).to(dtype)
-    values = _gather(call, call.values, i, oldest).to(dtype)
+    fast = call.queries.dtype == torch.bfloat16 and (call.keys.dtype == torch.bfloat16 or call.key_scales is not None)
+    dtype = torch.bfloat16 if fast else torch.float32
+    keys = _gather(call, call.keys, call.key_scales, i, oldest).to(dtype)
+    values = _gather(call, call.values, call.value_scales, i, oldest).to(dtype)
     queries = call.queries[first:last].to(dtype)
     # With a scale that is not positive in float32, torch's own masking gives NaN.
     fused = call.softcap is None and call.sinks is None and call.scale >= SMALLEST_FUSED_SCALE
@@ -49,7 +51,7 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
         call.out[first + begin : first + end] = result
 
 
-def _gather(call: AttentionCall, pool: Tensor, i: int, oldest: int) -> Tensor:
+def _gather(call: AttentionCall, pool: Tensor, scales: Tensor | None, i: int, oldest: int) -> Tensor:
     """Return ``[num_kv_heads, seq_len - oldest, dim]``: what the sequence sees from position ``oldest`` on."""
     block_size, seq_len = pool.shape[1], int(call.seq_lens[i])
     start, end = (int(x) for x in call.holes[i])
@@ -59,7 +61,9 @@ def _gather(call: AttentionCall, pool: Tensor, i: int, oldest: int) -> Tensor:
         if low < high:
             blocks = torch.from_numpy(call.block_tables[i, low // block_size : -(-high // block_size)])
             skipped = low % block_size
-            parts.append(pool.index_select(0, blocks).flatten(0, 1)[skipped : skipped + high - low])
+            factors = None if scales is None else scales.index_select(0, blocks)
+            tokens = dequantised(pool.index_select(0, blocks), factors).flatten(0, 1)
+            parts.append(tokens[skipped : skipped + high - low])
     # In one piece per head, products run a little faster than over a strided view.
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1).contiguous()
 

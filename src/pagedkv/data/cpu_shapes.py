@@ -52,6 +52,9 @@ class Strides(NamedTuple):
     value_head: int
     out: int
     out_head: int
+    scale_block: int
+    scale: int
+    scale_head: int
 
 
 class Rules(NamedTuple):

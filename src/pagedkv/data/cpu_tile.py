@@ -26,6 +26,7 @@ from pagedkv.data.lanes import (
     mul,
     prefetch,
     splat,
+    spread,
     store,
     store_half,
     sub,
@@ -36,7 +37,7 @@ from pagedkv.data.lanes import (
 )
 from pagedkv.jit import compiled
 
-__all__ = ["STEP", "TILE", "add_tile", "mask", "score_tile", "soft_cap", "softmax"]
+__all__ = ["STEP", "TILE", "add_tile", "mask", "rescale", "score_tile", "soft_cap", "softmax"]
 
 TILE = 32
 """Positions whose scores are held at a time."""
@@ -121,6 +122,13 @@ def _score_keys(
             query = load(packed, at + 3 * width + d)
             x3, y3 = fma(query, key_x, x3), fma(query, key_y, y3)
         store_half(scores, to + (i - first) * ROWS, sums(x0, x1, x2, x3, y0, y1, y2, y3))
+
+
+@compiled
+def rescale(scores: Floats, at: int, count: int, scales: Floats, scale_at: int) -> None:
+    """Multiply the scores, or the weights, of four rows by the scale that each token's quantised numbers have."""
+    for i in range(0, count * ROWS, LANES):
+        store(scores, at + i, mul(load(scores, at + i), spread(scales, scale_at + i // ROWS)))
 
 
 @compiled

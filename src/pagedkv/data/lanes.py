@@ -2,8 +2,8 @@
 
 LLVM's own vectoriser gives up where several rows are written at once, or makes a reduction of every dot product. Here
 one value is one AVX-512 register (two of AVX2, four of NEON), and the few functions below are all that the kernels do
-with it. bfloat16 and float16 have no NumPy type that Numba knows: they come as their bit patterns, **uint16 for
-bfloat16 and int16 for float16**, and are widened as they are loaded.
+with it. bfloat16, float16 and float8_e4m3fn have no NumPy type that Numba knows: they come as their bit patterns,
+**uint16 for bfloat16, int16 for float16 and uint8 for float8_e4m3fn**, and are widened as they are loaded, as int8 is.
 
 Indices are trusted: nothing checks them and nothing wraps around. With ``NUMBA_DISABLE_JIT=1`` every function is its
 plain twin over NumPy arrays.
@@ -33,6 +33,7 @@ if TYPE_CHECKING or numba.config.DISABLE_JIT:
         narrowed,
         prefetch,
         splat,
+        spread,
         store,
         store_half,
         sub,
@@ -55,6 +56,7 @@ else:
         narrowed,
         prefetch,
         splat,
+        spread,
         store,
         store_half,
         sub,
@@ -85,6 +87,7 @@ __all__ = [
     "narrowed",
     "prefetch",
     "splat",
+    "spread",
     "store",
     "store_half",
     "sub",

@@ -10,7 +10,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from pagedkv.data.lanes_python import LANES
+from pagedkv.data.lanes_python import LANES, ROWS
 
 __all__ = [
     "add",
@@ -25,6 +25,7 @@ __all__ = [
     "narrowed",
     "prefetch",
     "splat",
+    "spread",
     "store",
     "store_half",
     "sub",
@@ -90,9 +91,22 @@ def _address(context, builder, signature, args):
 def _widened(builder, bits, dtype):
     if dtype == types.float32:
         return bits
+    if dtype == types.int8:
+        return builder.sitofp(builder.sext(bits, INTS), VECTOR)
+    if dtype == types.uint8:
+        return _from_e4m3(builder, bits)
     if dtype == types.uint16:
         return builder.bitcast(builder.shl(builder.zext(bits, INTS), every_int(16)), VECTOR)
     return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+
+
+def _from_e4m3(builder, bits):
+    """Widen by way of float16, whose exponent has one bit more and is greater by 8; NaN comes out as a number."""
+    shorts = ir.VectorType(ir.IntType(16), LANES)
+    places = builder.shl(builder.sext(bits, shorts), ir.Constant(shorts, [7] * LANES))
+    half = builder.and_(places, ir.Constant(shorts, [0xBFFF] * LANES))  # the sign was extended into the exponent
+    half = builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES))
+    return builder.fmul(builder.fpext(half, VECTOR), every(256.0))
 
 
 def _item_bytes(dtype):
@@ -121,13 +135,27 @@ def load_part(typing, array, index, count):
         pointer = builder.bitcast(_address(context, builder, signature, args), kind.as_pointer())
         count = _spread(builder, builder.trunc(args[2], INT), INTS)
         mask = builder.icmp_unsigned("<", ir.Constant(INTS, list(range(LANES))), count)
-        name = f"llvm.masked.load.v{LANES}{'f32' if array.dtype == types.float32 else 'i16'}.p0"
+        bits = array.dtype.bitwidth
+        name = f"llvm.masked.load.v{LANES}{'f32' if bits == 32 else f'i{bits}'}.p0"
         signature = ir.FunctionType(kind, [pointer.type, INT, mask.type, kind])
         function = cgutils.get_or_insert_function(builder.module, signature, name)
         bits = builder.call(function, [pointer, INT(_item_bytes(array.dtype)), mask, ir.Constant(kind, None)])
         return _widened(builder, bits, array.dtype)
 
     return lanes(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def spread(typing, array, index):
+    """Return ``array[index : index + LANES / ROWS]``, float32, each number in the lanes of all rows."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.VectorType(FLOAT, LANES // ROWS)
+        some = builder.load(builder.bitcast(_address(context, builder, signature, args), kind.as_pointer()))
+        some.align = _item_bytes(array.dtype)
+        return shuffled(builder, some, some, [lane // ROWS for lane in range(LANES)])
+
+    return lanes(array, types.int64), generate
 
 
 def _stored(builder, vector, address):

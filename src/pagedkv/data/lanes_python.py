@@ -22,6 +22,11 @@ def _widened(bits: Array) -> Lanes:
         return (bits.astype(np.uint32) << 16).view(np.float32)
     if bits.dtype == np.int16:
         return bits.view(np.float16).astype(np.float32)
+    if bits.dtype == np.int8:
+        return bits.astype(np.float32)
+    if bits.dtype == np.uint8:
+        places = bits.view(np.int8).astype(np.int16) << 7 & ~0x4000
+        return places.view(np.float16).astype(np.float32) * np.float32(256)
     return bits.copy()
 
 
@@ -33,6 +38,10 @@ def load_part(array: Array, index: int, count: int) -> Lanes:
     result = np.zeros(LANES, np.float32)
     result[:count] = _widened(array[index : index + count])
     return result
+
+
+def spread(array: Array, index: int) -> Lanes:
+    return np.repeat(array[index : index + LANES // ROWS], ROWS)
 
 
 def store(array: Array, index: int, value: Lanes) -> None:

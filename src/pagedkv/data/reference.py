@@ -26,8 +26,12 @@ def _attend_sequence(call: AttentionCall, i: int, queries: Tensor) -> Tensor:
     blocks, offsets = _visible_slots(call, i)
     num_kv_heads = call.keys.shape[2]
     group = queries.shape[1] // num_kv_heads
-    keys = call.keys[blocks, offsets].to(queries.dtype).repeat_interleave(group, dim=1)
-    values = call.values[blocks, offsets].to(queries.dtype).repeat_interleave(group, dim=1)
+    keys = call.keys[blocks, offsets].to(queries.dtype)
+    values = call.values[blocks, offsets].to(queries.dtype)
+    if call.key_scales is not None and call.value_scales is not None:
+        keys *= call.key_scales[blocks, offsets, :, None]
+        values *= call.value_scales[blocks, offsets, :, None]
+    keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
 
     scores = torch.einsum("qhd,khd->hqk", queries, keys) * call.scale
     if call.softcap is not None:
