@@ -10,6 +10,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from pagedkv import BlockManager
 from pagedkv.engine import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput, SamplingParams
 from pagedkv.models import shipped_model_path
 
@@ -47,9 +48,7 @@ class FakeEngine:
         self.is_alive = True
         self.cleared = 0
         self.tokenizer = shipped_tokenizer()
-        runner = SimpleNamespace(
-            cache=SimpleNamespace(total_blocks=1024, block_size=16), max_positions=max_positions, vocab_size=4096
-        )
+        runner = SimpleNamespace(cache=BlockManager(1024, 16), max_positions=max_positions, vocab_size=4096)
         core = SimpleNamespace(runner=runner, tokenizer=self.tokenizer, scheduler=SimpleNamespace(max_num_seqs=4))
         self.llm = SimpleNamespace(core=core, tokenizer=self.tokenizer)
 
