@@ -114,19 +114,15 @@ class BlockMapView(Widget, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """Draw a row of cells as one line, or two where room is scarce."""
-        if self._cells is None:
-            return Strip.blank(self.size.width)
+        segments = [] if self._cells is None else self._segments(y)
+        return Strip(segments).adjust_cell_length(self.size.width).apply_style(self.rich_style)
+
+    def _segments(self, y: int) -> list[Segment]:
         if cell := self.cell:
             runs = [(kind, len(list(run))) for kind, run in groupby(self._row(y))]
-            return Strip([Segment(cell * count, _style(kind, _NOTHING)) for kind, count in runs if kind != _NOTHING])
-        upper, lower = self._row(2 * y), self._row(2 * y + 1)
-        segments = [
-            Segment(_UPPER_HALF * len(list(run)), _style(*pair))
-            if pair[0] != _NOTHING
-            else Segment(" " * len(list(run)))
-            for pair, run in groupby(zip(upper, lower, strict=True))
-        ]
-        return Strip(segments, self.columns)
+            return [Segment(cell * count, _style(kind, _NOTHING)) for kind, count in runs if kind != _NOTHING]
+        pairs = groupby(zip(self._row(2 * y), self._row(2 * y + 1), strict=True))
+        return [Segment(_UPPER_HALF * len(list(run)), _style(*pair)) for pair, run in pairs if pair[0] != _NOTHING]
 
     def _row(self, row: int) -> list[int]:
         assert self._cells is not None
