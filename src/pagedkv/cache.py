@@ -32,7 +32,9 @@ class PagedKvCache(BlockManager):
         Layers of one shape; 0 for none yet (see ``add_layer``).
     v_head_dim : int, optional
         Elements of one value head where they differ from ``head_dim``.
-    dtype : {"float16", "bfloat16", "float32"} or torch.dtype
+    dtype : {"float16", "bfloat16", "float32", "int8", "fp8"} or torch.dtype
+        The last two are quantised as they are written, with a float32 scale for each head of each token: about half the
+        memory of float16.
     device : str or torch.device
     layout : {"NHD", "HND"}
     strategy, eviction_threshold, prefix_caching, on_full
@@ -173,6 +175,8 @@ class PagedKvCache(BlockManager):
                 softcap=softcap,
                 sinks=sinks,
                 layout=self.spec.layout,
+                key_scales=self._storage.key_scales(layer),
+                value_scales=self._storage.value_scales(layer),
             )
         if not isinstance(plan, BatchPlan):
             raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
@@ -189,6 +193,8 @@ class PagedKvCache(BlockManager):
             sinks=sinks,
             holes=plan.holes,
             layout=self.spec.layout,
+            key_scales=self._storage.key_scales(layer),
+            value_scales=self._storage.value_scales(layer),
             backend=backend,
         )
 

@@ -51,6 +51,8 @@ def attend_plan(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     layout: str = "NHD",
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Let every query token attend over its own sequence's blocks, by the plan that is in the device's buffers.
@@ -61,7 +63,7 @@ def attend_plan(
     ----------
     queries : Tensor [max_tokens, num_q_heads, head_dim]
         Those behind the plan's tokens are ignored.
-    keys, values, scale, causal, window, softcap, sinks, layout
+    keys, values, scale, causal, window, softcap, sinks, layout, key_scales, value_scales
         As in :func:`pagedkv.paged_attention`.
     plan : DevicePlan
     out : Tensor [max_tokens, num_q_heads, v_head_dim], optional
@@ -91,6 +93,8 @@ def attend_plan(
         sinks=sinks,
         layout=layout,
         out=out,
+        key_scales=key_scales,
+        value_scales=value_scales,
     )
     require_plan_of(plan, call.keys.shape[0], call.keys.shape[1], queries.device)
     if len(queries) != plan.max_tokens:
@@ -120,12 +124,20 @@ def require_plan_of(plan: Any, num_blocks: int, block_size: int, device: torch.d
         plan.check_device_arrays()
 
 
-def write_tokens(keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, slots: Tensor) -> None:
+def write_tokens(
+    keys: Tensor,
+    values: Tensor,
+    new_keys: Tensor,
+    new_values: Tensor,
+    slots: Tensor,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> None:
     """Write checked tokens into their slots; see :func:`pagedkv.data.gpu_move.write_tokens`."""
     require_runnable("keys", keys.device)
     from pagedkv.data import gpu_move
 
-    gpu_move.write_tokens(keys, values, new_keys, new_values, slots)
+    gpu_move.write_tokens(keys, values, new_keys, new_values, slots, key_scales, value_scales)
 
 
 def copy_blocks(tensors: tuple[Tensor, ...], pairs: Any) -> None:

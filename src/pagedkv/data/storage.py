@@ -17,6 +17,7 @@ from pagedkv.data import gpu
 from pagedkv.data.gpu_device import is_debugging, uses_triton
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device
+from pagedkv.data.quantised import torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation
 from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
 
@@ -73,7 +74,7 @@ class KvStorage:
         self._base = replace(spec, num_layers=0, layers=())
         self._device = checked_device(device)
         self._uses_triton = uses_triton(backend, self._device)
-        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._dtype = torch_dtype(spec.dtype)
         self._is_hnd = spec.layout == "HND"
         self._num_slots = spec.num_blocks * spec.block_size
         self._pools: list[Pool] = []
@@ -108,7 +109,7 @@ class KvStorage:
     @property
     def memory_bytes(self) -> int:
         """Bytes of all tensors; the system may have committed fewer."""
-        return sum(tensor.nbytes for pool in self._pools for tensor in pool.tensors)
+        return sum(tensor.nbytes for pool in self._pools for tensor in pool.memory)
 
     def __repr__(self) -> str:
         return f"KvStorage({self.spec}, device={str(self._device)!r})"
@@ -131,9 +132,8 @@ class KvStorage:
     @torch.inference_mode(False)  # what is born in inference mode could not be written outside of it
     def _add(self, run: tuple[LayerSpec, ...]) -> None:
         pool = Pool.allocate(replace(self._base, layers=run, num_layers=len(run)), self._device)
-        layers = [tuple(LayerSide.over(side, self._is_hnd) for side in pool.sides(i)) for i in range(len(run))]
         self._pools.append(pool)
-        self._layers.extend((keys, values) for keys, values in layers)
+        self._layers.extend(pool.layer(i, self._is_hnd) for i in range(len(run)))
         self._shapes += run
         self._spec = replace(self._base, num_layers=len(self._shapes), layers=self._shapes)
 
@@ -147,7 +147,7 @@ class KvStorage:
     # --- views ---------------------------------------------------------------------------------------------------
 
     def keys(self, layer: int) -> Tensor:
-        """Return the keys of a layer, a live view.
+        """Return the keys of a layer, a live view; of a quantised storage the numbers without their scales.
 
         Returns
         -------
@@ -165,8 +165,24 @@ class KvStorage:
         """Return the values of a layer, a live view like :meth:`keys` with ``v_head_dim`` at the end."""
         return self._layer(layer)[1].blocks
 
+    def key_scales(self, layer: int) -> Tensor | None:
+        """Return what a layer's quantised keys have to be multiplied by, a live view, or None.
+
+        Returns
+        -------
+        float32 Tensor or None
+            ``[num_blocks, block_size, num_kv_heads]``; in the HND layout the last two are swapped.
+        """
+        return self._layer(layer)[0].scales
+
+    def value_scales(self, layer: int) -> Tensor | None:
+        """Return what a layer's quantised values have to be multiplied by, like :meth:`key_scales`."""
+        return self._layer(layer)[1].scales
+
     def layer_tensor(self, layer: int) -> Tensor:
         """Return keys and values of a layer as one live view, ``[2, num_blocks, …]`` in the storage's layout.
+
+        Of a quantised storage they are the numbers without their scales.
 
         Raises
         ------
@@ -191,6 +207,9 @@ class KvStorage:
 
     def block_keys(self, block_id: int) -> Tensor | list[Tensor]:
         """Return the keys of a block in all layers, live views in NHD order whatever the layout.
+
+        Of a quantised storage they are copies, in float32 and multiplied by their scales: what is written to them goes
+        nowhere.
 
         Returns
         -------
@@ -281,7 +300,8 @@ class KvStorage:
         ----------
         layer : int
         keys : Tensor [total_tokens, num_kv_heads, head_dim]
-            Any floating dtype and any strides; cast to the storage's dtype, gradients are not followed.
+            Any floating dtype and any strides; cast to the storage's dtype, or quantised with a scale for each head of
+            each token; gradients are not followed.
         values : Tensor [total_tokens, num_kv_heads, v_head_dim]
         slot_mapping : integer array or tensor [total_tokens], or SlotIndex
             Where each token goes. Two tokens for one slot leave one of them there, undefined which.
@@ -289,20 +309,29 @@ class KvStorage:
         Raises
         ------
         InvalidOperation
-            No such layer, a shape, dtype or device that does not fit, a slot outside of the pool. Nothing is written.
+            No such layer, a shape, dtype or device that does not fit, a slot outside of the pool, NaN or infinity where
+            they are quantised (on a CPU). Nothing is written.
         """
         key_side, value_side = self._layer(layer)
         index = self.slot_index(slot_mapping)
         new_keys = self._checked_tokens("keys", keys, len(index), key_side.token_shape)
         new_values = self._checked_tokens("values", values, len(index), value_side.token_shape)
         if self._uses_triton:
-            gpu.write_tokens(self._shown(key_side), self._shown(value_side), new_keys, new_values, index.slots)
+            scales = self._shown(key_side.scales), self._shown(value_side.scales)
+            sides = self._shown(key_side.blocks), self._shown(value_side.blocks)
+            gpu.write_tokens(*sides, new_keys, new_values, index.slots, *scales)
             return
-        key_side.write(new_keys, index.places)
-        value_side.write(new_values, index.places)
+        stored_keys, stored_values = key_side.stored("keys", new_keys), value_side.stored("values", new_values)
+        key_side.write(*stored_keys, index.places)
+        value_side.write(*stored_values, index.places)
+
+    def write_keys(self, layer: int, keys: Tensor, slot_mapping: Any) -> None:
+        """Write keys over those that are there and leave the values, like :meth:`write`."""
+        side, index = self._layer(layer)[0], self.slot_index(slot_mapping)
+        side.write(*side.stored("keys", self._checked_tokens("keys", keys, len(index), side.token_shape)), index.places)
 
     def _checked_tokens(self, name: str, tokens: Tensor, count: int, token_shape: tuple[int, int]) -> Tensor:
-        """Return the tokens contiguous and in our dtype; Triton's kernel casts them and takes any rows."""
+        """Return the tokens without a gradient, of strides and a dtype that Triton's kernel takes if it is used."""
         if not isinstance(tokens, Tensor):
             raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
         if tokens.shape != (count, *token_shape):
@@ -312,13 +341,15 @@ class KvStorage:
         if not tokens.is_floating_point():
             raise InvalidOperation(f"{name}: expected a floating dtype, got {tokens.dtype}")
         tokens = tokens.detach() if tokens.requires_grad else tokens
-        if self._uses_triton and tokens.dtype != torch.float64:
-            return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-        return tokens.to(self._dtype).contiguous()
+        if not self._uses_triton:
+            return tokens
+        if tokens.dtype == torch.float64:
+            tokens = tokens.to(torch.float32 if self._base.is_quantised else self._dtype)
+        return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
-    def _shown(self, side: LayerSide) -> Tensor:
-        """Return the memory as ``[num_blocks, block_size, num_kv_heads, dim]`` whatever the layout."""
-        return side.blocks.transpose(1, 2) if self._is_hnd else side.blocks
+    def _shown(self, memory: Tensor | None) -> Any:
+        """Return the memory as ``[num_blocks, block_size, num_kv_heads, …]`` whatever the layout."""
+        return memory.transpose(1, 2) if self._is_hnd and memory is not None else memory
 
     def gather(self, layer: int, slots: Any) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values of slots, in the order given.
@@ -332,6 +363,7 @@ class KvStorage:
         -------
         keys : Tensor [n, num_kv_heads, head_dim]
         values : Tensor [n, num_kv_heads, v_head_dim]
+            Of the storage's dtype; in float32, multiplied by their scales, where they are quantised.
 
         Raises
         ------
@@ -365,7 +397,7 @@ class KvStorage:
         self._check_copies(pairs.numpy())
         if self._uses_triton:
             for pool in self._pools:
-                gpu.copy_blocks(pool.tensors, pairs.numpy())
+                gpu.copy_blocks(pool.memory, pairs.numpy())
             return
         pairs = pairs.to(self._device, non_blocking=True)
         for pool in self._pools:

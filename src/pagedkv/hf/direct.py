@@ -214,10 +214,13 @@ def attend_blocks(
     layout = attention_mask.without_padding(key.plan, rows * tokens)
     queries = query.transpose(1, 2).reshape(rows * tokens, heads, dim)
     text = queries if layout.queries is None else queries[layout.queries.to(query.device)]
+    storage = key.pool.storage
     out = paged_attention(
         text,
-        key.pool.storage.keys(key.layer),
-        key.pool.storage.values(key.layer),
+        storage.keys(key.layer),
+        storage.values(key.layer),
+        key_scales=storage.key_scales(key.layer),
+        value_scales=storage.value_scales(key.layer),
         block_tables=key.plan.block_tables,
         seq_lens=layout.seq_lens,
         cu_seqlens_q=layout.cu_seqlens_q,

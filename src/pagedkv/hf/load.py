@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -17,6 +18,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import has_changing_rope
 from pagedkv.hf.pages import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
+from pagedkv.spec import KvCacheSpec
 
 __all__ = ["load_runner"]
 
@@ -59,7 +61,8 @@ def load_runner(
     prefix_caching : bool
         Whether committed blocks stay findable; for a model with recurrent or convolution layers they never do.
     kv_dtype : str or torch.dtype, optional
-        Of the stored K and V; that of the keys by default.
+        Of the stored K and V; that of the keys by default. ``"int8"`` and ``"fp8"`` are quantised; the mode is proved
+        without.
     mode : {"auto", "ragged", "gather"}
         ``"ragged"`` fails where ``"auto"`` would go over to gather mode.
     batch_invariant : bool
@@ -83,8 +86,12 @@ def load_runner(
     if not isinstance(model, PreTrainedModel):
         raise InvalidOperation(f"model: expected a folder or a PreTrainedModel, got {type(model).__name__}")
     model.train(False)
-    proved = _prove(model, mode, block_size, kv_dtype)
-    count = num_blocks(proved.bytes_per_block) if callable(num_blocks) else num_blocks
+    # What quantising costs is the caller's choice and no fault of the mode.
+    is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
+    proved = _prove(model, mode, block_size, None if is_quantised else kv_dtype)
+    spec = proved.cache.spec
+    block_bytes = replace(spec, dtype=kv_dtype or spec.dtype).block_memory_bytes
+    count = num_blocks(block_bytes) if callable(num_blocks) else num_blocks
     cache = ModelKvCache(
         count,
         block_size,

@@ -129,13 +129,10 @@ class StreamedKeys:
 
     def _read(self, slots: Ints) -> Tensor:
         storage = self._cache.storage
-        return torch.stack([storage.keys(layer)[self._where(slots)] for layer in range(storage.num_layers)])
+        index = storage.slot_index(slots)
+        return torch.stack([storage.gather(layer, index)[0] for layer in range(storage.num_layers)])
 
     def _write(self, keys: Tensor, slots: Ints) -> None:
-        storage, where = self._cache.storage, self._where(slots)
-        for layer, layer_keys in enumerate(keys.to(storage.dtype)):
-            storage.keys(layer)[where] = layer_keys
-
-    def _where(self, slots: Ints) -> tuple[Tensor, Tensor]:
-        blocks, offsets = np.divmod(slots, self._cache.block_size)
-        return torch.from_numpy(blocks), torch.from_numpy(offsets)
+        index = self._cache.storage.slot_index(slots)
+        for layer, layer_keys in enumerate(keys):
+            self._cache.storage.write_keys(layer, layer_keys, index)
