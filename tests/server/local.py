@@ -41,7 +41,7 @@ class Process:
         self._wait()
 
     def _wait(self) -> None:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 500  # kernels may have to be compiled first
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with {self.process.returncode}: {self.log.read_text()}")

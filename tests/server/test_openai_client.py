@@ -156,6 +156,14 @@ def test_echo_and_best_of(client: Any, expected: dict[int, str]) -> None:
     assert answer.choices[0].text == PROMPT + expected[8]
 
 
+def test_log_probabilities_of_a_prompt(client: Any) -> None:
+    told = complete(client, max_tokens=0, echo=True, logprobs=1).choices[0]
+    assert told.text == PROMPT and told.logprobs.tokens[0] == "<|file|>"
+    assert "".join(told.logprobs.tokens[1:]) == PROMPT
+    assert told.logprobs.token_logprobs[0] is None and max(told.logprobs.token_logprobs[1:]) <= 0
+    assert [PROMPT[at : at + 1] for at in told.logprobs.text_offset[1:]] == [t[0] for t in told.logprobs.tokens[1:]]
+
+
 def test_errors_are_the_clients_own(server: Process, client: Any) -> None:
     with client_of(server, "wrong") as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
