@@ -12,7 +12,7 @@ const requests = requestTable(find("requests"));
 const prefixes = prefixTable(find("prefixes"));
 const MOST_HOLDERS = 4;
 const number = (value) => value.toLocaleString("en");
-let pointedRow = null, latest = null, isPaused = false, isDue = false, walksByKeys = false;
+let pointedRow = null, latest = null, isPaused = false, isFresh = false, isDue = false, walksByKeys = false;
 
 const legend = Object.fromEntries(KINDS.map((kind) => {
   const item = document.createElement("li"), swatch = document.createElement("span"), count = document.createElement("b");
@@ -27,6 +27,7 @@ function show(snapshot) {
   if (snapshot.blocks) map.blocks = snapshot.blocks;
   for (const chart of charts) chart.add(snapshot, latest);
   latest = snapshot;
+  isFresh = true;
   drawSoon();
 }
 
@@ -57,6 +58,14 @@ function draw() {
   const style = getComputedStyle(document.documentElement);
   const colours = Object.fromEntries(["line", "fill", "rule", "other"].map((name) => [name, style.getPropertyValue(`--${name}`)]));
   for (const chart of charts) chart.draw(colours);
+  // What only a new snapshot changes is left alone while the pointer moves.
+  if (isFresh) tell();
+  isFresh = false;
+  for (const row of requests.body.rows) row.classList.toggle("near", owner !== null && row.cells[0].textContent === owner);
+  describe();
+}
+
+function tell() {
   const counts = new Uint32Array(KINDS.length);
   for (const kind of map.blocks.kinds) counts[kind] += 1;
   KINDS.forEach((kind, i) => { legend[kind].textContent = number(counts[i]); });
@@ -65,8 +74,6 @@ function draw() {
   map.canvas.setAttribute("aria-label", `Block map: ${KINDS.map((kind, i) => `${counts[i]} ${kind}`).join(", ")}`);
   requests.fill(latest.requests);
   prefixes.fill(latest.prefixes);
-  for (const row of requests.body.rows) row.classList.toggle("near", owner !== null && row.cells[0].textContent === owner);
-  describe();
 }
 
 /** Who holds a block, as many as a line can name. */
