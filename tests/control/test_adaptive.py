@@ -11,7 +11,7 @@ import pytest
 from tests.control.slow_adaptive import SlowAdaptive
 from tests.sim.traces import AGENTS, CHAT, real_trace
 
-from pagedkv import Adaptive, BlockManager
+from pagedkv import Adaptive, BlockManager, CorruptedState
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.learning_records import HEAP_SIZE, LESSONS, ROOM, RULES
 from pagedkv.control.namespaces import name_of
@@ -182,6 +182,14 @@ def test_clearing_forgets_blocks_but_not_lessons():
     assert (learner(cache).lives == lives).all() and learner(cache).numbers[LESSONS] == lessons > 0
     assert run(cache, requests[:5])[0] == 0
     assert sum(run(cache, requests)) > 3000
+
+
+def test_check_compares_notes_and_blocks():
+    cache = ContentCache(40, "adaptive")
+    run(cache, TRAFFIC["popular"]()[:50])
+    cache._state.notes[3]["kind"] = 0
+    with pytest.raises(CorruptedState, match="notes and cached blocks differ"):
+        cache.check()
 
 
 def test_two_caches_of_one_object_learn_apart():

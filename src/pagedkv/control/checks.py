@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pagedkv.control.learning_records import CLASSES, HEAP_SIZE, LRU_SIZE, ROOM
 from pagedkv.control.prefix import find_child
 from pagedkv.control.rows import find_row
 from pagedkv.control.state import DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
@@ -26,6 +27,7 @@ def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
     _check_free_blocks(state)
     _check_trie(state)
     _check_heap(state)
+    _check_notes(state)
     _check_pins(state, rows, kept_pins)
     _check_counters(state, rows)
 
@@ -160,6 +162,17 @@ def _check_heap(state: State) -> None:
         expected = np.flatnonzero(leaf & (blocks["indexed"] == 1 + queue)).tolist()
         _require(sorted(heap) == expected, "heap and cached leaves differ", queue, sorted(heap))
     _require(counters.probation == (blocks["indexed"] == 1 + PROBATION).sum(), "probation", counters.probation)
+
+
+def _check_notes(state: State) -> None:
+    if not len(state.notes):
+        return
+    blocks, kinds, numbers = state.blocks, state.notes["kind"], state.learner.numbers
+    cached = (blocks["ref_count"] == 0) & (blocks["indexed"] != 0)
+    for block in np.flatnonzero(cached != (kinds[: len(blocks)] != 0))[:1].tolist():
+        _require(False, "notes and cached blocks differ", block, state.notes[block])
+    _require(int(kinds.max(initial=0)) <= CLASSES, "class of a note", kinds.max(initial=0))
+    _require(max(numbers[LRU_SIZE], numbers[HEAP_SIZE]) <= numbers[ROOM], "shadow caches", numbers)
 
 
 def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) -> None:
