@@ -101,14 +101,14 @@ def _planned(flashinfer: Any, call: AttentionCall, layout: str) -> Any:
     options = _plan_options(call)
     arrays = (call.block_tables, call.seq_lens, call.cu_seqlens_q)
     key = (call.queries.device, layout, tuple(options.items()))
-    kept_key, kept_arrays, wrapper = getattr(_kept, "last", (None, (), None))
+    kept_key, kept_arrays, wrapper = getattr(_kept, "last", ((), (), None))
     if kept_key == key and all(np.array_equal(a, b) for a, b in zip(kept_arrays, arrays, strict=True)):
         return wrapper
     indptr, indices, last_page_len = csr_arrays(call.block_tables, call.seq_lens, call.keys.shape[1])
     if wrapper is None or kept_key[:2] != key[:2]:
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=call.queries.device)
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout)
-    _kept.last = (None, (), None)  # a plan that fails leaves nothing behind
+    _kept.last = ((), (), None)  # a plan that fails leaves nothing behind
     on_host = (torch.from_numpy(np.array(x)) for x in (call.cu_seqlens_q, indptr, indices, last_page_len))
     on_device: list[Tensor] = [x.to(call.queries.device) for x in on_host]
     wrapper.plan(*on_device, **options)

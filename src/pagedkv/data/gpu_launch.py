@@ -92,8 +92,7 @@ def _attend(
     partials: tuple[Tensor, Tensor],
     search: bool,
 ) -> None:
-    key_scales: Tensor | None = getattr(call, "key_scales", None)
-    value_scales: Tensor | None = getattr(call, "value_scales", None)
+    key_scales, value_scales = call.key_scales, call.value_scales
     meta: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     with _on(call.queries):
         attend_tiles[grid](
@@ -169,4 +168,4 @@ def _precision(device: torch.device) -> str:
 
 def _on(tensor: Tensor) -> Any:
     """Return a context in which kernels go to the tensor's device."""
-    return torch.cuda.device_of(tensor)
+    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]

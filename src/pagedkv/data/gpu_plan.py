@@ -116,7 +116,8 @@ class DevicePlan:
         self.positions: Tensor = views[1]
         bound = np.array([self.max_query_tokens], np.int32)
         longest = min(self.max_blocks * self.block_size, MAX_COUNT)
-        self.batch = DeviceBatch(*views[2:], self.max_tokens, longest, bound, is_static=True)
+        tables, lens, cuts, holes = views[2:]
+        self.batch = DeviceBatch(tables, lens, cuts, holes, self.max_tokens, longest, bound, is_static=True)
 
     def load(self, plan: Any) -> Self:
         """Copy a plan into the buffers, in one piece and without waiting for the device.
@@ -168,8 +169,9 @@ class DevicePlan:
             They hold what no plan of this pool can hold.
         """
         batch = self.batch
-        arrays = [x.cpu().numpy() for x in (batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, batch.holes)]
-        fault = first_fault(*arrays, self.block_size, self.num_blocks, int(arrays[2][-1]))
+        on_device = batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, batch.holes
+        tables, lens, cuts, holes = (x.cpu().numpy() for x in on_device)
+        fault = first_fault(tables, lens, cuts, holes, self.block_size, self.num_blocks, int(cuts[-1]))
         if fault:
             raise InvalidOperation(f"plan on {self.device}: {fault}")
         slots = self.slot_mapping.cpu().numpy()
@@ -238,10 +240,10 @@ def uploaded(call: AttentionCall) -> DeviceBatch:
     for copy, array in zip(copies, arrays, strict=True):
         copy[...] = array
     # On the CPU, in the interpreter, the staging memory is the destination.
-    views = _views(staging.to(device, non_blocking=True), shapes)[2:]
+    tables, lens, cuts, holes = _views(staging.to(device, non_blocking=True), shapes)[2:]
     counts = np.diff(call.cu_seqlens_q).astype(np.int32)
     longest = int(call.seq_lens.max(initial=0))
-    batch = DeviceBatch(*views, len(call.queries), longest, counts)
+    batch = DeviceBatch(tables, lens, cuts, holes, len(call.queries), longest, counts)
     _kept.last = (tuple(array.copy() for array in arrays), (device, stream), batch)
     return batch
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -69,15 +70,19 @@ def _fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
 
 def _median_time(config: Config, run: Callable[[Config], None]) -> float:
     run(config)  # compiles
-    times = []
+    times: list[float] = []
     for _ in range(_REPEATS):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = _event(), _event()
         start.record()
         run(config)
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[_REPEATS // 2]
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def _file() -> Path:
