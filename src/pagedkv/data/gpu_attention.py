@@ -1,9 +1,8 @@
 """The Triton kernels of paged attention: tiles of query rows over tiles of keys, and the sum of the splits.
 
 A row of a tile is one query head of one query token; all heads of a group share a tile, so that a key is read once for
-all of them. Running maximum and sum as in "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018)
-and "FlashAttention-2" (Dao, 2023); a sequence's keys are split among programs as in "Flash-Decoding" (Dao et al.,
-2023). Keys are counted by position: a hole is stepped over, so that nothing has to be masked for it.
+all of them. A sequence's keys are split among programs as in "Flash-Decoding" (Dao et al., 2023). Keys are counted by
+position: a hole is stepped over, so that nothing has to be masked for it.
 """
 
 from __future__ import annotations
@@ -11,10 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["attend_tiles", "combine_splits"]
+from pagedkv.data.gpu_tile import LOG2_E, NOTHING, one_tile, with_sink
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_NOTHING = tl.constexpr(float("-inf"))
+__all__ = ["attend_tiles", "combine_splits"]
 
 
 @triton.jit
@@ -32,127 +30,6 @@ def _sequence_of_tile(cu_seqlens_q, num_sequences, tile, TILE_Q: tl.constexpr):
         else:
             high = middle
     return low
-
-
-@triton.jit
-def _scored(scores, scale, softcap, SOFTCAP: tl.constexpr):
-    """Return the logits in units of log 2."""
-    if SOFTCAP:
-        scaled = scores * (scale / softcap)
-        shrunk = tl.exp2(tl.abs(scaled) * (-2.0 * _LOG2_E))
-        capped = (1.0 - shrunk) / (1.0 + shrunk)
-        return tl.where(scaled < 0, -capped, capped) * (softcap * _LOG2_E)
-    else:
-        return scores * (scale * _LOG2_E)
-
-
-@triton.jit
-def _one_tile(
-    acc,
-    top,
-    total,
-    tile,
-    query,
-    position,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    low,
-    high,
-    hole_start,
-    hole_length,
-    scale,
-    softcap,
-    window,
-    key_block,
-    key_token,
-    value_block,
-    value_token,
-    scale_block,
-    scale_token,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_DV: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return accumulator, running maximum and sum after one more tile of keys.
-
-    Without MASKED every row sees every key of the tile.
-    """
-    place = tile * TILE_N + tl.arange(0, TILE_N)
-    is_key = (place >= low) & (place < high)
-    slot = tl.where(place < hole_start, place, place + hole_length)
-    offset = (slot % BLOCK_SIZE).to(tl.int64)
-    if MASKED:
-        block = tl.load(table + slot // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-    else:
-        block = tl.load(table + slot // BLOCK_SIZE).to(tl.int64)
-
-    d = tl.arange(0, TILE_D)
-    at_key = keys + (block * key_block + offset * key_token)[:, None] + d[None, :]
-    if MASKED and TILE_D != HEAD_DIM:
-        key = tl.load(at_key, mask=is_key[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
-    elif MASKED:
-        key = tl.load(at_key, mask=is_key[:, None], other=0.0)
-    elif TILE_D != HEAD_DIM:
-        key = tl.load(at_key, mask=(d < HEAD_DIM)[None, :], other=0.0)
-    else:
-        key = tl.load(at_key)
-    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-    if SCALED:
-        at_scale = block * scale_block + offset * scale_token
-        scores *= tl.load(key_scales + at_scale, mask=is_key, other=0.0)[None, :]
-    scores = _scored(scores, scale, softcap, SOFTCAP)
-    if MASKED:
-        seen = is_key[None, :]
-        if CAUSAL:
-            seen = seen & (place[None, :] <= position[:, None])
-        if WINDOW:
-            seen = seen & (position[:, None] - place[None, :] < window)
-        scores = tl.where(seen, scores, _NOTHING)
-
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    # A row that has seen nothing yet has no maximum to subtract.
-    base = tl.where(new_top == _NOTHING, 0.0, new_top) if MASKED else new_top
-    weights = tl.exp2(scores - base[:, None])
-    shrink = tl.exp2(top - base)
-    total = total * shrink + tl.sum(weights, 1)
-    if SCALED:
-        weights *= tl.load(value_scales + at_scale, mask=is_key, other=0.0)[None, :]
-
-    dv = tl.arange(0, TILE_DV)
-    at_value = values + (block * value_block + offset * value_token)[:, None] + dv[None, :]
-    if MASKED and TILE_DV != V_HEAD_DIM:
-        value = tl.load(at_value, mask=is_key[:, None] & (dv < V_HEAD_DIM)[None, :], other=0.0)
-    elif MASKED:
-        value = tl.load(at_value, mask=is_key[:, None], other=0.0)
-    elif TILE_DV != V_HEAD_DIM:
-        value = tl.load(at_value, mask=(dv < V_HEAD_DIM)[None, :], other=0.0)
-    else:
-        value = tl.load(at_value)
-    acc = acc * shrink[:, None]
-    acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc, input_precision=PRECISION)
-    return acc, new_top, total
-
-
-@triton.jit
-def _with_sink(acc, top, total, sink):
-    """Return accumulator and sum after one more logit that has no value."""
-    logit = sink.to(tl.float32) * _LOG2_E
-    new_top = tl.maximum(top, logit)
-    base = tl.where(new_top == _NOTHING, 0.0, new_top)
-    shrink = tl.exp2(top - base)
-    return acc * shrink[:, None], total * shrink + tl.exp2(logit - base)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "fewest", "most", "window", "table_row"])
@@ -267,11 +144,11 @@ def attend_tiles(
         key_scales += kv_head.to(tl.int64) * scale_head
         value_scales += kv_head.to(tl.int64) * scale_head
     acc = tl.zeros([TILE_M, TILE_DV], tl.float32)
-    top = tl.full([TILE_M], _NOTHING, tl.float32)
+    top = tl.full([TILE_M], NOTHING, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
     # fmt: off
     for i in range(whole_begin, whole_end):
-        acc, top, total = _one_tile(
+        acc, top, total = one_tile(
             acc, top, total, i, query, position, keys, values, key_scales, value_scales, table,
             low, high, hole_start, hole_length, scale, softcap, window,
             key_block, key_token, value_block, value_token, scale_block, scale_token,
@@ -281,7 +158,7 @@ def attend_tiles(
     num_before = whole_begin - begin
     for j in range(0, num_before + end - whole_end):
         i = tl.where(j < num_before, begin + j, whole_end + j - num_before)
-        acc, top, total = _one_tile(
+        acc, top, total = one_tile(
             acc, top, total, i, query, position, keys, values, key_scales, value_scales, table,
             low, high, hole_start, hole_length, scale, softcap, window,
             key_block, key_token, value_block, value_token, scale_block, scale_token,
@@ -300,7 +177,7 @@ def attend_tiles(
         tl.store(partial + row[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=is_cell)
     else:
         if SINKS:
-            acc, total = _with_sink(acc, top, total, tl.load(sinks + head, mask=is_row, other=0.0))
+            acc, total = with_sink(acc, top, total, tl.load(sinks + head, mask=is_row, other=0.0))
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         at_out = (query_start + token).to(tl.int64) * out_token + head.to(tl.int64) * out_head
         tl.store(out + at_out[:, None] + dv[None, :], result.to(out.dtype.element_ty), mask=is_cell)
@@ -334,15 +211,15 @@ def combine_splits(
     tops = tl.load(partial_sums + row * 2)
     sums = tl.load(partial_sums + row * 2 + 1)
     top = tl.max(tops, 0)
-    weights = tl.exp2(tops - tl.where(top == _NOTHING, 0.0, top))
+    weights = tl.exp2(tops - tl.where(top == NOTHING, 0.0, top))
     dv = tl.arange(0, TILE_DV)
     parts = tl.load(partial + row[:, None] * V_HEAD_DIM + dv[None, :], mask=(dv < V_HEAD_DIM)[None, :], other=0.0)
     acc = tl.sum(parts * weights[:, None], 0)
     total = tl.sum(sums * weights, 0)
     if SINKS:
-        logit = tl.load(sinks + head).to(tl.float32) * _LOG2_E
+        logit = tl.load(sinks + head).to(tl.float32) * LOG2_E
         new_top = tl.maximum(top, logit)
-        base = tl.where(new_top == _NOTHING, 0.0, new_top)
+        base = tl.where(new_top == NOTHING, 0.0, new_top)
         shrink = tl.exp2(top - base)
         acc = acc * shrink
         total = total * shrink + tl.exp2(logit - base)

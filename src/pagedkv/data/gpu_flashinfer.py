@@ -84,7 +84,7 @@ def _require_known(call: AttentionCall) -> None:
     """Refuse every call that FlashInfer would answer with something else."""
     holes = call.holes
     faults = {
-        f"queries: expected a tensor on a CUDA device, got one on {call.queries.device}": not call.queries.is_cuda,
+        f"queries: expected a tensor on a CUDA device, got one on {call.queries.device}": not _is_on_gpu(call),
         f"queries: expected {call.keys.dtype} as keys, got {call.queries.dtype}": call.queries.dtype != call.keys.dtype,
         "sinks: expected none": call.sinks is not None,
         "holes: expected none": bool(((holes[:, 1] > holes[:, 0]) & (holes[:, 0] < call.seq_lens)).any()),
@@ -94,6 +94,10 @@ def _require_known(call: AttentionCall) -> None:
     for fault, is_there in faults.items():
         if is_there:
             raise InvalidOperation(f"backend 'flashinfer': {fault}")
+
+
+def _is_on_gpu(call: AttentionCall) -> bool:
+    return call.queries.device.type == "cuda"
 
 
 def _planned(flashinfer: Any, call: AttentionCall, layout: str) -> Any:
