@@ -21,6 +21,7 @@ from pagedkv import (
     S3FIFO,
     SIEVE,
     TTL,
+    Adaptive,
     BlockManager,
     BlockRemoved,
     LongestFirst,
@@ -30,7 +31,19 @@ from pagedkv import (
 )
 from pagedkv.control.content_cache import ContentCache
 
-BUILT_IN = [LRU(), LFU(), LongestFirst(), Priority(3), StreamingLLM(1, 2), FIFO(), S3FIFO(), SIEVE(), GDSF(), TTL(5)]
+BUILT_IN = [
+    LRU(),
+    LFU(),
+    LongestFirst(),
+    Priority(3),
+    StreamingLLM(1, 2),
+    FIFO(),
+    S3FIFO(),
+    SIEVE(),
+    GDSF(),
+    TTL(5),
+    Adaptive(),
+]
 OF_USERS = [SmallestFirst(), Modulo(3), PlainSieve()]
 
 
@@ -167,4 +180,4 @@ def test_evictions_happen_and_differ():
     orders = {str(strategy): tuple(by_run(requests, 60, strategy)[1]) for strategy in BUILT_IN}
     assert min(map(len, orders.values())) > 100
     assert orders["LRU"] == orders["StreamingLLM(sink=1, window=2)"] == orders["Priority(3)"] == orders["TTL(ticks=5)"]
-    assert len(set(orders.values())) == 7
+    assert len(set(orders.values())) == 8
