@@ -102,8 +102,11 @@ _MANY = [
 def _shared_bytes(config: Config, heads: Heads) -> int:
     """Return what a tile of queries and the keys and values under way take in shared memory, about."""
     tiles = config.num_stages * config.tile_n * (heads.tile_d + heads.tile_dv) * heads.stored_bytes
-    converted = 0 if heads.stored_bytes == heads.item_bytes else config.tile_n * (heads.tile_d + heads.tile_dv)
-    return tiles + (config.tile_m * heads.tile_d + converted) * heads.item_bytes
+    queries = config.tile_m * heads.tile_d * heads.item_bytes
+    if heads.stored_bytes == heads.item_bytes == 2:
+        return tiles + queries
+    # What is converted, or multiplied in parts, is there a second time.
+    return tiles + queries + config.tile_n * max(heads.tile_d, heads.tile_dv) * heads.item_bytes
 
 
 def _fits_registers(config: Config, heads: Heads) -> bool:
