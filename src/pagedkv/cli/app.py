@@ -141,6 +141,15 @@ def generate(
     num_blocks: Annotated[
         int | None, _option("--num-blocks", help="Blocks of the pool.", default="what the call can need", panel=_POOL)
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        _option(
+            "--kv-dtype",
+            help="Of keys and values: float32, bfloat16, float16; int8 or fp8 halve the memory of the last two.",
+            default="as the model",
+            panel=_POOL,
+        ),
+    ] = None,
     strategy: Annotated[
         str, _option("--strategy", help="What is given up first: lru, lfu, fifo, longest_first, …", panel=_POOL)
     ] = "lru",
@@ -176,6 +185,7 @@ def generate(
             device=device,
             block_size=block_size,
             num_blocks=num_blocks,
+            kv_dtype=kv_dtype,
             strategy=strategy,
             stream=stream,
             sink_tokens=sink_tokens,

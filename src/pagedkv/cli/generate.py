@@ -82,7 +82,7 @@ def _check_length(request: GenerateRequest, loaded: LoadedModel, prompt_tokens: 
 def _check_memory(request: GenerateRequest, loaded: LoadedModel, prompt_tokens: int) -> None:
     """Refuse a pool beyond all memory: the system would grant it, and end the process when it is used."""
     blocks = request.pool_size(prompt_tokens)
-    needed = blocks * request.block_size * loaded.bytes_per_token
+    needed = blocks * request.block_size * loaded.bytes_per_token(request.kv_dtype)
     available = physical_memory()
     if available is not None and needed > available and loaded.model.device.type == "cpu":
         raise Failure(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pagedkv.cli.failures import Failure
+from pagedkv.errors import InvalidOperation
+from pagedkv.spec import KvCacheSpec
 
 __all__ = ["LoadedModel", "check_folder", "load_model"]
 
@@ -44,17 +46,19 @@ class LoadedModel:
             raise Failure(f"the tokenizer does not fit the model: it gives token {max(ids)}, the model knows {known}")
         return ids
 
-    @property
-    def bytes_per_token(self) -> int:
-        """K and V of one token in bytes, as the config has it; 0 where it does not say."""
+    def bytes_per_token(self, kv_dtype: str | None = None) -> int:
+        """Return the bytes of K and V of one token, as the config has it; 0 where it does not say."""
         config = self.model.config.get_text_config()
         try:
             query_heads = config.num_attention_heads
             heads = getattr(config, "num_key_value_heads", None) or query_heads
             head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-            return int(2 * config.num_hidden_layers * heads * head_dim * self.model.dtype.itemsize)
-        except (AttributeError, TypeError):
+            spec = KvCacheSpec(
+                1, 1, heads, head_dim, num_layers=config.num_hidden_layers, dtype=kv_dtype or self.model.dtype
+            )
+        except (AttributeError, TypeError, InvalidOperation):
             return 0
+        return spec.bytes_per_token
 
     @property
     def max_positions(self) -> int | None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from pagedkv.cli.failures import Failure
 from pagedkv.models import shipped_model_path
 
-__all__ = ["GenerateRequest"]
+__all__ = ["KV_DTYPES", "GenerateRequest", "require_kv_dtype"]
+
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 _MAX_NEW_TOKENS = 128
 _TEMPERATURE = 0.7
@@ -38,6 +40,7 @@ class GenerateRequest:
     top_p: float = 1.0
     seed: int = 0
     device: str = "cpu"
+    kv_dtype: str | None = None
     block_size: int = 16
     num_blocks: int | None = None
     strategy: str = "lru"
@@ -53,6 +56,7 @@ class GenerateRequest:
         self._check_pairs()
 
     def _check_ranges(self) -> None:
+        require_kv_dtype(self.kv_dtype)
         _require_count("-n", self.samples, 1)
         _require_count("--beams", self.beams, 1)
         _require_count("--max-new-tokens", self.max_new_tokens, 1)
@@ -160,6 +164,12 @@ class GenerateRequest:
         per_row = self.blocks_for(prompt_tokens + self.token_limit)
         spare = 2 if self.beams > 1 else 1  # beams are forked anew before the old ones are freed
         return -(-per_row * self.rows * spare // 16) * 16
+
+
+def require_kv_dtype(name: str | None) -> None:
+    """Raise ``Failure`` where ``--kv-dtype`` was given and cannot be."""
+    if name is not None and name not in KV_DTYPES:
+        raise Failure(f"--kv-dtype expects {', '.join(KV_DTYPES)}, got {name}")
 
 
 def _require_count(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:

@@ -19,6 +19,7 @@ from rich.text import Text
 from pagedkv.cli.console import library_notices, notes
 from pagedkv.cli.failures import Failure
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
+from pagedkv.cli.request import require_kv_dtype
 from pagedkv.cli.threads import threads_for
 from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.models import shipped_model_path
@@ -52,6 +53,7 @@ class EngineOptions:
     prefix_caching: bool
     max_num_seqs: int
     max_batch_tokens: int
+    kv_dtype: str | None = None
 
     @property
     def path(self) -> Path:
@@ -82,6 +84,7 @@ def run(options: EngineOptions, *, name: str | None, **settings: Any) -> None:
             raise MissingExtra(module, "serve")
     if options.dtype not in DTYPES:
         raise Failure(f"--dtype expects {', '.join(DTYPES)}, got {options.dtype}")
+    require_kv_dtype(options.kv_dtype)
     check_folder(options.path)
     from pagedkv.server.run import listen, run, show_logs
 
@@ -123,6 +126,7 @@ def _engine(options: EngineOptions, loaded: LoadedModel) -> AsyncEngine:
             prefix_caching=options.prefix_caching,
             max_num_seqs=options.max_num_seqs,
             max_batch_tokens=options.max_batch_tokens,
+            kv_dtype=options.kv_dtype,
         )
     )
 

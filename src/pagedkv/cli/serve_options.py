@@ -57,6 +57,15 @@ def serve(
     num_blocks: Annotated[
         int | None, _option("--num-blocks", help="Blocks of the pool.", default="from the memory", panel=_POOL)
     ] = None,
+    kv_dtype: Annotated[
+        str | None,
+        _option(
+            "--kv-dtype",
+            help="Of keys and values: float32, bfloat16, float16, or quantised: int8, fp8.",
+            default="as the model",
+            panel=_POOL,
+        ),
+    ] = None,
     block_size: Annotated[int, _option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
     strategy: Annotated[
         str, _option("--strategy", help="What is given up first: lru, lfu, fifo, …", panel=_POOL)
@@ -150,6 +159,7 @@ def serve(
             prefix_caching=prefix_caching,
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
+            kv_dtype=kv_dtype,
         )
         run(
             engine,

@@ -61,6 +61,7 @@ def write(request: GenerateRequest, loaded: LoadedModel, ids: list[int], show: S
         num_blocks=request.pool_size(len(ids)),
         block_size=request.block_size,
         strategy=request.strategy,
+        dtype=request.kv_dtype,
     )
     stops = _stop_tokens(loaded)
     streamer = TokenStreamer(TextPieces(loaded.tokenizer.decode), stops, show)
@@ -111,6 +112,7 @@ def write_endlessly(request: GenerateRequest, loaded: LoadedModel, ids: list[int
         request.window,
         block_size=request.block_size,
         num_blocks=request.num_blocks,
+        dtype=request.kv_dtype,
     )
     stops = _stop_tokens(loaded)
     streamer = TokenStreamer(TextPieces(loaded.tokenizer.decode), frozenset(), show)

@@ -48,7 +48,7 @@ class LLM:
     eviction_threshold : float
         As of :class:`pagedkv.PagedKvCache`.
     kv_dtype : str or torch.dtype, optional
-        Of the stored K and V; that of the model by default.
+        Of the stored K and V; that of the model by default. ``"int8"`` and ``"fp8"`` are quantised.
     mode : {"auto", "ragged", "gather"}
         How the model is run; see :func:`pagedkv.hf.load_runner`.
 

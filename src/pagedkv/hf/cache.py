@@ -106,7 +106,7 @@ class PagedCache(Cache):
     cache_salt : str
         What was stored under another salt is never reused.
     dtype : str or torch.dtype, optional
-        Type of the stored K and V; that of the first keys by default.
+        Type of the stored K and V; that of the first keys by default. ``"int8"`` and ``"fp8"`` are quantised.
     device : str or torch.device, optional
         Where K and V live; with the first keys by default.
     eviction_threshold : float

@@ -2,7 +2,8 @@
 
 Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Attention under RoPE depends on
 distances only. So the window's keys stay as they were written, and only the few sinks move to where the window now
-begins: their keys are kept unrotated in float32 and turned afresh from there, so no error builds up.
+begins: their keys are kept unrotated in float32 and turned afresh from there, so no error builds up, however coarse the
+dtype of the blocks is. What that dtype costs when a sink is first written is in the kept keys for good.
 """
 
 from __future__ import annotations

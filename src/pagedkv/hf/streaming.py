@@ -69,7 +69,8 @@ class StreamingSession:
         Rotary positions stay below; from ``sink_tokens + 2 * window_tokens + 1`` to 65536. By default the least for
         float32, where small positions mean exact angles, else 4096, as each key that is turned back is rounded anew.
     dtype : str or torch.dtype, optional
-        Of keys and values; the model's by default.
+        Of keys and values; the model's by default. With ``"int8"`` or ``"fp8"`` the sinks, kept as they were once
+        quantised, are quantised again each time they move, but from one and the same float32: no error builds up.
 
     Raises
     ------
