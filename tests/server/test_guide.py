@@ -13,7 +13,8 @@ from tests.server.local import SMALL, Process, process
 
 pytest.importorskip("openai")
 
-PAGE = Path(__file__).parents[2] / "docs" / "server.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "server.md"
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,18 @@ def test_the_python_examples(server: Process, capsys: pytest.CaptureFixture[str]
         exec(compile(example, "server.md", "exec"), names)
     out = capsys.readouterr().out
     assert "tokens came from the cache" in out and "CompletionUsage(" in out
+    names["client"].close()  # type: ignore[attr-defined]
+
+
+def test_the_examples_of_the_readme(server: Process, capsys: pytest.CaptureFixture[str]) -> None:
+    found = re.findall(r"^```(sh|python)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    (curl,) = [text for kind, text in found if kind == "sh"]
+    (client,) = [text for kind, text in found if kind == "python" and "openai" in text]
+    said = subprocess.run(["bash", "-c", curl.replace("http://127.0.0.1:8000", server.url)], capture_output=True)
+    assert json.loads(said.stdout)["choices"][0]["text"]
+    names: dict[str, object] = {"__name__": "example"}
+    exec(compile(client.replace("http://127.0.0.1:8000", server.url), "README.md", "exec"), names)
+    assert "tokens came from the cache" in capsys.readouterr().out
     names["client"].close()  # type: ignore[attr-defined]
 
 

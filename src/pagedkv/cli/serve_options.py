@@ -139,7 +139,7 @@ def serve(
         _option("--events-endpoint", help="Publish the KV events: tcp://*:5557", default=False, panel=_SHOW),
     ] = None,
     show_tokens: Annotated[
-        bool, _option("--show-tokens", help="Show token text of prompts on the page and in /v1/cache.", panel=_SHOW)
+        bool, _option("--show-tokens", help="Show token text of prompts in /v1/cache.", panel=_SHOW)
     ] = False,
     log_format: Annotated[str, _option("--log-format", help="text or json.", panel=_SHOW)] = "text",
     debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_SHOW)] = False,
