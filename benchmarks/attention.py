@@ -22,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pagedkv import paged_attention
 from pagedkv.data.lanes import LANES, add, fetch_add, load, store, zeros
+from pagedkv.data.quantised import dequantised, quantised
 from pagedkv.data.threads import num_threads, run_in_threads
 from pagedkv.jit import compiled
 
@@ -36,6 +37,7 @@ WAYS = {
     "by group": "SDPA, the heads of a group passed as queries",
     "gather": "gather + SDPA",
 }
+QUANTISED = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 SDPA_TARGETS = {"bfloat16": 6.0, "float16": 8.0, "float32": 1.8}
 
 Row = dict[str, Any]
@@ -168,6 +170,51 @@ def decode_rows(read: Way, rounds: int) -> list[Row]:
     return rows
 
 
+class QuantisedBatch:
+    """The keys and values of a batch in int8 or fp8, with their scales."""
+
+    def __init__(self, batch: Batch, dtype: torch.dtype) -> None:
+        self._batch = batch
+        self.sides = [quantised("pool", side.flatten(0, 1), dtype) for side in batch.pool]
+        self.num_bytes = sum(part.nbytes for side in self.sides for part in side)
+        self._pool = [numbers.view(side.shape) for (numbers, _), side in zip(self.sides, batch.pool, strict=True)]
+        self._scales = dict(
+            zip(
+                ("key_scales", "value_scales"),
+                (scales.view(batch.pool.shape[1:4]) for _, scales in self.sides),
+                strict=True,
+            )
+        )
+
+    def paged(self) -> torch.Tensor:
+        return paged_attention(self._batch.queries, *self._pool, **self._scales, **self._batch.arguments)
+
+    def dequantised(self) -> torch.Tensor:
+        """Return what attention over the same numbers in float32 gives."""
+        pool = [dequantised(*side).view(self._batch.keys.shape) for side in self.sides]
+        return paged_attention(self._batch.queries, *pool, **self._batch.arguments)
+
+
+def quantised_rows(read: Way, rounds: int) -> list[Row]:
+    """All dtypes take turns over the same shape; queries are bfloat16 for the quantised ones."""
+    batches: dict[str, Any] = {name: Batch(BATCH, CONTEXT, 1, dtype) for name, dtype in DTYPES.items()}
+    for name, dtype in QUANTISED.items():
+        batches[name] = QuantisedBatch(batches["bfloat16"], dtype)
+        require_equal(batches[name].paged(), batches[name].dequantised())
+    seconds = take_turns({"read": read} | {name: batch.paged for name, batch in batches.items()}, rounds)
+    rows = []
+    for name in QUANTISED:
+        size = batches[name].num_bytes
+        time_of = f"{statistics.median(seconds[name]) * 1e3:.1f} ms"
+        for other in DTYPES:
+            note = f"{time_of}; {size / batches[other].num_bytes:.0%} of its bytes, scales included"
+            rows.append(row(f"decode {name} / {other}", ratio(seconds[other], seconds[name]), None, note))
+        speed = size / BANDWIDTH_BYTES * ratio(seconds["read"], seconds[name]) * 100
+        gigabytes = size / statistics.median(seconds[name]) / 1e9
+        rows.append(row(f"decode {name}, read bandwidth", speed, None, f"{gigabytes:.1f} GB/s", "%"))
+    return rows
+
+
 def prefill_rows(rounds: int) -> list[Row]:
     rows = []
     for name, dtype in DTYPES.items():
@@ -204,13 +251,18 @@ def require_equal(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="rounds of each decode comparison")
+    parser.add_argument("--quantised", action="store_true", help="measure int8 and fp8 alone")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    rows = [
-        *decode_rows(reader(), options.rounds),
-        long_row(2 * options.rounds),
-        *prefill_rows(max(3, options.rounds // 2)),
-    ]
+    read = reader()
+    rows = quantised_rows(read, options.rounds)
+    if not options.quantised:
+        rows = [
+            *decode_rows(read, options.rounds),
+            *rows,
+            long_row(2 * options.rounds),
+            *prefill_rows(max(3, options.rounds // 2)),
+        ]
     print("| what | value | target | met | note |\n| --- | --- | --- | --- | --- |")
     for line in rows:
         met = {None: "", True: "yes", False: "no"}[line["met"]]
