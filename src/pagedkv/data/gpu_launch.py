@@ -60,7 +60,9 @@ def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
         grid = (tiles, call.keys.shape[2], 1)
         _attend(call, batch, heads, config, grid, (few + 1, MAX_COUNT), (call.out, call.out), search=True)
 
-    run(config_for(heads, call, run))
+    # A tile has 64 rows or so.
+    work = 0 if batch.is_static else batch.longest * batch.total_tokens * heads.group // 64
+    run(config_for(heads, call, run, work))
 
 
 def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
@@ -79,7 +81,8 @@ def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
         if splits > 1:
             _combine(call, batch, heads, partial, sums)
 
-    run(config_for(heads, call, run))
+    work = 0 if batch.is_static else batch.longest * batch.num_sequences
+    run(config_for(heads, call, run, work))
 
 
 def _attend(

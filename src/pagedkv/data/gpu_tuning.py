@@ -1,7 +1,8 @@
 """Which configuration a kernel runs with: measured once for each kind of call on each device, and kept in a file.
 
-Measuring waits for the device, so it happens at the first eager call of a kind only, never while a CUDA graph is
-captured and never in the interpreter; there, and with ``PAGEDKV_AUTOTUNE=0``, the choice is a pure function.
+Measuring waits for the device, so it happens at the first eager call of a kind only that is large enough to tell one
+from another, never while a CUDA graph is captured and never in the interpreter. There, and with ``PAGEDKV_AUTOTUNE=0``,
+the choice is a pure function.
 """
 
 from __future__ import annotations
@@ -24,11 +25,22 @@ from pagedkv.data.gpu_shapes import Config, Heads, candidates, default_config
 __all__ = ["config_for"]
 
 _REPEATS = 5
+_ENOUGH_WORK = 1 << 15
 _chosen: dict[str, Config] = {}
 
 
-def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None]) -> Config:
-    """Return the configuration for a call; ``run`` launches it with one, and may be called several times."""
+def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> Config:
+    """Return the configuration for a call.
+
+    Parameters
+    ----------
+    heads : Heads
+    call : AttentionCall
+    run : callable
+        Launches the call with a configuration; may be called several times.
+    work : int
+        Keys that are read, of all query tiles together, in tokens; 0 where the host does not know.
+    """
     device = call.queries.device
     if is_interpreted() or os.environ.get("PAGEDKV_AUTOTUNE", "1") == "0":
         return default_config(heads, device_of(device))
@@ -37,7 +49,7 @@ def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None])
         _chosen.update(_load())
     config = _chosen.get(key)
     if config is None or config not in candidates(heads, device_of(device)):
-        if is_capturing(device):
+        if work < _ENOUGH_WORK or is_capturing(device):
             return default_config(heads, device_of(device))
         config = _chosen[key] = _fastest(candidates(heads, device_of(device)), run)
         _save()
