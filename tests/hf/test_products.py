@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.hf.models import build
 
 from pagedkv.hf.products import Products
-from tests.hf.models import build
 
 
 @pytest.fixture
