@@ -45,7 +45,7 @@ class Products:
 
 
 def _is_worth_it(model: Any) -> bool:
-    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    has_operator = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return has_operator and torch.backends.cpu.get_cpu_capability() == "AVX512" and model.device.type == "cpu"
 
 
@@ -53,7 +53,7 @@ def _is_plain(layer: Any) -> bool:
     return type(layer) is Linear and "forward" not in vars(layer)
 
 
-def _forward(layer: Linear) -> Callable[[Tensor], Tensor]:
+def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
     multiply = torch.ops.mkldnn._linear_pointwise
 
     def forward(x: Tensor) -> Tensor:
