@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -85,6 +87,26 @@ def test_every_family(name):
         llm = LLM(model, num_blocks=20, block_size=4, max_batch_tokens=max_batch_tokens)
         assert texts(llm.generate(prompts, params)) == tokens
         settled(llm)
+
+
+@functools.cache
+def by_family(name):
+    model = build(name)
+    prompts, lengths = mixed(64, VOCAB, longest=24)
+    return model, prompts, lengths, [by_model(model, p, n)[0] for p, n in zip(prompts, lengths, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*CONFIGS, *FURTHER])
+@pytest.mark.parametrize("max_batch_tokens", [1, 7, 64, 8192])
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_64_requests_of_every_family_under_pressure(name, max_batch_tokens, prefix_caching):
+    model, prompts, lengths, tokens = by_family(name)
+    llm = LLM(model, num_blocks=30, block_size=4, max_batch_tokens=max_batch_tokens, prefix_caching=prefix_caching)
+    outputs = llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths])
+    assert texts(outputs) == tokens
+    assert llm.core.stats().num_preemptions > 0 or max_batch_tokens < 64
+    settled(llm)
 
 
 def test_beams_are_those_of_transformers(shipped):
