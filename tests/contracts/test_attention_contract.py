@@ -167,14 +167,14 @@ shapes = st.builds(
 )
 
 
-def any_batch_with_any_options(backend, shape):
-    check(make_case(shape), backend)
+@pytest.mark.parametrize("backend", EXAMINED)
+def test_any_batch_with_any_options(backend):
+    @settings(max_examples=40 if backend == "triton" else 150)  # its interpreter is slow
+    @given(shapes)
+    def examine(shape):
+        check(make_case(shape), backend)
 
-
-# The interpreter is slow.
-@pytest.mark.parametrize("backend, examples", [(name, 40 if name == "triton" else 150) for name in EXAMINED])
-def test_any_batch_with_any_options(backend, examples):
-    given(st.just(backend), shapes)(settings(max_examples=examples)(any_batch_with_any_options))()
+    examine()
 
 
 def test_the_oracle_equals_plain_loops():

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pagedkv.data.arguments import AttentionCall, first_fault
 from pagedkv.data.gpu_device import is_capturing
-from pagedkv.data.memory import checked_device
+from pagedkv.data.memory import checked_device, require_slots
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import MAX_COUNT, require_int
 
@@ -144,7 +144,7 @@ class DevicePlan:
         fault = first_fault(tables, lens, cuts, plan.holes, self.block_size, self.num_blocks, total)
         if fault:
             raise InvalidOperation(fault)
-        self._require_slots(plan.slot_mapping)
+        require_slots(plan.slot_mapping, self.num_blocks * self.block_size)
 
         staging = torch.zeros(len(self._buffer), dtype=torch.int32, pin_memory=self.device.type == "cuda")
         slots, positions, *rest = (view.numpy() for view in _views(staging, self._shapes))
@@ -175,14 +175,7 @@ class DevicePlan:
         if fault:
             raise InvalidOperation(f"plan on {self.device}: {fault}")
         slots = self.slot_mapping.cpu().numpy()
-        self._require_slots(slots[slots != _NOWHERE])
-
-    def _require_slots(self, slots: npt.NDArray[np.int64]) -> None:
-        # As unsigned numbers negative slots are huge.
-        limit = self.num_blocks * self.block_size
-        if len(slots) and int(slots.view(np.uint64).max()) >= limit:
-            wrong = int(slots[slots.view(np.uint64) >= limit][0])
-            raise InvalidOperation(f"slot_mapping: expected slots in 0 … {limit - 1}, got {wrong}")
+        require_slots(slots[slots != _NOWHERE], self.num_blocks * self.block_size)
 
 
 def _require_room(what: str, count: int, room: int) -> None:

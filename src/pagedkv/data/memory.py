@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.quantised import dequantised, quantised, torch_dtype
-from pagedkv.errors import InvalidOperation, OutOfMemory
+from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory
 from pagedkv.spec import KvCacheSpec
 
-__all__ = ["LayerSide", "Pool", "as_int64", "checked_device"]
+__all__ = ["LayerSide", "Pool", "as_int64", "checked_device", "require_copies", "require_slots"]
 
 _WIDE = torch.complex128
 """The widest element that torch can move. Indexed writes cost per element, so rows are moved 16 bytes at a time."""
@@ -167,3 +167,22 @@ def as_int64(name: str, numbers: Any) -> Tensor:
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise InvalidOperation(f"{name}: expected integers, got {numbers.dtype}")
     return numbers.to(torch.int64)
+
+
+def require_slots(slots: np.ndarray[Any, Any], num_slots: int) -> None:
+    """Refuse int64 slots outside of the pool."""
+    # As unsigned numbers negative slots are huge: one pass finds both kinds.
+    numbers = slots.view(np.uint64)
+    if len(numbers) and int(numbers.max()) >= num_slots:
+        wrong = int(slots[numbers >= num_slots][0])
+        raise InvalidOperation(f"slot_mapping: expected slots in 0 … {num_slots - 1}, got {wrong}")
+
+
+def require_copies(pairs: np.ndarray[Any, Any], num_blocks: int) -> None:
+    """Refuse pairs (source, destination) of blocks outside of the pool, or with one destination twice."""
+    outside = (pairs < 0) | (pairs >= num_blocks)
+    if outside.any():
+        raise BlockNotFound(int(pairs[outside][0]))
+    destinations, counts = np.unique(pairs[:, 1], return_counts=True)
+    if len(destinations) != len(pairs):
+        raise InvalidOperation(f"copies: expected distinct destinations, got B{destinations[counts > 1][0]} twice")

@@ -9,14 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.data import gpu
 from pagedkv.data.gpu_device import is_debugging, uses_triton
 from pagedkv.data.gpu_plan import DevicePlan
-from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device
+from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device, require_copies, require_slots
 from pagedkv.data.quantised import torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation
 from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
@@ -265,7 +264,7 @@ class KvStorage:
         if slots.dim() != 1:
             raise InvalidOperation(f"slot_mapping: expected shape [n], got {list(slots.shape)}")
         if slots.device.type == "cpu" or is_debugging():
-            self._check_slots(slots.cpu())
+            require_slots(slots.cpu().numpy(), self._num_slots)
         if slots.device != self._device:
             slots = slots.to(self._device, non_blocking=True)
         if not self._is_hnd:
@@ -285,13 +284,6 @@ class KvStorage:
         if not self._uses_triton:
             raise InvalidOperation("plan: expected a BatchPlan, as this storage has no Triton kernels")
         return SlotIndex(self, plan.slot_mapping, ())
-
-    def _check_slots(self, slots: Tensor) -> None:
-        # As unsigned numbers negative slots are huge: one pass finds both kinds.
-        numbers = slots.numpy().view(np.uint64)
-        if len(numbers) and int(numbers.max()) >= self._num_slots:
-            wrong = int(numbers[numbers >= self._num_slots][0].view(np.int64))
-            raise InvalidOperation(f"slot_mapping: expected slots in 0 … {self._num_slots - 1}, got {wrong}")
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Any) -> None:
         """Write the keys and values of tokens into their slots.
@@ -394,7 +386,7 @@ class KvStorage:
             raise InvalidOperation(f"copies: expected shape [k, 2], got {list(pairs.shape)}")
         if not len(pairs):
             return
-        self._check_copies(pairs.numpy())
+        require_copies(pairs.numpy(), self._base.num_blocks)
         if self._uses_triton:
             for pool in self._pools:
                 gpu.copy_blocks(pool.memory, pairs.numpy())
@@ -402,11 +394,3 @@ class KvStorage:
         pairs = pairs.to(self._device, non_blocking=True)
         for pool in self._pools:
             pool.copy_blocks(pairs[:, 0], pairs[:, 1])
-
-    def _check_copies(self, pairs: np.ndarray[Any, Any]) -> None:
-        outside = (pairs < 0) | (pairs >= self._base.num_blocks)
-        if outside.any():
-            raise BlockNotFound(int(pairs[outside][0]))
-        destinations, counts = np.unique(pairs[:, 1], return_counts=True)
-        if len(destinations) != len(pairs):
-            raise InvalidOperation(f"copies: expected distinct destinations, got B{destinations[counts > 1][0]} twice")
