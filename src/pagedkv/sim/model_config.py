@@ -181,8 +181,10 @@ def _language_part(values: dict[str, Any], source: str) -> ConfigFields:
     for name in _NESTED:
         inner = values.get(name)
         if isinstance(inner, dict):
-            outer = {key: values[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in values}
-            stated = {key: value for key, value in inner.items() if value is not None}
+            outer: dict[str, Any] = {
+                key: values[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in values
+            }
+            stated: dict[str, Any] = {key: value for key, value in inner.items() if value is not None}
             return _language_part({**outer, **stated}, source)
     family = values.get("model_type")
     return ConfigFields({**(_FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}), **values}, source)
