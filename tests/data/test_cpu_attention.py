@@ -52,7 +52,7 @@ def test_a_sequence_alone_gives_the_same_bits_as_in_a_batch(case, torch_threads)
             assert attend(case, slice(i, i + 1)).equal(together[cu_seqlens[i] : cu_seqlens[i + 1]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype, torch_threads):
     shape = Shape([s for s in SEQUENCES if s[1] <= cpu.FEW_QUERIES], num_kv_heads=5, dtype=dtype, head_dim=128)
     case = make_case(shape)
@@ -160,7 +160,7 @@ PLAIN = """
 import torch
 from tests.contracts.attention_cases import Shape, make_case
 from tests.contracts.test_attention_contract import check
-for dtype in (torch.float32, torch.bfloat16, torch.float16):
+for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.float8_e4m3fn):
     sequences = [(9, 2, 2, 3), (5, 1, 0, 0), (0, 0, 0, 0)]
     shape = Shape(sequences, block_size=3, head_dim=20, v_head_dim=17, group=3, dtype=dtype, sinks=True)
     shape.options = {"softcap": 3.0, "window": 6}
