@@ -136,11 +136,9 @@ def attend_items(
         at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
         if is_quantised:
-            table, hole, values_from = block_tables[sequence], holes[sequence], heads * SPLIT
+            table, hole, half = block_tables[sequence], holes[sequence], heads * SPLIT
             _gather_scales(key_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0)
-            _gather_scales(
-                value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, values_from
-            )
+            _gather_scales(value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, half)
         _pack(queries, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
         _clear(partials, at, num_heads * num_quads, size)
         query_position = int(seq_lens[sequence]) - num_queries
