@@ -394,7 +394,7 @@ def test_bad_arguments_are_named(call, name):
         ({"num_kv_heads": 0}, "num_kv_heads"),
         ({"head_dim": 0}, "head_dim"),
         ({"num_layers": -1}, "num_layers"),
-        ({"dtype": "int8"}, "dtype"),
+        ({"dtype": "int4"}, "dtype"),
         ({"dtype": torch.int32}, "dtype"),
         ({"dtype": None}, "dtype"),
         ({"layout": "NDH"}, "layout"),
