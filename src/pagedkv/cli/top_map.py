@@ -67,6 +67,9 @@ class BlockMapView(Widget, can_focus=True):
             super().__init__()
             self.block = block
 
+    class Folded(Message):
+        """A cell stands for another number of blocks."""
+
     def __init__(self, id: str | None = None) -> None:
         super().__init__(id=id)
         self._cells: MapCells | None = None
@@ -108,9 +111,12 @@ class BlockMapView(Widget, can_focus=True):
     def _fold(self) -> None:
         if self.snapshot is None or not self.size.height:
             return
+        before = self.blocks_per_cell
         rows = self.size.height if self.cell else 2 * self.size.height
         self._cells = fold(self.snapshot, self.columns * rows, self.near)
         self.refresh()
+        if self.blocks_per_cell != before:
+            self.post_message(self.Folded())
 
     def render_line(self, y: int) -> Strip:
         """Draw a row of cells as one line, or two where room is scarce."""

@@ -207,6 +207,11 @@ class TopApp(App[str | None]):
         )
         self._view.query_one("#block", Static).update(line)
 
+    def on_block_map_view_folded(self) -> None:
+        """Say how many blocks a cell is now."""
+        if self.snapshot is not None:
+            self._draw_legend(self.snapshot)
+
     def on_block_map_view_walked(self, event: BlockMapView.Walked) -> None:
         """Say what the cursor stands on, and let its owner stand out."""
         self._draw_block(event.block)
