@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from pagedkv.cli import plan_options, replay_options, serve_options, top, trace
 from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
+from pagedkv.cli.options import option
 
 __all__ = ["app"]
 
@@ -107,43 +108,39 @@ The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
 """
 
 
-def _option(*names: str, help: str, panel: str, default: str | bool = True) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default)
-
-
 @app.command(help=_EXAMPLES)
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to go on from; [bold]-[/bold] reads it from stdin.")],
     model: Annotated[
         str | None,
-        _option("--model", "-m", help="A Hugging Face model folder.", default="the shipped model", panel=_SAMPLING),
+        option("--model", "-m", help="A Hugging Face model folder.", default="the shipped model", panel=_SAMPLING),
     ] = None,
     samples: Annotated[
-        int, _option("-n", help="Samples written in parallel; they share the prompt's blocks.", panel=_SAMPLING)
+        int, option("-n", help="Samples written in parallel; they share the prompt's blocks.", panel=_SAMPLING)
     ] = 1,
-    beams: Annotated[int, _option("--beams", help="Beam search with so many beams.", panel=_SAMPLING)] = 1,
+    beams: Annotated[int, option("--beams", help="Beam search with so many beams.", panel=_SAMPLING)] = 1,
     max_new_tokens: Annotated[
         int | None,
-        _option(
+        option(
             "--max-new-tokens", help="Stop after so many tokens.", default="128; none with --stream", panel=_SAMPLING
         ),
     ] = None,
     temperature: Annotated[
         float | None,
-        _option("--temperature", help="0 takes the likeliest token.", default="0.7; 0 with --beams", panel=_SAMPLING),
+        option("--temperature", help="0 takes the likeliest token.", default="0.7; 0 with --beams", panel=_SAMPLING),
     ] = None,
     top_p: Annotated[
-        float, _option("--top-p", help="Sample from the likeliest tokens of this total probability.", panel=_SAMPLING)
+        float, option("--top-p", help="Sample from the likeliest tokens of this total probability.", panel=_SAMPLING)
     ] = 1.0,
-    seed: Annotated[int, _option("--seed", help="The same seed writes the same text.", panel=_SAMPLING)] = 0,
-    device: Annotated[str, _option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_SAMPLING)] = "cpu",
-    block_size: Annotated[int, _option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
+    seed: Annotated[int, option("--seed", help="The same seed writes the same text.", panel=_SAMPLING)] = 0,
+    device: Annotated[str, option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_SAMPLING)] = "cpu",
+    block_size: Annotated[int, option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
     num_blocks: Annotated[
-        int | None, _option("--num-blocks", help="Blocks of the pool.", default="what the call can need", panel=_POOL)
+        int | None, option("--num-blocks", help="Blocks of the pool.", default="what the call can need", panel=_POOL)
     ] = None,
     kv_dtype: Annotated[
         str | None,
-        _option(
+        option(
             "--kv-dtype",
             help="Of keys and values: float32, bfloat16, float16; int8 or fp8 halve the memory of the last two.",
             default="as the model",
@@ -151,24 +148,22 @@ def generate(
         ),
     ] = None,
     strategy: Annotated[
-        str, _option("--strategy", help="What is given up first: lru, lfu, fifo, longest_first, …", panel=_POOL)
+        str, option("--strategy", help="What is given up first: lru, lfu, fifo, longest_first, …", panel=_POOL)
     ] = "lru",
     stream: Annotated[
         bool,
-        _option("--stream", help="Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", panel=_STREAM),
+        option("--stream", help="Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", panel=_STREAM),
     ] = False,
     sink_tokens: Annotated[
-        int | None, _option("--sink-tokens", help="First tokens that are kept.", default="4", panel=_STREAM)
+        int | None, option("--sink-tokens", help="First tokens that are kept.", default="4", panel=_STREAM)
     ] = None,
     window_tokens: Annotated[
-        int | None, _option("--window-tokens", help="Last tokens that are kept.", default="508", panel=_STREAM)
+        int | None, option("--window-tokens", help="Last tokens that are kept.", default="508", panel=_STREAM)
     ] = None,
-    echo: Annotated[bool, _option("--echo/--no-echo", help="Print the prompt before the text.", panel=_OUTPUT)] = True,
-    show_blocks: Annotated[
-        bool, _option("--show-blocks", help="Draw the pool, a cell a block.", panel=_OUTPUT)
-    ] = False,
-    json: Annotated[bool, _option("--json", help="Print one JSON object, at the end.", panel=_OUTPUT)] = False,
-    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    echo: Annotated[bool, option("--echo/--no-echo", help="Print the prompt before the text.", panel=_OUTPUT)] = True,
+    show_blocks: Annotated[bool, option("--show-blocks", help="Draw the pool, a cell a block.", panel=_OUTPUT)] = False,
+    json: Annotated[bool, option("--json", help="Print one JSON object, at the end.", panel=_OUTPUT)] = False,
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
     with failures_in_one_line(debug):
         from pagedkv.cli.request import GenerateRequest

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pagedkv.cli.failures import failures_in_one_line
+from pagedkv.cli.options import option
 
 __all__ = ["EXAMPLES", "plan"]
 
@@ -29,29 +30,25 @@ The model is a config.json, a folder with one, JSON text, or the name of a known
 _WHAT, _MODEL, _TRACE, _RATE, _OUTPUT = "What to plan", "The model", "The trace", "The hardware", "What to show"
 
 
-def _option(*names: str, help: str, panel: str, default: str | bool = True) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default)
-
-
 def plan(
     trace: Annotated[Path, typer.Argument(help="A trace in any known format, gzipped or not.", show_default=False)],
     model: Annotated[
         str,
-        _option(
+        option(
             "--model", "-m", help="A config.json, its folder, JSON text, or a known shape.", panel=_MODEL, default=False
         ),
     ],
     target: Annotated[
         float,
-        _option("--target", "-t", help="Share wanted of the hits that a cache without a limit has.", panel=_WHAT),
+        option("--target", "-t", help="Share wanted of the hits that a cache without a limit has.", panel=_WHAT),
     ] = 0.9,
     memory: Annotated[
         str | None,
-        _option("--memory", help="Also say what this much gives: 40GiB, 80GB.", default=False, panel=_WHAT),
+        option("--memory", help="Also say what this much gives: 40GiB, 80GB.", default=False, panel=_WHAT),
     ] = None,
     strategies: Annotated[
         str | None,
-        _option(
+        option(
             "--strategies",
             "-s",
             help="To compare with LRU and the optimum; names or module:Class.",
@@ -61,7 +58,7 @@ def plan(
     ] = None,
     kv_dtype: Annotated[
         str | None,
-        _option(
+        option(
             "--kv-dtype",
             help="Element type of the cache: float16, bfloat16, float32, int8, fp8.",
             default="that of the config",
@@ -70,31 +67,31 @@ def plan(
     ] = None,
     window_as_full: Annotated[
         bool,
-        _option("--window-as-full", help="Count windowed layers as if they kept every token.", panel=_MODEL),
+        option("--window-as-full", help="Count windowed layers as if they kept every token.", panel=_MODEL),
     ] = False,
-    tflops: Annotated[float, _option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", panel=_RATE)] = 400.0,
-    mfu: Annotated[float, _option("--mfu", help="Share of the peak that prefill reaches.", panel=_RATE)] = 0.5,
+    tflops: Annotated[float, option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", panel=_RATE)] = 400.0,
+    mfu: Annotated[float, option("--mfu", help="Share of the peak that prefill reaches.", panel=_RATE)] = 0.5,
     decode_rate: Annotated[
-        float, _option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
+        float, option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
     ] = 50.0,
     format: Annotated[
-        str | None, _option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
+        str | None, option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
     ] = None,
     block_tokens: Annotated[
         int | None,
-        _option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
+        option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
     ] = None,
     skip_bad: Annotated[
-        bool, _option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
+        bool, option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
     ] = False,
     jobs: Annotated[
-        int | None, _option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_WHAT)
+        int | None, option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_WHAT)
     ] = None,
-    json: Annotated[bool, _option("--json", help="Print one JSON object instead.", panel=_OUTPUT)] = False,
+    json: Annotated[bool, option("--json", help="Print one JSON object instead.", panel=_OUTPUT)] = False,
     html: Annotated[
-        Path | None, _option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
+        Path | None, option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
     ] = None,
-    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
     """Check the options and run."""
     with failures_in_one_line(debug):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pagedkv.cli.failures import failures_in_one_line
+from pagedkv.cli.options import option
 
 __all__ = ["EXAMPLES", "replay"]
 
@@ -29,15 +30,11 @@ A hit is a block of a request's longest cached prefix. The results go to stdout,
 _WHAT, _TRACE, _TIME, _HOW, _OUTPUT = "What to replay", "The trace", "In time", "How", "What to show"
 
 
-def _option(*names: str, help: str, panel: str, default: str | bool = True) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default)
-
-
 def replay(
     trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace in any known format, gzipped or not.")],
     blocks: Annotated[
         str,
-        _option(
+        option(
             "--blocks",
             "-b",
             help="Capacities: blocks (1000, 10k, 1.5m), a share of the distinct blocks (25%), auto for eight sizes.",
@@ -46,7 +43,7 @@ def replay(
     ] = "auto",
     strategies: Annotated[
         str | None,
-        _option(
+        option(
             "--strategies",
             "-s",
             help="What is given up first: registered names, optimal for Belady's optimum, or all.",
@@ -56,48 +53,46 @@ def replay(
     ] = None,
     strategy_from: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--strategy-from", help="A strategy of your own, module:Class; may be repeated.", default=False, panel=_WHAT
         ),
     ] = None,
-    curve: Annotated[
-        bool, _option("--curve", help="Add the exact LRU curve over all capacities.", panel=_WHAT)
-    ] = False,
+    curve: Annotated[bool, option("--curve", help="Add the exact LRU curve over all capacities.", panel=_WHAT)] = False,
     format: Annotated[
-        str | None, _option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
+        str | None, option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
     ] = None,
     block_tokens: Annotated[
         int | None,
-        _option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
+        option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
     ] = None,
     skip_bad: Annotated[
-        bool, _option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
+        bool, option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
     ] = False,
     timed: Annotated[
         bool,
-        _option("--timed", help="Requests hold their blocks while they are served, and may be preempted.", panel=_TIME),
+        option("--timed", help="Requests hold their blocks while they are served, and may be preempted.", panel=_TIME),
     ] = False,
     prefill_rate: Annotated[
         float | None,
-        _option("--prefill-rate", help="Prompt tokens per second of a request.", default="10000", panel=_TIME),
+        option("--prefill-rate", help="Prompt tokens per second of a request.", default="10000", panel=_TIME),
     ] = None,
     decode_rate: Annotated[
         float | None,
-        _option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
+        option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
     ] = None,
     jobs: Annotated[
-        int | None, _option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_HOW)
+        int | None, option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_HOW)
     ] = None,
-    ray: Annotated[bool, _option("--ray", help="Replay as tasks of a running Ray cluster.", panel=_HOW)] = False,
-    json: Annotated[bool, _option("--json", help="Print one JSON object instead of the table.", panel=_OUTPUT)] = False,
+    ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel=_HOW)] = False,
+    json: Annotated[bool, option("--json", help="Print one JSON object instead of the table.", panel=_OUTPUT)] = False,
     csv: Annotated[
         str | None,
-        _option("--csv", help="Write the cells to this file; - for stdout, instead.", default=False, panel=_OUTPUT),
+        option("--csv", help="Write the cells to this file; - for stdout, instead.", default=False, panel=_OUTPUT),
     ] = None,
     html: Annotated[
-        Path | None, _option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
+        Path | None, option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
     ] = None,
-    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
     """Check the options and run."""
     with failures_in_one_line(debug):

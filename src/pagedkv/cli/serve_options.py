@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pagedkv.cli.failures import failures_in_one_line
+from pagedkv.cli.options import option
 
 __all__ = ["EXAMPLES", "serve"]
 
@@ -31,10 +32,6 @@ _MODEL, _POOL, _KEYS = "The model", "The pool and the batch", "Who may call"
 _LIMITS, _SHOW = "Limits", "What to show"
 
 
-def _option(*names: str, help: str, panel: str, default: str | bool = True, env: str | None = None) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, envvar=env)
-
-
 def serve(
     model: Annotated[
         Path | None,
@@ -44,40 +41,40 @@ def serve(
     port: Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[
         str | None,
-        _option("--served-model-name", help="Its name in the API.", default="that of the folder", panel=_MODEL),
+        option("--served-model-name", help="Its name in the API.", default="that of the folder", panel=_MODEL),
     ] = None,
-    device: Annotated[str, _option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_MODEL)] = "cpu",
+    device: Annotated[str, option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_MODEL)] = "cpu",
     dtype: Annotated[
-        str, _option("--dtype", help="auto (as stored), float32, bfloat16, float16.", panel=_MODEL)
+        str, option("--dtype", help="auto (as stored), float32, bfloat16, float16.", panel=_MODEL)
     ] = "auto",
     chat_template: Annotated[
         Path | None,
-        _option("--chat-template", help="A Jinja file instead of the tokenizer's.", default=False, panel=_MODEL),
+        option("--chat-template", help="A Jinja file instead of the tokenizer's.", default=False, panel=_MODEL),
     ] = None,
     num_blocks: Annotated[
-        int | None, _option("--num-blocks", help="Blocks of the pool.", default="from the memory", panel=_POOL)
+        int | None, option("--num-blocks", help="Blocks of the pool.", default="from the memory", panel=_POOL)
     ] = None,
     kv_dtype: Annotated[
         str | None,
-        _option(
+        option(
             "--kv-dtype",
             help="Of keys and values: float32, bfloat16, float16, or quantised: int8, fp8.",
             default="as the model",
             panel=_POOL,
         ),
     ] = None,
-    block_size: Annotated[int, _option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
+    block_size: Annotated[int, option("--block-size", help="Tokens per block.", panel=_POOL)] = 16,
     strategy: Annotated[
-        str, _option("--strategy", help="What is given up first: lru, lfu, fifo, …", panel=_POOL)
+        str, option("--strategy", help="What is given up first: lru, lfu, fifo, …", panel=_POOL)
     ] = "lru",
     prefix_caching: Annotated[
-        bool, _option("--prefix-caching/--no-prefix-caching", help="Reuse equal prefixes.", panel=_POOL)
+        bool, option("--prefix-caching/--no-prefix-caching", help="Reuse equal prefixes.", panel=_POOL)
     ] = True,
-    max_num_seqs: Annotated[int, _option("--max-num-seqs", help="Texts written at once.", panel=_POOL)] = 256,
-    max_batch_tokens: Annotated[int, _option("--max-batch-tokens", help="Tokens of a step.", panel=_POOL)] = 512,
+    max_num_seqs: Annotated[int, option("--max-num-seqs", help="Texts written at once.", panel=_POOL)] = 256,
+    max_batch_tokens: Annotated[int, option("--max-batch-tokens", help="Tokens of a step.", panel=_POOL)] = 512,
     api_key: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--api-key",
             help="A key that may call; give it again for more. Other users of the machine can see it.",
             default=False,
@@ -86,11 +83,11 @@ def serve(
         ),
     ] = None,
     api_key_file: Annotated[
-        Path | None, _option("--api-key-file", help="A file with one key a line.", default=False, panel=_KEYS)
+        Path | None, option("--api-key-file", help="A file with one key a line.", default=False, panel=_KEYS)
     ] = None,
     operator_key: Annotated[
         list[str] | None,
-        _option(
+        option(
             "--operator-key",
             help="A key that may also see and clear the cache of all.",
             default=False,
@@ -99,50 +96,48 @@ def serve(
         ),
     ] = None,
     shared_cache: Annotated[
-        bool, _option("--shared-cache", help="Let different keys reuse each other's prefixes.", panel=_KEYS)
+        bool, option("--shared-cache", help="Let different keys reuse each other's prefixes.", panel=_KEYS)
     ] = False,
     allow_origin: Annotated[
         list[str] | None,
-        _option("--allow-origin", help="A web origin whose pages may call; * for all.", default=False, panel=_KEYS),
+        option("--allow-origin", help="A web origin whose pages may call; * for all.", default=False, panel=_KEYS),
     ] = None,
-    max_queue: Annotated[int, _option("--max-queue", help="Texts that may wait.", panel=_LIMITS)] = 256,
-    max_body: Annotated[int, _option("--max-body", help="Bytes of a request body.", panel=_LIMITS)] = 8 << 20,
+    max_queue: Annotated[int, option("--max-queue", help="Texts that may wait.", panel=_LIMITS)] = 256,
+    max_body: Annotated[int, option("--max-body", help="Bytes of a request body.", panel=_LIMITS)] = 8 << 20,
     max_prompt_tokens: Annotated[
         int | None,
-        _option("--max-prompt-tokens", help="Tokens of a prompt.", default="what model and pool allow", panel=_LIMITS),
+        option("--max-prompt-tokens", help="Tokens of a prompt.", default="what model and pool allow", panel=_LIMITS),
     ] = None,
-    max_prompts: Annotated[int, _option("--max-prompts", help="Prompts of one request.", panel=_LIMITS)] = 1024,
-    max_connections: Annotated[
-        int, _option("--max-connections", help="HTTP requests at a time.", panel=_LIMITS)
-    ] = 1024,
+    max_prompts: Annotated[int, option("--max-prompts", help="Prompts of one request.", panel=_LIMITS)] = 1024,
+    max_connections: Annotated[int, option("--max-connections", help="HTTP requests at a time.", panel=_LIMITS)] = 1024,
     request_timeout: Annotated[
-        float, _option("--request-timeout", help="Seconds that a request may take.", panel=_LIMITS)
+        float, option("--request-timeout", help="Seconds that a request may take.", panel=_LIMITS)
     ] = 600.0,
     body_timeout: Annotated[
-        float, _option("--body-timeout", help="Seconds in which its body must arrive.", panel=_LIMITS)
+        float, option("--body-timeout", help="Seconds in which its body must arrive.", panel=_LIMITS)
     ] = 30.0,
     write_timeout: Annotated[
-        float, _option("--write-timeout", help="Seconds that a client may not read.", panel=_LIMITS)
+        float, option("--write-timeout", help="Seconds that a client may not read.", panel=_LIMITS)
     ] = 30.0,
     drain_timeout: Annotated[
-        float, _option("--drain-timeout", help="Seconds that requests have after SIGTERM.", panel=_LIMITS)
+        float, option("--drain-timeout", help="Seconds that requests have after SIGTERM.", panel=_LIMITS)
     ] = 30.0,
     vllm_metrics: Annotated[
-        bool, _option("--vllm-metrics", help="Export the metrics under vLLM's names, too.", panel=_SHOW)
+        bool, option("--vllm-metrics", help="Export the metrics under vLLM's names, too.", panel=_SHOW)
     ] = False,
     record_events: Annotated[
         Path | None,
-        _option("--record-events", help="Write the KV events to this file.", default=False, panel=_SHOW),
+        option("--record-events", help="Write the KV events to this file.", default=False, panel=_SHOW),
     ] = None,
     events_endpoint: Annotated[
         str | None,
-        _option("--events-endpoint", help="Publish the KV events: tcp://*:5557", default=False, panel=_SHOW),
+        option("--events-endpoint", help="Publish the KV events: tcp://*:5557", default=False, panel=_SHOW),
     ] = None,
     show_tokens: Annotated[
-        bool, _option("--show-tokens", help="Show token text of prompts in /v1/cache.", panel=_SHOW)
+        bool, option("--show-tokens", help="Show token text of prompts in /v1/cache.", panel=_SHOW)
     ] = False,
-    log_format: Annotated[str, _option("--log-format", help="text or json.", panel=_SHOW)] = "text",
-    debug: Annotated[bool, _option("--debug", help="Show the traceback of an error.", panel=_SHOW)] = False,
+    log_format: Annotated[str, option("--log-format", help="text or json.", panel=_SHOW)] = "text",
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_SHOW)] = False,
 ) -> None:
     """Gather the options and serve."""
     with failures_in_one_line(debug):

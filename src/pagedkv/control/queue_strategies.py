@@ -12,6 +12,7 @@ import numpy as np
 
 from pagedkv.control.protocol import Scores
 from pagedkv.control.registry import register_strategy
+from pagedkv.control.rules import COST_OF_FIRST
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
@@ -42,8 +43,6 @@ class S3FIFO(_RecentSequences):
         """Score by the tick at which the block was filled."""
         return blocks.created
 
-    __str__ = _RecentSequences.__str__
-
 
 @register_strategy("sieve")
 @dataclass(frozen=True)
@@ -53,8 +52,6 @@ class SIEVE(_RecentSequences):
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by the tick at which the block was filled."""
         return blocks.created
-
-    __str__ = _RecentSequences.__str__
 
 
 @register_strategy("gdsf")
@@ -68,10 +65,8 @@ class GDSF(_RecentSequences):
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by uses times cost, without the price."""
-        scores: Scores = blocks.access_count.astype(np.int64) * (256 + blocks.depth.astype(np.int64))
+        scores: Scores = blocks.access_count.astype(np.int64) * (COST_OF_FIRST + blocks.depth.astype(np.int64))
         return scores
-
-    __str__ = _RecentSequences.__str__
 
 
 @register_strategy("ttl")

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from pagedkv.engine import RequestOutput
-from pagedkv.server.auth import Caller, caller_of, salt_of
+from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.conversation import PLAIN_STOPS, encode_chat, has_template
 from pagedkv.server.document import answers_with_events
 from pagedkv.server.errors import ApiError
@@ -39,14 +39,7 @@ async def chat(
     server.model.check_name(body.model)
     _refuse_what_is_not_supported(body)
     answer = _Answer(body, server, request_id_of(request.scope))
-    running = Running(
-        server,
-        request,
-        [await _job(body, server)],
-        priority=body.priority or 0,
-        salt=salt_of(caller, body.cache_salt),
-        session_id=body.session_id or request.headers.get("x-session-id"),
-    )
+    running = Running.of(body, request, server, caller, [await _job(body, server)])
     if body.stream:
         return await stream(running, lambda changes: answer.chunks(changes, running))
     async with running:

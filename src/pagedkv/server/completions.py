@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
-from pagedkv.server.auth import Caller, caller_of, salt_of
+from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.document import answers_with_events
 from pagedkv.server.errors import ApiError
 from pagedkv.server.event_stream import stream
@@ -41,14 +41,7 @@ async def complete(
     server.model.check_name(body.model)
     _refuse_what_does_not_go_together(body)
     answer = await _prepare(body, request, server)
-    running = Running(
-        server,
-        request,
-        answer.jobs,
-        priority=body.priority or 0,
-        salt=salt_of(caller, body.cache_salt),
-        session_id=body.session_id or request.headers.get("x-session-id"),
-    )
+    running = Running.of(body, request, server, caller, answer.jobs)
     if body.stream:
         return await stream(running, lambda changes: answer.chunks(changes, running))
     async with running:

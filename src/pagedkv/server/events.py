@@ -13,6 +13,7 @@ from typing import Any
 
 from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
 from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.server.background import in_background
 from pagedkv.server.state import ServerState
 
 __all__ = ["EventPublisher", "EventRecorder", "kv_events", "replay_endpoint_of"]
@@ -185,13 +186,10 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
             takers.append(publisher.publish)
         log = KvEventLog(state.engine.llm.core.runner.cache)
         stack.callback(log.close)
-        task = asyncio.create_task(_pass_on(log, takers))
         try:
-            yield
+            async with in_background(_pass_on(log, takers)):
+                yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
             await _hand_out(log, takers)
 
 

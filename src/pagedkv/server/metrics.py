@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
@@ -17,6 +17,7 @@ from prometheus_client.samples import Sample
 
 from pagedkv.engine.block_lives import BlockLives
 from pagedkv.server.auth import Operator
+from pagedkv.server.background import in_background
 from pagedkv.server.counters import OURS, VLLMS, EngineCounters
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
@@ -169,13 +170,10 @@ async def metering(state: ServerState) -> AsyncIterator[None]:
     """Observe the requests and the blocks of a server for as long as it runs."""
     metrics = ServerMetrics(state)
     state.observers.append(metrics)
-    task = asyncio.create_task(_look(metrics))
     try:
-        yield
+        async with in_background(_look(metrics)):
+            yield
     finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
         state.observers.remove(metrics)
 
 

@@ -12,9 +12,10 @@ from typing import cast
 from starlette.requests import Request
 
 from pagedkv.engine import RequestOutput, SamplingParams
+from pagedkv.server.auth import Caller, salt_of
 from pagedkv.server.errors import ApiError, ClientLeft
 from pagedkv.server.logs import note
-from pagedkv.server.schemas import Usage
+from pagedkv.server.schemas import GenerationFields, Usage
 from pagedkv.server.state import ServerState
 
 __all__ = ["Changes", "Job", "Running"]
@@ -73,6 +74,20 @@ class Running:
         self._tasks: list[asyncio.Task[None]] = []
         self._places = ExitStack()
         self._started = time.perf_counter()
+
+    @classmethod
+    def of(
+        cls, body: GenerationFields, request: Request, server: ServerState, caller: Caller, jobs: Sequence[Job]
+    ) -> Running:
+        """Run `jobs` as body and headers ask for it, in the cache of the caller."""
+        return cls(
+            server,
+            request,
+            jobs,
+            priority=body.priority or 0,
+            salt=salt_of(caller, body.cache_salt),
+            session_id=body.session_id or request.headers.get("x-session-id"),
+        )
 
     async def __aenter__(self) -> Running:
         """Start.

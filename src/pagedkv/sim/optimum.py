@@ -172,18 +172,8 @@ def optimal(trace: Trace, blocks: int) -> ReplayResult:
     hits, _ = _replay(_runs_of(trace), blocks)
     seconds = time.perf_counter() - started
     brought = int(np.minimum(np.diff(trace.offsets), blocks).sum()) - int(hits.sum(dtype=np.int64))
-    return ReplayResult(
-        strategy="optimal",
-        blocks=blocks,
-        requests=trace.num_requests,
-        accesses=trace.num_accesses,
-        hit_blocks=int(hits.sum(dtype=np.int64)),
-        tokens=trace.num_tokens,
-        hit_tokens=trace.hit_tokens(hits),
-        reclaimed=brought - min(blocks, trace.num_distinct),
-        seconds=seconds,
-        hits=hits,
-    )
+    reclaimed = brought - min(blocks, trace.num_distinct)
+    return ReplayResult.of(trace, "optimal", blocks, hits, reclaimed=reclaimed, seconds=seconds)
 
 
 def optimal_curve(trace: Trace, capacities: Iterable[int]) -> HitCurve:

@@ -56,15 +56,5 @@ def replay(
     started = time.perf_counter()
     hits = cache.run(trace.ids, trace.offsets)
     seconds = time.perf_counter() - started
-    return ReplayResult(
-        strategy=str(strategy),
-        blocks=blocks,
-        requests=trace.num_requests,
-        accesses=trace.num_accesses,
-        hit_blocks=int(hits.sum()),
-        tokens=trace.num_tokens,
-        hit_tokens=trace.hit_tokens(hits),
-        reclaimed=cache.stats.blocks_reclaimed,
-        seconds=seconds,
-        hits=hits,
-    )
+    reclaimed = cache.stats.blocks_reclaimed
+    return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)

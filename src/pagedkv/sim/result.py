@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.sim.trace import Trace
+
 __all__ = ["ReplayResult"]
 
 
@@ -48,6 +50,24 @@ class ReplayResult:
     hits: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     preempted: int = 0
     refused: int = 0
+
+    @classmethod
+    def of(
+        cls, trace: Trace, strategy: str, blocks: int, hits: npt.NDArray[np.int32], *, reclaimed: int, seconds: float
+    ) -> ReplayResult:
+        """Return the outcome in which request i of `trace` found ``hits[i]`` blocks."""
+        return cls(
+            strategy=strategy,
+            blocks=blocks,
+            requests=trace.num_requests,
+            accesses=trace.num_accesses,
+            hit_blocks=int(hits.sum(dtype=np.int64)),
+            tokens=trace.num_tokens,
+            hit_tokens=trace.hit_tokens(hits),
+            reclaimed=reclaimed,
+            seconds=seconds,
+            hits=hits,
+        )
 
     @property
     def hit_ratio(self) -> float:

@@ -8,6 +8,7 @@ room again, and compute anew what is not cached by then. Their second look at th
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import time
 from collections import deque
@@ -103,17 +104,6 @@ def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timin
         else:
             hits[request] = service.arrive(request, now)
     service.advance(float("inf"))
-    return ReplayResult(
-        strategy=strategy,
-        blocks=cache.total_blocks,
-        requests=trace.num_requests,
-        accesses=trace.num_accesses,
-        hit_blocks=int(hits.sum()),
-        tokens=trace.num_tokens,
-        hit_tokens=trace.hit_tokens(hits),
-        reclaimed=cache.stats.blocks_reclaimed,
-        seconds=time.perf_counter() - started,
-        hits=hits,
-        preempted=service.preempted,
-        refused=refused,
-    )
+    seconds, reclaimed = time.perf_counter() - started, cache.stats.blocks_reclaimed
+    result = ReplayResult.of(trace, strategy, cache.total_blocks, hits, reclaimed=reclaimed, seconds=seconds)
+    return dataclasses.replace(result, preempted=service.preempted, refused=refused)
