@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from pagedkv.cli.machine import cuda_devices
+
+_SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 # Without a GPU, Triton's kernels run in its interpreter; it has to be told before anything imports Triton.
 if not cuda_devices():
@@ -27,3 +33,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="module")
+def window() -> Iterator[Any]:
+    """A window of a real browser, where one is installed."""
+    sys.path.insert(0, str(_SCRIPTS))
+    try:
+        import browser
+    finally:
+        sys.path.remove(str(_SCRIPTS))
+    if not browser.is_installed():
+        pytest.skip("no chromium with chromedriver here")
+    with browser.Browser(1280) as opened:
+        yield opened

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import pytest
@@ -14,22 +12,8 @@ from tests.server.local import make_engine, settle, thread
 
 from pagedkv.engine.snapshot import take_snapshot
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 PATIENCE = 30.0
 COUNTS = "return [...document.querySelectorAll('#legend b')].map((b) => Number(b.textContent.replaceAll(',', '')))"
-
-
-@pytest.fixture(scope="module")
-def window():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import browser
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    if not browser.is_installed():
-        pytest.skip("no chromium with chromedriver here")
-    with browser.Browser(1280) as window:
-        yield window
 
 
 @pytest.fixture(scope="module")

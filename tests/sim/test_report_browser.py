@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,21 +10,6 @@ from tests.sim.test_report import NASTY, some_results, some_trace
 
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.report import replay_report
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
-
-
-@pytest.fixture(scope="module")
-def window():
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import browser
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    if not browser.is_installed():
-        pytest.skip("no chromium with chromedriver here")
-    with browser.Browser(1280) as window:
-        yield window
 
 
 @pytest.fixture(scope="module")
