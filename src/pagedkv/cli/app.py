@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import plan_options, replay_options, serve_options, top, trace
+from pagedkv.cli import bench_options, plan_options, replay_options, serve_options, top, trace
 from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
 from pagedkv.cli.options import option
 
@@ -199,3 +199,4 @@ app.add_typer(trace.app, name="trace")
 app.command(help=plan_options.EXAMPLES)(plan_options.plan)
 app.command(help=serve_options.EXAMPLES)(serve_options.serve)
 app.command(help=top.EXAMPLES)(top.top)
+app.command(help=bench_options.EXAMPLES)(bench_options.bench)

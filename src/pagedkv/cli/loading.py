@@ -13,7 +13,7 @@ from pagedkv.cli.failures import Failure
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import KvCacheSpec
 
-__all__ = ["LoadedModel", "check_folder", "load_model"]
+__all__ = ["LoadedModel", "check_folder", "load_model", "torch_device"]
 
 
 @dataclass(frozen=True)
@@ -107,11 +107,10 @@ def load_model(path: Path, device: str) -> LoadedModel:
         A part of it is broken or missing, or there is no such device.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
-    torch: Any = import_module("torch")
     transformers: Any = import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    target = _device(torch, device)
+    target = torch_device(device)
     only_here = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **only_here)
@@ -125,7 +124,10 @@ def load_model(path: Path, device: str) -> LoadedModel:
     return LoadedModel(model.to(target).eval(), tokenizer)
 
 
-def _device(torch: Any, name: str) -> Any:
+def torch_device(name: str) -> Any:
+    """Return a device of torch that can be used, or say why it cannot."""
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
