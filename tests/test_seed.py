@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import numpy as np
 import pytest
@@ -46,6 +48,9 @@ def test_ids_are_small_immutable_ints(kind, shown, limit):
     for wrong in (-1, limit, 1.0, "1", True, None):
         with pytest.raises(InvalidOperation, match=f"{kind.__name__} expects an int"):
             kind(wrong)
+    with pytest.raises(AttributeError):
+        seven.note = "x"
+    assert type(pickle.loads(pickle.dumps(seven))) is kind and type(copy.deepcopy(seven)) is kind
 
 
 def test_every_method_takes_a_plain_int_and_gives_typed_ids():
@@ -103,6 +108,8 @@ def test_a_block_is_a_live_view():
     assert block.ref_count == 1
     cache.free(2)
     assert (block.ref_count, block.num_tokens, block.state) == (0, 0, "free")
+    assert block == cache.block(tail) != cache.block(first) and len({block, cache.block(tail)}) == 1
+    assert block != small().block(tail), "of another pool"
 
 
 @pytest.mark.parametrize("name", ["is_full", "remaining", "ref_count", "num_tokens", "capacity", "id"])
@@ -140,6 +147,17 @@ def test_sequence_info_is_an_immutable_snapshot():
     assert touched.access_count == 2 and touched.last_access > info.last_access and info.access_count == 1
     with pytest.raises(dataclasses.FrozenInstanceError):
         info.num_tokens = 3
+
+
+def test_sequence_infos_are_equal_by_value_blocks_included():
+    cache, other = small(), small()
+    info = cache.allocate(7, 6)
+    assert info == cache.get_sequence(7) == pickle.loads(pickle.dumps(info)) and hash(info) == hash(copy.copy(info))
+    other.allocate(7, 4)
+    other.allocate(8, 4)
+    other.free(7)
+    elsewhere = dataclasses.replace(other.allocate(7, 6), last_access=info.last_access)
+    assert elsewhere.block_ids != info.block_ids and elsewhere != info
 
 
 def test_stats_are_an_immutable_snapshot_with_these_meanings():

@@ -331,6 +331,35 @@ def test_names_that_cannot_be_registered(wrong):
         register_strategy(wrong, SmallestFirst)
 
 
+@pytest.mark.parametrize(
+    "text", ["streaming_llm:sink=4,sink=5,window=3", "streaming_llm:sink=4,sink_tokens=5,window=3"]
+)
+def test_an_argument_is_given_once(text):
+    with pytest.raises(InvalidOperation, match="strategy expects sink.* once"):
+        parse_strategy(text)
+
+
+def test_views_have_the_names_of_blocks_and_sequences():
+    class Curious(LRU):
+        def score_sequences(self, sequences, now):
+            seen.append([sequences.seq_id, sequences.num_committed_tokens, sequences.num_dropped_tokens])
+            return sequences.last_access
+
+        def score_blocks(self, blocks, now):
+            seen.append([blocks.id, blocks.block_id, blocks.ref_count])
+            return blocks.last_access
+
+    seen = []
+    manager = BlockManager(8, 2, strategy=Curious())
+    (first, second, _) = manager.allocate(5, [1, 2, 3, 4, 5]).block_ids
+    manager.commit(manager.plan([5], 1))
+    manager.select_eviction_target()
+    manager.free(5)
+    sequences, *_, blocks = [[column.tolist() for column in columns] for columns in seen]
+    assert sequences == [[5], [5], [0]]
+    assert blocks[0] == blocks[1] == [first, second] and set(blocks[2]) <= {0, 1}
+
+
 def test_a_name_is_registered_once():
     with pytest.raises(InvalidOperation, match="registered already"):
         register_strategy("L-R_U", SmallestFirst)

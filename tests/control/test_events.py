@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -74,4 +76,18 @@ def test_a_snapshot_is_frozen():
     assert [info.seq_id for info in snap.sequences] == [1, 2] and snap.stats.total_forks == 1
     with pytest.raises(AttributeError):
         snap.tick = 3
+    for array in (snap.ref_count, snap.cached, snap.pinned, snap.indexed, snap.num_tokens, snap.depth, snap.owner):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 1
     assert np.array_equal(snap.depth, np.zeros(6))
+
+
+def test_snapshots_are_equal_by_value():
+    manager = BlockManager(6, 2)
+    manager.allocate(1, [1, 2, 3])
+    snap = manager.snapshot()
+    assert snap == manager.snapshot() == pickle.loads(pickle.dumps(snap)) and snap != "snapshot"
+    manager.plan([1])
+    assert snap == manager.snapshot(), "a plan changes nothing"
+    manager.touch(1)
+    assert snap != manager.snapshot() != BlockManager(5, 2).snapshot()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,7 @@ CacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CacheSnapshot:
-    """The whole pool at one moment; arrays are copies, one entry a block.
+    """The whole pool at one moment; arrays are read-only copies, one entry a block. Equal by value.
 
     Attributes
     ----------
@@ -91,7 +91,26 @@ class CacheSnapshot:
     stats: CacheStats
     tick: int
 
+    def __post_init__(self) -> None:
+        for value in self._values():
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CacheSnapshot):
+            return NotImplemented
+        return all(map(_is_equal, self._values(), other._values()))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _values(self) -> list[object]:
+        return [getattr(self, field.name) for field in fields(self)]
+
     @property
     def total_blocks(self) -> int:
         """How many blocks the pool has."""
         return len(self.ref_count)
+
+
+def _is_equal(a: object, b: object) -> bool:
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a == b

@@ -86,6 +86,8 @@ def parse_strategy(text: str) -> EvictionStrategy:
             continue
         name = name.strip()
         full = next((known for known in names if known in (name, f"{name}_tokens")), name)
+        if full in named:
+            raise InvalidOperation(f"strategy expects {name} once, got {text!r}")
         named[full] = _value(value.strip())
     try:
         return as_strategy(factory(*positional, **named))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ __all__ = ["BlockId", "BlockView", "CacheStats", "KvBlock", "SeqId", "SequenceIn
 
 class _Id(int):
     """A bounded int that prints with its letter."""
+
+    __slots__ = ()  # no attributes of its own: immutable, as an int is
 
     _letter = ""
     _limit = 0
@@ -38,6 +40,7 @@ class _Id(int):
 class BlockId(_Id):
     """The index of a block in its pool: 0 … 2³²−1, shown as ``B7``."""
 
+    __slots__ = ()
     _letter = "B"
     _limit = 2**32
 
@@ -45,6 +48,7 @@ class BlockId(_Id):
 class SeqId(_Id):
     """The caller's id of a sequence: 0 … 2⁶⁴−1, shown as ``S7``."""
 
+    __slots__ = ()
     _letter = "S"
     _limit = 2**64
 
@@ -56,7 +60,7 @@ def block_ids_of(blocks: Iterable[int]) -> tuple[BlockId, ...]:
 
 @dataclass(frozen=True, slots=True)
 class SequenceInfo:
-    """An immutable snapshot of one sequence.
+    """An immutable snapshot of one sequence. Equal by value, ``block_ids`` included.
 
     Attributes
     ----------
@@ -87,6 +91,14 @@ class SequenceInfo:
     priority: int
     pinned: bool
     _table: npt.NDArray[np.int32] = field(repr=False, compare=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SequenceInfo):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def _values(self) -> tuple[object, ...]:
+        return (*(getattr(self, part.name) for part in fields(self) if part.compare), self._table.tobytes())
 
     @property
     def block_ids(self) -> tuple[BlockId, ...]:
@@ -141,7 +153,7 @@ class CacheStats:
 
 
 class KvBlock:
-    """A live view of one block: it always shows the present state.
+    """A live view of one block: it always shows the present state. Views of the same block are equal.
 
     References change only through the cache, which keeps them balanced.
     """
@@ -215,6 +227,14 @@ class KvBlock:
         """The values, ``[num_layers, block_size, num_kv_heads, v_head_dim]``, a view of the real buffer."""
         return self._owner._block_values(self._place)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KvBlock):
+            return NotImplemented
+        return self._owner is other._owner and self._place == other._place
+
+    def __hash__(self) -> int:
+        return hash((id(self._owner), self._place))
+
     def __repr__(self) -> str:
         return f"KvBlock({self.id}, {self.state}, {self.num_tokens}/{self.capacity} tokens, ref_count={self.ref_count})"
 
@@ -248,6 +268,7 @@ class BlockView(_RecordView):
     last_access = _Column("last_access", "tick of the last use")
     access_count = _Column("access_count", "how many sequences used the block")
     num_tokens = _Column("num_tokens", "tokens stored")
+    ref_count = _Column("ref_count", "how many sequences hold the block")
     priority = _Column("priority", "highest priority of a sequence that used it")
     depth = _Column("depth", "blocks before it in its prefix")
     created = _Column("created", "tick at which it was filled")
@@ -260,6 +281,11 @@ class BlockView(_RecordView):
     ) -> None:
         super().__init__(records, ids)
         self._paths = paths
+
+    @property
+    def id(self) -> npt.NDArray[np.int32]:
+        """The ids of the blocks, ``block_id`` by the name that ``KvBlock`` has for it."""
+        return self._ids
 
     @property
     def block_id(self) -> npt.NDArray[np.int32]:
@@ -282,6 +308,8 @@ class SequenceView(_RecordView):
     num_tokens = _Column("num_tokens", "visible tokens")
     num_blocks = _Column("num_blocks", "blocks held")
     num_cached_tokens = _Column("num_cached", "tokens found cached at allocation")
+    num_committed_tokens = _Column("num_committed", "leading tokens whose K and V are written")
+    num_dropped_tokens = _Column("num_dropped", "tokens that streaming gave up")
     priority = _Column("priority", "the sequence's priority")
     created = _Column("created", "tick of the allocation")
 
