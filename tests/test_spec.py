@@ -63,7 +63,7 @@ def test_bytes_add_up_over_layers(num_blocks, block_size, layers, dtype):
 
 def test_an_empty_pool_takes_nothing():
     spec = KvCacheSpec(0)
-    assert spec.total_memory_bytes == 0
+    assert spec.total_memory_bytes == spec.used_memory_bytes == 0
     assert spec.block_memory_bytes > 0
 
 

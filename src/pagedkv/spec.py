@@ -193,6 +193,11 @@ class KvCacheSpec:
         """Bytes of the whole pool."""
         return self.num_blocks * self.block_memory_bytes
 
+    @property
+    def used_memory_bytes(self) -> int:
+        """Bytes of the blocks that sequences hold: 0, as a shape has no sequences. A ``PagedKvCache`` has them."""
+        return self.memory_bytes(0)
+
     def memory_bytes(self, num_blocks: int) -> int:
         """Bytes that ``num_blocks`` blocks take over all layers."""
         return require_int("num_blocks", num_blocks, 0, MAX_COUNT) * self.block_memory_bytes
