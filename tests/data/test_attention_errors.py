@@ -62,9 +62,16 @@ def test_the_case_itself_is_fine():
         ("values", lambda v: v.half(), "values: expected torch.float32 as keys, got torch.float16"),
         ("values", lambda v: v.transpose(2, 3), "values: expected a contiguous last dimension"),
         ("layout", "NDH", "layout: expected one of NHD, HND, got 'NDH'"),
-        ("block_tables", lambda t: t.tolist(), "block_tables: expected an int32 array or tensor, got list"),
-        ("block_tables", lambda t: t.astype(np.int64), "block_tables: expected an int32 array or tensor, got int64"),
-        ("block_tables", lambda t: torch.from_numpy(t).long(), "block_tables: expected an int32 .*, got torch.int64"),
+        ("block_tables", None, "block_tables: expected an int32 array or tensor, got NoneType"),
+        ("block_tables", lambda t: [[1, 2], [3]], "block_tables: expected an int32 array or tensor, got list"),
+        ("block_tables", lambda t: t.astype(float), "block_tables: expected an int32 array or tensor, got float64"),
+        ("block_tables", lambda t: t > 0, "block_tables: expected an int32 array or tensor, got bool"),
+        (
+            "block_tables",
+            lambda t: torch.from_numpy(t).float(),
+            "block_tables: expected an int32 .*, got torch.float32",
+        ),
+        ("seq_lens", lambda s: [2**31, 9], "seq_lens: expected numbers that fit int32, got 9 … 2147483648"),
         (
             "block_tables",
             lambda t: torch.from_numpy(t).to("meta"),
@@ -96,7 +103,9 @@ def test_the_case_itself_is_fine():
             "holes: expected .* start <= seq_len in sequence 1, got start 10 and end 14",
         ),
         ("scale", NAN, "scale: expected a finite number, got nan"),
-        ("scale", "big", "scale: expected a finite number, got 'big'"),
+        ("scale", "0.5", "scale: expected a finite number, got '0.5'"),
+        ("scale", True, "scale: expected a finite number, got True"),
+        ("causal", None, "causal: expected a bool, got None"),
         ("window", 0, "window: expected an int in 1 … 2147483647, got 0"),
         ("window", 2.5, "window: expected an int, got 2.5"),
         ("softcap", 0.0, "softcap: expected a positive finite number, got 0.0"),
@@ -142,6 +151,14 @@ def test_tables_may_be_tensors_or_strided_or_read_only_arrays():
 
     read_only, _ = call(**dict.fromkeys(names, locked))
     assert expected.equal(as_tensors) and expected.equal(strided) and expected.equal(read_only)
+
+
+def test_tables_may_be_other_integers_or_lists():
+    expected, _ = call()
+    names = ("block_tables", "seq_lens", "cu_seqlens_q", "holes")
+    for change in (np.int64, lambda array: torch.from_numpy(array).long(), lambda array: array.tolist()):
+        result, _ = call(**dict.fromkeys(names, change))
+        assert expected.equal(result)
 
 
 def test_a_block_wholly_inside_a_hole_is_not_read():

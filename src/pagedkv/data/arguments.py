@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.data.batch_arrays import Int32Array, first_fault, int32_array, require_shape
 from pagedkv.data.quantised import GREATEST, checked_scales
 from pagedkv.errors import InvalidOperation
-from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT, require_int
 
 __all__ = ["AttentionCall", "checked_call", "checked_tensors", "first_fault"]
-
-Int32Array = npt.NDArray[np.int32]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _POOL_DTYPES = (*_DTYPES, *GREATEST)
@@ -92,14 +89,14 @@ def checked_call(
         value_scales=value_scales,
     )
     num_blocks, block_size, _, _ = call.keys.shape
-    tables = _int32_array("block_tables", block_tables, 2)
-    lens = _int32_array("seq_lens", seq_lens, 1)
-    cu_seqlens = _int32_array("cu_seqlens_q", cu_seqlens_q, 1)
+    tables = int32_array("block_tables", block_tables, 2)
+    lens = int32_array("seq_lens", seq_lens, 1)
+    cu_seqlens = int32_array("cu_seqlens_q", cu_seqlens_q, 1)
     count = len(lens)
-    hole_rows = np.zeros((count, 2), np.int32) if holes is None else _int32_array("holes", holes, 2)
-    _require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
-    _require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
-    _require_shape("holes", hole_rows, (count, 2), "[n, 2]")
+    hole_rows = np.zeros((count, 2), np.int32) if holes is None else int32_array("holes", holes, 2)
+    require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
+    require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
+    require_shape("holes", hole_rows, (count, 2), "[n, 2]")
     fault = first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, call.queries.shape[0])
     if fault:
         raise InvalidOperation(fault)
@@ -143,7 +140,7 @@ def checked_tensors(
         _NO_CUTS,
         _NO_HOLES,
         _positive_or_finite("scale", scale, positive=False),
-        bool(causal),
+        _checked_flag("causal", causal),
         None if window is None else require_int("window", window, 1, MAX_COUNT),
         None if softcap is None else _positive_or_finite("softcap", softcap, positive=True),
         None if sinks is None else _checked_sinks(sinks, queries),
@@ -196,35 +193,21 @@ def _require_tensor(
         )
 
 
-def _int32_array(name: str, numbers: Any, dims: int) -> Int32Array:
-    """Return a C-contiguous, writable array: the kernels are compiled for that kind alone."""
-    if isinstance(numbers, Tensor):
-        if numbers.device.type != "cpu":
-            raise InvalidOperation(f"{name}: expected a NumPy array or a CPU tensor, got one on {numbers.device}")
-        numbers = numbers.detach().numpy() if numbers.dtype == torch.int32 else numbers
-    if numbers.__class__ is not np.ndarray or numbers.dtype != np.int32:
-        kind = getattr(numbers, "dtype", type(numbers).__name__)
-        raise InvalidOperation(f"{name}: expected an int32 array or tensor, got {kind}")
-    if numbers.ndim != dims:
-        raise InvalidOperation(f"{name}: expected {dims} dimension(s), got shape {list(numbers.shape)}")
-    array: Int32Array = numbers
-    return array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
-
-
-def _require_shape(name: str, array: Int32Array, shape: tuple[int, ...], words: str) -> None:
-    if array.shape != shape:
-        raise InvalidOperation(f"{name}: expected shape {words} = {list(shape)}, got {list(array.shape)}")
-
-
 def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
     words = "a positive finite number" if positive else "a finite number"
     try:
-        number = float(value)
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError, OverflowError):
         raise InvalidOperation(f"{name}: expected {words}, got {value!r}") from None
     if not math.isfinite(number) or (positive and number <= 0):
         raise InvalidOperation(f"{name}: expected {words}, got {value!r}")
     return number
+
+
+def _checked_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise InvalidOperation(f"{name}: expected a bool, got {value!r}")
+    return bool(value)
 
 
 def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
@@ -252,68 +235,3 @@ def _checked_out(out: Tensor | None, queries: Tensor, v_head_dim: int) -> Tensor
             f"got {out.dtype} {list(out.shape)} on {out.device}"
         )
     return out.detach()
-
-
-_FAULTS = (
-    "",
-    "cu_seqlens_q: expected to begin with 0, got {got}",
-    "cu_seqlens_q: expected never to decrease, got {got} after {bound} at index {i}",
-    "cu_seqlens_q: expected to end at {bound}, the number of queries, got {got}",
-    "seq_lens: expected at least the {bound} query tokens of sequence {i}, got {got}",
-    "holes: expected 0 <= start <= end and start <= seq_len in sequence {i}, got start {got} and end {bound}",
-    "block_tables: expected at least {bound} columns for sequence {i}, got {got}",
-    "block_tables: expected block ids below {bound} in sequence {i}, got {got}",
-)
-
-
-def first_fault(
-    block_tables: Int32Array,
-    seq_lens: Int32Array,
-    cu_seqlens_q: Int32Array,
-    holes: Int32Array,
-    block_size: int,
-    num_blocks: int,
-    total_tokens: int,
-) -> str:
-    """Return what is wrong with the arrays of a batch, C-contiguous and of the right shapes; "" if nothing."""
-    fault, i, got, bound = _first_fault(
-        block_tables, seq_lens, cu_seqlens_q, holes, block_size, num_blocks, total_tokens
-    )
-    return _FAULTS[fault].format(i=i, got=got, bound=bound)
-
-
-@compiled
-def _first_fault(
-    block_tables: Int32Array,
-    seq_lens: Int32Array,
-    cu_seqlens_q: Int32Array,
-    holes: Int32Array,
-    block_size: int,
-    num_blocks: int,
-    total_tokens: int,
-) -> tuple[int, int, int, int]:
-    """Return (fault, sequence, what came, what was expected); fault 0 is none."""
-    if cu_seqlens_q[0] != 0:
-        return 1, 0, cu_seqlens_q[0], 0
-    for i in range(len(seq_lens)):
-        num_queries = cu_seqlens_q[i + 1] - cu_seqlens_q[i]
-        if num_queries < 0:
-            return 2, i + 1, cu_seqlens_q[i + 1], cu_seqlens_q[i]
-        if seq_lens[i] < num_queries:
-            return 4, i, seq_lens[i], num_queries
-        start, end = holes[i, 0], holes[i, 1]
-        if not 0 <= start <= end or start > seq_lens[i]:
-            return 5, i, start, end
-        num_slots = seq_lens[i] + (end - start if start < seq_lens[i] else 0)
-        needed = (num_slots + block_size - 1) // block_size
-        if needed > block_tables.shape[1]:
-            return 6, i, block_tables.shape[1], needed
-        for j in range(needed):
-            if start <= j * block_size and (j + 1) * block_size <= end:
-                continue  # wholly inside the hole: never read
-            block = block_tables[i, j]
-            if not 0 <= block < num_blocks:
-                return 7, i, block, num_blocks
-    if cu_seqlens_q[-1] != total_tokens:
-        return 3, 0, cu_seqlens_q[-1], total_tokens
-    return 0, 0, 0, 0

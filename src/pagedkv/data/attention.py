@@ -61,7 +61,8 @@ def paged_attention(
     values : Tensor [num_blocks, block_size, num_kv_heads, v_head_dim]
         As ``keys``, of the same dtype.
     block_tables : int32 [n, max_blocks], NumPy array or CPU tensor
-        The blocks of each sequence. What stands behind a row's last needed block is not read.
+        The blocks of each sequence. What stands behind a row's last needed block is not read. Here and below other
+        integers and lists are taken too, and copied.
     seq_lens : int32 [n]
         Visible tokens of each sequence, the query tokens included.
     cu_seqlens_q : int32 [n + 1]
