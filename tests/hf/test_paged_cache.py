@@ -239,5 +239,8 @@ def test_bad_arguments_are_named(model):
     for options in ({"num_blocks": -1}, {"block_size": 0}, {"strategy": "best"}, {"dtype": "int4"}, {"cache_salt": 3}):
         with pytest.raises(InvalidOperation, match=next(iter(options))):
             PagedCache(model.config, **options)
+    for wrong in (None, 3, {"num_hidden_layers": 2}, model):
+        with pytest.raises(InvalidOperation, match=f"config: expected a model's config.*, got {type(wrong).__name__}"):
+            PagedCache(wrong)
     with pytest.raises(InvalidOperation, match="decoder-only"):
         PagedCache(T5Config())

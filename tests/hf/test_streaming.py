@@ -347,7 +347,7 @@ def test_the_model_stays_as_it_was():
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("bad", [[-1], [VOCAB], [1.5], [True], ["a"], [], [1, 2, VOCAB]])
+@pytest.mark.parametrize("bad", [[-1], [VOCAB], [1.5], [True], ["a"], [], [1, 2, VOCAB], None, 5, [[1]]])
 def test_wrong_tokens_change_nothing(bad):
     session = StreamingSession(built(llama), SINKS, WINDOW)
     session.feed([1, 2])
@@ -364,6 +364,15 @@ def test_generate_refuses_before_it_runs():
         session.generate([VOCAB])
     with pytest.raises(InvalidOperation, match="max_new_tokens"):
         session.generate([1], -1)
+    with pytest.raises(InvalidOperation, match="sampler: expected a callable, got 3"):
+        session.generate([1], sampler=3)
+    for stops in (3, [VOCAB], ["a"]):
+        with pytest.raises(InvalidOperation, match="stop_token_ids"):
+            session.generate([1], stop_token_ids=stops)
+    assert repr(session) == "StreamingSession(sink_tokens=%d, window_tokens=%d, num_tokens=0, num_dropped=0)" % (
+        SINKS,
+        WINDOW,
+    )
 
 
 @pytest.mark.parametrize(

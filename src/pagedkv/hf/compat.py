@@ -55,6 +55,8 @@ def has_changing_rope(config: Any) -> bool:
 
 def stock_layers(config: Any) -> list[Any]:
     """Return the cache layers that transformers itself would make for a model of this config."""
+    if not hasattr(config, "get_text_config"):
+        raise InvalidOperation(f"config: expected a model's config of transformers, got {type(config).__name__}")
     if getattr(config, "is_encoder_decoder", False):
         raise InvalidOperation(f"config: expected a decoder-only model, got {type(config).__name__}")
     layers: list[Any] = DynamicCache(config=config).layers

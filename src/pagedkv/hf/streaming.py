@@ -128,6 +128,12 @@ class StreamingSession:
         self._keys = StreamedKeys(self._cache, self._model.rope, lambda sinks, window: self._rebase_at)
         self._logits: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(sink_tokens={self._sink}, window_tokens={self._window}, "
+            f"num_tokens={self.num_tokens}, num_dropped={self.num_dropped})"
+        )
+
     @property
     def cache(self) -> PagedKvCache:
         """The pool; the text is its sequence 0."""
@@ -163,7 +169,10 @@ class StreamingSession:
         InvalidOperation
             If there is no token, or one that is not in the vocabulary; nothing is read then.
         """
-        ids = self._checked_ids(token_ids)
+        tokens = self._token_list("token_ids", token_ids)
+        if not tokens:
+            raise InvalidOperation("token_ids expects at least one token, got none")
+        ids = torch.tensor(tokens, device=self._model.device)
         rows: list[Tensor] = []
         start = 0
         while start < len(ids):
@@ -207,12 +216,13 @@ class StreamingSession:
         """
         if max_new_tokens is not None:
             max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, 2**62)
-        prompt = list(token_ids)
-        if prompt:
-            prompt = self._checked_ids(prompt).tolist()
-        elif self._logits is None:
+        if sampler is not None and not callable(sampler):
+            raise InvalidOperation(f"sampler: expected a callable, got {sampler!r}")
+        stops = frozenset(self._token_list("stop_token_ids", stop_token_ids))
+        prompt = self._token_list("token_ids", token_ids)
+        if not prompt and self._logits is None:
             raise InvalidOperation("token_ids expects at least one token, as nothing was fed yet")
-        return self._write(prompt, max_new_tokens, sampler or _likeliest, frozenset(stop_token_ids))
+        return self._write(prompt, max_new_tokens, sampler or _likeliest, stops)
 
     def _write(
         self, prompt: list[int], limit: int | None, sampler: Callable[[Tensor], int], stops: frozenset[int]
@@ -230,12 +240,11 @@ class StreamingSession:
             if token in stops:
                 return
 
-    def _checked_ids(self, token_ids: Iterable[int] | Tensor) -> Tensor:
-        given = token_ids.tolist() if isinstance(token_ids, Tensor) else token_ids
-        ids = [require_int("token_ids", token, 0, self._model.vocab_size - 1) for token in given]
-        if not ids:
-            raise InvalidOperation("token_ids expects at least one token, got none")
-        return torch.tensor(ids, device=self._model.device)
+    def _token_list(self, name: str, given: Iterable[int] | Tensor) -> list[int]:
+        tokens = given.tolist() if isinstance(given, Tensor) else given
+        if not isinstance(tokens, Iterable):
+            raise InvalidOperation(f"{name}: expected token ids, got {given!r}")
+        return [require_int(name, token, 0, self._model.vocab_size - 1) for token in tokens]
 
     # ---------------------------------------------------------------- one forward pass
 
