@@ -369,10 +369,8 @@ def test_generate_refuses_before_it_runs():
     for stops in (3, [VOCAB], ["a"]):
         with pytest.raises(InvalidOperation, match="stop_token_ids"):
             session.generate([1], stop_token_ids=stops)
-    assert repr(session) == "StreamingSession(sink_tokens=%d, window_tokens=%d, num_tokens=0, num_dropped=0)" % (
-        SINKS,
-        WINDOW,
-    )
+    sizes = f"sink_tokens={SINKS}, window_tokens={WINDOW}"
+    assert repr(session) == f"StreamingSession({sizes}, num_tokens=0, num_dropped=0)"
 
 
 @pytest.mark.parametrize(
