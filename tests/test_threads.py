@@ -266,9 +266,11 @@ def test_bad_tokens(call, tokens):
 def test_bad_counts_of_a_batch(tokens):
     cache = loaded()
     before = seen(cache)
-    for call in (cache.append_batch, cache.plan) if tokens is not None else (cache.append_batch,):
-        with pytest.raises(InvalidOperation, match="counts_or_tokens"):
-            call([1, 2], tokens)
+    with pytest.raises(InvalidOperation, match="counts_or_tokens"):
+        cache.append_batch([1, 2], tokens)
+    if tokens is not None:
+        with pytest.raises(InvalidOperation, match="num_query_tokens"):
+            cache.plan([1, 2], tokens)
     assert seen(cache) == before
 
 

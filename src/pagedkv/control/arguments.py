@@ -40,7 +40,7 @@ def whole_number(name: str, value: Any, low: int = 0, high: int = MAX_COUNT) -> 
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
         raise InvalidOperation(f"{name} expects an int, got {value!r}")
     if not low <= value <= high:
-        limit = f"at least {low}" if high == MAX_COUNT else f"in {low} … {high}"
+        limit = f"of at least {low}" if high == MAX_COUNT and value < low else f"in {low} … {high}"
         raise InvalidOperation(f"{name} expects an int {limit}, got {value}")
     return int(value)
 
@@ -87,11 +87,11 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
     return np.array([sequence_key(value, "seq_ids") for value in values], np.int64)
 
 
-def _id_array(name: str, values: Any, ndim: int = 1) -> npt.NDArray[np.int64]:
+def _id_array(name: str, values: Any, ndim: int = 1, what: str = "token ids") -> npt.NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except _NO_ARRAY:
-        raise InvalidOperation(f"{name} expects token ids, got {values!r}") from None
+        raise InvalidOperation(f"{name} expects {what}, got {values!r}") from None
     if array.size == 0 and array.ndim <= ndim:
         return NO_IDS
     if array.ndim != ndim or array.dtype.kind not in "iu":
@@ -99,9 +99,9 @@ def _id_array(name: str, values: Any, ndim: int = 1) -> npt.NDArray[np.int64]:
             f"{name} expects ints in {ndim} dimension{'s' * (ndim > 1)}, got {array.dtype} of shape {array.shape}"
         )
     if array.dtype == np.uint64 and array.max() >= _SIGNED:
-        raise InvalidOperation(f"{name} expects token ids below 2**63, got {array.max()}")
+        raise InvalidOperation(f"{name} expects {what} below 2**63, got {array.max()}")
     if array.min() < 0:
-        raise InvalidOperation(f"{name} expects token ids of at least 0, got {array.min()}")
+        raise InvalidOperation(f"{name} expects {what} of at least 0, got {array.min()}")
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
@@ -130,15 +130,33 @@ def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
         ids = _id_array("counts_or_tokens", tokens, ndim=2)
         _require_length(len(tokens), n)
         return BatchTokens(np.full(n, tokens.shape[1], np.int64), ids.reshape(-1), True)
-    if not hasattr(tokens, "__len__") or not hasattr(tokens, "__getitem__") or isinstance(tokens, Mapping):
+    if not _is_listing(tokens):
         raise InvalidOperation(f"counts_or_tokens expects counts or token ids, got {tokens!r}")
-    _require_length(len(tokens), n)
-    if n and not hasattr(tokens, "dtype") and not is_count(tokens[0]):
+    if n and not hasattr(tokens, "dtype") and len(tokens) and not is_count(tokens[0]):
+        _require_length(len(tokens), n)
         return _parse_lists(tokens)
-    counts = _id_array("counts_or_tokens", tokens)
+    return BatchTokens(_listed_counts("counts_or_tokens", tokens, n), NO_IDS, False)
+
+
+def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
+    """Read one count for all, or a flat list of counts: int64 ``[n]``."""
+    if is_count(counts):
+        return np.full(n, whole_number(name, counts, 0, MAX_COUNT // max(1, n)))
+    if not _is_listing(counts):
+        raise InvalidOperation(f"{name} expects a count, or one for each sequence, got {counts!r}")
+    return _listed_counts(name, counts, n)
+
+
+def _is_listing(values: Any) -> bool:
+    return hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
+
+
+def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
+    _require_length(len(listed), n, name)
+    counts = _id_array(name, listed, what="counts")
     if len(counts) and counts.max() > MAX_COUNT // n:  # so that their sum is a count too
-        raise InvalidOperation(f"counts_or_tokens expects counts of at most {MAX_COUNT // n}, got {counts.max()}")
-    return BatchTokens(counts, NO_IDS, False)
+        raise InvalidOperation(f"{name} expects counts of at most {MAX_COUNT // n}, got {counts.max()}")
+    return counts
 
 
 def _parse_lists(lists: Sequence[Any]) -> BatchTokens:
@@ -147,6 +165,6 @@ def _parse_lists(lists: Sequence[Any]) -> BatchTokens:
     return BatchTokens(counts, np.concatenate(arrays) if arrays else NO_IDS, True)
 
 
-def _require_length(got: int, n: int) -> None:
+def _require_length(got: int, n: int, name: str = "counts_or_tokens") -> None:
     if got != n:
-        raise InvalidOperation(f"counts_or_tokens expects one entry for each of {n} sequences, got {got}")
+        raise InvalidOperation(f"{name} expects one entry for each of {n} sequences, got {got}")

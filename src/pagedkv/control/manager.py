@@ -10,6 +10,7 @@ from pagedkv.control import growth, lifecycle, rows
 from pagedkv.control.arguments import (
     fraction,
     parse_batch_tokens,
+    parse_counts,
     parse_tokens,
     sequence_key,
     sequence_keys,
@@ -192,7 +193,7 @@ class BlockManager(Retention):
         if num_query_tokens is None:
             wanted = np.full(len(keys), -1)
         else:
-            wanted = parse_batch_tokens(num_query_tokens, len(keys)).counts
+            wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
             status, place, width, wide, narrow = plan_rows(self._state, keys, wanted)
             if status == rows.NO_ROOM:
