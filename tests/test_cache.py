@@ -95,10 +95,12 @@ def test_forks_copy_all_layers_and_both_sides():
     keys, values = fill(cache, cache.plan([1]))
     cache.fork(1, 2)
     cache.append(2, 1)
-    slots = cache.plan([2], 7).slot_mapping[:6]
+    plan = cache.plan([2], 7)
     for layer in range(3):
-        found_keys, found_values = cache.storage.gather(layer, slots)
+        found_keys, found_values = cache.storage.gather(layer, plan.slot_mapping[:6])
         assert torch.equal(found_keys, keys + layer) and torch.equal(found_values, values - layer)
+    assert plan.copies.tolist() == [[cache.get_sequence(1).block_ids[1], cache.get_sequence(2).block_ids[1]]]
+    assert len(cache.plan([2], 7).copies) == 0, "told of once"
 
 
 def test_streaming_is_attention_over_what_is_left():

@@ -233,6 +233,7 @@ class PagedKvCache(BlockManager):
     def _copy(self, copies: Any) -> None:
         if len(copies) and self._storage.num_layers:
             self._storage.copy_blocks(copies)
+        super()._copy(copies)  # the next plan tells of them, for whoever keeps something of their own for each block
 
     def _block_keys(self, block: int) -> Any:
         return self._storage.block_keys(block)

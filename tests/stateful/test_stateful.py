@@ -22,7 +22,6 @@ class WithTensors(CacheMachine):
 
     def store(self, plan, values):
         column = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1)
-        assert len(plan.copies) == 0, "the cache makes the copies itself"
         self.cache.write(0, torch.cat([column, -column], dim=2), column + 0.25, plan)
         self.cache.write(1, torch.cat([-column, column], dim=2), column + 0.5, plan)
 

@@ -158,7 +158,7 @@ class Holding(Inspection):
         return whole_number("priority", priority, 0, highest)
 
     def _copy(self, copies: Copies) -> None:
-        """Note copies for the next plan; a cache with K and V makes them at once instead."""
+        """Note copies for the next plan; a cache with K and V makes them at once as well."""
         for source, destination in copies.tolist():
             source = self._pending_copies.get(source, source)
             self._pending_copies.pop(destination, None)

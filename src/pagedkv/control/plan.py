@@ -36,7 +36,7 @@ class BatchPlan:
         Tokens that streaming gave up; ``positions + num_dropped`` are the positions in the original text.
     copies : int32 [k, 2]
         Blocks (source, destination) to be copied before anything is written: read all sources, then write. They are
-        handed out once: copy even if the plan is then not used. A ``PagedKvCache`` has already done it.
+        handed out once: copy even if the plan is then not used. A ``PagedKvCache`` has done it already and tells of it.
     tick : int
         When the plan was made.
     """
