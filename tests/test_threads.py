@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections import Counter
 
@@ -71,6 +72,29 @@ def test_threads_share_one_cache(on_full):
         manager.free(seq_id)
     assert manager.used_block_count == 0 and manager.free_block_count == 64
     assert manager.stats.total_allocations == manager.stats.total_frees
+
+
+def test_counters_are_of_one_moment():
+    manager = BlockManager(64, 4)
+    before = sys.getswitchinterval()
+    torn = []
+
+    def work(number):
+        for _ in range(2000):
+            if number:
+                manager.allocate(number, 40)
+                manager.free(number)
+            else:
+                stats = manager.stats
+                if not 0 <= stats.total_allocations - stats.total_frees <= stats.peak_blocks_used:
+                    torn.append(stats)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        in_threads(3, work)
+    finally:
+        sys.setswitchinterval(before)
+    assert not torn
 
 
 def test_only_one_of_many_threads_gets_an_id_and_a_block():

@@ -114,9 +114,10 @@ class Inspection:
     @property
     def stats(self) -> CacheStats:
         """The counters since the cache was made."""
-        c = self._state.counters[0]
-        counts = (c.allocations, c.frees, c.evictions, c.forks, c.peak, c.queries, c.hits, c.hit_tokens)
-        return CacheStats(*map(int, counts + (c.partial_tokens, c.reclaimed, c.copied)))
+        with self._lock:  # all of one moment
+            c = self._state.counters[0]
+            counts = (c.allocations, c.frees, c.evictions, c.forks, c.peak, c.queries, c.hits, c.hit_tokens)
+            return CacheStats(*map(int, counts + (c.partial_tokens, c.reclaimed, c.copied)))
 
     def get_sequence(self, seq_id: int) -> SequenceInfo:
         """Return a snapshot of a sequence.
@@ -192,28 +193,31 @@ class Inspection:
             check_state(self._state, self._kept_pins)
 
     def __str__(self) -> str:
+        with self._lock:
+            return "\n".join(self._report())
+
+    def _report(self) -> list[str]:
         stats = self.stats
-        return "\n".join(
-            [
-                f"{type(self).__name__}",
-                f"  Strategy: {self._strategy} (block_size={self.block_size})",
-                f"  Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
-                f"{self.cached_block_count} cached, {self.free_block_count} free",
-                *self._report_lines(),
-                f"  Sequences: {self.num_sequences} active",
-                f"  Stats: allocations={stats.total_allocations}, frees={stats.total_frees}, "
-                f"evictions={stats.total_evictions}, forks={stats.total_forks}, peak={stats.peak_blocks_used}",
-                f"  Prefix: queries={stats.prefix_queries}, hits={stats.prefix_hits}, "
-                f"hit_tokens={stats.prefix_hit_tokens}, reclaimed={stats.blocks_reclaimed}, "
-                f"copied={stats.blocks_copied}",
-            ]
-        )
+        return [
+            f"{type(self).__name__}",
+            f"  Strategy: {self._strategy} (block_size={self.block_size})",
+            f"  Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
+            f"{self.cached_block_count} cached, {self.free_block_count} free",
+            *self._report_lines(),
+            f"  Sequences: {self.num_sequences} active",
+            f"  Stats: allocations={stats.total_allocations}, frees={stats.total_frees}, "
+            f"evictions={stats.total_evictions}, forks={stats.total_forks}, peak={stats.peak_blocks_used}",
+            f"  Prefix: queries={stats.prefix_queries}, hits={stats.prefix_hits}, "
+            f"hit_tokens={stats.prefix_hit_tokens}, reclaimed={stats.blocks_reclaimed}, "
+            f"copied={stats.blocks_copied}",
+        ]
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}(num_blocks={self.total_blocks}, block_size={self.block_size}, "
-            f"strategy={str(self._strategy)!r}, used={self.used_block_count}, cached={self.cached_block_count})"
-        )
+        with self._lock:
+            return (
+                f"{type(self).__name__}(num_blocks={self.total_blocks}, block_size={self.block_size}, "
+                f"strategy={str(self._strategy)!r}, used={self.used_block_count}, cached={self.cached_block_count})"
+            )
 
     def _report_lines(self) -> list[str]:
         return []
