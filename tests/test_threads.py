@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 import threading
 from collections import Counter
 
@@ -74,27 +73,22 @@ def test_threads_share_one_cache(on_full):
     assert manager.stats.total_allocations == manager.stats.total_frees
 
 
-def test_counters_are_of_one_moment():
+@pytest.mark.parametrize("read", [lambda manager: manager.stats, str, repr, BlockManager.snapshot])
+def test_several_counters_are_read_under_the_lock(read):
+    """Without it they are of different moments while another thread allocates: more frees than allocations, say."""
     manager = BlockManager(64, 4)
-    before = sys.getswitchinterval()
-    torn = []
+    entered = []
 
-    def work(number):
-        for _ in range(2000):
-            if number:
-                manager.allocate(number, 40)
-                manager.free(number)
-            else:
-                stats = manager.stats
-                if not 0 <= stats.total_allocations - stats.total_frees <= stats.peak_blocks_used:
-                    torn.append(stats)
+    class Watched:
+        def __enter__(self):
+            entered.append(True)
 
-    sys.setswitchinterval(1e-6)
-    try:
-        in_threads(3, work)
-    finally:
-        sys.setswitchinterval(before)
-    assert not torn
+        def __exit__(self, *error):
+            entered.append(False)
+
+    manager._lock = Watched()
+    read(manager)
+    assert entered[0] and not entered[-1]
 
 
 def test_only_one_of_many_threads_gets_an_id_and_a_block():
