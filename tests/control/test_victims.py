@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pagedkv import BlockManager, InvalidOperation
+from pagedkv import BlockManager, InvalidOperation, OutOfMemory
 
 
 def full(count=5, **options):
@@ -73,3 +73,19 @@ def test_spared_sequences_are_passed_over_and_stay_in_the_order():
     assert manager.select_eviction_target() == 0
     with pytest.raises(InvalidOperation, match="spared expects an int"):
         manager.select_eviction_target(spared=[-1])
+
+
+def test_nobody_is_evicted_for_blocks_that_the_pin_of_a_freed_sequence_keeps():
+    manager = BlockManager(5, 2, on_full="evict")
+    manager.allocate(0, [0, 0, 1, 0])
+    manager.commit(0)
+    manager.pin(0)
+    manager.fork(0, 1)
+    manager.free(0)
+    with pytest.raises(OutOfMemory) as failure:
+        manager.allocate(2, 9)
+    assert (failure.value.requested, failure.value.available) == (5, 3)
+    assert manager.sequence_ids == [1], "evicted in vain: its blocks stay pinned"
+    manager.unpin(0)
+    manager.allocate(2, 9)
+    assert manager.sequence_ids == [2]

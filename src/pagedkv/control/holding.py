@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,9 @@ class Holding(Inspection):
             self._state = rows.with_more_rows(self._state)
         elif status == rows.NEEDS_WIDTH:
             self._widen_tables(a)
-        elif self._on_full == "raise" or not fits_after_evicting(self._state, a - b, spared, matched, tails):
+        elif self._on_full == "raise" or not fits_after_evicting(
+            self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
+        ):
             raise OutOfMemory(a, b)
         else:
             row = self._victims.first(self._state, spared)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +24,26 @@ def written_tails(state: State, rows: Sequence[int], counts: npt.NDArray[np.int6
 
 
 def fits_after_evicting(
-    state: State, missing: int, spared: frozenset[int], matched: Iterable[int], tails: Sequence[int]
+    state: State,
+    missing: int,
+    spared: frozenset[int],
+    matched: Iterable[int],
+    tails: Sequence[int],
+    kept: Iterable[int],
 ) -> bool:
     """Tell whether evicting every sequence that may go makes up for `missing` blocks.
 
     Pinned and `spared` rows stay. Blocks that the call shares (`matched`) are not freed for it, whoever lets go of
-    them; a shared tail among `tails` need not be copied once only its writers hold it.
+    them, nor are those that pins of freed sequences keep (`kept`); a shared tail among `tails` need not be copied once
+    only its writers hold it.
     """
     marks = state.sequences["marks"][: int(state.counters[0].rows_used)]
     pinned = np.flatnonzero((marks & (LIVE | PINNED)) == (LIVE | PINNED)).tolist()
     owners: Counter[int] = Counter()
     for row in spared.union(pinned):
         owners.update(state.tables[row, : state.sequences[row].num_blocks].tolist())
-    shared = {int(block) for block in matched if state.blocks[block].ref_count > 0}
-    freed = int(state.counters[0].used) - len(owners.keys() | shared)
+    staying = {int(block) for block in chain(matched, kept) if state.blocks[block].ref_count > 0}
+    freed = int(state.counters[0].used) - len(owners.keys() | staying)
     return freed + _copies_saved(state, tails, owners) >= missing
 
 
