@@ -198,6 +198,20 @@ def test_in_time_requests_can_be_preempted_and_refused(trace):
     assert "requests preempted" in table and "optimal" not in table
 
 
+def test_the_folder_at_hand_is_searched_for_every_class_that_is_named(trace, tmp_path, monkeypatch):
+    (tmp_path / "another_of_the_test.py").write_text(MINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    told = call("replay", trace, "-b", "30", "-s", "priority:levels=3", "-j", 1, "--json")
+    assert told.exit_code == 0 and str(tmp_path) not in sys.path
+    for command in (("replay", trace, "-b", "30"), ("plan", trace, "-m", "llama-3.1-8b")):
+        monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(tmp_path)])
+        sys.modules.pop("another_of_the_test", None)
+        result = call(*command, "-s", "lru,another_of_the_test:Mine", "-j", 1, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert "another_of_the_test:Mine" in result.stdout
+
+
 def test_a_strategy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeypatch):
     (tmp_path / "mine_of_the_test.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)

@@ -108,7 +108,7 @@ def parse_size(option: str, text: str) -> int:
 
 
 def _strategies(text: str | None) -> list[str] | None:
-    from pagedkv.cli.replay import split_names
+    from pagedkv.cli.replay import search_folder_at_hand, split_names
     from pagedkv.sim.cells import named_strategy
 
     if text is None:
@@ -116,6 +116,7 @@ def _strategies(text: str | None) -> list[str] | None:
     names = split_names(text)
     if not names:
         raise Failure(f"--strategies expects names such as lru,s3fifo, got {text!r}")
+    search_folder_at_hand(names)
     for name in names:
         named_strategy(name)
     return names

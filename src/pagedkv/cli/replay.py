@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pagedkv.sim.timing import Timing
     from pagedkv.sim.trace import Trace
 
-__all__ = ["ReplayRequest", "run", "split_names"]
+__all__ = ["ReplayRequest", "run", "search_folder_at_hand", "split_names"]
 
 _ONLINE = ("lru", "fifo", "lfu", "s3fifo", "adaptive")
 _OPTIMAL = "optimal"
@@ -131,15 +131,21 @@ def _strategies(request: ReplayRequest) -> list[str]:
         if not names:
             raise Failure(f"--strategies expects names such as lru,fifo,optimal, got {request.strategies!r}")
         names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
-        for name in names:
-            named_strategy(name)
-    if request.strategies_from and "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a module in the folder at hand, as `python -m` would find it
+    search_folder_at_hand([*names, *request.strategies_from])
+    for name in names:
+        named_strategy(name)
     for text in request.strategies_from:
         if text.endswith(".py") or ".py:" in text:
             raise Failure(f"--strategy-from expects module:Class, not a file, got {text!r}")
         imported_strategy(text)
     return list(dict.fromkeys([*names, *request.strategies_from]))
+
+
+def search_folder_at_hand(strategies: Iterable[str]) -> None:
+    """Let ``module:Class`` name a module in the folder at hand, as ``python -m`` would find it."""
+    is_asked = any(":" in name and "=" not in name for name in strategies)  # no "priority:levels=3"
+    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def _all_strategies() -> list[str]:

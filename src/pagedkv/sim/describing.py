@@ -58,7 +58,7 @@ class WorkingSet:
 
 @dataclass(frozen=True)
 class HotPrefix:
-    """A prefix that many requests begin with. It ends where no more than half of them share one more block.
+    """A prefix that many requests begin with. It ends where no more than half of those that entered it go on alike.
 
     Attributes
     ----------

@@ -105,8 +105,9 @@ def read_heads(config: ConfigFields) -> Heads:
     if not head_dim:
         raise config.error("num_attention_heads", f"expected at most hidden_size = {hidden}, got {q_heads}")
     kv_heads = _num_kv_heads(config, q_heads)
-    if kv_heads > q_heads:
-        raise config.error("num_key_value_heads", f"expected at most the {q_heads} attention heads, got {kv_heads}")
+    if q_heads % kv_heads:
+        reason = f"expected a divisor of the {q_heads} attention heads, got {kv_heads}"
+        raise config.error("num_key_value_heads", reason)
     return Heads(hidden, q_heads, kv_heads, head_dim, config.integer("v_head_dim", default=head_dim))
 
 

@@ -147,8 +147,9 @@ class Load:
     Attributes
     ----------
     mean_requests, peak_requests : float, int
+        The mean is over the time from the first arrival until the last request is served.
     mean_blocks, peak_blocks : float, int
-        Blocks that running requests hold, outputs included.
+        Blocks that running requests hold, outputs included; the mean as above.
     shared : bool
         True where a block that several running requests hold is counted once; False for traces too large for that.
     prefill_load, prefill_load_saved : float
