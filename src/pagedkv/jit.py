@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
-from numba.core import cgutils, event
+import numpy.typing as npt
+from numba.core import cgutils, event, types
 from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
 
-__all__ = ["borrowed", "called", "compiled", "inlined"]
+__all__ = ["borrowed", "called", "compiled", "inlined", "packed"]
 
 Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -77,6 +81,59 @@ def called(function: Function) -> Function:
     return decorated
 
 
+# The tuples that were packed: Numba's name for them, by the name of the field that holds the addresses.
+_kinds: dict[str, Any] = {}
+
+
+def packed(arrays: Arrays) -> Arrays:
+    """Return what stands for a named tuple of arrays, and of such tuples, where Python calls a compiled function.
+
+    Numba takes 3 µs to find out the types of two dozen arrays and to count each of them, at every call; this is one
+    array of their addresses. The function begins with `borrowed`, which gives it the tuple. The arrays must be
+    contiguous, and be kept as long as this is in use. With ``NUMBA_DISABLE_JIT=1`` it is the tuple itself.
+    """
+    if numba.config.DISABLE_JIT:
+        return arrays
+    kind = numba.typeof(arrays)
+    # Named after all the types within, because Numba keeps functions on disk by the types of their arguments.
+    name = "packed_" + hashlib.sha256(str(kind).encode()).hexdigest()[:16]
+    _kinds[name] = kind
+    words = [word for array in _leaves(arrays) for word in (array.ctypes.data, *array.shape)]
+    addresses = np.empty(1, [(name, np.int64, (len(words),))])
+    addresses[name] = words
+    return addresses  # type: ignore[return-value]
+
+
+def _leaves(arrays: Any) -> Iterator[npt.NDArray[Any]]:
+    for part in arrays:
+        if isinstance(part, tuple):
+            yield from _leaves(part)
+        else:
+            yield part
+
+
+def _unpacked(context: Any, builder: Any, kind: Any, words: Iterator[Any]) -> Any:
+    """Put a tuple of arrays without owners together from their addresses and shapes."""
+    if not isinstance(kind, types.Array):
+        parts = [_unpacked(context, builder, part, words) for part in kind.types]
+        return context.make_tuple(builder, kind, parts)
+    array = make_array(kind)(context, builder)
+    data = builder.inttoptr(next(words), array.data.type)
+    shape = [next(words) for _ in range(kind.ndim)]
+    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    strides = [itemsize]
+    for length in shape[:0:-1]:
+        strides.insert(0, builder.mul(strides[0], length))
+    populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
+    return array._getvalue()
+
+
+def _words(context: Any, builder: Any, addresses: Any) -> Iterator[Any]:
+    start = builder.bitcast(addresses, context.get_value_type(types.CPointer(types.int64)))
+    for place in itertools.count():
+        yield builder.load(cgutils.gep_inbounds(builder, start, place))
+
+
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
     if not isinstance(kind, numba.types.Array):
         for place, part in enumerate(kind.types):
@@ -91,17 +148,24 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @intrinsic
 def _borrowed(typing_context: Any, arrays: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _without_owner(context, builder, signature.args[0], args[0])
+    is_packed = isinstance(arrays, types.Array) and isinstance(arrays.dtype, types.Record)
+    kind = _kinds.get(next(iter(arrays.dtype.fields)), arrays) if is_packed else arrays
 
-    return arrays(arrays), generate
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if kind is arrays:
+            return _without_owner(context, builder, kind, args[0])
+        addresses = make_array(arrays)(context, builder, args[0]).data
+        return _unpacked(context, builder, kind, _words(context, builder, addresses))
+
+    return kind(arrays), generate
 
 
 def borrowed(arrays: Arrays) -> Arrays:
     """Inside a compiled function: the same array, or named tuple of arrays and such tuples, without counts.
 
-    Something else must keep the arrays alive meanwhile; the caller does so for arguments. Without this every inner
-    call would count each of them up and down, atomically, which takes longer than the work itself.
+    What is `packed` becomes the tuple that it stands for. Something else must keep the arrays alive meanwhile; the
+    caller does so for arguments. Without this every inner call would count each of them up and down, atomically, which
+    takes longer than the work itself.
     """
     return arrays
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +106,12 @@ def _id_array(name: str, values: Any, ndim: int = 1, what: str = "token ids") ->
     return np.ascontiguousarray(array, dtype=np.int64)
 
 
+@lru_cache(maxsize=16)
+def equal_counts(count: int, n: int) -> npt.NDArray[np.int64]:
+    """Return `count` for each of `n` sequences; kept, as every step asks for the same: nobody writes to it."""
+    return np.full(n, count, np.int64)
+
+
 def is_count(value: Any) -> bool:
     """Tell whether `value` is a single number rather than a list of ids."""
     return type(value) is int or isinstance(value, (int, float, np.number)) or getattr(value, "ndim", 1) == 0
@@ -123,13 +130,12 @@ def parse_tokens(tokens: Any) -> Tokens:
 def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
     """Read one count for all, a flat list of counts, an array of ids ``[n, k]``, or a list of lists of ids."""
     if is_count(tokens):
-        counts = np.empty(n, np.int64)
-        counts.fill(whole_number("counts_or_tokens", tokens, 0, MAX_COUNT // max(1, n)))
-        return BatchTokens(counts, NO_IDS, False)
+        count = whole_number("counts_or_tokens", tokens, 0, MAX_COUNT // max(1, n))
+        return BatchTokens(equal_counts(count, n), NO_IDS, False)
     if getattr(tokens, "ndim", 0) == 2:
         ids = _id_array("counts_or_tokens", tokens, ndim=2)
         _require_length(len(tokens), n)
-        return BatchTokens(np.full(n, tokens.shape[1], np.int64), ids.reshape(-1), True)
+        return BatchTokens(equal_counts(tokens.shape[1], n), ids.reshape(-1), True)
     if not _is_listing(tokens):
         raise InvalidOperation(f"counts_or_tokens expects counts or token ids, got {tokens!r}")
     if n and not hasattr(tokens, "dtype") and len(tokens) and not is_count(tokens[0]):

@@ -41,7 +41,7 @@ def _check_sequences(state: State, rows: list[int]) -> None:
     size = int(state.counters[0].block_size)
     for row in rows:
         record, table = state.sequences[row], _table(state, row)
-        _require(find_row(state, record.seq_id) == row, "sequence not findable by its id", record)
+        _require(find_row(state.packed, record.seq_id) == row, "sequence not findable by its id", record)
         _require(len(set(table)) == len(table), "a block twice in one sequence", record, table)
         end = int(record.num_tokens + record.hole_len)
         _require(len(table) == -(-end // size), "number of blocks does not fit the tokens", record)

@@ -39,11 +39,11 @@ class Holding(Inspection):
         while True:
             if self._hooks.decide_reclaims:
                 self._reclaim_to_grow(keys, counts)
-            status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state, keys, counts, ids, known)
+            status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state.packed, keys, counts, ids, known)
             if status == rows.OK:
                 break
             self._refuse(status, a, keys, given)
-            growing = [int(rows.find_row(self._state, key)) for key in keys.tolist()]
+            growing = [int(rows.find_row(self._state.packed, key)) for key in keys.tolist()]
             self._make_room(status, a, b, frozenset(growing), tails=written_tails(self._state, growing, counts))
         if num_copies:
             self._copy(copies_in(narrow, num_copies))
@@ -90,24 +90,24 @@ class Holding(Inspection):
 
     def _free_row(self, row: int) -> None:
         self._score_before_release(row, 0)
-        record = self._state.sequences[row]
+        record = self._state.sequence(row)
         if record.marks & PINNED:
             table = self._table(row)[: record.pinned_blocks]
             pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
             if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
                 raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
-            self._kept_pins.setdefault(int(record.seq_id), []).extend(pinned)
-        lifecycle.free_row(self._state, row)
+            self._kept_pins.setdefault(record.seq_id, []).extend(pinned)
+        lifecycle.free_row(self._state.packed, row)
 
     def _score_before_release(self, row: int, first: int) -> None:
         """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
-        if self._state.counters[0].rule == CUSTOM:
-            ids = lifecycle.release_candidates(self._state, row, first)
-            record, blocks = self._state.sequences[row], self._state.blocks
+        if self._state.counter("rule") == CUSTOM:
+            ids = lifecycle.release_candidates(self._state.packed, row, first)
+            record, blocks = self._state.sequence(row), self._state.blocks
             blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
             blocks["priority"][ids] = np.maximum(blocks["priority"][ids], record.priority)
             self._score_blocks(ids)
-        lifecycle.hand_over_use(self._state, row, first)
+        lifecycle.hand_over_use(self._state.packed, row, first)
 
     def _reclaim_for(
         self, namespace: int, count: int, ids: Any, known: bool, *, as_far_as_it_fits: bool = False
@@ -122,13 +122,13 @@ class Holding(Inspection):
     def _room_for(self, namespace: int, count: int, ids: Any, known: bool) -> tuple[npt.NDArray[np.int32], int, int]:
         """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
         state = self._state
-        matched = lifecycle.matching_blocks(state, namespace, ids) if known else np.empty(0, np.int32)
+        matched = lifecycle.matching_blocks(state.packed, namespace, ids) if known else np.empty(0, np.int32)
         idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
         return matched, -(-count // self.block_size) - len(matched), self.free_block_count - int(idle.sum())
 
     def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
         """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
-        status, needed = growth.blocks_to_grow(self._state, keys, counts)
+        status, needed = growth.blocks_to_grow(self._state.packed, keys, counts)
         if status == rows.OK:
             self._let_strategy_make_room(needed)
 
@@ -141,16 +141,18 @@ class Holding(Inspection):
 
     def _tell_hits(self, row: int) -> None:
         """Tell the strategy what the new sequence `row` found; if it fails, the sequence never was."""
+        if not self._hooks.see_hits:
+            return
         try:
-            self._hooks.hit(self._state, self._table(row)[: self._state.sequences[row].num_indexed])
+            self._hooks.hit(self._state, self._table(row)[: self._state.sequence(row).num_indexed])
         except BaseException:
-            lifecycle.free_row(self._state, row)
+            lifecycle.free_row(self._state.packed, row)
             self._publish()
             raise
 
     def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
         if len(ids):
-            view, now = block_view(self._state, ids), int(self._state.counters[0].tick)
+            view, now = block_view(self._state, ids), self._state.counter("tick")
             scores = self.eviction_strategy.score_blocks(view, now)
             checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
             self._state.blocks["score"][ids] = checked

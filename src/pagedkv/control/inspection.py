@@ -23,6 +23,9 @@ from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
 from pagedkv.control.victims import VictimOrder
 from pagedkv.errors import BlockNotFound, InvalidOperation, SequenceNotFound
 
+# The counters behind the fields of CacheStats, in their order.
+_STATS = "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split()
+
 
 class Inspection:
     """The state of a pool, and everything that only reads it."""
@@ -53,7 +56,7 @@ class Inspection:
     @property
     def block_size(self) -> int:
         """Tokens per block."""
-        return int(self._state.counters[0].block_size)
+        return self._state.counter("block_size")
 
     @property
     def total_blocks(self) -> int:
@@ -63,17 +66,17 @@ class Inspection:
     @property
     def free_block_count(self) -> int:
         """Blocks that an allocation can have now: free, or cached and unpinned."""
-        return int(available_blocks(self._state))
+        return int(available_blocks(self._state.packed))
 
     @property
     def used_block_count(self) -> int:
         """Blocks that sequences hold."""
-        return int(self._state.counters[0].used)
+        return self._state.counter("used")
 
     @property
     def cached_block_count(self) -> int:
         """Blocks that nobody holds but that are still findable."""
-        return int(self._state.counters[0].cached)
+        return self._state.counter("cached")
 
     @property
     def utilization(self) -> float:
@@ -88,7 +91,7 @@ class Inspection:
     @property
     def prefix_caching(self) -> bool:
         """Whether committed blocks stay findable."""
-        return bool(self._state.counters[0].prefix_caching)
+        return bool(self._state.counter("prefix_caching"))
 
     @property
     def eviction_threshold(self) -> float:
@@ -103,7 +106,7 @@ class Inspection:
     @property
     def num_sequences(self) -> int:
         """Live sequences."""
-        return int(self._state.counters[0].num_sequences)
+        return self._state.counter("num_sequences")
 
     @property
     def sequence_ids(self) -> list[SeqId]:
@@ -115,9 +118,7 @@ class Inspection:
     def stats(self) -> CacheStats:
         """The counters since the cache was made."""
         with self._lock:  # all of one moment
-            c = self._state.counters[0]
-            counts = (c.allocations, c.frees, c.evictions, c.forks, c.peak, c.queries, c.hits, c.hit_tokens)
-            return CacheStats(*map(int, counts + (c.partial_tokens, c.reclaimed, c.copied)))
+            return CacheStats(*map(self._state.counter, _STATS))
 
     def get_sequence(self, seq_id: int) -> SequenceInfo:
         """Return a snapshot of a sequence.
@@ -135,7 +136,7 @@ class Inspection:
         except InvalidOperation:
             return False
         with self._lock:
-            return bool(rows.find_row(self._state, key) >= 0)
+            return bool(rows.find_row(self._state.packed, key) >= 0)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -178,7 +179,7 @@ class Inspection:
                 owner=owner,
                 sequences=tuple(self._info(row) for row in live),
                 stats=self.stats,
-                tick=int(self._state.counters[0].tick),
+                tick=self._state.counter("tick"),
             )
 
     def check(self) -> None:
@@ -223,35 +224,35 @@ class Inspection:
         return []
 
     def _row(self, key: int) -> int:
-        row = int(rows.find_row(self._state, key))
+        row = int(rows.find_row(self._state.packed, key))
         if row < 0:
             raise SequenceNotFound(sequence_number(key))
         return row
 
     def _seq_id(self, row: int) -> SeqId:
-        return SeqId(sequence_number(self._state.sequences[row].seq_id))
+        return SeqId(sequence_number(self._state.sequences["seq_id"].item(row)))
 
     def _live_rows(self) -> list[int]:
-        used = int(self._state.counters[0].rows_used)
+        used = self._state.counter("rows_used")
         live: list[int] = np.flatnonzero(self._state.sequences["marks"][:used] & LIVE).tolist()
         return live
 
     def _table(self, row: int) -> npt.NDArray[np.int32]:
-        return self._state.tables[row, : self._state.sequences[row].num_blocks]
+        return self._state.tables[row, : self._state.sequences["num_blocks"].item(row)]
 
     def _info(self, row: int) -> SequenceInfo:
-        record = self._state.sequences[row]
+        record = self._state.sequence(row)
         return SequenceInfo(
-            seq_id=self._seq_id(row),
-            num_tokens=int(record.num_tokens),
-            num_cached_tokens=int(record.num_cached),
-            num_committed_tokens=int(record.num_committed),
-            num_dropped_tokens=int(record.num_dropped),
-            last_access=int(record.last_access),
-            access_count=int(record.access_count),
-            priority=int(record.priority),
+            seq_id=SeqId(sequence_number(record.seq_id)),
+            num_tokens=record.num_tokens,
+            num_cached_tokens=record.num_cached,
+            num_committed_tokens=record.num_committed,
+            num_dropped_tokens=record.num_dropped,
+            last_access=record.last_access,
+            access_count=record.access_count,
+            priority=record.priority,
             pinned=bool(record.marks & PINNED),
-            _table=self._table(row).copy(),
+            _table=self._state.tables[row, : record.num_blocks].copy(),
         )
 
     def _enter_namespace(self, cache_salt: str) -> int:
@@ -275,7 +276,7 @@ class Inspection:
 
     def _stored_blocks(self) -> npt.NDArray[np.int32]:
         """Return the blocks that this call stored, while somebody listens."""
-        entries = self._state.log[: self._state.counters[0].log_len]
+        entries = self._state.log[: self._state.counter("log_len")]
         return entries[entries > 0] - 1
 
     def _block_keys(self, block: int) -> Any:

@@ -8,6 +8,7 @@ import numpy as np
 
 from pagedkv.control import growth, lifecycle, rows
 from pagedkv.control.arguments import (
+    equal_counts,
     fraction,
     parse_batch_tokens,
     parse_counts,
@@ -106,16 +107,16 @@ class BlockManager(Retention):
         with self._lock:
             namespace = self._enter_namespace(cache_salt)
             while True:
-                if self._hooks.decide_reclaims and rows.find_row(self._state, key) < 0:
+                if self._hooks.decide_reclaims and rows.find_row(self._state.packed, key) < 0:
                     self._reclaim_for(namespace, count, ids, known)
                 status, a, b, source, destination = lifecycle.allocate_row(
-                    self._state, key, namespace, priority, count, ids, known
+                    self._state.packed, key, namespace, priority, count, ids, known
                 )
                 if status == rows.OK:
                     break
                 if status == rows.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
-                matched = lifecycle.matching_blocks(self._state, namespace, ids) if known else ()
+                matched = lifecycle.matching_blocks(self._state.packed, namespace, ids) if known else ()
                 self._make_room(status, a, b, matched=matched)
             self._wide_ids |= key < 0
             self._tell_hits(a)
@@ -191,11 +192,11 @@ class BlockManager(Retention):
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
         if num_query_tokens is None:
-            wanted = np.full(len(keys), -1)
+            wanted = equal_counts(-1, len(keys))
         else:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
-            status, place, width, wide, narrow = plan_rows(self._state, keys, wanted)
+            status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
             if status == rows.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise InvalidOperation(f"num_query_tokens expects {most}, got {wanted[place]} for S{number}")
@@ -221,7 +222,7 @@ class BlockManager(Retention):
             keys, made_at = np.array([sequence_key(plan_or_seq_id)]), 2**62
             upto = np.array([-1])
         with self._lock:
-            status, place = growth.commit_rows(self._state, keys, upto, made_at)
+            status, place = growth.commit_rows(self._state.packed, keys, upto, made_at)
             if status == rows.STALE:
                 number = sequence_number(keys[place])
                 raise InvalidOperation(f"the plan is stale: S{number} was taken back and continued since it was made")
@@ -242,7 +243,7 @@ class BlockManager(Retention):
         with self._lock:
             row = self._row(src_key)
             while True:
-                status, twin = lifecycle.fork_row(self._state, row, dst_key)
+                status, twin = lifecycle.fork_row(self._state.packed, row, dst_key)
                 if status == rows.OK:
                     self._wide_ids |= dst_key < 0
                     return self._info(twin)
@@ -262,13 +263,13 @@ class BlockManager(Retention):
         key = sequence_key(seq_id)
         with self._lock:
             row = self._row(key)
-            held = int(self._state.sequences[row].num_tokens)
-            num_tokens = whole_number("num_tokens", num_tokens, 0, held)
-            if num_tokens < held:
-                hole = self._state.sequences[row].hole_len if num_tokens > self._state.sequences[row].hole_start else 0
-                self._score_before_release(row, int(num_tokens + hole) // self.block_size)
-                lifecycle.truncate_row(self._state, row, num_tokens)
-                rows.mark_dirty(self._state, row)
+            record = self._state.sequence(row)
+            num_tokens = whole_number("num_tokens", num_tokens, 0, record.num_tokens)
+            if num_tokens < record.num_tokens:
+                hole = record.hole_len if num_tokens > record.hole_start else 0
+                self._score_before_release(row, (num_tokens + hole) // self.block_size)
+                lifecycle.truncate_row(self._state.packed, row, num_tokens)
+                rows.mark_dirty(self._state.packed, row)
             return self._info(row)
 
     def free(self, seq_id: int) -> None:
@@ -295,7 +296,7 @@ class BlockManager(Retention):
         with self._lock:
             row = self._row(key)
             self._state.counters[0].tick += 1
-            rows.touch_row(self._state, row)
+            rows.touch_row(self._state.packed, row)
             return self._info(row)
 
     def set_priority(self, seq_id: int, priority: int) -> SequenceInfo:
@@ -312,5 +313,5 @@ class BlockManager(Retention):
         with self._lock:
             row = self._row(key)
             self._state.sequences[row].priority = priority
-            rows.mark_dirty(self._state, row)
+            rows.mark_dirty(self._state.packed, row)
             return self._info(row)

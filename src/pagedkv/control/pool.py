@@ -12,12 +12,13 @@ from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.reuse import note_hit, note_release
 from pagedkv.control.rules import ADAPTIVE
 from pagedkv.control.state import State
-from pagedkv.jit import compiled
+from pagedkv.jit import borrowed, compiled
 
 
 @compiled
 def available_blocks(state: State) -> int:
     """Return how many blocks an allocation can have now: free, or cached and unpinned."""
+    state = borrowed(state)
     counters = state.counters[0]
     return counters.num_blocks - counters.used - counters.pinned
 

@@ -64,7 +64,7 @@ class Retention(Holding):
         key = sequence_key(seq_id)
         with self._lock:
             kept = self._kept_pins.pop(key, None)
-            row = rows.find_row(self._state, key)
+            row = rows.find_row(self._state.packed, key)
             if kept is None:
                 if row < 0:
                     raise SequenceNotFound(seq_id)
@@ -83,7 +83,8 @@ class Retention(Holding):
         """
         keys = [sequence_key(seq_id, "spared") for seq_id in spared]
         with self._lock:
-            row = self._victims.first(self._state, frozenset(int(rows.find_row(self._state, key)) for key in keys))
+            rows_spared = frozenset(int(rows.find_row(self._state.packed, key)) for key in keys)
+            row = self._victims.first(self._state, rows_spared)
             return None if row is None else self._seq_id(row)
 
     def evict(self) -> SeqId:
@@ -139,19 +140,19 @@ class Retention(Holding):
         window = whole_number("window_tokens", window_tokens)
         with self._lock:
             row = self._row(key)
-            record = self._state.sequences[row]
+            record = self._state.sequence(row)
             if record.num_tokens <= sink + window:
                 return 0
             if record.num_dropped and record.hole_start != sink:
                 raise InvalidOperation(
                     f"sink_tokens expects {record.hole_start}, as {SeqId(seq_id)} streams already, got {sink}"
                 )
-            needed = int(blocks_to_stream(self._state, row, sink, window))
+            needed = int(blocks_to_stream(self._state.packed, row, sink, window))
             if needed > self.free_block_count:
                 raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
             self._let_strategy_make_room(needed)
             self._score_before_release(row, sink // self.block_size)
-            dropped, copies = stream_row(self._state, row, sink, window)
+            dropped, copies = stream_row(self._state.packed, row, sink, window)
             self._copy(copies)
             self._publish()
             return int(dropped)
@@ -163,9 +164,9 @@ class Retention(Holding):
             raise InvalidOperation(f"token_ids expects token ids, got {token_ids!r}")
         with self._lock:
             namespace = self._namespaces.find(cache_salt)
-            if namespace is None or not self._state.counters[0].prefix_caching:
+            if namespace is None or not self.prefix_caching:
                 return 0
-            return int(lifecycle.count_matching(self._state, namespace, ids))
+            return int(lifecycle.count_matching(self._state.packed, namespace, ids))
 
     def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
         """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
@@ -182,9 +183,9 @@ class Retention(Holding):
         with self._lock:
             namespace = self._namespaces.find(cache_salt) if known else None
             needed = -(-count // self.block_size)
-            if namespace is None or not self._state.counters[0].prefix_caching:
+            if namespace is None or not self.prefix_caching:
                 return needed
-            matched = self._state.blocks[lifecycle.matching_blocks(self._state, namespace, ids)]
+            matched = self._state.blocks[lifecycle.matching_blocks(self._state.packed, namespace, ids)]
             return needed - int(np.count_nonzero((matched["ref_count"] > 0) | (matched["pins"] > 0)))
 
     def clear_prefix_cache(self) -> int:

@@ -23,6 +23,7 @@ def _slot_of(state: State, seq_id: int) -> int:
 @compiled
 def find_row(state: State, seq_id: int) -> int:
     """Return the row of a live sequence, or -1."""
+    state = borrowed(state)
     mask = len(state.seq_table) - 1
     slot = _slot_of(state, seq_id)
     while state.seq_table[slot] != 0:
@@ -111,6 +112,7 @@ def drop_row(state: State, row: int) -> None:
 @compiled
 def touch_row(state: State, row: int) -> None:
     """Count an access at the current tick; the sequence is to be ranked anew before the next eviction."""
+    state = borrowed(state)
     record = state.sequences[row]
     record.last_access = state.counters[0].tick
     record.access_count += 1
@@ -120,6 +122,7 @@ def touch_row(state: State, row: int) -> None:
 @compiled
 def mark_dirty(state: State, row: int) -> None:
     """List a changed sequence, once, for the eviction order."""
+    state = borrowed(state)
     record = state.sequences[row]
     if record.marks & DIRTY == 0:
         record.marks |= DIRTY

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 
-from pagedkv.control.arguments import sequence_number
+import numpy as np
+
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.state import DIRTY, LIVE, PINNED, State
 from pagedkv.control.types import SequenceView
@@ -30,7 +31,7 @@ class VictimOrder:
         while self._heap:
             entry = self._heap[0]
             row = entry[2]
-            record = state.sequences[row]
+            record = state.sequence(row)
             if record.ranked != entry[3] or not record.marks & LIVE:
                 heapq.heappop(self._heap)
             elif record.marks & PINNED or row in spared:
@@ -56,10 +57,9 @@ class VictimOrder:
                 self._strategy.score_sequences(view, int(counters.tick)),
                 len(live),
             )
-            for row, score in zip(live.tolist(), scores.tolist(), strict=True):
+            state.sequences["ranked"][live] = np.arange(self._entries + 1, self._entries + 1 + len(live))
+            for score, seq_id, row in zip(scores.tolist(), view.seq_id.tolist(), live.tolist(), strict=True):
                 self._entries += 1
-                state.sequences[row].ranked = self._entries
-                seq_id = sequence_number(state.sequences[row].seq_id)
                 heapq.heappush(self._heap, (score, seq_id, row, self._entries))
         state.sequences["marks"][rows] &= ~DIRTY
         counters.num_dirty = 0
