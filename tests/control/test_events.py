@@ -56,6 +56,17 @@ def test_late_subscribers_hear_only_what_comes():
     assert [event.token_ids for event in heard] == [(3, 4)]
 
 
+def test_unsubscribing_twice_leaves_others_alone():
+    manager = BlockManager(6, 2)
+    heard = []
+    first, _second = manager.subscribe(heard.append), manager.subscribe(heard.append)
+    first()
+    first()
+    manager.allocate(1, [1, 2])
+    manager.commit(1)
+    assert len(heard) == 1
+
+
 def test_a_snapshot_is_frozen():
     manager = BlockManager(6, 2)
     manager.allocate(1, [1, 2, 3])

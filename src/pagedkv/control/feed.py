@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -20,20 +21,21 @@ class EventFeed:
     def __init__(self, namespaces: Namespaces, always_log: bool = False) -> None:
         self._always_log = always_log
         self._namespaces = namespaces
-        self._callbacks: list[Callable[[CacheEvent], None]] = []
+        self._callbacks: dict[int, Callable[[CacheEvent], None]] = {}
+        self._numbers = itertools.count()
         self._queue: deque[CacheEvent] = deque()
         self._delivering = False
         self._active = False
 
     def subscribe(self, callback: Callable[[CacheEvent], None], state: State) -> Callable[[], None]:
-        """Add a subscriber; returns the function that removes it."""
-        self._callbacks.append(callback)
+        """Add a subscriber; returns the function that removes it, and no other of the same callback."""
+        number = next(self._numbers)
+        self._callbacks[number] = callback
         self._active = True
         state.counters[0].logging = 1
 
         def unsubscribe() -> None:
-            if callback in self._callbacks:
-                self._callbacks.remove(callback)
+            self._callbacks.pop(number, None)
 
         return unsubscribe
 
@@ -60,7 +62,7 @@ class EventFeed:
             self._delivering = False
 
     def _deliver(self, event: CacheEvent) -> None:
-        for callback in list(self._callbacks):
+        for callback in list(self._callbacks.values()):
             try:
                 callback(event)
             except Exception:
