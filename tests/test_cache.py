@@ -136,6 +136,14 @@ def test_layers_are_added_as_a_model_runs():
     assert tuple(cache.storage.gather(1, plan.slot_mapping)[1].shape) == (3, 2, 5)
 
 
+@pytest.mark.parametrize("queries", [None, 3, "x"])
+def test_queries_that_are_no_tensor_are_named(queries):
+    cache = PagedKvCache(4, 4, **TINY)
+    cache.allocate(1, 3)
+    with pytest.raises(InvalidOperation, match="queries: expected a torch.Tensor, got"):
+        cache.attend(0, queries, cache.plan([1]))
+
+
 @pytest.mark.parametrize(
     ("keys", "values", "name"),
     [
