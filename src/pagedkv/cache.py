@@ -162,40 +162,31 @@ class PagedKvCache(BlockManager):
         -------
         Tensor [total_tokens, num_q_heads, v_head_dim]
         """
+        storage = self._storage
+        tensors = queries, storage.keys(layer), storage.values(layer)
+        options: dict[str, Any] = {
+            "scale": tensors[1].shape[-1] ** -0.5 if scale is None else scale,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "layout": storage.spec.layout,
+            "key_scales": storage.key_scales(layer),
+            "value_scales": storage.value_scales(layer),
+        }
         if isinstance(plan, DevicePlan):
             if backend not in ("auto", "triton"):
                 raise InvalidOperation(f"backend: expected auto or triton for a DevicePlan, got {backend!r}")
-            return attend_plan(
-                queries,
-                self._storage.keys(layer),
-                self._storage.values(layer),
-                plan,
-                scale=self._storage.keys(layer).shape[-1] ** -0.5 if scale is None else scale,
-                window=window,
-                softcap=softcap,
-                sinks=sinks,
-                layout=self.spec.layout,
-                key_scales=self._storage.key_scales(layer),
-                value_scales=self._storage.value_scales(layer),
-            )
+            return attend_plan(*tensors, plan, **options)
         if not isinstance(plan, BatchPlan):
             raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
         return paged_attention(
-            queries,
-            self._storage.keys(layer),
-            self._storage.values(layer),
+            *tensors,
             block_tables=plan.block_tables,
             seq_lens=plan.seq_lens,
             cu_seqlens_q=plan.cu_seqlens_q,
-            scale=self._storage.keys(layer).shape[-1] ** -0.5 if scale is None else scale,
-            window=window,
-            softcap=softcap,
-            sinks=sinks,
             holes=plan.holes,
-            layout=self.spec.layout,
-            key_scales=self._storage.key_scales(layer),
-            value_scales=self._storage.value_scales(layer),
             backend=backend,
+            **options,
         )
 
     def device_plan(

@@ -1,4 +1,4 @@
-"""What ``pagedkv serve`` refuses before it loads anything."""
+"""What ``pagedkv serve`` refuses before it serves anybody."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--api-key-file", "/nowhere"], "--api-key-file: cannot read"),
         (["--chat-template", "/nowhere"], "--chat-template: cannot read"),
         (["--host", "256.1.1.1"], "--host: cannot listen"),
+        (["--record-events", "/nowhere/events"], "--record-events: cannot write"),
+        (["--events-endpoint", "nowhere"], "--events-endpoint expects an address"),
+        (["--block-size", "0", "--port", "0"], "--block-size expects an int"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], text: str) -> None:
@@ -45,6 +48,22 @@ def test_a_port_that_is_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "in use" in failure("--port", str(taken.getsockname()[1]))
+
+
+def test_cuda_graphs_without_a_device() -> None:
+    told = failure("--port", "0", "--cuda-graphs")
+    assert told.endswith("--cuda-graphs: expected a model on a CUDA device, got one on cpu")
+
+
+def test_warming_up_is_nobodys_request() -> None:
+    from tests.server.local import make_engine
+
+    from pagedkv.cli.serve import _warm_up
+
+    engine = make_engine(num_blocks=8)
+    before = engine.stats()
+    _warm_up(engine)
+    assert engine.stats() == before
 
 
 def test_a_file_without_keys(tmp_path: Path) -> None:

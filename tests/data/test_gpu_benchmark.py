@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from pagedkv import InvalidOperation
 
 pytest.importorskip("triton")
 
@@ -54,3 +57,15 @@ def test_without_a_gpu_it_says_so(benchmarks, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     assert benchmarks[0].main() == 0
     assert "no CUDA device here; nothing was checked and nothing was measured" in capsys.readouterr().out
+
+
+def test_the_engine_writes_as_much_as_it_was_asked_for(benchmarks, monkeypatch):
+    gpu, _ = benchmarks
+    moments = iter(range(100))
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(perf_counter=lambda: next(moments)))
+    row = gpu.engine_rate(False, "cpu", prompts=1, new_tokens=2)
+    assert row == {"graphs": 0, "tokens_per_second": 2.0}
+    assert gpu.line_of_engine(row) == "engine, shipped model, without CUDA graphs: 2 tokens/s"
+    assert "with 5 CUDA graphs: 2 " in gpu.line_of_engine(row | {"graphs": 5})
+    with pytest.raises(InvalidOperation, match="cuda_graphs: expected a model on a CUDA device"):
+        gpu.engine_rate(True, "cpu")

@@ -54,6 +54,7 @@ class EngineOptions:
     max_num_seqs: int
     max_batch_tokens: int
     kv_dtype: str | None = None
+    cuda_graphs: bool = False
 
     @property
     def path(self) -> Path:
@@ -127,6 +128,7 @@ def _engine(options: EngineOptions, loaded: LoadedModel) -> AsyncEngine:
             max_num_seqs=options.max_num_seqs,
             max_batch_tokens=options.max_batch_tokens,
             kv_dtype=options.kv_dtype,
+            cuda_graphs=options.cuda_graphs,
         )
     )
 

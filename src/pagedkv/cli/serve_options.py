@@ -47,6 +47,9 @@ def serve(
     dtype: Annotated[
         str, option("--dtype", help="auto (as stored), float32, bfloat16, float16.", panel=_MODEL)
     ] = "auto",
+    cuda_graphs: Annotated[
+        bool, option("--cuda-graphs", help="Replay decode steps as CUDA graphs; not yet tried.", panel=_MODEL)
+    ] = False,
     chat_template: Annotated[
         Path | None,
         option("--chat-template", help="A Jinja file instead of the tokenizer's.", default=False, panel=_MODEL),
@@ -155,6 +158,7 @@ def serve(
             max_num_seqs=max_num_seqs,
             max_batch_tokens=max_batch_tokens,
             kv_dtype=kv_dtype,
+            cuda_graphs=cuda_graphs,
         )
         run(
             engine,

@@ -119,6 +119,11 @@ class DevicePlan:
         tables, lens, cuts, holes = views[2:]
         self.batch = DeviceBatch(tables, lens, cuts, holes, self.max_tokens, longest, bound, is_static=True)
 
+    @property
+    def total_tokens(self) -> int:
+        """Query tokens that are written and attend, those that are none included: ``max_tokens``."""
+        return self.max_tokens
+
     def load(self, plan: Any) -> Self:
         """Copy a plan into the buffers, in one piece and without waiting for the device.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -51,6 +52,8 @@ class LLM:
         Of the stored K and V; that of the model by default. ``"int8"`` and ``"fp8"`` are quantised.
     mode : {"auto", "ragged", "gather"}
         How the model is run; see :func:`pagedkv.hf.load_runner`.
+    cuda_graphs : bool
+        Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
 
     Attributes
     ----------
@@ -78,6 +81,7 @@ class LLM:
         eviction_threshold: float = 0.9,
         kv_dtype: Any = None,
         mode: str = "auto",
+        cuda_graphs: bool = False,
     ) -> None:
         if hasattr(model, "forward") and hasattr(model, "cache"):
             runner = model
@@ -93,6 +97,7 @@ class LLM:
                 kv_dtype=kv_dtype,
                 mode=mode,
                 eviction_threshold=eviction_threshold,
+                cuda_graphs=cuda_graphs,
             )
         self.tokenizer = _tokenizer_of(model if tokenizer is None else tokenizer)
         self.core = EngineCore(
@@ -103,6 +108,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
         )
         self._numbers = itertools.count()
+        self._turn = threading.Lock()
 
     def generate(
         self,
@@ -113,7 +119,7 @@ class LLM:
         cache_salt: str = "",
         progress: bool = False,
     ) -> list[RequestOutput]:
-        """Write a continuation of every prompt.
+        """Write a continuation of every prompt; threads that call at once take turns.
 
         Parameters
         ----------
@@ -146,6 +152,10 @@ class LLM:
             self.request(prompt, each, priority=priority, cache_salt=cache_salt, wants_updates=False)
             for prompt, each in zip(listed, wanted, strict=True)
         ]
+        with self._turn:
+            return self._outputs_of(requests, progress)
+
+    def _outputs_of(self, requests: Sequence[Request], progress: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
         try:
             for request in requests:

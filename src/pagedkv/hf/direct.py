@@ -9,7 +9,7 @@ written out in the model) is refused here and runs in gather mode.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Self
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.plan import BatchPlan
-from pagedkv.data.attention import paged_attention
+from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import AttentionInterface, AttentionMaskInterface, is_causal_mask
 
@@ -27,6 +27,8 @@ __all__ = ["DIRECT", "PagedMask", "PagedStates", "attend_blocks", "paged_mask"]
 
 DIRECT = "pagedkv"
 """The name to give as ``attn_implementation``."""
+
+Plan = BatchPlan | DevicePlan
 
 _GATHER = "use gather mode instead: attn_implementation='sdpa' or 'eager'"
 
@@ -61,12 +63,12 @@ class PagedStates(_Handle):
     _what = "keys or values that are in blocks"
     pool: PagedKvCache
     layer: int
-    plan: BatchPlan
+    plan: Plan
     backend: str
 
     @classmethod
     def of(
-        cls, states: Tensor, pool: PagedKvCache, layer: int, plan: BatchPlan, length: int, backend: str = "auto"
+        cls, states: Tensor, pool: PagedKvCache, layer: int, plan: Plan, length: int, backend: str = "auto"
     ) -> PagedStates:
         """Return the handle for all K or V of the rows that `states` [batch, heads, tokens, dim] belongs to.
 
@@ -81,12 +83,10 @@ class PagedStates(_Handle):
 
 @dataclass(slots=True)
 class _Layout:
-    """A plan without its padding."""
+    """A plan as attention gets it: without its padding."""
 
-    plan: BatchPlan
-    seq_lens: npt.NDArray[np.int32]
-    cu_seqlens_q: npt.NDArray[np.int32]
-    holes: npt.NDArray[np.int32]
+    made_for: Plan
+    plan: Plan
     queries: Tensor | None  # the query tokens that are no padding, where some are
 
 
@@ -105,16 +105,19 @@ class PagedMask(_Handle):
         handle.window, handle.pads, handle._layout = window, pads, None
         return handle
 
-    def without_padding(self, plan: BatchPlan, num_queries: int) -> _Layout:
+    def without_padding(self, plan: Plan, num_queries: int) -> _Layout:
         """Return the plan without the padding, made once for all layers."""
-        if self._layout is None or self._layout.plan is not plan:
-            self._layout = _without_padding(plan, self.pads) if self.pads.any() else _as_planned(plan, num_queries)
+        if self._layout is None or self._layout.made_for is not plan:
+            if isinstance(plan, BatchPlan) and self.pads.any():
+                self._layout = _without_padding(plan, self.pads)
+            else:
+                self._layout = _as_planned(plan, num_queries)
         return self._layout
 
 
-def _as_planned(plan: BatchPlan, num_queries: int) -> _Layout:
+def _as_planned(plan: Plan, num_queries: int) -> _Layout:
     queries = None if plan.total_tokens == num_queries else torch.arange(plan.total_tokens)
-    return _Layout(plan, plan.seq_lens, plan.cu_seqlens_q, plan.holes, queries)
+    return _Layout(plan, plan, queries)
 
 
 def _without_padding(plan: BatchPlan, pads: npt.NDArray[np.int64]) -> _Layout:
@@ -126,7 +129,7 @@ def _without_padding(plan: BatchPlan, pads: npt.NDArray[np.int64]) -> _Layout:
     holes = np.stack([np.zeros_like(pads), pads], axis=1).astype(np.int32)
     is_text = plan.positions >= np.repeat(pads, plan.num_query_tokens)
     queries = None if is_text.all() else torch.from_numpy(np.flatnonzero(is_text))
-    return _Layout(plan, seq_lens, cu_seqlens, holes, queries)
+    return _Layout(plan, replace(plan, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens, holes=holes), queries)
 
 
 def paged_mask(
@@ -214,23 +217,16 @@ def attend_blocks(
     layout = attention_mask.without_padding(key.plan, rows * tokens)
     queries = query.transpose(1, 2).reshape(rows * tokens, heads, dim)
     text = queries if layout.queries is None else queries[layout.queries.to(query.device)]
-    storage = key.pool.storage
-    out = paged_attention(
+    out = key.pool.attend(
+        key.layer,
         text,
-        storage.keys(key.layer),
-        storage.values(key.layer),
-        key_scales=storage.key_scales(key.layer),
-        value_scales=storage.value_scales(key.layer),
-        block_tables=key.plan.block_tables,
-        seq_lens=layout.seq_lens,
-        cu_seqlens_q=layout.cu_seqlens_q,
-        holes=layout.holes,
-        scale=dim**-0.5 if scaling is None else scaling,
+        layout.plan,
+        scale=scaling,
         window=attention_mask.window,
         softcap=softcap,
         sinks=s_aux,
         backend=key.backend,
-    )  # a PagedCache lays its blocks out as NHD, the default
+    )
     if layout.queries is not None:
         out = out.new_zeros(rows * tokens, *out.shape[1:]).index_copy_(0, layout.queries.to(out.device), out)
     return out.view(rows, tokens, heads, -1), None

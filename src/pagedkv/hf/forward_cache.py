@@ -17,7 +17,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import Cache, CacheLayerMixin
-from pagedkv.hf.direct import PagedStates
+from pagedkv.hf.direct import PagedStates, Plan
 from pagedkv.hf.pages import LayerTable, ModelKvCache, by_token, visible_slots
 
 __all__ = ["GatherWriter", "RaggedWriter", "forward_cache"]
@@ -91,7 +91,7 @@ class RaggedWriter:
 
     def __init__(self, pool: ModelKvCache, table: LayerTable, backend: str) -> None:
         self._pool, self._table, self._backend = pool, table, backend
-        self.plan: BatchPlan | None = None
+        self.plan: Plan | None = None
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store K and V; the handles stand for everything that the sequences see."""

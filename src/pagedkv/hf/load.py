@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pagedkv.control.arguments import whole_number
 from pagedkv.control.strategies import EvictionStrategy
-from pagedkv.errors import InvalidOperation
+from pagedkv.data.gpu_device import has_triton
+from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.hf.compat import has_changing_rope
+from pagedkv.hf.graphs import CudaRecorder
 from pagedkv.hf.pages import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
@@ -44,6 +47,7 @@ def load_runner(
     mode: str = "auto",
     eviction_threshold: float = 0.9,
     batch_invariant: bool = True,
+    cuda_graphs: bool = False,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -68,6 +72,9 @@ def load_runner(
     batch_invariant : bool
         Whether logits in ragged mode on the CPU are to have the same bits whatever else is in a batch and however a
         text is cut (see docs/huggingface.md). It costs time in float32 where fewer than four tokens are computed.
+    cuda_graphs : bool
+        Whether decode steps are recorded and replayed as CUDA graphs (see docs/gpu.md), in ragged mode. A model that
+        cannot be recorded runs without, and the logger says why.
 
     Returns
     -------
@@ -76,15 +83,20 @@ def load_runner(
     Raises
     ------
     InvalidOperation
-        If an argument is out of range, the model has no attention layer or an encoder, or ragged mode was asked for
-        and is not right.
+        If an argument is out of range, the model has no attention layer or an encoder, ragged mode was asked for and is
+        not right, or CUDA graphs were and the model is on no CUDA device.
+    MissingExtra
+        If CUDA graphs were asked for and Triton is not installed.
     """
     if mode not in MODES:
         raise InvalidOperation(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    whole_number("block_size", block_size, 1, 2**31 - 1)
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
         raise InvalidOperation(f"model: expected a folder or a PreTrainedModel, got {type(model).__name__}")
+    if cuda_graphs:
+        _require_graphs(model, mode)
     model.train(False)
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
@@ -102,7 +114,20 @@ def load_runner(
     )
     runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant)
     runner.table.follow(proved.table)
+    if cuda_graphs and runner.mode == "gather":
+        logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
+    elif cuda_graphs:
+        runner.record_decoding(CudaRecorder(model.device))
     return runner
+
+
+def _require_graphs(model: Any, mode: str) -> None:
+    if mode == "gather":
+        raise InvalidOperation("cuda_graphs: expected False in mode 'gather', got True")
+    if model.device.type != "cuda":
+        raise InvalidOperation(f"cuda_graphs: expected a model on a CUDA device, got one on {model.device}")
+    if not has_triton():
+        raise MissingExtra("triton", "gpu")
 
 
 def _prove(model: Any, mode: str, block_size: int, kv_dtype: Any) -> ModelRunner:

@@ -14,8 +14,9 @@ from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import attention_by
-from pagedkv.hf.direct import DIRECT
+from pagedkv.hf.direct import DIRECT, Plan
 from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
+from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
 from pagedkv.hf.pages import LayerTable, ModelKvCache
 from pagedkv.hf.products import Products
 from pagedkv.hf.runner_streams import RunnerStreams
@@ -71,6 +72,7 @@ class ModelRunner:
         self._products = Products(model)
         self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
         self._streaming = RunnerStreams(model, cache)
+        self._graphs: DecodeGraphs | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_rows = "logits_to_keep" in accepted
@@ -79,6 +81,23 @@ class ModelRunner:
     def bytes_per_block(self) -> int:
         """Bytes of K and V of one block over all layers; 0 before the first forward pass."""
         return self.cache.block_memory_bytes
+
+    @property
+    def num_recordings(self) -> int:
+        """How many kinds of decode steps are replayed from a recording: 0 without CUDA graphs."""
+        return 0 if self._graphs is None else len(self._graphs)
+
+    def record_decoding(self, record: Record) -> None:
+        """Record decode steps and replay them from now on, in ragged mode.
+
+        Parameters
+        ----------
+        record : callable
+            As :class:`pagedkv.hf.graphs.CudaRecorder`.
+        """
+        if self.mode == "ragged":
+            name = type(self.model).__name__
+            self._graphs = DecodeGraphs(self.cache, self._ragged_logits, self.vocab_size, record, name)
 
     def forward(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> Tensor:
         """Compute K and V of the query tokens of a plan and the logits of some of them. Commits nothing.
@@ -130,11 +149,22 @@ class ModelRunner:
         self._streaming.release(key)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
+        graphs = self._graphs
+        logits = None if graphs is None else graphs.replay(plan, ids, positions, rows)
+        if logits is not None:
+            return logits
+        padded = (on_device(_padded(array, self._tile), self.model.device) for array in (ids, positions, rows))
+        logits = self._ragged_logits(plan, *padded)[: len(rows)].float()
+        if graphs is not None:
+            graphs.learn(plan, ids, positions)
+        return logits
+
+    def _ragged_logits(self, plan: Plan, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        """Return the logits of some rows of a batch, in the model's dtype; nothing here waits for the device."""
         self._ragged.plan = plan
         try:
             with attention_by(DIRECT, self._text), self._products:
-                padded = (_padded(array, self._tile) for array in (ids, positions, rows))
-                return self._run(self._ragged_cache, *padded)[: len(rows)]
+                return self._run(self._ragged_cache, ids, positions, rows)
         finally:
             self._ragged.plan = None
 
@@ -148,22 +178,18 @@ class ModelRunner:
             layers = self._states.layers(int(plan.seq_ids[i]), past, last - first)
             cache = forward_cache(layers, self._states.paged, self._gather)
             chosen = (rows >= first) & (rows < last)
-            logits[torch.from_numpy(chosen)] = self._run(
-                cache, ids[first:last], positions[first:last], rows[chosen] - first
-            )
+            parts = (ids[first:last], positions[first:last], rows[chosen] - first)
+            tensors = (on_device(part, self.model.device) for part in parts)
+            logits[torch.from_numpy(chosen)] = self._run(cache, *tensors).float()
         return logits
 
-    def _run(self, cache: Any, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
-        device = self.model.device
-        kept = torch.from_numpy(rows).to(device)
-        inputs: dict[str, Any] = {"logits_to_keep": kept} if self._takes_rows else {}
+    def _run(self, cache: Any, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
+        inputs: dict[str, Any] = {"logits_to_keep": rows} if self._takes_rows else {}
         if self._takes_positions:
-            inputs["position_ids"] = torch.from_numpy(positions).to(device)[None]
-        output = self.model(
-            input_ids=torch.from_numpy(ids).to(device)[None], past_key_values=cache, use_cache=True, **inputs
-        )
+            inputs["position_ids"] = positions[None]
+        output = self.model(input_ids=ids[None], past_key_values=cache, use_cache=True, **inputs)
         logits: Tensor = output.logits[0]
-        return (logits if self._takes_rows else logits[kept]).float()
+        return logits if self._takes_rows else logits[rows]
 
     def _checked(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> tuple[Ids, Ids]:
         if not isinstance(plan, BatchPlan):
