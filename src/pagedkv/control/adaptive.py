@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pagedkv.control.protocol import Scores
 from pagedkv.control.registry import register_strategy
-from pagedkv.control.types import BlockView, SequenceView
+from pagedkv.control.views import BlockView, SequenceView
 
 __all__ = ["Adaptive"]
 

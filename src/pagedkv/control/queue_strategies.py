@@ -13,7 +13,7 @@ import numpy as np
 from pagedkv.control.protocol import Scores
 from pagedkv.control.registry import register_strategy
 from pagedkv.control.rules import COST_OF_FIRST
-from pagedkv.control.types import BlockView, SequenceView
+from pagedkv.control.views import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
 __all__ = ["GDSF", "S3FIFO", "SIEVE", "TTL"]

@@ -23,7 +23,7 @@ from pagedkv.control.protocol import EvictionStrategy, Scores, StrategyHooks
 from pagedkv.control.queue_strategies import GDSF, S3FIFO, SIEVE, TTL
 from pagedkv.control.registry import as_strategy, parse_strategy, register_strategy
 from pagedkv.control.rules import RECENCY_BITS
-from pagedkv.control.types import BlockView, SequenceView
+from pagedkv.control.views import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
 __all__ = [

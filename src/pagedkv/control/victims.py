@@ -12,7 +12,7 @@ import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.state import DIRTY, LIVE, PINNED, State
-from pagedkv.control.types import SequenceView
+from pagedkv.control.views import SequenceView
 
 
 class VictimOrder:
