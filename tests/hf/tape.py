@@ -7,46 +7,64 @@ What a graph cannot hold, as it needs an answer from the device, is an error, as
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "is_nonzero", "equal")
 
 
 class Tape(TorchDispatchMode):
-    """Keeps the work that is done under it."""
+    """Keeps the work that is done under it, and the memory that is taken under it; all other memory has to be kept."""
 
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[Callable[[], Any]] = []
+        self._made: dict[int, torch.Tensor] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func.overloadpacket.__name__ in REFUSED:
             raise RuntimeError(f"{func}: operation not permitted when stream is capturing")
-        given = {_memory(x) for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)}
-        result = func(*args, **kwargs)
-        made = [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
+        again = self._repeatable(func, args, kwargs or {})
+        given = {_memory(x) for x in _tensors((args, kwargs))}
+        result = func(*args, **kwargs or {})
+        made = _tensors(result)
         if not all(_memory(x) in given for x in made):
-            self.steps.append(lambda: _again(made, func(*args, **kwargs)))
+            self.steps.append(lambda: _copy(made, again()))
         elif not func.is_view:
-            self.steps.append(lambda: func(*args, **kwargs))
+            self.steps.append(again)
+        self._made |= {id(x): x for x in made}
         return result
 
     def launch(self, kernel: Any, args: Any, kwargs: Any) -> None:
         """Keep and run a kernel."""
+        again = self._repeatable(kernel, args, kwargs)
 
         def run() -> None:
             with _disable_current_modes():
-                kernel(*args, **kwargs)
+                again()
 
         run()
         self.steps.append(run)
+
+    def _repeatable(self, func: Any, args: Any, kwargs: Any) -> Callable[[], Any]:
+        """Return the call; it does not keep alive what was not made under the tape, as a graph does not."""
+        leaves, spec = tree_flatten((args, kwargs))
+        is_foreign = [isinstance(x, torch.Tensor) and id(x) not in self._made for x in leaves]
+        kept = [weakref.ref(x) if foreign else x for x, foreign in zip(leaves, is_foreign, strict=True)]
+
+        def again() -> Any:
+            found = [x() if foreign else x for x, foreign in zip(kept, is_foreign, strict=True)]
+            assert all(x is not None for x, foreign in zip(found, is_foreign, strict=True) if foreign), "freed memory"
+            args, kwargs = tree_unflatten(found, spec)
+            return func(*args, **kwargs)
+
+        return again
 
 
 class TapeRecorder:
@@ -94,10 +112,14 @@ class TapeRecorder:
         return replay
 
 
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, torch.Tensor)]
+
+
 def _memory(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _again(made: list[torch.Tensor], result: Any) -> None:
-    for old, new in zip(made, [x for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)], strict=True):
+def _copy(made: list[torch.Tensor], result: Any) -> None:
+    for old, new in zip(made, _tensors(result), strict=True):
         old.copy_(new)

@@ -71,10 +71,11 @@ class CudaRecorder:
 
 @dataclass(slots=True)
 class _Recording:
-    """A recorded forward pass and the memory that it reads and writes."""
+    """A recorded forward pass and the memory that it reads and writes, which the recording itself does not keep."""
 
     plan: DevicePlan
     ids: Tensor  # int64 [batch]
+    rows: Tensor  # int64 [batch], all of them
     logits: Tensor  # float32 [batch, vocab_size], shared by all recordings
     replay: Callable[[], None]
 
@@ -165,13 +166,13 @@ class DecodeGraphs:
     def _recorded(self, bucket: tuple[int, int], plan: BatchPlan, ids: Ids, positions: Ids) -> _Recording:
         batch, blocks = bucket
         static = self._cache.device_plan(batch, blocks, max_tokens=batch, max_query_tokens=1)
-        static_ids, every_row = torch.zeros_like(static.positions), torch.arange(batch, device=static.device)
+        static_ids, rows = torch.zeros_like(static.positions), torch.arange(batch, device=static.device)
         logits = self._room_for(batch, static.device)
 
         def run() -> None:
-            logits.copy_(self._forward(static, static_ids, static.positions, every_row))
+            logits.copy_(self._forward(static, static_ids, static.positions, rows))
 
-        recording = _Recording(static, static_ids, logits, run)
+        recording = _Recording(static, static_ids, rows, logits, run)
         recording.load(plan, ids, positions)
         recording.replay = self._record(run)
         return recording
