@@ -276,6 +276,13 @@ def test_a_pool_of_no_blocks():
     cache.check()
 
 
+@pytest.mark.parametrize("block_size", [2**20, 2**31 - 1])
+def test_books_that_do_not_fit_into_memory(block_size):
+    with pytest.raises(OutOfMemory, match=f"the books of {2**31 - 2} blocks of {block_size} tokens") as caught:
+        BlockManager(2**31 - 2, block_size)
+    assert caught.value.requested == 2**31 - 2
+
+
 def test_memory_of_a_block():
     cache = PagedKvCache(2, 16, 32, 128)
     assert cache.block_memory_bytes == 262_144

@@ -34,6 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.learning_records import NOTE, Learner, new_learner
+from pagedkv.errors import OutOfMemory
 from pagedkv.jit import packed
 
 BLOCK = np.dtype(
@@ -157,7 +158,21 @@ def power_of_two(at_least: int) -> int:
 
 
 def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int = 64, width: int = 64) -> State:
-    """Make the state of an empty pool; memory is committed only as blocks are used."""
+    """Make the state of an empty pool; memory is committed only as blocks are used.
+
+    Raises
+    ------
+    OutOfMemory
+        If even the addresses for so many blocks and tokens cannot be had.
+    """
+    try:
+        return _empty_state(num_blocks, block_size, prefix_caching, rows, width)
+    except (MemoryError, ValueError) as error:  # the latter is NumPy's for a size beyond all addresses
+        hint = f"the books of {num_blocks} blocks of {block_size} tokens do not fit into memory"
+        raise OutOfMemory(num_blocks, 0, hint) from error
+
+
+def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int, width: int) -> State:
     counters = np.zeros(1, COUNTERS)
     counters["num_blocks"] = num_blocks
     counters["block_size"] = block_size
