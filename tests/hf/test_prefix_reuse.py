@@ -259,6 +259,30 @@ def test_embeddings_are_not_taken_for_the_ids(model, cache):
     assert cache.manager.match_prefix(ids[0].tolist()) == 0
 
 
+def test_a_list_of_images_is_not_taken_for_the_ids(model, cache, monkeypatch):
+    class Looked(Exception):
+        """The model has no eyes: far enough."""
+
+    def look(module, args, inputs):
+        assert cache.manager.num_sequences == 0, "no ids were told"
+        raise Looked
+
+    ids = prompt(1, 20)
+    paged(model, ids, cache)
+    monkeypatch.setattr(model, "_validate_model_kwargs", lambda kwargs: None)
+    hook = model.register_forward_pre_hook(look, with_kwargs=True)
+    with pytest.raises(Looked):
+        paged(model, ids, cache, pixel_values=[torch.ones(3, 4, 4)])
+    hook.remove()
+
+
+def test_without_the_use_of_a_cache_it_is_refused(model, cache):
+    ids = prompt(1, 20)
+    with pytest.raises(InvalidOperation, match="use_cache: expected True with a PagedCache, got False"):
+        generate(model, ids, cache, use_cache=False, **GREEDY)
+    assert cache.manager.used_block_count == 0 and cache.manager.match_prefix(ids[0].tolist()) == 0
+
+
 def test_rejected_drafts_leave_true_blocks_only(model, cache):
     ids = prompt(1, 6).repeat(1, 5)
     out = paged(model, ids, cache, prompt_lookup_num_tokens=6)
@@ -325,6 +349,8 @@ def test_bad_arguments_are_named(model, cache):
     ids = prompt(1, 5)
     with pytest.raises(InvalidOperation, match="cache: expected a PagedCache, got dict"):
         generate(model, ids, {})
+    with pytest.raises(InvalidOperation, match="input_ids: expected at least one token"):
+        generate(model, ids[:, :0], cache)
     with pytest.raises(InvalidOperation, match="past_key_values"):
         generate(model, ids, cache, past_key_values=cache)
     for wrong in (ids[0], ids.float(), ids - VOCAB):

@@ -33,8 +33,8 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         Whether the sequences are freed at the end; what was stored stays findable. If not, they stay until the next
         prompt or ``cache.release()``. After an error they are always freed.
     **kwargs
-        For ``model.generate()``. With a tensor other than ``attention_mask`` (embeddings, images, positions) the
-        ids do not determine K and V, so nothing is reused or left to be found.
+        For ``model.generate()``. With a tensor other than ``attention_mask`` (embeddings, positions, a list of
+        images) the ids do not determine K and V, so nothing is reused or left to be found.
 
     Returns
     -------
@@ -44,7 +44,8 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     Raises
     ------
     InvalidOperation
-        If `cache` is no PagedCache or has served another model, or ``past_key_values`` is among the arguments.
+        If `cache` is no PagedCache or has served another model, there is no token, ``past_key_values`` is among the
+        arguments, or ``use_cache`` is False.
     OutOfMemory
         If the pool is too small; says how many blocks it takes.
     """
@@ -52,8 +53,10 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         raise InvalidOperation(f"cache: expected a PagedCache, got {type(cache).__name__}")
     if "past_key_values" in kwargs:
         raise InvalidOperation("past_key_values: expected the cache as third argument only")
+    if isinstance(input_ids, Tensor) and not input_ids.numel() and "inputs_embeds" not in kwargs:
+        raise InvalidOperation(f"input_ids: expected at least one token, got shape {list(input_ids.shape)}")
     cache.serve(model)
-    others = {name for name, value in kwargs.items() if isinstance(value, Tensor)} - {"attention_mask"}
+    others = {name for name, value in kwargs.items() if _holds_tensor(value)} - {"attention_mask"}
     if others:
         cache.release()
         return _run(model, input_ids, cache, release, kwargs)
@@ -64,6 +67,8 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if inputs.get("past_key_values") is not cache or inputs.get("input_ids") is None:
             return None
+        if inputs.get("use_cache") is False:  # every token would come again in every step, at positions of its own
+            raise InvalidOperation("use_cache: expected True with a PagedCache, got False")
         inputs = _without_cached(inputs, input_ids, cache.get_seq_length())
         cache.expect(inputs["input_ids"])
         return args, inputs
@@ -73,6 +78,12 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         return _run(model, input_ids, cache, release, kwargs)
     finally:
         hook.remove()
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
 
 
 def _inferred_mask(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
