@@ -83,7 +83,7 @@ def main() -> None:
     for module in (gpu, gpu_device):
         module.require_runnable = lambda name, device: None
     for module in (gpu_launch, gpu_tuning):
-        module.device_of = lambda device: Device("none", 132, 227 << 10 if capability >= 90 else 99 << 10)
+        module.device_of = lambda device: Device("none", 132, 227 << 10 if capability >= 90 else 99 << 10, capability)
         module.is_interpreted = lambda: False
     gpu_tuning.is_capturing = lambda device: True
     gpu_launch._precision = lambda device: "tf32x3"

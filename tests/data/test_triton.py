@@ -20,7 +20,7 @@ from pagedkv.data.gpu_plan import DevicePlan
 pytest.importorskip("triton")
 
 from pagedkv.data import gpu_launch, gpu_move  # noqa: E402
-from pagedkv.data.gpu_shapes import Config, Device, Heads, candidates, num_splits  # noqa: E402
+from pagedkv.data.gpu_shapes import Config, Device, Heads, candidates, num_splits, shared_bytes  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["NHD", "HND"]
@@ -328,7 +328,7 @@ def test_storage_refuses_an_unknown_backend():
 @pytest.mark.parametrize("item_bytes", [2, 4])
 @pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 227 << 10])
 def test_there_is_a_configuration_for_every_shape(group, dim, item_bytes, shared):
-    device = Device("some", 100, shared)
+    device = Device("some", 100, shared, 80)
     for most in (0, 1, Heads(group, dim, dim, item_bytes, item_bytes, 0).few):
         configs = candidates(Heads(group, dim, dim, item_bytes, item_bytes, most), device)
         assert configs and len(set(configs)) == len(configs) <= 10
@@ -338,12 +338,18 @@ def test_there_is_a_configuration_for_every_shape(group, dim, item_bytes, shared
 
 
 def test_splits_fill_the_device_and_stay_worth_their_while():
-    config, device = Config(16, 64, 4, 3), Device("some", 132, 227 << 10)
-    assert num_splits(8, 131072, config, device) == 64
-    assert num_splits(256, 4096, config, device) == 2
-    assert num_splits(4096, 4096, config, device) == 1
-    assert num_splits(8, 300, config, device) == 1
-    assert num_splits(0, 0, config, device) == 1
+    heads, config, device = Heads(4, 128, 128, 2, 2, 1), Config(16, 64, 4, 3), Device("some", 132, 227 << 10, 90)
+
+    def splits(programs, longest):
+        return num_splits(programs, longest, config, heads, device)
+
+    room = 3 * 132  # programs at once, by their shared memory
+    assert shared_bytes(config, heads, device) * 3 <= device.shared_bytes < shared_bytes(config, heads, device) * 4
+    assert room / 2 < 8 * splits(8, 131072) <= room
+    assert splits(256, 4096) == 1, "two on each core are enough, and a second launch would cost more"
+    assert splits(4096, 4096) == 1
+    assert splits(room + 4, 32768) > 1, "four of a second round would keep the others waiting"
+    assert splits(8, 300) == splits(0, 0) == 1
 
 
 def test_halves_are_computed_in_their_own_dtype_where_keys_fit():

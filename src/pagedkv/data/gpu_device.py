@@ -23,7 +23,7 @@ __all__ = [
     "uses_triton",
 ]
 
-_INTERPRETED = Device("interpreter", 4, 1 << 20)
+_INTERPRETED = Device("interpreter", 4, 1 << 20, 80)
 
 
 @functools.cache
@@ -100,7 +100,8 @@ def device_of(device: torch.device) -> Device:
         return _INTERPRETED
     properties = torch.cuda.get_device_properties(device)
     shared = getattr(properties, "shared_memory_per_block_optin", 99 << 10)
-    return Device(properties.name, properties.multi_processor_count, int(shared))
+    capability = 10 * properties.major + properties.minor
+    return Device(properties.name, properties.multi_processor_count, int(shared), capability)
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:

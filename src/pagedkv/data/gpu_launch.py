@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from pagedkv.data.arguments import AttentionCall
 from pagedkv.data.gpu_attention import attend_tiles, combine_splits
 from pagedkv.data.gpu_device import device_of, is_interpreted, tl_dtype
 from pagedkv.data.gpu_plan import DeviceBatch
-from pagedkv.data.gpu_shapes import Config, Heads, num_splits
+from pagedkv.data.gpu_shapes import MOST_SPLITS, TILES_PER_SPLIT, Config, Heads, num_splits
 from pagedkv.data.gpu_tuning import config_for
 from pagedkv.spec import MAX_COUNT
 
@@ -25,12 +26,16 @@ def launch(call: AttentionCall, batch: DeviceBatch) -> None:
     if is_interpreted() and out.dtype == torch.bfloat16:
         # The interpreter cuts float32 off to bfloat16 where a device rounds.
         call.out = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    scale, queries = call.scale, call.queries
+    if scale < 0:
+        call.scale, call.queries = -scale, -queries  # the kernels know no other sign
     few = _heads(call, 1).few
     most = batch.most_up_to(few)
     if batch.has_more_than(few):
         _launch_many(call, batch, few)
     if most:
         _launch_few(call, batch, most)
+    call.scale, call.queries = scale, queries
     if call.out is not out:
         out.copy_(call.out)
         call.out = out
@@ -57,7 +62,7 @@ def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
 
     def run(config: Config) -> None:
         tiles = batch.total_tokens // (config.tile_m // heads.group) + batch.num_sequences
-        grid = (tiles, call.keys.shape[2], 1)
+        grid = (tiles * call.keys.shape[2], 1)
         _attend(call, batch, heads, config, grid, (few + 1, MAX_COUNT), (call.out, call.out), search=True)
 
     # A tile has 64 rows or so.
@@ -67,17 +72,18 @@ def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
 
 def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
     heads = _heads(call, most)
+    longest = batch.longest if call.window is None else min(batch.longest, call.window + most)
+    even = batch.num_sequences * call.keys.shape[2]
+    if not batch.is_static and longest:
+        even = int(np.minimum(call.seq_lens, longest).sum()) * call.keys.shape[2] // longest
 
     def run(config: Config) -> None:
-        num_kv_heads, num_heads = call.keys.shape[2], call.queries.shape[1]
-        longest = batch.longest if call.window is None else min(batch.longest, call.window + most)
-        splits = num_splits(batch.num_sequences * num_kv_heads, longest, config, device_of(call.queries.device))
-        grid = (batch.num_sequences, num_kv_heads, splits)
-        rows = (batch.num_sequences * most, num_heads)
-        size = (*rows, splits) if splits > 1 else (0,)
+        programs, num_heads = batch.num_sequences * call.keys.shape[2], call.queries.shape[1]
+        splits = num_splits(even, longest, config, heads, device_of(call.queries.device))
+        size = (batch.num_sequences * most, num_heads, splits) if splits > 1 else (0, 0, 0)
         partial = torch.empty((*size, heads.v_head_dim), dtype=torch.float32, device=call.out.device)
         sums = torch.empty((*size, 2), dtype=torch.float32, device=call.out.device)
-        _attend(call, batch, heads, config, grid, (1, most), (partial, sums), search=False)
+        _attend(call, batch, heads, config, (programs, splits), (1, most), (partial, sums), search=False)
         if splits > 1:
             _combine(call, batch, heads, partial, sums)
 
@@ -90,7 +96,7 @@ def _attend(
     batch: DeviceBatch,
     heads: Heads,
     config: Config,
-    grid: tuple[int, int, int],
+    grid: tuple[int, int],
     served: tuple[int, int],
     partials: tuple[Tensor, Tensor],
     search: bool,
@@ -113,15 +119,17 @@ def _attend(
             batch.holes,
             batch.num_sequences,
             *served,
+            TILES_PER_SPLIT,
             call.scale,
             call.softcap or 0.0,
             call.window or 0,
             batch.block_tables.shape[1],
             *call.queries.stride()[:2],
+            *call.out.stride()[:2],
             *call.keys.stride()[:3],
             *call.values.stride()[:3],
             *((0, 0, 0) if key_scales is None else key_scales.stride()),
-            *call.out.stride()[:2],
+            KV_HEADS=call.keys.shape[2],
             BLOCK_SIZE=call.keys.shape[1],
             GROUP=heads.group,
             HEAD_DIM=heads.head_dim,
@@ -130,7 +138,7 @@ def _attend(
             TILE_N=config.tile_n,
             TILE_D=heads.tile_d,
             TILE_DV=heads.tile_dv,
-            SPLITS=grid[2],
+            SPLIT=grid[1] > 1,
             SEARCH=search,
             CAUSAL=call.causal,
             WINDOW=call.window is not None,
@@ -154,10 +162,12 @@ def _combine(call: AttentionCall, batch: DeviceBatch, heads: Heads, partial: Ten
             batch.cu_seqlens_q,
             1,
             heads.most,
+            splits,
             *call.out.stride()[:2],
             V_HEAD_DIM=v_head_dim,
             TILE_DV=heads.tile_dv,
-            SPLITS=splits,
+            TILE_S=MOST_SPLITS,
+            CHUNK=8,
             SINKS=call.sinks is not None,
             enable_fp_fusion=True,
         )

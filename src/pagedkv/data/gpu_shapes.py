@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Config", "Device", "Heads", "candidates", "default_config", "num_splits", "power_of_two"]
+__all__ = ["Config", "Device", "Heads", "candidates", "default_config", "num_splits", "power_of_two", "shared_bytes"]
 
 SMALLEST_DOT = 16
 """Triton multiplies no smaller matrices."""
@@ -15,7 +16,13 @@ MOST_FEW_TOKENS = 8
 MOST_SPLITS = 64
 TILES_PER_SPLIT = 4
 """A split has to be worth its partial result."""
-PROGRAMS_PER_CORE = 4
+MOST_PROGRAMS_PER_CORE = 4
+"""Registers leave room for no more programs of four warps."""
+ALONE = 0.6
+"""How long a program takes that is alone on its core, if it takes 1 among as many as there is room for."""
+COST_OF_SPLITTING = 0.03
+COST_OF_SPLIT = 0.002
+"""The second launch, and each partial result, as fractions of the whole time."""
 
 
 class Config(NamedTuple):
@@ -28,11 +35,16 @@ class Config(NamedTuple):
 
 
 class Device(NamedTuple):
-    """What decides about configurations: cores (streaming multiprocessors) and shared memory of one, in bytes."""
+    """What decides about configurations.
+
+    ``cores`` are streaming multiprocessors, ``shared_bytes`` what a program may have of one's shared memory, and
+    ``capability`` is 90 for compute capability 9.0.
+    """
 
     name: str
     cores: int
     shared_bytes: int
+    capability: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,41 +92,62 @@ def candidates(heads: Heads, device: Device) -> list[Config]:
         smallest = max(SMALLEST_DOT, power_of_two(heads.group))
         wanted = [(max(m, smallest), n, warps, stages) for m, n, warps, stages in _MANY]
     configs = [Config(*numbers) for numbers in wanted]
-    fitting = [config for config in dict.fromkeys(configs) if _shared_bytes(config, heads) <= device.shared_bytes]
+    fitting = [
+        config for config in dict.fromkeys(configs) if shared_bytes(config, heads, device) <= device.shared_bytes
+    ]
     smallest_of_all = Config(configs[-1].tile_m, 16, 4, 1)
-    return [config for config in fitting if _fits_registers(config, heads)] or fitting or [smallest_of_all]
+    return [config for config in fitting if _fits_registers(config, heads, device)] or fitting or [smallest_of_all]
 
 
-_FEW = [(64, 4, 3), (128, 4, 2), (128, 8, 3), (32, 4, 4), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1)]
+# Tiles of keys, warps, stages. The first is what torch chooses for attention on such devices, or nearly so; where it
+# does not fit, another is first.
+_FEW = [(64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (128, 8, 3), (64, 4, 2), (32, 8, 2), (32, 4, 2), (16, 4, 1)]
 _MANY = [
     (128, 64, 8, 3),
+    (128, 128, 8, 3),
     (128, 128, 8, 2),
-    (128, 64, 4, 3),
+    (128, 32, 8, 3),
     (64, 64, 4, 3),
-    (64, 64, 4, 2),
-    (64, 32, 4, 2),
+    (64, 32, 4, 3),
+    (32, 64, 8, 2),
     (32, 32, 4, 2),
-    (16, 32, 4, 1),
     (16, 16, 4, 1),
 ]
 
 
-def _shared_bytes(config: Config, heads: Heads) -> int:
-    """Return what a tile of queries and the keys and values under way take in shared memory, about."""
-    tiles = config.num_stages * config.tile_n * (heads.tile_d + heads.tile_dv) * heads.stored_bytes
-    queries = config.tile_m * heads.tile_d * heads.item_bytes
-    if heads.stored_bytes == heads.item_bytes == 2:
-        return tiles + queries
-    # What is converted, or multiplied in parts, is there a second time.
-    return tiles + queries + config.tile_n * max(heads.tile_d, heads.tile_dv) * heads.item_bytes
+def shared_bytes(config: Config, heads: Heads, device: Device) -> int:
+    """Return what a program takes of shared memory, as the compiler lays it out."""
+    reads_shared = _multiplies_from_shared(config, device)
+    ahead = max(1, config.num_stages - 1)
+    # A warp group's product may still read its keys when the next ones are to be copied.
+    buffers = ahead + 1 if reads_shared and heads.stored_bytes > 1 else ahead
+    tiles = buffers * config.tile_n * (heads.tile_d + heads.tile_dv) * heads.stored_bytes
+    operands = config.tile_m * heads.tile_d
+    if not reads_shared:
+        operands += config.tile_m * config.tile_n  # the weights go from warp to warp
+    if heads.item_bytes == 4:
+        operands *= 2  # a second part with the digits that are cut off the first
+    if heads.stored_bytes == 1:
+        tiles += ahead * config.tile_n * 8  # scales
+        if reads_shared:
+            operands += config.tile_n * max(heads.tile_d, heads.tile_dv)  # a tile of keys or values, converted
+    return tiles + operands * heads.item_bytes
 
 
-def _fits_registers(config: Config, heads: Heads) -> bool:
-    """Tell whether accumulator and scores leave room in the 255 registers of a thread."""
+def _multiplies_from_shared(config: Config, device: Device) -> bool:
+    """Tell whether tensor cores read keys and values from shared memory: those of compute capability 9.0 can."""
+    return device.capability == 90 and config.tile_m >= 64
+
+
+def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
+    """Tell whether the 255 registers of a thread suffice; the limits are read off compiled kernels."""
+    if _multiplies_from_shared(config, device) and config.tile_m < 16 * config.num_warps:
+        return False  # two warp groups would share the rows and exchange what they found
     floats = config.tile_m * (heads.tile_dv + config.tile_n)
-    if heads.item_bytes == 4:  # without tensor cores the operands are in registers too
+    if heads.item_bytes == 4:  # operands too, in two parts
         floats += (config.tile_m + config.tile_n) * max(heads.tile_d, heads.tile_dv)
-    return floats <= 200 * 32 * config.num_warps
+        return floats <= 104 * 32 * config.num_warps
+    return floats <= (144 if config.num_warps > 4 else 112) * 32 * config.num_warps
 
 
 def default_config(heads: Heads, device: Device) -> Config:
@@ -122,17 +155,32 @@ def default_config(heads: Heads, device: Device) -> Config:
     return candidates(heads, device)[0]
 
 
-def num_splits(num_programs: int, longest: int, config: Config, device: Device) -> int:
-    """Return among how many programs the keys of a sequence are split, a power of two.
+def num_splits(num_programs: int, longest: int, config: Config, heads: Heads, device: Device) -> int:
+    """Return among how many programs the keys of the longest sequence are split.
 
     Parameters
     ----------
     num_programs : int
-        Sequences times kv heads: the programs that there are without splitting.
+        Sequences times kv heads, if every sequence were as long as the longest: the programs without splitting.
     longest : int
         Keys that a sequence may see.
     """
-    wanted = device.cores * PROGRAMS_PER_CORE // max(1, num_programs)
     worthwhile = longest // (config.tile_n * TILES_PER_SPLIT)
-    splits = min(wanted, worthwhile, MOST_SPLITS)
-    return 1 << (splits.bit_length() - 1) if splits > 1 else 1
+    resident = min(MOST_PROGRAMS_PER_CORE, device.shared_bytes // shared_bytes(config, heads, device))
+    return _best_splits(max(1, num_programs), min(worthwhile, MOST_SPLITS), device.cores * max(1, resident))
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_splits(num_programs: int, most: int, room: int) -> int:
+    """Return into how many parts programs are split best, of which a device has room for so many at once.
+
+    A program that is left over after full rounds takes as long as a round, but has the memory for itself then.
+    """
+
+    def worth(splits: int) -> float:
+        rounds, left = divmod(num_programs * splits, room)
+        time = rounds + (max(left / room, ALONE) if left else 0.0)
+        cost = 0.0 if splits == 1 else COST_OF_SPLITTING + COST_OF_SPLIT * splits
+        return num_programs * splits / room / time - cost
+
+    return max(range(1, max(most, 1) + 1), key=worth)
