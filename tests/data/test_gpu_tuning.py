@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from tests.contracts.attention_cases import Shape, make_case
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
+from pagedkv import InvalidOperation  # noqa: E402
 from pagedkv.data import gpu_tuning  # noqa: E402
 from pagedkv.data.gpu_shapes import Config, Device, Heads, candidates  # noqa: E402
 
@@ -26,6 +30,7 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_tuning, "is_capturing", lambda device: False)
     monkeypatch.setattr(gpu_tuning, "device_of", lambda device: DEVICE)
     monkeypatch.setattr(gpu_tuning, "_chosen", {})
+    monkeypatch.setattr(gpu_tuning, "_first_that_fits", {})
     measured = []
 
     def time(config, run):
@@ -39,17 +44,17 @@ def tuning(monkeypatch, tmp_path):
     del gpu_tuning.measured
 
 
-def choose(tuning, work=ENOUGH, **changes):
+def choose(tuning, work=ENOUGH, heads=HEADS, **changes):
     call = make_case(Shape([(9, 1, 0, 0)], **changes)).call()
-    return tuning.config_for(HEADS, call, lambda config: None, work)
+    return tuning.config_for(heads, call, lambda config: None, work)
 
 
 def test_the_fastest_is_measured_once_and_kept(tuning, monkeypatch, tmp_path):
     configs = candidates(HEADS, DEVICE)
-    assert choose(tuning) == configs[2] and tuning.measured == configs
-    assert choose(tuning) == configs[2] and len(tuning.measured) == len(configs)
+    assert choose(tuning) == configs[2] and tuning.measured == list(configs[:5]), "each takes seconds to compile"
+    assert choose(tuning) == configs[2] and len(tuning.measured) == 5
     monkeypatch.setattr(tuning, "_chosen", {})  # another process
-    assert choose(tuning) == configs[2] and len(tuning.measured) == len(configs)
+    assert choose(tuning) == configs[2] and len(tuning.measured) == 5
     kept = json.loads((tmp_path / "pagedkv" / "gpu-configurations.json").read_text())
     assert list(kept.values()) == [list(configs[2])]
 
@@ -93,8 +98,6 @@ def test_nothing_is_measured_where_it_would_mislead_or_wait(tuning, monkeypatch)
 
 
 def test_a_configuration_that_the_device_has_no_room_for_is_left_out(tuning, monkeypatch):
-    from triton.runtime.errors import OutOfResources
-
     def time(config, run):
         if config != candidates(HEADS, DEVICE)[1]:
             raise OutOfResources(2, 1, "shared memory")
@@ -102,3 +105,52 @@ def test_a_configuration_that_the_device_has_no_room_for_is_left_out(tuning, mon
 
     monkeypatch.setattr(tuning, "_median_time", time)
     assert choose(tuning) == candidates(HEADS, DEVICE)[1]
+
+
+def test_guesses_of_a_few_tokens_share_what_was_measured(tuning):
+    """Rows are padded to a power of two: as many kernels, as many measurements."""
+    for most in range(1, 9):
+        choose(tuning, heads=replace(HEADS, most=most))
+    assert len(tuning._chosen) == 2 and {config.tile_m for config in tuning._chosen.values()} == {16, 32}
+
+
+class Launches:
+    """A device on which only some configurations find room."""
+
+    def __init__(self, fitting):
+        self.fitting, self.seen = fitting, []
+
+    def __call__(self, config):
+        self.seen.append(config)
+        if config not in self.fitting:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+def test_a_smaller_configuration_runs_where_the_first_has_no_room(tuning):
+    configs = candidates(HEADS, DEVICE)
+    call = make_case(Shape([(9, 1, 0, 0)])).call()
+    launches = Launches({configs[2], configs[3]})
+    tuning.run_best(HEADS, call, launches, 0)
+    assert launches.seen[-1] == configs[2]
+    launches.seen.clear()
+    tuning.run_best(HEADS, call, launches, 0)
+    assert launches.seen == [configs[2]], "what does not fit is not tried at every call"
+
+
+def test_one_that_is_not_measured_runs_where_no_measured_one_has_room(tuning, monkeypatch):
+    configs = candidates(HEADS, DEVICE)
+    call = make_case(Shape([(9, 1, 0, 0)])).call()
+    launches = Launches({configs[-1]})
+    monkeypatch.setattr(tuning, "_median_time", lambda config, run: run(config) or 1.0)
+    tuning.run_best(HEADS, call, launches, ENOUGH)
+    assert launches.seen[-1] == configs[-1]
+    launches.seen.clear()
+    tuning.run_best(HEADS, call, launches, ENOUGH)
+    assert launches.seen == [configs[-1]]
+
+
+def test_heads_that_no_configuration_has_room_for_are_refused(tuning):
+    call = make_case(Shape([(9, 1, 0, 0)])).call()
+    for work in (0, ENOUGH):
+        with pytest.raises(InvalidOperation, match="expected heads that some has the memory for, got heads of 128"):
+            tuning.run_best(HEADS, call, Launches(set()), work)

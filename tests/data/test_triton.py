@@ -160,9 +160,11 @@ def test_attention_over_quantised_blocks(dtype, query_dtype, layout):
 def test_any_number_of_splits(monkeypatch, splits, tile_n):
     """Splits without a key among them, those of one key, and rows that see nothing in theirs."""
     monkeypatch.setattr(gpu_launch, "num_splits", lambda *_: splits)
-    monkeypatch.setattr(gpu_launch, "config_for", lambda heads, *_: Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
+    monkeypatch.setattr(
+        gpu_launch, "run_best", lambda heads, _, run, __: run(Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
+    )
     sequences = [(150, 1, 0, 0), (90, 3, 20, 9), (1, 1, 0, 0), (0, 0, 0, 0), (70, 20, 0, 0)]
-    for options in ({}, {"window": 7}):
+    for options in ({}, {"window": 7}, {"scale": 1e-45, "softcap": 3.0}):
         case = make_case(Shape(sequences, num_kv_heads=1, group=3, sinks=bool(options), options=options))
         result = paged_attention(*case.tensors(DEVICE), **case.options_on(DEVICE), backend="triton").cpu()
         torch.testing.assert_close(result.double(), case.expected(), rtol=1e-5, atol=1e-5)

@@ -14,7 +14,7 @@ from pagedkv.data.gpu_attention import attend_tiles, combine_splits
 from pagedkv.data.gpu_device import device_of, is_interpreted, tl_dtype
 from pagedkv.data.gpu_plan import DeviceBatch
 from pagedkv.data.gpu_shapes import MOST_SPLITS, TILES_PER_SPLIT, Config, Heads, num_splits
-from pagedkv.data.gpu_tuning import config_for
+from pagedkv.data.gpu_tuning import run_best
 from pagedkv.spec import MAX_COUNT
 
 __all__ = ["launch"]
@@ -67,7 +67,7 @@ def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
 
     # A tile has 64 rows or so.
     work = 0 if batch.is_static else batch.longest * batch.total_tokens * heads.group // 64
-    run(config_for(heads, call, run, work))
+    run_best(heads, call, run, work)
 
 
 def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
@@ -88,7 +88,7 @@ def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
             _combine(call, batch, heads, partial, sums)
 
     work = 0 if batch.is_static else batch.longest * batch.num_sequences
-    run(config_for(heads, call, run, work))
+    run_best(heads, call, run, work)
 
 
 def _attend(

@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["Config", "Device", "Heads", "candidates", "default_config", "num_splits", "power_of_two", "shared_bytes"]
+__all__ = ["Config", "Device", "Heads", "candidates", "num_splits", "power_of_two", "shared_bytes"]
 
 SMALLEST_DOT = 16
 """Triton multiplies no smaller matrices."""
@@ -68,6 +68,11 @@ class Heads:
         return max(1, min(MOST_FEW_TOKENS, FEW_ROWS // self.group))
 
     @property
+    def rows(self) -> int:
+        """Rows of a tile of the split kernel; 0 for the other, whose tiles differ."""
+        return max(SMALLEST_DOT, power_of_two(self.group * self.most)) if self.most else 0
+
+    @property
     def tile_d(self) -> int:
         """Elements of a row of keys in a tile."""
         return max(SMALLEST_DOT, power_of_two(self.head_dim))
@@ -83,11 +88,11 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def candidates(heads: Heads, device: Device) -> list[Config]:
+@functools.cache
+def candidates(heads: Heads, device: Device) -> tuple[Config, ...]:
     """Return the configurations worth a try, the likeliest first; never empty."""
     if heads.most:
-        tile_m = max(SMALLEST_DOT, power_of_two(heads.group * heads.most))
-        wanted = [(tile_m, n, warps, stages) for n, warps, stages in _FEW]
+        wanted = [(heads.rows, n, warps, stages) for n, warps, stages in _FEW]
     else:
         smallest = max(SMALLEST_DOT, power_of_two(heads.group))
         wanted = [(max(m, smallest), n, warps, stages) for m, n, warps, stages in _MANY]
@@ -96,7 +101,7 @@ def candidates(heads: Heads, device: Device) -> list[Config]:
         config for config in dict.fromkeys(configs) if shared_bytes(config, heads, device) <= device.shared_bytes
     ]
     smallest_of_all = Config(configs[-1].tile_m, 16, 4, 1)
-    return [config for config in fitting if _fits_registers(config, heads, device)] or fitting or [smallest_of_all]
+    return tuple([c for c in fitting if _fits_registers(c, heads, device)] or fitting or [smallest_of_all])
 
 
 # Tiles of keys, warps, stages. The first is what torch chooses for attention on such devices, or nearly so; where it
@@ -148,11 +153,6 @@ def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
         floats += (config.tile_m + config.tile_n) * max(heads.tile_d, heads.tile_dv)
         return floats <= 104 * 32 * config.num_warps
     return floats <= (144 if config.num_warps > 4 else 112) * 32 * config.num_warps
-
-
-def default_config(heads: Heads, device: Device) -> Config:
-    """Return the configuration that is used where nothing was measured."""
-    return candidates(heads, device)[0]
 
 
 def num_splits(num_programs: int, longest: int, config: Config, heads: Heads, device: Device) -> int:

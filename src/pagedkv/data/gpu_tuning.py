@@ -8,25 +8,61 @@ the choice is a pure function.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
+import triton.testing
+from triton.runtime.errors import OutOfResources
 
 from pagedkv.data.arguments import AttentionCall
 from pagedkv.data.gpu_device import device_of, is_capturing, is_interpreted
-from pagedkv.data.gpu_shapes import Config, Heads, candidates, default_config
+from pagedkv.data.gpu_shapes import Config, Heads, candidates
+from pagedkv.errors import InvalidOperation
 
-__all__ = ["config_for"]
+__all__ = ["config_for", "run_best"]
 
-_REPEATS = 5
+_TRIED = 5
+"""So many candidates are measured; each has to be compiled first, which takes seconds. The others are smaller."""
 _ENOUGH_WORK = 1 << 15
 _chosen: dict[str, Config] = {}
+_first_that_fits: dict[str, Config] = {}
+
+
+def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> None:
+    """Launch a call with the best configuration that is known, or where the device has no room for it, a smaller one.
+
+    Parameters
+    ----------
+    heads, call, run, work
+        As in :func:`config_for`.
+
+    Raises
+    ------
+    InvalidOperation
+        The device has no room for any.
+    """
+    config = config_for(heads, call, run, work)
+    try:
+        run(config)
+    except OutOfResources:
+        device, key = device_of(call.queries.device), _key(heads, call)
+        for smaller in candidates(heads, device):
+            with contextlib.suppress(OutOfResources):
+                run(smaller)
+                _first_that_fits[key] = smaller
+                if key in _chosen:
+                    _chosen[key] = smaller
+                return
+        raise InvalidOperation(
+            f"queries: expected heads that {device.name} has the memory for, got heads of {heads.head_dim} and "
+            f"{heads.v_head_dim} in groups of {heads.group} (backend='reference' takes any)"
+        ) from None
 
 
 def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> Config:
@@ -42,16 +78,21 @@ def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None],
         Keys that are read, of all query tiles together, in tokens; 0 where the host does not know.
     """
     device = call.queries.device
-    if is_interpreted() or os.environ.get("PAGEDKV_AUTOTUNE", "1") == "0":
-        return default_config(heads, device_of(device))
+    configs = candidates(heads, device_of(device))
+    if is_interpreted():
+        return configs[0]
     key = _key(heads, call)
+    default = _first_that_fits.get(key, configs[0])
+    if os.environ.get("PAGEDKV_AUTOTUNE", "1") == "0":
+        return default
     if not _chosen:
         _chosen.update(_load())
     config = _chosen.get(key)
-    if config is None or config not in candidates(heads, device_of(device)):
+    if config is None or config not in configs:
         if work < _ENOUGH_WORK or is_capturing(device):
-            return default_config(heads, device_of(device))
-        config = _chosen[key] = _fastest(candidates(heads, device_of(device)), run)
+            return default
+        with torch.cuda.device_of(call.queries):  # type: ignore[no-untyped-call]
+            config = _chosen[key] = _fastest(configs[:_TRIED], run) or default
         _save()
     return config
 
@@ -65,36 +106,24 @@ def _key(heads: Heads, call: AttentionCall) -> str:
         f"torch {torch.__version__}",
         f"{call.queries.dtype} {call.keys.dtype}",
         f"block {call.keys.shape[1]} strides {call.keys.stride(1)} {call.keys.stride(2)}",
-        f"group {heads.group} dims {heads.head_dim} {heads.v_head_dim} most {heads.most}",
+        f"group {heads.group} dims {heads.head_dim} {heads.v_head_dim} rows {heads.rows}",
         "".join("01"[flag] for flag in flags),
     ]
     return "; ".join(parts)
 
 
-def _fastest(configs: list[Config], run: Callable[[Config], None]) -> Config:
-    """Return the configuration with the smallest median time; one that the device has no room for is left out."""
+def _fastest(configs: tuple[Config, ...], run: Callable[[Config], None]) -> Config | None:
+    """Return the configuration with the smallest median time, of those that the device has room for."""
     times: dict[Config, float] = {}
     for config in configs:
-        with contextlib.suppress(triton.runtime.errors.OutOfResources):
+        with contextlib.suppress(OutOfResources):
             times[config] = _median_time(config, run)
-    return min(times, key=times.__getitem__) if times else configs[-1]
+    return min(times, key=times.__getitem__) if times else None
 
 
 def _median_time(config: Config, run: Callable[[Config], None]) -> float:
-    run(config)  # compiles
-    times: list[float] = []
-    for _ in range(_REPEATS):
-        start, end = _event(), _event()
-        start.record()
-        run(config)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[_REPEATS // 2]
-
-
-def _event() -> Any:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    """Return milliseconds; the L2 cache is cleared before each run, and meanwhile the host gets ahead of the device."""
+    return float(triton.testing.do_bench(functools.partial(run, config), warmup=5, rep=25, return_mode="median"))
 
 
 def _file() -> Path:
