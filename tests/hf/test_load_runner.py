@@ -62,7 +62,8 @@ def test_a_model_that_mixes_the_tokens_of_a_row_is_found_out():
 def test_frequencies_that_change_with_the_length_are_not_mixed():
     model = copy.deepcopy(build("llama"))
     model.config.rope_parameters = {**model.config.rope_parameters, "rope_type": "dynamic", "factor": 2.0}
-    assert load_runner(model, num_blocks=8).mode == "gather"
+    runner = load_runner(model, num_blocks=8)
+    assert runner.mode == "gather" and not runner.reuses_prefixes and not runner.cache.prefix_caching
 
 
 @pytest.mark.parametrize("seq_id", [0, 2**64 - 1])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
-from tests.hf.models import GREEDY, VOCAB, build, left_padded, prompt
+from tests.hf.models import CONFIGS, GREEDY, VOCAB, build, left_padded, prompt
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from pagedkv.errors import InvalidOperation, OutOfMemory
 from pagedkv.hf import PagedCache, generate
@@ -157,6 +159,26 @@ def test_ids_for_another_number_of_rows_are_refused(model, cache):
     cache.expect(prompt(2, 8))
     with pytest.raises(InvalidOperation, match="token ids: expected 1 rows as the keys have, got 2"), torch.no_grad():
         model(prompt(1, 8), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "factor": 2.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_keys_of_other_frequencies_are_not_reused(rope):
+    rope = rope | {"rope_theta": 100.0, "original_max_position_embeddings": 24}
+    options = CONFIGS["llama"][1] | {"max_position_embeddings": 48, "rope_parameters": rope}
+    model = LlamaForCausalLM(LlamaConfig(**options)).eval()
+    model.load_state_dict(build("llama").state_dict())
+    twin = copy.deepcopy(model)  # dynamic frequencies remember the longest text that a model has seen
+    cache = PagedCache(model.config, num_blocks=256, block_size=4)
+    long = prompt(1, 60)
+    for ids in (long[:, :12], long, long[:, :12]):
+        assert torch.equal(paged(model, ids, cache), stock(twin, ids))
 
 
 def test_another_model_is_refused(model, cache):

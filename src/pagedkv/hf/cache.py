@@ -13,7 +13,7 @@ from torch import Tensor
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.strategies import EvictionStrategy
 from pagedkv.errors import InvalidOperation
-from pagedkv.hf.compat import Cache, CacheLayerMixin, is_pageable, is_stateless, stock_layers
+from pagedkv.hf.compat import Cache, CacheLayerMixin, has_changing_rope, is_pageable, is_stateless, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
 from pagedkv.hf.pages import ModelKvCache, Pages
 
@@ -155,8 +155,11 @@ class PagedCache(Cache):
         if not paged:
             raise InvalidOperation(f"config: expected a model with attention layers, got {type(config).__name__}")
         self._pages = Pages(pool, cache_salt, paged, dtype, device)
-        # What a recurrent layer holds has no blocks, so no prefix of it can be found again.
-        self._is_reusable = all(number in paged or is_stateless(layer) for number, layer in enumerate(layers))
+        # What a recurrent layer holds has no blocks, so no prefix of it can be found again; and keys that were turned
+        # by other frequencies are not those of a longer text.
+        self._is_reusable = not has_changing_rope(config) and all(
+            number in paged or is_stateless(layer) for number, layer in enumerate(layers)
+        )
         text = config.get_text_config(decoder=True)
         for number in paged:
             layers[number] = PagedLayer(self._pages, number, text)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation
-from pagedkv.hf.compat import attention_by
+from pagedkv.hf.compat import attention_by, has_changing_rope
 from pagedkv.hf.direct import DIRECT, Plan
 from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
@@ -51,7 +51,7 @@ class ModelRunner:
     max_positions : int or None
         The longest text that the model was made for, in tokens.
     reuses_prefixes : bool
-        Whether all that a layer keeps is in blocks; if not, prefixes cannot be reused.
+        Whether all that a layer keeps is in blocks, and holds for longer texts too; if not, prefixes cannot be reused.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ModelRunner:
         limit = getattr(self._text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
         self._states = SequenceStates(model.config)
-        self.reuses_prefixes = self._states.is_empty
+        self.reuses_prefixes = self._states.is_empty and not has_changing_rope(model.config)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
