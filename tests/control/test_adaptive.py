@@ -15,6 +15,7 @@ from pagedkv import Adaptive, BlockManager, CorruptedState
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.learning_records import HEAP_SIZE, LESSONS, ROOM, RULES
 from pagedkv.control.namespaces import name_of
+from pagedkv.sim import synthesize
 
 LEARNED = 3_993
 REAL = [
@@ -115,6 +116,20 @@ def test_what_it_learns_is_worth_having():
     requests = TRAFFIC["popular"]()
     learned, recent = (sum(run(ContentCache(40, strategy), requests)) for strategy in ("adaptive", "lru"))
     assert (learned, recent) == (LEARNED, 2305)
+
+
+@pytest.mark.parametrize(("blocks", "least"), [(8_000, 2_000), (16_000, 0)])
+def test_a_sudden_change_of_traffic_uses_up_little_of_what_was_won(blocks, least):
+    prompts = synthesize(
+        "chat", requests=3000, block_tokens=64, turns=1.1, system_prompts=2000, system_tokens=1500, first_tokens=300
+    )
+    sessions = synthesize(
+        "chat", requests=4000, block_tokens=64, turns=15, think_seconds=60, first_tokens=600, rate=2.0
+    )
+    ids = np.concatenate([prompts.ids, sessions.ids + np.int32(prompts.num_distinct)])
+    offsets = np.concatenate([prompts.offsets, prompts.num_accesses + sessions.offsets[1:]])
+    learned, recent = (int(ContentCache(blocks, name).run(ids, offsets).sum()) for name in ("adaptive", "lru"))
+    assert learned - recent >= least
 
 
 def by_calls(cache, requests):

@@ -44,11 +44,13 @@ MEMORY = 0.95
 FULL = 16
 
 # The learned order takes over when its shadow leads by so many standard deviations, and by so much of the accesses; it
-# loses when it is behind. A lead fades, and counts for at most a share of a shadow: a reversal is noticed soon.
+# loses when it is behind. A lead fades, and counts for at most so many deviations and a share of a shadow: when the
+# traffic changes, what was won before is soon used up.
 AHEAD = 2.0
 BEHIND = 0.5
 CLEARLY = 0.002
 FADING = 1 / 9  # per capacity of accesses
+MOST_DEVIATIONS = 2.5
 MOST_LEAD = 0.2
 
 
@@ -125,7 +127,7 @@ def _judge(learner: Learner, elapsed: float) -> None:
     elif learner.sums[LEAD] < -BEHIND * deviation:
         learner.numbers[RULES] = 0
     kept = 1.0 / (1.0 + FADING * elapsed)
-    most = MOST_LEAD * learner.numbers[ROOM]
+    most = min(MOST_DEVIATIONS * deviation, MOST_LEAD * learner.numbers[ROOM])
     learner.sums[SEEN] *= kept
     learner.sums[VARIANCE] *= kept * kept
     learner.sums[LEAD] = min(most, max(-most, learner.sums[LEAD] * kept))
