@@ -60,7 +60,8 @@ async def test_every_field_reaches_the_engine() -> None:
     engine = FakeEngine()
     async with client_of(engine) as client:
         body = {**fields, "prompt": "x", "logit_bias": {"7": -1.5}, "priority": 4, "session_id": "s"}
-        assert (await client.post(URL, json=body)).status_code == 200
+        told = await client.post(URL, json=body)
+        assert told.status_code == 200
         body |= {"session_id": None, "prompt_cache_key": "k", "user": "u", "nobody_knows": {"this": 1}}
         assert (await client.post(URL, json=body, headers={"x-session-id": "h"})).status_code == 200
     first, second = engine.calls
@@ -68,7 +69,8 @@ async def test_every_field_reaches_the_engine() -> None:
         expected = tuple(value) if isinstance(value, list) else value
         assert getattr(first.params, name) == expected, name
     assert dict(first.params.logit_bias or {}) == {7: -1.5}
-    assert first.options == {"priority": 4, "cache_salt": "", "session_id": "s"}
+    options = {"request_id": told.json()["id"], "priority": 4, "cache_salt": "", "session_id": "s"}
+    assert first.options == options
     assert second.options["session_id"] == "h"
 
 

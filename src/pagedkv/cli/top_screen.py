@@ -15,7 +15,7 @@ from textual.worker import Worker, WorkerState
 from pagedkv.cli.top_help import HelpScreen
 from pagedkv.cli.top_history import Figures, History
 from pagedkv.cli.top_map import COLOURS, BlockMapView
-from pagedkv.cli.top_rows import COLUMNS, block_line, request_rows
+from pagedkv.cli.top_rows import COLUMNS, block_line, request_rows, short_id
 from pagedkv.cli.top_source import Recording, SnapshotFile, Source
 from pagedkv.errors import PagedKvError
 
@@ -184,7 +184,8 @@ class TopApp(App[str | None]):
         chosen, offset = self._chosen(), table.scroll_offset
         table.clear()
         for row in rows:
-            cells = [Text(t, justify="right" if c.is_number else "left") for t, c in zip(row, COLUMNS, strict=True)]
+            shown = (short_id(row[0]), *row[1:])
+            cells = [Text(t, justify="right" if c.is_number else "left") for t, c in zip(shown, COLUMNS, strict=True)]
             table.add_row(*cells, key=row[0])
         place = next((i for i, row in enumerate(rows) if row[0] == chosen), None)
         if place is not None:

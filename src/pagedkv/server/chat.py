@@ -39,7 +39,7 @@ async def chat(
     server.model.check_name(body.model)
     _refuse_what_is_not_supported(body)
     answer = _Answer(body, server, request_id_of(request.scope))
-    running = Running.of(body, request, server, caller, [await _job(body, server)])
+    running = Running.of(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
     if body.stream:
         return await stream(running, lambda changes: answer.chunks(changes, running))
     async with running:

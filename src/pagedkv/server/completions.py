@@ -41,7 +41,7 @@ async def complete(
     server.model.check_name(body.model)
     _refuse_what_does_not_go_together(body)
     answer = await _prepare(body, request, server)
-    running = Running.of(body, request, server, caller, answer.jobs)
+    running = Running.of(body, request, server, caller, answer.jobs, answer.frame["id"])
     if body.stream:
         return await stream(running, lambda changes: answer.chunks(changes, running))
     async with running:

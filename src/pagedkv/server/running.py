@@ -11,7 +11,7 @@ from typing import cast
 
 from starlette.requests import Request
 
-from pagedkv.engine import RequestOutput, SamplingParams
+from pagedkv.engine import EngineDead, RequestOutput, SamplingParams
 from pagedkv.server.auth import Caller, salt_of
 from pagedkv.server.errors import ApiError, ClientLeft
 from pagedkv.server.logs import note
@@ -50,6 +50,8 @@ class Running:
     request : Request
         Its body has been read.
     jobs : sequence of Job
+    name : str
+        The id of the answer; the engine calls its requests so.
     priority : int
     salt : str
     session_id : str, optional
@@ -61,12 +63,13 @@ class Running:
         request: Request,
         jobs: Sequence[Job],
         *,
+        name: str,
         priority: int = 0,
         salt: str = "",
         session_id: str | None = None,
     ) -> None:
         self.latest: list[RequestOutput | None] = [None] * len(jobs)
-        self._server, self._request, self._jobs = server, request, jobs
+        self._server, self._request, self._jobs, self._name = server, request, jobs, name
         self._priority, self._salt, self._session_id = priority, salt, session_id
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
@@ -77,13 +80,20 @@ class Running:
 
     @classmethod
     def of(
-        cls, body: GenerationFields, request: Request, server: ServerState, caller: Caller, jobs: Sequence[Job]
+        cls,
+        body: GenerationFields,
+        request: Request,
+        server: ServerState,
+        caller: Caller,
+        jobs: Sequence[Job],
+        name: str,
     ) -> Running:
         """Run `jobs` as body and headers ask for it, in the cache of the caller."""
         return cls(
             server,
             request,
             jobs,
+            name=name,
             priority=body.priority or 0,
             salt=salt_of(caller, body.cache_salt),
             session_id=body.session_id or request.headers.get("x-session-id"),
@@ -100,7 +110,8 @@ class Running:
         if self._server.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         self._places.enter_context(self._server.gate.entered(sum(job.params.n for job in self._jobs)))
-        work = [self._pump(place, job) for place, job in enumerate(self._jobs)]
+        names = self._places.enter_context(self._server.names.taken(self._name, len(self._jobs)))
+        work = [self._pump(place, job, name) for place, (job, name) in enumerate(zip(self._jobs, names, strict=True))]
         self._tasks = [asyncio.create_task(self._guarded(each)) for each in (*work, self._watch(), self._clock())]
         return self
 
@@ -163,11 +174,11 @@ class Running:
                 self._error = error
             self._wake.set()
 
-    async def _pump(self, place: int, job: Job) -> None:
+    async def _pump(self, place: int, job: Job, name: str) -> None:
         last: RequestOutput | None = None
         reason = "aborted"
         try:
-            async with aclosing(self._start(job)) as outputs:
+            async with aclosing(self._start(job, name)) as outputs:
                 async for last in outputs:
                     _refuse_abort(last)
                     self.latest[place] = last
@@ -178,6 +189,11 @@ class Running:
             if last is None or not last.finished:
                 raise _aborted()
             reason = "finished"
+        except EngineDead:
+            if self._server.draining:
+                raise _aborted() from None
+            reason = "error"
+            raise
         except Exception:
             reason = "error"
             raise
@@ -185,9 +201,14 @@ class Running:
             for observer in self._server.observers:
                 observer.ended(last, "timeout" if self._out_of_time else reason)
 
-    def _start(self, job: Job) -> AsyncGenerator[RequestOutput, None]:
+    def _start(self, job: Job, name: str) -> AsyncGenerator[RequestOutput, None]:
         outputs = self._server.engine.generate(
-            job.token_ids, job.params, priority=self._priority, cache_salt=self._salt, session_id=self._session_id
+            job.token_ids,
+            job.params,
+            request_id=name,
+            priority=self._priority,
+            cache_salt=self._salt,
+            session_id=self._session_id,
         )
         return cast("AsyncGenerator[RequestOutput, None]", outputs)
 

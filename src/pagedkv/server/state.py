@@ -10,6 +10,7 @@ from fastapi import Depends, Request
 
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.gate import Gate
+from pagedkv.server.names import RequestNames
 from pagedkv.server.served import ServedModel
 from pagedkv.server.token_text import TokenText
 
@@ -48,6 +49,8 @@ class ServerState:
         Tokenizer, limits and name of the model.
     gate : Gate
         Counts the sequences that are under way.
+    names : RequestNames
+        What the engine calls them.
     observers : list of Observer
     tokens : TokenText
         Shows single tokens.
@@ -61,6 +64,7 @@ class ServerState:
     config: ServerConfig
     model: ServedModel
     gate: Gate
+    names: RequestNames = field(default_factory=RequestNames)
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
     tokens: TokenText = field(init=False)
