@@ -12,6 +12,7 @@ from typing import Any
 
 from pagedkv import BlockManager
 from pagedkv.engine import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from pagedkv.errors import EngineDead
 from pagedkv.models import shipped_model_path
 
 STORY = "import os\n\ndef main():\n    return os.path.join('a', 'β→')\n"
@@ -69,6 +70,8 @@ class FakeEngine:
             limit = params.max_tokens or 8
             for count in range(1, limit + 1):
                 await asyncio.sleep(self.delay)
+                if not self.is_alive:
+                    raise EngineDead("it was shut down")
                 if self.fails_after is not None and count > self.fails_after:
                     raise RuntimeError("secret words of the prompt")
                 yield self._output(call, count, count == limit, arrived)

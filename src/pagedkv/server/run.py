@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["listen", "make_server", "run", "show_logs"]
 
 BACKLOG = 2048
+SECONDS_FOR_LAST_WORDS = 5
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -88,7 +91,7 @@ def make_server(
         access_log=False,
         backlog=BACKLOG,
         server_header=False,
-        timeout_graceful_shutdown=max(1, round(config.drain_timeout)),
+        timeout_graceful_shutdown=SECONDS_FOR_LAST_WORDS,
         timeout_keep_alive=30,
         ws="none",
         lifespan="on",
@@ -119,6 +122,16 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started and not self.should_exit:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # uvicorn's closes the door first. Before that what is under way comes to its end, while whoever else asks is
+        # told that the server goes; what is not done in time is told, too, and its answer is still delivered.
+        self._state.draining = True
+        deadline = time.monotonic() + self._state.config.drain_timeout
+        while self._state.gate.inside and time.monotonic() < deadline and not self.force_exit:
+            await asyncio.sleep(0.05)
+        await self._state.engine.shutdown(drain=False)
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._state.draining = True
