@@ -99,6 +99,32 @@ async def test_bodies_that_are_no_request(body: bytes) -> None:
         error_of(await client.post(URL, content=body, headers=JSON), 400)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}'),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\\ud800"}]}]}'),
+        ("/tokenize", b'{"prompt": "\\ud800"}'),
+        ("/tokenize", b'{"messages": [{"role": "user", "content": "\\udfff"}]}'),
+    ],
+)
+async def test_halves_of_surrogate_pairs_are_no_text(path: str, body: bytes) -> None:
+    async with client_of(FakeEngine()) as client:
+        error = error_of(await client.post(path, content=body, headers=JSON), 400)
+    assert error["param"].startswith(("messages.0.content", "prompt"))
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize("message", [{"role": "user"}, {"role": "system", "content": None}])
+async def test_only_an_assistant_may_have_said_nothing(path: str, message: dict[str, Any]) -> None:
+    mute = {"role": "assistant", "content": None}
+    async with client_of(FakeEngine()) as client:
+        error = error_of(await client.post(path, json={"messages": [mute, message]}), 400)
+        assert error["param"] == "messages.1.content" and "expected a text" in error["message"]
+        fine = await client.post(path, json={"messages": [mute, {"role": "user", "content": ""}]})
+        assert fine.status_code == 200
+
+
 async def test_a_body_that_does_not_say_that_it_is_json() -> None:
     """Nor can a web page send one across origins without asking first."""
     async with client_of(FakeEngine()) as client:

@@ -32,8 +32,13 @@ async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], *, op
     Raises
     ------
     ApiError
-        400: the template does not take these messages.
+        400: a message is empty, or the template does not take them.
     """
+    for place, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            field = f"messages.{place}.content"
+            text = f"{field}: expected a text or parts of type text, got none"
+            raise ApiError(400, text, param=field, code="invalid_value")
     if not has_template(model):
         return await model.encode(plain_chat(messages, open_answer=open_answer))
 

@@ -9,12 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from pagedkv.engine import SamplingParams
 from pagedkv.server.errors import ApiError
 
-__all__ = ["Body", "GenerationFields", "PromptTokensDetails", "StreamOptions", "Usage"]
+__all__ = ["Body", "GenerationFields", "PromptTokensDetails", "StreamOptions", "Text", "Usage"]
 
 MOST_TEXTS = 128
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
 INT64 = 2**63
+
+
+# With a constraint of any kind halves of surrogate pairs, which no tokenizer takes, are refused.
+Text = Annotated[str, StringConstraints(min_length=0)]
 
 
 class Body(BaseModel):

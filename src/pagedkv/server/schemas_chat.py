@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from pagedkv.server.schemas import MOST_LOGPROBS, Body, GenerationFields, Usage
+from pagedkv.server.schemas import MOST_LOGPROBS, Body, GenerationFields, Text, Usage
 
 __all__ = ["ChatChoice", "ChatChunk", "ChatChunkChoice", "ChatCompletion", "ChatLogprobs", "ChatMessage", "ChatRequest"]
 
@@ -15,15 +15,15 @@ class TextPart(Body):
     """A piece of a message."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(Body):
     """What somebody said."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
-        None, description="A text, or parts of type text."
+    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+        None, description="A text, or parts of type text; only an assistant may have said nothing."
     )
     name: str | None = None
 

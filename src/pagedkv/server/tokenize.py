@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 from pagedkv.server.auth import Client
 from pagedkv.server.conversation import encode_chat
 from pagedkv.server.errors import ApiError
-from pagedkv.server.schemas import Body, TokenId
+from pagedkv.server.schemas import Body, Text, TokenId
 from pagedkv.server.schemas_chat import ChatMessage
 from pagedkv.server.state import Server
 
@@ -23,7 +23,7 @@ class TokenizeRequest(Body):
     """A text, or a conversation."""
 
     model: str | None = None
-    prompt: str | None = Field(None, description="A text; either it or messages.")
+    prompt: Text | None = Field(None, description="A text; either it or messages.")
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
         None, description="A conversation, written out as for the chat endpoint."
     )
