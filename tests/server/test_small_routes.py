@@ -34,6 +34,16 @@ async def test_version() -> None:
         assert (await client.get("/version")).json() == {"version": __version__}
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/version", "/v1/models"])
+async def test_a_probe_may_ask_for_the_head_alone(path: str) -> None:
+    async with client_of(FakeEngine()) as client:
+        head, whole = await client.head(path), await client.get(path)
+        assert (await client.head("/v1/completions")).status_code == 405
+    assert head.status_code == whole.status_code == 200 and head.content == b""
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert int(head.headers["content-length"]) == len(whole.content)
+
+
 async def test_tokens_there_and_back() -> None:
     async with client_of(FakeEngine()) as client:
         told = (await client.post("/tokenize", json={"prompt": STORY, "return_token_strs": True})).json()

@@ -16,6 +16,7 @@ from pagedkv.server.errors import ErrorResponse, install_error_handlers
 from pagedkv.server.gate import Gate
 from pagedkv.server.limits import Limits
 from pagedkv.server.logs import RequestLog
+from pagedkv.server.probes import Probes
 from pagedkv.server.routers import BACKGROUND, ROUTERS
 from pagedkv.server.served import ServedModel
 from pagedkv.server.state import ServerState
@@ -74,10 +75,15 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     for router in ROUTERS:
         app.include_router(router)
     complete_document(app, has_keys=bool(config.api_keys))
+    app.add_middleware(Probes)
     app.add_middleware(Limits, config=config)
     if config.allow_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(config.allow_origins), allow_methods=["*"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=list(config.allow_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
         )
     app.add_middleware(RequestLog)
     return app
