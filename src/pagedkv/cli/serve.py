@@ -87,9 +87,11 @@ def run(options: EngineOptions, *, name: str | None, **settings: Any) -> None:
         raise Failure(f"--dtype expects {', '.join(DTYPES)}, got {options.dtype}")
     require_kv_dtype(options.kv_dtype)
     check_folder(options.path)
+    from pagedkv.server.events import require_events
     from pagedkv.server.run import listen, run, show_logs
 
     config = _as_options(lambda: _config(options, name, settings))
+    _as_options(lambda: require_events(config))
     console = notes()
     with _as_options(lambda: listen(config)) as listener:
         with library_notices(console), console.status("loading the model"):
@@ -145,12 +147,15 @@ def _as_options(call: Callable[[], T]) -> T:
 
 def _warm_up(engine: AsyncEngine) -> None:
     """Write a few tokens, so that kernels are compiled and the pool has its memory before the first client comes."""
-    from pagedkv.engine import SamplingParams
+    from pagedkv.engine import EngineCore, SamplingParams
 
-    llm = engine.llm
-    longest = max(1, min(8, llm.core.runner.cache.total_blocks * llm.core.runner.cache.block_size - 2))
-    llm.generate([[0] * longest], SamplingParams(max_tokens=2, ignore_eos=True))
-    llm.core.clear_prefix_cache()
+    runner = engine.llm.core.runner
+    longest = max(1, min(8, runner.cache.total_blocks * runner.cache.block_size - 2))
+    core = EngineCore(runner)  # one of its own, so that nobody's counters begin with it
+    core.add(engine.llm.request([0] * longest, SamplingParams(max_tokens=2, ignore_eos=True)))
+    while core.has_work:
+        core.step()
+    core.clear_prefix_cache()
 
 
 def _shown(host: str) -> str:

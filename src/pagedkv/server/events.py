@@ -14,9 +14,10 @@ from typing import Any
 from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
 from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.server.background import in_background
+from pagedkv.server.config import ServerConfig
 from pagedkv.server.state import ServerState
 
-__all__ = ["EventPublisher", "EventRecorder", "kv_events", "replay_endpoint_of"]
+__all__ = ["EventPublisher", "EventRecorder", "kv_events", "replay_endpoint_of", "require_events"]
 
 logger = logging.getLogger("pagedkv")
 
@@ -165,6 +166,31 @@ class EventRecorder:
         """Close the file."""
         with suppress(OSError):
             self._file.close()
+
+
+def require_events(config: ServerConfig) -> None:
+    """See that KV events can be recorded and published as a config says, before a model is loaded.
+
+    Raises
+    ------
+    InvalidOperation
+        The file cannot be written, or an endpoint cannot be bound.
+    MissingExtra
+        Without pyzmq.
+    """
+    if config.record_events is not None:
+        try:
+            open(config.record_events, "ab").close()
+        except OSError as error:
+            reason = f"record_events: cannot write {config.record_events}: {error.strerror}"
+            raise InvalidOperation(reason) from None
+    if config.events_endpoint is not None:
+
+        async def bind() -> None:
+            async with EventPublisher(str(config.events_endpoint)):
+                pass
+
+        asyncio.run(bind())
 
 
 @asynccontextmanager
