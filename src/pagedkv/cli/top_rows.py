@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
     from pagedkv.engine.snapshot_types import EngineSnapshot, RequestRecord
 
-__all__ = ["COLUMNS", "FAINT", "Column", "MapCells", "block_line", "duration", "fold", "request_rows"]
+__all__ = ["COLUMNS", "FAINT", "Column", "MapCells", "block_line", "duration", "fold", "request_rows", "short_id"]
 
 FAINT = 8
 """Added to the kind of a cell that does not stand out while others do."""
 MAX_HOLDERS = 4
+SHORT = 24
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def short_id(request_id: str) -> str:
+    """Return as much of an id as tells it from others."""
+    return request_id if len(request_id) <= SHORT else f"{request_id[: SHORT - 1]}…"
 
 
 COLUMNS = (
@@ -95,13 +101,19 @@ def block_line(snapshot: EngineSnapshot, block: int) -> str:
     if count > 1:
         said.append(f"by {_holders(snapshot, block)}")
     if kind != FREE:
-        age = int(snapshot.age[block])
-        said += [f"depth {snapshot.depth[block]:,}", f"last used {age:,} ticks ago" if age else "used right now"]
+        said += [f"depth {snapshot.depth[block]:,}", _last_use(snapshot, int(snapshot.age[block]))]
     return f"Block {block:,}: {', '.join(said)}".replace(" times, by", " times by")
 
 
+def _last_use(snapshot: EngineSnapshot, age: int) -> str:
+    seconds = snapshot.seconds_since(age)
+    if seconds is not None:
+        return f"last used {duration(seconds)} ago"
+    return f"last used {age:,} ticks ago" if age else "used right now"
+
+
 def _holders(snapshot: EngineSnapshot, block: int) -> str:
-    names = [r.request_id for place, r in enumerate(snapshot.requests) if block in snapshot.blocks_of(place)]
+    names = [short_id(r.request_id) for place, r in enumerate(snapshot.requests) if block in snapshot.blocks_of(place)]
     shown = ", ".join(names[:MAX_HOLDERS]) or "a request that ended"
     return shown if len(names) <= MAX_HOLDERS else f"{shown} and {len(names) - MAX_HOLDERS} more"
 

@@ -19,6 +19,7 @@ from pagedkv.engine.sampler import Sampler, SampleRow, random_seed
 from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSnapshot, take_snapshot
 from pagedkv.engine.stats import EngineStats
+from pagedkv.engine.tick_clock import TickClock
 from pagedkv.errors import InvalidLogits, InvalidOperation
 from pagedkv.spec import require_int
 
@@ -71,6 +72,7 @@ class EngineCore:
         self._numbers = itertools.count()
         self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
         self._seconds = {"busy": 0.0, "forward": 0.0, "sampling": 0.0}
+        self._clock = TickClock()
 
     @property
     def has_work(self) -> bool:
@@ -143,6 +145,7 @@ class EngineCore:
             self.scheduler.recall(batch.parts)
             raise
         outputs = [self._reported(request) for request in moved]
+        self._clock.mark(batch.plan.tick, time.monotonic())
         self._counts["steps"] += 1
         self._seconds["forward"] += computed - before
         self._seconds["sampling"] += chosen - computed
@@ -180,7 +183,7 @@ class EngineCore:
 
     def snapshot(self) -> EngineSnapshot:
         """Return the pool, the requests and the counters at this moment, frozen."""
-        return take_snapshot(self.runner.cache, self._requests.values(), self.stats())
+        return take_snapshot(self.runner.cache, self._requests.values(), self.stats(), self._clock)
 
     def count(self, **amounts: int) -> None:
         """Add to the counters of these names."""

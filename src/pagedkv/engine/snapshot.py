@@ -24,6 +24,7 @@ from pagedkv.engine.snapshot_types import (
 )
 from pagedkv.engine.snapshot_wire import decode, encode, pack_columns
 from pagedkv.engine.stats import EngineStats
+from pagedkv.engine.tick_clock import TickClock
 
 if TYPE_CHECKING:
     from pagedkv.engine.request import Request
@@ -49,7 +50,9 @@ __all__ = [
 NUM_PREFIXES = 12
 
 
-def take_snapshot(cache: Inspection, requests: Iterable[Request], stats: EngineStats) -> EngineSnapshot:
+def take_snapshot(
+    cache: Inspection, requests: Iterable[Request], stats: EngineStats, clock: TickClock | None = None
+) -> EngineSnapshot:
     """Freeze a cache with the requests that use it, in time linear in the pool.
 
     Parameters
@@ -58,6 +61,8 @@ def take_snapshot(cache: Inspection, requests: Iterable[Request], stats: EngineS
     requests : iterable of Request
         Those under way.
     stats : EngineStats
+    clock : TickClock, optional
+        Of the cache.
     """
     now = time.monotonic()
     frozen = cache.snapshot()
@@ -99,6 +104,7 @@ def take_snapshot(cache: Inspection, requests: Iterable[Request], stats: EngineS
         requests=tuple(_record(request, sum(map(len, tables)), now) for tables, request in listed),
         prefixes=prefixes,
         stats=stats,
+        clock=clock.ago(now) if clock is not None else (),
         cost=time.monotonic() - now,
     )
 

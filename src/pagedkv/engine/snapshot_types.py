@@ -97,6 +97,8 @@ class EngineSnapshot:
     prefixes : tuple of PrefixRecord
         The hottest first.
     stats : EngineStats
+    clock : tuple of (int, float)
+        When the cache was used: ticks, ascending, and how many seconds before `taken` each was.
     cost : float
         Seconds that it took to take; not part of what is encoded.
     """
@@ -114,6 +116,7 @@ class EngineSnapshot:
     requests: tuple[RequestRecord, ...] = ()
     prefixes: tuple[PrefixRecord, ...] = ()
     stats: EngineStats
+    clock: tuple[tuple[int, float], ...] = ()
     cost: float = 0.0
 
     @property
@@ -125,6 +128,13 @@ class EngineSnapshot:
         """Return the blocks of the request at a place of `requests`."""
         start = sum(record.blocks for record in self.requests[:place])
         return self.tables[start : start + self.requests[place].blocks]
+
+    def seconds_since(self, age: int) -> float | None:
+        """Return how many seconds an age in ticks is, interpolated; None where nobody noted the time."""
+        if not self.clock:
+            return None
+        ticks, seconds = zip(*self.clock, strict=True)
+        return float(np.interp(self.tick - age, ticks, seconds))
 
     def counts(self) -> dict[str, int]:
         """Return how many blocks there are of each kind."""

@@ -35,6 +35,7 @@ class _Frame(msgspec.Struct, kw_only=True):
     requests: tuple[RequestRecord, ...]
     prefixes: tuple[PrefixRecord, ...]
     stats: EngineStats
+    clock: tuple[tuple[int, float], ...] = ()
 
 
 _encoder: Any = msgspec.msgpack.Encoder()
@@ -66,6 +67,7 @@ def encode(snapshot: EngineSnapshot) -> bytes:
                 requests=snapshot.requests,
                 prefixes=snapshot.prefixes,
                 stats=snapshot.stats,
+                clock=snapshot.clock,
             )
         )
     )
@@ -94,6 +96,7 @@ def decode(data: bytes | memoryview) -> EngineSnapshot:
         requests=frame.requests,
         prefixes=frame.prefixes,
         stats=frame.stats,
+        clock=frame.clock,
         **arrays,
     )
 

@@ -55,6 +55,7 @@ class Prefix(BaseModel):
     uses: int = Field(description="Sequences that have held it since it was stored.")
     ref_count: int = Field(description="Sequences that hold it now.")
     age_ticks: int = Field(description="Calls of the cache since its last use.")
+    age_seconds: float | None = Field(description="Time since its last use, where it was noted.")
     text: str | None = Field(None, description="Its beginning, where the operator lets it be shown.")
 
 
@@ -118,6 +119,7 @@ async def show_cache(
                 uses=p.uses,
                 ref_count=p.ref_count,
                 age_ticks=p.age,
+                age_seconds=snapshot.seconds_since(p.age),
                 text=texts.get(p.block_id),
             )
             for p in snapshot.prefixes

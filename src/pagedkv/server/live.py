@@ -118,6 +118,7 @@ def event_of(snapshot: EngineSnapshot, model: str, columns: bytes | None) -> byt
         "requests": snapshot.requests,
         "prefixes": snapshot.prefixes,
         "stats": dataclasses.asdict(snapshot.stats),
+        "clock": snapshot.clock,
         "columns": None if columns is None else base64.b64encode(columns).decode(),
     }
     return b"data: " + msgspec.json.encode(fields) + b"\n\n"

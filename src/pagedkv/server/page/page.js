@@ -3,7 +3,7 @@
 import { makeCharts } from "./charts.js";
 import { BlockMap, KINDS } from "./map.js";
 import { Watch } from "./stream.js";
-import { prefixTable, requestTable } from "./tables.js";
+import { lastUse, prefixTable, requestTable } from "./tables.js";
 
 const find = (id) => document.getElementById(id);
 const map = new BlockMap(find("map"));
@@ -91,7 +91,7 @@ function describe() {
   const said = [count > 1 ? `${kind === "shared" ? "shared" : `${kind}, held`} by ${number(count)}: ${holders(block)}` : kind];
   if (count === 1) said.push(`held by ${holders(block)}`);
   if (kind !== "free") {
-    said.push(`depth ${depths[block]}`, ages[block] ? `last used ${number(ages[block])} ticks ago` : "used right now");
+    said.push(`depth ${depths[block]}`, lastUse(latest, ages[block]));
   }
   const name = Object.assign(document.createElement("b"), { textContent: `Block ${block}` });
   const text = `: ${said.join(", ")}`;

@@ -13,6 +13,15 @@ const MOST_ROWS = 200;
 
 export const seconds = (value) => value < 10 ? `${value.toFixed(1)} s` : value < 120 ? `${Math.round(value)} s` : `${Math.round(value / 60)} min`;
 
+/** When a block was used that is so many ticks old: the clock holds (tick, seconds ago), the oldest first. */
+export function lastUse({ clock, tick }, age) {
+  const when = tick - age, place = clock.findIndex(([each]) => each >= when);
+  if (!clock.length) return age ? `last used ${age.toLocaleString("en")} ticks ago` : "used right now";
+  const [late, lateSeconds] = clock.at(place), [early, earlySeconds] = clock[Math.max(0, place - 1)];
+  const share = place > 0 ? (when - early) / (late - early) : 1;
+  return `last used ${seconds(earlySeconds + share * (lateSeconds - earlySeconds))} ago`;
+}
+
 function element(name, text, attributes = {}) {
   const made = document.createElement(name);
   made.textContent = text;
