@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -167,6 +168,26 @@ def test_text_in_text_out():
     assert stopped.text == output.outputs[0].text[: output.outputs[0].text.index(cut)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", cut)
     settled(llm)
+
+
+def test_threads_take_turns(shipped, expected):
+    prompts, lengths, wanted = expected
+    llm = LLM(shipped, num_blocks=60, block_size=4)
+
+    def generate(start):
+        some = slice(start, start + 4)
+        params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths[some]]
+        return texts(llm.generate(prompts[some], params)) == wanted[some]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(generate, range(0, 16, 4)))
+    settled(llm)
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 2.5, "16"])
+def test_a_block_size_that_is_none(shipped, block_size):
+    with pytest.raises(InvalidOperation, match="block_size expects an int"):
+        LLM(shipped, num_blocks=8, block_size=block_size)
 
 
 def test_what_makes_no_sense_is_refused_and_nothing_stays(shipped):
