@@ -28,6 +28,17 @@ def _must_copy(state: State, block: int) -> bool:
 
 
 @compiled
+def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> bool:
+    """Tell whether there is room even if all sequences grow as much as the one that grows most, and copy a block."""
+    widest, most = 0, 0
+    for i in range(len(rows)):
+        widest = max(widest, state.sequences[rows[i]].num_blocks)
+        most = max(most, counts[i])
+    more = most // state.counters[0].block_size + 1
+    return len(rows) * (more + 1) <= available_blocks(state) and widest + more <= state.tables.shape[1]
+
+
+@compiled
 def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tuple[int, int, int]:
     """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_WIDTH with the columns needed."""
     size = state.counters[0].block_size
@@ -144,7 +155,7 @@ def grow_rows(
     copied = borrowed(copies)
     status, place = resolve_rows(state, seq_ids, rows)
     a, b, k = place, 0, 0
-    if status == OK:
+    if status == OK and not _surely_fits(state, rows, counts):
         status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
         return status, a, b, 0, NO_WIDE, NO_NARROW
