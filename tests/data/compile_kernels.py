@@ -1,24 +1,29 @@
 """Compile every kernel for real GPUs, down to machine code, on a machine that has none: the interpreter cannot test it.
 
 The launching code runs as ever; where it would launch a kernel, the kernel is compiled for the arguments it is given.
+Prints a line of JSON for each; with ``--all`` for more types and sizes.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
+import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 from tests.contracts.attention_cases import Shape, make_case
+from tests.data.machine_code import facts_of
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pagedkv import paged_attention
 from pagedkv.data import gpu, gpu_device, gpu_launch, gpu_move, gpu_tuning
-from pagedkv.data.gpu_shapes import Device
+from pagedkv.data.gpu_shapes import Config, Device, Heads, shared_bytes
 
 TYPES = {
     torch.float32: "fp32",
@@ -30,73 +35,93 @@ TYPES = {
     torch.float8_e4m3fn: "fp8e4nv",
 }
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-capability = 0
+SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
-def compile_instead(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS})
-    signature, constants, attributes = {}, {}, {}
-    for i, (name, given) in enumerate(bound.arguments.items()):
-        whole = None
-        if kernel.params[i].is_constexpr or given is None:
-            signature[name], constants[name] = "constexpr", given
-        elif isinstance(given, torch.Tensor):
-            signature[name], whole = "*" + TYPES[given.dtype], given.data_ptr()
-        elif isinstance(given, float):
-            signature[name] = "fp32"
-        else:
-            signature[name], whole = "i32", None if kernel.params[i].do_not_specialize else given
-        if whole is not None and whole % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-    source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    shared = compiled.metadata.shared
-    limit = 227 << 10 if capability >= 90 else 99 << 10
-    print(f"sm_{capability} {kernel.__name__}: {len(compiled.asm['cubin'])} bytes, {shared} bytes of shared memory")
-    assert shared <= limit, (kernel, kwargs)
+@dataclass
+class Compiler:
+    """Stands in for a launch: compiles for ``capability`` what would be launched."""
 
+    capability: int = 90
+    what: str = ""
 
-def attend(dtype: torch.dtype, **changes: Any) -> None:
-    sequences = [(3000, 1, 0, 0), (2500, 200, 4, 33)]
-    case = make_case(Shape(sequences, dtype=dtype, group=4, **{"head_dim": 128, "v_head_dim": 128, **changes}))
-    paged_attention(case.queries, case.keys, case.values, **case.options, backend="triton")
+    @property
+    def device(self) -> Device:
+        return Device("none", 132, SHARED_BYTES[self.capability], self.capability)
 
+    def compile(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS})
+        signature, constants, attributes = {}, {}, {}
+        for i, (name, given) in enumerate(bound.arguments.items()):
+            whole = None
+            if kernel.params[i].is_constexpr or given is None:
+                signature[name], constants[name] = "constexpr", given
+            elif isinstance(given, torch.Tensor):
+                signature[name], whole = "*" + TYPES[given.dtype], given.data_ptr()
+            elif isinstance(given, float):
+                signature[name] = "fp32"
+            elif given == 1 and not kernel.params[i].do_not_specialize:
+                signature[name], constants[name] = "constexpr", given
+            else:
+                signature[name], whole = "i32", None if kernel.params[i].do_not_specialize else given
+            if whole is not None and whole % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        facts = {"what": self.what, "kernel": kernel.__name__, "capability": self.capability, **facts_of(compiled)}
+        if "TILE_M" in constants:
+            facts |= self.expected(constants, options, bound.arguments)
+        print(json.dumps(facts))
 
-def write(dtype: torch.dtype) -> None:
-    pool, new = torch.zeros(4, 16, 8, 128).to(dtype), torch.zeros(5, 8, 128, dtype=torch.bfloat16)
-    scales = torch.zeros(4, 16, 8) if dtype.itemsize == 1 else None
-    gpu_move.write_tokens(pool, pool.clone(), new, new, torch.arange(5), scales, scales)
+    def expected(self, constants: dict[str, Any], options: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+        config = Config(constants["TILE_M"], constants["TILE_N"], options["num_warps"], options["num_stages"])
+        items = 4 if constants["COMPUTE"].primitive_bitwidth == 32 else 2
+        sizes = constants["HEAD_DIM"], constants["V_HEAD_DIM"], items, arguments["keys"].element_size()
+        expected = shared_bytes(config, Heads(constants["GROUP"], *sizes, 1), self.device)
+        return {"expected_shared": expected, "allowed_shared": self.device.shared_bytes, "is_long": constants["SEARCH"]}
 
+    def attend(self, what: str, dtype: torch.dtype, capability: int = 90, **changes: Any) -> None:
+        """Compile for sequences of one query token and for long ones."""
+        self.what, self.capability = what, capability
+        sequences = [(3000, 1, 0, 0), (2500, 200, 4, 33)]
+        sizes = {"num_kv_heads": 8, "group": 4, "head_dim": 128, "v_head_dim": 128}
+        case = make_case(Shape(sequences, dtype=dtype, **{**sizes, **changes}))
+        paged_attention(case.queries, case.keys, case.values, **case.options, backend="triton")
 
-def attend_quantised(dtype: torch.dtype) -> None:
-    case = make_case(Shape([(3000, 1, 0, 0), (70, 50, 0, 0)], group=4, head_dim=128, v_head_dim=128))
-    scales = torch.ones(case.keys.shape[:3])
-    pools = (torch.zeros(case.keys.shape).to(dtype) for _ in range(2))
-    options = {**case.options, "key_scales": scales, "value_scales": scales}
-    paged_attention(case.queries.bfloat16(), *pools, **options, backend="triton")
+    def write(self, what: str, dtype: torch.dtype) -> None:
+        self.what = what
+        pool, new = torch.zeros(4, 16, 8, 128).to(dtype), torch.zeros(5, 8, 128, dtype=torch.bfloat16)
+        scales = torch.zeros(4, 16, 8) if dtype.itemsize == 1 else None
+        gpu_move.write_tokens(pool, pool.clone(), new, new, torch.arange(5), scales, scales)
 
 
 def main() -> None:
-    global capability
-    JITFunction.run = compile_instead
+    compiler = Compiler()
+    JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
     for module in (gpu, gpu_device):
         module.require_runnable = lambda name, device: None
     for module in (gpu_launch, gpu_tuning):
-        module.device_of = lambda device: Device("none", 132, 227 << 10 if capability >= 90 else 99 << 10, capability)
+        module.device_of = lambda device: compiler.device
         module.is_interpreted = lambda: False
     gpu_tuning.is_capturing = lambda device: True
     gpu_launch._precision = lambda device: "tf32x3"
-    capability = 90
-    attend(torch.bfloat16)
-    attend_quantised(torch.int8)
-    attend_quantised(torch.float8_e4m3fn)
-    for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn):
-        write(dtype)
-    gpu_move.copy_blocks((torch.zeros(2, 2, 6, 16, 8),), np.array([[0, 1], [1, 2]]))
-    capability = 80
-    attend(torch.float16, sinks=True, head_dim=80, v_head_dim=33, options={"window": 100, "softcap": 30.0})
-    attend(torch.float32)
+    compiler.attend("bfloat16", torch.bfloat16)
+    compiler.attend("int8", torch.int8, query_dtype=torch.bfloat16, num_kv_heads=2)
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn):
+        compiler.write(f"write {dtype}", dtype)
+    compiler.what = "copy"
+    gpu_move.copy_blocks((torch.zeros(2, 2, 6, 16, 64),), np.array([[0, 1], [1, 2]]))
+    features = {"sinks": True, "head_dim": 80, "v_head_dim": 33, "options": {"window": 100, "softcap": 30.0}}
+    compiler.attend("features", torch.float16, 80, **features)
+    if "--all" not in sys.argv:
+        return
+    compiler.write("write int8", torch.int8)
+    for capability in (90, 89):
+        compiler.attend("fp8", torch.float8_e4m3fn, capability, query_dtype=torch.bfloat16, layout="HND")
+        compiler.attend("float32", torch.float32, capability, num_kv_heads=1)
+        for dim in (64, 256):
+            compiler.attend(f"heads of {dim}", torch.bfloat16, capability, head_dim=dim, v_head_dim=dim)
 
 
 if __name__ == "__main__":

@@ -206,12 +206,13 @@ def _copy_words(
     words,
     CHUNK: tl.constexpr,
 ):
-    """Copy a piece of a block. Without indices block i is place i. Grid: (pairs, pieces of a block, rows)."""
-    pair = tl.program_id(0).to(tl.int64)
-    row = tl.program_id(2).to(tl.int64)
+    """Copy a piece of a block. Without indices block i is place i. Grid: (pairs * pieces of a block, rows)."""
+    pieces = tl.cdiv(words, CHUNK)
+    pair = (tl.program_id(0) // pieces).to(tl.int64)
+    row = tl.program_id(1).to(tl.int64)
     to = pair if targets is None else tl.load(targets + pair)
     come_from = pair if sources is None else tl.load(sources + pair)
-    at = tl.program_id(1).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
+    at = (tl.program_id(0) % pieces).to(tl.int64) * CHUNK + tl.arange(0, CHUNK)
     numbers = tl.load(source + row * source_row + come_from * source_block + at, mask=at < words)
     tl.store(target + row * target_row + to * target_block + at, numbers, mask=at < words)
 
@@ -254,7 +255,7 @@ def _as_words(tensor: Tensor) -> Tensor:
 def _copy(target: Tensor, source: Tensor, targets: Tensor | None, sources: Tensor | None, count: int) -> None:
     rows, _, words = source.shape
     with torch.cuda.device_of(target):
-        _copy_words[(count, triton.cdiv(words, _CHUNK), rows)](
+        _copy_words[(count * triton.cdiv(words, _CHUNK), rows)](
             target,
             source,
             targets,

@@ -136,12 +136,15 @@ def shared_bytes(config: Config, heads: Heads, device: Device) -> int:
         tiles += ahead * config.tile_n * 8  # scales
         if reads_shared:
             operands += config.tile_n * max(heads.tile_d, heads.tile_dv)  # a tile of keys or values, converted
+    if reads_shared and device.capability >= 100:  # sums are in tensor memory
+        tiles += 1 << 13 if heads.stored_bytes > 1 else config.tile_n * max(heads.tile_d, heads.tile_dv) * 2
+        tiles += 32  # barriers
     return tiles + operands * heads.item_bytes
 
 
 def _multiplies_from_shared(config: Config, device: Device) -> bool:
-    """Tell whether tensor cores read keys and values from shared memory: those of compute capability 9.0 can."""
-    return device.capability == 90 and config.tile_m >= 64
+    """Tell whether tensor cores read keys and values from shared memory: those of data centers can, since Hopper."""
+    return device.capability // 10 in (9, 10) and config.tile_m >= 64
 
 
 def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
@@ -181,6 +184,6 @@ def _best_splits(num_programs: int, most: int, room: int) -> int:
         rounds, left = divmod(num_programs * splits, room)
         time = rounds + (max(left / room, ALONE) if left else 0.0)
         cost = 0.0 if splits == 1 else COST_OF_SPLITTING + COST_OF_SPLIT * splits
-        return num_programs * splits / room / time - cost
+        return num_programs * splits / room / time * (1 - cost)
 
     return max(range(1, max(most, 1) + 1), key=worth)
