@@ -101,6 +101,15 @@ def test_abort_by_id_ends_the_stream_with_what_there_is():
     run_with(test, runner=SlowRunner)
 
 
+def test_a_request_whose_loop_was_closed_ends():
+    engine, loop = new_engine(runner=SlowRunner), asyncio.new_event_loop()
+    stream = engine.generate([1, 2], SamplingParams(max_tokens=None, streaming=(4, 8)))
+    loop.run_until_complete(anext(stream))
+    loop.close()
+    asyncio.run(asyncio.wait_for(settled(engine), 60))
+    asyncio.run(engine.shutdown())
+
+
 def test_what_is_refused_is_refused_to_its_caller_only():
     async def test(engine):
         good = asyncio.ensure_future(collect(engine.generate([1], SamplingParams(max_tokens=20), request_id="a")))

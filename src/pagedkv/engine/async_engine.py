@@ -119,14 +119,14 @@ class AsyncEngine:
             session_id=session_id,
         )
         request.prompt = prompt if isinstance(prompt, str) else None
-        stream = Stream(asyncio.get_running_loop())
+        stream = Stream(request.request_id, asyncio.get_running_loop())
         self._submit(lambda: self._take_in(request, stream))
         try:
             async for output in stream:
                 yield output
         finally:
             if not stream.is_over:
-                self._submit_quietly(lambda: self._take_out(request.request_id, stream))
+                self._submit_quietly(lambda: self._take_out(stream))
 
     async def abort(self, request_id: str) -> None:
         """End a request: its stream gets a last output with what there is. Unknown ids are ignored."""
@@ -241,11 +241,11 @@ class AsyncEngine:
         else:
             self._streams[request.request_id] = stream
 
-    def _take_out(self, request_id: str, stream: Stream) -> None:
+    def _take_out(self, stream: Stream) -> None:
         # The id may belong to another request by now.
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
-            self._core.abort(request_id)
+        if self._streams.get(stream.request_id) is stream:
+            del self._streams[stream.request_id]
+            self._core.abort(stream.request_id)
 
     def _abort(self, request_id: str) -> None:
         output = self._core.abort(request_id)
@@ -261,7 +261,8 @@ class AsyncEngine:
                 by_loop[stream.loop].append((stream, output))
                 if output.finished:
                     del self._streams[output.request_id]
-        deliver(by_loop)
+        for lost in deliver(by_loop):
+            self._take_out(lost)
 
     def _end(self, dead: EngineDead, cause: BaseException | None) -> None:
         """Fail all who wait and free their blocks."""

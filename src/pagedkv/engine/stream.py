@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Mapping, Sequence
 
 from pagedkv.engine.outputs import RequestOutput
@@ -19,6 +18,7 @@ class Stream:
 
     Parameters
     ----------
+    request_id : str
     loop : AbstractEventLoop
         Of the reader.
 
@@ -28,8 +28,8 @@ class Stream:
         The reader has got the last output, or an error.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
+    def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
+        self.request_id, self.loop = request_id, loop
         self.is_over = False
         self._news: News = EngineDead("nothing came")
         self._event = asyncio.Event()
@@ -57,11 +57,21 @@ class Stream:
         raise news
 
 
-def deliver(by_loop: Mapping[asyncio.AbstractEventLoop, Sequence[tuple[Stream, News]]]) -> None:
-    """Hand news to streams from another thread: one call for each event loop. Loops that are closed are passed over."""
+def deliver(by_loop: Mapping[asyncio.AbstractEventLoop, Sequence[tuple[Stream, News]]]) -> list[Stream]:
+    """Hand news to streams from another thread: one call for each event loop.
+
+    Returns
+    -------
+    list of Stream
+        Those whose loop is closed: nobody will ever read them.
+    """
+    lost: list[Stream] = []
     for loop, news in by_loop.items():
-        with contextlib.suppress(RuntimeError):
+        try:
             loop.call_soon_threadsafe(_put_all, news)
+        except RuntimeError:
+            lost += [stream for stream, _ in news]
+    return lost
 
 
 def _put_all(news: Sequence[tuple[Stream, News]]) -> None:
