@@ -39,6 +39,16 @@ def test_nobody_reads_on():
         assert process.wait(PATIENCE) == 141 and "Traceback" not in err and "Exception" not in err
 
 
+@pytest.mark.parametrize("command", [("info",), ("trace", "describe"), ("replay", "-b", "2", "-s", "lru", "-j", "1")])
+def test_nobody_reads_a_table(command, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [1, 2]}\n')
+    with start(*command, *([] if command == ("info",) else [str(trace)])) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(PATIENCE) == 141 and "Traceback" not in err and "Exception" not in err
+
+
 def test_a_pipe_in_and_a_file_out_without_unicode(tmp_path):
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
     options = ("--max-new-tokens", "8", "--show-blocks", "--json")

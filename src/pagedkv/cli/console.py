@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,16 @@ from rich.text import Text
 __all__ = ["library_notices", "notes", "output"]
 
 
+class _Output(Console):
+    """Says that nobody reads on, where rich would end the process with an exit code of its own."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
 def output() -> Console:
     """Return a console on today's stdout."""
-    return Console(file=sys.stdout, highlight=False)
+    return _Output(file=sys.stdout, highlight=False)
 
 
 def notes() -> Console:
