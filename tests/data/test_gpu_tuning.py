@@ -29,7 +29,7 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_tuning, "is_interpreted", lambda: False)
     monkeypatch.setattr(gpu_tuning, "is_capturing", lambda device: False)
     monkeypatch.setattr(gpu_tuning, "device_of", lambda device: DEVICE)
-    monkeypatch.setattr(gpu_tuning, "_chosen", {})
+    monkeypatch.setattr(gpu_tuning, "_chosen", None)
     monkeypatch.setattr(gpu_tuning, "_first_that_fits", {})
     measured = []
 
@@ -53,7 +53,7 @@ def test_the_fastest_is_measured_once_and_kept(tuning, monkeypatch, tmp_path):
     configs = candidates(HEADS, DEVICE)
     assert choose(tuning) == configs[2] and tuning.measured == list(configs[:5]), "each takes seconds to compile"
     assert choose(tuning) == configs[2] and len(tuning.measured) == 5
-    monkeypatch.setattr(tuning, "_chosen", {})  # another process
+    monkeypatch.setattr(tuning, "_chosen", None)  # another process
     assert choose(tuning) == configs[2] and len(tuning.measured) == 5
     kept = json.loads((tmp_path / "pagedkv" / "gpu-configurations.json").read_text())
     assert list(kept.values()) == [list(configs[2])]
@@ -85,6 +85,14 @@ def test_a_kept_configuration_that_is_no_candidate_is_measured_again(tuning):
     for key in tuning._chosen:
         tuning._chosen[key] = Config(16, 4096, 4, 9)
     assert choose(tuning) == candidates(HEADS, DEVICE)[2]
+
+
+def test_the_file_is_read_once(tuning, monkeypatch):
+    reads = []
+    monkeypatch.setattr(tuning, "_load", lambda: reads.append(1) or {})
+    for _ in range(3):
+        choose(tuning, work=0)
+    assert len(reads) == 1
 
 
 def test_nothing_is_measured_where_it_would_mislead_or_wait(tuning, monkeypatch):

@@ -30,7 +30,7 @@ __all__ = ["config_for", "run_best"]
 _TRIED = 5
 """So many candidates are measured; each has to be compiled first, which takes seconds. The others are smaller."""
 _ENOUGH_WORK = 1 << 15
-_chosen: dict[str, Config] = {}
+_chosen: dict[str, Config] | None = None
 _first_that_fits: dict[str, Config] = {}
 
 
@@ -56,8 +56,8 @@ def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], w
             with contextlib.suppress(OutOfResources):
                 run(smaller)
                 _first_that_fits[key] = smaller
-                if key in _chosen:
-                    _chosen[key] = smaller
+                if key in _known():
+                    _known()[key] = smaller
                 return
         raise InvalidOperation(
             f"queries: expected heads that {device.name} has the memory for, got heads of {heads.head_dim} and "
@@ -85,16 +85,22 @@ def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None],
     default = _first_that_fits.get(key, configs[0])
     if os.environ.get("PAGEDKV_AUTOTUNE", "1") == "0":
         return default
-    if not _chosen:
-        _chosen.update(_load())
-    config = _chosen.get(key)
+    config = _known().get(key)
     if config is None or config not in configs:
         if work < _ENOUGH_WORK or is_capturing(device):
             return default
         with torch.cuda.device_of(call.queries):  # type: ignore[no-untyped-call]
-            config = _chosen[key] = _fastest(configs[:_TRIED], run) or default
+            config = _known()[key] = _fastest(configs[:_TRIED], run) or default
         _save()
     return config
+
+
+def _known() -> dict[str, Config]:
+    """Return what was chosen here or by another process before; the file is read once."""
+    global _chosen
+    if _chosen is None:
+        _chosen = _load()
+    return _chosen
 
 
 def _key(heads: Heads, call: AttentionCall) -> str:
@@ -144,7 +150,7 @@ def _save() -> None:
     path = _file()
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**_load(), **_chosen}, indent=0, sort_keys=True)
+        text = json.dumps({**_load(), **_known()}, indent=0, sort_keys=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
