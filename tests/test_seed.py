@@ -264,6 +264,12 @@ def test_utilization_and_need_of_eviction():
     assert cache.utilization == 0.9 and cache.needs_eviction
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_cache_is_not_copied(copied):
+    with pytest.raises(InvalidOperation, match=r"a PagedKvCache cannot be copied or pickled: fork\(\) its sequences"):
+        copied(small())
+
+
 def test_a_pool_of_no_blocks():
     cache = small(0)
     assert cache.total_blocks == cache.free_block_count == cache.used_block_count == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -233,6 +234,12 @@ def test_a_second_generate_goes_on_where_the_first_ended(model, cache):
     one = model.generate(ids, past_key_values=cache, **GREEDY)
     two = model.generate(one, past_key_values=cache, **GREEDY)
     assert torch.equal(two, model.generate(one, **GREEDY))
+
+
+def test_a_deep_copy_is_refused_with_what_to_do_instead(cache):
+    fill(cache, 1, 5)
+    with pytest.raises(InvalidOperation, match=r"cannot be copied or pickled: fork\(\) its sequences"):
+        copy.deepcopy(cache)
 
 
 def test_bad_arguments_are_named(model):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -143,6 +143,11 @@ class Inspection:
 
     def __bool__(self) -> bool:
         return True
+
+    def __reduce__(self) -> NoReturn:
+        # A shallow copy would write into the same books, and a deep one stops at the lock without saying why.
+        name = type(self).__name__
+        raise InvalidOperation(f"a {name} cannot be copied or pickled: fork() its sequences, or take a snapshot()")
 
     def block(self, block_id: int) -> KvBlock:
         """Return a live view of a block.
