@@ -20,7 +20,7 @@ from pagedkv.cli.failures import Failure
 from pagedkv.cli.top_help import HelpScreen
 from pagedkv.cli.top_history import History
 from pagedkv.cli.top_map import BlockMapView
-from pagedkv.cli.top_rows import COLUMNS, FAINT, block_line, duration, fold, request_rows
+from pagedkv.cli.top_rows import COLUMNS, FAINT, block_line, duration, fold, request_rows, short_id
 from pagedkv.cli.top_screen import TopApp
 from pagedkv.cli.top_source import Recording, ServerSource, SnapshotFile, open_source
 from pagedkv.engine.snapshot import encode
@@ -71,8 +71,17 @@ def test_what_is_said_of_a_block(snapshots):
     assert line.startswith(f"Block {shared}: shared, held {snapshot.ref_count[shared]} times by cmpl-")
     cached = int(np.flatnonzero(snapshot.kinds == CACHED)[0])
     assert "held" not in block_line(snapshot, cached) and "depth" in block_line(snapshot, cached)
+    assert f"last used {snapshot.age[cached]} ticks ago" in block_line(snapshot, cached)
+    clock = ((0, 90.0 + snapshot.tick), (snapshot.tick, 90.0))
+    timed = dataclasses.replace(snapshot, clock=clock)
+    assert f"last used {duration(90.0 + int(snapshot.age[cached]))} ago" in block_line(timed, cached)
     empty = FakeEngine(4).snapshot()
     assert block_line(empty, 0) == "Block 0: free"
+
+
+def test_long_ids_are_cut():
+    assert short_id("async-1") == "async-1"
+    assert short_id("chatcmpl-" + "0123456789abcdef" * 2) == "chatcmpl-0123456789abcd…"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.04, "0.0 s"), (9.96, "10.0 s"), (64, "64 s"), (600, "10 min")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -118,6 +119,7 @@ def test_a_block_tells_its_owner_to_mouse_and_keyboard(window, served):
         lambda said: "held by" in said or ": cached" in said,
     )
     assert words.startswith("Block 0:") and "depth 0" in words
+    assert re.search(r"last used \d+(\.\d)? s ago$", words), words
     writer.join()
     assert window.run("return document.activeElement.id") == "map"
     assert "active" in window.run("return document.getElementById('map').getAttribute('aria-label')")
