@@ -367,6 +367,25 @@ def test_a_name_is_registered_once():
     assert parse_strategy("lru") == LRU()
 
 
+def test_a_class_may_be_defined_anew():
+    def define(doc):
+        @register_strategy("from_a_notebook")
+        class FromANotebook(SmallestFirst):
+            __doc__ = doc
+
+        return FromANotebook
+
+    define("first")
+    second = define("second")
+    assert type(parse_strategy("from_a_notebook")) is second and second.__doc__ == "second"
+    for other in (LRU, lambda: LRU()):
+        with pytest.raises(InvalidOperation, match="registered already"):
+            register_strategy("from_a_notebook", other)
+    register_strategy("from_a_lambda", lambda: LRU())
+    with pytest.raises(InvalidOperation, match="registered already"):
+        register_strategy("from_a_lambda", lambda: LFU())
+
+
 TTLS = [lambda: TTL(-1), lambda: TTL(2**32), lambda: TTL(True), lambda: TTL(1.5), lambda: parse_strategy("ttl:ticks=x")]
 
 

@@ -21,6 +21,12 @@ def _key(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "")
 
 
+def _home(factory: Callable[..., Any]) -> object:
+    """Return where a factory was defined; what has no name of its own, a partial for instance, is like no other."""
+    name = getattr(factory, "__qualname__", "<lambda>")
+    return factory if name.endswith("<lambda>") else (factory.__module__, name)
+
+
 def register_strategy(name: str, factory: Factory | None = None) -> Any:
     """Make a strategy known by `name` to ``strategy=``, to the simulator and to the command line.
 
@@ -35,13 +41,16 @@ def register_strategy(name: str, factory: Factory | None = None) -> Any:
     ------
     InvalidOperation
         If the name is empty, taken by another factory, or has other characters than letters, digits, ``_`` and ``-``.
+        A class that is defined anew under its own name, in a notebook for instance, takes the place of its old self.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
         raise InvalidOperation(f"name expects letters, digits, _ and -, got {name!r}")
 
     def register(made_by: Factory) -> Factory:
-        if _registry.setdefault(_key(name), made_by) is not made_by:
-            raise InvalidOperation(f"a strategy named {name!r} is registered already: {_registry[_key(name)]!r}")
+        known = _registry.get(_key(name), made_by)
+        if known is not made_by and _home(known) != _home(made_by):
+            raise InvalidOperation(f"a strategy named {name!r} is registered already: {known!r}")
+        _registry[_key(name)] = made_by
         return made_by
 
     return register if factory is None else register(factory)
