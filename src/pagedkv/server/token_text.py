@@ -40,10 +40,11 @@ class TokenText:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def length(self, token: int) -> int:
-        """Return how many characters of the text a token makes; special ones are not shown in it."""
+        """Return how many characters of the text begin with a token; special ones are not shown in it."""
         if self._tokenizer is not None and token in self._special:
             return 0
-        return len(self.raw(token).decode(errors="ignore"))
+        # Every byte of UTF-8 begins a character but those that go on with one, which may be another token's.
+        return sum(byte & 0xC0 != 0x80 for byte in self.raw(token))
 
     def chat_entry(self, token: int, likely: Mapping[int, Any], count: int) -> dict[str, Any]:
         """Return a token of a chat with `count` of the likeliest ones."""
