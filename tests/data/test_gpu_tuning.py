@@ -30,7 +30,7 @@ def tuning(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_tuning, "is_capturing", lambda device: False)
     monkeypatch.setattr(gpu_tuning, "device_of", lambda device: DEVICE)
     monkeypatch.setattr(gpu_tuning, "_chosen", None)
-    monkeypatch.setattr(gpu_tuning, "_first_that_fits", {})
+    monkeypatch.setattr(gpu_tuning, "_unmeasured", {})
     measured = []
 
     def time(config, run):
@@ -162,3 +162,16 @@ def test_heads_that_no_configuration_has_room_for_are_refused(tuning):
     for work in (0, ENOUGH):
         with pytest.raises(InvalidOperation, match="expected heads that some has the memory for, got heads of 128"):
             tuning.run_best(HEADS, call, Launches(set()), work)
+
+
+def test_a_device_whose_memory_is_taken_runs_unmeasured(tuning, monkeypatch, tmp_path):
+    tried = []
+
+    def time(config, run):
+        tried.append(config)
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(tuning, "_median_time", time)
+    assert choose(tuning) == choose(tuning) == candidates(HEADS, DEVICE)[0]
+    assert len(tried) == 5, "it is not tried again at every call"
+    assert not list(tmp_path.iterdir()), "another process may have the memory"

@@ -31,7 +31,8 @@ _TRIED = 5
 """So many candidates are measured; each has to be compiled first, which takes seconds. The others are smaller."""
 _ENOUGH_WORK = 1 << 15
 _chosen: dict[str, Config] | None = None
-_first_that_fits: dict[str, Config] = {}
+_unmeasured: dict[str, Config] = {}
+"""What this process uses where nothing could be measured, or nothing that was measured fits."""
 
 
 def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> None:
@@ -55,9 +56,8 @@ def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], w
         for smaller in candidates(heads, device):
             with contextlib.suppress(OutOfResources):
                 run(smaller)
-                _first_that_fits[key] = smaller
-                if key in _known():
-                    _known()[key] = smaller
+                _known().pop(key, None)
+                _unmeasured[key] = smaller
                 return
         raise InvalidOperation(
             f"queries: expected heads that {device.name} has the memory for, got heads of {heads.head_dim} and "
@@ -82,17 +82,20 @@ def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None],
     if is_interpreted():
         return configs[0]
     key = _key(heads, call)
-    default = _first_that_fits.get(key, configs[0])
-    if os.environ.get("PAGEDKV_AUTOTUNE", "1") == "0":
-        return default
-    config = _known().get(key)
-    if config is None or config not in configs:
-        if work < _ENOUGH_WORK or is_capturing(device):
-            return default
-        with torch.cuda.device_of(call.queries):  # type: ignore[no-untyped-call]
-            config = _known()[key] = _fastest(configs[:_TRIED], run) or default
-        _save()
-    return config
+    is_tuned = os.environ.get("PAGEDKV_AUTOTUNE", "1") != "0"
+    config = (_known().get(key) if is_tuned else None) or _unmeasured.get(key)
+    if config in configs:
+        return config
+    if not is_tuned or work < _ENOUGH_WORK or is_capturing(device):
+        return configs[0]
+    with torch.cuda.device_of(call.queries):  # type: ignore[no-untyped-call]
+        best = _fastest(configs[:_TRIED], run)
+    if best is None:
+        _unmeasured[key] = configs[0]
+        return configs[0]
+    _known()[key] = best
+    _save()
+    return best
 
 
 def _known() -> dict[str, Config]:
@@ -119,10 +122,13 @@ def _key(heads: Heads, call: AttentionCall) -> str:
 
 
 def _fastest(configs: tuple[Config, ...], run: Callable[[Config], None]) -> Config | None:
-    """Return the configuration with the smallest median time, of those that the device has room for."""
+    """Return the configuration with the smallest median time, of those that the device has room for.
+
+    Measuring takes 256 MiB itself; without them it is left.
+    """
     times: dict[Config, float] = {}
     for config in configs:
-        with contextlib.suppress(OutOfResources):
+        with contextlib.suppress(OutOfResources, torch.cuda.OutOfMemoryError):
             times[config] = _median_time(config, run)
     return min(times, key=times.__getitem__) if times else None
 
