@@ -204,7 +204,7 @@ class SlowAdaptive:
             self.learned_rules = False
         self.flips += self.learned_rules != before
         kept = 1 / (1 + 1 / 9 * (self.period / self.capacity))
-        most = min(2.5 * deviation, 0.2 * self.shadows.room)
+        most = min(0.002 * self.seen + 2.25 * deviation, 0.2 * self.shadows.room)
         self.seen *= kept
         self.variance *= kept * kept
         self.lead = min(most, max(-most, self.lead * kept))

@@ -44,13 +44,13 @@ MEMORY = 0.95
 FULL = 16
 
 # The learned order takes over when its shadow leads by so many standard deviations, and by so much of the accesses; it
-# loses when it is behind. A lead fades, and counts for at most so many deviations and a share of a shadow: when the
-# traffic changes, what was won before is soon used up.
+# loses when it is behind. A lead fades, and counts for little more than what takes over, and for at most a share of a
+# shadow: when the traffic changes, what was won before is soon used up.
 AHEAD = 2.0
 BEHIND = 0.5
 CLEARLY = 0.002
 FADING = 1 / 9  # per capacity of accesses
-MOST_DEVIATIONS = 2.5
+MOST_DEVIATIONS = 2.25
 MOST_LEAD = 0.2
 
 
@@ -127,7 +127,8 @@ def _judge(learner: Learner, elapsed: float) -> None:
     elif learner.sums[LEAD] < -BEHIND * deviation:
         learner.numbers[RULES] = 0
     kept = 1.0 / (1.0 + FADING * elapsed)
-    most = min(MOST_DEVIATIONS * deviation, MOST_LEAD * learner.numbers[ROOM])
+    most = CLEARLY * learner.sums[SEEN] + MOST_DEVIATIONS * deviation
+    most = min(most, MOST_LEAD * learner.numbers[ROOM])
     learner.sums[SEEN] *= kept
     learner.sums[VARIANCE] *= kept * kept
     learner.sums[LEAD] = min(most, max(-most, learner.sums[LEAD] * kept))
