@@ -164,7 +164,7 @@ def test_events_that_end_too_early(tmp_path):
         assert read_trace(path, skip_bad=True).num_requests == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"")])
+@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b"", mtime=0)], ids=["nothing", "blank", "packed"])
 @pytest.mark.parametrize("format", ["mooncake", "qwen", "tokens", "burstgpt", "azure", "kv-events"])
 def test_an_empty_trace_is_an_error(tmp_path, format, content):
     path = tmp_path / "empty"

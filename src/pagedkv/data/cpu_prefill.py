@@ -27,9 +27,9 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
     q_len, seq_len = last - first, int(call.seq_lens[i])
     window = call.window or seq_len
     oldest = max(0, seq_len - q_len - window + 1)
-    # torch multiplies bfloat16 faster than float32, float16 slower.
-    fast = call.queries.dtype == torch.bfloat16 and (call.keys.dtype == torch.bfloat16 or call.key_scales is not None)
-    dtype = torch.bfloat16 if fast else torch.float32
+    # torch multiplies bfloat16 faster than float32, float16 slower. Quantised keys times their scales would be rounded.
+    is_bfloat16 = call.queries.dtype == call.keys.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
     keys = _gather(call, call.keys, call.key_scales, i, oldest).to(dtype)
     values = _gather(call, call.values, call.value_scales, i, oldest).to(dtype)
     queries = call.queries[first:last].to(dtype)
