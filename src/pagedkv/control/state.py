@@ -5,14 +5,14 @@ Block and sequence records are NumPy records, so that compiled code and plain Py
 fresh memory from the operating system is all zeros, so a pool of any size is created without touching it.
 
 =============  =====================================================================================
-``blocks``     one cache line per block
+``blocks``     one record per block, as long as a cache line
 ``contents``   the token ids of every block, ``block_size`` per block, flat
 ``buckets``    the prefix table: the first block of each hash chain
 ``siblings``   per block: first child, next sibling, previous sibling
 ``roots``      per namespace: number of children, first child, number of live sequences, what the salt hashes to
 ``heap``       cached leaves in the order in which they are given up, one heap for each of two queues
 ``free_stack`` blocks that were used before and hold nothing now; never used ones lie above ``fresh``
-``sequences``  one record per live sequence, two cache lines
+``sequences``  one record per live sequence, as long as two
 ``tables``     the block table of every sequence
 ``seq_table``  open addressing: sequence id to row
 ``log``        blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
