@@ -107,6 +107,7 @@ def load_model(path: Path, device: str) -> LoadedModel:
         A part of it is broken or missing, or there is no such device.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import_module("torch")  # first: where it is missing, transformers goes on without it and prints advice
     transformers: Any = import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
