@@ -10,7 +10,9 @@ from typer.testing import CliRunner, Result
 
 from pagedkv.cli.app import app
 
-START = "from pagedkv.cli import main; main()"
+# What is started in the background of a shell ignores Ctrl-C, and so would everything that it starts.
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+START = f"{HEED}from pagedkv.cli import main; main()"
 
 
 def call(*arguments: object, **options: Any) -> Result:
