@@ -25,6 +25,8 @@ def attend(call: AttentionCall) -> None:
 
 def _in_pieces(call: AttentionCall) -> AttentionCall:
     """Cut the query tokens of each sequence into pieces of at most ``cpu.FEW_QUERIES``."""
+    if len(call.queries) <= cpu.FEW_QUERIES:
+        return call
     counts = np.diff(call.cu_seqlens_q)
     num_pieces = -(-counts // cpu.FEW_QUERIES)
     if (num_pieces <= 1).all():
