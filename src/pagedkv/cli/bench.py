@@ -32,19 +32,19 @@ _REPLAYED_BY = ("lru", "adaptive")
 class BenchRequest:
     """What was asked for; the options tell what each means."""
 
-    parts: tuple[str, ...] = ()
-    sequences: int = 256
-    prompt: int = 32768
-    batch: int = 16
-    q_heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16", "int8")
-    device: str = "cpu"
-    context: int = 1024
-    block_size: int = 16
-    seconds: float = 1.0
-    json: bool = False
+    parts: tuple[str, ...]
+    sequences: int
+    prompt: int
+    batch: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtypes: tuple[str, ...]
+    device: str
+    context: int
+    block_size: int
+    seconds: float
+    json: bool
 
 
 class Figure(msgspec.Struct, frozen=True):
