@@ -13,7 +13,7 @@ from pathlib import Path
 from browser import Browser, is_installed
 
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.planning import plan
+from pagedkv.sim.planner import plan
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.report import plan_report
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from pagedkv.sim.planning import default_strategies
+from pagedkv.sim.planner import default_strategies
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.sweeping import sweep

@@ -5,11 +5,11 @@ import json
 import pytest
 from tests.cli.commands import call, start
 
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.plan import parse_size
+from pagedkv.cli.terminal import Failure
 from pagedkv.errors import ModelConfigError, PagedKvError
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.planning import plan
+from pagedkv.sim.planner import plan
 from pagedkv.sim.reading import read_trace
 
 ARGUMENTS = ("--model", "llama-3.1-8b", "--strategies", "lru,lfu")

@@ -16,10 +16,10 @@ from tests.cli.commands import call
 from tests.server.fake_snapshots import FakeEngine
 from textual.widgets import DataTable, Input, Static
 
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
+from pagedkv.cli.top_data import BlockMapView
 from pagedkv.cli.top_help import HelpScreen
 from pagedkv.cli.top_history import History
-from pagedkv.cli.top_map import BlockMapView
 from pagedkv.cli.top_rows import COLUMNS, FAINT, block_line, duration, fold, request_rows, short_id
 from pagedkv.cli.top_screen import TopApp
 from pagedkv.cli.top_source import Recording, ServerSource, SnapshotFile, open_source

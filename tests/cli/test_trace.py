@@ -10,9 +10,9 @@ from tests.cli.test_errors import failure
 from tests.cli.test_info import NOTHING_HEAVY
 
 from pagedkv.cli.traffic_table import MEANINGS
-from pagedkv.sim.describing import describe
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import synthesize
+from pagedkv.sim.trace_stats import describe
 from pagedkv.sim.traffic import TRAFFIC, Traffic
 from pagedkv.sim.writing import write_trace
 

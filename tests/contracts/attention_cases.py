@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagedkv.data import reference
-from pagedkv.data.arguments import AttentionCall, checked_call
+from pagedkv.data.call import AttentionCall, checked_call
 from pagedkv.data.quantised import GREATEST, quantised
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}

@@ -14,7 +14,7 @@ import torch
 from tests.contracts.attention_cases import Case, Shape, make_case
 
 from pagedkv import paged_attention
-from pagedkv.data import cpu, lanes, threads
+from pagedkv.data import cpu, simd, threads
 from pagedkv.jit import compiled
 
 # Decodes long enough to be split, a guess of four tokens, and a prompt that goes through matrix products.
@@ -107,11 +107,11 @@ def test_torch_shares_its_threads_on_linux():
 
 @compiled
 def _each(function, numbers, result):
-    for i in range(0, len(numbers), lanes.LANES):
+    for i in range(0, len(numbers), simd.LANES):
         if function == 0:
-            lanes.store(result, i, lanes.exp2(lanes.load(numbers, i)))
+            simd.store(result, i, simd.exp2(simd.load(numbers, i)))
         else:
-            lanes.store(result, i, lanes.tanh(lanes.load(numbers, i)))
+            simd.store(result, i, simd.tanh(simd.load(numbers, i)))
 
 
 def on_lanes(function: int, numbers: np.ndarray) -> np.ndarray:
@@ -139,7 +139,7 @@ def test_tanh_is_right_to_float32():
 @compiled
 def _narrow_all(numbers, result):
     for i in range(len(numbers)):
-        result[i] = lanes.narrowed(numbers[i], result)
+        result[i] = simd.narrowed(numbers[i], result)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

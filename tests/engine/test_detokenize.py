@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pagedkv.engine.detokenize import Detokenizer
+from pagedkv.engine.text import Detokenizer
 from pagedkv.models import shipped_model_path
 
 CORPUS = [

@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidOperation
 
 

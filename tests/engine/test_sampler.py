@@ -21,10 +21,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagedkv.engine.draw import draw, nucleus, uniforms, weigh
 from pagedkv.engine.logprobs import token_logprobs
-from pagedkv.engine.params import SamplingParams
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed
+from pagedkv.engine.sampling_kernels import draw, nucleus, uniforms, weigh
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidLogits, InvalidOperation
 
 VOCAB = 101  # no multiple of a vector's width

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagedkv.engine.speculation import propose
+from pagedkv.engine.prompt_lookup import propose
 from pagedkv.errors import InvalidOperation
 
 

@@ -13,10 +13,10 @@ from fastapi import FastAPI
 from pagedkv import BlockManager, OutOfMemory
 from pagedkv.engine.snapshot import EngineSnapshot, take_snapshot
 from pagedkv.engine.stats import EngineStats
+from pagedkv.server.admission import Gate
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import install_error_handlers
-from pagedkv.server.gate import Gate
-from pagedkv.server.served import ServedModel
+from pagedkv.server.model import ServedModel
 from pagedkv.server.state import ServerState
 
 

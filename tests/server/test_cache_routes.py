@@ -9,7 +9,7 @@ import pytest
 from tests.server.fake_snapshots import FakeEngine, app_around, server_state
 
 from pagedkv.engine.snapshot import decode
-from pagedkv.server import cache_routes
+from pagedkv.server import admin
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def engine():
 
 
 def get(engine, path, key=None, **config):
-    app = app_around(server_state(engine, **config), cache_routes.router)
+    app = app_around(server_state(engine, **config), admin.router)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def ask():

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tests.sim.traces import AGENTS, CHAT, as_requests, as_trace, chained_traces, real_trace
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.describing import ContentFigures, Figures, HotPrefix, WorkingSet, describe
 from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace_stats import ContentFigures, Figures, HotPrefix, WorkingSet, describe
 
 # ---------------------------------------------------------------- by hand
 

@@ -16,7 +16,7 @@ from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.plan_load import estimate_load
 from pagedkv.sim.plan_verdict import format_bytes
-from pagedkv.sim.planning import LEVELS, Hardware, default_strategies, plan
+from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, plan
 
 CONFIG = {
     "model_type": "llama",

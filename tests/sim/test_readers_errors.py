@@ -21,7 +21,7 @@ from tests.sim.trace_files import (
 )  # fmt: skip
 
 from pagedkv import PagedKvError, TraceError
-from pagedkv.sim import collecting, interning, source
+from pagedkv.sim import collect, interning, source
 from pagedkv.sim.readers import weka as weka_reader
 from pagedkv.sim.reading import read_trace
 
@@ -238,7 +238,7 @@ def test_more_blocks_than_can_be_numbered(tmp_path, monkeypatch):
 
 
 def test_no_room_on_the_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(collecting, "SPILL_BYTES", 0)
+    monkeypatch.setattr(collect, "SPILL_BYTES", 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     path = tmp_path / "file"
     path.write_bytes(lines(mooncake()))

@@ -14,7 +14,7 @@ from tests.sim.trace_checks import check_trace
 from tests.sim.trace_files import REAL, SAMPLES, lines, mooncake
 
 from pagedkv import TraceError
-from pagedkv.sim import collecting
+from pagedkv.sim import collect
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.writing import write_trace
 
@@ -107,8 +107,8 @@ def many(count, reverse=False):
 def test_a_large_trace_moves_to_disk_and_its_folder_goes_with_it(tmp_path, monkeypatch, reverse):
     (tmp_path / "t").write_bytes(many(500, reverse))
     in_memory = read_trace(tmp_path / "t")
-    monkeypatch.setattr(collecting, "SPILL_BYTES", 10_000)
-    monkeypatch.setattr(collecting, "BATCH", 64)
+    monkeypatch.setattr(collect, "SPILL_BYTES", 10_000)
+    monkeypatch.setattr(collect, "BATCH", 64)
     on_disk = read_trace(tmp_path / "t")
     check_trace(on_disk)
     assert_same(in_memory, on_disk)
@@ -123,8 +123,8 @@ def test_a_large_trace_moves_to_disk_and_its_folder_goes_with_it(tmp_path, monke
 
 def test_a_large_trace_that_breaks_leaves_nothing_on_disk(tmp_path, monkeypatch):
     (tmp_path / "t").write_bytes(many(500) + b"{")
-    monkeypatch.setattr(collecting, "SPILL_BYTES", 10_000)
-    monkeypatch.setattr(collecting, "BATCH", 64)
+    monkeypatch.setattr(collect, "SPILL_BYTES", 10_000)
+    monkeypatch.setattr(collect, "BATCH", 64)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(TraceError, match="line 501"):
         read_trace(tmp_path / "t")

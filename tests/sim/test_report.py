@@ -14,10 +14,10 @@ from tests.sim.traces import as_trace
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.optimum import optimal
-from pagedkv.sim.planning import plan
+from pagedkv.sim.planner import plan
 from pagedkv.sim.report import plan_report, replay_report
 from pagedkv.sim.report.evidence import Evidence
-from pagedkv.sim.report.markup import Markup, tag, text
+from pagedkv.sim.report.html import Markup, tag, text
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
 

@@ -10,10 +10,10 @@ import pytest
 from tests.sim.traces import as_requests
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.describing import describe
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import DEFAULT_REQUESTS, synthesize
 from pagedkv.sim.trace import NO_PARENT, Trace
+from pagedkv.sim.trace_stats import describe
 from pagedkv.sim.traffic import KINDS, TRAFFIC
 from pagedkv.sim.writing import write_trace
 

@@ -10,8 +10,8 @@ import typer
 from typer.core import TyperGroup
 
 from pagedkv.cli import bench_options, plan_options, replay_options, serve_options, top, trace
-from pagedkv.cli.failures import FAILED, INTERRUPTED, failures_in_one_line, say_error
 from pagedkv.cli.options import option
+from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, say_error
 
 __all__ = ["app"]
 

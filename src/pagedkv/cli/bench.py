@@ -15,8 +15,8 @@ import msgspec
 from rich.table import Table
 
 from pagedkv.cli.console import library_notices, notes, output
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.info import Info, gather_info
+from pagedkv.cli.terminal import Failure
 from pagedkv.spec import KvCacheSpec
 
 __all__ = ["BenchRequest", "BenchResult", "Figure", "median_seconds", "run"]

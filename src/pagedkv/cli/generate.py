@@ -8,13 +8,13 @@ from rich.console import Console
 
 from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.console import library_notices, notes
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.machine import physical_memory
 from pagedkv.cli.report import BlockUse, GenerateReport, MemoryUse, print_json, print_table
 from pagedkv.cli.request import GenerateRequest
 from pagedkv.cli.screen import Screen
 from pagedkv.cli.streamer import TextPieces
+from pagedkv.cli.terminal import Failure
 from pagedkv.cli.threads import threads_for
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import KvCacheSpec
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pagedkv.cli.console import library_notices, notes, output
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 
 if TYPE_CHECKING:
     from pagedkv.sim.plan_types import Hardware, Plan
@@ -54,7 +54,7 @@ def run(request: PlanRequest) -> None:
     """
     from pagedkv.cli.plan_output import print_json, print_screen
     from pagedkv.sim.model_shape import read_model
-    from pagedkv.sim.planning import plan
+    from pagedkv.sim.planner import plan
     from pagedkv.sim.reading import read_trace
 
     if not 0 < request.target <= 1:
@@ -109,7 +109,7 @@ def parse_size(option: str, text: str) -> int:
 
 def _strategies(text: str | None) -> list[str] | None:
     from pagedkv.cli.replay import search_folder_at_hand, split_names
-    from pagedkv.sim.cells import named_strategy
+    from pagedkv.sim.sweeps import named_strategy
 
     if text is None:
         return None

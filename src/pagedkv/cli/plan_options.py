@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pagedkv.cli.failures import failures_in_one_line
 from pagedkv.cli.options import option
+from pagedkv.cli.terminal import failures_in_one_line
 
 __all__ = ["EXAMPLES", "plan"]
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from pagedkv.cli.console import library_notices, notes, output
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 from pagedkv.errors import InvalidOperation
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def split_names(text: str) -> list[str]:
 
 def _strategies(request: ReplayRequest) -> list[str]:
     """Return every strategy that is asked for, once; those that do not exist fail before the trace is read."""
-    from pagedkv.sim.cells import imported_strategy, named_strategy
+    from pagedkv.sim.sweeps import imported_strategy, named_strategy
 
     if request.strategies is None:
         names = list(_ONLINE) if request.timed else [*_ONLINE, _OPTIMAL]

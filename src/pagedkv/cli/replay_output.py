@@ -13,8 +13,8 @@ import msgspec
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.replay_tables import cell_tables, curve_table
+from pagedkv.cli.terminal import Failure
 
 if TYPE_CHECKING:
     from pagedkv.sim.hit_curve import HitCurve

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cell_tables", "closed_gap", "curve_table"]
 
-_LRU, _OPTIMAL = "lru", "optimal"
+_LRU = "lru"
+_OPTIMAL = "optimal"
 _COLUMN_WIDTH = 12
 BEST = "*"
 

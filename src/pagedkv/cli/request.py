@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 from pagedkv.models import shipped_model_path
 
 __all__ = ["KV_DTYPES", "GenerateRequest", "require_kv_dtype"]

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pagedkv.cli.console import library_notices, notes
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.request import require_kv_dtype
+from pagedkv.cli.terminal import Failure
 from pagedkv.cli.threads import threads_for
 from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.models import shipped_model_path

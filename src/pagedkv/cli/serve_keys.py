@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 
 __all__ = ["read_keys", "read_text"]
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pagedkv.cli.failures import Failure, failures_in_one_line
+from pagedkv.cli.terminal import Failure, failures_in_one_line
 
 __all__ = ["EXAMPLES", "top"]
 

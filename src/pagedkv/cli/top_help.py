@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
-from pagedkv.cli.top_map import COLOURS
+from pagedkv.cli.top_data import COLOURS
 
 __all__ = ["HelpScreen"]
 

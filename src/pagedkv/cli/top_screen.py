@@ -12,9 +12,9 @@ from textual.containers import Horizontal, Vertical
 from textual.widgets import DataTable, Footer, Input, Sparkline, Static
 from textual.worker import Worker, WorkerState
 
+from pagedkv.cli.top_data import COLOURS, BlockMapView
 from pagedkv.cli.top_help import HelpScreen
 from pagedkv.cli.top_history import Figures, History
-from pagedkv.cli.top_map import COLOURS, BlockMapView
 from pagedkv.cli.top_rows import COLUMNS, block_line, request_rows, short_id
 from pagedkv.cli.top_source import Recording, SnapshotFile, Source
 from pagedkv.errors import PagedKvError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 
 if TYPE_CHECKING:
     import httpx

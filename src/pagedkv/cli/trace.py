@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pagedkv.cli.failures import failures_in_one_line
+from pagedkv.cli.terminal import failures_in_one_line
 
 __all__ = ["app"]
 

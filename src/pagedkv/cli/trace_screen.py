@@ -17,8 +17,8 @@ from rich.text import Text
 from pagedkv.cli.console import library_notices, notes, output
 
 if TYPE_CHECKING:
-    from pagedkv.sim.describing import ContentFigures, Description, Figures
     from pagedkv.sim.trace import Trace
+    from pagedkv.sim.trace_stats import ContentFigures, Description, Figures
 
 __all__ = ["print_description", "show"]
 
@@ -36,7 +36,7 @@ def print_description(
     PagedKvError
         When the trace cannot be read or an option is wrong.
     """
-    from pagedkv.sim.describing import describe
+    from pagedkv.sim.trace_stats import describe
 
     console = notes()
     with library_notices(console):

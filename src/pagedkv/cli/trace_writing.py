@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pagedkv.cli.console import library_notices, notes
-from pagedkv.cli.failures import Failure
+from pagedkv.cli.terminal import Failure
 
 __all__ = ["Written", "write_synthetic"]
 

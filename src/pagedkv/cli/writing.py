@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pagedkv
-from pagedkv.cli.failures import Failure
 from pagedkv.cli.loading import LoadedModel
 from pagedkv.cli.request import GenerateRequest
 from pagedkv.cli.sampling import make_sampler
 from pagedkv.cli.streamer import TextPieces, TokenStreamer
+from pagedkv.cli.terminal import Failure
 
 __all__ = ["Written", "write", "write_endlessly"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.duel import rank_again
+from pagedkv.control.learner import rank_again
 from pagedkv.control.learning_records import (
     ACCESSES,
     AGES,

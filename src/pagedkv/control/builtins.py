@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pagedkv.control import rules
 from pagedkv.control.adaptive import Adaptive
-from pagedkv.control.chances import PROBATION_SHARE
 from pagedkv.control.ghosts import TICKS, with_policy
 from pagedkv.control.learning import with_learner
+from pagedkv.control.policies import PROBATION_SHARE
 from pagedkv.control.protocol import EvictionStrategy, hooks_of
 from pagedkv.control.queue_strategies import GDSF, S3FIFO, SIEVE, TTL
 from pagedkv.control.state import State

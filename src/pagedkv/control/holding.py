@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control import growth, lifecycle, rows
+from pagedkv.control import lifecycle, rows, sequences
 from pagedkv.control.arguments import (
     sequence_key,
     sequence_number,
@@ -39,7 +39,7 @@ class Holding(Inspection):
         while True:
             if self._hooks.decide_reclaims:
                 self._reclaim_to_grow(keys, counts)
-            status, a, b, num_copies, wide, narrow = growth.grow_rows(self._state.packed, keys, counts, ids, known)
+            status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
             if status == rows.OK:
                 break
             self._refuse(status, a, keys, given)
@@ -128,7 +128,7 @@ class Holding(Inspection):
 
     def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
         """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
-        status, needed = growth.blocks_to_grow(self._state.packed, keys, counts)
+        status, needed = sequences.blocks_to_grow(self._state.packed, keys, counts)
         if status == rows.OK:
             self._let_strategy_make_room(needed)
 

@@ -17,10 +17,10 @@ from pagedkv.control.feed import EventFeed
 from pagedkv.control.hooks import Hooks
 from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.pool import available_blocks
+from pagedkv.control.sequence_eviction import VictimOrder
 from pagedkv.control.state import LIVE, PINNED, new_state, with_log, with_roots, with_wider_tables
 from pagedkv.control.strategies import EvictionStrategy, as_strategy
 from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
-from pagedkv.control.victims import VictimOrder
 from pagedkv.errors import BlockNotFound, InvalidOperation, SequenceNotFound
 
 # The counters behind the fields of CacheStats, in their order.

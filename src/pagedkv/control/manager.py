@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.control import growth, lifecycle, rows
+from pagedkv.control import lifecycle, rows, sequences
 from pagedkv.control.arguments import (
     equal_counts,
     fraction,
@@ -222,7 +222,7 @@ class BlockManager(Retention):
             keys, made_at = np.array([sequence_key(plan_or_seq_id)]), 2**62
             upto = np.array([-1])
         with self._lock:
-            status, place = growth.commit_rows(self._state.packed, keys, upto, made_at)
+            status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
             if status == rows.STALE:
                 number = sequence_number(keys[place])
                 raise InvalidOperation(f"the plan is stale: S{number} was taken back and continued since it was made")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.chances import queue_at_store
+from pagedkv.control.policies import queue_at_store
 from pagedkv.control.state import State
 from pagedkv.jit import compiled
 

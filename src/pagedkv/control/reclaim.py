@@ -6,7 +6,7 @@ is kept. The order is total: by score, then by block id. All operations are O(lo
 
 from __future__ import annotations
 
-from pagedkv.control.chances import gets_second_chance, let_go, prefers_probation, start_over
+from pagedkv.control.policies import gets_second_chance, let_go, prefers_probation, start_over
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.reuse import expiry_of
 from pagedkv.control.rules import CUSTOM, score_by_rule

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.control.duel import contend
 from pagedkv.control.ghosts import HEADER
+from pagedkv.control.learner import contend
 from pagedkv.control.learning_records import (
     ACCESSES,
     AGES,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall, checked_call
+from pagedkv.data.call import AttentionCall, checked_call
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import InvalidOperation
 
@@ -18,7 +18,7 @@ __all__ = ["BACKENDS", "paged_attention"]
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu",
-    "cpu_invariant": "pagedkv.data.cpu_invariant",
+    "cpu_invariant": "pagedkv.data.batch_invariant",
     "flashinfer": "pagedkv.data.gpu_flashinfer",
     "reference": "pagedkv.data.reference",
     "triton": "pagedkv.data.gpu",

@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall
-from pagedkv.data.cpu_decode import attend_items, plan_items
+from pagedkv.data.call import AttentionCall
+from pagedkv.data.cpu_kernels import attend_items, plan_items
 from pagedkv.data.cpu_prefill import attend_sequence
 from pagedkv.data.cpu_shapes import Rules, Shape, Strides, partial_size
 from pagedkv.data.threads import num_threads, run_in_threads

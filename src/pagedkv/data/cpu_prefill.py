@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.call import AttentionCall
 from pagedkv.data.quantised import dequantised
 
 __all__ = ["attend_sequence"]

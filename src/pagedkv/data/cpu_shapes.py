@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.lanes import LANES, ROWS
+from pagedkv.data.simd import LANES, ROWS
 from pagedkv.jit import compiled
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The inner loops of :mod:`pagedkv.data.cpu_decode`: one tile of tokens, four query rows at a time.
+"""The inner loops of :mod:`pagedkv.data.cpu_kernels`: one tile of tokens, four query rows at a time.
 
 What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a time,
 so a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in memory, a
@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.data.cpu_shapes import NOTHING, Array, Floats, Ints, Rules, Shape, Strides, padded, partial_size
-from pagedkv.data.lanes import (
+from pagedkv.data.simd import (
     LANES,
     ROWS,
     add,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall, checked_tensors
+from pagedkv.data.call import AttentionCall, checked_tensors
 from pagedkv.data.gpu_device import is_capturing, is_debugging, require_runnable
 from pagedkv.errors import InvalidOperation
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import is_capturing
 from pagedkv.errors import InvalidOperation, MissingExtra
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall
-from pagedkv.data.gpu_attention import attend_tiles, combine_splits
+from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import device_of, is_interpreted, tl_dtype
+from pagedkv.data.gpu_kernels import attend_tiles, combine_splits
 from pagedkv.data.gpu_plan import DeviceBatch
 from pagedkv.data.gpu_shapes import MOST_SPLITS, TILES_PER_SPLIT, Config, Heads, num_splits
 from pagedkv.data.gpu_tuning import run_best

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall, first_fault
+from pagedkv.data.call import AttentionCall, first_fault
 from pagedkv.data.gpu_device import is_capturing
 from pagedkv.data.memory import checked_device, require_slots
 from pagedkv.errors import InvalidOperation

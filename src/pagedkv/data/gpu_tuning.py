@@ -20,7 +20,7 @@ import triton
 import triton.testing
 from triton.runtime.errors import OutOfResources
 
-from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import device_of, is_capturing, is_interpreted
 from pagedkv.data.gpu_shapes import Config, Heads, candidates
 from pagedkv.errors import InvalidOperation

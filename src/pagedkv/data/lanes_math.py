@@ -8,8 +8,8 @@ import math
 import numpy as np
 from numba.extending import intrinsic
 
-from pagedkv.data.lanes_llvm import INTS, VECTOR, every, every_int, greater_of, lanes, llvm, shuffled
-from pagedkv.data.lanes_python import LANES, ROWS
+from pagedkv.data.simd_llvm import INTS, VECTOR, _every, _every_int, _greater_of, _shuffled, lanes, llvm
+from pagedkv.data.simd_python import LANES, ROWS
 
 __all__ = [
     "exp2",
@@ -22,8 +22,8 @@ __all__ = [
 
 def _pair_sums(builder, x, y):
     """Return the sums of neighbours: those of x in the first half, those of y in the second."""
-    evens = shuffled(builder, x, y, range(0, 2 * LANES, 2))
-    odds = shuffled(builder, x, y, range(1, 2 * LANES, 2))
+    evens = _shuffled(builder, x, y, range(0, 2 * LANES, 2))
+    odds = _shuffled(builder, x, y, range(1, 2 * LANES, 2))
     return builder.fadd(evens, odds)
 
 
@@ -44,7 +44,7 @@ def _by_row(builder, x, combine):
     """Combine all lanes of one row; each of them gets the result."""
     step = ROWS
     while step < LANES:
-        x = combine(x, shuffled(builder, x, x, [(i + step) % LANES for i in range(LANES)]))
+        x = combine(x, _shuffled(builder, x, x, [(i + step) % LANES for i in range(LANES)]))
         step *= 2
     return x
 
@@ -54,7 +54,7 @@ def maximum_by_row(typing, x):
     """Return the maximum of each row in all of the row's lanes."""
 
     def generate(context, builder, signature, args):
-        return _by_row(builder, args[0], lambda x, y: greater_of(builder, x, y))
+        return _by_row(builder, args[0], lambda x, y: _greater_of(builder, x, y))
 
     return lanes(lanes), generate
 
@@ -67,16 +67,16 @@ def sum_by_row(typing, x):
 
 def _exp2(builder, x):
     """2 ** x for x <= 0: the Taylor series over -½ … ½, then the exponent's bits. Below 2 ** -126 it is 0."""
-    low = every(-126.0)
+    low = _every(-126.0)
     bounded = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-    whole = llvm(builder, "floor", builder.fadd(bounded, every(0.5)))
+    whole = llvm(builder, "floor", builder.fadd(bounded, _every(0.5)))
     rest = builder.fsub(bounded, whole)
-    result = every(_TAYLOR[-1])
+    result = _every(_TAYLOR[-1])
     for coefficient in _TAYLOR[-2::-1]:
-        result = llvm(builder, "fma", result, rest, every(coefficient))
-    exponent = builder.shl(builder.fptosi(whole, INTS), every_int(23))
+        result = llvm(builder, "fma", result, rest, _every(coefficient))
+    exponent = builder.shl(builder.fptosi(whole, INTS), _every_int(23))
     result = builder.bitcast(builder.add(builder.bitcast(result, INTS), exponent), VECTOR)
-    result = builder.select(builder.fcmp_ordered("<", x, low), every(0.0), result)
+    result = builder.select(builder.fcmp_ordered("<", x, low), _every(0.0), result)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
 
 
@@ -108,14 +108,14 @@ def tanh(typing, x):
     def generate(context, builder, signature, args):
         x = args[0]
         square = builder.fmul(x, x)
-        small = every(_TANH[-1])
+        small = _every(_TANH[-1])
         for coefficient in _TANH[-2::-1]:
-            small = llvm(builder, "fma", small, square, every(coefficient))
+            small = llvm(builder, "fma", small, square, _every(coefficient))
         small = llvm(builder, "fma", builder.fmul(small, square), x, x)
         size = llvm(builder, "fabs", x)
-        power = _exp2(builder, builder.fmul(size, every(-2.0 / math.log(2))))
-        large = builder.fdiv(builder.fsub(every(1.0), power), builder.fadd(every(1.0), power))
+        power = _exp2(builder, builder.fmul(size, _every(-2.0 / math.log(2))))
+        large = builder.fdiv(builder.fsub(_every(1.0), power), builder.fadd(_every(1.0), power))
         large = llvm(builder, "copysign", large, x)
-        return builder.select(builder.fcmp_unordered("<", size, every(_SMALL)), small, large)
+        return builder.select(builder.fcmp_unordered("<", size, _every(_SMALL)), small, large)
 
     return lanes(lanes), generate

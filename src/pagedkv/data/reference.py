@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pagedkv.data.arguments import AttentionCall
+from pagedkv.data.call import AttentionCall
 
 __all__ = ["attend"]
 

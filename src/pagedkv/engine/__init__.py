@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from pagedkv.engine.llm import LLM
     from pagedkv.engine.logprobs import Logprob
     from pagedkv.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-    from pagedkv.engine.params import SamplingParams
     from pagedkv.engine.request import Request
+    from pagedkv.engine.sampling_params import SamplingParams
     from pagedkv.engine.snapshot import EngineSnapshot
     from pagedkv.engine.stats import EngineStats
     from pagedkv.errors import EngineDead, RequestRefused
@@ -46,7 +46,7 @@ _HOMES = {
     "RequestMetrics": "pagedkv.engine.outputs",
     "RequestOutput": "pagedkv.engine.outputs",
     "RequestRefused": "pagedkv.errors",
-    "SamplingParams": "pagedkv.engine.params",
+    "SamplingParams": "pagedkv.engine.sampling_params",
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.outputs import RequestOutput
-from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import EngineSnapshot
 from pagedkv.engine.stats import EngineStats
 from pagedkv.engine.stream import Stream, deliver

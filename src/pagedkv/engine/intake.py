@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from pagedkv.control.strategies import MAX_PRIORITY, Priority
-from pagedkv.engine.params import SamplingParams
 from pagedkv.engine.request import Request
 from pagedkv.engine.runner import Runner
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import require_int
 

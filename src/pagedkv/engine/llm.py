@@ -12,9 +12,9 @@ from typing import Any
 from pagedkv.control.strategies import EvictionStrategy
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.outputs import RequestOutput
-from pagedkv.engine.params import SamplingParams
 from pagedkv.engine.progress import Progress
 from pagedkv.engine.request import Request
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.sizing import default_blocks
 from pagedkv.errors import InvalidOperation
 

@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.engine.batch import Batch, Part
-from pagedkv.engine.beaming import advance_beams, begin_beams
+from pagedkv.engine.beam_steps import advance_beams, begin_beams
 from pagedkv.engine.logprobs import Logprob, token_logprobs
 from pagedkv.engine.request import Branch, Request
 from pagedkv.engine.writing import Writer

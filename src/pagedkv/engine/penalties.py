@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.jit import compiled
 
 __all__ = ["TokenCounts"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pagedkv.engine.beaming import beam_outputs
+from pagedkv.engine.beam_steps import beam_outputs
 from pagedkv.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.engine.request import Branch, Request
 

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.engine.outputs import FinishReason
-from pagedkv.engine.params import SamplingParams
+from pagedkv.engine.sampling_params import SamplingParams
 
 __all__ = ["Branch", "Request", "State"]
 

@@ -12,10 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.engine.draw import draw, first_of, uniforms
 from pagedkv.engine.logprobs import Logprob, token_logprobs
-from pagedkv.engine.params import SamplingParams
 from pagedkv.engine.penalties import TokenCounts
+from pagedkv.engine.sampling_kernels import draw, first_of, uniforms
+from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidLogits, InvalidOperation
 
 __all__ = ["SampleResult", "SampleRow", "Sampler", "random_seed"]

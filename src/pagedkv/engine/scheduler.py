@@ -123,7 +123,7 @@ class Scheduler:
         most = min(params.prompt_lookup, room, branch.request.max_tokens - len(branch.output_ids) - 1)
         if most <= 0 or params.streaming or not self.runner.reuses_prefixes or branch.request.beams is not None:
             return NO_DRAFTS
-        from pagedkv.engine.speculation import propose
+        from pagedkv.engine.prompt_lookup import propose
 
         return propose(branch.ids, most)
 

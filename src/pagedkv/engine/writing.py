@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pagedkv.engine.detokenize import Detokenizer
 from pagedkv.engine.outputs import FinishReason
 from pagedkv.engine.request import Request
 from pagedkv.engine.stopping import StopStrings
+from pagedkv.engine.text import Detokenizer
 
 __all__ = ["Ending", "Writer", "end_ids_of"]
 

@@ -10,15 +10,15 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from pagedkv import __version__
+from pagedkv.server.admission import Gate
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.document import complete_document
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
-from pagedkv.server.gate import Gate
 from pagedkv.server.limits import Limits
 from pagedkv.server.logs import RequestLog
+from pagedkv.server.model import ServedModel
+from pagedkv.server.openapi import complete_document
 from pagedkv.server.probes import Probes
 from pagedkv.server.routers import BACKGROUND, ROUTERS
-from pagedkv.server.served import ServedModel
 from pagedkv.server.state import ServerState
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pagedkv.server.errors import ApiError
+from pagedkv.server.model import ServedModel
 from pagedkv.server.schemas_chat import ChatMessage
-from pagedkv.server.served import ServedModel
 
 __all__ = ["PLAIN_STOPS", "encode_chat", "has_template", "plain_chat"]
 

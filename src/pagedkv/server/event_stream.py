@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagedkv.server.errors import ClientLeft, api_error_of
-from pagedkv.server.running import Changes, Running
+from pagedkv.server.generation import Changes, Running
 
 __all__ = ["EventStream", "stream"]
 

@@ -7,7 +7,7 @@ from contextlib import AbstractAsyncContextManager
 
 from fastapi import APIRouter
 
-from pagedkv.server import cache_control, cache_routes, chat, completions, health, live, metrics, models, tokenize
+from pagedkv.server import admin, cache_control, chat, completions, health, live, metrics, models, tokenize
 from pagedkv.server.events import kv_events
 from pagedkv.server.state import ServerState
 
@@ -20,7 +20,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     chat.router,
     tokenize.router,
     cache_control.router,
-    cache_routes.router,
+    admin.router,
     live.stream_router,
     live.page_router,
     metrics.router,

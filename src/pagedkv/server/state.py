@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 
 from fastapi import Depends, Request
 
+from pagedkv.server.admission import Gate
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.gate import Gate
+from pagedkv.server.model import ServedModel
 from pagedkv.server.names import RequestNames
-from pagedkv.server.served import ServedModel
 from pagedkv.server.token_text import TokenText
 
 if TYPE_CHECKING:

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve, lru_curve, shards_curve
-    from pagedkv.sim.describing import describe
     from pagedkv.sim.optimum import optimal
-    from pagedkv.sim.planning import plan
+    from pagedkv.sim.planner import plan
     from pagedkv.sim.reading import read_trace
     from pagedkv.sim.replaying import replay
     from pagedkv.sim.result import ReplayResult
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from pagedkv.sim.synth import synthesize
     from pagedkv.sim.timing import Timing
     from pagedkv.sim.trace import Trace
+    from pagedkv.sim.trace_stats import describe
     from pagedkv.sim.writing import write_trace
 
 __all__ = [
@@ -41,9 +41,9 @@ __all__ = [
 
 _HOMES = {
     "curves": ("HitCurve", "lru_curve", "shards_curve"),
-    "describing": ("describe",),
+    "trace_stats": ("describe",),
     "optimum": ("optimal",),
-    "planning": ("plan",),
+    "planner": ("plan",),
     "reading": ("read_trace",),
     "replaying": ("replay",),
     "result": ("ReplayResult",),

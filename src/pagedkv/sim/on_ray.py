@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, MissingExtra
-from pagedkv.sim.cells import Cell, try_out
 from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.sweeps import Cell, try_out
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.workers import outcome_of, result_of
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pagedkv.errors import InvalidOperation, TraceError
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.detecting import HEAD_BYTES, detect
 from pagedkv.sim.interning import TooManyBlocks
 from pagedkv.sim.readers.azure import AzureReader

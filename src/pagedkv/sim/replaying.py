@@ -8,8 +8,8 @@ import time
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.strategies import EvictionStrategy
 from pagedkv.errors import InvalidOperation
+from pagedkv.sim.replayer import most_blocks, replay_timed
 from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.timed import most_blocks, replay_timed
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int

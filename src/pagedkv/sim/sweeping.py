@@ -15,9 +15,9 @@ import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.cells import Cell, named_strategy, try_out
 from pagedkv.sim.replaying import MAX_BLOCKS
 from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.sweeps import Cell, named_strategy, try_out
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.workers import run_in_processes

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from pagedkv.errors import ReplayFailed
-from pagedkv.sim.cells import Cell
 from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.sweeps import Cell
 from pagedkv.sim.trace import Trace
 
 __all__ = ["Failed", "outcome_of", "result_of", "run_in_processes"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar, TypeVar
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 
 __all__ = ["Id", "LineReader", "Reader", "first_given"]

@@ -6,7 +6,7 @@ import csv
 from abc import abstractmethod
 from typing import ClassVar
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import LineReader
 from pagedkv.sim.source import BadRecord
 

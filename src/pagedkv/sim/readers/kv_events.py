@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.event_file import read_event_batches
 from pagedkv.sim.readers.base import Reader
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import msgspec
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader
 
 __all__ = ["QwenReader"]

@@ -11,7 +11,7 @@ from array import array
 
 import msgspec
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader
 from pagedkv.sim.source import BadRecord
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from pagedkv.sim.collecting import Collector
+from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, Reader
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 

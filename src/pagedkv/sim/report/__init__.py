@@ -11,11 +11,11 @@ from pagedkv.sim.report.curve_chart import curve_section
 from pagedkv.sim.report.depth_chart import depth_section
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.gap_chart import gap_section
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, duration
 from pagedkv.sim.report.page import page
 from pagedkv.sim.report.session_chart import session_section
-from pagedkv.sim.report.story import every_replay, headline, method_section, results_section, trace_section, verdict
+from pagedkv.sim.report.text import every_replay, headline, method_section, results_section, trace_section, verdict
 from pagedkv.sim.report.time_chart import time_section
 from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pagedkv.sim.hit_curve import HitCurve
-from pagedkv.sim.report.canvas import Frame, Series, dots, floor, grid, label_ends, line, upright
+from pagedkv.sim.report.charts import Frame, Series, dots, floor, grid, label_ends, line, upright
 from pagedkv.sim.report.evidence import LRU, Evidence, shown_name
 from pagedkv.sim.report.figure import figure, legend, section, table
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, percent, short
 from pagedkv.sim.report.scale import Scale, log_ticks, ratio_ticks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from pagedkv.sim.report.canvas import NARROW, WIDE, Frame, Series
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.charts import NARROW, WIDE, Frame, Series
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import percent
 
 __all__ = ["figure", "legend", "ratio_cell", "section", "table"]

@@ -6,7 +6,7 @@ from base64 import b64encode
 from hashlib import sha256
 from importlib.resources import files
 
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 
 __all__ = ["page"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
 from pagedkv.sim.report.figure import section, table
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, duration, gib, percent, rough_duration, round_count, share, short
 from pagedkv.sim.trace import Trace
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pagedkv.sim.report import facts
-from pagedkv.sim.report.canvas import NARROW, WIDE_BARE, Frame, bars, floor, grid, upright
+from pagedkv.sim.report.charts import NARROW, WIDE_BARE, Frame, bars, floor, grid, upright
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.figure import figure, section, table
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, percent, short
 from pagedkv.sim.report.scale import linear_ticks
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pagedkv.sim.report import facts
-from pagedkv.sim.report.canvas import Frame, Series, bars, floor, grid, label_ends, line
+from pagedkv.sim.report.charts import Frame, Series, bars, floor, grid, label_ends, line
 from pagedkv.sim.report.evidence import Evidence, shown_name
 from pagedkv.sim.report.figure import figure, legend, ratio_cell, section, table
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, duration, percent, short
 from pagedkv.sim.report.scale import even_time_ticks, ratio_ticks
 from pagedkv.sim.result import ReplayResult

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numba
 
-from pagedkv.data.lanes_python import LANES, ROWS
+from pagedkv.data.simd_python import LANES, ROWS
 
 if TYPE_CHECKING or numba.config.DISABLE_JIT:
-    from pagedkv.data.lanes_python import (
+    from pagedkv.data.simd_python import (
         add,
         any_greater,
         exp2,
@@ -43,7 +43,14 @@ if TYPE_CHECKING or numba.config.DISABLE_JIT:
         zeros,
     )
 else:
-    from pagedkv.data.lanes_llvm import (
+    from pagedkv.data.lanes_math import (
+        exp2,
+        maximum_by_row,
+        sum_by_row,
+        sums,
+        tanh,
+    )
+    from pagedkv.data.simd_llvm import (
         add,
         any_greater,
         fetch_add,
@@ -61,13 +68,6 @@ else:
         store_half,
         sub,
         zeros,
-    )
-    from pagedkv.data.lanes_math import (
-        exp2,
-        maximum_by_row,
-        sum_by_row,
-        sums,
-        tanh,
     )
 
 __all__ = [

@@ -11,8 +11,6 @@ import numpy.typing as npt
 from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled
 
-__all__ = ["propose"]
-
 LONGEST = 8  # a longer match is no better a sign
 SHORTEST = 2
 

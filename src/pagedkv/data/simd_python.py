@@ -1,13 +1,14 @@
 """Lanes as NumPy arrays, for ``NUMBA_DISABLE_JIT=1``: slow, and the same."""
 
-# ruff: noqa: D103 - each function is documented in lanes_llvm or lanes_math
-
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+# ruff: noqa: D103 - each function is documented in simd_llvm or lanes_math
+
 
 Lanes = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]

@@ -1,4 +1,3 @@
-# mypy: ignore-errors
 """Lanes as LLVM vectors: loading, storing, and arithmetic lane by lane."""
 
 from __future__ import annotations
@@ -10,27 +9,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from pagedkv.data.lanes_python import LANES, ROWS
+from pagedkv.data.simd_python import LANES, ROWS
 
-__all__ = [
-    "add",
-    "any_greater",
-    "fetch_add",
-    "finite_or_zero",
-    "fma",
-    "load",
-    "load_part",
-    "maximum",
-    "mul",
-    "narrowed",
-    "prefetch",
-    "splat",
-    "spread",
-    "store",
-    "store_half",
-    "sub",
-    "zeros",
-]
+# mypy: ignore-errors
+
 
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
@@ -54,11 +36,11 @@ class LanesModel(models.PrimitiveModel):
 lanes = LanesType()
 
 
-def every(number):
+def _every(number):
     return ir.Constant(VECTOR, [number] * LANES)
 
 
-def every_int(number):
+def _every_int(number):
     return ir.Constant(INTS, [number] * LANES)
 
 
@@ -68,17 +50,17 @@ def llvm(builder, name, *args):
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), args)
 
 
-def shuffled(builder, x, y, order):
+def _shuffled(builder, x, y, order):
     return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
 
 
 def _spread(builder, scalar, kind):
     """Return a vector of one number."""
     undefined = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, scalar, INT(0)), undefined, every_int(0))
+    return builder.shuffle_vector(builder.insert_element(undefined, scalar, INT(0)), undefined, _every_int(0))
 
 
-def greater_of(builder, x, y):
+def _greater_of(builder, x, y):
     return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
 
@@ -96,7 +78,7 @@ def _widened(builder, bits, dtype):
     if dtype == types.uint8:
         return _from_e4m3(builder, bits)
     if dtype == types.uint16:
-        return builder.bitcast(builder.shl(builder.zext(bits, INTS), every_int(16)), VECTOR)
+        return builder.bitcast(builder.shl(builder.zext(bits, INTS), _every_int(16)), VECTOR)
     return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
 
 
@@ -106,7 +88,7 @@ def _from_e4m3(builder, bits):
     places = builder.shl(builder.sext(bits, shorts), ir.Constant(shorts, [7] * LANES))
     half = builder.and_(places, ir.Constant(shorts, [0xBFFF] * LANES))  # the sign was extended into the exponent
     half = builder.bitcast(half, ir.VectorType(ir.HalfType(), LANES))
-    return builder.fmul(builder.fpext(half, VECTOR), every(256.0))
+    return builder.fmul(builder.fpext(half, VECTOR), _every(256.0))
 
 
 def _item_bytes(dtype):
@@ -153,7 +135,7 @@ def spread(typing, array, index):
         kind = ir.VectorType(FLOAT, LANES // ROWS)
         some = builder.load(builder.bitcast(_address(context, builder, signature, args), kind.as_pointer()))
         some.align = _item_bytes(array.dtype)
-        return shuffled(builder, some, some, [lane // ROWS for lane in range(LANES)])
+        return _shuffled(builder, some, some, [lane // ROWS for lane in range(LANES)])
 
     return lanes(array, types.int64), generate
 
@@ -178,7 +160,7 @@ def store_half(typing, array, index, value):
     """Write the first eight lanes to ``array[index:]``, float32."""
 
     def generate(context, builder, signature, args):
-        half = shuffled(builder, args[2], args[2], range(8))
+        half = _shuffled(builder, args[2], args[2], range(8))
         _stored(builder, half, _address(context, builder, signature, args))
         return context.get_dummy_value()
 
@@ -202,7 +184,7 @@ def prefetch(typing, array, index):
 @intrinsic
 def zeros(typing):
     """Return zeros."""
-    return lanes(), lambda context, builder, signature, args: every(0.0)
+    return lanes(), lambda context, builder, signature, args: _every(0.0)
 
 
 @intrinsic
@@ -238,7 +220,7 @@ def mul(typing, x, y):
 @intrinsic
 def maximum(typing, x, y):
     """Return the greater of each; ``y`` where ``x`` is NaN."""
-    return lanes(lanes, lanes), lambda context, builder, signature, args: greater_of(builder, *args)
+    return lanes(lanes, lanes), lambda context, builder, signature, args: _greater_of(builder, *args)
 
 
 @intrinsic
@@ -246,7 +228,7 @@ def finite_or_zero(typing, x):
     """Return x, with 0 in place of -inf."""
 
     def generate(context, builder, signature, args):
-        return builder.select(builder.fcmp_ordered("==", args[0], every(-math.inf)), every(0.0), args[0])
+        return builder.select(builder.fcmp_ordered("==", args[0], _every(-math.inf)), _every(0.0), args[0])
 
     return lanes(lanes), generate
 

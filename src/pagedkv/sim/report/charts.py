@@ -5,23 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.scale import Scale
-
-__all__ = [
-    "NARROW",
-    "WIDE",
-    "WIDE_BARE",
-    "Frame",
-    "Series",
-    "bars",
-    "dots",
-    "floor",
-    "grid",
-    "label_ends",
-    "line",
-    "upright",
-]
 
 Format = Callable[[float], str]
 _LINE_HEIGHT = 15.0

@@ -6,10 +6,8 @@ import numpy as np
 
 from pagedkv.sim.report.evidence import OPTIMAL, Evidence, shown_name
 from pagedkv.sim.report.figure import section, table
-from pagedkv.sim.report.markup import Markup, tag
+from pagedkv.sim.report.html import Markup, tag
 from pagedkv.sim.report.numbers import count, duration, percent, points, round_count
-
-__all__ = ["every_replay", "headline", "method_section", "results_section", "trace_section", "verdict"]
 
 _NEARLY_ALL = 0.95
 _DEFINITIONS = (

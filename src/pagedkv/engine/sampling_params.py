@@ -10,8 +10,6 @@ from typing import Any
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import require_int
 
-__all__ = ["GREEDY_BELOW", "SamplingParams"]
-
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them says nothing else
 MOST_TOKENS = 2**31 - 1
 MOST_DRAFTS = 64

@@ -12,8 +12,6 @@ import triton.language as tl
 
 from pagedkv.data.gpu_tile import LOG2_E, NOTHING, blocks_of_tile, one_tile, with_sink
 
-__all__ = ["attend_tiles", "combine_splits"]
-
 
 @triton.jit
 def _sequence_of_tile(cu_seqlens_q, num_sequences, tile, TILE_Q: tl.constexpr):

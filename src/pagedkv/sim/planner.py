@@ -18,27 +18,12 @@ from pagedkv.sim.plan_arguments import (
     check_sizes,
     checked_names,
     checked_share,
-    default_strategies,
 )
 from pagedkv.sim.plan_load import estimate_load
 from pagedkv.sim.plan_search import OPTIMAL, Search, capacities_to_try, smallest_lru
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.plan_verdict import format_bytes, judge, judge_memory, nothing_to_reuse
 from pagedkv.sim.trace import Trace
-
-__all__ = [
-    "LEVELS",
-    "Hardware",
-    "Level",
-    "Line",
-    "Load",
-    "Memory",
-    "Plan",
-    "Size",
-    "Verdict",
-    "default_strategies",
-    "plan",
-]
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the attainable hit ratio that every plan prices."""

@@ -12,8 +12,6 @@ import typer
 
 from pagedkv.errors import MissingExtra, PagedKvError
 
-__all__ = ["BROKEN_PIPE", "FAILED", "INTERRUPTED", "Failure", "failures_in_one_line", "say_error"]
-
 FAILED = 2
 INTERRUPTED = 130
 """128 + SIGINT, as shells report it."""

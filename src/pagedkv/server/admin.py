@@ -15,8 +15,6 @@ from pagedkv.server.auth import Operator
 from pagedkv.server.snapshots import Snapshots
 from pagedkv.server.state import Server, ServerState
 
-__all__ = ["router"]
-
 MAX_SHOWN_TOKENS = 512
 SNAPSHOT_TYPE = "application/vnd.pagedkv.snapshot"
 

@@ -7,8 +7,6 @@ from contextlib import contextmanager
 
 from pagedkv.server.errors import ApiError
 
-__all__ = ["Gate"]
-
 
 class Gate:
     """Counts the sequences that are under way and turns away those beyond the limit.

@@ -11,8 +11,6 @@ from pydantic.json_schema import models_json_schema
 from pagedkv.server.schemas_chat import ChatChunk
 from pagedkv.server.schemas_completion import CompletionChunk
 
-__all__ = ["answers_with_events", "complete_document"]
-
 _REF = "#/components/schemas/{model}"
 
 

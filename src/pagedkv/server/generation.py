@@ -18,8 +18,6 @@ from pagedkv.server.logs import note
 from pagedkv.server.schemas import GenerationFields, Usage
 from pagedkv.server.state import ServerState
 
-__all__ = ["Changes", "Job", "Running"]
-
 Changes = AsyncIterator[list[tuple[int, RequestOutput]]]
 
 

@@ -18,8 +18,6 @@ from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.timing import Timing
 from pagedkv.sim.trace import Trace
 
-__all__ = ["OPTIMAL", "Cell", "imported_strategy", "named_strategy", "try_out"]
-
 OPTIMAL = "optimal"
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
 _MODULE_AND_CLASS = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)\s*")

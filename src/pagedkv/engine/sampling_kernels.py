@@ -12,8 +12,6 @@ import numpy.typing as npt
 
 from pagedkv.jit import compiled
 
-__all__ = ["draw", "first_of", "nucleus", "uniforms", "weigh"]
-
 BINS = 2048
 WIDEST = 64.0  # tokens further than this below the highest logit share the last bin
 NARROWEST = 1e-6

@@ -11,8 +11,6 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.sim.reuse import Passage, heavy_chains, walk_through
 from pagedkv.sim.trace import NO_SESSION, Trace
 
-__all__ = ["ContentFigures", "Description", "Figures", "HotPrefix", "WorkingSet", "describe"]
-
 WINDOWS = (60.0, 300.0, 600.0)
 NUM_HOTTEST = 5
 

@@ -11,9 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from pagedkv.data import cpu
-from pagedkv.data.arguments import AttentionCall
-
-__all__ = ["attend"]
+from pagedkv.data.call import AttentionCall
 
 UNLIMITED = 2**31 - 1
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from pagedkv.data.cpu_shapes import NOTHING, Array, Floats, Ints, Rules, Shape, Strides, padded, partial_size
 from pagedkv.data.cpu_tile import STEP, TILE, add_tile, mask, rescale, score_tile, soft_cap, softmax
-from pagedkv.data.lanes import (
+from pagedkv.data.simd import (
     LANES,
     ROWS,
     exp2,
@@ -31,8 +31,6 @@ from pagedkv.data.lanes import (
     zeros,
 )
 from pagedkv.jit import compiled
-
-__all__ = ["SPLIT", "attend_items", "plan_items"]
 
 SPLIT = 512
 """Positions of a work item: 2 MB of bfloat16 keys and values at 8 heads of 128."""

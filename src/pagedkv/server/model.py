@@ -16,7 +16,6 @@ from pagedkv.server.errors import ApiError
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
-__all__ = ["ServedModel"]
 
 T = TypeVar("T")
 

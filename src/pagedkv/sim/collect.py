@@ -18,8 +18,6 @@ from pagedkv.sim.sorting import renumber_sessions, reorder_ids
 from pagedkv.sim.source import BadRecord
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
 
-__all__ = ["LIMIT", "SPILL_BYTES", "Collector"]
-
 logger = logging.getLogger("pagedkv")
 
 SPILL_BYTES = 512 * 2**20

@@ -8,8 +8,6 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
-__all__ = ["Detokenizer"]
-
 HALF = "\ufffd"  # what decoders show for bytes that are no character, or not yet
 CONTEXT = 6  # tokens of the prompt; the first token of what is decoded may lose a space, the others do not
 

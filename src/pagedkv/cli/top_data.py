@@ -20,7 +20,6 @@ from pagedkv.cli.top_rows import FAINT, MapCells, fold
 if TYPE_CHECKING:
     from pagedkv.engine.snapshot_types import EngineSnapshot
 
-__all__ = ["BlockMapView", "COLOURS"]
 
 COLOURS = ("#2b3850", "#4a9ff5", "#c084fc", "#1f9e90", "#fbbf24")
 """Of free, active, shared, cached and pinned blocks."""
