@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pagedkv.control.events import AllBlocksCleared, BlockRemoved, BlockStored, CacheSnapshot
     from pagedkv.control.manager import BlockManager
     from pagedkv.control.plan import BatchPlan
+    from pagedkv.control.protocol import EvictionStrategy, StrategyHooks
     from pagedkv.control.strategies import (
         FIFO,
         GDSF,
@@ -23,10 +24,8 @@ if TYPE_CHECKING:
         SIEVE,
         TTL,
         Adaptive,
-        EvictionStrategy,
         LongestFirst,
         Priority,
-        StrategyHooks,
         StreamingLLM,
         parse_strategy,
         register_strategy,
@@ -105,9 +104,9 @@ _HOMES = {
     "pagedkv.control.events": ("AllBlocksCleared", "BlockRemoved", "BlockStored", "CacheSnapshot"),
     "pagedkv.control.manager": ("BlockManager",),
     "pagedkv.control.plan": ("BatchPlan",),
+    "pagedkv.control.protocol": ("EvictionStrategy", "StrategyHooks"),
     "pagedkv.control.strategies": (
         "Adaptive",
-        "EvictionStrategy",
         "FIFO",
         "GDSF",
         "LFU",
@@ -116,7 +115,6 @@ _HOMES = {
         "Priority",
         "S3FIFO",
         "SIEVE",
-        "StrategyHooks",
         "StreamingLLM",
         "TTL",
         "parse_strategy",

@@ -6,7 +6,7 @@ from typing import Any
 
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.attention import paged_attention
 from pagedkv.data.gpu import attend_plan
 from pagedkv.data.gpu_plan import DevicePlan

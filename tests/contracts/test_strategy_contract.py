@@ -31,7 +31,7 @@ from pagedkv import (
 )
 from pagedkv.control.ghosts import INFLATION
 from pagedkv.control.hooks import block_view
-from pagedkv.control.rules import score_by_rule
+from pagedkv.control.policies import score_by_rule
 
 STRATEGIES = [
     LRU(),

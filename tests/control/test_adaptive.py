@@ -13,8 +13,8 @@ from tests.sim.traces import AGENTS, CHAT, real_trace
 
 from pagedkv import Adaptive, BlockManager, CorruptedState
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.control.learning_records import HEAP_SIZE, LESSONS, ROOM, RULES
 from pagedkv.control.namespaces import name_of
+from pagedkv.control.state import HEAP_SIZE, LESSONS, ROOM, RULES
 from pagedkv.sim import synthesize
 
 LEARNED = 3_993

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 
 from pagedkv import BlockManager
-from pagedkv.control import lifecycle, sequences
+from pagedkv.control import sequences
 from pagedkv.jit import borrowed, packed
 
 needs_compiler = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the compiler nothing is packed")
@@ -78,8 +78,8 @@ def test_arrays_that_cannot_be_written_compile_nothing_anew() -> None:
     ids = np.arange(12)
     manager.allocate(0, ids)
     manager.append_batch([0], ids.reshape(1, 12))
-    compiled = len(lifecycle.allocate_row.signatures), len(sequences.grow_rows.signatures)
+    compiled = len(sequences.allocate_row.signatures), len(sequences.grow_rows.signatures)
     ids.flags.writeable = False
     manager.allocate(1, ids)
     manager.append_batch([1], ids.reshape(1, 12))
-    assert (len(lifecycle.allocate_row.signatures), len(sequences.grow_rows.signatures)) == compiled
+    assert (len(sequences.allocate_row.signatures), len(sequences.grow_rows.signatures)) == compiled

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pagedkv import BlockManager
 from pagedkv.control.arguments import sequence_key
-from pagedkv.control.rows import drop_row, find_row, new_row
+from pagedkv.control.sequences import drop_row, find_row, new_row
 from pagedkv.control.state import new_state
 
 ids = st.one_of(st.integers(0, 40), st.integers(0, 2**64 - 1), st.integers(0, 9).map(lambda n: n << 40))

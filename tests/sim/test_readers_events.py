@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.sim.trace_checks import check_trace
 from tests.sim.trace_files import bare, framed, stored, stored_map
 
-from pagedkv.control import event_wire
+from pagedkv.control import events
 from pagedkv.sim import event_file
 from pagedkv.sim.event_file import append_event_batch, read_event_batches
 from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
@@ -110,7 +110,7 @@ def test_a_payload_is_appended_as_it_is():
 
 
 def test_a_batch_beyond_the_limit(monkeypatch):
-    for module in (event_file, event_wire):
+    for module in (event_file, events):
         monkeypatch.setattr(module, "MAX_BATCH_BYTES", 1000)
     file = io.BytesIO()
     with pytest.raises(ValueError, match="at most 1000 bytes, got 1003"):

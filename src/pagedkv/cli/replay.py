@@ -150,7 +150,7 @@ def search_folder_at_hand(strategies: Iterable[str]) -> None:
 
 def _all_strategies() -> list[str]:
     """Return every strategy that needs no arguments, and the optimum."""
-    from pagedkv.control.registry import parse_strategy, strategy_names
+    from pagedkv.control.strategies import parse_strategy, strategy_names
 
     names = []
     for name in strategy_names():

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from pagedkv.control.learning_records import CLASSES, HEAP_SIZE, LRU_SIZE, ROOM
 from pagedkv.control.prefix import find_child
-from pagedkv.control.rows import find_row
-from pagedkv.control.state import DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
+from pagedkv.control.sequences import find_row
+from pagedkv.control.state import CLASSES, DIRTY, HEAP_SIZE, LIVE, LRU_SIZE, MAIN, OPAQUE, PROBATION, ROOM, State
 from pagedkv.errors import CorruptedState
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+import struct
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.namespaces import Namespaces
+from pagedkv.control.state import State
 from pagedkv.control.types import BlockId, CacheStats, SequenceInfo
-
-__all__ = ["AllBlocksCleared", "BlockRemoved", "BlockStored", "CacheEvent", "CacheSnapshot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +121,118 @@ class CacheSnapshot:
 
 def _is_equal(a: object, b: object) -> bool:
     return np.array_equal(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else a == b
+
+
+# Delivers what the compiled calls logged to the subscribers, in order.
+
+logger = logging.getLogger("pagedkv")
+
+
+class EventFeed:
+    """The subscribers and the events on their way to them."""
+
+    def __init__(self, namespaces: Namespaces, always_log: bool = False) -> None:
+        self._always_log = always_log
+        self._namespaces = namespaces
+        self._callbacks: dict[int, Callable[[CacheEvent], None]] = {}
+        self._numbers = itertools.count()
+        self._queue: deque[CacheEvent] = deque()
+        self._delivering = False
+        self._active = False
+
+    def subscribe(self, callback: Callable[[CacheEvent], None], state: State) -> Callable[[], None]:
+        """Add a subscriber; returns the function that removes it, and no other of the same callback."""
+        number = next(self._numbers)
+        self._callbacks[number] = callback
+        self._active = True
+        state.counters[0].logging = 1
+
+        def unsubscribe() -> None:
+            self._callbacks.pop(number, None)
+
+        return unsubscribe
+
+    def publish(self, state: State, event: CacheEvent | None = None) -> None:
+        """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
+        if not self._active:
+            if self._always_log:
+                state.counters[0].log_len = 0
+            return
+        self._queue.extend(self._read(state))
+        if event is not None:
+            self._queue.append(event)
+        if not self._callbacks:
+            self._active = False
+            state.counters[0].logging = self._always_log
+            self._queue.clear()
+        if self._delivering:
+            return
+        self._delivering = True
+        try:
+            while self._queue:
+                self._deliver(self._queue.popleft())
+        finally:
+            self._delivering = False
+
+    def _deliver(self, event: CacheEvent) -> None:
+        for callback in list(self._callbacks.values()):
+            try:
+                callback(event)
+            except Exception:
+                logger.exception("a subscriber failed on %s", type(event).__name__)
+
+    def _read(self, state: State) -> list[CacheEvent]:
+        counters = state.counters[0]
+        entries = state.log[: counters.log_len].tolist()
+        counters.log_len = 0
+        roots: dict[int, int] = {}
+        return [
+            self._stored(state, entry - 1, roots) if entry > 0 else BlockRemoved(BlockId(-entry - 1))
+            for entry in entries
+        ]
+
+    def _stored(self, state: State, block: int, roots: dict[int, int]) -> BlockStored:
+        size = int(state.counters[0].block_size)
+        parent = above = int(state.blocks[block].parent)
+        # The roots of this batch are remembered: a chain of n blocks is walked once, not n times.
+        while above >= 0 and above not in roots:
+            above = int(state.blocks[above].parent)
+        roots[block] = roots.get(above, above)
+        ids = tuple(state.contents[block * size : (block + 1) * size].tolist())
+        salt = self._namespaces.salt_of(-1 - roots[block])
+        return BlockStored(BlockId(block), BlockId(parent) if parent >= 0 else None, ids, salt)
+
+
+# One batch of KV cache events as bytes, and in a file.
+#
+# A file is a stream of msgpack ``bin`` values, each holding one batch: the header of the ``bin`` is the frame, and
+# any msgpack library reads the file.
+
+MAX_BATCH_BYTES = 32 * 2**20
+BIN_32 = 0xC6
+_encoder = msgspec.msgpack.Encoder()
+
+
+def batch_bytes(batch: Any) -> bytes:
+    """Return a batch as it is published: bytes as they are, anything else as msgpack."""
+    return bytes(batch) if isinstance(batch, bytes | bytearray | memoryview) else _encoder.encode(batch)
+
+
+def append_event_batch(file: BinaryIO, batch: Any) -> None:
+    """Append one batch of events, in one write.
+
+    Parameters
+    ----------
+    file : binary file, open for writing
+    batch : bytes or object
+        The payload as it was published, or what msgspec encodes: ``[ts, events, data_parallel_rank]``.
+
+    Raises
+    ------
+    ValueError
+        The batch is larger than `MAX_BATCH_BYTES`, which readers refuse; nothing was written.
+    """
+    payload = batch_bytes(batch)
+    if len(payload) > MAX_BATCH_BYTES:
+        raise ValueError(f"a batch takes at most {MAX_BATCH_BYTES} bytes, got {len(payload)}")
+    file.write(struct.pack(">BI", BIN_32, len(payload)) + payload)

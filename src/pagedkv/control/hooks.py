@@ -11,7 +11,7 @@ from pagedkv.control.ghosts import HEADER
 from pagedkv.control.protocol import EvictionStrategy, hooks_of
 from pagedkv.control.reclaim import give_up, lowest_leaf, offer, rescore, withdraw
 from pagedkv.control.state import MAIN, State
-from pagedkv.control.views import BlockView
+from pagedkv.control.types import BlockView
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import require_int
 

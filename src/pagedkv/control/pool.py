@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.learner import note_hit, note_release
+from pagedkv.control.policies import ADAPTIVE
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
-from pagedkv.control.reuse import note_hit, note_release
-from pagedkv.control.rules import ADAPTIVE
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled
 

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.views import BlockView, SequenceView
+from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
 __all__ = ["EvictionStrategy", "StrategyHooks"]

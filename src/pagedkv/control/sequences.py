@@ -9,15 +9,495 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.layout import NO_NARROW, NO_WIDE, lay_out
-from pagedkv.control.pool import available_blocks, drop_block, replace_by_copy, share_block, take_block
-from pagedkv.control.prefix import find_child, link_child
-from pagedkv.control.reclaim import forget
-from pagedkv.control.rows import NEEDS_WIDTH, NO_ROOM, OK, STALE, resolve_rows, touch_row
-from pagedkv.control.state import OPAQUE, TRUNCATED, State
+from pagedkv.control.plan import BatchPlan
+from pagedkv.control.pool import available_blocks, drop_block, pin_block, replace_by_copy, share_block, take_block
+from pagedkv.control.prefix import find_child, link_child, match_full_blocks, match_partial_block
+from pagedkv.control.reclaim import end_of_request, forget
+from pagedkv.control.state import DIRTY, LIVE, OPAQUE, SEQUENCE, TRUNCATED, State, power_of_two
 from pagedkv.jit import borrowed, compiled
 
+# Where a sequence's record is: rows of the sequence arrays, found by id through open addressing.
+
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE = range(8)
+"""What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT = np.uint64(32)
+
+
+@compiled
+def _slot_of(state: State, seq_id: int) -> int:
+    return np.int64((np.uint64(np.int64(seq_id)) * _STEP) >> _SHIFT) & (len(state.seq_table) - 1)
+
+
+@compiled
+def find_row(state: State, seq_id: int) -> int:
+    """Return the row of a live sequence, or -1."""
+    state = borrowed(state)
+    mask = len(state.seq_table) - 1
+    slot = _slot_of(state, seq_id)
+    while state.seq_table[slot] != 0:
+        row = state.seq_table[slot] - 1
+        if state.sequences[row].seq_id == seq_id:
+            return row
+        slot = (slot + 1) & mask
+    return -1
+
+
+@compiled
+def _enter(state: State, row: int) -> None:
+    mask = len(state.seq_table) - 1
+    slot = _slot_of(state, state.sequences[row].seq_id)
+    while state.seq_table[slot] != 0:
+        slot = (slot + 1) & mask
+    state.seq_table[slot] = row + 1
+
+
+@compiled
+def has_spare_row(state: State) -> bool:
+    """Return whether another sequence fits without growing the arrays."""
+    counters = state.counters[0]
+    return counters.free_row != 0 or counters.rows_used < len(state.sequences)
+
+
+@compiled
+def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
+    """Enter a live sequence without tokens and return its row; there is a spare row."""
+    counters = state.counters[0]
+    if counters.free_row != 0:
+        row = counters.free_row - 1
+        counters.free_row = state.sequences[row].num_blocks
+    else:
+        row = counters.rows_used
+        counters.rows_used += 1
+    record = state.sequences[row]
+    record.seq_id = seq_id
+    record.num_tokens = 0
+    record.num_committed = 0
+    record.num_known = 0
+    record.num_cached = 0
+    record.num_dropped = 0
+    record.access_count = 0
+    record.created = counters.tick
+    record.epoch = counters.tick
+    record.stamp = 0
+    record.num_blocks = 0
+    record.num_indexed = 0
+    record.priority = priority
+    record.namespace = namespace
+    record.hole_start = 0
+    record.hole_len = 0
+    record.pinned_blocks = 0
+    record.marks = LIVE | (record.marks & DIRTY)
+    _enter(state, row)
+    counters.num_sequences += 1
+    state.roots[namespace, 2] += 1
+    return row
+
+
+@compiled
+def drop_row(state: State, row: int) -> None:
+    """Forget a sequence; the entries behind it in its probe chain close up (no tombstones)."""
+    counters = state.counters[0]
+    mask = len(state.seq_table) - 1
+    record = state.sequences[row]
+    slot = _slot_of(state, record.seq_id)
+    while state.seq_table[slot] != row + 1:
+        slot = (slot + 1) & mask
+    following = (slot + 1) & mask
+    while state.seq_table[following] != 0:
+        home = _slot_of(state, state.sequences[state.seq_table[following] - 1].seq_id)
+        if ((following - home) & mask) >= ((following - slot) & mask):
+            state.seq_table[slot] = state.seq_table[following]
+            slot = following
+        following = (following + 1) & mask
+    state.seq_table[slot] = 0
+    state.roots[record.namespace, 2] -= 1
+    record.marks &= DIRTY
+    record.num_blocks = counters.free_row  # a free row's link to the next free row
+    counters.free_row = row + 1
+    counters.num_sequences -= 1
+
+
+@compiled
+def touch_row(state: State, row: int) -> None:
+    """Count an access at the current tick; the sequence is to be ranked anew before the next eviction."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    record.last_access = state.counters[0].tick
+    record.access_count += 1
+    mark_dirty(state, row)
+
+
+@compiled
+def mark_dirty(state: State, row: int) -> None:
+    """List a changed sequence, once, for the eviction order."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    if record.marks & DIRTY == 0:
+        record.marks |= DIRTY
+        counters = state.counters[0]
+        state.dirty[counters.num_dirty] = row
+        counters.num_dirty += 1
+
+
+@compiled
+def resolve_rows(state: State, seq_ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """Find the rows of a batch; answers NOT_FOUND or REPEATED with the place in the batch."""
+    counters = state.counters[0]
+    counters.stamp += 1
+    for i in range(len(seq_ids)):
+        row = find_row(state, seq_ids[i])
+        if row < 0:
+            return NOT_FOUND, i
+        record = state.sequences[row]
+        if record.stamp == counters.stamp:
+            return REPEATED, i
+        record.stamp = counters.stamp
+        rows[i] = row
+    return OK, 0
+
+
+@compiled
+def _enter_all(state: State) -> None:
+    state = borrowed(state)
+    for row in range(state.counters[0].rows_used):
+        if state.sequences[row].marks & LIVE:
+            _enter(state, row)
+
+
+def with_more_rows(state: State) -> State:
+    """Return the state with room for twice as many sequences."""
+    old, width = state.tables.shape
+    sequences = np.zeros(2 * old, SEQUENCE)
+    sequences[:old] = state.sequences
+    tables = np.zeros((2 * old, width), np.int32)
+    tables[:old] = state.tables
+    dirty = np.zeros(2 * old, np.int32)
+    dirty[:old] = state.dirty
+    seq_table = np.zeros(power_of_two(4 * old), np.int32)
+    grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
+    _enter_all(grown)
+    return grown
+
+
+# The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
+#
+# For n sequences, t query tokens, tables of w columns and k copies::
+#
+#     wide    int64   [0, t) slot_mapping   [t, 2t) positions   [2t, 2t + n) num_dropped
+#     narrow  int32   [0, nw) block_tables  then n seq_lens, n + 1 cu_seqlens_q, 2n holes, 2k copies
+
 Ints = npt.NDArray[np.int64]
+Narrow = npt.NDArray[np.int32]
+
+NO_WIDE = np.empty(0, np.int64)
+NO_NARROW = np.empty(0, np.int32)
+
+
+@compiled
+def _cut_wide(wide: Ints, n: int) -> tuple[Ints, Ints, Ints]:
+    total = (len(wide) - n) // 2
+    return wide[:total], wide[total : 2 * total], wide[2 * total :]
+
+
+@compiled
+def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Narrow, Narrow]:
+    lens, starts, holes = n * width, n * width + n, n * width + 2 * n + 1
+    return (
+        narrow[:lens].reshape(n, width),
+        narrow[lens:starts],
+        narrow[starts:holes],
+        narrow[holes : holes + 2 * n].reshape(n, 2),
+    )
+
+
+@compiled
+def lay_out(state: State, rows: Narrow, num_query: Ints, copies: Narrow) -> tuple[int, Ints, Narrow]:
+    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns the table width too."""
+    n, size = len(rows), state.counters[0].block_size
+    total, width = 0, 1
+    for i in range(n):
+        total += num_query[i]
+        width = max(width, state.sequences[rows[i]].num_blocks)
+    wide = np.empty(2 * total + n, np.int64)
+    narrow = np.empty(n * width + 4 * n + 1 + 2 * len(copies), np.int32)
+    slot_mapping, positions, dropped = _cut_wide(borrowed(wide), n)
+    block_tables, seq_lens, starts, holes = _cut_narrow(borrowed(narrow), n, width)
+    copied = borrowed(narrow)[len(narrow) - 2 * len(copies) :].reshape(len(copies), 2)
+    for k in range(len(copies)):
+        copied[k, 0] = copies[k, 0]
+        copied[k, 1] = copies[k, 1]
+    token = 0
+    for i in range(n):
+        record, table = state.sequences[rows[i]], state.tables[rows[i]]
+        num_blocks, num_tokens = record.num_blocks, record.num_tokens
+        hole_start, hole_len = record.hole_start, record.hole_len
+        columns = block_tables[i]
+        for j in range(num_blocks):  # an assignment of slices would take three times as long
+            columns[j] = table[j]
+        for j in range(num_blocks, width):
+            columns[j] = 0
+        seq_lens[i] = num_tokens
+        starts[i] = token
+        holes[i, 0] = hole_start
+        holes[i, 1] = hole_start + hole_len
+        dropped[i] = record.num_dropped
+        for position in range(num_tokens - num_query[i], num_tokens):
+            slot = position if position < hole_start else position + hole_len
+            # Most often the last block: a division would take longer than all the rest.
+            place = num_blocks - 1 if slot >= (num_blocks - 1) * size else slot // size
+            slot_mapping[token] = np.int64(table[place]) * size + slot - place * size
+            positions[token] = position
+            token += 1
+    starts[n] = token
+    return width, wide, narrow
+
+
+@compiled
+def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, int, Ints, Narrow]:
+    """Plan a batch; a negative number of query tokens stands for all that are not committed.
+
+    Answers (status, a, width, plan): for OK a is the tick, for NO_ROOM the place of a sequence with too few tokens.
+    """
+    state = borrowed(state)
+    rows = np.empty(len(seq_ids), np.int32)
+    wanted = np.empty(len(seq_ids), np.int64)
+    status, place = resolve_rows(state, seq_ids, rows)
+    if status != OK:
+        return status, place, 0, NO_WIDE, NO_NARROW
+    for i in range(len(rows)):
+        record = state.sequences[rows[i]]
+        wanted[i] = record.num_tokens - record.num_committed if num_query[i] < 0 else num_query[i]
+        if wanted[i] > record.num_tokens:
+            return NO_ROOM, i, 0, NO_WIDE, NO_NARROW
+    width, wide, narrow = lay_out(state, rows, wanted, np.empty((0, 2), np.int32))
+    return OK, state.counters[0].tick, width, wide, narrow
+
+
+def copies_in(narrow: Narrow, num_copies: int) -> Narrow:
+    """Return the copies at the end of the narrow buffer, int32 ``[num_copies, 2]``."""
+    return narrow[len(narrow) - 2 * num_copies :].reshape(num_copies, 2)
+
+
+def plan_from(seq_ids: Ints, wide: Ints, narrow: Narrow, width: int, copies: Narrow, tick: int) -> BatchPlan:
+    """Cut the two buffers into the arrays of a plan."""
+    n = len(seq_ids)
+    total = (len(wide) - n) // 2
+    lens, starts, holes = n * width, n * width + n, n * width + 2 * n + 1
+    block_tables = narrow[:lens].reshape(n, width)
+    seq_lens, cu_seqlens_q = narrow[lens:starts], narrow[starts:holes]
+    slot_mapping, positions, num_dropped = wide[:total], wide[total : 2 * total], wide[2 * total :]
+    hole_ends = narrow[holes : holes + 2 * n].reshape(n, 2)
+    # Without keywords: ten of them take as long as four slices.
+    return BatchPlan(
+        seq_ids, slot_mapping, block_tables, seq_lens, cu_seqlens_q, positions, hole_ends, num_dropped, copies, tick
+    )
+
+
+# Sequences come, fork, shrink and go: compiled, one call each.
+
+NOBODY = -1
+
+
+@compiled
+def count_matching(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> int:
+    """Return how many leading tokens of `ids` an allocation would find cached."""
+    state = borrowed(state)
+    size = state.counters[0].block_size
+    blocks = np.empty(len(ids) // size + 1, np.int32)
+    full, node = match_full_blocks(state, namespace, ids, blocks)
+    _, partial = match_partial_block(state, node, ids, full * size)
+    return full * size + partial
+
+
+@compiled
+def matching_blocks(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Return the full blocks that an allocation of `ids` would share."""
+    state = borrowed(state)
+    blocks = np.empty(len(ids) // state.counters[0].block_size + 1, np.int32)
+    return blocks[: match_full_blocks(state, namespace, ids, blocks)[0]]
+
+
+@compiled
+def _available_beside(state: State, shared: npt.NDArray[np.int32]) -> int:
+    """Return the blocks an allocation can have, once it has taken the `shared` ones for itself."""
+    available = available_blocks(state)
+    for block in shared:
+        if state.blocks[block].ref_count == 0 and state.blocks[block].pins == 0:
+            available -= 1
+    return available
+
+
+@compiled
+def allocate_row(
+    state: State,
+    seq_id: int,
+    namespace: int,
+    priority: int,
+    num_tokens: int,
+    ids: npt.NDArray[np.int64],
+    known: bool,
+) -> tuple[int, int, int, int, int]:
+    """Start a sequence: share its cached prefix, take fresh blocks for the rest.
+
+    Answers (status, a, b, source, destination): for NO_ROOM a blocks are needed and b available; for OK a is the row,
+    and when source is not NOBODY, its K and V are to be copied to destination.
+    """
+    state = borrowed(state)
+    counters = state.counters[0]
+    size = counters.block_size
+    if find_row(state, seq_id) >= 0:
+        return EXISTS, 0, 0, NOBODY, NOBODY
+    if not has_spare_row(state):
+        return NEEDS_ROWS, 0, 0, NOBODY, NOBODY
+    num_blocks = (num_tokens + size - 1) // size
+
+    reuse = known and counters.prefix_caching != 0
+    matched = np.empty(min(num_blocks, counters.num_blocks) + 1, np.int32)
+    full, source, partial = 0, NOBODY, 0
+    if reuse:
+        full, node = match_full_blocks(state, namespace, ids, matched)
+        source, partial = match_partial_block(state, node, ids, full * size)
+    available = _available_beside(state, matched[:full])
+    if num_blocks - full > available:
+        return NO_ROOM, num_blocks - full, available, NOBODY, NOBODY
+    if num_blocks > state.tables.shape[1]:
+        return NEEDS_WIDTH, num_blocks, 0, NOBODY, NOBODY
+
+    counters.tick += 1
+    row = new_row(state, seq_id, namespace, priority)
+    record, table = state.sequences[row], state.tables[row]
+    for i in range(full):
+        table[i] = matched[i]
+        share_block(state, matched[i])
+        shared = state.blocks[matched[i]]
+        shared.priority = max(shared.priority, priority)
+    for i in range(full, num_blocks):
+        block = take_block(state)
+        table[i] = block
+        state.blocks[block].num_tokens = min(size, num_tokens - i * size)
+        state.blocks[block].priority = priority
+        if known:
+            for j in range(i * size, min(num_tokens, (i + 1) * size)):
+                state.contents[block * size + j - i * size] = ids[j]
+    if partial == 0 or table[full] == source:
+        source = NOBODY
+
+    record.num_tokens = num_tokens
+    record.num_known = num_tokens if known else 0
+    record.num_blocks = num_blocks
+    record.num_indexed = full
+    record.num_cached = full * size + partial
+    record.num_committed = record.num_cached
+    touch_row(state, row)
+    if reuse:
+        counters.queries += 1
+        counters.hits += full * size + partial > 0
+        counters.hit_tokens += full * size
+        counters.partial_tokens += partial
+    if source == NOBODY:
+        return OK, row, 0, NOBODY, NOBODY
+    return OK, row, 0, source, table[full]
+
+
+@compiled
+def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
+    """Let a new sequence share every block of `row`."""
+    state = borrowed(state)
+    if find_row(state, dst) >= 0:
+        return EXISTS, 0
+    if not has_spare_row(state):
+        return NEEDS_ROWS, 0
+    counters = state.counters[0]
+    counters.tick += 1
+    source = state.sequences[row]
+    twin_row = new_row(state, dst, source.namespace, source.priority)
+    twin = state.sequences[twin_row]
+    twin.num_tokens = source.num_tokens
+    twin.num_committed = source.num_committed
+    twin.num_known = source.num_known
+    twin.num_cached = source.num_cached
+    twin.num_dropped = source.num_dropped
+    twin.num_blocks = source.num_blocks
+    twin.num_indexed = source.num_indexed
+    twin.hole_start = source.hole_start
+    twin.hole_len = source.hole_len
+    twin.marks |= source.marks & (OPAQUE | TRUNCATED)
+    for i in range(source.num_blocks):
+        block = state.tables[row, i]
+        state.tables[twin_row, i] = block
+        share_block(state, block)
+    touch_row(state, twin_row)
+    counters.forks += 1
+    return OK, twin_row
+
+
+@compiled
+def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int32]:
+    """Return the blocks of a sequence, from table place `first` on, that become cached if it lets go of them."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    found = np.empty(record.num_blocks, np.int32)
+    count = 0
+    for i in range(first, record.num_blocks):
+        block = state.blocks[state.tables[row, i]]
+        if block.indexed and block.ref_count == 1:
+            found[count] = state.tables[row, i]
+            count += 1
+    return found[:count]
+
+
+@compiled
+def hand_over_use(state: State, row: int, first: int) -> None:
+    """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    for i in range(first, record.num_blocks):
+        block = state.blocks[state.tables[row, i]]
+        if block.indexed:
+            block.last_access = max(block.last_access, record.last_access)
+            block.priority = max(block.priority, record.priority)
+
+
+@compiled
+def free_row(state: State, row: int) -> None:
+    """End a sequence: every block loses a reference, tail first; pins of findable blocks stay."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    for i in range(record.num_blocks - 1, -1, -1):
+        block = state.tables[row, i]
+        if i < record.pinned_blocks and state.blocks[block].indexed:
+            pin_block(state, block)
+        drop_block(state, block)
+    drop_row(state, row)
+    end_of_request(state)
+
+
+@compiled
+def truncate_row(state: State, row: int, num_tokens: int) -> None:
+    """Take back all tokens from cache position `num_tokens` on."""
+    state = borrowed(state)
+    record = state.sequences[row]
+    size = state.counters[0].block_size
+    if num_tokens <= record.hole_start:
+        record.hole_len = 0
+    end = num_tokens + record.hole_len
+    num_blocks = (end + size - 1) // size
+    for i in range(record.num_blocks - 1, num_blocks - 1, -1):
+        drop_block(state, state.tables[row, i])
+    if end % size != 0:
+        tail = state.blocks[state.tables[row, num_blocks - 1]]
+        if tail.ref_count == 1 and not tail.indexed:
+            tail.num_tokens = end % size
+    record.num_tokens = num_tokens
+    record.num_blocks = num_blocks
+    record.num_committed = min(record.num_committed, num_tokens)
+    record.num_known = min(record.num_known, num_tokens)
+    record.num_cached = min(record.num_cached, num_tokens)
+    record.num_indexed = min(record.num_indexed, end // size)
+    record.pinned_blocks = min(record.pinned_blocks, num_blocks)
+    record.marks |= TRUNCATED
 
 
 @compiled
@@ -214,3 +694,110 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
         if state.counters[0].prefix_caching != 0 and record.marks & OPAQUE == 0:
             _index_committed(state, rows[i])
     return OK, 0
+
+
+# Sinks and window inside one sequence, at token granularity.
+#
+# StreamingLLM (Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks", section 3.2) keeps the
+# first ``sink_tokens`` and the last ``window_tokens`` of a sequence. In slots of the block table::
+#
+#     [0, sink)                 sinks
+#     [sink, sink + hole_len)   dropped: the rest of the last sink block and the front of the first window block
+#     [sink + hole_len, end)    window
+#
+# Blocks that lie wholly between are given back. From then on K and V depend on what was dropped and not only on the
+# token ids, so the sequence is never committed to the prefix index again.
+
+
+@compiled
+def _is_own(state: State, block: int, num_own_children: int) -> bool:
+    """Tell whether only this sequence knows `block`: no other owner, no pin, no trie children but its own."""
+    record = state.blocks[block]
+    is_alone = record.ref_count == 1 and record.pins == 0
+    return is_alone and (not record.indexed or record.num_children == num_own_children)
+
+
+@compiled
+def _count_foreign(state: State, row: int, first: int) -> int:
+    """Return how many of the blocks from table place `first` on somebody else shares or builds upon."""
+    record, table = state.sequences[row], state.tables[row]
+    foreign, own_children = 0, 0
+    for place in range(record.num_blocks - 1, first - 1, -1):
+        block = table[place]
+        if _is_own(state, block, own_children):
+            own_children = 1 if state.blocks[block].indexed else 0
+        else:
+            foreign += 1
+            own_children = 0
+    return foreign
+
+
+@compiled
+def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -> int:
+    """Make the blocks from table place `first` on private and unindexed, copying where others share them.
+
+    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to let go of some.
+    """
+    record, table = state.sequences[row], state.tables[row]
+    count = 0
+    for place in range(record.num_blocks - 1, first - 1, -1):
+        block = table[place]
+        if not _is_own(state, block, 0):
+            replace_by_copy(state, row, place, copies, count)
+            count += 1
+        elif state.blocks[block].indexed:
+            forget(state, block)
+    return count
+
+
+@compiled
+def _cuts(state: State, row: int, sink: int, window: int) -> tuple[int, int, int]:
+    """Return where the window begins, and the blocks [cut, keep) of the table that hold only dropped tokens."""
+    record = state.sequences[row]
+    size = state.counters[0].block_size
+    cut = (sink + size - 1) // size
+    resume = record.num_tokens - window + record.hole_len
+    keep = resume // size if window > 0 else record.num_blocks
+    return resume, cut, max(keep, cut)
+
+
+@compiled
+def blocks_to_stream(state: State, row: int, sink: int, window: int) -> int:
+    """Return how many blocks ``stream_row`` takes for private copies of what others share."""
+    state = borrowed(state)
+    _, cut, keep = _cuts(state, row, sink, window)
+    return _count_foreign(state, row, keep) if keep > cut else 0
+
+
+@compiled
+def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
+    """Drop everything between sinks and window; the caller has made sure of the blocks that it takes.
+
+    Returns how many tokens were dropped, at least one, and the copies.
+    """
+    state = borrowed(state)
+    record, table = state.sequences[row], state.tables[row]
+    size = state.counters[0].block_size
+    dropped = record.num_tokens - sink - window
+    copies = np.empty((record.num_blocks, 2), np.int32)
+    resume, cut, keep = _cuts(state, row, sink, window)
+    count = 0
+    if keep > cut:
+        count = _detach(state, row, keep, copies)
+        for place in range(keep - 1, cut - 1, -1):
+            drop_block(state, table[place])
+        for place in range(keep, record.num_blocks):
+            table[place - keep + cut] = table[place]
+        record.num_blocks -= keep - cut
+    record.hole_start = sink
+    record.hole_len = resume - (keep - cut) * size - sink if window > 0 else 0
+    record.num_tokens = sink + window
+    record.num_dropped += dropped
+    record.num_committed = max(min(record.num_committed, sink), record.num_committed - dropped)
+    record.num_known = min(record.num_known, sink)
+    record.num_indexed = min(record.num_indexed, sink // size)
+    record.num_cached = min(record.num_cached, record.num_tokens)
+    record.pinned_blocks = min(record.pinned_blocks, cut)
+    record.marks |= OPAQUE | TRUNCATED
+    mark_dirty(state, row)
+    return dropped, copies[:count]

@@ -12,38 +12,244 @@ A strategy is a class with two pure methods; register it and it works everywhere
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.adaptive import Adaptive
-from pagedkv.control.protocol import EvictionStrategy, Scores, StrategyHooks
-from pagedkv.control.queue_strategies import GDSF, S3FIFO, SIEVE, TTL
-from pagedkv.control.registry import as_strategy, parse_strategy, register_strategy
-from pagedkv.control.rules import RECENCY_BITS
-from pagedkv.control.views import BlockView, SequenceView
+from pagedkv.control import policies
+from pagedkv.control.ghosts import TICKS, with_policy
+from pagedkv.control.learner import with_learner
+from pagedkv.control.policies import COST_OF_FIRST, PROBATION_SHARE, RECENCY_BITS
+from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
+from pagedkv.control.state import State
+from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
-__all__ = [
-    "FIFO",
-    "GDSF",
-    "LFU",
-    "LRU",
-    "S3FIFO",
-    "SIEVE",
-    "TTL",
-    "Adaptive",
-    "EvictionStrategy",
-    "LongestFirst",
-    "Priority",
-    "StrategyHooks",
-    "StreamingLLM",
-    "as_strategy",
-    "parse_strategy",
-    "register_strategy",
-]
+# Strategies by name: ``strategy="lru"``, the simulator and the command line look them up here.
+
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+_registry: dict[str, Callable[..., Any]] = {}
+
+
+def _key(name: str) -> str:
+    return name.lower().replace("_", "").replace("-", "")
+
+
+def _home(factory: Callable[..., Any]) -> object:
+    """Return where a factory was defined; what has no name of its own, a partial for instance, is like no other."""
+    name = getattr(factory, "__qualname__", "<lambda>")
+    return factory if name.endswith("<lambda>") else (factory.__module__, name)
+
+
+def register_strategy(name: str, factory: Factory | None = None) -> Any:
+    """Make a strategy known by `name` to ``strategy=``, to the simulator and to the command line.
+
+    Parameters
+    ----------
+    name : str
+        Upper and lower case, ``_`` and ``-`` make no difference.
+    factory : callable, optional
+        The class, or a function that makes an instance. Without it this is a decorator.
+
+    Raises
+    ------
+    InvalidOperation
+        If the name is empty, taken by another factory, or has other characters than letters, digits, ``_`` and ``-``.
+        A class that is defined anew under its own name, in a notebook for instance, takes the place of its old self.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
+        raise InvalidOperation(f"name expects letters, digits, _ and -, got {name!r}")
+
+    def register(made_by: Factory) -> Factory:
+        known = _registry.get(_key(name), made_by)
+        if known is not made_by and _home(known) != _home(made_by):
+            raise InvalidOperation(f"a strategy named {name!r} is registered already: {known!r}")
+        _registry[_key(name)] = made_by
+        return made_by
+
+    return register if factory is None else register(factory)
+
+
+def strategy_names() -> list[str]:
+    """Return the names of all registered strategies, sorted."""
+    return sorted(_registry)
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def parse_strategy(text: str) -> EvictionStrategy:
+    """Make a strategy from its command-line form.
+
+    ``"lru"``, ``"priority:levels=3"`` (or ``"priority:3"``), ``"streaming_llm:sink=4,window=512"``; what ``str()`` of a
+    strategy gives is understood too.
+
+    Raises
+    ------
+    InvalidOperation
+        If no strategy has this name, or it does not take these arguments.
+    """
+    match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:[:(]\s*(.*?)\s*\)?)?\s*", text) if isinstance(text, str) else None
+    factory = _registry.get(_key(match[1])) if match else None
+    if match is None or factory is None:
+        raise InvalidOperation(f"strategy expects one of {', '.join(sorted(_registry))}, got {text!r}")
+    names = list(inspect.signature(factory).parameters)
+    positional: list[Any] = []
+    named: dict[str, Any] = {}
+    for argument in filter(None, re.split(r"\s*,\s*", match[2] or "")):
+        name, equals, value = argument.partition("=")
+        if not equals:
+            positional.append(_value(name.strip()))
+            continue
+        name = name.strip()
+        full = next((known for known in names if known in (name, f"{name}_tokens")), name)
+        if full in named:
+            raise InvalidOperation(f"strategy expects {name} once, got {text!r}")
+        named[full] = _value(value.strip())
+    try:
+        return as_strategy(factory(*positional, **named))
+    except TypeError as error:
+        wanted = ", ".join(names) or "no arguments"
+        raise InvalidOperation(f"strategy {match[1]!r} takes {wanted}, got {match[2]!r}") from error
+
+
+def as_strategy(strategy: object) -> EvictionStrategy:
+    """Return `strategy` itself, or the one that the text names; refuse what cannot score.
+
+    Raises
+    ------
+    InvalidOperation
+        If it is neither a name nor an object with the two scoring methods.
+    """
+    if isinstance(strategy, str):
+        return parse_strategy(strategy)
+    if isinstance(strategy, type) or not isinstance(strategy, EvictionStrategy):
+        raise InvalidOperation(
+            f"strategy expects a name or an object with score_sequences and score_blocks, got {strategy!r}"
+        )
+    return strategy
+
+
+# Strategies from the literature that keep a queue, a clock or a price: each is a compiled rule of the control plane.
+#
+# What they remember lies with the cache, not with the object, so one object may serve many caches. Their
+# ``score_blocks`` is the order before any second chance.
+
+
+class _RecentSequences:
+    """Whole sequences go least recently used first."""
+
+    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
+        """Score by the last access."""
+        return sequences.last_access
+
+    def __str__(self) -> str:
+        return type(self).__name__
+
+
+@register_strategy("s3fifo")
+@dataclass(frozen=True)
+class S3FIFO(_RecentSequences):
+    """Three FIFO queues: a tenth for newcomers, the rest for what proved itself, and a memory of what was given up.
+
+    A newcomer with two hits is promoted, one without goes; if it comes back soon, it enters as proven. A proven block
+    is given up when it comes first without a hit since. Source: Yang et al., SOSP 2023, algorithm 1.
+    """
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the tick at which the block was filled."""
+        return blocks.created
+
+
+@register_strategy("sieve")
+@dataclass(frozen=True)
+class SIEVE(_RecentSequences):
+    """FIFO in which a block that was hit is passed over once. Source: Zhang et al., NSDI 2024, algorithm 1."""
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the tick at which the block was filled."""
+        return blocks.created
+
+
+@register_strategy("gdsf")
+@dataclass(frozen=True)
+class GDSF(_RecentSequences):
+    """Greedy-Dual: uses times the cost of computing a block again, above a price that rises with what was given up.
+
+    The cost grows with the depth of the block in its prefix: attention reads all that precedes it. Source: Cherkasova,
+    HPL-98-69R1, 1998, with equal sizes.
+    """
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by uses times cost, without the price."""
+        scores: Scores = blocks.access_count.astype(np.int64) * (COST_OF_FIRST + blocks.depth.astype(np.int64))
+        return scores
+
+
+@register_strategy("ttl")
+@dataclass(frozen=True)
+class TTL(_RecentSequences):
+    """Least recently used goes first, but what a sequence with a priority used lives longer: a pin that expires.
+
+    Parameters
+    ----------
+    ticks : int
+        Calls of the cache that a block of priority 1 is kept longer for; priority 2 counts twice, and so on.
+    """
+
+    ticks: int = 1000
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ticks, bool) or not isinstance(self.ticks, int) or not 0 <= self.ticks < 2**32:
+            raise InvalidOperation(f"ticks expects an int in 0 … 2**32 - 1, got {self.ticks!r}")
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the tick at which the block expires."""
+        scores: Scores = blocks.last_access + self.ticks * blocks.priority.astype(np.int64)
+        return scores
+
+    def __str__(self) -> str:
+        return f"TTL(ticks={self.ticks})"
+
+
+# The adaptive strategy: a time to live for each class of block, learned from the traffic; else recency.
+
+
+@register_strategy("adaptive")
+@dataclass(frozen=True)
+class Adaptive:
+    """What will be used again within the time that room lasts is kept; there is nothing to tune.
+
+    Blocks fall into classes by how often they were used and by whether they end a prefix. For each class the ages at
+    which blocks are used again are counted, and from them follows how long such a block is worth keeping: the block
+    whose time is up first goes first. As long as that is not clearly better than least recently used, judged by two
+    small shadow caches over a sample of the content, this is LRU. What it learns lies with the cache, not with the
+    object. See ``docs/strategies.md``.
+    """
+
+    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
+        """Score by the last access."""
+        return sequences.last_access
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the last use: the order before anything is learned."""
+        return blocks.last_access
+
+    def __str__(self) -> str:
+        return "Adaptive"
+
 
 MAX_PRIORITY = 2 ** (63 - RECENCY_BITS) - 1
 
@@ -183,3 +389,38 @@ def _require_int(name: str, value: object, low: int, high: int) -> None:
 
 for _builtin in (LRU, LFU, LongestFirst, Priority, StreamingLLM, FIFO):
     register_strategy(_builtin.__name__, _builtin)
+
+
+# Which compiled rule serves a strategy, and what it needs to remember.
+
+_RULES: dict[type, int] = {
+    LRU: policies.RECENCY,
+    StreamingLLM: policies.RECENCY,
+    LFU: policies.FREQUENCY,
+    LongestFirst: policies.DEPTH,
+    Priority: policies.PRIORITY,
+    FIFO: policies.AGE,
+    S3FIFO: policies.S3_FIFO,
+    SIEVE: policies.SIEVE_RULE,
+    GDSF: policies.COST,
+    TTL: policies.EXPIRY,
+    Adaptive: policies.ADAPTIVE,
+}
+
+
+def with_rule(state: State, strategy: EvictionStrategy) -> State:
+    """Put the compiled rule of `strategy` in force; a user's own (subclasses of ours included) scores in NumPy."""
+    rule = _RULES.get(type(strategy), policies.CUSTOM)
+    state.counters[0].rule = rule
+    num_blocks = len(state.blocks)
+    if rule == policies.S3_FIFO:
+        return with_policy(state, paths=True, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
+    if rule == policies.ADAPTIVE:
+        return with_learner(state)
+    if rule in (policies.SIEVE_RULE, policies.COST):
+        return with_policy(state)
+    if isinstance(strategy, TTL):
+        state = with_policy(state)
+        state.policy[TICKS] = strategy.ticks
+        return state
+    return with_policy(state, paths=True) if hooks_of(strategy) else state

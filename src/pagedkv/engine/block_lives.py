@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.block_sample import read_blocks
-from pagedkv.control.inspection import Inspection
+from pagedkv.control.manager import Inspection, read_blocks
 
 __all__ = ["BlockLives", "LifeSamples"]
 

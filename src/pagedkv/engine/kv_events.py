@@ -8,8 +8,15 @@ from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from pagedkv.control.event_wire import MAX_BATCH_BYTES, append_event_batch, batch_bytes
-from pagedkv.control.events import AllBlocksCleared, BlockRemoved, BlockStored, CacheEvent
+from pagedkv.control.events import (
+    MAX_BATCH_BYTES,
+    AllBlocksCleared,
+    BlockRemoved,
+    BlockStored,
+    CacheEvent,
+    append_event_batch,
+    batch_bytes,
+)
 
 __all__ = ["MAX_BATCH_BYTES", "KvEventLog", "append_event_batch", "batch_bytes"]
 

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.outputs import RequestOutput
 from pagedkv.engine.progress import Progress

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.hot_prefixes import hottest_prefixes
-from pagedkv.control.inspection import Inspection
+from pagedkv.control.manager import Inspection, hottest_prefixes
 from pagedkv.engine.snapshot_types import (
     ACTIVE,
     CACHED,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation
 from pagedkv.hf.compat import Cache, CacheLayerMixin, has_changing_rope, is_pageable, is_stateless, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates

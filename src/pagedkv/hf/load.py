@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pagedkv.control.arguments import whole_number
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.hf.compat import has_changing_rope

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from pagedkv.control.event_wire import BIN_32, MAX_BATCH_BYTES, append_event_batch
+from pagedkv.control.events import BIN_32, MAX_BATCH_BYTES, append_event_batch
 from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
 from pagedkv.sim.source import BadRecord
 

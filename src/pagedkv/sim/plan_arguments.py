@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pagedkv.control.registry import strategy_names
+from pagedkv.control.strategies import strategy_names
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_search import OPTIMAL

@@ -6,7 +6,7 @@ import dataclasses
 import time
 
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.control.strategies import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.replayer import most_blocks, replay_timed
 from pagedkv.sim.result import ReplayResult

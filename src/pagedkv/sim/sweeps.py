@@ -11,7 +11,7 @@ from importlib import import_module
 import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.control.registry import as_strategy, parse_strategy, strategy_names
+from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, PagedKvError, ReplayFailed
 from pagedkv.sim.replaying import replay
 from pagedkv.sim.result import ReplayResult
