@@ -24,7 +24,7 @@ from replay_peers import PEERS
 
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace
-from pagedkv.sim.replaying import replay
+from pagedkv.sim.replayer import replay
 from pagedkv.sim.synth import synthesize
 from pagedkv.sim.trace import Trace
 

@@ -23,8 +23,8 @@ from pathlib import Path
 import httpx
 from browser import Browser, is_installed
 
+from pagedkv.cli.top_data import ServerSource
 from pagedkv.cli.top_screen import TopApp
-from pagedkv.cli.top_source import ServerSource
 from pagedkv.engine import LLM, AsyncEngine
 from pagedkv.models import shipped_model_path
 from pagedkv.server import ServerConfig

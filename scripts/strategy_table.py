@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pagedkv.sim.planner import default_strategies
 from pagedkv.sim.reading import read_trace
-from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.sweeping import sweep
+from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.sweeps import sweep
 from pagedkv.sim.synth import synthesize
 from pagedkv.sim.trace import Trace
 

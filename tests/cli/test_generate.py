@@ -8,7 +8,7 @@ import torch
 from tests.cli.commands import call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.report import GenerateReport
+from pagedkv.cli.generate import GenerateReport
 from pagedkv.models import shipped_model_path
 
 PROMPT = "def fibonacci(n):\n    "
@@ -131,7 +131,7 @@ def test_another_model_folder(tmp_path, tokenizer):
 
 
 def test_a_small_model_runs_on_one_thread_and_leaves_torch_as_it_was(monkeypatch):
-    from pagedkv.cli.threads import threads_for
+    from pagedkv.cli.terminal import threads_for
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     small, large = (SimpleNamespace(num_parameters=lambda count=count: count) for count in (10**6, 10**9))
@@ -231,7 +231,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal(monkeypatch, is_termina
 
     from rich.console import Console
 
-    from pagedkv.cli.screen import Screen
+    from pagedkv.cli.generate import Screen
 
     out = io.StringIO()
     out.isatty = lambda: is_terminal

@@ -15,15 +15,12 @@ import numpy as np
 import pytest
 from tests.cli.commands import call, start
 
-from pagedkv.cli.replay import split_names
-from pagedkv.cli.replay_output import ReplayFacts
-from pagedkv.cli.replay_tables import closed_gap
+from pagedkv.cli.replay import ReplayFacts, closed_gap, split_names
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.capacities import parse_capacities, spread_capacities
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace
-from pagedkv.sim.replaying import replay
-from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.replayer import ReplayResult, replay
+from pagedkv.sim.sweeps import parse_capacities, spread_capacities
 
 KEYS = ["strategy", "blocks", "accesses", "hit_blocks", "hit_ratio", "token_hit_ratio", "reclaimed", "seconds"]
 MINE = """

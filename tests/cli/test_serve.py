@@ -73,7 +73,7 @@ def test_a_file_without_keys(tmp_path: Path) -> None:
 
 
 def test_keys_of_a_file(tmp_path: Path) -> None:
-    from pagedkv.cli.serve_keys import read_keys
+    from pagedkv.cli.serve import read_keys
 
     keys = tmp_path / "keys"
     keys.write_text("# ours\nalice\n\n  bob  \n")

@@ -6,8 +6,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from pagedkv.cli.sampling import make_sampler
-from pagedkv.cli.streamer import TextPieces, TokenStreamer
+from pagedkv.cli.generate import TextPieces, TokenStreamer, make_sampler
 from pagedkv.models import shipped_model_path
 
 TEXTS = ["def f(x):\n    return x\n", "naïve café — 東京 🚀🚀 ∑ \t\r\n", " leading", "", "🧑‍🚀" * 5]

@@ -17,14 +17,23 @@ from tests.server.fake_snapshots import FakeEngine
 from textual.widgets import DataTable, Input, Static
 
 from pagedkv.cli.terminal import Failure
-from pagedkv.cli.top_data import BlockMapView
-from pagedkv.cli.top_help import HelpScreen
-from pagedkv.cli.top_history import History
-from pagedkv.cli.top_rows import COLUMNS, FAINT, block_line, duration, fold, request_rows, short_id
-from pagedkv.cli.top_screen import TopApp
-from pagedkv.cli.top_source import Recording, ServerSource, SnapshotFile, open_source
-from pagedkv.engine.snapshot import encode
-from pagedkv.engine.snapshot_types import CACHED, FREE, KINDS, SHARED
+from pagedkv.cli.top_data import (
+    COLUMNS,
+    FAINT,
+    BlockMapView,
+    History,
+    Recording,
+    ServerSource,
+    SnapshotFile,
+    block_line,
+    duration,
+    fold,
+    open_source,
+    request_rows,
+    short_id,
+)
+from pagedkv.cli.top_screen import HelpScreen, TopApp
+from pagedkv.engine.snapshot import CACHED, FREE, KINDS, SHARED, encode
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ from tests.cli.commands import call, start
 from tests.cli.test_errors import failure
 from tests.cli.test_info import NOTHING_HEAVY
 
-from pagedkv.cli.traffic_table import MEANINGS
+from pagedkv.cli.trace import MEANINGS
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import synthesize
+from pagedkv.sim.trace import write_trace
 from pagedkv.sim.trace_stats import describe
 from pagedkv.sim.traffic import TRAFFIC, Traffic
-from pagedkv.sim.writing import write_trace
 
 LINES = [
     {"timestamp": 0, "input_length": 1300, "output_length": 20, "hash_ids": [7, 8, 9]},

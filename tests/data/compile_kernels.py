@@ -22,8 +22,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pagedkv import paged_attention
-from pagedkv.data import gpu, gpu_device, gpu_launch, gpu_move, gpu_tuning
-from pagedkv.data.gpu_shapes import Config, Device, Heads, shared_bytes
+from pagedkv.data import gpu, gpu_device, gpu_kernels, gpu_tuning
+from pagedkv.data.gpu_device import Config, Device, Heads, shared_bytes
 
 TYPES = {
     torch.float32: "fp32",
@@ -93,7 +93,7 @@ class Compiler:
         self.what = what
         pool, new = torch.zeros(4, 16, 8, 128).to(dtype), torch.zeros(5, 8, 128, dtype=torch.bfloat16)
         scales = torch.zeros(4, 16, 8) if dtype.itemsize == 1 else None
-        gpu_move.write_tokens(pool, pool.clone(), new, new, torch.arange(5), scales, scales)
+        gpu_kernels.write_tokens(pool, pool.clone(), new, new, torch.arange(5), scales, scales)
 
 
 def main() -> None:
@@ -101,17 +101,17 @@ def main() -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
     for module in (gpu, gpu_device):
         module.require_runnable = lambda name, device: None
-    for module in (gpu_launch, gpu_tuning):
+    for module in (gpu, gpu_tuning):
         module.device_of = lambda device: compiler.device
         module.is_interpreted = lambda: False
     gpu_tuning.is_capturing = lambda device: True
-    gpu_launch._precision = lambda device: "tf32x3"
+    gpu._precision = lambda device: "tf32x3"
     compiler.attend("bfloat16", torch.bfloat16)
     compiler.attend("int8", torch.int8, query_dtype=torch.bfloat16, num_kv_heads=2)
     for dtype in (torch.bfloat16, torch.float8_e4m3fn):
         compiler.write(f"write {dtype}", dtype)
     compiler.what = "copy"
-    gpu_move.copy_blocks((torch.zeros(2, 2, 6, 16, 64),), np.array([[0, 1], [1, 2]]))
+    gpu_kernels.copy_blocks((torch.zeros(2, 2, 6, 16, 64),), np.array([[0, 1], [1, 2]]))
     features = {"sinks": True, "head_dim": 80, "v_head_dim": 33, "options": {"window": 100, "softcap": 30.0}}
     compiler.attend("features", torch.float16, 80, **features)
     if "--all" not in sys.argv:

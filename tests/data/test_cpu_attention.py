@@ -14,7 +14,7 @@ import torch
 from tests.contracts.attention_cases import Case, Shape, make_case
 
 from pagedkv import paged_attention
-from pagedkv.data import cpu, simd, threads
+from pagedkv.data import cpu, simd
 from pagedkv.jit import compiled
 
 # Decodes long enough to be split, a guess of four tokens, and a prompt that goes through matrix products.
@@ -80,20 +80,20 @@ def test_many_python_threads_at_once(case):
 def test_without_openmp_a_pool_of_threads_does_it(case, monkeypatch, torch_threads):
     torch_threads(3)
     expected = attend(case)
-    monkeypatch.setattr(threads, "_openmp", lambda: None)
+    monkeypatch.setattr(cpu, "_openmp", lambda: None)
     assert attend(case).equal(expected)
 
 
 @pytest.mark.parametrize("with_openmp", [True, False])
 def test_an_error_in_a_thread_reaches_the_caller(with_openmp, monkeypatch):
     if not with_openmp:
-        monkeypatch.setattr(threads, "_openmp", lambda: None)
+        monkeypatch.setattr(cpu, "_openmp", lambda: None)
 
     def kernel(number):
         raise MemoryError(f"no room for {number}")
 
     with pytest.raises(MemoryError, match="no room for 3"):
-        threads.run_in_threads(kernel, (3,), 2)
+        cpu.run_in_threads(kernel, (3,), 2)
 
 
 def test_torch_shares_its_threads_on_linux():
@@ -101,7 +101,7 @@ def test_torch_shares_its_threads_on_linux():
         pytest.skip("torch has no OpenMP here")
     seen = []
     torch.ones(1 << 20).sum()
-    threads.run_in_threads(lambda: seen.append(1), (), 2)
+    cpu.run_in_threads(lambda: seen.append(1), (), 2)
     assert len(seen) == 2
 
 

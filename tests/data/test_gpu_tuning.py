@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 
 from pagedkv import InvalidOperation  # noqa: E402
 from pagedkv.data import gpu_tuning  # noqa: E402
-from pagedkv.data.gpu_shapes import Config, Device, Heads, candidates  # noqa: E402
+from pagedkv.data.gpu_device import Config, Device, Heads, candidates  # noqa: E402
 
 HEADS = Heads(4, 128, 128, 2, 2, 1)
 DEVICE = Device("some", 132, 227 << 10, 90)

@@ -16,8 +16,8 @@ from pagedkv.data.gpu_plan import DevicePlan
 
 pytest.importorskip("triton")
 
-from pagedkv.data import gpu_launch, gpu_move  # noqa: E402
-from pagedkv.data.gpu_shapes import Config, Device, Heads, candidates, num_splits, shared_bytes  # noqa: E402
+from pagedkv.data import gpu_kernels  # noqa: E402
+from pagedkv.data.gpu_device import Config, Device, Heads, candidates, num_splits, shared_bytes  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["NHD", "HND"]
@@ -97,7 +97,7 @@ def test_block_copies_equal_torchs(v_head_dim, copies, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantised_writes(dtype, layout):
     """A number is its quantised one times the scale of its token and head; half goes to even."""
-    limit = gpu_move.QUANTISED_MAX[dtype]
+    limit = gpu_kernels.QUANTISED_MAX[dtype]
     new_keys, new_values = tokens(5, V_DIM)
     new_keys[1, 2] = 0
     new_keys[2, 0, :4] = torch.tensor([limit, 2.5, -0.5, 3.5])
@@ -110,7 +110,7 @@ def test_quantised_writes(dtype, layout):
         pool, scale = torch.zeros(*shape, dim, device=DEVICE).to(dtype), torch.full(shape, 7.0, device=DEVICE)
         pools.append(pool if layout == "NHD" else pool.transpose(1, 2))
         scales.append(scale if layout == "NHD" else scale.transpose(1, 2))
-    gpu_move.write_tokens(*pools, new_keys, new_values, slots, *scales)
+    gpu_kernels.write_tokens(*pools, new_keys, new_values, slots, *scales)
     for pool, scale, new in zip(pools, scales, (new_keys, new_values), strict=True):
         expected_scale = new.abs().amax(-1) / limit
         expected = torch.where(expected_scale[..., None] > 0, new / expected_scale[..., None], 0.0)
@@ -156,9 +156,9 @@ def test_attention_over_quantised_blocks(dtype, query_dtype, layout):
 @pytest.mark.parametrize("splits, tile_n", [(1, 16), (2, 64), (8, 16), (16, 64)])
 def test_any_number_of_splits(monkeypatch, splits, tile_n):
     """Splits without a key among them, those of one key, and rows that see nothing in theirs."""
-    monkeypatch.setattr(gpu_launch, "num_splits", lambda *_: splits)
+    monkeypatch.setattr(gpu, "num_splits", lambda *_: splits)
     monkeypatch.setattr(
-        gpu_launch, "run_best", lambda heads, _, run, __: run(Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
+        gpu, "run_best", lambda heads, _, run, __: run(Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
     )
     sequences = [(150, 1, 0, 0), (90, 3, 20, 9), (1, 1, 0, 0), (0, 0, 0, 0), (70, 20, 0, 0)]
     for options in ({}, {"window": 7}, {"scale": 1e-45, "softcap": 3.0}):
@@ -354,7 +354,7 @@ def test_splits_fill_the_device_and_stay_worth_their_while():
 def test_halves_are_computed_in_their_own_dtype_where_keys_fit():
     case = make_case(Shape([(9, 1, 0, 0)], dtype=torch.float16))
     call = case.call()
-    assert gpu_launch.compute_dtype(call) == torch.float16
+    assert gpu.compute_dtype(call) == torch.float16
     call.queries = call.queries.bfloat16()
-    assert gpu_launch.compute_dtype(call) == torch.float32
+    assert gpu.compute_dtype(call) == torch.float32
     assert TOLERANCE[torch.float16] == 1e-2

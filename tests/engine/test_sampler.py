@@ -21,8 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from pagedkv.engine.logprobs import token_logprobs
-from pagedkv.engine.sampler import Sampler, SampleRow, random_seed
+from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
 from pagedkv.engine.sampling_kernels import draw, nucleus, uniforms, weigh
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidLogits, InvalidOperation

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pagedkv.engine.stopping import StopStrings
+from pagedkv.engine.text import StopStrings
 
 texts = st.text(alphabet="ab c", max_size=40)
 stop_lists = st.lists(st.text(alphabet="ab c", min_size=1, max_size=6), min_size=1, max_size=4)

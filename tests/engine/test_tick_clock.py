@@ -8,8 +8,7 @@ from tests.engine.fakes import FakeRunner
 from tests.server.fake_snapshots import FakeEngine
 
 from pagedkv.engine import LLM, SamplingParams
-from pagedkv.engine.snapshot import decode, encode
-from pagedkv.engine.tick_clock import MOST_POINTS, TickClock
+from pagedkv.engine.snapshot import MOST_POINTS, TickClock, decode, encode
 
 
 def test_the_newest_point_is_always_there():

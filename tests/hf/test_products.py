@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.hf.models import build
 
-from pagedkv.hf.products import Products
+from pagedkv.hf.runner import Products
 
 
 @pytest.fixture

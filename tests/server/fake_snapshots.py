@@ -11,8 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 
 from pagedkv import BlockManager, OutOfMemory
-from pagedkv.engine.snapshot import EngineSnapshot, take_snapshot
-from pagedkv.engine.stats import EngineStats
+from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, take_snapshot
 from pagedkv.server.admission import Gate
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import install_error_handlers

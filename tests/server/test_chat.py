@@ -6,8 +6,8 @@ import pytest
 from tests.server.asgi import client_of, events_of
 from tests.server.fakes import STORY, FakeEngine, shipped_tokenizer, story_tokens
 
-from pagedkv.server.conversation import plain_chat
-from pagedkv.server.schemas_chat import ChatMessage
+from pagedkv.server.chat import plain_chat
+from pagedkv.server.schemas import ChatMessage
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/chat/completions"

@@ -11,7 +11,7 @@ from tests.server.fakes import STORY, FakeEngine, story_tokens
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server import ServerConfig, create_app
-from pagedkv.server.slow_readers import SlowReaders
+from pagedkv.server.limits import SlowReaders
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"

@@ -14,7 +14,7 @@ import pytest
 from tests.server.fake_snapshots import FakeEngine, app_around, server_state
 
 from pagedkv.server import live
-from pagedkv.server.snapshots import SnapshotSource
+from pagedkv.server.live import SnapshotSource
 
 
 @pytest.fixture

@@ -14,8 +14,7 @@ from tests.server.fake_snapshots import FakeEngine, app_around, server_state
 from pagedkv.engine import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.engine.block_lives import BlockLives
 from pagedkv.server import metrics
-from pagedkv.server.counters import VLLMS
-from pagedkv.server.metrics import ServerMetrics
+from pagedkv.server.metrics import VLLMS, ServerMetrics
 
 # What vLLM's own Grafana board and the inference gateway ask for.
 READ_BY_OTHERS = [

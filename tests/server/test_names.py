@@ -8,7 +8,7 @@ import pytest
 from tests.server.asgi import client_of, events_of, until
 from tests.server.fakes import FakeEngine
 
-from pagedkv.server.names import RequestNames
+from pagedkv.server.state import RequestNames
 
 pytestmark = pytest.mark.anyio
 

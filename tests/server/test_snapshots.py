@@ -17,13 +17,13 @@ from pagedkv.engine.snapshot import (
     FREE,
     PINNED,
     SHARED,
+    EngineStats,
     decode,
     encode,
     hottest_prefixes,
     take_snapshot,
 )
-from pagedkv.engine.stats import EngineStats
-from pagedkv.server.snapshots import SnapshotSource
+from pagedkv.server.live import SnapshotSource
 
 
 @pytest.fixture

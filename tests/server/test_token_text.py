@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.server.fakes import shipped_tokenizer
 
-from pagedkv.server.token_text import TokenText
+from pagedkv.server.model import TokenText
 
 
 @pytest.mark.parametrize("text", ["import os\n", "naïve café", "é漢😀 = 1", "x = '→→'  # 漢字\n"])

@@ -14,7 +14,7 @@ from tests.sim.traces import AGENTS, CHAT, Requests, as_requests, as_trace, chai
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import HitCurve, knee, lru_curve, shards_curve
 from pagedkv.sim.optimum import optimal
-from pagedkv.sim.replaying import replay
+from pagedkv.sim.replayer import replay
 from pagedkv.sim.trace import Trace
 
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 import pagedkv.sim
 from pagedkv.errors import InvalidOperation, ModelConfigError
 from pagedkv.models import shipped_model_path
-from pagedkv.sim.model_shape import preset_names, read_model
+from pagedkv.sim.model_config import preset_names
+from pagedkv.sim.model_shape import read_model
 
 PRESETS = Path(pagedkv.sim.__file__).parent / "presets"
 SMALL = {

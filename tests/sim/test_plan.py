@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, real_trace
 
 from pagedkv.errors import InvalidOperation
+from pagedkv.format import format_bytes
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.plan_load import estimate_load
-from pagedkv.sim.plan_verdict import format_bytes
-from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, plan
+from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, estimate_load, plan
 
 CONFIG = {
     "model_type": "llama",

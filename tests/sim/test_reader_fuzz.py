@@ -17,8 +17,8 @@ from tests.sim.trace_checks import check_trace
 from tests.sim.trace_files import SAMPLES, lines, mooncake
 
 from pagedkv import PagedKvError
-from pagedkv.sim import event_file, source
-from pagedkv.sim.readers import weka
+from pagedkv.sim import source
+from pagedkv.sim.readers import kv_events, weka
 from pagedkv.sim.reading import FORMATS, read_trace
 
 SHARDS, FILES = 10, 1000
@@ -129,5 +129,5 @@ def test_decompression_bombs_stay_within_bounds(tmp_path, monkeypatch, bomb):
     finally:
         tracemalloc.stop()
     # The longest piece, a second copy while it grows, and what is decoded of it: a reference for two bytes of text.
-    limit = max(source.MAX_LINE_BYTES, event_file.MAX_BATCH_BYTES)
+    limit = max(source.MAX_LINE_BYTES, kv_events.MAX_BATCH_BYTES)
     assert peak < 8 * limit

@@ -21,7 +21,7 @@ from tests.sim.trace_files import (
 )  # fmt: skip
 
 from pagedkv import PagedKvError, TraceError
-from pagedkv.sim import collect, interning, source
+from pagedkv.sim import collect, source
 from pagedkv.sim.readers import weka as weka_reader
 from pagedkv.sim.reading import read_trace
 
@@ -229,7 +229,7 @@ def test_a_trace_error_is_a_value_error_and_survives_pickling():
 
 
 def test_more_blocks_than_can_be_numbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(interning, "MAX_DISTINCT", 5)
+    monkeypatch.setattr(collect, "MAX_DISTINCT", 5)
     path = tmp_path / "file"
     path.write_bytes(lines(mooncake(ids=range(4)), mooncake(ids=range(4, 8))))
     for skip_bad in (False, True):

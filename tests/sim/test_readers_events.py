@@ -13,9 +13,9 @@ from tests.sim.trace_checks import check_trace
 from tests.sim.trace_files import bare, framed, stored, stored_map
 
 from pagedkv.control import events
-from pagedkv.sim import event_file
-from pagedkv.sim.event_file import append_event_batch, read_event_batches
-from pagedkv.sim.msgpack_extent import INCOMPLETE, INVALID, extent
+from pagedkv.control.events import append_event_batch
+from pagedkv.sim.readers import kv_events
+from pagedkv.sim.readers.kv_events import INCOMPLETE, INVALID, extent, read_event_batches
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.source import BadRecord
 
@@ -110,7 +110,7 @@ def test_a_payload_is_appended_as_it_is():
 
 
 def test_a_batch_beyond_the_limit(monkeypatch):
-    for module in (event_file, events):
+    for module in (kv_events, events):
         monkeypatch.setattr(module, "MAX_BATCH_BYTES", 1000)
     file = io.BytesIO()
     with pytest.raises(ValueError, match="at most 1000 bytes, got 1003"):

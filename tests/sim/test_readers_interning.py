@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv.sim import interning
-from pagedkv.sim.interning import Interner, TooManyBlocks
-from pagedkv.sim.sorting import renumber_sessions, reorder_ids
+from pagedkv.sim import collect
+from pagedkv.sim.collect import Interner, TooManyBlocks, renumber_sessions, reorder_ids
 
 INT64 = st.one_of(st.integers(0, 4), st.sampled_from([-(2**63), 2**63 - 1, -1, 2**32, 2**32 + 1]))
 CHAINS = st.lists(st.lists(INT64, max_size=6), max_size=12)
@@ -61,7 +60,7 @@ def test_a_large_table_grows_and_stays_small(step):
 
 
 def test_more_blocks_than_an_int32_can_number(monkeypatch):
-    monkeypatch.setattr(interning, "MAX_DISTINCT", 3)
+    monkeypatch.setattr(collect, "MAX_DISTINCT", 3)
     interner = Interner()
     interner.intern(*arrays([[1, 2]]), np.array([-1], np.int32))
     with pytest.raises(TooManyBlocks, match="more than 3 different blocks"):

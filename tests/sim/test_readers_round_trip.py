@@ -16,7 +16,7 @@ from tests.sim.trace_files import REAL, SAMPLES, lines, mooncake
 from pagedkv import TraceError
 from pagedkv.sim import collect
 from pagedkv.sim.reading import read_trace
-from pagedkv.sim.writing import write_trace
+from pagedkv.sim.trace import write_trace
 
 ARRAYS = ("times", "input_tokens", "output_tokens", "sessions", "offsets", "ids", "parents")
 

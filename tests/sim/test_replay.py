@@ -12,7 +12,7 @@ from tests.sim.traces import AGENTS, CHAT, as_requests, as_trace, chained_reques
 
 from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim.replaying import replay
+from pagedkv.sim.replayer import replay
 
 ORACLES = {
     "lru": naive_lru,

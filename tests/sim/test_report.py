@@ -15,10 +15,10 @@ from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.optimum import optimal
 from pagedkv.sim.planner import plan
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import plan_report, replay_report
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.html import Markup, tag, text
-from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
 
 NASTY = "<script>alert(1)</script>&amp;\"'\x00\ud800 ]]> </title><img src=x onerror=alert(2)>"

@@ -16,9 +16,8 @@ from tests.sim.sweeping import small_trace
 
 from pagedkv.control.strategies import LRU
 from pagedkv.errors import InvalidOperation, MissingExtra, ReplayFailed
-from pagedkv.sim.replaying import replay
-from pagedkv.sim.sweeping import sweep
-from pagedkv.sim.timing import Timing
+from pagedkv.sim.replayer import Timing, replay
+from pagedkv.sim.sweeps import sweep
 
 HERE = "tests.sim.sweeping"
 
@@ -266,7 +265,7 @@ def test_ray_that_is_not_installed_says_how_to_install_it(monkeypatch):
             raise ModuleNotFoundError("No module named 'ray'", name="ray")
         return importlib.import_module(name, *rest)
 
-    monkeypatch.setattr("pagedkv.sim.on_ray.import_module", no_ray)
+    monkeypatch.setattr("pagedkv.sim.sweeps.import_module", no_ray)
     with pytest.raises(MissingExtra, match=r"pip install 'pagedkv\[ray\]'"):
         sweep(small_trace(), ["lru"], [16], ray=True)
 
@@ -289,7 +288,7 @@ def test_a_real_cluster_finds_the_same():
 def test_a_script_without_the_guard_is_told_about_it(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from tests.sim.sweeping import small_trace\nfrom pagedkv.sim.sweeping import sweep\n"
+        "from tests.sim.sweeping import small_trace\nfrom pagedkv.sim.sweeps import sweep\n"
         "sweep(small_trace(), ['lru', 'fifo'], [16], jobs=2)\n"
     )
     root = str(Path(sweeping.__file__).parents[2])

@@ -12,10 +12,9 @@ from tests.sim.traces import as_requests
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.synth import DEFAULT_REQUESTS, synthesize
-from pagedkv.sim.trace import NO_PARENT, Trace
+from pagedkv.sim.trace import NO_PARENT, Trace, write_trace
 from pagedkv.sim.trace_stats import describe
 from pagedkv.sim.traffic import KINDS, TRAFFIC
-from pagedkv.sim.writing import write_trace
 
 ARRAYS = ("times", "input_tokens", "output_tokens", "sessions", "offsets", "ids", "parents")
 STEADY = {
@@ -105,8 +104,8 @@ def test_many_sessions_at_once_and_many_prompts():
 def test_little_room_at_first_changes_nothing(kind, monkeypatch):
     arguments = {"requests": 3_000, "rate": 50.0, "subagent_share": 0.3}
     roomy = digest(synthesize(kind, **arguments))
-    monkeypatch.setattr("pagedkv.sim.stage._FIRST_SLOTS", 1)
-    monkeypatch.setattr("pagedkv.sim.stage._FIRST_KNOWN", 2)
+    monkeypatch.setattr("pagedkv.sim.synth._FIRST_SLOTS", 1)
+    monkeypatch.setattr("pagedkv.sim.synth._FIRST_KNOWN", 2)
     assert digest(synthesize(kind, **arguments)) == roomy
 
 
@@ -322,7 +321,7 @@ def test_more_than_fits_is_refused(monkeypatch):
 
 
 def test_more_blocks_than_ids_is_refused(monkeypatch):
-    monkeypatch.setattr("pagedkv.sim.stage.MAX_BLOCKS", 5_000)
+    monkeypatch.setattr("pagedkv.sim.synth.MAX_BLOCKS", 5_000)
     with pytest.raises(InvalidOperation, match="would have more than 5000 different blocks: ask for less traffic"):
         synthesize("chat", requests=10_000)
     assert synthesize("chat", requests=10).num_distinct < 5_000

@@ -12,8 +12,7 @@ from tests.sim.traces import as_trace, chained_traces
 
 from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim.replayer import replay_timed
-from pagedkv.sim.replaying import Timing, replay
+from pagedkv.sim.replayer import Timing, replay, replay_timed
 
 # One block of four tokens takes a second to prefill, and a second to decode.
 STEADY = Timing(4, 4)

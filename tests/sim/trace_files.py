@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from pagedkv.sim.event_file import append_event_batch
+from pagedkv.control.events import append_event_batch
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "traces"
 REAL = {name: SHARED / f"{name}.jsonl.gz" for name in ("mooncake_conversation", "coding_agents")}

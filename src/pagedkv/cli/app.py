@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import bench_options, plan_options, replay_options, serve_options, top, trace
-from pagedkv.cli.options import option
-from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, say_error
+from pagedkv.cli import bench, plan, replay, serve, top, trace
+from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, option, say_error
 
 __all__ = ["app"]
 
@@ -166,7 +165,7 @@ def generate(
     debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
     with failures_in_one_line(debug):
-        from pagedkv.cli.request import GenerateRequest
+        from pagedkv.cli.generate import GenerateRequest
 
         request = GenerateRequest(
             prompt=prompt,
@@ -194,9 +193,9 @@ def generate(
         run(request)
 
 
-app.command(help=replay_options.EXAMPLES)(replay_options.replay)
+app.command(help=replay.EXAMPLES)(replay.replay)
 app.add_typer(trace.app, name="trace")
-app.command(help=plan_options.EXAMPLES)(plan_options.plan)
-app.command(help=serve_options.EXAMPLES)(serve_options.serve)
+app.command(help=plan.EXAMPLES)(plan.plan)
+app.command(help=serve.EXAMPLES)(serve.serve)
 app.command(help=top.EXAMPLES)(top.top)
-app.command(help=bench_options.EXAMPLES)(bench_options.bench)
+app.command(help=bench.EXAMPLES)(bench.bench)

@@ -10,16 +10,23 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+import typer
 from rich.table import Table
 
-from pagedkv.cli.console import library_notices, notes, output
 from pagedkv.cli.info import Info, gather_info
-from pagedkv.cli.terminal import Failure
+from pagedkv.cli.loading import torch_device
+from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
 from pagedkv.spec import KvCacheSpec
 
-__all__ = ["BenchRequest", "BenchResult", "Figure", "median_seconds", "run"]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from pagedkv.cache import PagedKvCache
+
 
 _FEWEST = 5
 """Calls of which a median is taken at least, however long they take."""
@@ -156,7 +163,7 @@ def _books(request: BenchRequest) -> Iterator[Figure]:
 
 def _replay(request: BenchRequest) -> Iterator[Figure]:
     """Synthetic chat traffic against a cache that holds a quarter of its blocks."""
-    from pagedkv.sim.replaying import replay
+    from pagedkv.sim.replayer import replay
     from pagedkv.sim.synth import synthesize
 
     trace = synthesize("chat", accesses=_REPLAYED)
@@ -169,7 +176,7 @@ def _replay(request: BenchRequest) -> Iterator[Figure]:
 
 
 def _attention(request: BenchRequest) -> Iterator[Figure]:
-    from pagedkv.cli.bench_attention import measure
+    pass
 
     return measure(request)
 
@@ -216,3 +223,189 @@ def _table(part: str, figures: list[Figure]) -> Table:
 
 def _written(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+# The attention part of ``pagedkv bench``: decoding and prefill over blocks, beside torch's fused attention.
+
+_COPIED_BYTES = 1 << 28
+
+
+def measure(request: BenchRequest) -> Iterator[Figure]:
+    """Measure every dtype; memory is read from the pool, which is larger than most caches of a processor.
+
+    Raises
+    ------
+    InvalidOperation
+        For a dtype or a device that there is not.
+    """
+    import torch
+
+    device = torch_device(request.device)
+    with torch.no_grad():
+        yield _copy(device, request.seconds)
+        for dtype in request.dtypes:
+            yield from _decode(request, dtype, device)
+        for dtype in request.dtypes:
+            yield _prefill(request, dtype, device)
+
+
+def _copy(device: torch.device, seconds: float) -> Figure:
+    import torch
+
+    source = torch.ones(_COPIED_BYTES, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    (time,) = median_seconds([_awaited(lambda: target.copy_(source), device)], seconds)
+    note = f"read and written, {_where(device)}"
+    return Figure("attention", "memory copied", 2 * _COPIED_BYTES / time / 1e9, "GB/s", note)
+
+
+def _decode(request: BenchRequest, dtype: str, device: torch.device) -> Iterator[Figure]:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    count, context = request.batch, request.context
+    cache, plan, queries = _filled(request, dtype, device, count, 1)
+    shape = count, request.kv_heads, context, request.head_dim
+    keys, values = (torch.randn(shape, device=device).to(queries.dtype) for _ in range(2))
+
+    def dense() -> Tensor:
+        return scaled_dot_product_attention(queries[:, :, None], keys, values, enable_gqa=True)
+
+    ways = [lambda: cache.attend(0, queries, plan), dense]
+    ours, theirs = median_seconds([_awaited(way, device) for way in ways], request.seconds)
+    read = cache.spec.bytes_per_token * count * context
+    note = f"{count} × {context:,} tokens; reads {read / ours / 1e9:.1f} GB/s of K and V"
+    yield Figure("attention", f"decode, {dtype}", ours * 1e3, "ms", note)
+    note = f"so much longer takes torch's attention over {_name(queries.dtype)} K and V in one piece"
+    yield Figure("attention", "", theirs / ours, "×", note)
+
+
+def _prefill(request: BenchRequest, dtype: str, device: torch.device) -> Figure:
+    cache, plan, queries = _filled(request, dtype, device, 1, request.context)
+    (time,) = median_seconds([_awaited(lambda: cache.attend(0, queries, plan), device)], request.seconds)
+    note = f"{request.context:,} tokens; {request.context / time:,.0f} tokens/s"
+    return Figure("attention", f"prefill, {dtype}", time * 1e3, "ms", note)
+
+
+def _filled(
+    request: BenchRequest, dtype: str, device: torch.device, count: int, new: int
+) -> tuple[PagedKvCache, Any, Tensor]:
+    """Return a cache with sequences whose blocks lie scattered, the plan of their last tokens, and its queries."""
+    import numpy as np
+    import torch
+
+    from pagedkv.cache import PagedKvCache
+
+    size = request.block_size
+    blocks = -(-request.context // size)
+    cache = PagedKvCache(count * blocks, size, request.kv_heads, request.head_dim, dtype=dtype, device=str(device))
+    order = np.random.default_rng(0).permutation(count)
+    for seq_id in order.tolist():
+        cache.allocate(seq_id, min(size, request.context))
+    while (left := request.context - cache.get_sequence(0).num_tokens) > 0:
+        cache.append_batch(order, min(size, left))
+    plan = cache.plan(order, request.context)
+    generator = torch.Generator(device).manual_seed(0)
+    working = torch.bfloat16 if cache.spec.is_quantised else cache.storage.dtype
+
+    def drawn(tokens: int, heads: int) -> Tensor:
+        shape = tokens, heads, request.head_dim
+        return torch.randn(shape, generator=generator, device=device).to(working)
+
+    total = count * request.context
+    cache.write(0, drawn(total, request.kv_heads), drawn(total, request.kv_heads), plan)
+    cache.commit(plan)
+    return cache, cache.plan(order, new), drawn(count * new, request.q_heads)
+
+
+def _awaited(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """Return a call that waits until the device has done the work."""
+    import torch
+
+    if device.type != "cuda":
+        return call
+
+    def both() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return both
+
+
+def _where(device: torch.device) -> str:
+    import torch
+
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# The options of ``pagedkv bench``; what it needs is imported when it runs.
+
+EXAMPLES = """Measure pagedkv on this machine: the books, attention over blocks, and the replay of a trace.
+
+[bold]Examples[/bold]
+
+  pagedkv bench
+
+  pagedkv bench attention --dtypes bfloat16,int8 --batch 32 --context 4096
+
+  pagedkv bench attention --device cuda
+
+  pagedkv bench books --sequences 64 --json
+
+Every figure is the median of as many calls as fit into --seconds; compare them within one run only.
+"""
+
+_BOOKS, _ATTENTION, _HOW = "The books", "Attention", "How"
+
+
+def bench(
+    parts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PART]…", help="books, attention, replay; without any, all that can run here."),
+    ] = None,
+    sequences: Annotated[
+        int, option("--sequences", help="Running sequences, of --context tokens each, in a step.", panel=_BOOKS)
+    ] = 256,
+    prompt: Annotated[int, option("--prompt", help="Tokens of a prompt that is found cached.", panel=_BOOKS)] = 32768,
+    batch: Annotated[int, option("--batch", help="Sequences that decode together.", panel=_ATTENTION)] = 16,
+    q_heads: Annotated[int, option("--q-heads", help="Query heads.", panel=_ATTENTION)] = 32,
+    kv_heads: Annotated[int, option("--kv-heads", help="Heads of keys and values.", panel=_ATTENTION)] = 8,
+    head_dim: Annotated[int, option("--head-dim", help="Elements of a head.", panel=_ATTENTION)] = 128,
+    dtypes: Annotated[
+        str,
+        option("--dtypes", help="Of keys and values: float32, bfloat16, float16, int8, fp8.", panel=_ATTENTION),
+    ] = "float32,bfloat16,float16,int8",
+    device: Annotated[str, option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_ATTENTION)] = "cpu",
+    context: Annotated[int, option("--context", help="Tokens of every sequence.", panel=_HOW)] = 1024,
+    block_size: Annotated[int, option("--block-size", help="Tokens per block.", panel=_HOW)] = 16,
+    seconds: Annotated[float, option("--seconds", help="Time for every figure.", panel=_HOW)] = 1.0,
+    json: Annotated[bool, option("--json", help="Print one JSON object instead.", panel=_HOW)] = False,
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_HOW)] = False,
+) -> None:
+    """Check the options and run."""
+    with failures_in_one_line(debug):
+        pass
+
+        run(
+            BenchRequest(
+                parts=tuple(parts or ()),
+                sequences=sequences,
+                prompt=prompt,
+                batch=batch,
+                q_heads=q_heads,
+                kv_heads=kv_heads,
+                head_dim=head_dim,
+                dtypes=tuple(name.strip() for name in dtypes.split(",") if name.strip()),
+                device=device,
+                context=context,
+                block_size=block_size,
+                seconds=seconds,
+                json=json,
+            )
+        )

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import msgspec
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
 
-from pagedkv.cli.console import library_notices, notes, output
-from pagedkv.cli.terminal import Failure
+from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
 from pagedkv.errors import InvalidOperation
 
 if TYPE_CHECKING:
-    from pagedkv.sim.hit_curve import HitCurve
-    from pagedkv.sim.result import ReplayResult
-    from pagedkv.sim.timing import Timing
+    from pagedkv.sim.curves import HitCurve
+    from pagedkv.sim.replayer import ReplayResult, Timing
     from pagedkv.sim.trace import Trace
 
-__all__ = ["ReplayRequest", "run", "search_folder_at_hand", "split_names"]
 
 _ONLINE = ("lru", "fifo", "lfu", "s3fifo", "adaptive")
 _OPTIMAL = "optimal"
@@ -64,11 +67,9 @@ def run(request: ReplayRequest) -> None:
     PagedKvError
         Whatever is wrong with the options, the trace, or a strategy.
     """
-    from pagedkv.cli import replay_output
-    from pagedkv.sim.capacities import parse_capacities
     from pagedkv.sim.curves import lru_curve
     from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.sweeping import sweep
+    from pagedkv.sim.sweeps import parse_capacities, sweep
 
     _check_outputs(request)
     strategies, timing = _strategies(request), _timing(request)
@@ -101,11 +102,11 @@ def run(request: ReplayRequest) -> None:
     if request.html is not None:
         _write_report(request, trace, results, curve)
     if request.csv is not None:
-        replay_output.write_csv(results, timing is not None, request.csv)
+        write_csv(results, timing is not None, request.csv)
     if request.json:
-        replay_output.print_json(trace, results, shown, timing)
+        print_json(trace, results, shown, timing)
     elif request.csv != "-":
-        replay_output.print_tables(trace, results, shown, timing, output())
+        print_tables(trace, results, shown, timing, output())
 
 
 def split_names(text: str) -> list[str]:
@@ -161,14 +162,14 @@ def _all_strategies() -> list[str]:
 
 
 def _timing(request: ReplayRequest) -> Timing | None:
-    from pagedkv.sim.timing import Timing
+    from pagedkv.sim.replayer import Timing
 
     rates = {"--prefill-rate": request.prefill_rate, "--decode-rate": request.decode_rate}
-    for option, rate in rates.items():
+    for flag, rate in rates.items():
         if rate is not None and not request.timed:
-            raise Failure(f"{option} needs --timed")
+            raise Failure(f"{flag} needs --timed")
         if rate is not None and not 0 < rate < float("inf"):
-            raise Failure(f"{option} expects tokens per second above 0, got {rate:g}")
+            raise Failure(f"{flag} expects tokens per second above 0, got {rate:g}")
     if not request.timed:
         return None
     if request.strategies and {_OPTIMAL, _ALL} & set(split_names(request.strategies)):
@@ -185,13 +186,12 @@ def _check_outputs(request: ReplayRequest) -> None:
     if request.json and request.csv == "-":
         raise Failure("--json and --csv - both want stdout; give --csv a file")
     files = [("--html", request.html), ("--csv", None if request.csv in (None, "-") else Path(str(request.csv)))]
-    for option, file in files:
+    for flag, file in files:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise Failure(f"{option} expects a file in a folder that exists, got {file}")
+            raise Failure(f"{flag} expects a file in a folder that exists, got {file}")
 
 
 def _write_report(request: ReplayRequest, trace: Trace, results: list[ReplayResult], curve: HitCurve | None) -> None:
-    from pagedkv.cli.replay_output import write_file
     from pagedkv.sim.report import replay_report
 
     words = ["pagedkv", "replay", request.trace.name, "--blocks", request.blocks]
@@ -224,3 +224,438 @@ def _bar(console: Console) -> Iterator[_Bar]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield _Bar(progress)
+
+
+# The options of ``pagedkv replay``. What the command needs is imported when it runs.
+
+EXAMPLES = """Replay a trace of real requests and count the cache hits, for every strategy and capacity.
+
+[bold]Examples[/bold]
+
+  pagedkv replay chat.jsonl.gz --blocks 1k,10k --strategies lru,lfu,optimal
+
+  pagedkv replay chat.jsonl.gz --strategies all --curve --html report.html
+
+  pagedkv replay chat.jsonl.gz --blocks 10%,50% --strategy-from mine:Best --json
+
+  pagedkv replay chat.jsonl.gz --blocks 20k --timed --prefill-rate 8000
+
+A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
+"""
+
+_WHAT, _TRACE, _TIME, _HOW, _OUTPUT = "What to replay", "The trace", "In time", "How", "What to show"
+
+
+def replay(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace in any known format, gzipped or not.")],
+    blocks: Annotated[
+        str,
+        option(
+            "--blocks",
+            "-b",
+            help="Capacities: blocks (1000, 10k, 1.5m), a share of the distinct blocks (25%), auto for eight sizes.",
+            panel=_WHAT,
+        ),
+    ] = "auto",
+    strategies: Annotated[
+        str | None,
+        option(
+            "--strategies",
+            "-s",
+            help="What is given up first: registered names, optimal for Belady's optimum, or all.",
+            default="lru,fifo,lfu,s3fifo,adaptive,optimal",
+            panel=_WHAT,
+        ),
+    ] = None,
+    strategy_from: Annotated[
+        list[str] | None,
+        option(
+            "--strategy-from", help="A strategy of your own, module:Class; may be repeated.", default=False, panel=_WHAT
+        ),
+    ] = None,
+    curve: Annotated[bool, option("--curve", help="Add the exact LRU curve over all capacities.", panel=_WHAT)] = False,
+    format: Annotated[
+        str | None, option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
+    ] = None,
+    block_tokens: Annotated[
+        int | None,
+        option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
+    ] = None,
+    skip_bad: Annotated[
+        bool, option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
+    ] = False,
+    timed: Annotated[
+        bool,
+        option("--timed", help="Requests hold their blocks while they are served, and may be preempted.", panel=_TIME),
+    ] = False,
+    prefill_rate: Annotated[
+        float | None,
+        option("--prefill-rate", help="Prompt tokens per second of a request.", default="10000", panel=_TIME),
+    ] = None,
+    decode_rate: Annotated[
+        float | None,
+        option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
+    ] = None,
+    jobs: Annotated[
+        int | None, option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_HOW)
+    ] = None,
+    ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel=_HOW)] = False,
+    json: Annotated[bool, option("--json", help="Print one JSON object instead of the table.", panel=_OUTPUT)] = False,
+    csv: Annotated[
+        str | None,
+        option("--csv", help="Write the cells to this file; - for stdout, instead.", default=False, panel=_OUTPUT),
+    ] = None,
+    html: Annotated[
+        Path | None, option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
+    ] = None,
+    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+) -> None:
+    """Check the options and run."""
+    with failures_in_one_line(debug):
+        run(
+            ReplayRequest(
+                trace=trace,
+                blocks=blocks,
+                strategies=strategies,
+                strategies_from=tuple(strategy_from or ()),
+                curve=curve,
+                format=format,
+                block_tokens=block_tokens,
+                skip_bad=skip_bad,
+                timed=timed,
+                prefill_rate=prefill_rate,
+                decode_rate=decode_rate,
+                jobs=jobs,
+                ray=ray,
+                json=json,
+                csv=csv,
+                html=html,
+            )
+        )
+
+
+# Replays as tables: a column for every capacity, a row for every strategy under each measure.
+
+if TYPE_CHECKING:
+    from pagedkv.sim.replayer import ReplayResult
+
+
+_LRU = "lru"
+_COLUMN_WIDTH = 12
+BEST = "*"
+
+Cells = dict[tuple[str, int], "ReplayResult"]
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """One group of rows.
+
+    Attributes
+    ----------
+    title : str
+    value : callable
+        (cells, strategy, blocks) to the number; None where there is none.
+    form : str
+        How the number is written.
+    marks_best : bool
+        Whether the highest of a column is marked; the optimum is a bound and does not compete.
+    """
+
+    title: str
+    value: Callable[[Cells, str, int], float | None]
+    form: str
+    marks_best: bool = False
+
+
+def closed_gap(cells: Cells, strategy: str, blocks: int) -> float | None:
+    """Return how much of the way from LRU to the optimum a strategy goes; None where there is no way, or no end."""
+    lru, best = cells.get((_LRU, blocks)), cells.get((_OPTIMAL, blocks))
+    if lru is None or best is None or strategy in (_LRU, _OPTIMAL) or best.hit_blocks <= lru.hit_blocks:
+        return None
+    return (cells[strategy, blocks].hit_blocks - lru.hit_blocks) / (best.hit_blocks - lru.hit_blocks)
+
+
+def _speed(cells: Cells, strategy: str, blocks: int) -> float | None:
+    result = cells[strategy, blocks]
+    return result.accesses / result.seconds / 1e6 if result.seconds > 0 else None
+
+
+_ALWAYS = (
+    _Measure("hit ratio", lambda cells, *cell: cells[cell].hit_ratio, ".2%", marks_best=True),
+    _Measure("token hit ratio", lambda cells, *cell: cells[cell].token_hit_ratio, ".2%", marks_best=True),
+    _Measure("gap from LRU to the optimum closed", closed_gap, "z.1%"),
+    _Measure("blocks reclaimed", lambda cells, *cell: cells[cell].reclaimed, ",.0f"),
+)
+_IN_TIME = (
+    _Measure("requests preempted", lambda cells, *cell: cells[cell].preempted, ",.0f"),
+    _Measure("requests refused: larger than the pool", lambda cells, *cell: cells[cell].refused, ",.0f"),
+)
+_SPEED = _Measure("million block accesses per second", _speed, ".1f")
+
+
+def cell_tables(results: Sequence[ReplayResult], timed: bool, width: int) -> Iterator[Table]:
+    """Lay out the results, in as many tables beneath each other as the width of the terminal asks for."""
+    cells: Cells = {(result.strategy, result.blocks): result for result in results}
+    strategies = list(dict.fromkeys(result.strategy for result in results))
+    capacities = sorted({result.blocks for result in results})
+    names = max(max(map(len, strategies), default=0) + 2, 20)
+    per_table = max(1, (width - names) // _COLUMN_WIDTH)
+    measures = [*_ALWAYS, *(_IN_TIME if timed else ()), _SPEED]
+    for first in range(0, len(capacities), per_table):
+        yield _table(cells, strategies, capacities[first : first + per_table], measures)
+    if any(_best(cells, strategies, blocks, _ALWAYS[0]) is not None for blocks in capacities):
+        yield _note(f"{BEST} the best of its column, the optimum left out")
+
+
+def _table(cells: Cells, strategies: list[str], capacities: list[int], measures: Sequence[_Measure]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
+    table.add_column("blocks")
+    for blocks in capacities:
+        table.add_column(f"{blocks:,}", justify="right", no_wrap=True)
+    for measure in measures:
+        rows = [(name, [measure.value(cells, name, blocks) for blocks in capacities]) for name in strategies]
+        rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
+        if not rows:
+            continue
+        table.add_row(Text(measure.title, style="dim italic"))
+        best = [_best(cells, strategies, blocks, measure) for blocks in capacities]
+        for name, values in rows:
+            table.add_row(Text(f"  {name}"), *map(_written, values, best, [(name, measure)] * len(values)))
+    return table
+
+
+def _best(cells: Cells, strategies: list[str], blocks: int, measure: _Measure) -> float | None:
+    """Return the highest value of a column, where several strategies compete for it."""
+    rivals = [name for name in strategies if name != _OPTIMAL]
+    values = [value for name in rivals if (value := measure.value(cells, name, blocks)) is not None]
+    return max(values) if measure.marks_best and len(values) > 1 else None
+
+
+def _written(value: float | None, best: float | None, place: tuple[str, _Measure]) -> Text:
+    name, measure = place
+    if value is None:
+        return Text("-")
+    text = format(value, measure.form)
+    if best is not None and value == best and name != _OPTIMAL:
+        return Text(f"{text} {BEST}", style="bold")
+    return Text(f"{text}  " if measure.marks_best else text)
+
+
+def _note(text: str) -> Table:
+    note = Table.grid()
+    note.add_row(Text(text, style="dim"))
+    return note
+
+
+def curve_table(curve: CurveFacts) -> Table:
+    """Show the LRU curve, a row for each capacity."""
+    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold", title="the exact LRU curve")
+    table.title_justify = "left"
+    for heading in ("blocks", "hit ratio", "token hit ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for blocks, ratio, token_ratio in zip(curve.blocks, curve.hit_ratio, curve.token_hit_ratio, strict=True):
+        table.add_row(f"{blocks:,}", f"{ratio:.2%}", f"{token_ratio:.2%}")
+    return table
+
+
+# What ``pagedkv replay`` shows and writes: tables, one JSON object, CSV.
+
+_POINTS_PER_DOUBLING = 8
+
+
+class CellFacts(msgspec.Struct):
+    """One replay.
+
+    Attributes
+    ----------
+    strategy : str
+        As it was asked for.
+    blocks : int
+        Capacity.
+    accesses, hit_blocks : int
+        Blocks that requests touched, and those found.
+    hit_ratio, token_hit_ratio : float
+    reclaimed : int
+        Blocks given up.
+    seconds : float
+    preempted, refused : int
+        With ``--timed`` only.
+    """
+
+    strategy: str
+    blocks: int
+    accesses: int
+    hit_blocks: int
+    hit_ratio: float
+    token_hit_ratio: float
+    reclaimed: int
+    seconds: float
+    preempted: int | msgspec.UnsetType = msgspec.UNSET
+    refused: int | msgspec.UnsetType = msgspec.UNSET
+
+
+class TraceFacts(msgspec.Struct):
+    """The trace that was replayed.
+
+    Attributes
+    ----------
+    name, format : str
+    block_tokens, requests, accesses, distinct_blocks, tokens : int
+    attainable_hit_ratio : float
+        Of a cache without a limit.
+    skipped, reordered : int
+        Broken lines left out, and requests whose time lay before the one above them.
+    """
+
+    name: str
+    format: str
+    block_tokens: int
+    requests: int
+    accesses: int
+    distinct_blocks: int
+    tokens: int
+    attainable_hit_ratio: float
+    skipped: int
+    reordered: int
+
+
+class CurveFacts(msgspec.Struct):
+    """The exact LRU curve at some capacities, those of the cells among them.
+
+    Attributes
+    ----------
+    blocks : list of int
+    hit_ratio, token_hit_ratio : list of float
+    """
+
+    blocks: list[int]
+    hit_ratio: list[float]
+    token_hit_ratio: list[float]
+
+
+class ReplayFacts(msgspec.Struct):
+    """What ``pagedkv replay --json`` prints.
+
+    Attributes
+    ----------
+    cells : list of CellFacts
+        Strategy by strategy, capacity by capacity, in the order asked for.
+    trace : TraceFacts
+    timing : dict
+        The rates, with ``--timed`` only.
+    curve : CurveFacts
+        With ``--curve`` only.
+    """
+
+    cells: list[CellFacts]
+    trace: TraceFacts
+    timing: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
+    curve: CurveFacts | msgspec.UnsetType = msgspec.UNSET
+
+
+def print_json(trace: Trace, results: Sequence[ReplayResult], curve: HitCurve | None, timing: Timing | None) -> None:
+    """Write one line of JSON to stdout, in UTF-8 whatever the terminal has."""
+    facts = ReplayFacts(_cells(results, timing is not None), _trace(trace))
+    if timing is not None:
+        facts.timing = msgspec.to_builtins(timing)
+    if curve is not None:
+        facts.curve = _curve(curve, [result.blocks for result in results])
+    sys.stdout.flush()
+    sys.stdout.buffer.write(msgspec.json.encode(facts) + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def print_tables(
+    trace: Trace,
+    results: Sequence[ReplayResult],
+    curve: HitCurve | None,
+    timing: Timing | None,
+    console: Console,
+) -> None:
+    """Show the trace in a line, and the results as tables that fit the terminal."""
+    facts = _trace(trace)
+    console.print(
+        Text(
+            f"{facts.name}: {facts.requests:,} requests, {facts.accesses:,} block accesses, {facts.distinct_blocks:,} "
+            f"distinct blocks of {facts.block_tokens:,} tokens; at most {facts.attainable_hit_ratio:.2%} can be found"
+        ),
+        soft_wrap=True,
+    )
+    for table in cell_tables(results, timing is not None, console.width):
+        console.print(table)
+    if curve is not None:
+        console.print(curve_table(_curve(curve, [result.blocks for result in results], 1)))
+
+
+def write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
+    """Write a line for every cell to a file, or to stdout for ``-``."""
+    text = io.StringIO(newline="")
+    rows = [msgspec.to_builtins(cell) for cell in _cells(results, timed)]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if file == "-":
+        sys.stdout.write(text.getvalue())
+    else:
+        write_file("--csv", Path(file), text.getvalue())
+
+
+def write_file(option: str, file: Path, text: str) -> None:
+    """Write a whole file.
+
+    Raises
+    ------
+    Failure
+        It cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise Failure(f"{option} cannot write {file}: {error.strerror or error}") from error
+
+
+def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:
+    return [
+        CellFacts(
+            strategy=result.strategy,
+            blocks=result.blocks,
+            accesses=result.accesses,
+            hit_blocks=result.hit_blocks,
+            hit_ratio=result.hit_ratio,
+            token_hit_ratio=result.token_hit_ratio,
+            reclaimed=result.reclaimed,
+            seconds=result.seconds,
+            preempted=result.preempted if timed else msgspec.UNSET,
+            refused=result.refused if timed else msgspec.UNSET,
+        )
+        for result in results
+    ]
+
+
+def _trace(trace: Trace) -> TraceFacts:
+    return TraceFacts(
+        name=trace.name,
+        format=trace.format,
+        block_tokens=trace.block_tokens,
+        requests=trace.num_requests,
+        accesses=trace.num_accesses,
+        distinct_blocks=trace.num_distinct,
+        tokens=trace.num_tokens,
+        attainable_hit_ratio=1 - trace.num_distinct / trace.num_accesses if trace.num_accesses else 0.0,
+        skipped=trace.num_skipped,
+        reordered=trace.num_reordered,
+    )
+
+
+def _curve(curve: HitCurve, asked: Sequence[int], per_doubling: int = _POINTS_PER_DOUBLING) -> CurveFacts:
+    import numpy as np
+
+    last = max(1, int(curve.blocks[-1]))
+    doublings = np.arange(0, int(np.log2(last) * per_doubling) + 1) / per_doubling
+    blocks = np.unique(np.concatenate([np.round(2**doublings), [last], asked]).astype(np.int64))
+    return CurveFacts(
+        blocks=blocks.tolist(),
+        hit_ratio=curve.at(blocks).tolist(),
+        token_hit_ratio=curve.at(blocks, tokens=True).tolist(),
+    )

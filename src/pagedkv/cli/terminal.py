@@ -2,15 +2,65 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from pagedkv.errors import MissingExtra, PagedKvError
+
+# Where things are printed: results to stdout, everything about them to stderr.
+
+
+class _Output(Console):
+    """Says that nobody reads on, where rich would end the process with an exit code of its own."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")
+
+
+def output() -> Console:
+    """Return a console on today's stdout."""
+    return _Output(file=sys.stdout, highlight=False)
+
+
+def notes() -> Console:
+    """Return a console on today's stderr."""
+    return Console(file=sys.stderr, highlight=False)
+
+
+class _Notice(logging.Handler):
+    """Shows what the library has to say, that it compiles for instance, as one dim line."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(Text(" ".join(record.getMessage().split()), style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def library_notices(console: Console) -> Iterator[None]:
+    """Show the messages of the logger ``pagedkv`` on a console for as long as the body runs."""
+    logger, handler = logging.getLogger("pagedkv"), _Notice(console)
+    propagate = logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
 
 FAILED = 2
 INTERRUPTED = 130
@@ -78,3 +128,35 @@ def _let_go_of_stdout() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except (OSError, ValueError):
             return
+
+
+# How every command declares an option: with its help, in a panel.
+
+
+def option(*names: str, help: str, panel: str, default: str | bool = True, env: str | None = None) -> Any:
+    """Return an option of these names; `default` is whether, or as what, the help shows the default."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, envvar=env)
+
+
+# How many threads torch gets: more than one is a loss where the work of a layer is small.
+
+_SMALL = 100_000_000
+"""Parameters. Below it one token takes a layer some microseconds, and threads wait for each other longer than that."""
+
+
+@contextmanager
+def threads_for(model: Any) -> Iterator[None]:
+    """Let torch run on one thread while a small model writes; ``OMP_NUM_THREADS`` in the environment has its way.
+
+    On cores that other processes use too, threads that wait for each other after every small product cost far more
+    than they bring.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < _SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -66,8 +66,8 @@ def watch(target: str, api_key: str | None, interval: float, record: Path | None
     Failure
         There is nothing to show.
     """
+    from pagedkv.cli.top_data import Recording, open_source
     from pagedkv.cli.top_screen import TopApp
-    from pagedkv.cli.top_source import Recording, open_source
 
     source = open_source(target, api_key)
     recording = None if record is None else Recording(record)

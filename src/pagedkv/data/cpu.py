@@ -2,23 +2,206 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import math
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pagedkv.data.call import AttentionCall
-from pagedkv.data.cpu_kernels import attend_items, plan_items
-from pagedkv.data.cpu_prefill import attend_sequence
-from pagedkv.data.cpu_shapes import Rules, Shape, Strides, partial_size
-from pagedkv.data.threads import num_threads, run_in_threads
+from pagedkv.data.cpu_kernels import Rules, Shape, Strides, attend_items, partial_size, plan_items
+from pagedkv.data.quantised import dequantised
 from pagedkv.errors import InvalidOperation
 
-__all__ = ["attend"]
+# Attention of many queries over a sequence's keys: its blocks are gathered once, and matrix products do the rest.
+#
+# Where torch's fused attention knows the case it is called; soft-capped scores and sink logits it does not know.
+
+MASKED_QUERIES = 512
+"""Queries that share a mask: at 32k keys it takes 64 MB in float32."""
+SCORES = 1 << 24
+"""Scores that are held at once where torch has no fused attention, 64 MB."""
+SMALLEST_FUSED_SCALE = torch.finfo(torch.float32).tiny
+
+
+def attend_sequence(call: AttentionCall, i: int) -> None:
+    """Fill the rows of sequence ``i``."""
+    first, last = int(call.cu_seqlens_q[i]), int(call.cu_seqlens_q[i + 1])
+    q_len, seq_len = last - first, int(call.seq_lens[i])
+    window = call.window or seq_len
+    oldest = max(0, seq_len - q_len - window + 1)
+    # torch multiplies bfloat16 faster than float32, float16 slower. Quantised keys times their scales would be rounded.
+    is_bfloat16 = call.queries.dtype == call.keys.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if is_bfloat16 else torch.float32
+    keys = _gather(call, call.keys, call.key_scales, i, oldest).to(dtype)
+    values = _gather(call, call.values, call.value_scales, i, oldest).to(dtype)
+    queries = call.queries[first:last].to(dtype)
+    # With a scale that is not positive in float32, torch's own masking gives NaN.
+    fused = call.softcap is None and call.sinks is None and call.scale >= SMALLEST_FUSED_SCALE
+    # Positions from here on are counted from the oldest visible one.
+    seq_len -= oldest
+    step = _queries_at_once(call, q_len, seq_len, fused)
+    for begin in range(0, q_len, step):
+        end = min(q_len, begin + step)
+        position = seq_len - q_len + begin
+        low = max(0, position - window + 1)
+        high = position + end - begin if call.causal else seq_len
+        # torch makes the mask of a whole causal prompt itself, faster.
+        whole = fused and call.causal and end - begin == high - low <= window
+        hidden = None if whole else _hidden(call, end - begin, position - low, high - low)
+        attention = _fused if fused else _products
+        result = attention(call, queries[begin:end], keys[:, low:high], values[:, low:high], hidden)
+        call.out[first + begin : first + end] = result
+
+
+def _gather(call: AttentionCall, pool: Tensor, scales: Tensor | None, i: int, oldest: int) -> Tensor:
+    """Return ``[num_kv_heads, seq_len - oldest, dim]``: what the sequence sees from position ``oldest`` on."""
+    block_size, seq_len = pool.shape[1], int(call.seq_lens[i])
+    start, end = (int(x) for x in call.holes[i])
+    runs = [(oldest, min(start, seq_len)), (max(oldest, start) + end - start, seq_len + end - start)]
+    parts = []
+    for low, high in runs:
+        if low < high:
+            blocks = torch.from_numpy(call.block_tables[i, low // block_size : -(-high // block_size)])
+            skipped = low % block_size
+            factors = None if scales is None else scales.index_select(0, blocks)
+            tokens = dequantised(pool.index_select(0, blocks), factors).flatten(0, 1)
+            parts.append(tokens[skipped : skipped + high - low])
+    # In one piece per head, products run a little faster than over a strided view.
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1).contiguous()
+
+
+def _queries_at_once(call: AttentionCall, q_len: int, seq_len: int, fused: bool) -> int:
+    if not fused:
+        return max(1, SCORES // (call.queries.shape[1] * seq_len))
+    needs_mask = (call.causal and q_len < seq_len) or (call.window is not None and call.window < seq_len)
+    return MASKED_QUERIES if needs_mask else q_len
+
+
+def _hidden(call: AttentionCall, q_len: int, position: int, seq_len: int) -> Tensor | None:
+    """Return which keys each query does not see, ``[q_len, seq_len]``; the first query is at ``position``."""
+    window = call.window if call.window is not None and call.window < position + q_len else None
+    if not call.causal and window is None:
+        return None
+    queries = torch.arange(position, position + q_len, dtype=torch.int32)
+    distances = queries[:, None] - torch.arange(seq_len, dtype=torch.int32)
+    hidden = distances < 0 if call.causal else torch.zeros_like(distances, dtype=torch.bool)
+    return hidden if window is None else hidden | (distances >= window)
+
+
+def _fused(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return ``[q_len, num_q_heads, v_head_dim]`` from torch's fused attention; keys and values are by head."""
+    head_dim, v_head_dim = keys.shape[2], values.shape[2]
+    width = max(head_dim, v_head_dim)  # it is fused only where keys and values are of one size
+    queries, keys = (functional.pad(x, (0, width - head_dim)) if width > head_dim else x for x in (queries, keys))
+    values = functional.pad(values, (0, width - v_head_dim)) if width > v_head_dim else values
+    mask = None
+    if hidden is not None:
+        mask = torch.zeros(hidden.shape, dtype=queries.dtype).masked_fill_(hidden, -torch.inf)
+    result = functional.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys[None],
+        values[None],
+        attn_mask=mask,
+        is_causal=call.causal and hidden is None,
+        scale=call.scale,
+        enable_gqa=queries.shape[1] != keys.shape[0],
+    )
+    return result[0].transpose(0, 1)[..., :v_head_dim]
+
+
+def _products(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return ``[q_len, num_q_heads, v_head_dim]`` in float32 from two matrix products, with soft-cap and sinks."""
+    (q_len, num_q_heads, head_dim), (num_kv_heads, seq_len, v_head_dim) = queries.shape, values.shape
+    group = num_q_heads // num_kv_heads
+    rows = (queries.float() * call.scale).view(q_len, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    scores = rows.reshape(num_kv_heads, group * q_len, head_dim) @ keys.float().transpose(1, 2)
+    if call.softcap is not None:
+        scores.div_(call.softcap).tanh_().mul_(call.softcap)
+    by_query = scores.view(num_kv_heads, group, q_len, seq_len)
+    if hidden is not None:
+        by_query.masked_fill_(hidden, -torch.inf)
+    top = by_query.amax(dim=3, keepdim=True)
+    if call.sinks is not None:
+        sinks = call.sinks.float().view(num_kv_heads, group, 1, 1)
+        top = torch.maximum(top, sinks)
+    total = by_query.sub_(top).exp_().sum(dim=3, keepdim=True)
+    if call.sinks is not None:
+        total += torch.exp(sinks - top)
+    result = (scores @ values.float()).view(num_kv_heads, group, q_len, v_head_dim) / total
+    return result.permute(2, 0, 1, 3).reshape(q_len, num_q_heads, v_head_dim)
+
+
+# Running a kernel in several threads at once: torch's own, so that nobody fights for the cores.
+#
+# OpenMP's threads go on spinning for milliseconds after torch's last parallel operation, waiting for the next one. A
+# second pool of threads would share the cores with them, and lose; a kernel that runs *in* them finds them awake.
+
+_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def num_threads() -> int:
+    """Return how many threads a kernel may use: as many as torch does (``torch.set_num_threads``)."""
+    return 1 if numba.config.DISABLE_JIT else torch.get_num_threads()  # type: ignore[attr-defined]
+
+
+def run_in_threads(kernel: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> None:
+    """Call ``kernel(*arguments)`` in ``threads`` threads at the same time and wait for all of them.
+
+    The kernel releases the GIL, and its threads share out the work among themselves.
+    """
+    if threads <= 1:
+        kernel(*arguments)
+        return
+    errors: list[BaseException] = []
+
+    def body(_: Any = None) -> None:
+        try:
+            kernel(*arguments)
+        except BaseException as error:  # noqa: B036 - must not vanish in a foreign thread
+            errors.append(error)
+
+    parallel = _openmp()
+    if parallel is not None:
+        parallel(_CALLBACK(body), None, threads, 0)
+    else:
+        others = [_pool(os.getpid(), threads).submit(body) for _ in range(threads - 1)]
+        body()
+        for other in others:
+            other.result()
+    if errors:
+        raise errors[0]
+
+
+@functools.cache
+def _openmp() -> Callable[..., None] | None:
+    """Return ``GOMP_parallel`` of the OpenMP library that torch has loaded, where it has that entry."""
+    try:
+        library = ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_NOW)
+        parallel = library.GOMP_parallel
+    except (OSError, AttributeError):  # another platform, or another OpenMP
+        return None
+    parallel.argtypes = [_CALLBACK, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    parallel.restype = None
+    call: Callable[..., None] = parallel
+    return call
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Return the threads of this process; a forked child has none of its parent's."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="pagedkv")
+
 
 FEW_QUERIES = 32
 """Up to this many query tokens of a sequence are served from the blocks in place. With more, gathering the blocks and

@@ -5,23 +5,374 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from pagedkv.data.gpu_shapes import Device
-from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.data.quantised import dequantised, quantised, torch_dtype
+from pagedkv.errors import BlockNotFound, InvalidOperation, MissingExtra, OutOfMemory
+from pagedkv.spec import KvCacheSpec
 
-__all__ = [
-    "device_of",
-    "has_triton",
-    "is_capturing",
-    "is_debugging",
-    "is_interpreted",
-    "require_runnable",
-    "tl_dtype",
-    "uses_triton",
+# The allocations behind a storage: pools of layers of one shape, and the moving of rows inside them.
+
+_WIDE = torch.complex128
+"""The widest element that torch can move. Indexed writes cost per element, so rows are moved 16 bytes at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class LayerSide:
+    """The keys, or the values, of one layer.
+
+    ``blocks`` is ``[num_blocks, *block]`` in the storage's layout. ``rows`` shows the same memory with one entry per
+    token and the widest element that fits: ``[num_slots, width]`` (NHD) or ``[num_blocks, block_size, heads, width]``.
+    ``scales`` is blocks without their last dimension, ``scale_rows`` that by token; None where nothing is quantised.
+    """
+
+    blocks: Tensor
+    rows: Tensor
+    token_shape: tuple[int, int]
+    scales: Tensor | None
+    scale_rows: Tensor | None
+
+    @classmethod
+    def over(cls, blocks: Tensor, scales: Tensor | None, is_hnd: bool) -> LayerSide:
+        """Return the side that shows this memory, ``[num_blocks, *block]``."""
+        nhd = blocks.transpose(1, 2) if is_hnd else blocks
+        rows = _widened(blocks).transpose(1, 2) if is_hnd else _widened(blocks.flatten(0, 1).flatten(1))
+        scale_rows = None
+        if scales is not None:
+            scale_rows = scales.transpose(1, 2) if is_hnd else scales.flatten(0, 1)
+        return cls(blocks, rows, (nhd.shape[2], nhd.shape[3]), scales, scale_rows)
+
+    def stored(self, name: str, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return ``[n, heads, head_dim]`` as :meth:`write` takes it; `name` is for an error."""
+        if self.scales is None:
+            return tokens.to(self.blocks.dtype).contiguous(), None
+        return quantised(name, tokens, self.blocks.dtype)
+
+    def write(self, tokens: Tensor, scales: Tensor | None, places: tuple[Tensor, ...]) -> None:
+        """Scatter ``[n, heads, head_dim]``, contiguous and of our dtype, and the scales."""
+        if self.scale_rows is not None and scales is not None:
+            self.scale_rows.index_put_(places, scales)
+        rows = tokens if len(places) == 2 else tokens.flatten(1)
+        if rows.dtype != self.rows.dtype:
+            rows = _aligned(rows).view(self.rows.dtype)
+        self.rows.index_put_(places, rows)
+
+    def read(self, slots: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        """Gather ``[n, heads, head_dim]``, in float32 where they are quantised."""
+        return dequantised(self._read(slots, places), None if self.scale_rows is None else self.scale_rows[places])
+
+    def _read(self, slots: Tensor, places: tuple[Tensor, ...]) -> Tensor:
+        if not len(slots):
+            return self.blocks.new_empty(0, *self.token_shape)
+        if len(places) == 2:
+            return self.rows[places].view(self.blocks.dtype)
+        return self.rows.index_select(0, slots).view(self.blocks.dtype).view(len(slots), *self.token_shape)
+
+
+@dataclass(slots=True, eq=False)
+class Pool:
+    """One allocation for layers of one shape: ``tensors`` are ``[layers, 2, num_blocks, *block]``, K and V together.
+
+    Where K and V differ in size they are two tensors ``[layers, 1, num_blocks, *block]``. ``scales`` holds one tensor
+    ``[layers, 2, num_blocks, *block without its last dimension]`` where they are quantised, else none.
+    """
+
+    tensors: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+    wide: tuple[Tensor, ...]
+
+    @classmethod
+    def allocate(cls, spec: KvCacheSpec, device: torch.device) -> Pool:
+        """Allocate all layers of a spec whose layers are of one shape."""
+        shapes = [spec.block_shape(0), spec.block_shape(0, values=True)]
+        parts = [(2, shapes[0])] if shapes[0] == shapes[1] else [(1, shape) for shape in shapes]
+        dtype = torch_dtype(spec.dtype)
+        scale_shape = (spec.num_layers, 2, spec.num_blocks, *shapes[0][:2])
+        try:
+            # empty, not zeros: the system commits memory as it is written.
+            tensors = tuple(
+                torch.empty((spec.num_layers, sides, spec.num_blocks, *shape), dtype=dtype, device=device)
+                for sides, shape in parts
+            )
+            scales = (torch.empty(scale_shape, device=device),) if spec.is_quantised else ()
+        except (RuntimeError, MemoryError) as error:
+            hint = f"{spec.total_memory_bytes:,} bytes cannot be allocated on {device}"
+            raise OutOfMemory(spec.num_blocks, 0, hint) from error
+        return cls(tensors, scales, tuple(_widened(tensor.flatten(3)) for tensor in (*tensors, *scales)))
+
+    @property
+    def memory(self) -> tuple[Tensor, ...]:
+        """All tensors, ``[layers, sides, num_blocks, …]``."""
+        return self.tensors + self.scales
+
+    def copy_blocks(self, sources: Tensor, destinations: Tensor) -> None:
+        """Copy blocks over all layers; every source is read before anything is written."""
+        for wide in self.wide:
+            wide.index_copy_(2, destinations, wide.index_select(2, sources))
+
+    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a layer, ``[num_blocks, *block]`` each."""
+        return self.tensors[0][layer, 0], self.tensors[-1][layer, -1]
+
+    def layer(self, layer: int, is_hnd: bool) -> tuple[LayerSide, LayerSide]:
+        """Return keys and values of a layer with their scales."""
+        keys, values = self.sides(layer)
+        key_scales, value_scales = self.scales[0][layer] if self.scales else (None, None)
+        return LayerSide.over(keys, key_scales, is_hnd), LayerSide.over(values, value_scales, is_hnd)
+
+    def block(self, block_id: int) -> tuple[Tensor, Tensor]:
+        """Return keys and values of a block, ``[layers, *block]`` each: views, or in float32 where quantised."""
+        scales = self.scales[0][:, :, block_id].unbind(1) if self.scales else (None, None)
+        keys, values = self.tensors[0][:, 0, block_id], self.tensors[-1][:, -1, block_id]
+        return dequantised(keys, scales[0]), dequantised(values, scales[1])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return the tensor with the widest element that its rows divide into."""
+    if tensor.shape[-1] * tensor.element_size() % _WIDE.itemsize:
+        return tensor.view(torch.int8) if tensor.itemsize == 1 else tensor
+    return tensor.view(_WIDE)
+
+
+def _aligned(rows: Tensor) -> Tensor:
+    """Return rows whose memory may be read in the widest element."""
+    offset = rows.storage_offset() * rows.element_size()
+    return rows.clone() if offset % _WIDE.itemsize or rows.data_ptr() % _WIDE.itemsize else rows
+
+
+def checked_device(device: Any) -> torch.device:
+    """Return the device with its index, or refuse one that torch cannot use here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InvalidOperation(
+            f"device: expected a device that torch can use here, got {device!r} ({reason})"
+        ) from error
+
+
+def as_int64(name: str, numbers: Any) -> Tensor:
+    """Return integers as an int64 tensor, without a copy where that is possible."""
+    if isinstance(numbers, np.ndarray):
+        if numbers.dtype.kind not in "iu":
+            raise InvalidOperation(f"{name}: expected integers, got {numbers.dtype}")
+        if numbers.dtype != np.int64 or not (numbers.flags.c_contiguous and numbers.flags.writeable):
+            # torch can share neither negative strides nor memory that must not be written.
+            numbers = numbers.astype(np.int64, order="C")
+        return torch.from_numpy(numbers)
+    if not isinstance(numbers, Tensor):
+        raise InvalidOperation(f"{name}: expected an integer array or tensor, got {type(numbers).__name__}")
+    if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+        raise InvalidOperation(f"{name}: expected integers, got {numbers.dtype}")
+    return numbers.to(torch.int64)
+
+
+def require_slots(slots: np.ndarray[Any, Any], num_slots: int) -> None:
+    """Refuse int64 slots outside of the pool."""
+    # As unsigned numbers negative slots are huge: one pass finds both kinds.
+    numbers = slots.view(np.uint64)
+    if len(numbers) and int(numbers.max()) >= num_slots:
+        wrong = int(slots[numbers >= num_slots][0])
+        raise InvalidOperation(f"slot_mapping: expected slots in 0 … {num_slots - 1}, got {wrong}")
+
+
+def require_copies(pairs: np.ndarray[Any, Any], num_blocks: int) -> None:
+    """Refuse pairs (source, destination) of blocks outside of the pool, or with one destination twice."""
+    outside = (pairs < 0) | (pairs >= num_blocks)
+    if outside.any():
+        raise BlockNotFound(int(pairs[outside][0]))
+    destinations, counts = np.unique(pairs[:, 1], return_counts=True)
+    if len(destinations) != len(pairs):
+        raise InvalidOperation(f"copies: expected distinct destinations, got B{destinations[counts > 1][0]} twice")
+
+
+# Tile sizes, warps and splits of the GPU kernels: pure functions of the shape of a call and of the device.
+
+SMALLEST_DOT = 16
+"""Triton multiplies no smaller matrices."""
+FEW_ROWS = 64
+"""Query rows (tokens times heads of a group) that the split kernel takes at most, if a token has no more."""
+MOST_FEW_TOKENS = 8
+MOST_SPLITS = 64
+TILES_PER_SPLIT = 4
+"""A split has to be worth its partial result."""
+MOST_PROGRAMS_PER_CORE = 4
+"""Registers leave room for no more programs of four warps."""
+ALONE = 0.6
+"""How long a program takes that is alone on its core, if it takes 1 among as many as there is room for."""
+COST_OF_SPLITTING = 0.03
+COST_OF_SPLIT = 0.002
+"""The second launch, and each partial result, as fractions of the whole time."""
+
+
+class Config(NamedTuple):
+    """How a kernel is compiled."""
+
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    num_stages: int
+
+
+class Device(NamedTuple):
+    """What decides about configurations.
+
+    ``cores`` are streaming multiprocessors, ``shared_bytes`` what a program may have of one's shared memory, and
+    ``capability`` is 90 for compute capability 9.0.
+    """
+
+    name: str
+    cores: int
+    shared_bytes: int
+    capability: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What a kernel is compiled for.
+
+    ``item_bytes`` is the size of an element in the dot products, ``stored_bytes`` of one in the pool. ``most`` is the
+    number of query tokens that the split kernel serves in a sequence, 0 for the kernel that serves longer ones.
+    """
+
+    group: int
+    head_dim: int
+    v_head_dim: int
+    item_bytes: int
+    stored_bytes: int
+    most: int
+
+    @property
+    def few(self) -> int:
+        """Up to how many query tokens of a sequence the split kernel takes."""
+        return max(1, min(MOST_FEW_TOKENS, FEW_ROWS // self.group))
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile of the split kernel; 0 for the other, whose tiles differ."""
+        return max(SMALLEST_DOT, power_of_two(self.group * self.most)) if self.most else 0
+
+    @property
+    def tile_d(self) -> int:
+        """Elements of a row of keys in a tile."""
+        return max(SMALLEST_DOT, power_of_two(self.head_dim))
+
+    @property
+    def tile_dv(self) -> int:
+        """Elements of a row of values in a tile."""
+        return max(SMALLEST_DOT, power_of_two(self.v_head_dim))
+
+
+def power_of_two(number: int) -> int:
+    """Return the smallest power of two that is not below the number."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.cache
+def candidates(heads: Heads, device: Device) -> tuple[Config, ...]:
+    """Return the configurations worth a try, the likeliest first; never empty."""
+    if heads.most:
+        wanted = [(heads.rows, n, warps, stages) for n, warps, stages in _FEW]
+    else:
+        smallest = max(SMALLEST_DOT, power_of_two(heads.group))
+        wanted = [(max(m, smallest), n, warps, stages) for m, n, warps, stages in _MANY]
+    configs = [Config(*numbers) for numbers in wanted]
+    fitting = [
+        config for config in dict.fromkeys(configs) if shared_bytes(config, heads, device) <= device.shared_bytes
+    ]
+    smallest_of_all = Config(configs[-1].tile_m, 16, 4, 1)
+    return tuple([c for c in fitting if _fits_registers(c, heads, device)] or fitting or [smallest_of_all])
+
+
+# Tiles of keys, warps, stages. The first is what torch chooses for attention on such devices, or nearly so; where it
+# does not fit, another is first.
+_FEW = [(64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (128, 8, 3), (64, 4, 2), (32, 8, 2), (32, 4, 2), (16, 4, 1)]
+_MANY = [
+    (128, 64, 8, 3),
+    (128, 128, 8, 3),
+    (128, 32, 8, 3),
+    (64, 64, 4, 2),
+    (64, 64, 4, 3),
+    (64, 32, 4, 3),
+    (32, 64, 8, 2),
+    (32, 32, 4, 2),
+    (16, 16, 4, 1),
 ]
+
+
+def shared_bytes(config: Config, heads: Heads, device: Device) -> int:
+    """Return what a program takes of shared memory, as the compiler lays it out."""
+    reads_shared = _multiplies_from_shared(config, device)
+    ahead = max(1, config.num_stages - 1)
+    # A warp group's product may still read its keys when the next ones are to be copied.
+    buffers = ahead + 1 if reads_shared and heads.stored_bytes > 1 else ahead
+    tiles = buffers * config.tile_n * (heads.tile_d + heads.tile_dv) * heads.stored_bytes
+    operands = config.tile_m * heads.tile_d
+    if not reads_shared:
+        operands += config.tile_m * config.tile_n  # the weights go from warp to warp
+    if heads.item_bytes == 4:
+        operands *= 2  # a second part with the digits that are cut off the first
+    if heads.stored_bytes == 1:
+        tiles += ahead * config.tile_n * 8  # scales
+        if reads_shared:
+            operands += config.tile_n * max(heads.tile_d, heads.tile_dv)  # a tile of keys or values, converted
+    if reads_shared and device.capability >= 100:  # sums are in tensor memory
+        tiles += 1 << 13 if heads.stored_bytes > 1 else config.tile_n * max(heads.tile_d, heads.tile_dv) * 2
+        tiles += 32  # barriers
+    return tiles + operands * heads.item_bytes
+
+
+def _multiplies_from_shared(config: Config, device: Device) -> bool:
+    """Tell whether tensor cores read keys and values from shared memory: those of data centers can, since Hopper."""
+    return device.capability // 10 in (9, 10) and config.tile_m >= 64
+
+
+def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
+    """Tell whether the 255 registers of a thread suffice; the limits are read off compiled kernels."""
+    if _multiplies_from_shared(config, device) and config.tile_m < 16 * config.num_warps:
+        return False  # two warp groups would share the rows and exchange what they found
+    floats = config.tile_m * (heads.tile_dv + config.tile_n)
+    if heads.item_bytes == 4:  # operands too, in two parts
+        floats += (config.tile_m + config.tile_n) * max(heads.tile_d, heads.tile_dv)
+        return floats <= 104 * 32 * config.num_warps
+    return floats <= (144 if config.num_warps > 4 else 112) * 32 * config.num_warps
+
+
+def num_splits(num_programs: int, longest: int, config: Config, heads: Heads, device: Device) -> int:
+    """Return among how many programs the keys of the longest sequence are split.
+
+    Parameters
+    ----------
+    num_programs : int
+        Sequences times kv heads, if every sequence were as long as the longest: the programs without splitting.
+    longest : int
+        Keys that a sequence may see.
+    """
+    worthwhile = longest // (config.tile_n * TILES_PER_SPLIT)
+    resident = min(MOST_PROGRAMS_PER_CORE, device.shared_bytes // shared_bytes(config, heads, device))
+    return _best_splits(max(1, num_programs), min(worthwhile, MOST_SPLITS), device.cores * max(1, resident))
+
+
+@functools.lru_cache(maxsize=4096)
+def _best_splits(num_programs: int, most: int, room: int) -> int:
+    """Return into how many parts programs are split best, of which a device has room for so many at once.
+
+    A program that is left over after full rounds takes as long as a round, but has the memory for itself then.
+    """
+
+    def worth(splits: int) -> float:
+        rounds, left = divmod(num_programs * splits, room)
+        time = rounds + (max(left / room, ALONE) if left else 0.0)
+        cost = 0.0 if splits == 1 else COST_OF_SPLITTING + COST_OF_SPLIT * splits
+        return num_programs * splits / room / time * (1 - cost)
+
+    return max(range(1, max(most, 1) + 1), key=worth)
+
 
 _INTERPRETED = Device("interpreter", 4, 1 << 20, 80)
 

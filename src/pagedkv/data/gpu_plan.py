@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.call import AttentionCall, first_fault
-from pagedkv.data.gpu_device import is_capturing
-from pagedkv.data.memory import checked_device, require_slots
+from pagedkv.data.gpu_device import checked_device, is_capturing, require_slots
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import MAX_COUNT, require_int
 

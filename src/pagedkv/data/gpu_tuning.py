@@ -21,8 +21,7 @@ import triton.testing
 from triton.runtime.errors import OutOfResources
 
 from pagedkv.data.call import AttentionCall
-from pagedkv.data.gpu_device import device_of, is_capturing, is_interpreted
-from pagedkv.data.gpu_shapes import Config, Heads, candidates
+from pagedkv.data.gpu_device import Config, Heads, candidates, device_of, is_capturing, is_interpreted
 from pagedkv.errors import InvalidOperation
 
 __all__ = ["config_for", "run_best"]

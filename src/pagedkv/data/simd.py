@@ -43,22 +43,17 @@ if TYPE_CHECKING or numba.config.DISABLE_JIT:
         zeros,
     )
 else:
-    from pagedkv.data.lanes_math import (
-        exp2,
-        maximum_by_row,
-        sum_by_row,
-        sums,
-        tanh,
-    )
     from pagedkv.data.simd_llvm import (
         add,
         any_greater,
+        exp2,
         fetch_add,
         finite_or_zero,
         fma,
         load,
         load_part,
         maximum,
+        maximum_by_row,
         mul,
         narrowed,
         prefetch,
@@ -67,6 +62,9 @@ else:
         store,
         store_half,
         sub,
+        sum_by_row,
+        sums,
+        tanh,
         zeros,
     )
 

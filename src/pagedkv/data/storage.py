@@ -13,9 +13,17 @@ import torch
 from torch import Tensor
 
 from pagedkv.data import gpu
-from pagedkv.data.gpu_device import is_debugging, uses_triton
+from pagedkv.data.gpu_device import (
+    LayerSide,
+    Pool,
+    as_int64,
+    checked_device,
+    is_debugging,
+    require_copies,
+    require_slots,
+    uses_triton,
+)
 from pagedkv.data.gpu_plan import DevicePlan
-from pagedkv.data.memory import LayerSide, Pool, as_int64, checked_device, require_copies, require_slots
 from pagedkv.data.quantised import torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation
 from pagedkv.spec import KvCacheSpec, LayerSpec, require_int

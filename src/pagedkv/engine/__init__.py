@@ -9,12 +9,10 @@ if TYPE_CHECKING:
     from pagedkv.engine.async_engine import AsyncEngine
     from pagedkv.engine.core import EngineCore
     from pagedkv.engine.llm import LLM
-    from pagedkv.engine.logprobs import Logprob
-    from pagedkv.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
-    from pagedkv.engine.request import Request
+    from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput
+    from pagedkv.engine.sampler import Logprob
     from pagedkv.engine.sampling_params import SamplingParams
-    from pagedkv.engine.snapshot import EngineSnapshot
-    from pagedkv.engine.stats import EngineStats
+    from pagedkv.engine.snapshot import EngineSnapshot, EngineStats
     from pagedkv.errors import EngineDead, RequestRefused
 
 __all__ = [
@@ -35,16 +33,16 @@ __all__ = [
 
 _HOMES = {
     "AsyncEngine": "pagedkv.engine.async_engine",
-    "CompletionOutput": "pagedkv.engine.outputs",
+    "CompletionOutput": "pagedkv.engine.request",
     "EngineCore": "pagedkv.engine.core",
     "EngineDead": "pagedkv.errors",
     "EngineSnapshot": "pagedkv.engine.snapshot",
-    "EngineStats": "pagedkv.engine.stats",
+    "EngineStats": "pagedkv.engine.snapshot",
     "LLM": "pagedkv.engine.llm",
-    "Logprob": "pagedkv.engine.logprobs",
+    "Logprob": "pagedkv.engine.sampler",
     "Request": "pagedkv.engine.request",
-    "RequestMetrics": "pagedkv.engine.outputs",
-    "RequestOutput": "pagedkv.engine.outputs",
+    "RequestMetrics": "pagedkv.engine.request",
+    "RequestOutput": "pagedkv.engine.request",
     "RequestRefused": "pagedkv.errors",
     "SamplingParams": "pagedkv.engine.sampling_params",
 }

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pagedkv.engine.beam import BeamRules, BeamState, best_texts, first_beam, next_beams
-from pagedkv.engine.outputs import CompletionOutput
-from pagedkv.engine.request import Branch, Request
-from pagedkv.engine.text import Detokenizer
-from pagedkv.engine.writing import end_ids_of
+from pagedkv.engine.request import Branch, CompletionOutput, Request
+from pagedkv.engine.text import Detokenizer, end_ids_of
 
 if TYPE_CHECKING:
     from pagedkv.engine.scheduler import Scheduler

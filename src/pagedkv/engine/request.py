@@ -5,15 +5,109 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.engine.outputs import FinishReason
+from pagedkv.control.strategies import MAX_PRIORITY, Priority
+from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.errors import InvalidOperation
+from pagedkv.spec import require_int
 
-__all__ = ["Branch", "Request", "State"]
+if TYPE_CHECKING:
+    from pagedkv.engine.sampler import Logprob
+
+
+# What the engine hands out: frozen, cumulative, free of references into the engine.
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of ``time.monotonic``; None for what has not happened yet.
+
+    Attributes
+    ----------
+    arrived, first_scheduled, first_token, finished : float
+    num_preemptions : int
+        How often its blocks were taken for others and its tokens computed again.
+    """
+
+    arrived: float
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionOutput:
+    """One text of a request, as far as it is written.
+
+    Attributes
+    ----------
+    index : int
+        Which of the ``n`` texts.
+    text : str
+        Empty without a tokenizer.
+    token_ids : tuple of int
+        The generated tokens.
+    finish_reason : {"stop", "length", "abort"}, optional
+        None while it goes on.
+    stop_reason : int or str, optional
+        The stop token or stop string that ended it.
+    logprobs : list of dict, optional
+        One dict a token, token id to its log probability, where they were asked for.
+    cumulative_logprob : float, optional
+        Sum of the log probabilities of the tokens, where they were asked for.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this text is complete."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """A request, as far as it is done. Outputs are cumulative: the last one holds everything.
+
+    Attributes
+    ----------
+    request_id : str
+    prompt : str, optional
+        None if token ids were given.
+    prompt_token_ids : tuple of int
+    outputs : list of CompletionOutput
+        ``n`` of them, in the order of their indices.
+    finished : bool
+    num_cached_tokens : int
+        Tokens of the prompt whose K and V came from the cache when the request was first scheduled.
+    metrics : RequestMetrics
+    prompt_logprobs : list of dict, optional
+        One entry a prompt token, the first is None, where they were asked for.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0
+    metrics: RequestMetrics = field(default_factory=lambda: RequestMetrics(arrived=0.0))
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
 
 Ids = npt.NDArray[np.int64]
 FIRST_CAPACITY = 256
@@ -202,3 +296,64 @@ class Branch:
         other.cumulative_logprob = self.cumulative_logprob
         other.state = self.state
         return other
+
+
+# What a new request must be: checked once, before it is queued.
+
+ENDLESS = 2**40
+
+
+def prepare(request: Request, runner: Runner) -> None:
+    """Check the arguments of a request and settle what depends on the engine.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument makes no sense.
+    """
+    if not isinstance(request.params, SamplingParams):
+        raise InvalidOperation(f"params expects SamplingParams, got {request.params!r}")
+    request.params.require_vocab(runner.vocab_size)
+    if not isinstance(request.cache_salt, str):
+        raise InvalidOperation(f"cache_salt expects a str, got {request.cache_salt!r}")
+    strategy = runner.cache.eviction_strategy
+    highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
+    require_int("priority", request.priority, 0, highest)
+    request.prompt_token_ids = _checked_ids(request.prompt_token_ids, runner.vocab_size)
+    request.prompt_tuple = tuple(request.prompt_token_ids.tolist())
+    most = request.params.max_tokens
+    request.max_tokens = _most_tokens(request, runner) if most is None else most
+    request.prompt_logprobs = None if request.params.prompt_logprobs is None else [None]
+    request.num_unborn = request.num_branches - 1
+
+
+def _checked_ids(given: Any, vocab_size: int) -> Any:
+    try:
+        ids = np.array(given)
+    except (ValueError, TypeError):
+        ids = np.array(None)
+    if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
+        raise InvalidOperation(f"prompt expects a flat list of at least one token id, got {given!r:.80}")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise InvalidOperation(f"prompt expects token ids in 0 … {vocab_size - 1}, got {wrong}")
+    return ids.astype(np.int64)
+
+
+def _most_tokens(request: Request, runner: Runner) -> int:
+    """Return how many tokens fit behind the prompt: what ``max_tokens=None`` means; at least 1, to be refused."""
+    if request.params.streaming is not None:
+        return ENDLESS
+    blocks, prompt = runner.cache.total_blocks, request.num_prompt_tokens
+    if request.params.beam_width is not None:
+        shared = prompt // runner.cache.block_size if shares_prefixes(runner) else 0
+        blocks = shared + max(0, blocks - shared) // request.params.beam_width
+    length = blocks * runner.cache.block_size + 1
+    if runner.max_positions is not None:
+        length = min(length, runner.max_positions)
+    return max(1, length - prompt)
+
+
+def shares_prefixes(runner: Runner) -> bool:
+    """Tell whether equal prefixes of two requests are stored once."""
+    return runner.reuses_prefixes and runner.cache.prefix_caching

@@ -6,24 +6,173 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.engine.logprobs import Logprob, token_logprobs
-from pagedkv.engine.penalties import TokenCounts
 from pagedkv.engine.sampling_kernels import draw, first_of, uniforms
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidLogits, InvalidOperation
+from pagedkv.jit import compiled
 
-__all__ = ["SampleResult", "SampleRow", "Sampler", "random_seed"]
+# Log probabilities of chosen and of likeliest tokens, of the raw distribution.
 
-MASK = 2**64 - 1
+
+class Logprob(NamedTuple):
+    """How likely the model found a token.
+
+    Attributes
+    ----------
+    logprob : float
+        Natural logarithm of its probability under the raw logits: before penalties, biases and temperature.
+    rank : int
+        1 for the likeliest token; how many tokens are likelier, and one.
+    """
+
+    logprob: float
+    rank: int
+
+
+def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[dict[int, Logprob]]:
+    """Return for each row the chosen token and, likeliest first, the `top` likeliest ones.
+
+    As vLLM does by default (``logprobs_mode="raw_logprobs"``). Of equally likely tokens the lowest ids come first.
+
+    Parameters
+    ----------
+    logits : float [n, vocab]
+        As the model gave them.
+    token_ids : sequence of int
+        The chosen tokens, n.
+    top : sequence of int
+        How many likeliest tokens each row wants, n; 0 for the chosen one alone.
+
+    Returns
+    -------
+    list of dict
+        n of token id to :class:`Logprob`, the chosen one first, `top` or `top` + 1 entries each.
+    """
+    logits = logits.float()
+    chosen = torch.as_tensor(token_ids, dtype=torch.int64, device=logits.device)[:, None]
+    values = logits.gather(1, chosen)
+    norms = torch.logsumexp(logits, dim=-1, keepdim=True)
+    ranks = 1 + (logits > values).sum(dim=-1)
+    most = min(max(top, default=0), logits.shape[1])
+    likeliest, ids = _most_likely(logits, most)
+    rows = zip(
+        chosen[:, 0].tolist(),
+        (values - norms)[:, 0].tolist(),
+        ranks.tolist(),
+        ids.tolist(),
+        (likeliest - norms).tolist(),
+        top,
+        strict=True,
+    )
+    return [_entries(*row) for row in rows]
+
+
+def _most_likely(logits: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Return the `most` highest logits of each row and their ids, equals by their ids."""
+    if most == 0:
+        return logits[:, :0], torch.empty(len(logits), 0, dtype=torch.int64, device=logits.device)
+    values, ids = torch.topk(logits, min(most + 1, logits.shape[1]), dim=-1)
+    tied = values[:, most:] == values[:, most - 1 : most]  # topk took some of several equals: any of them
+    for row in tied.any(dim=-1).nonzero()[:, 0].tolist():
+        ids[row, :most] = torch.sort(logits[row], descending=True, stable=True)[1][:most]
+    ids = ids[:, :most].sort(dim=-1)[0]
+    values, order = logits.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)
+
+
+def _entries(
+    token: int, logprob: float, rank: int, ids: list[int], logprobs: list[float], top: int
+) -> dict[int, Logprob]:
+    entries = {token: Logprob(logprob, rank)}
+    for place, (other, value) in enumerate(zip(ids[:top], logprobs[:top], strict=True)):
+        entries.setdefault(other, Logprob(value, place + 1))
+    return entries
+
+
+# What a text has said already, counted as it grows, and the penalties for saying it again.
+
+FIRST_CAPACITY = 64
 
 Ids = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
+
+
+@compiled
+def _penalise(
+    logits: Logits,
+    ids: Ids,
+    counts: npt.NDArray[np.int32],
+    repetition: np.float32,
+    frequency: np.float32,
+    presence: np.float32,
+) -> None:
+    for place in range(len(ids)):
+        token, count = ids[place], counts[place]
+        value = logits[token]
+        value = value / repetition if value > 0 else value * repetition
+        value = value - frequency * np.float32(count)
+        if count > 0:
+            value = value - presence
+        logits[token] = value
+
+
+class TokenCounts:
+    """The tokens of one prompt and text, each with how often the text holds it; as long as there are different ones.
+
+    The repetition penalty is for tokens of the prompt and of the text, presence and frequency penalty for those of the
+    text alone: CTRL's (Keskar et al. 2019) and OpenAI's definitions, applied in this order, as vLLM does.
+
+    Parameters
+    ----------
+    params : SamplingParams
+    prompt_token_ids : int64 [n]
+    """
+
+    __slots__ = ("_counts", "_factors", "_ids", "_place_of", "_size")
+
+    def __init__(self, params: SamplingParams, prompt_token_ids: npt.ArrayLike) -> None:
+        penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+        self._factors = tuple(np.float32(value) for value in penalties)
+        prompt = np.unique(np.asarray(prompt_token_ids, np.int64)) if params.repetition_penalty != 1 else ()
+        self._size = len(prompt)
+        self._ids: Ids = np.empty(self._size + FIRST_CAPACITY, np.int64)
+        self._ids[: self._size] = prompt
+        self._counts = np.zeros(len(self._ids), np.int32)
+        self._place_of = {int(token): place for place, token in enumerate(prompt)}
+
+    def add(self, token: int) -> None:
+        """Count a token of the text."""
+        place = self._place_of.get(token)
+        if place is None:
+            place = self._place_of[token] = self._size
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.empty(place, np.int64)])
+                self._counts = np.concatenate([self._counts, np.zeros(place, np.int32)])
+            self._ids[place] = token
+            self._size += 1
+        self._counts[place] += 1
+
+    def apply(self, logits: Logits) -> None:
+        """Change the logits of one row, float32 [vocab], in place."""
+        _penalise(logits, self._ids[: self._size], self._counts[: self._size], *self._factors)
+
+    def copy(self) -> TokenCounts:
+        """Return the same counts for a text that goes its own way from here."""
+        other = object.__new__(TokenCounts)
+        other._factors, other._size = self._factors, self._size
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        other._place_of = self._place_of.copy()
+        return other
+
+
+MASK = 2**64 - 1
 
 
 def random_seed() -> int:

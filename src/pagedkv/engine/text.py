@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from pagedkv.engine.request import FinishReason, Request
+
 HALF = "\ufffd"  # what decoders show for bytes that are no character, or not yet
 CONTEXT = 6  # tokens of the prompt; the first token of what is decoded may lose a space, the others do not
 
@@ -110,3 +112,167 @@ def _byte_ids(tokenizer: Any) -> frozenset[int]:
         ids = {id_of(f"<0x{byte:02X}>") for byte in range(256)}
         known = _byte_ids_of[tokenizer] = frozenset(ids.difference(absent))
     return known
+
+
+# Stop strings in a text that comes in pieces.
+
+
+class StopStrings:
+    """Passes a text on, piece by piece, up to the first stop string.
+
+    The first is the one that ends first; of those that end at the same place the longest. So the result does not
+    depend on how the text is cut into pieces. What may yet turn out to be the beginning of a stop string is held back.
+    Takes a constant time a character on average, whatever the stop strings are (Knuth, Morris and Pratt 1977, "Fast
+    Pattern Matching in Strings").
+
+    Parameters
+    ----------
+    stops : sequence of str
+        None of them empty.
+    include : bool
+        Pass the stop string on as well.
+
+    Attributes
+    ----------
+    matched : str, optional
+        The stop string that was found.
+    """
+
+    __slots__ = ("_borders", "_held", "_include", "_reached", "_stops", "matched")
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._stops = tuple(stops)
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._reached = [0] * len(self._stops)  # how much of each stop string the text ends with
+        self._held = ""
+        self._include = include
+        self.matched: str | None = None
+
+    def push(self, piece: str, *, search: bool = True) -> str:
+        """Take the next piece and return what may be passed on.
+
+        Parameters
+        ----------
+        piece : str
+        search : bool
+            False lets the piece, and what was held back, pass unsearched.
+        """
+        if self.matched is not None:
+            return ""
+        if not search:
+            self._reached = [0] * len(self._stops)
+            return self.flush() + piece
+        text, before = self._held + piece, len(self._held)
+        for place, character in enumerate(piece, start=before + 1):
+            found = self._advance(character)
+            if found is not None:
+                self.matched, self._held = found, ""
+                return text[: place if self._include else place - len(found)]
+        free = len(text) - max(self._reached, default=0)
+        self._held = text[free:]
+        return text[:free]
+
+    def flush(self) -> str:
+        """Return what is held back: the text ends here."""
+        held, self._held = self._held, ""
+        return held
+
+    def copy(self) -> StopStrings:
+        """Return one that has seen the same text."""
+        other = object.__new__(StopStrings)
+        for name in StopStrings.__slots__:
+            setattr(other, name, getattr(self, name))
+        other._reached = self._reached.copy()
+        return other
+
+    def _advance(self, character: str) -> str | None:
+        longest: str | None = None
+        for which, stop in enumerate(self._stops):
+            reached, borders = self._reached[which], self._borders[which]
+            while reached and stop[reached] != character:
+                reached = borders[reached - 1]
+            reached += stop[reached] == character
+            self._reached[which] = reached
+            if reached == len(stop) and (longest is None or len(stop) > len(longest)):
+                longest = stop
+        return longest
+
+
+def _borders(stop: str) -> list[int]:
+    """Return for each prefix the length of its longest proper prefix that it also ends with."""
+    borders = [0] * len(stop)
+    for place in range(1, len(stop)):
+        length = borders[place - 1]
+        while length and stop[length] != stop[place]:
+            length = borders[length - 1]
+        borders[place] = length + (stop[length] == stop[place])
+    return borders
+
+
+# From tokens to text, and when to stop.
+
+Ending = tuple[FinishReason, int | str | None]
+
+
+def end_ids_of(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Return the tokens that end the texts of a request."""
+    own = frozenset(request.params.stop_token_ids)
+    return own if request.params.ignore_eos else own | eos_token_ids
+
+
+class Writer:
+    """Follows one text: tokens come in, text goes out, and it says when the text is over.
+
+    Parameters
+    ----------
+    request : Request
+    tokenizer : optional
+        Without one there is no text.
+    eos_token_ids : frozenset of int
+
+    Attributes
+    ----------
+    text : str
+        What is settled so far: what may become a stop string, or half a character, is held back.
+    """
+
+    __slots__ = ("_count", "_detokenizer", "_end_ids", "_max", "_min", "_shows_end", "_stops", "text")
+
+    def __init__(self, request: Request, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
+        params = request.params
+        self._max, self._min, self._count = request.max_tokens, params.min_tokens, 0
+        self._end_ids = end_ids_of(request, eos_token_ids)
+        self._shows_end = params.include_stop_str_in_output
+        self.text = ""
+        self._detokenizer: Detokenizer | None = None
+        if tokenizer is not None:
+            self._detokenizer = Detokenizer(
+                tokenizer, request.prompt_tuple, skip_special_tokens=params.skip_special_tokens
+            )
+        self._stops = StopStrings(params.stop, include=params.include_stop_str_in_output) if params.stop else None
+
+    def add(self, token: int) -> Ending | None:
+        """Take the next token; returns why the text ends with it, if it does."""
+        self._count += 1
+        ends = token in self._end_ids and self._count > self._min
+        if self._detokenizer is not None and (not ends or self._shows_end):
+            self._say(self._detokenizer.push(token))
+        if self._stops is not None and self._stops.matched is not None:
+            return "stop", self._stops.matched
+        if not ends and self._count < self._max:
+            return None
+        self.close()
+        if ends:
+            return "stop", token
+        matched = None if self._stops is None else self._stops.matched
+        return ("length", None) if matched is None else ("stop", matched)
+
+    def close(self) -> None:
+        """Let go of what is held back: nothing more comes."""
+        if self._detokenizer is not None:
+            self._say(self._detokenizer.flush())
+        if self._stops is not None:
+            self.text += self._stops.flush()
+
+    def _say(self, piece: str) -> None:
+        self.text += piece if self._stops is None else self._stops.push(piece, search=self._count > self._min)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import weakref
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,13 +14,331 @@ import torch
 from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
+from pagedkv.control.manager import BlockManager
+from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.errors import InvalidOperation
+from pagedkv.data.storage import KvStorage, SlotIndex
+from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
 from pagedkv.hf.compat import Cache, CacheLayerMixin, has_changing_rope, is_pageable, is_stateless, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
-from pagedkv.hf.pages import ModelKvCache, Pages
 
-__all__ = ["PagedCache"]
+# SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
+
+Ids = npt.NDArray[np.int64]
+
+
+class SequenceBatch:
+    """One sequence of the manager for each row of the batch, all of one length.
+
+    Parameters
+    ----------
+    manager : BlockManager
+    cache_salt : str
+        Given to every sequence.
+    """
+
+    def __init__(self, manager: BlockManager, cache_salt: str) -> None:
+        self._manager = manager
+        self._salt = cache_salt
+        self._numbers = itertools.count()
+        self._clear()
+
+    def _clear(self) -> None:
+        self.seq_ids: Ids = np.empty(0, np.int64)
+        self.length = 0
+        self._is_known = np.empty(0, bool)  # rows that may be given ids: no padding
+        self._coming: Ids | None = None  # [rows, n]: ids of the next tokens
+
+    def __len__(self) -> int:
+        return len(self.seq_ids)
+
+    def start(self, ids: Ids, is_padded: npt.NDArray[np.bool_]) -> int:
+        """Begin a sequence for each row with what is cached of its ids; returns how many tokens all rows have cached.
+
+        One number has to hold for the whole batch, so longer matches are cut to the shortest one.
+        """
+        rows, width = ids.shape
+        reused = 0
+        if rows and width and not is_padded.any():
+            reused = min(self._manager.match_prefix(row, self._salt) for row in ids)
+        try:
+            for row in ids:
+                # One token more than is cached, because allocate never counts the last one as cached.
+                info = self._open(row[: reused + 1] if reused else 0)
+                reused = min(reused, info.num_cached_tokens)
+            for seq_id in self.seq_ids.tolist():
+                self._manager.truncate(seq_id, min(reused, self._manager.get_sequence(seq_id).num_tokens))
+        except OutOfMemory:
+            self.release()
+            raise
+        self.length = reused
+        self._is_known = ~is_padded
+        self._coming = ids[:, reused:]
+        return reused
+
+    def expect(self, ids: Ids) -> None:
+        """Tell the ids [rows, n] of the next tokens to come."""
+        self._coming = ids
+
+    def forget(self) -> None:
+        """Store tokens by count from here on."""
+        self._is_known[:] = False
+
+    def grow(self, rows: int, num_tokens: int) -> BatchPlan:
+        """Make room for `num_tokens` new tokens in each of `rows` rows; all or nothing."""
+        if not len(self):
+            self._open_rows(rows)
+        elif rows != len(self):
+            self._repeat_to(rows)
+        coming = self._take_coming(rows, num_tokens)
+        try:
+            plan = self._append(coming, num_tokens)
+        except OutOfMemory as error:
+            size = self._manager.block_size
+            total = rows * -(-(self.length + num_tokens) // size)
+            hint = f"{rows} sequences of {self.length + num_tokens} tokens take {total} blocks of {size} tokens"
+            if not self.length:
+                self.release()
+            raise OutOfMemory(error.requested, error.available, hint) from None
+        self.length += num_tokens
+        self._coming = None if self._coming is None else self._coming[:, num_tokens:]
+        return plan
+
+    def _append(self, coming: Ids, num_tokens: int) -> BatchPlan:
+        known = self._is_known if coming.shape[1] else np.zeros(len(self), bool)
+        if not known.any():
+            return self._manager.append_batch(self.seq_ids, num_tokens)
+        if known.all() and coming.shape[1] == num_tokens:
+            return self._manager.append_batch(self.seq_ids, coming)
+        return self._append_mixed(coming, known, num_tokens)
+
+    def _append_mixed(self, coming: Ids, known: npt.NDArray[np.bool_], num_tokens: int) -> BatchPlan:
+        """Append ids where they are known, a count for the rest."""
+        try:
+            self._manager.append_batch(self.seq_ids[known], coming[known])
+            counts = np.where(known, num_tokens - coming.shape[1], num_tokens)
+            self._manager.append_batch(self.seq_ids, counts)
+        except OutOfMemory:
+            for seq_id in self.seq_ids.tolist():
+                self._manager.truncate(seq_id, self.length)
+            raise
+        return self._manager.plan(self.seq_ids, num_tokens)
+
+    def _take_coming(self, rows: int, num_tokens: int) -> Ids:
+        if self._coming is None:
+            return np.empty((rows, 0), np.int64)
+        if len(self._coming) != rows:
+            raise InvalidOperation(f"token ids: expected {rows} rows as the keys have, got {len(self._coming)}")
+        expected = self._coming.shape[1]
+        if self.length and 0 < expected < num_tokens:
+            raise InvalidOperation(
+                f"keys: expected at most the {expected} tokens of the prompt that are not cached, got {num_tokens}: "
+                "assisted decoding hands over the whole prompt, use pagedkv.hf.generate()"
+            )
+        return np.ascontiguousarray(self._coming[:, :num_tokens])
+
+    def select(self, rows: Ids) -> None:
+        """Let row ``i`` go on as the old row ``rows[i]``: forks where a row is taken twice, nothing is copied."""
+        taken: set[int] = set()
+        chosen = []
+        for row in rows.tolist():
+            seq_id = int(self.seq_ids[row])
+            if row in taken:
+                twin = self._next_number()
+                self._manager.fork(seq_id, twin)
+                seq_id = twin
+            taken.add(row)
+            chosen.append(seq_id)
+        for row in set(range(len(self))) - taken:
+            self._manager.free(int(self.seq_ids[row]))
+        self.seq_ids = np.array(chosen, np.int64)
+        self._is_known = self._is_known[rows]
+        self._coming = None if self._coming is None else self._coming[rows]
+
+    def truncate(self, num_tokens: int) -> None:
+        """Take back every token from position `num_tokens` on."""
+        for seq_id in self.seq_ids.tolist():
+            self._manager.truncate(seq_id, num_tokens)
+        self.length = num_tokens
+        self._coming = None
+
+    def release(self) -> None:
+        """Free every sequence."""
+        for seq_id in self.seq_ids.tolist():
+            if seq_id in self._manager:  # the caller may have freed or evicted it
+                self._manager.free(seq_id)
+        self._clear()
+
+    def _open(self, tokens: Any) -> Any:
+        number = self._next_number()
+        info = self._manager.allocate(number, tokens, cache_salt=self._salt)
+        self.seq_ids = np.append(self.seq_ids, number)
+        return info
+
+    def _open_rows(self, rows: int) -> None:
+        for _ in range(rows):
+            self._open(0)
+        self._is_known = np.zeros(rows, bool)
+
+    def _repeat_to(self, rows: int) -> None:
+        """Follow generate(), which repeats every prompt for beams and parallel samples before the first forward."""
+        times, rest = divmod(rows, len(self))
+        if rest or self._coming is None:
+            raise InvalidOperation(f"keys: expected a batch of {len(self)}, as this cache holds, got {rows}")
+        coming = self._coming
+        if len(coming) == rows:  # told for every row already
+            self._coming = None
+        self.select(np.repeat(np.arange(len(self)), times))
+        self._coming = coming if len(coming) == rows else self._coming
+
+    def _next_number(self) -> int:
+        return next(number for number in self._numbers if number not in self._manager)
+
+
+# Pages: what the layers of a PagedCache share, and the forward pass that writes into it.
+
+
+class ModelKvCache(PagedKvCache):
+    """A PagedKvCache that takes its dtype and device from the first keys it sees."""
+
+    def settle(self, dtype: Any, device: Any) -> None:
+        """Fix dtype and device of the storage while it has no layers."""
+        self._storage = KvStorage(replace(self._storage.spec, dtype=dtype), device)
+
+    def are_private(self, block_ids: npt.NDArray[np.int64]) -> bool:
+        """Tell whether these blocks are held once, not pinned and not findable, so that their keys may change."""
+        records = self._state.blocks[block_ids]
+        return bool(((records["ref_count"] == 1) & (records["pins"] == 0) & (records["indexed"] == 0)).all())
+
+
+class LayerTable:
+    """Which layer of a model is which layer of its pool: each gets its place, and its shape, with its first keys.
+
+    Parameters
+    ----------
+    pool : ModelKvCache
+    dtype, device : optional
+        Of the storage; those of the first keys by default.
+    """
+
+    def __init__(self, pool: ModelKvCache, dtype: Any = None, device: Any = None) -> None:
+        self._pool = pool
+        self._dtype, self._device = dtype, device
+        self.numbers: dict[int, int] = {}
+        """layer of the model: layer of the pool, for layers that were written"""
+
+    def place(self, layer: int, keys: Tensor, values: Tensor) -> int:
+        """Return the place of a layer, made for K and V ``[batch, heads, tokens, dim]`` where it has none."""
+        number = self.numbers.get(layer)
+        if number is None:
+            if not self.numbers:
+                self._pool.settle(self._dtype or keys.dtype, self._device or keys.device)
+            number = self._pool.add_layer(keys.shape[1], keys.shape[3], values.shape[3])
+            self.numbers[layer] = number
+        return number
+
+    def follow(self, other: LayerTable) -> None:
+        """Make the places, of the same shapes, that `other` has."""
+        spec = other._pool.spec
+        self._pool.settle(self._dtype or spec.dtype, self._device or other._pool.storage.device)
+        for shape in spec.layer_specs:
+            self._pool.add_layer(shape.num_kv_heads, shape.head_dim, shape.v_head_dim)
+        self.numbers = dict(other.numbers)
+
+
+@dataclass(slots=True)
+class Step:
+    """One forward pass: its tokens have slots, and layer after layer writes into them."""
+
+    plan: BatchPlan
+    past: int
+    written: set[int] = field(default_factory=set)
+    slots: SlotIndex | None = None  # of all tokens of all rows, made when a layer first gathers
+
+
+class Pages:
+    """What the layers of one cache share: the pool, the sequences and the forward pass that is under way."""
+
+    def __init__(self, pool: ModelKvCache, cache_salt: str, expected: set[int], dtype: Any, device: Any) -> None:
+        self.pool = pool
+        self.batch = SequenceBatch(pool, cache_salt)
+        self._step: Step | None = None
+        self._expected = expected  # layers that a forward pass should write
+        self._table = LayerTable(pool, dtype, device)
+
+    def number(self, layer: int) -> int:
+        """Return the number that a written layer has in the pool."""
+        return self._table.numbers[layer]
+
+    def length(self, layer: int) -> int:
+        """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
+        step = self._step
+        if step is not None and layer in self._table.numbers and layer not in step.written:
+            return step.past
+        return self.batch.length
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> Step:
+        """Store K and V ``[batch, heads, tokens, dim]``; the first layer of a forward pass makes the room."""
+        if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+            raise InvalidOperation("keys: a paged cache passes no gradients on; run the model under torch.no_grad()")
+        step = self._step
+        if step is None or layer in step.written:
+            self.finish()
+            past = self.batch.length
+            step = self._step = Step(self.batch.grow(keys.shape[0], keys.shape[2]), past)
+        if step.past and layer not in self._table.numbers:
+            raise InvalidOperation(f"layer {layer}: expected K and V from the first token on, {step.past} are missing")
+        number = self._table.place(layer, keys, values)
+        self.pool.write(number, by_token(keys), by_token(values), step.plan)
+        step.written.add(layer)
+        return step
+
+    def gather(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Return K and V of all tokens, ``[batch, heads, tokens, dim]``."""
+        if step.slots is None:
+            step.slots = self.pool.storage.slot_index(visible_slots(step.plan, self.pool.block_size))
+        rows = step.plan.num_sequences
+        keys, values = self.pool.storage.gather(self.number(layer), step.slots)
+        return _by_row(keys, rows), _by_row(values, rows)
+
+    def finish(self) -> None:
+        """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        if step.written < self._table.numbers.keys():
+            self.batch.truncate(step.past)
+        elif self._expected <= step.written:
+            self.pool.commit(step.plan)
+        else:
+            self.batch.forget()
+
+    def release(self) -> None:
+        """Free the sequences."""
+        with contextlib.suppress(SequenceNotFound):  # the caller may have freed or evicted one
+            self.finish()
+        self.batch.release()
+
+
+def by_token(states: Tensor) -> Tensor:
+    """Turn ``[batch, heads, tokens, dim]`` into ``[batch * tokens, heads, dim]``."""
+    return states.transpose(1, 2).flatten(0, 1)
+
+
+def _by_row(states: Tensor, rows: int) -> Tensor:
+    """Turn ``[batch * tokens, heads, dim]`` into ``[batch, heads, tokens, dim]``."""
+    return states.view(rows, -1, *states.shape[1:]).transpose(1, 2)
+
+
+def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None)) -> npt.NDArray[np.int64]:
+    """Return the slots of all tokens that the (chosen) sequences of a plan see, one sequence after the other."""
+    lengths, holes = plan.seq_lens[chosen].astype(np.int64), plan.holes[chosen].astype(np.int64)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    places = np.arange(len(rows)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    places += np.where(places >= holes[rows, 0], (holes[:, 1] - holes[:, 0])[rows], 0)
+    blocks = plan.block_tables[chosen][rows, places // block_size].astype(np.int64)
+    slots: npt.NDArray[np.int64] = blocks * block_size + places % block_size
+    return slots
 
 
 class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -309,3 +630,113 @@ def _padded_rows(attention_mask: Any, ids: npt.NDArray[np.int64]) -> npt.NDArray
         raise InvalidOperation(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
     padded: npt.NDArray[np.bool_] = (mask == 0).any(axis=1)
     return padded
+
+
+# generate(): model.generate() over a PagedCache that knows the token ids.
+
+
+def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool = True, **kwargs: Any) -> Any:
+    """Generate with `model`, reusing what `cache` holds of the prompt and leaving the reply in it for the next turn.
+
+    The cache learns the ids of every token from the forward passes themselves, so the full blocks of prompt and reply
+    can be found by the next call: a second chat turn, or a second conversation with the same system prompt. The last
+    token of a reply has no K and V yet and is not stored.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        The one whose config `cache` was made with.
+    input_ids : int Tensor [batch, tokens]
+        The whole prompt, whatever of it is cached.
+    cache : PagedCache
+        It serves one model: K and V of another must not be reused. After a change of its weights (an adapter, say)
+        call ``cache.manager.clear_prefix_cache()``.
+    release : bool
+        Whether the sequences are freed at the end; what was stored stays findable. If not, they stay until the next
+        prompt or ``cache.release()``. After an error they are always freed.
+    **kwargs
+        For ``model.generate()``. With a tensor other than ``attention_mask`` (embeddings, positions, a list of
+        images) the ids do not determine K and V, so nothing is reused or left to be found.
+
+    Returns
+    -------
+    Tensor or ModelOutput
+        What ``model.generate()`` returns.
+
+    Raises
+    ------
+    InvalidOperation
+        If `cache` is no PagedCache or has served another model, there is no token, ``past_key_values`` is among the
+        arguments, or ``use_cache`` is False.
+    OutOfMemory
+        If the pool is too small; says how many blocks it takes.
+    """
+    if not isinstance(cache, PagedCache):
+        raise InvalidOperation(f"cache: expected a PagedCache, got {type(cache).__name__}")
+    if "past_key_values" in kwargs:
+        raise InvalidOperation("past_key_values: expected the cache as third argument only")
+    if isinstance(input_ids, Tensor) and not input_ids.numel() and "inputs_embeds" not in kwargs:
+        raise InvalidOperation(f"input_ids: expected at least one token, got shape {list(input_ids.shape)}")
+    cache.serve(model)
+    others = {name for name, value in kwargs.items() if _holds_tensor(value)} - {"attention_mask"}
+    if others:
+        cache.release()
+        return _run(model, input_ids, cache, release, kwargs)
+    if kwargs.get("attention_mask") is None:
+        kwargs["attention_mask"] = _inferred_mask(model, input_ids, kwargs)
+    cache.prompt(input_ids, kwargs["attention_mask"])
+
+    def tell_ids(module: Any, args: tuple[Any, ...], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if inputs.get("past_key_values") is not cache or inputs.get("input_ids") is None:
+            return None
+        if inputs.get("use_cache") is False:  # every token would come again in every step, at positions of its own
+            raise InvalidOperation("use_cache: expected True with a PagedCache, got False")
+        inputs = _without_cached(inputs, input_ids, cache.get_seq_length())
+        cache.expect(inputs["input_ids"])
+        return args, inputs
+
+    hook = model.register_forward_pre_hook(tell_ids, with_kwargs=True)
+    try:
+        return _run(model, input_ids, cache, release, kwargs)
+    finally:
+        hook.remove()
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))
+
+
+def _inferred_mask(model: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """Find the padding as generate() would by itself, so that the cache and the model see the same."""
+    settings = [kwargs, vars(kwargs.get("generation_config") or model.generation_config)]
+    pad, eos = (
+        next((given[name] for given in settings if given.get(name) is not None), None)
+        for name in ("pad_token_id", "eos_token_id")
+    )
+    if pad is None or pad in (eos if isinstance(eos, (list, tuple)) else [eos]):
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
+
+
+def _without_cached(inputs: dict[str, Any], prompt: Tensor, past: int) -> dict[str, Any]:
+    """Cut off the tokens that are cached: assisted decoding hands the whole prompt to a warm cache."""
+    ids, width = inputs["input_ids"], prompt.shape[1]
+    if not past or past >= width or ids.shape[1] < width or not torch.equal(ids[:, :width], prompt.to(ids.device)):
+        return inputs
+    cut = {"input_ids": ids[:, past:]}
+    if inputs.get("position_ids") is not None:
+        cut["position_ids"] = inputs["position_ids"][..., past:]
+    return inputs | cut
+
+
+def _run(model: Any, input_ids: Tensor, cache: PagedCache, release: bool, kwargs: dict[str, Any]) -> Any:
+    try:
+        output = model.generate(input_ids, past_key_values=cache, **kwargs)
+    except BaseException:
+        cache.release()
+        raise
+    if release:
+        cache.release()
+    return output

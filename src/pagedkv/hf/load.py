@@ -17,9 +17,9 @@ from pagedkv.control.arguments import whole_number
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.hf.cache import ModelKvCache
 from pagedkv.hf.compat import has_changing_rope
 from pagedkv.hf.graphs import CudaRecorder
-from pagedkv.hf.pages import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
 

@@ -2,27 +2,315 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import Linear, functional
 
-from pagedkv.control.arguments import sequence_key
+from pagedkv.control.arguments import sequence_key, sequence_number
 from pagedkv.control.plan import BatchPlan
+from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation
-from pagedkv.hf.compat import attention_by, has_changing_rope
-from pagedkv.hf.direct import DIRECT, Plan
-from pagedkv.hf.forward_cache import GatherWriter, RaggedWriter, forward_cache
+from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
+from pagedkv.hf.compat import (
+    Cache,
+    CacheLayerMixin,
+    attention_by,
+    has_changing_rope,
+    is_pageable,
+    is_stateless,
+    stock_layers,
+)
+from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
-from pagedkv.hf.pages import LayerTable, ModelKvCache
-from pagedkv.hf.products import Products
-from pagedkv.hf.runner_streams import RunnerStreams
-from pagedkv.hf.states import SequenceStates
+from pagedkv.hf.streaming import RunnerStreams
 
-__all__ = ["ModelRunner"]
+# The caches that a ModelRunner hands to a model for one forward pass: over a ragged batch, or over one sequence.
+#
+# transformers knows one way from a model to keys and values: ``Cache.update()``. Behind it stands a writer, which
+# knows the plan of the step.
+
+Slots = npt.NDArray[np.int64]
+
+
+class Writer(Protocol):
+    """Takes the new K and V of each layer of one forward pass."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store K and V ``[1, heads, tokens, dim]`` and return what attention is to get."""
+
+    def length(self, layer: int) -> int:
+        """Tell how many tokens the model believes the layer to hold."""
+
+
+class ForwardLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One attention layer; it holds nothing itself."""
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, writer: Writer, number: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._writer, self._layer = writer, number
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: memory comes with the first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new tokens."""
+        return self._writer.write(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer holds."""
+        return self._writer.length(self._layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that `query_length` new tokens will see, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: only the pool is a limit."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Leave it to the block manager."""
+
+
+def forward_cache(stock: list[Any], paged: set[int], writer: Writer) -> Cache:
+    """Return a cache whose paged layers go to `writer` and whose other layers are the stock ones."""
+    layers = [ForwardLayer(writer, number) if number in paged else layer for number, layer in enumerate(stock)]
+    return Cache(layers=layers)
+
+
+class RaggedWriter:
+    """All sequences of a plan in one row: attention gets handles and reads the blocks by the plan.
+
+    The model is made to believe that the row is one prompt with nothing before it; who sees whom is in the plan, and
+    positions are told. The row may be longer than the plan: what is behind is padding.
+
+    Parameters
+    ----------
+    pool : ModelKvCache
+    table : LayerTable
+    backend : str
+        Of :func:`pagedkv.paged_attention`.
+    """
+
+    def __init__(self, pool: ModelKvCache, table: LayerTable, backend: str) -> None:
+        self._pool, self._table, self._backend = pool, table, backend
+        self.plan: Plan | None = None
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store K and V; the handles stand for everything that the sequences see."""
+        plan = self.plan
+        if plan is None:
+            raise InvalidOperation("past_key_values: expected a forward pass of its ModelRunner")
+        number = self._table.place(layer, keys, values)
+        total = plan.total_tokens
+        self._pool.write(number, by_token(keys)[:total], by_token(values)[:total], plan)
+        where = (self._pool, number, plan, keys.shape[2], self._backend)
+        return PagedStates.of(keys, *where), PagedStates.of(values, *where)
+
+    def length(self, layer: int) -> int:
+        """Tell the model that there is nothing yet."""
+        return 0
+
+
+class GatherWriter:
+    """One sequence of a plan after the other: attention gets all K and V of the sequence as dense tensors."""
+
+    def __init__(self, pool: ModelKvCache, table: LayerTable) -> None:
+        self._pool, self._table = pool, table
+        self._past = 0
+        self._new: Slots = np.empty(0, np.int64)
+        self._all: Slots = np.empty(0, np.int64)
+        self._written: set[int] = set()
+        self._index: tuple[SlotIndex, SlotIndex] | None = None
+
+    def sequences(self, plan: BatchPlan) -> Iterator[int]:
+        """Turn to the sequences of a plan, one after the other, and yield how many tokens each has behind it."""
+        every = visible_slots(plan, self._pool.block_size)
+        first = 0
+        for i, length in enumerate(plan.seq_lens.tolist()):
+            self._new = plan.slot_mapping[plan.cu_seqlens_q[i] : plan.cu_seqlens_q[i + 1]]
+            self._all = every[first : first + length]
+            self._past = length - len(self._new)
+            self._written.clear()
+            self._index = None
+            first += length
+            yield self._past
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store K and V and gather what the sequence sees."""
+        number = self._table.place(layer, keys, values)
+        storage = self._pool.storage
+        if self._index is None:
+            self._index = storage.slot_index(self._new), storage.slot_index(self._all)
+        storage.write(number, by_token(keys), by_token(values), self._index[0])
+        self._written.add(layer)
+        if not self._past and keys.dtype == storage.dtype:
+            return keys, values
+        all_keys, all_values = storage.gather(number, self._index[1])
+        return all_keys.transpose(0, 1)[None].to(keys), all_values.transpose(0, 1)[None].to(values)
+
+    def length(self, layer: int) -> int:
+        """Tell how many tokens of the sequence the layer holds by now."""
+        return len(self._all) if layer in self._written else self._past
+
+
+# What recurrent and convolution layers keep of each sequence, outside of the blocks.
+
+
+class SequenceStates:
+    """The stock cache layers of one model that are not paged, for each sequence.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+        ``model.config``.
+
+    Attributes
+    ----------
+    paged : set of int
+        Layers whose K and V live in blocks.
+    is_empty : bool
+        Whether there are no others with a state.
+
+    Raises
+    ------
+    InvalidOperation
+        If the model has no attention layer, or an encoder.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        layers = stock_layers(config)
+        self.paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
+        if not self.paged:
+            raise InvalidOperation(f"model: expected one with attention layers, got {type(config).__name__}")
+        self.is_empty = all(number in self.paged or is_stateless(layer) for number, layer in enumerate(layers))
+        self._kept: dict[int, _Kept] = {}
+
+    def layers(self, seq_id: int, past: int, num_new: int) -> list[Any]:
+        """Return the stock layers of a sequence of `past` tokens, which is about to get `num_new` more.
+
+        Tokens of the last forward pass can be taken back, as far as there is no recurrence.
+
+        Raises
+        ------
+        InvalidOperation
+            If the state is of another number of tokens and cannot be brought back.
+        """
+        if self.is_empty or past == 0:
+            kept = _Kept(self.fresh())
+        else:
+            kept = self._kept.get(seq_id) or _Kept([])
+            kept.take_back(kept.seen - past, seq_id)
+        if not self.is_empty:
+            self._kept[seq_id] = kept
+        kept.seen, kept.newest = past + num_new, num_new
+        return kept.layers
+
+    def fork(self, src: int, dst: int) -> None:
+        """Let `dst` begin with what is kept of `src`."""
+        if src in self._kept:
+            self._kept[dst] = copy.deepcopy(self._kept[src])
+
+    def release(self, seq_id: int) -> None:
+        """Forget a sequence."""
+        self._kept.pop(seq_id, None)
+
+    def fresh(self) -> list[Any]:
+        """Return the stock layers of a sequence without tokens."""
+        layers = stock_layers(self._config)
+        for layer in layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+        return layers
+
+
+@dataclass(slots=True)
+class _Kept:
+    """The layers of one sequence, how many tokens they have seen, and how many of these in the last forward pass."""
+
+    layers: list[Any]
+    seen: int = 0
+    newest: int = 0
+
+    def take_back(self, count: int, seq_id: int) -> None:
+        recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
+        if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in recording)):
+            raise InvalidOperation(
+                f"plan: expected S{sequence_number(seq_id)} to go on after token {self.seen}, got {self.seen - count}: "
+                "what recurrent layers keep cannot be taken back so far; free the sequence and compute it anew"
+            )
+        for layer in recording:
+            if layer.is_croppable:
+                layer.crop(-count)
+
+
+# The matrix products of a model's linear layers by oneDNN, while an engine runs the model.
+#
+# For float32, torch hands them to MKL, which leaves the wide vectors of other makers' processors unused: on an AMD
+# processor with AVX-512, oneDNN multiplies twice as fast. Its results are also the same bits for every number of rows
+# but one, in any number of threads, where MKL's need four rows.
+
+
+class Products:
+    """A context in which the plain linear layers of a model multiply by oneDNN, where that is worth it.
+
+    The layers and their weights stay as they are; outside of the context the model is torch's own again.
+
+    Parameters
+    ----------
+    model : Module
+        Whose layers these are. Layers of other classes, and those whose ``forward`` somebody replaced, are left alone.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        layers = [layer for layer in model.modules() if _is_plain(layer)] if _is_worth_it(model) else []
+        self._forwards = [(vars(layer), _forward(layer)) for layer in layers]
+
+    def __enter__(self) -> None:
+        for attributes, forward in self._forwards:
+            attributes["forward"] = forward
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for attributes, _ in self._forwards:
+            attributes.pop("forward", None)
+
+
+def _is_worth_it(model: Any) -> bool:
+    has_operator = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return has_operator and torch.backends.cpu.get_cpu_capability() == "AVX512" and model.device.type == "cpu"
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is Linear and "forward" not in vars(layer)
+
+
+def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
+    multiply = torch.ops.mkldnn._linear_pointwise
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype is not torch.float32 or layer.weight.dtype is not torch.float32 or not x.numel():
+            return functional.linear(x, layer.weight, layer.bias)
+        product: Tensor = multiply(x, layer.weight, layer.bias, "none", [], "")
+        return product
+
+    return forward
+
 
 Ids = npt.NDArray[np.int64]
 

@@ -4,21 +4,119 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from pagedkv import __version__
 from pagedkv.engine.snapshot import NUM_PREFIXES, encode, hottest_prefixes
-from pagedkv.server.auth import Operator
-from pagedkv.server.snapshots import Snapshots
+from pagedkv.server.auth import Client, Operator
+from pagedkv.server.live import Snapshots
 from pagedkv.server.state import Server, ServerState
+
+# Is it alive, and which version is it?
+
+health_router = APIRouter(tags=["server"])
+
+
+class Health(BaseModel):
+    """Whether requests are taken."""
+
+    status: Literal["ok", "draining", "dead"]
+
+
+class Version(BaseModel):
+    """Which pagedkv this is."""
+
+    version: str
+
+
+@health_router.get(
+    "/health", summary="Whether requests are taken", responses={503: {"model": Health}}, response_model=Health
+)
+async def health(server: Server) -> Health | JSONResponse:
+    """Answer 200 while requests are taken, 503 once the server drains or its engine has stopped."""
+    status: Literal["ok", "draining", "dead"] = "draining" if server.draining else "ok"
+    if not server.engine.is_alive:
+        status = "dead"
+    return Health(status=status) if status == "ok" else JSONResponse({"status": status}, 503)
+
+
+@health_router.get("/version", summary="The version")
+async def version() -> Version:
+    """Return the version of pagedkv."""
+    return Version(version=__version__)
+
+
+# Which models there are: one.
+
+models_router = APIRouter(tags=["models"], dependencies=[Client])
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "pagedkv"
+    max_model_len: int
+
+
+class ModelList(BaseModel):
+    """All of them."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def _only_model(server: Server) -> Model:
+    model = server.model
+    return Model(id=model.name, created=model.created, max_model_len=model.max_model_len)
+
+
+@models_router.get("/v1/models", summary="List the models")
+async def list_models(server: Server) -> ModelList:
+    """Return the model that is served."""
+    return ModelList(data=[_only_model(server)])
+
+
+@models_router.get("/v1/models/{name:path}", summary="Describe a model")
+async def get_model(name: str, server: Server) -> Model:
+    """Return the model of this name; 404 for any other."""
+    server.model.check_name(name)
+    return _only_model(server)
+
+
+# Forgetting what is cached.
+
+clear_router = APIRouter(tags=["cache"], dependencies=[Operator])
+
+
+class Cleared(BaseModel):
+    """What was forgotten."""
+
+    cleared_blocks: int = Field(description="Cached blocks that became free. Those in use stay.")
+
+
+@clear_router.post("/v1/cache/clear", summary="Forget all cached prefixes")
+async def clear(server: Server) -> Cleared:
+    """Forget all prefixes of all tenants; requests that run go on."""
+    return Cleared(cleared_blocks=await server.engine.clear_prefix_cache())
+
+
+@clear_router.post("/reset_prefix_cache", summary="Forget all cached prefixes, under vLLM's name")
+async def reset_prefix_cache(server: Server) -> Cleared:
+    """Do the same as ``/v1/cache/clear``."""
+    return await clear(server)
+
 
 MAX_SHOWN_TOKENS = 512
 SNAPSHOT_TYPE = "application/vnd.pagedkv.snapshot"
 
-router = APIRouter(tags=["cache"], dependencies=[Operator])
+cache_router = APIRouter(tags=["cache"], dependencies=[Operator])
 
 
 class Blocks(BaseModel):
@@ -75,7 +173,7 @@ class Cache(BaseModel):
     stats: dict[str, int | float]
 
 
-@router.get("/v1/cache", summary="What is in the cache")
+@cache_router.get("/v1/cache", summary="What is in the cache")
 async def show_cache(
     server: Server,
     snapshots: Snapshots,
@@ -126,7 +224,7 @@ async def show_cache(
     )
 
 
-@router.get(
+@cache_router.get(
     "/v1/cache/snapshot",
     summary="A snapshot for pagedkv top",
     response_class=Response,

@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from pagedkv import __version__
+from pagedkv.server import admin, chat, completions, live, metrics, tokenize
 from pagedkv.server.admission import Gate
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
-from pagedkv.server.limits import Limits
+from pagedkv.server.events import kv_events
+from pagedkv.server.limits import Limits, Probes
 from pagedkv.server.logs import RequestLog
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import complete_document
-from pagedkv.server.probes import Probes
-from pagedkv.server.routers import BACKGROUND, ROUTERS
 from pagedkv.server.state import ServerState
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
-__all__ = ["create_app"]
+
+# The routes of the server and what runs beside them: the one list that a new part is added to.
+
+ROUTERS: tuple[APIRouter, ...] = (
+    admin.health_router,
+    admin.models_router,
+    completions.router,
+    chat.router,
+    tokenize.router,
+    admin.clear_router,
+    admin.cache_router,
+    live.stream_router,
+    live.page_router,
+    metrics.router,
+)
+"""Every one is included as it is: a router that needs a key says so with ``dependencies=[Client]`` or ``[Operator]``
+of ``server/auth.py``."""
+
+BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = (metrics.metering, kv_events)
+"""Entered when the server starts and left when it has drained, in this order; here ``state.observers`` grows."""
+
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request is at fault, or there is no room."},

@@ -13,13 +13,10 @@ from starlette.responses import Response
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.event_stream import stream
-from pagedkv.server.generation import Changes, Job, Running
+from pagedkv.server.generation import Changes, Job, Piece, Pieces, Running, stream, whole
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
-from pagedkv.server.pieces import Piece, Pieces, whole
-from pagedkv.server.schemas import Usage
-from pagedkv.server.schemas_completion import Completion, CompletionChunk, CompletionRequest
+from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
 from pagedkv.server.state import Server, ServerState
 
 __all__ = ["router"]

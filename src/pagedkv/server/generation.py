@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, Literal, cast
 
+import msgspec
 from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from pagedkv.engine import EngineDead, RequestOutput, SamplingParams
+from pagedkv.engine import CompletionOutput, EngineDead, RequestOutput, SamplingParams
 from pagedkv.server.auth import Caller, salt_of
-from pagedkv.server.errors import ApiError, ClientLeft
+from pagedkv.server.errors import ApiError, ClientLeft, api_error_of
 from pagedkv.server.logs import note
 from pagedkv.server.schemas import GenerationFields, Usage
 from pagedkv.server.state import ServerState
@@ -254,3 +257,133 @@ def _refuse_abort(output: RequestOutput) -> None:
     # The engine ends requests on its own only when it shuts down.
     if output.finished and any(choice.finish_reason == "abort" for choice in output.outputs):
         raise _aborted()
+
+
+# What is new in texts that are handed out as a whole again and again.
+
+Ending = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is new in one text.
+
+    Attributes
+    ----------
+    text : str
+    token_ids : tuple of int
+    logprobs : list of dict, optional
+        One entry for each of the tokens.
+    finish_reason : {"stop", "length"}, optional
+    stop_reason : int or str, optional
+    first : bool
+        Whether nothing was told of this text before.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: list[dict[int, Any]] | None
+    finish_reason: Ending | None
+    stop_reason: int | str | None
+    first: bool = True
+
+
+class Pieces:
+    """Tells for one text after the other what is new since it was asked last."""
+
+    def __init__(self) -> None:
+        self._told: dict[int, tuple[int, int]] = {}
+        self._ended: set[int] = set()
+
+    def of(self, index: int, output: CompletionOutput) -> Piece | None:
+        """Return what is new in the text of this index; None if there is nothing to tell."""
+        if index in self._ended:
+            return None
+        characters, tokens = self._told.get(index, (0, 0))
+        piece = whole(output)
+        text, token_ids = piece.text[characters:], piece.token_ids[tokens:]
+        logprobs = None if piece.logprobs is None else piece.logprobs[tokens:]
+        if not (text or logprobs or piece.finish_reason):
+            return None
+        first = index not in self._told
+        # Tokens without text wait for the text that they become part of, so that a piece has both.
+        self._told[index] = (max(characters, len(piece.text)), len(piece.token_ids))
+        if piece.finish_reason:
+            self._ended.add(index)
+        return Piece(text, token_ids, logprobs, piece.finish_reason, piece.stop_reason, first)
+
+
+def whole(output: CompletionOutput) -> Piece:
+    """Return a whole text as one piece."""
+    ending = cast("Ending | None", output.finish_reason)
+    return Piece(output.text, tuple(output.token_ids), output.logprobs, ending, output.stop_reason)
+
+
+# Server-sent events of a request that runs.
+
+_HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+
+
+class EventStream(Response):
+    """Sends objects as events, an error as the last of them, and ends what runs, whatever happens.
+
+    Parameters
+    ----------
+    running : Running
+        Entered; the stream leaves it.
+    chunks : async iterator of dict
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, running: Running, chunks: AsyncIterator[dict[str, Any]]) -> None:
+        self.status_code, self.background, self.body = 200, None, b""
+        self._running, self._chunks = running, chunks
+        self.init_headers(_HEADERS)
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with aclosing(self._events()) as events:
+                async for event in events:
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientLeft:
+            return
+        finally:
+            await self._running.__aexit__()
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for chunk in self._chunks:
+                yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        except (ClientLeft, GeneratorExit):
+            raise
+        except Exception as error:
+            # The status is long sent: the error is an event, as OpenAI's clients expect it.
+            yield b"data: " + msgspec.json.encode(api_error_of(error).body) + b"\n\n"
+        yield DONE
+
+
+async def stream(running: Running, chunks_of: Callable[[Changes], AsyncIterator[dict[str, Any]]]) -> EventStream:
+    """Start what is to run and, once there is something to tell, return the stream of it.
+
+    What goes wrong before that is raised, so that the client gets the right status.
+    """
+    await running.__aenter__()
+    try:
+        changes = running.changes()
+        first = await anext(changes)
+    except BaseException:
+        await running.__aexit__()
+        raise
+
+    async def all_changes() -> Changes:
+        yield first
+        async for change in changes:
+            yield change
+
+    return EventStream(running, chunks_of(all_changes()))

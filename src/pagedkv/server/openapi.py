@@ -8,8 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pagedkv.server.schemas_chat import ChatChunk
-from pagedkv.server.schemas_completion import CompletionChunk
+from pagedkv.server.schemas import ChatChunk, CompletionChunk
 
 _REF = "#/components/schemas/{model}"
 

@@ -19,9 +19,8 @@ import uvicorn
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.limits import SlowReaders, bounded_http, raise_file_limit
 from pagedkv.server.logs import JsonFormatter
-from pagedkv.server.slow_readers import SlowReaders
-from pagedkv.server.sockets import bounded_http, raise_file_limit
 from pagedkv.server.state import ServerState
 
 if TYPE_CHECKING:

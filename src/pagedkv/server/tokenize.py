@@ -8,10 +8,9 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from pagedkv.server.auth import Client
-from pagedkv.server.conversation import encode_chat
+from pagedkv.server.chat import encode_chat
 from pagedkv.server.errors import ApiError
-from pagedkv.server.schemas import Body, Text, TokenId
-from pagedkv.server.schemas_chat import ChatMessage
+from pagedkv.server.schemas import Body, ChatMessage, Text, TokenId
 from pagedkv.server.state import Server
 
 __all__ = ["router"]

@@ -13,14 +13,11 @@ if TYPE_CHECKING:
     from pagedkv.sim.optimum import optimal
     from pagedkv.sim.planner import plan
     from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.replaying import replay
-    from pagedkv.sim.result import ReplayResult
-    from pagedkv.sim.sweeping import sweep
+    from pagedkv.sim.replayer import ReplayResult, Timing, replay
+    from pagedkv.sim.sweeps import sweep
     from pagedkv.sim.synth import synthesize
-    from pagedkv.sim.timing import Timing
-    from pagedkv.sim.trace import Trace
+    from pagedkv.sim.trace import Trace, write_trace
     from pagedkv.sim.trace_stats import describe
-    from pagedkv.sim.writing import write_trace
 
 __all__ = [
     "HitCurve",
@@ -41,17 +38,14 @@ __all__ = [
 
 _HOMES = {
     "curves": ("HitCurve", "lru_curve", "shards_curve"),
-    "trace_stats": ("describe",),
     "optimum": ("optimal",),
     "planner": ("plan",),
     "reading": ("read_trace",),
-    "replaying": ("replay",),
-    "result": ("ReplayResult",),
-    "sweeping": ("sweep",),
+    "replayer": ("ReplayResult", "Timing", "replay"),
+    "sweeps": ("sweep",),
     "synth": ("synthesize",),
-    "timing": ("Timing",),
-    "trace": ("Trace",),
-    "writing": ("write_trace",),
+    "trace": ("Trace", "write_trace"),
+    "trace_stats": ("describe",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

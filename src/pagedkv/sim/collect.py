@@ -4,19 +4,299 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 import weakref
 from array import array
 from collections.abc import Hashable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.sim.columns import Columns
-from pagedkv.sim.interning import Interner
-from pagedkv.sim.sorting import renumber_sessions, reorder_ids
+from pagedkv.jit import compiled
 from pagedkv.sim.source import BadRecord
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
+
+# Arrays that grow chunk by chunk, and move to disk when all together pass a size.
+
+
+class _Column:
+    """One growing array: chunks in memory, or a file."""
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self.dtype = np.dtype(dtype)
+        self.chunks: list[npt.NDArray[Any]] = []
+        self.file: BinaryIO | None = None
+
+    def extend(self, chunk: npt.NDArray[Any]) -> None:
+        if self.file is None:
+            self.chunks.append(chunk)
+        else:
+            chunk.tofile(self.file)
+
+    def move_to(self, path: Path) -> None:
+        self.file = path.open("wb")
+        for chunk in self.chunks:
+            chunk.tofile(self.file)
+        self.chunks.clear()
+
+    def finish(self) -> npt.NDArray[Any]:
+        if self.file is None:
+            chunks, self.chunks = self.chunks, []
+            return np.concatenate([np.zeros(0, self.dtype), *chunks])
+        self.file.close()
+        if Path(self.file.name).stat().st_size == 0:  # cannot be mapped
+            return np.zeros(0, self.dtype)
+        return np.memmap(self.file.name, self.dtype, mode="r+")
+
+
+class Columns:
+    """Several growing arrays that stay in memory up to a size and go to a temporary folder beyond it.
+
+    Parameters
+    ----------
+    dtypes : dict
+        Name and type of every column.
+    memory_bytes : int
+        What all columns together may take before they move to disk.
+
+    Attributes
+    ----------
+    folder : Path or None
+        Where they lie, once they have moved. Whoever takes the arrays removes it: `close`.
+    """
+
+    def __init__(self, dtypes: dict[str, type[np.generic]], memory_bytes: int) -> None:
+        self.folder: Path | None = None
+        self._columns = {name: _Column(dtype) for name, dtype in dtypes.items()}
+        self._memory_bytes = memory_bytes
+        self._held = 0
+
+    def extend(self, **chunks: npt.NDArray[Any]) -> None:
+        """Append to columns; the arrays are kept, not copied."""
+        for name, chunk in chunks.items():
+            self._columns[name].extend(chunk)
+            self._held += chunk.nbytes
+        if self.folder is None and self._held > self._memory_bytes:
+            self.folder = Path(tempfile.mkdtemp(prefix="pagedkv-trace-"))
+            for name, column in self._columns.items():
+                column.move_to(self.folder / f"{name}.bin")
+
+    def finish(self) -> dict[str, npt.NDArray[Any]]:
+        """Return the arrays, in memory or mapped; nothing can be appended afterwards."""
+        return {name: column.finish() for name, column in self._columns.items()}
+
+    def empty(self, name: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return an array of the same size and kind: in memory, or mapped from a new file."""
+        if self.folder is None or len(like) == 0:
+            return np.empty_like(like)
+        return np.memmap(self.folder / f"{name}.bin", like.dtype, mode="w+", shape=like.shape)
+
+    def close(self) -> None:
+        """Remove the temporary folder; arrays that are still mapped stay readable where the system allows it."""
+        for column in self._columns.values():
+            if column.file is not None:
+                column.file.close()
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# Bring requests into another order, and number their blocks anew by first appearance.
+
+Array = npt.NDArray[Any]
+UNSEEN = -1
+
+
+@compiled
+def _reorder(order: Array, starts: Array, counts: Array, ids: Array, moved: Array, rank: Array, firsts: Array) -> None:
+    place = 0
+    distinct = 0
+    for request in order:
+        for old_place in range(starts[request], starts[request] + counts[request]):
+            old = ids[old_place]
+            if rank[old] == UNSEEN:
+                rank[old] = distinct
+                firsts[distinct] = old
+                distinct += 1
+            moved[place] = rank[old]
+            place += 1
+
+
+def reorder_ids(
+    order: npt.NDArray[np.int64],
+    counts: npt.NDArray[np.int64],
+    ids: npt.NDArray[np.int32],
+    parents: npt.NDArray[np.int32],
+    moved: npt.NDArray[np.int32],
+) -> npt.NDArray[np.int32]:
+    """Write the blocks of every request, in the new order and with new numbers, to `moved`.
+
+    Parameters
+    ----------
+    order : int64 [num_requests]
+        The old places of the requests, in their new order.
+    counts : int64 [num_requests]
+        Blocks of every request, in the old order.
+    ids : int32 [num_accesses]
+    parents : int32 [num_distinct]
+        Every block occurs in `ids`; a negative number is a root.
+    moved : int32 [num_accesses]
+        Where the result goes.
+
+    Returns
+    -------
+    int32 [num_distinct]
+        The parents in the new numbers; roots stay as they are.
+    """
+    rank = np.full(len(parents), UNSEEN, np.int32)
+    firsts = np.empty(len(parents), np.int32)
+    _reorder(order, np.cumsum(counts) - counts, counts, ids, moved, rank, firsts)
+    renumbered = parents[firsts]
+    has_parent = renumbered >= 0
+    renumbered[has_parent] = rank[renumbered[has_parent]]
+    return renumbered
+
+
+def renumber_sessions(sessions: npt.NDArray[np.int64]) -> None:
+    """Number sessions anew in the order of their first appearance, in place; −1 stays −1."""
+    seen, firsts, places = np.unique(sessions, return_index=True, return_inverse=True)
+    has_number = seen >= 0
+    rank = seen.copy()
+    rank[has_number] = np.argsort(np.argsort(firsts[has_number]))
+    sessions[:] = rank[places]
+
+
+# Raw block ids to dense chained ids: equal ids stand for equal blocks behind equal prefixes.
+#
+# A block is known by (dense id of the block before it, its raw id), compared exactly. The table is open addressing
+# with linear probing over int32 slots; the raw ids and parents lie in two arrays beside it. Together they take 12
+# bytes for a block, 5 to 10 more for its slot, and what the arrays have grown ahead: at most a quarter.
+
+MAX_DISTINCT = 2**31 - 2
+FULL = 0.8  # of the slots, then they double
+AHEAD = 1.25  # the arrays grow by a quarter, as they are the larger part
+EMPTY = -1
+FIRST_SLOTS = 1024
+
+
+@compiled
+def _slot_of(parent: int, raw: int, raws: Array, parents: Array, table: Array) -> int:
+    """Return the slot that holds the block, or the empty one where it belongs."""
+    mask = np.uint64(len(table) - 1)
+    # Parents are dense and raw ids often consecutive: multiply, fold and multiply again (the finalizer of splitmix64).
+    mixed = raw + np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15)
+    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    slot = (mixed ^ (mixed >> np.uint64(31))) & mask
+    while True:
+        block = table[slot]
+        if block == EMPTY or (raws[block] == raw and parents[block] == parent):
+            return slot
+        slot = (slot + np.uint64(1)) & mask
+
+
+@compiled
+def _intern(
+    raw_ids: Array, offsets: Array, roots: Array, raws: Array, parents: Array, table: Array, count: int, ids: Array
+) -> int:
+    """Write the dense id of every block to `ids`; return how many blocks are known now."""
+    for request in range(len(offsets) - 1):
+        parent = roots[request]
+        for place in range(offsets[request], offsets[request + 1]):
+            raw = raw_ids[place]
+            slot = _slot_of(parent, raw, raws, parents, table)
+            if table[slot] == EMPTY:
+                table[slot] = count
+                raws[count] = raw
+                parents[count] = parent
+                count += 1
+            parent = table[slot]
+            ids[place] = parent
+    return count
+
+
+@compiled
+def _rehash(raws: Array, parents: Array, count: int, table: Array) -> None:
+    for block in range(count):
+        table[_slot_of(parents[block], raws[block], raws, parents, table)] = block
+
+
+class TooManyBlocks(Exception):
+    """There are more different blocks than an int32 can number."""
+
+
+class Interner:
+    """A growing set of blocks, numbered in the order of their first appearance.
+
+    Attributes
+    ----------
+    count : int
+        Different blocks so far.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._raws = np.empty(FIRST_SLOTS, np.uint64)
+        self._parents = np.empty(FIRST_SLOTS, np.int32)
+        self._table = np.full(FIRST_SLOTS, EMPTY, np.int32)
+
+    @property
+    def parents(self) -> npt.NDArray[np.int32]:
+        """Of every block the block before it, or the (negative) root that its request named."""
+        return self._parents[: self.count]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables."""
+        return self._raws.nbytes + self._parents.nbytes + self._table.nbytes
+
+    def intern(
+        self, raw_ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], roots: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int32]:
+        """Return the dense ids of a batch of requests.
+
+        Parameters
+        ----------
+        raw_ids : int64 [num_blocks]
+        offsets : int64 [num_requests + 1]
+            Request i owns ``raw_ids[offsets[i] : offsets[i + 1]]``.
+        roots : int32 [num_requests]
+            What stands before the first block: a negative number; requests with different roots share no block.
+
+        Raises
+        ------
+        TooManyBlocks
+            Nothing has changed then.
+        """
+        needed = self.count + len(raw_ids)
+        if needed > MAX_DISTINCT:
+            raise TooManyBlocks(f"more than {MAX_DISTINCT} different blocks")
+        self._make_room(needed)
+        ids = np.empty(len(raw_ids), np.int32)
+        self.count = int(
+            _intern(raw_ids.view(np.uint64), offsets, roots, self._raws, self._parents, self._table, self.count, ids)
+        )
+        return ids
+
+    def _make_room(self, needed: int) -> None:
+        if needed > len(self._raws):
+            capacity = max(needed, int(len(self._raws) * AHEAD))
+            self._raws = _grown(self._raws, self.count, capacity)
+            self._parents = _grown(self._parents, self.count, capacity)
+        slots = len(self._table)
+        while needed > slots * FULL:
+            slots *= 2
+        if slots > len(self._table):
+            self._table = np.full(slots, EMPTY, np.int32)
+            _rehash(self._raws, self._parents, self.count, self._table)
+
+
+def _grown(array: Array, count: int, capacity: int) -> Array:
+    larger = np.empty(capacity, array.dtype)
+    larger[:count] = array[:count]
+    return larger
+
 
 logger = logging.getLogger("pagedkv")
 

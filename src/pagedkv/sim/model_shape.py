@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,164 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.model_config import ConfigFields, load_config, preset_names
-from pagedkv.sim.model_layers import LayerShape, layer_shapes, read_heads
-from pagedkv.sim.model_parameters import Parameters, count_parameters
+from pagedkv.sim.model_config import (
+    ConfigFields,
+    Heads,
+    LayerShape,
+    layer_shapes,
+    load_config,
+    read_heads,
+)
 
-__all__ = ["KV_DTYPES", "LayerShape", "ModelShape", "Parameters", "preset_names", "read_model"]
+# How many weights a model has, and how many of them one token meets.
+
+# Families whose feed-forward has two matrices, not three (no gate), and that tie the output head to the embedding.
+_UNGATED = frozenset(
+    "gpt2 gpt_bigcode gpt_neo gpt_neox gptj opt bloom falcon RefinedWeb RefinedWebModel mpt phi starcoder2 nemotron "
+    "nemotron_h codegen persimmon xglm".split()
+)
+_TIED = frozenset(
+    "gpt2 gpt_bigcode gpt_neo opt bloom falcon mpt gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text cohere "
+    "cohere2 recurrent_gemma starcoder2".split()
+)
+_CHOSEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Weights of a model's matrices. Norms and biases, a thousandth of them, are left out.
+
+    Exact for plain transformers and mixtures of experts; an estimate for layers without attention, for layers that
+    share weights, and for embeddings per layer.
+
+    Attributes
+    ----------
+    total : int
+        All, the embedding included.
+    active : int
+        Those that one token can meet: in a mixture of experts the experts it is sent to; the embedding included.
+    per_token : int
+        Active ones that every prompt token is multiplied with: without the embedding, which is looked up, and without
+        the output head, which only the last token of a prompt needs.
+    """
+
+    total: int
+    active: int
+    per_token: int
+
+
+def count_parameters(config: ConfigFields, heads: Heads, layers: Sequence[LayerShape]) -> Parameters:
+    """Count the weights of a model from its config."""
+    total = active = 0
+    for layer, shape in enumerate(layers):
+        mixer = _attention(config, heads) if shape.kind != "none" else _other_mixer(config, heads)
+        stored, used = _feed_forward(config, heads.hidden_size, layer)
+        total += mixer + stored
+        active += mixer + used
+    vocabulary = config.integer("vocab_size", "padded_vocab_size") * heads.hidden_size
+    tied = config.flag("tie_word_embeddings", default=config.model_type in _TIED)
+    outside = vocabulary * (1 if tied else 2) + _positions(config) * heads.hidden_size
+    return Parameters(total + outside, active + outside, active)
+
+
+def _positions(config: ConfigFields) -> int:
+    if config.model_type not in ("gpt2", "gpt_bigcode", "gpt_neo", "opt"):
+        return 0
+    return config.integer("n_positions", "max_position_embeddings", default=0)
+
+
+def _attention(config: ConfigFields, heads: Heads) -> int:
+    hidden, queries = heads.hidden_size, heads.num_q_heads
+    output = queries * heads.v_head_dim * hidden
+    if heads.latent:
+        rank, rope = config.integer("kv_lora_rank"), config.integer("qk_rope_head_dim")
+        q_rank = config.optional("q_lora_rank")
+        into = q_rank * (hidden + queries * heads.head_dim) if q_rank else hidden * queries * heads.head_dim
+        expand = rank * queries * (heads.head_dim - rope + heads.v_head_dim)
+        return into + hidden * (rank + rope) + expand + output
+    gate = 2 if config.flag("attn_output_gate", default=config.model_type == "qwen3_next") else 1
+    return hidden * (gate * queries * heads.head_dim + heads.elements_per_token) + output
+
+
+def _other_mixer(config: ConfigFields, heads: Heads) -> int:
+    """Estimate a layer without attention: a gated delta rule, a state-space layer, or about 4·hidden²."""
+    hidden = heads.hidden_size
+    letters = config.text("hybrid_override_pattern", default="")
+    if "linear_num_value_heads" in config:
+        keys = config.integer("linear_num_key_heads") * config.integer("linear_key_head_dim")
+        num_values = config.integer("linear_num_value_heads")
+        values = num_values * config.integer("linear_value_head_dim")
+        return hidden * (2 * keys + 2 * values + 2 * num_values) + values * hidden
+    if "mamba_num_heads" in config:
+        inner = config.integer("mamba_num_heads") * config.integer("mamba_head_dim")
+        share = letters.count("M") / max(len(letters.replace("*", "")), 1) if letters else 1.0
+        return int(3 * hidden * inner * share)
+    if any(name in config for name in ("mamba_expand", "expand")):
+        return 3 * hidden * hidden * config.integer("mamba_expand", "expand")
+    return 4 * hidden * hidden
+
+
+def _feed_forward(config: ConfigFields, hidden: int, layer: int) -> tuple[int, int]:
+    """Return the weights of a layer's feed-forward that are stored, and those that one token meets."""
+    letter = config.text("hybrid_override_pattern", default="")[layer : layer + 1]
+    if letter and letter not in "-E":
+        return 0, 0
+    matrices = 2 if config.model_type in _UNGATED else 3
+    inner = config.nested("ffn_config") if "ffn_config" in config else config
+    experts = inner.integer("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts", default=0, low=0)
+    if experts < 2 or not _is_sparse(config, layer):
+        size = _dense_size(config, hidden)
+        return (matrices * hidden * size,) * 2
+    size = inner.integer("moe_intermediate_size", "ffn_hidden_size", "intermediate_size")
+    chosen = inner.integer(*_CHOSEN)
+    if chosen > experts:
+        raise config.error("num_experts_per_tok", f"expected at most the {experts} experts, got {chosen}")
+    always = _shared_size(config, size) * matrices * hidden + hidden * experts
+    expert = matrices * hidden * size
+    return experts * expert + always, chosen * expert + always
+
+
+def _shared_size(config: ConfigFields, expert_size: int) -> int:
+    count = config.integer("n_shared_experts", "num_shared_experts", default=0, low=0)
+    if count:
+        return count * expert_size
+    if config.model_type == "llama4_text":
+        return expert_size
+    return config.integer("shared_expert_intermediate_size", "shared_intermediate_size", default=0, low=0)
+
+
+def _dense_size(config: ConfigFields, hidden: int) -> int:
+    names = (
+        "intermediate_size_mlp",
+        "intermediate_size",
+        "n_inner",
+        "ffn_hidden_size",
+        "ffn_dim",
+        "ffn_intermediate_size",
+    )
+    name, value = config.first(names)
+    if isinstance(value, list):
+        sizes = [config.checked(name, size) for size in value] or [4 * hidden]
+        return sum(sizes) // len(sizes)
+    return config.integer(*names, default=4 * hidden)
+
+
+def _is_sparse(config: ConfigFields, layer: int) -> bool:
+    """Say whether a layer of a mixture of experts has experts."""
+    if layer < config.integer("first_k_dense_replace", default=0, low=0):
+        return False
+    if layer in (config.integers("mlp_only_layers") or ()):
+        return False
+    name, frequency = config.first(("moe_layer_freq",))
+    if isinstance(frequency, list):
+        flags = config.integers(name) or []
+        return layer >= len(flags) or bool(flags[layer])
+    if "expert_layer_period" in config:
+        offset = config.integer("expert_layer_offset", default=0, low=0)
+        return layer % config.integer("expert_layer_period") == offset
+    step = config.integer("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_freq", default=1)
+    return (layer + 1) % step == 0
+
 
 KV_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
 """Bytes of one element of K or V."""

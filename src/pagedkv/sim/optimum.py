@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.jit import compiled
-from pagedkv.sim.hit_curve import HitCurve, require_content
-from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.curves import HitCurve, require_content
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
 

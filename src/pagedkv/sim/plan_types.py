@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.hit_curve import HitCurve
+from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.model_shape import ModelShape
-from pagedkv.sim.result import ReplayResult
+from pagedkv.sim.replayer import ReplayResult
 
 __all__ = ["Hardware", "Level", "Line", "Load", "Memory", "Plan", "Size", "Verdict"]
 

@@ -3,27 +3,390 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
+from pagedkv.control.strategies import strategy_names
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim.curves import HitCurve, knee, lru_curve
-from pagedkv.sim.hit_curve import require_content
+from pagedkv.format import format_bytes
+from pagedkv.sim.curves import HitCurve, knee, lru_curve, require_content
 from pagedkv.sim.model_shape import ModelShape
-from pagedkv.sim.plan_arguments import (
-    LRU,
-    blocks_in,
-    check_sizes,
-    checked_names,
-    checked_share,
-)
-from pagedkv.sim.plan_load import estimate_load
-from pagedkv.sim.plan_search import OPTIMAL, Search, capacities_to_try, smallest_lru
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
-from pagedkv.sim.plan_verdict import format_bytes, judge, judge_memory, nothing_to_reuse
+from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
+from pagedkv.sim.sweeps import sweep
 from pagedkv.sim.trace import Trace
+from pagedkv.spec import require_int
+
+# What runs at the same time: the blocks that requests hold while they are served.
+
+_COUNT_SHARED_UP_TO = 20_000_000
+"""Accesses: the count sorts them all."""
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware, flops_saved: float = 0.0) -> Load:
+    """Estimate how many requests run at a time and how many blocks they hold.
+
+    Parameters
+    ----------
+    trace : Trace
+        With at least one request.
+    model : ModelShape
+    hardware : Hardware
+    flops_saved : float
+        Prefill FLOPs that a cache saves over the trace.
+    """
+    flops = model.prefill_flops(trace.input_tokens)
+    start = np.asarray(trace.times, np.float64)
+    end = start + flops / hardware.flops_per_second + trace.output_tokens / hardware.decode_tokens_per_second
+    span = max(float(start[-1] - start[0]), 1e-9)
+    own = np.diff(trace.offsets)
+    whole = -(-(trace.input_tokens + trace.output_tokens) // trace.block_tokens)
+    shared = trace.num_accesses <= _COUNT_SHARED_UP_TO
+    if shared:
+        first, last = _held_blocks(trace, start, end)
+        begins, ends = np.concatenate([first, start]), np.concatenate([last, end])
+        blocks = np.concatenate([np.ones(len(first), np.int64), np.maximum(whole - own, 0)])
+    else:
+        begins, ends, blocks = start, end, np.maximum(whole, own)
+    peak_requests = _peak(start, end, np.ones(len(start), np.int64))
+    return Load(
+        mean_requests=float((end - start).sum()) / max(span, float(end.max() - start[0])),
+        peak_requests=peak_requests,
+        mean_blocks=float(((ends - begins) * blocks).sum()) / max(span, float(end.max() - start[0])),
+        peak_blocks=_peak(begins, ends, blocks),
+        shared=shared,
+        prefill_load=float(flops.sum()) / hardware.flops_per_second / span,
+        prefill_load_saved=flops_saved / hardware.flops_per_second / span,
+        window_bytes=peak_requests * model.window_bytes_per_sequence,
+    )
+
+
+def _held_blocks(trace: Trace, start: Floats, end: Floats) -> tuple[Floats, Floats]:
+    """Return when a block begins and ceases to be held, once for every unbroken time of every block."""
+    request = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
+    order = np.argsort(trace.ids, kind="stable")
+    block, request = np.asarray(trace.ids)[order], request[order]
+    if not len(block):
+        return np.zeros(0), np.zeros(0)
+    begins, ends = start[request], end[request]
+    # One running maximum serves all blocks: each lies higher than the one before by more than the whole span.
+    lift = block.astype(np.float64) * (float(end.max() - start[0]) + 1.0)
+    held_until = np.maximum.accumulate(ends + lift) - lift
+    fresh = np.ones(len(block), bool)
+    fresh[1:] = (block[1:] != block[:-1]) | (begins[1:] > held_until[:-1])
+    firsts = np.flatnonzero(fresh)
+    lasts = np.append(firsts[1:] - 1, len(block) - 1)
+    return begins[firsts], held_until[lasts]
+
+
+def _peak(begins: Floats, ends: Floats, blocks: Ints) -> int:
+    """Return the most that is held at a time; what ends at a moment is gone before anything begins."""
+    times = np.concatenate([ends, begins])
+    changes = np.concatenate([-blocks, blocks])
+    order = np.argsort(times, kind="stable")
+    return int(np.cumsum(changes[order]).max(initial=0))
+
+
+# The search for the smallest capacity that finds enough, and the memory of every replay on the way.
+
+OPTIMAL = "optimal"
+TOLERANCE = 1.01
+"""Where a search stops: the capacity below which too little is found is within 1%."""
+_POINTS = 8
+_WORTH_PROCESSES = 1_000_000_000
+"""Block accesses of one round of replays; less is done in this process before others have started and compiled."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What one replay found.
+
+    Attributes
+    ----------
+    result : ReplayResult
+        Without the hits of every request, except where `Search.keep` asked for them.
+    flops_saved : float
+        Prefill FLOPs of the tokens that were found.
+    """
+
+    result: ReplayResult
+    flops_saved: float
+
+    @property
+    def hit_blocks(self) -> int:
+        """Blocks found."""
+        return self.result.hit_blocks
+
+
+class Search:
+    """Replays of one trace, each done once.
+
+    Parameters
+    ----------
+    trace : Trace
+    model : ModelShape
+    jobs : int or None
+        Processes, as in `sweep`; by default others are started for large traces only.
+    progress : callable, optional
+        Called with (cells done, cells asked for) of the sweep that runs.
+    """
+
+    def __init__(
+        self, trace: Trace, model: ModelShape, jobs: int | None, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self.trace = trace
+        self._model = model
+        self._jobs = jobs
+        self._progress = progress
+        self._found: dict[tuple[str, int], Found] = {}
+
+    def run(self, strategies: Iterable[str], capacities: Iterable[int]) -> None:
+        """Replay every strategy at every capacity, but nothing twice."""
+        wanted = sorted(set(capacities))
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for name in dict.fromkeys(strategies):
+            missing = tuple(blocks for blocks in wanted if (name, blocks) not in self._found)
+            groups.setdefault(missing, []).append(name)
+        for missing, names in groups.items():
+            if missing:
+                for result in sweep(
+                    self.trace, names, missing, jobs=self._jobs_for(names, missing), progress=self._progress
+                ):
+                    self._found[result.strategy, result.blocks] = self._summary(result)
+
+    def at(self, strategy: str, blocks: int) -> Found:
+        """Return what a strategy finds with a capacity."""
+        self.run([strategy], [blocks])
+        return self._found[strategy, blocks]
+
+    def keep(self, strategies: Iterable[str], blocks: int) -> None:
+        """Replay once more and keep the hits of every request."""
+        for result in sweep(self.trace, list(dict.fromkeys(strategies)), [blocks], jobs=1):
+            self._found[result.strategy, blocks] = replace(self._summary(result), result=result)
+
+    @property
+    def results(self) -> tuple[ReplayResult, ...]:
+        """Every replay that was made, by strategy and capacity."""
+        return tuple(self._found[key].result for key in sorted(self._found))
+
+    def capacities(self, strategy: str) -> list[int]:
+        """Return the capacities that a strategy was replayed with, ascending."""
+        return sorted(blocks for name, blocks in self._found if name == strategy)
+
+    def estimate(self, strategy: str, hits: int, enough: int) -> float:
+        """Estimate the capacity that finds `hits` blocks from the replays up to `enough`; infinity if none does."""
+        tried = [blocks for blocks in self.capacities(strategy) if blocks <= enough]
+        high = next((blocks for blocks in tried if self.at(strategy, blocks).hit_blocks >= hits), None)
+        if high is None:
+            return math.inf
+        low = max((blocks for blocks in tried if blocks < high), default=0)
+        below = self.at(strategy, low).hit_blocks if low else 0
+        share = (hits - below) / max(self.at(strategy, high).hit_blocks - below, 1)
+        return low + share * (high - low)
+
+    def smallest(self, strategy: str, hits: int, enough: int) -> int:
+        """Return a capacity that finds `hits` blocks, and below which, within 1%, too few are found.
+
+        Parameters
+        ----------
+        strategy : str
+        hits : int
+            Blocks to find, at least 1.
+        enough : int
+            A capacity that is known to find them.
+
+        Notes
+        -----
+        More capacity may find less under a strategy that is no stack algorithm (Mattson et al. 1970); what is returned
+        was replayed and does find `hits` all the same.
+        """
+        tried = [blocks for blocks in self.capacities(strategy) if blocks < enough]
+        high = next((blocks for blocks in tried if self.at(strategy, blocks).hit_blocks >= hits), enough)
+        low = max((blocks for blocks in tried if blocks < high), default=0)
+        while high - low > 1 and high > low * TOLERANCE:
+            middle = self._guess(strategy, hits, low, high)
+            if self.at(strategy, middle).hit_blocks >= hits:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _jobs_for(self, names: Sequence[str], capacities: Sequence[int]) -> int | None:
+        work = len(names) * len(capacities) * self.trace.num_accesses
+        return 1 if self._jobs is None and work < _WORTH_PROCESSES else self._jobs
+
+    def _guess(self, strategy: str, hits: int, low: int, high: int) -> int:
+        """Interpolate in the logarithm of the capacity, but always leave a fifth of the bracket behind."""
+        if low < 1:
+            return max(1, high // 2)
+        below, above = self.at(strategy, low).hit_blocks, self.at(strategy, high).hit_blocks
+        share = min(max((hits - below) / max(above - below, 1), 0.2), 0.8)
+        guess = round(math.exp(math.log(low) + share * (math.log(high) - math.log(low))))
+        return min(max(guess, low + 1), high - 1)
+
+    def _summary(self, result: ReplayResult) -> Found:
+        cached = np.minimum(result.hits.astype(np.int64) * self.trace.block_tokens, self.trace.input_tokens)
+        without_hits = replace(result, hits=np.zeros(0, np.int32))
+        return Found(without_hits, float(self._model.prefill_flops(cached).sum()))
+
+
+def smallest_lru(curve: HitCurve, hits: int) -> int:
+    """Return the fewest blocks with which LRU finds `hits` blocks: exact, from the curve; at least 1."""
+    return max(1, int(curve.blocks[np.searchsorted(curve.hit_blocks, hits)]))
+
+
+def capacities_to_try(curve: HitCurve, wanted: Sequence[int]) -> list[int]:
+    """Return the capacities that all strategies are compared at: those where LRU finds enough, and a few below."""
+    last, first = max(wanted), max(1, min(wanted) // 8)
+    spread = np.geomspace(first, last, _POINTS) if last > first else np.array([last])
+    return sorted({*wanted, *(int(round(blocks)) for blocks in spread)})
+
+
+# What holds the hit ratio back: the capacity, the strategy, or that there is nothing to reuse.
+
+NOTHING = 0.1
+"""Below this attainable hit ratio a cache of any size saves less than a tenth of the prefill."""
+_LARGE_FACTOR = 2
+"""Where LRU needs this many times the optimum's capacity, looking at the strategy comes before buying memory."""
+
+
+def nothing_to_reuse(attainable: float) -> Verdict:
+    """Judge traffic that hardly repeats itself."""
+    found = f"finds only {attainable:.1%} of the blocks" if attainable else "finds nothing"
+    text = (
+        f"Nothing to reuse: even a cache without a limit {found}. Neither memory nor another strategy changes that; "
+        "prompts have to share their beginnings first."
+    )
+    return Verdict("nothing", text, 0, 0, 0.0, 0.0, 0.0)
+
+
+def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Size, Size]) -> Verdict:
+    """Judge traffic for which no memory was given: by what LRU needs for the target, and what the optimum does.
+
+    Parameters
+    ----------
+    attainable, target : float
+    level : Level
+        Of the target.
+    sizes : tuple of Size
+        LRU, the best strategy and the optimum at the optimum's capacity.
+    """
+    if attainable < NOTHING:
+        return nothing_to_reuse(attainable)
+    lru, best, optimum = sizes
+    regained = _regained(lru, best, optimum)
+    needs = f"{target:.0%} of what can be found at all takes {format_bytes(level.lru.bytes)} under LRU"
+    least = format_bytes(level.optimum.bytes)
+    if level.lru.blocks >= _LARGE_FACTOR * level.optimum.blocks:
+        kind, text = "strategy", f"Limited by the strategy: {needs}, and {least} if the future were known."
+    else:
+        kind, text = "capacity", f"Limited by capacity: {needs}, and still {least} if the future were known."
+    text = f"{text} {_others(level, best, regained)}"
+    return Verdict(kind, text, optimum.blocks, optimum.bytes, *_losses(target, lru, optimum), regained)
+
+
+def judge_memory(attainable: float, target: float, level: Level, memory: Memory) -> Verdict:
+    """Judge a memory size: where LRU misses the target there, the larger of two losses names the cause.
+
+    What the optimum lacks too is a matter of capacity; what only LRU lacks is one of the strategy.
+    """
+    if attainable < NOTHING:
+        return nothing_to_reuse(attainable)
+    lru, best, optimum = memory.lru, memory.best, memory.optimum
+    to_capacity, to_strategy = _losses(target, lru, optimum)
+    regained = _regained(lru, best, optimum)
+    found = f"with {format_bytes(memory.bytes)} LRU finds {lru.share:.0%} of what can be found at all"
+    if lru.share >= target:
+        kind, text = "enough", f"Enough: {found}, and {format_bytes(level.lru.bytes)} would do for {target:.0%}."
+    else:
+        kind = "strategy" if to_strategy > to_capacity else "capacity"
+        cause = "the strategy" if kind == "strategy" else "capacity"
+        text = f"Limited by {cause}: {found}, and {optimum.share:.0%} would be found if the future were known. "
+        text += f"{_closed(best, regained)} {target:.0%} takes {format_bytes(level.lru.bytes)} under LRU."
+    return Verdict(kind, text, lru.blocks, memory.bytes, to_capacity, to_strategy, regained)
+
+
+def _losses(target: float, lru: Size, optimum: Size) -> tuple[float, float]:
+    return max(0.0, target - optimum.share), max(0.0, min(target, optimum.share) - lru.share)
+
+
+def _regained(lru: Size, best: Size, optimum: Size) -> float:
+    gap = optimum.share - lru.share
+    return min(1.0, (best.share - lru.share) / gap) if gap > 0 else 0.0
+
+
+def _closed(best: Size, regained: float) -> str:
+    if regained < 0.005:
+        return "None of the strategies compared finds more than LRU there."
+    return f"{best.strategy} closes {regained:.0%} of that gap."
+
+
+def _others(level: Level, best: Size, regained: float) -> str:
+    if level.best.strategy != "lru":
+        return f"{level.best.strategy} takes {format_bytes(level.best.bytes)}."
+    if regained < 0.005:
+        return "None of the strategies compared does better than LRU."
+    at = format_bytes(best.bytes)
+    return f"No strategy compared takes less than LRU; with {at}, {best.strategy} closes {regained:.0%} of the gap."
+
+
+# What a plan may be asked for.
+
+LRU = "lru"
+_MAX_MEMORY = 2**62
+# They need arguments that only the operator knows, or look at something else than reuse.
+_NOT_BY_DEFAULT = {"longestfirst", "priority", "streamingllm", "ttl"}
+
+
+def default_strategies() -> tuple[str, ...]:
+    """Return the registered strategies that are compared where none are named, LRU first."""
+    return (LRU, *(name for name in strategy_names() if name not in _NOT_BY_DEFAULT | {LRU}))
+
+
+def checked_share(target: object) -> float:
+    """Return the share of the attainable hit ratio that is wanted."""
+    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
+        raise InvalidOperation(
+            f"target expects a share of the attainable hit ratio above 0 and at most 1, got {target!r}"
+        )
+    return float(target)
+
+
+def checked_names(strategies: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the strategies to compare, LRU first, the optimum left out."""
+    if strategies is None:
+        return default_strategies()
+    if isinstance(strategies, str) or not all(isinstance(name, str) and name.strip() for name in strategies):
+        raise InvalidOperation(f"strategies expects a sequence of names, got {strategies!r}")
+    named = [LRU if name.strip().lower() == LRU else name.strip() for name in strategies]
+    return tuple(dict.fromkeys([LRU, *(name for name in named if name.lower() != OPTIMAL)]))
+
+
+def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
+    """Return how many blocks fit a memory beside the windows of running requests."""
+    memory = require_int("memory", memory, 1, _MAX_MEMORY - 1)
+    block = trace.block_tokens * model.bytes_per_token
+    least = load.window_bytes + block
+    if memory < least:
+        windows = f" and {format_bytes(load.window_bytes)} for windowed layers" if load.window_bytes else ""
+        raise InvalidOperation(
+            f"memory expects at least {format_bytes(least)}: {format_bytes(block)} for one block of "
+            f"{trace.block_tokens} tokens{windows}; got {format_bytes(memory)}"
+        )
+    return min((memory - load.window_bytes) // block, MAX_BLOCKS)
+
+
+def check_sizes(trace: Trace, model: ModelShape, load: Load) -> None:
+    """Refuse a model whose cache of this trace would be larger than any memory."""
+    if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
+        raise InvalidOperation(f"model expects sizes that fit a memory, got {model.bytes_per_token} bytes per token")
+
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the attainable hit ratio that every plan prices."""

@@ -12,14 +12,110 @@ import dataclasses
 import heapq
 import time
 from collections import deque
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.timing import Timing
+from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.errors import InvalidOperation
 from pagedkv.sim.trace import Trace
+from pagedkv.spec import require_int
+
+# What one replay found: one cell of the table strategies × capacities.
+
+
+@dataclass(frozen=True, eq=False)
+class ReplayResult:
+    """The outcome of one replay.
+
+    Attributes
+    ----------
+    strategy : str
+        The name as it was asked for, ``"lru"`` or ``"optimal"`` say.
+    blocks : int
+        Capacity.
+    requests, accesses : int
+        Requests, and blocks that they touched.
+    hit_blocks : int
+        Blocks found: the longest cached prefix of every request.
+    tokens, hit_tokens : int
+        Input tokens, and those of them that lay in blocks found.
+    reclaimed : int
+        Cached blocks that were given up.
+    seconds : float
+        Of the replay alone, on one core.
+    hits : int32 [requests]
+        Blocks found by every request; empty where the method does not give them.
+    preempted, refused : int
+        Timed replay: running requests that had to give their blocks back, and requests larger than the pool.
+    """
+
+    strategy: str
+    blocks: int
+    requests: int
+    accesses: int
+    hit_blocks: int
+    tokens: int
+    hit_tokens: int
+    reclaimed: int
+    seconds: float
+    hits: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
+    preempted: int = 0
+    refused: int = 0
+
+    @classmethod
+    def of(
+        cls, trace: Trace, strategy: str, blocks: int, hits: npt.NDArray[np.int32], *, reclaimed: int, seconds: float
+    ) -> ReplayResult:
+        """Return the outcome in which request i of `trace` found ``hits[i]`` blocks."""
+        return cls(
+            strategy=strategy,
+            blocks=blocks,
+            requests=trace.num_requests,
+            accesses=trace.num_accesses,
+            hit_blocks=int(hits.sum(dtype=np.int64)),
+            tokens=trace.num_tokens,
+            hit_tokens=trace.hit_tokens(hits),
+            reclaimed=reclaimed,
+            seconds=seconds,
+            hits=hits,
+        )
+
+    @property
+    def hit_ratio(self) -> float:
+        """Blocks found over blocks touched; 0.0 for a trace without blocks."""
+        return self.hit_blocks / self.accesses if self.accesses else 0.0
+
+    @property
+    def token_hit_ratio(self) -> float:
+        """Input tokens found over input tokens; 0.0 for a trace without tokens."""
+        return self.hit_tokens / self.tokens if self.tokens else 0.0
+
+
+# How fast requests are served, where a replay keeps time.
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How fast requests are served, for a replay in which each holds its blocks while it runs.
+
+    Parameters
+    ----------
+    prefill_tokens_per_second, decode_tokens_per_second : float
+        Of one request.
+    """
+
+    prefill_tokens_per_second: float = 10_000.0
+    decode_tokens_per_second: float = 50.0
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
+                raise InvalidOperation(f"{name} expects a positive number, got {rate!r}")
+
 
 _PREFILLED, _SERVED = 0, 1
 
@@ -107,3 +203,49 @@ def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timin
     seconds, reclaimed = time.perf_counter() - started, cache.stats.blocks_reclaimed
     result = ReplayResult.of(trace, strategy, cache.total_blocks, hits, reclaimed=reclaimed, seconds=seconds)
     return dataclasses.replace(result, preempted=service.preempted, refused=refused)
+
+
+# One replay: the requests of a trace through the control plane that serves models.
+
+MAX_BLOCKS = 2**31 - 2
+
+
+def replay(
+    trace: Trace, blocks: int, strategy: str | EvictionStrategy = "lru", *, timing: Timing | None = None
+) -> ReplayResult:
+    """Replay a trace and count the hits.
+
+    Parameters
+    ----------
+    trace : Trace
+    blocks : int
+        Capacity, 1 … 2³¹−2; more than the trace ever fills is fine.
+    strategy : str or EvictionStrategy
+        A registered name with its arguments, or an object.
+    timing : Timing, optional
+        Without it a request comes and goes at once. With it a request holds its blocks from its arrival until it is
+        served, so concurrency takes room, and running requests may be preempted.
+
+    Returns
+    -------
+    ReplayResult
+
+    Raises
+    ------
+    InvalidOperation
+        If the trace carries lengths only, `blocks` is out of range, or the strategy is unknown or returns something
+        else than scores.
+    """
+    if not trace.has_content:
+        raise InvalidOperation(f"trace {trace.name!r} ({trace.format}) carries lengths only: hits need content ids")
+    blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
+    # A pool larger than the trace ever fills finds the same hits in less memory.
+    most = trace.num_distinct if timing is None else most_blocks(trace)
+    cache = ContentCache(min(blocks, max(1, most)), strategy)
+    if timing is not None:
+        return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing), blocks=blocks)
+    started = time.perf_counter()
+    hits = cache.run(trace.ids, trace.offsets)
+    seconds = time.perf_counter() - started
+    reclaimed = cache.stats.blocks_reclaimed
+    return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)

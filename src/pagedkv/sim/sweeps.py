@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import copy
+import logging
+import math
+import multiprocessing
+import os
 import re
-from collections.abc import Callable, Sequence
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
-from pagedkv.errors import InvalidOperation, PagedKvError, ReplayFailed
-from pagedkv.sim.replaying import replay
-from pagedkv.sim.result import ReplayResult
-from pagedkv.sim.timing import Timing
+from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed
+from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
 from pagedkv.sim.trace import Trace
+from pagedkv.spec import require_int
 
 OPTIMAL = "optimal"
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
@@ -153,3 +163,388 @@ def _made(factory: Callable[[], object], text: str) -> EvictionStrategy:
         return as_strategy(made)
     except InvalidOperation as error:
         raise InvalidOperation(f"{text!r}: {error.reason}") from error
+
+
+# The capacities that a user asks for, as text: ``1000``, ``10k``, ``25%`` of the distinct blocks, ``auto``.
+
+_NUMBER = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg%]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+
+def parse_capacities(text: str, num_distinct: int) -> list[int]:
+    """Return the capacities in the order they are named, each once.
+
+    Parameters
+    ----------
+    text : str
+        Separated by commas: blocks, with ``k``, ``m`` or ``g`` for thousands, millions, thousand millions; a
+        percentage of the distinct blocks, rounded up; ``auto`` for eight sizes that double up to all distinct blocks.
+    num_distinct : int
+        Distinct blocks of the trace.
+
+    Raises
+    ------
+    InvalidOperation
+        If a capacity is none of these, or has no block at all.
+    """
+    capacities: list[int] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part.lower() == "auto":
+            capacities += spread_capacities(num_distinct)
+        else:
+            capacities.append(_capacity(part, num_distinct))
+    if not capacities:
+        raise InvalidOperation(f"blocks expects capacities such as 1000,10k,25% or auto, got {text!r}")
+    return list(dict.fromkeys(capacities))
+
+
+def spread_capacities(num_distinct: int, count: int = 8) -> list[int]:
+    """Return up to `count` capacities, each twice the one before, the last one all distinct blocks."""
+    return sorted({max(1, math.ceil(num_distinct / 2**halvings)) for halvings in range(count)})
+
+
+def _capacity(part: str, num_distinct: int) -> int:
+    match = _NUMBER.fullmatch(part)
+    if match is None:
+        raise InvalidOperation(f"blocks expects capacities such as 1000,10k,25% or auto, got {part!r}")
+    number, unit = float(match[1].replace("_", "")), match[2].lower()
+    blocks = number / 100 * num_distinct if unit == "%" else number * _UNITS[unit]
+    whole = math.ceil(round(blocks, 6)) if unit == "%" else round(blocks, 6)
+    if whole != int(whole) or not 1 <= whole <= MAX_BLOCKS:
+        reason = "a cache without a block finds nothing" if not whole else f"expected whole blocks, 1 … {MAX_BLOCKS}"
+        raise InvalidOperation(f"blocks: {reason}, got {part!r}")
+    return int(whole)
+
+
+# Processes that replay cells. A process that dies names the cell it had, and none outlives the sweep.
+
+# Started anew rather than forked: a fork would copy locks that other threads of this process hold.
+_context = multiprocessing.get_context("spawn")
+
+
+def run_in_processes(folder: Path, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, ReplayResult]]:
+    """Replay every cell, `jobs` at a time, over the trace that was saved in `folder`.
+
+    Yields
+    ------
+    place, result : int, ReplayResult
+        As they are done.
+
+    Raises
+    ------
+    ReplayFailed
+        As soon as one cell failed, or the process that replayed it died.
+    """
+    left = iter(enumerate(cells))
+    workers: list[_Worker] = []
+    try:
+        with _without_interrupts():
+            for _ in range(min(jobs, len(cells))):
+                workers.append(_Worker(folder))
+        busy = {worker.connection: worker for worker in workers}
+        for worker in workers:
+            worker.begin(*next(left))
+        while busy:
+            for ready in wait(list(busy)):
+                worker = busy[ready]  # type: ignore[index]
+                yield worker.place, worker.result()
+                following = next(left, None)
+                if following is None:
+                    del busy[worker.connection]
+                else:
+                    worker.begin(*following)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a failed cell sends home in place of a result: errors and their tracebacks do not travel well.
+
+    Attributes
+    ----------
+    reason, details : str
+        One line, and the traceback.
+    """
+
+    reason: str
+    details: str
+
+
+def outcome_of(trace: Trace, cell: Cell) -> ReplayResult | Failed:
+    """Replay a cell in another process; loading compiled code from the disk does not count as its time."""
+    try:
+        cell.try_out(trace)
+        return cell.replay(trace)
+    except ReplayFailed as failure:
+        return Failed(failure.reason, traceback.format_exc())
+
+
+def result_of(cell: Cell, outcome: ReplayResult | Failed) -> ReplayResult:
+    """Return the result that came home.
+
+    Raises
+    ------
+    ReplayFailed
+        If none did.
+    """
+    if isinstance(outcome, ReplayResult):
+        return outcome
+    failure = cell.failure(outcome.reason)
+    failure.add_note(outcome.details)
+    raise failure
+
+
+class _Worker:
+    """One process and the cell that it has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.connection, theirs = _context.Pipe()
+        self._process = _context.Process(target=_serve, args=(theirs, folder), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends when the process does
+        self.place = -1
+
+    def begin(self, place: int, cell: Cell) -> None:
+        self.place, self._cell = place, cell
+        try:
+            self.connection.send(cell)
+        except OSError:
+            raise self._death() from None
+        except Exception as error:  # pickle raises what it likes
+            raise cell.failure(f"its strategy cannot be sent to another process: {error}") from error
+
+    def result(self) -> ReplayResult:
+        try:
+            outcome = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        return result_of(self._cell, outcome)
+
+    def end(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _death(self) -> ReplayFailed:
+        self._process.join()
+        code = self._process.exitcode or 0
+        if code < 0:
+            how = f"its process was ended by signal {-code} ({signal.strsignal(-code)})"
+            how += "; memory may have run out, try fewer jobs" if -code == getattr(signal, "SIGKILL", 9) else ""
+        else:
+            how = f"its process ended with exit code {code}; a script that sweeps in several processes needs the guard "
+            how += 'if __name__ == "__main__":'
+        return self._cell.failure(how)
+
+
+def _serve(connection: Connection, folder: Path) -> None:
+    trace = Trace.load(folder)
+    while True:
+        try:
+            cell = connection.recv()
+        except EOFError:
+            return
+        except Exception as error:  # a class that cannot be imported here, say
+            connection.send(Failed(f"{type(error).__name__}: {error}", traceback.format_exc()))
+        else:
+            connection.send(outcome_of(trace, cell))
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Let processes start that never see Ctrl-C: it goes to the whole group, and this process ends the others."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing.resource_tracker import ensure_running
+
+    ensure_running()  # it lets interrupts through when it starts, so it starts before
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# Many replays of one trace: every strategy at every capacity, in parallel processes or as Ray tasks.
+#
+# The results come in the order that was asked for, and nothing in them but the seconds depends on how many processes
+# computed them.
+
+Progress = Callable[[int, int], None]
+Outcomes = Iterator[tuple[int, ReplayResult]]
+
+_WORTH_PROCESSES = 5_000_000
+"""Block accesses of all cells together; less is done before a second process has started."""
+
+
+def sweep(
+    trace: Trace,
+    strategies: Sequence[str | EvictionStrategy],
+    blocks: Sequence[int],
+    *,
+    jobs: int | None = None,
+    ray: bool = False,
+    timing: Timing | None = None,
+    progress: Progress | None = None,
+) -> list[ReplayResult]:
+    """Replay a trace once for every strategy and capacity.
+
+    Parameters
+    ----------
+    trace : Trace
+    strategies : sequence of str or EvictionStrategy
+        Registered names (``"lru"``, ``"priority:levels=3"``), ``"optimal"`` for Belady's optimum, ``"module:Class"``
+        for a class that can be imported and made without arguments, or strategy objects. A strategy that learns
+        begins anew in every cell.
+    blocks : sequence of int
+        Capacities, at least 1 each.
+    jobs : int, optional
+        Processes that replay. 1 replays in this process. By default one for each usable core, or none where the work
+        is done before they would have started.
+    ray : bool
+        Replay as tasks of an existing Ray cluster instead (``pip install 'pagedkv[ray]'``); `jobs` is not used then.
+        The classes of strategies must be importable there.
+    timing : Timing, optional
+        Let requests hold their blocks for as long as they are served; the optimum knows no time.
+    progress : callable, optional
+        Called here with (cells done, cells asked for) at the start and after each cell.
+
+    Returns
+    -------
+    list of ReplayResult
+        Strategy by strategy in the order asked for, within it capacity by capacity.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument is no good: an unknown strategy, a capacity below 1, a trace that carries lengths only.
+    ReplayFailed
+        If one replay failed, for instance in a user's strategy; it names the strategy and the capacity.
+    MissingExtra
+        If `ray` is asked for and not installed.
+    """
+    cells = _cells(trace, strategies, blocks, timing)
+    if ray:
+        pass
+
+        return _collected(connected().run(trace, cells), len(cells), progress)
+    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
+    if jobs == 1:
+        try_out(trace, cells)
+        return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)
+    with tempfile.TemporaryDirectory(prefix="pagedkv-") as folder:
+        trace.save(Path(folder))
+        try_out(trace, cells)
+        return _collected(run_in_processes(Path(folder), cells, jobs), len(cells), progress)
+
+
+def _cells(
+    trace: Trace, strategies: Sequence[str | EvictionStrategy], blocks: Sequence[int], timing: Timing | None
+) -> list[Cell]:
+    if not trace.has_content:
+        raise InvalidOperation(
+            f"trace expects the content of its blocks, got {trace.name!r}: the format {trace.format} carries lengths "
+            "only, and what is found again cannot be told from lengths"
+        )
+    for name, values in (("strategies", strategies), ("blocks", blocks)):
+        if isinstance(values, (str, bytes)) or not isinstance(values, Sequence | np.ndarray):
+            raise InvalidOperation(f"{name} expects a sequence, got {values!r}")
+    capacities = [require_int("blocks", number, 1, MAX_BLOCKS) for number in blocks]
+    named = [named_strategy(strategy) for strategy in strategies]
+    for name, strategy in named:
+        if strategy is None and timing is not None:
+            raise InvalidOperation(f"strategies expects no {name!r} together with timing: the optimum knows no time")
+    return [Cell(name, strategy, number, timing) for name, strategy in named for number in capacities]
+
+
+def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:
+    if jobs is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jobs = cores if num_cells * num_accesses >= _WORTH_PROCESSES else 1
+    return max(1, min(require_int("jobs", jobs, 1, 2**16), num_cells))
+
+
+def _collected(outcomes: Outcomes, asked: int, progress: Progress | None) -> list[ReplayResult]:
+    results: dict[int, ReplayResult] = {}
+    if progress:
+        progress(0, asked)
+    for place, result in outcomes:
+        results[place] = result
+        if progress:
+            progress(len(results), asked)
+    return [results[place] for place in range(asked)]
+
+
+# The cells of a sweep as tasks of a Ray cluster.
+
+
+class Cluster:
+    """A Ray cluster that this process is connected to.
+
+    Parameters
+    ----------
+    ray : module
+    """
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+
+    def run(self, trace: Trace, cells: Sequence[Cell]) -> Iterator[tuple[int, ReplayResult]]:
+        """Replay every cell as a task of one core; the trace is put into the object store once.
+
+        Yields
+        ------
+        place, result : int, ReplayResult
+            As they are done.
+
+        Raises
+        ------
+        ReplayFailed
+            As soon as one cell failed, or Ray lost it.
+        """
+        ray = self._ray
+        task = ray.remote(num_cpus=1)(outcome_of)
+        shared = ray.put(trace)
+        try_out(ray.get(shared), cells)  # the read-only arrays that the tasks will see, without a copy
+        running = {task.remote(shared, cell): place for place, cell in enumerate(cells)}
+        try:
+            while running:
+                (done, *_), _ = ray.wait(list(running), num_returns=1)
+                place = running.pop(done)
+                try:
+                    outcome = ray.get(done)
+                except Exception as error:  # the worker died, or could not import the strategy
+                    raise cells[place].failure(error) from error
+                yield place, result_of(cells[place], outcome)
+        finally:
+            for left in running:
+                ray.cancel(left, force=True)
+
+
+def connected() -> Cluster:
+    """Connect to the running cluster, unless this process is connected already.
+
+    Raises
+    ------
+    MissingExtra
+        If Ray is not installed.
+    InvalidOperation
+        If no cluster is found.
+    """
+    try:
+        ray: Any = import_module("ray")
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise MissingExtra("ray", "ray") from None
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        except ConnectionError as error:
+            raise InvalidOperation(
+                "ray expects a running cluster; start one with: ray start --head (or name it in RAY_ADDRESS)"
+            ) from error
+    return Cluster(ray)

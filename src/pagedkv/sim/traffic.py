@@ -1,4 +1,4 @@
-"""What synthetic traffic is made of: the parameters of one kind, and the kinds that we know."""
+"""Parameters of synthetic traffic: one record of them, and the kinds that are built in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pagedkv.errors import InvalidOperation
-
-__all__ = ["KINDS", "TRAFFIC", "Traffic", "changed", "subagents_of"]
 
 MAX_TOKENS = 1 << 30
 MAX_COUNT = 1 << 40

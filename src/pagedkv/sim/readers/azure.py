@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from pagedkv.sim.readers.csv_lines import CsvReader, as_count
+from pagedkv.sim.readers.base import CsvReader, as_count
 from pagedkv.sim.source import BadRecord
 
 __all__ = ["AzureReader"]

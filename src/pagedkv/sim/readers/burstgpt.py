@@ -6,7 +6,7 @@ neither session nor elapsed time. Failed requests (no response tokens) are kept:
 
 from __future__ import annotations
 
-from pagedkv.sim.readers.csv_lines import CsvReader, as_count, as_number
+from pagedkv.sim.readers.base import CsvReader, as_count, as_number
 
 __all__ = ["BurstGptReader"]
 

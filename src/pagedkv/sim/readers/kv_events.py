@@ -1,4 +1,4 @@
-"""KV cache events of vLLM, SGLang and their kin, recorded to a file (see `pagedkv.sim.event_file`).
+"""KV cache events of vLLM, SGLang and their kin, recorded to a file (see `pagedkv.sim.readers.kv_events`).
 
 A batch is ``[ts, events, data_parallel_rank]`` or a map with these names; an event is positional (``["BlockStored",
 block_hashes, parent_block_hash, token_ids, block_size, lora_id, medium, lora_name, extra_keys, group_idx]``) or a map
@@ -17,17 +17,179 @@ than the GPU's, and of other groups than the first of a hybrid model, repeat blo
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
+from pagedkv.control.events import BIN_32, MAX_BATCH_BYTES
+from pagedkv.jit import compiled
 from pagedkv.sim.collect import Collector
-from pagedkv.sim.event_file import read_event_batches
 from pagedkv.sim.readers.base import Reader
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 
-__all__ = ["KvEventsReader"]
+# Where a msgpack value ends, found without decoding it: what a stream of values needs to be cut, and to be trusted.
+#
+# A header may promise billions of elements; here every element must be there before anything is decoded.
+
+INCOMPLETE, INVALID = -1, -2
+NEVER_USED = 0xC1
+
+Array = npt.NDArray[Any]
+
+# Of every first byte: how wide the length field behind it is, and what one unit of that length stands for. Where there
+# is no field, the length is part of the first byte.
+_WIDTH = np.zeros(256, np.int64)
+_FIXED = np.zeros(256, np.int64)  # the length where there is no field; bytes that follow anyway where there is one
+_BYTES = np.zeros(256, np.int64)  # bytes a unit
+_VALUES = np.zeros(256, np.int64)  # values a unit
+
+
+def _fill() -> None:
+    for first in range(256):
+        if 0x80 <= first < 0xA0:  # short maps and arrays
+            _FIXED[first], _VALUES[first] = first & 15, 2 if first < 0x90 else 1
+        elif 0xA0 <= first < 0xC0:  # short strings
+            _FIXED[first], _BYTES[first] = first & 31, 1
+    for first, size in zip(range(0xCA, 0xD4), (4, 8, 1, 2, 4, 8, 1, 2, 4, 8), strict=True):  # numbers
+        _FIXED[first], _BYTES[first] = size, 1
+    for first, size in zip(range(0xD4, 0xD9), (2, 3, 5, 9, 17), strict=True):  # extensions of a fixed size
+        _FIXED[first], _BYTES[first] = size, 1
+    for begin in (0xC4, 0xC7, 0xD9):  # bin, ext, str
+        for first, width in zip(range(begin, begin + 3), (1, 2, 4), strict=True):
+            _WIDTH[first], _BYTES[first], _FIXED[first] = width, 1, int(begin == 0xC7)
+    for begin, values in ((0xDC, 1), (0xDE, 2)):  # arrays, maps
+        for first, width in zip(range(begin, begin + 2), (2, 4), strict=True):
+            _WIDTH[first], _VALUES[first] = width, values
+
+
+_fill()
+
+
+@compiled
+def _extent(data: Array, width: Array, fixed: Array, size: Array, values: Array) -> int:
+    place = 0
+    waiting = 1
+    while waiting > 0:
+        if place >= len(data):
+            return INCOMPLETE
+        first = data[place]
+        if first == NEVER_USED:
+            return INVALID
+        place += 1
+        length = fixed[first]
+        if width[first] > 0:
+            if place + width[first] > len(data):
+                return INCOMPLETE
+            field = np.int64(0)
+            for _ in range(width[first]):
+                field = field * 256 + np.int64(data[place])
+                place += 1
+            length += field
+        place += length * size[first]
+        waiting += length * values[first] - 1
+        if waiting > len(data) - place:  # a value takes a byte at least
+            return INCOMPLETE
+    return place
+
+
+def extent(data: npt.NDArray[np.uint8]) -> int:
+    """Return how many bytes the first msgpack value takes, or `INCOMPLETE`, or `INVALID` for what no value begins with.
+
+    Parameters
+    ----------
+    data : uint8 [num_bytes]
+    """
+    return int(_extent(data, _WIDTH, _FIXED, _BYTES, _VALUES))
+
+
+# KV cache events in a file: batches as engines publish them, one behind the other.
+#
+# Written is a stream of msgpack ``bin`` values, each holding one batch: the header of the ``bin`` is the frame, and
+# any msgpack library reads the file. Read are these, batches that follow each other bare, and batches behind a length
+# of four bytes, big-endian, as far as they stay below 16 MiB.
+
+BIN_8, BIN_16 = 0xC4, 0xC5
+_BIN_FIELDS = {BIN_8: 1, BIN_16: 2, BIN_32: 4}
+_LENGTH_FIELD = 4
+
+
+def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadRecord]:
+    """Cut a stream into batches; every one is a complete msgpack value, and what is not is returned as an error.
+
+    Parameters
+    ----------
+    pieces : iterable of bytes
+        The file, cut anywhere.
+
+    Yields
+    ------
+    memoryview or BadRecord
+        Valid until the next one is asked for. After an error inside a frame the next frame follows; after an error in a
+        bare stream nothing can follow.
+    """
+    pieces = iter(pieces)
+    buffer, place, is_all = b"", 0, False
+    while True:
+        size, header = _next_size(memoryview(buffer)[place:])
+        if size == INCOMPLETE:
+            if is_all or len(buffer) - place > MAX_BATCH_BYTES:
+                break
+            # Twice as much each time, so that a long batch is not looked at again for every piece.
+            more = _take(pieces, max(1, len(buffer) - place))
+            buffer, place, is_all = buffer[place:] + more, 0, not more
+            continue
+        if size == INVALID:
+            yield BadRecord("neither a batch nor a frame begins here")
+            return
+        payload = memoryview(buffer)[place + header : place + size]
+        place += size
+        yield _checked(payload, is_framed=header > 0)
+    if len(buffer) - place > MAX_BATCH_BYTES:
+        yield _too_long()
+    elif place < len(buffer):
+        yield BadRecord("the file ends within a batch")
+
+
+def _checked(payload: memoryview, is_framed: bool) -> memoryview | BadRecord:
+    if len(payload) > MAX_BATCH_BYTES:
+        return _too_long()
+    if is_framed and extent(np.frombuffer(payload, np.uint8)) != len(payload):
+        return BadRecord("the frame does not hold one msgpack value")
+    return payload
+
+
+def _too_long() -> BadRecord:
+    return BadRecord(f"longer than {MAX_BATCH_BYTES} bytes")
+
+
+def _next_size(data: memoryview) -> tuple[int, int]:
+    """Return (bytes of the next batch with its frame, bytes of the frame)."""
+    if not data:
+        return INCOMPLETE, 0
+    if data[0] == 0:
+        width, first = _LENGTH_FIELD, 0
+    elif data[0] in _BIN_FIELDS:
+        width, first = _BIN_FIELDS[data[0]], 1
+    elif 0x80 <= data[0] <= 0x9F or 0xDC <= data[0] <= 0xDF:  # an array or a map
+        return extent(np.frombuffer(data, np.uint8)), 0
+    else:
+        return INVALID, 0
+    header = first + width
+    if len(data) < header:
+        return INCOMPLETE, 0
+    size = header + int.from_bytes(data[first:header], "big")
+    return (size if size <= len(data) else INCOMPLETE), header
+
+
+def _take(pieces: Iterator[bytes], size: int) -> bytes:
+    taken = bytearray()
+    while len(taken) < size and (piece := next(pieces, None)) is not None:
+        taken += piece
+    return bytes(taken)
+
 
 PIECE_BYTES = 2**20
 BLOCK_HASHES, PARENT, _, BLOCK_SIZE, _, MEDIUM, _, _, GROUP = range(1, 10)

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pagedkv.sim.hit_curve import HitCurve
+from pagedkv.format import count, duration
+from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.plan_types import Plan
-from pagedkv.sim.report import plan_story
-from pagedkv.sim.report.curve_chart import curve_section
-from pagedkv.sim.report.depth_chart import depth_section
+from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.report import text
+from pagedkv.sim.report.charts import curve_section, depth_section, gap_section, session_section, time_section
 from pagedkv.sim.report.evidence import Evidence
-from pagedkv.sim.report.gap_chart import gap_section
-from pagedkv.sim.report.html import Markup, tag
-from pagedkv.sim.report.numbers import count, duration
-from pagedkv.sim.report.page import page
-from pagedkv.sim.report.session_chart import session_section
+from pagedkv.sim.report.html import Markup, page, tag
 from pagedkv.sim.report.text import every_replay, headline, method_section, results_section, trace_section, verdict
-from pagedkv.sim.report.time_chart import time_section
-from pagedkv.sim.result import ReplayResult
 from pagedkv.sim.trace import Trace
 
 __all__ = ["plan_report", "replay_report"]
@@ -92,20 +87,20 @@ def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
     str
         HTML without references to anything outside. All text from the trace and the model is escaped.
     """
-    evidence = plan_story.evidence_of(plan, trace)
+    evidence = text.evidence_of(plan, trace)
     replays = every_replay(evidence) if plan.runs else None
     sections = (
-        plan_story.plan_headline(plan),
+        text.plan_headline(plan),
         curve_section(evidence, replays),
-        plan_story.levels_section(plan),
-        plan_story.memory_section(plan),
+        text.levels_section(plan),
+        text.memory_section(plan),
         *_details(evidence),
-        plan_story.load_section(plan),
+        text.load_section(plan),
         trace_section(evidence),
-        plan_story.notes(plan),
+        text.notes(plan),
         method_section(evidence, command, _version()),
     )
-    return _document(trace, plan_story.answer(plan), plan.verdict.text, sections)
+    return _document(trace, text.answer(plan), plan.verdict.text, sections)
 
 
 def _details(evidence: Evidence) -> Sections:

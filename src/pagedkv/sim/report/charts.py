@@ -2,11 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
+from pagedkv.format import count, duration, percent, rough_duration, round_count, short
+from pagedkv.sim.curves import HitCurve
+from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.report import facts
+from pagedkv.sim.report.evidence import LRU, Evidence, shown_name
 from pagedkv.sim.report.html import Markup, tag
-from pagedkv.sim.report.scale import Scale
+
+# Where a value lies on an axis, and which values the axis names.
+
+_TIMES = (0.001, 0.01, 0.1, 1, 10, 60, 600, 3600, 6 * 3600, 86400, 7 * 86400, 30 * 86400)
+_EVEN_TIMES = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from values ``low … high`` to pixels ``start … stop``, of logarithms where `is_log`."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of a value; what lies outside of the scale is drawn at its end."""
+        value = min(max(value, self.low), self.high)
+        low, high = self.low, self.high
+        if self.is_log:
+            value, low, high = math.log(value), math.log(low), math.log(high)
+        share = (value - low) / (high - low) if high > low else 0.5
+        return self.start + share * (self.stop - self.start)
+
+
+def linear_ticks(high: float, most: int = 6) -> list[float]:
+    """Return round values from 0 on, the last at or above `high`: the axis ends there."""
+    if not high > 1e-15:
+        high = 1.0
+    raw = high / most
+    power: float = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw * (1 - 1e-9))
+    return [step * i for i in range(math.ceil(high / step - 1e-9) + 1)]
+
+
+def ratio_ticks(high: float) -> list[float]:
+    """Return ticks for a share: above `high` with some air, but never above 1."""
+    return linear_ticks(min(1.0, high * 1.04))
+
+
+def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Return 1-2-5 steps between `low` and `high`; only 1s, or every other power of ten, where those are too many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    choices = [
+        [factor * 10.0**power for power in powers for factor in factors] for factors in ((1, 2, 5), (1, 3), (1,))
+    ]
+    choices += [[10.0**power for power in powers if power % every == 0] for every in (2, 3, 6)]
+    inside = [[tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] for ticks in choices]
+    return next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
+
+
+def time_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Return seconds, minutes, hours and days between `low` and `high` for a log axis."""
+    return _thinned([tick for tick in _TIMES if low * 0.999 <= tick <= high * 1.001], most)
+
+
+def even_time_ticks(high: float, most: int = 7) -> list[float]:
+    """Return times from 0 to at most `high` in equal steps that a clock would have."""
+    step = next((step for step in _EVEN_TIMES if high <= step * most), None)
+    if step is None:
+        step = 86400 * math.ceil(high / 86400 / most)
+    return [float(step * i) for i in range(int(high / step) + 1)]
+
+
+def _thinned(ticks: Sequence[float], most: int) -> list[float]:
+    every = max(1, math.ceil(len(ticks) / most))
+    return list(ticks[::every])
+
 
 Format = Callable[[float], str]
 _LINE_HEIGHT = 15.0
@@ -184,3 +261,486 @@ def _apart(places: Sequence[float], low: float, high: float) -> list[float]:
 
 def _cut(name: str, most: int = 16) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
+
+
+# A chart with all that belongs to it: heading, two drawings (desktop, phone), legend, the figures as a table.
+
+Cell = object
+
+
+def section(key: str, heading: str, *content: object) -> Markup:
+    """Return one card of the page."""
+    return tag("section", tag("h2", heading, id=f"{key}-heading"), *content, id=key, aria_labelledby=f"{key}-heading")
+
+
+def figure(
+    key: str,
+    title: str,
+    description: str,
+    draw: Callable[[Frame], Iterable[Markup]],
+    *below: object,
+    frames: Sequence[Frame] = (WIDE, NARROW),
+) -> Markup:
+    """Return the drawings of a chart, one a frame; the style sheet shows the one that fits the screen."""
+    drawings = [_drawing(f"{key}-{frame.name}", title, description, frame, draw) for frame in frames]
+    return tag("figure", *drawings, *below)
+
+
+def _drawing(key: str, title: str, description: str, frame: Frame, draw: Callable[[Frame], Iterable[Markup]]) -> Markup:
+    return tag(
+        "svg",
+        tag("title", title, id=f"{key}-title"),
+        tag("desc", description, id=f"{key}-desc"),
+        *draw(frame),
+        class_=f"chart {frame.name}",
+        viewBox=f"0 0 {frame.width:g} {frame.height:g}",
+        role="img",
+        aria_labelledby=f"{key}-title {key}-desc",
+        xmlns="http://www.w3.org/2000/svg",
+    )
+
+
+def legend(lines: Sequence[Series]) -> Markup:
+    """Return the names of the lines, each behind a piece of the line."""
+    return tag("ul", *(tag("li", _swatch(line), line.name) for line in lines), class_="legend")
+
+
+def _swatch(line: Series) -> Markup:
+    pieces = [tag("line", class_=f"line {line.look}", x1=1, x2=23, y1=6, y2=6)]
+    if line.tips:
+        pieces.append(tag("circle", class_=f"dot {line.look}", cx=12, cy=6, r=3.5))
+    return tag("svg", *pieces, viewBox="0 0 24 12", width=24, height=12, aria_hidden="true")
+
+
+def table(
+    caption: str, heads: Sequence[object], rows: Sequence[Sequence[Cell]], *, is_folded: bool = False, class_: str = ""
+) -> Markup:
+    """Return a table that scrolls sideways when it is wider than the screen.
+
+    Parameters
+    ----------
+    caption : str
+    heads : sequence
+        One per column; the first column names the row.
+    rows : sequence of sequences
+        A cell is text, markup, or (text, number to sort by).
+    is_folded : bool
+        Show it on demand.
+    class_ : str
+    """
+    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
+    body = tag("tbody", *(tag("tr", *(_cell(cell, i) for i, cell in enumerate(row))) for row in rows))
+    whole = tag("table", tag("caption", caption, class_="sr" if is_folded else None), head, body, class_=class_ or None)
+    scroller = tag("div", whole, class_="scroll", tabindex="0", role="region", aria_label=caption)
+    return tag("details", tag("summary", caption), scroller) if is_folded else scroller
+
+
+def _cell(cell: Cell, column: int) -> Markup:
+    shown, value = cell if isinstance(cell, tuple) else (cell, None)
+    data = f"{value!r}" if isinstance(value, int | float) else None
+    if column == 0:
+        return tag("th", shown, scope="row", data_value=data)
+    return tag("td", shown, data_value=data)
+
+
+def ratio_cell(hits: float, accesses: float) -> tuple[str, float]:
+    """Return a share as a cell; a dash where there was nothing to find."""
+    return (percent(hits / accesses), float(hits / accesses)) if accesses else ("–", -1.0)
+
+
+# The hit ratio against the size of the cache.
+
+_GIB = 1024**3
+
+
+def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
+    """Return the chart of hit ratio against size: LRU's curve, all strategies, the limits; `below` at its end."""
+    lines = _lines(evidence)
+    if not lines:
+        return section("curve", "Hit ratio against size", tag("p", "Nothing was replayed.", class_="quiet-text"))
+    title = "Hit ratio against the size of the cache"
+    description = f"{len(lines)} lines. A cache without a limit finds {percent(evidence.attainable)} of the blocks."
+    return section(
+        "curve",
+        title,
+        tag(
+            "p",
+            "Share of the touched blocks that lie in the longest cached prefix of their request. ",
+            "The size is drawn on a log scale: each step to the right multiplies it.",
+            class_="lede",
+        ),
+        legend(lines),
+        figure("curve-chart", title, description, lambda frame: _draw(evidence, lines[::-1], frame)),
+        _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
+        below,
+    )
+
+
+def _lines(evidence: Evidence) -> list[Series]:
+    lines = []
+    if evidence.curve is not None and evidence.curve.attainable:
+        lines.append(_curve_line(evidence, evidence.curve))
+    for name in evidence.points:
+        points, look = evidence.points[name], evidence.looks[name]
+        if not points.blocks or (name == LRU and lines and evidence.curve is not None):
+            continue
+        sizes = zip(points.blocks, points.ratios, strict=True)
+        tips = [f"{shown_name(name)}, {evidence.size(blocks)}: {percent(ratio)}" for blocks, ratio in sizes]
+        xs = [_place(evidence, blocks) for blocks in points.blocks]
+        lines.append(Series(shown_name(name), look, xs, points.ratios, tips, is_labelled=look != "quiet"))
+    return sorted(lines, key=_rank)
+
+
+def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
+    """Return LRU's curve at no more sizes than a chart has pixels."""
+    last = float(curve.blocks[-1])
+    sizes = np.unique(np.geomspace(1, max(last, 2), 300).astype(np.int64))
+    return Series(
+        "lru", "c1 curve", [_place(evidence, float(size)) for size in sizes], [float(y) for y in curve.at(sizes)]
+    )
+
+
+def _rank(line: Series) -> int:
+    """Place LRU and the optimum first in the legend, and on top of the others in the drawing."""
+    return ("c1", "ink", "c2", "c3", "c4", "quiet").index(line.look.split()[0])
+
+
+def _place(evidence: Evidence, blocks: float) -> float:
+    return evidence.num_bytes(blocks) / (_GIB if evidence.bytes_per_block else 1)
+
+
+def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Markup]:
+    low, high = _ends(evidence, lines)
+    across = frame.across(low, high, is_log=True)
+    ticks = ratio_ticks(max(evidence.attainable, *(max(line.ys) for line in lines)))
+    up = frame.up(ticks[-1])
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    unit = "size of the cache, " + ("GiB" if evidence.bytes_per_block else "blocks")
+    yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), _tick, unit)
+    yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
+    limit = f"no limit {percent(evidence.attainable)}"
+    yield tag("text", limit, class_="note soft", x=frame.left + 6, y=up(evidence.attainable) - 6)
+    yield from _marks(evidence, frame, across)
+    for series in lines:
+        yield from line(series.clipped(low), across, up)
+    if evidence.curve is not None:
+        yield from dots(
+            _curve_points(evidence, evidence.curve, _steps(evidence.curve, (1, 1.5, 2, 3, 5, 7))), across, up
+        )
+    yield from label_ends(frame, lines, across, up)
+
+
+def _ends(evidence: Evidence, lines: list[Series]) -> tuple[float, float]:
+    """Return the sizes between which something happens: what is marked, and where a line leaves its first height."""
+    places = [
+        _place(evidence, blocks) for blocks in (*evidence.capacities, evidence.chosen_blocks, evidence.knee) if blocks
+    ]
+    for series in lines:
+        rises = [x for x, y in zip(series.xs, series.ys, strict=True) if y - series.ys[0] > 0.03 * evidence.attainable]
+        places += [rises[0] / 1.5 if rises else series.xs[0], series.xs[-1]]
+    low, high = min(places), max(places)
+    return (low / 1.15, high * 1.15) if high > low else (low / 2, high * 2)
+
+
+def _marks(evidence: Evidence, frame: Frame, across: Scale) -> Iterator[Markup]:
+    marks = [("knee", evidence.knee), (evidence.chosen_name, evidence.chosen_blocks)]
+    for row, (name, blocks) in enumerate((name, blocks) for name, blocks in marks if blocks):
+        value = _place(evidence, blocks)
+        yield from upright(frame, across, value, f"{name} {evidence.sized(blocks)}", row)
+
+
+def _steps(curve: HitCurve, factors: Sequence[float]) -> list[int]:
+    """Return round capacities over the whole curve: every power of ten times every factor, and the last."""
+    last = int(curve.blocks[-1])
+    sizes = {int(factor * 10**power) for power in range(len(str(last))) for factor in factors}
+    return sorted(size for size in sizes | {last} if 0 < size <= last)
+
+
+def _curve_points(evidence: Evidence, curve: HitCurve, sizes: list[int]) -> Series:
+    """Return points on the curve that tell their figures when they are pointed at."""
+    ratios = [curve.at(size) for size in sizes]
+    tips = [f"lru, {evidence.size(size)}: {percent(ratio)}" for size, ratio in zip(sizes, ratios, strict=True)]
+    return Series("", "c1 ghost", [_place(evidence, size) for size in sizes], ratios, tips)
+
+
+def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
+    rows = []
+    for size in _steps(curve, (1, 2, 5)):
+        ratio = curve.at(size)
+        share = ratio / evidence.attainable if evidence.attainable else 0.0
+        memory = [(evidence.sized(size), size)] if evidence.bytes_per_block else []
+        rows.append([(count(size), size), *memory, (percent(ratio), ratio), (percent(share), share)])
+    heads = ["blocks", *(["memory"] if evidence.bytes_per_block else []), "hit ratio", "of the attainable"]
+    return table("The figures of LRU’s curve", heads, rows, is_folded=True)
+
+
+def _tick(value: float) -> str:
+    return short(value) if value >= 1 else f"{value:g}"
+
+
+# The hit ratio by depth in the prompt.
+
+
+def depth_section(evidence: Evidence) -> Markup | None:
+    """Return the chart of the hit ratio by depth in the prompt."""
+    cells = evidence.detailed
+    depths = [facts.per_depth(evidence.trace, cell.hits) for cell in cells]
+    if not cells or not len(depths[0].accesses):
+        return None
+    edges = _depth_edges(len(depths[0].accesses))
+    touched = np.add.reduceat(depths[0].accesses, edges[:-1])
+    found = [np.add.reduceat(depth.hit_blocks, edges[:-1]) for depth in depths]
+    names = [_depths(int(low), int(high)) for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    places = [float((low + 1) * high) ** 0.5 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    lines = []
+    for cell, hits in zip(cells, found, strict=True):
+        ratios = list(hits / touched)
+        name = shown_name(cell.strategy)
+        tips = [f"{name}, {where}: {percent(ratio)}" for where, ratio in zip(names, ratios, strict=True)]
+        lines.append(Series(name, evidence.looks[cell.strategy], places, ratios, tips))
+    heads = ["depth", "blocks touched", *(line.name for line in lines)]
+    rows = [
+        [
+            (name, int(edges[i])),
+            (count(touched[i]), int(touched[i])),
+            *(ratio_cell(hits[i], touched[i]) for hits in found),
+        ]
+        for i, name in enumerate(names)
+    ]
+    title = f"Hit ratio by depth in the prompt, {evidence.where}"
+    unit = f"depth in the prompt, blocks of {count(evidence.trace.block_tokens)} tokens"
+    lede = f"How often the block at a depth was found, {evidence.where}; block 1 is the first of a prompt."
+    return section(
+        "depth",
+        "Hits by depth",
+        tag("p", lede, class_="lede"),
+        legend(lines),
+        figure("depth-chart", title, f"{len(names)} depths.", lambda frame: _draw_depths(frame, lines, unit)),
+        table("The figures by depth", heads, rows, is_folded=True),
+    )
+
+
+def _depth_edges(deepest: int) -> facts.Ints:
+    """Return where the bins of depths begin, and the end: single blocks first, then ever wider bins."""
+    wide = np.geomspace(8, max(deepest, 9), max(2, int(12 * np.log10(max(deepest, 9) / 8)) + 1)).astype(np.int64)
+    inner = np.union1d(np.arange(8), wide)
+    return np.append(inner[inner < deepest], deepest).astype(np.int64)
+
+
+def _depths(low: int, high: int) -> str:
+    return f"block {count(high)}" if high == low + 1 else f"blocks {count(low + 1)} to {count(high)}"
+
+
+def _draw_depths(frame: Frame, lines: Sequence[Series], unit: str) -> Iterator[Markup]:
+    deepest = max(lines[0].xs[-1], 2.0)
+    across = frame.across(1.0, deepest, is_log=True)
+    ticks = ratio_ticks(max(max(series.ys) for series in lines))
+    up = frame.up(ticks[-1])
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    yield from floor(frame, across, log_ticks(1.0, deepest, frame.most_ticks), short, unit)
+    for series in lines:
+        yield from line(series, across, up)
+    yield from label_ends(frame, lines, across, up)
+
+
+# How long a block waits for its next use.
+
+_GAP_EDGES = np.geomspace(1, 1e7, 141)
+"""20 bins a decade from 1 s to four months; the ends take what lies beyond."""
+
+
+def gap_section(evidence: Evidence) -> Markup | None:
+    """Return the histogram of the time until a block is used again."""
+    gaps = facts.reuse_gaps(evidence.trace, _GAP_EDGES)
+    if not gaps.total:
+        return None
+    coarse = facts.Gaps(gaps.edges[::4], gaps.counts.reshape(-1, 4).sum(axis=1))
+    filled = np.flatnonzero(coarse.counts)
+    first, last = int(filled[0]), int(filled[-1]) + 1
+    shown = facts.Gaps(coarse.edges[first : last + 1], coarse.counts[first:last])
+    half, most = gaps.quantile(0.5), gaps.quantile(0.9)
+    lede = (
+        f"{round_count(gaps.total)} uses of a block that was used before. "
+        f"Half of them come within {rough_duration(half)}, "
+        f"nine of ten within {rough_duration(most)}: so long a block has to be kept to be found."
+    )
+    names = [
+        f"{rough_duration(float(low))} to {rough_duration(float(high))}"
+        for low, high in zip(shown.edges[:-1], shown.edges[1:], strict=True)
+    ]
+    if first == 0:
+        names[0] = f"less than {rough_duration(float(shown.edges[1]))}"
+    tips = [
+        f"{name}: {percent(number / gaps.total)} of the reuses"
+        for name, number in zip(names, shown.counts, strict=True)
+    ]
+    running = shown.counts.cumsum() / gaps.total
+    rows = [
+        [
+            (name, float(low)),
+            (count(n), int(n)),
+            (percent(n / gaps.total), n / gaps.total),
+            (percent(upto), float(upto)),
+        ]
+        for name, low, n, upto in zip(names, shown.edges[:-1], shown.counts, running, strict=True)
+    ]
+    return section(
+        "gaps",
+        "How long a block waits for its next use",
+        tag("p", lede, class_="lede"),
+        figure(
+            "gap-chart",
+            "Time until a block is used again",
+            lede,
+            lambda frame: _draw_gaps(frame, shown, tips, half, most),
+            frames=(WIDE_BARE, NARROW),
+        ),
+        table(
+            "The figures of reuse gaps",
+            ["time since the last use", "reuses", "share", "up to here"],
+            rows,
+            is_folded=True,
+        ),
+    )
+
+
+def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float, most: float) -> Iterator[Markup]:
+    low, high = float(gaps.edges[0]), float(gaps.edges[-1])
+    across = frame.across(low, high, is_log=True)
+    ticks = linear_ticks(float(gaps.counts.max()) / gaps.total)
+    up = frame.up(ticks[-1])
+    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "share of the reuses")
+    yield from bars(across, up, list(gaps.edges), list(gaps.counts / gaps.total), tips, "b1")
+    shorter = [low] if low == _GAP_EDGES[0] else []
+    times = [tick for tick in time_ticks(low, high, frame.most_ticks) if tick > low]
+    yield from floor(frame, across, [*shorter, *times], _gap_tick, "time since the last use")
+    yield from upright(frame, across, half, f"half within {rough_duration(half)}")
+    yield from upright(frame, across, most, f"90% within {rough_duration(most)}", 1)
+
+
+def _gap_tick(seconds: float) -> str:
+    """Name a time; the first bin begins at 0."""
+    return "0" if seconds == _GAP_EDGES[0] else duration(seconds)
+
+
+# How the hit ratio is spread over sessions.
+
+
+def session_section(evidence: Evidence) -> Markup | None:
+    """Return the distribution of the hit ratio over sessions, or over requests where the trace names no sessions."""
+    cells = evidence.detailed[:1]
+    if not cells:
+        return None
+    shares, what = facts.per_session(evidence.trace, cells[0].hits), "session"
+    if not len(shares.accesses):
+        shares, what = facts.per_request(evidence.trace, cells[0].hits), "request"
+    if not len(shares.accesses):
+        return None
+    edges = np.linspace(0, 1, 21)
+    # The last bin holds its upper edge too: everything found.
+    numbers = np.histogram(shares.ratios, edges)[0]
+    names = [f"{100 * low:.0f} to {100 * high:.0f}%" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    tips = [f"{count(number)} {what}s with {name}" for number, name in zip(numbers, names, strict=True)]
+    total = len(shares.accesses)
+    median = float(np.median(shares.ratios))
+    missing = "" if what == "session" else "The trace names no sessions, so every request stands for itself. "
+    lede = (
+        f"{missing}{cells[0].strategy} {evidence.where}: half of {count(total)} {what}s find at least "
+        f"{percent(median)} of their blocks; {percent(float((shares.hit_blocks == 0).mean()))} find none."
+    )
+    rows = [
+        [(name, float(low)), (count(number), int(number)), (percent(number / total), number / total)]
+        for name, low, number in zip(names, edges[:-1], numbers, strict=True)
+    ]
+    return section(
+        "sessions",
+        f"Hit ratio per {what}",
+        tag("p", lede, class_="lede"),
+        figure(
+            "session-chart",
+            f"Distribution of the hit ratio over {what}s",
+            lede,
+            lambda frame: _draw_shares(frame, numbers, tips, median, what),
+            frames=(WIDE_BARE, NARROW),
+        ),
+        table(f"The figures per {what}", ["hit ratio", f"{what}s", "share"], rows, is_folded=True),
+    )
+
+
+def _draw_shares(frame: Frame, numbers: facts.Ints, tips: Sequence[str], median: float, what: str) -> Iterator[Markup]:
+    across = frame.across(0.0, 1.0)
+    ticks = linear_ticks(float(numbers.max()))
+    up = frame.up(ticks[-1])
+    yield from grid(frame, up, ticks, short, f"{what}s")
+    yield from bars(across, up, list(np.linspace(0, 1, 21)), list(numbers), tips, "b1")
+    yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], lambda tick: f"{100 * tick:g}%", "hit ratio")
+    yield from upright(frame, across, median, f"median {percent(median)}")
+
+
+# The hit ratio in windows of time, and the traffic.
+
+
+def time_section(evidence: Evidence) -> Markup | None:
+    """Return the chart of the hit ratio in windows of time, above the traffic."""
+    cells = evidence.detailed
+    if not cells:
+        return None
+    windows = [facts.per_window(evidence.trace, cell.hits) for cell in cells]
+    first = windows[0]
+    starts: facts.Floats = np.arange(len(first.accesses), dtype=np.float64) * first.seconds
+    lines = [_time_line(evidence, cell, window, starts) for cell, window in zip(cells, windows, strict=True)]
+    title = f"Hits over time, {evidence.where}"
+    heads = ["from", "requests", "blocks", *(line.name for line in lines)]
+    rows = [
+        [
+            (duration(start), float(start)),
+            (count(first.requests[i]), int(first.requests[i])),
+            (count(first.accesses[i]), int(first.accesses[i])),
+            *(ratio_cell(window.hit_blocks[i], window.accesses[i]) for window in windows),
+        ]
+        for i, start in enumerate(starts)
+    ]
+    return section(
+        "time",
+        "Hits over time",
+        tag("p", f"Windows of {duration(first.seconds)}, {evidence.where}. Below: the blocks touched.", class_="lede"),
+        legend(lines),
+        figure("time-chart", title, f"{len(starts)} windows.", lambda frame: _draw_time(frame, lines, first)),
+        table("The figures over time", heads, rows, is_folded=True),
+    )
+
+
+def _time_line(evidence: Evidence, cell: ReplayResult, window: facts.Windows, starts: facts.Floats) -> Series:
+    some = window.accesses > 0
+    ratios = window.hit_blocks[some] / window.accesses[some]
+    middles = starts[some] + window.seconds / 2
+    name = shown_name(cell.strategy)
+    tips = [
+        f"{name}, from {duration(start)} on: {percent(ratio)}"
+        for start, ratio in zip(starts[some], ratios, strict=True)
+    ]
+    return Series(name, f"{evidence.looks[cell.strategy]} fine", list(middles), list(ratios), tips)
+
+
+def _draw_time(frame: Frame, lines: Sequence[Series], windows: facts.Windows) -> Iterator[Markup]:
+    end = len(windows.accesses) * windows.seconds
+    across = frame.across(0.0, end)
+    split = frame.bottom - 62
+    upper = Frame(frame.name, frame.width, split, frame.right_margin, frame.left_margin, frame.top_margin, 0)
+    ticks = ratio_ticks(max(max(series.ys) for series in lines))
+    up = upper.up(ticks[-1])
+    yield from grid(upper, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    for series in lines:
+        yield from line(series, across, up)
+    yield from label_ends(upper, lines, across, up)
+    most = int(windows.accesses.max())
+    lower = Frame(frame.name, frame.width, frame.height, frame.right_margin, frame.left_margin, split + 16)
+    edges = [i * windows.seconds for i in range(len(windows.accesses) + 1)]
+    tips = [
+        f"from {duration(edges[i])} on: {count(windows.accesses[i])} blocks of {count(windows.requests[i])} requests"
+        for i in range(len(windows.accesses))
+    ]
+    yield from bars(across, lower.up(most), edges, list(windows.accesses), tips, "muted")
+    yield tag("text", short(most), class_="tick", x=frame.left - 7, y=lower.top + 9, text_anchor="end")
+    yield tag("text", "blocks", class_="tick", x=0.0, y=lower.bottom)
+    yield from floor(frame, across, even_time_ticks(end, frame.most_ticks), duration, "time since the first request")

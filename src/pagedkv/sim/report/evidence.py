@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pagedkv.sim.hit_curve import HitCurve, knee
-from pagedkv.sim.report.numbers import count, gib, round_count, short
-from pagedkv.sim.result import ReplayResult
+from pagedkv.format import count, gib, round_count, short
+from pagedkv.sim.curves import HitCurve, knee
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.trace import Trace
 
 __all__ = ["LRU", "OPTIMAL", "Evidence", "Points", "shown_name"]

@@ -1,10 +1,8 @@
-"""Figures as people read them."""
+"""Numbers, bytes, percentages and durations as text for people."""
 
 from __future__ import annotations
 
 import math
-
-__all__ = ["count", "duration", "gib", "percent", "points", "rough_duration", "round_count", "share", "short"]
 
 _NBSP = "\u00a0"
 _MINUS = "\u2212"
@@ -71,6 +69,17 @@ def gib(num_bytes: float) -> str:
         if num_bytes >= 1024**power * 0.9995:
             return f"{_digits(num_bytes / 1024**power)}{_NBSP}{unit}"
     return f"{_digits(num_bytes)}{_NBSP}B"
+
+
+def format_bytes(count: float) -> str:
+    """Return bytes in binary units, ``"12.5 GiB"`` say."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            break
+        count /= 1024
+    if unit == "B":
+        return f"{count:.0f} B"
+    return f"{count:,.0f} {unit}" if count >= 100 else f"{count:.1f} {unit}" if count >= 10 else f"{count:.2f} {unit}"
 
 
 def duration(seconds: float) -> str:
