@@ -46,7 +46,7 @@ def test_ids_are_small_immutable_ints(kind, shown, limit):
     assert seven == 7 and hash(seven) == hash(7) and {7: "x"}[seven] == "x" and isinstance(seven, int)
     assert kind(0) == 0 and kind(limit - 1) == limit - 1 and kind(np.int32(3)) == 3
     for wrong in (-1, limit, 1.0, "1", True, None):
-        with pytest.raises(InvalidOperation, match=f"{kind.__name__} expects an int"):
+        with pytest.raises(InvalidOperation, match=f"{kind.__name__}: expected an int"):
             kind(wrong)
     with pytest.raises(AttributeError):
         seven.note = "x"
@@ -397,9 +397,9 @@ def test_flaw_a_priority_could_be_set_on_no_sequence():
     cache = filled(Priority(3))
     assert cache.set_priority(0, 0).priority == 0 and cache.evict() == 0, "older than sequence 2"
     for wrong in (3, -1):
-        with pytest.raises(InvalidOperation, match=f"priority expects an int in 0 … 2, got {wrong}"):
+        with pytest.raises(InvalidOperation, match=f"priority: expected an int in 0 … 2, got {wrong}"):
             cache.set_priority(1, wrong)
-        with pytest.raises(InvalidOperation, match="priority expects an int in 0 … 2"):
+        with pytest.raises(InvalidOperation, match="priority: expected an int in 0 … 2"):
             cache.allocate(9, 1, priority=wrong)
     assert 9 not in cache and cache.get_sequence(1).priority == 1
 

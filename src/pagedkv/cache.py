@@ -11,7 +11,7 @@ from pagedkv.data.attention import paged_attention
 from pagedkv.data.gpu import attend_plan
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.storage import KvStorage
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
 
 __all__ = ["PagedKvCache"]
@@ -175,10 +175,10 @@ class PagedKvCache(BlockManager):
         }
         if isinstance(plan, DevicePlan):
             if backend not in ("auto", "triton"):
-                raise InvalidOperation(f"backend: expected auto or triton for a DevicePlan, got {backend!r}")
+                raise bad_argument("backend", "auto or triton for a DevicePlan", f"{backend!r}")
             return attend_plan(*tensors, plan, **options)
         if not isinstance(plan, BatchPlan):
-            raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
         return paged_attention(
             *tensors,
             block_tables=plan.block_tables,
@@ -214,7 +214,7 @@ class PagedKvCache(BlockManager):
         if isinstance(plan, DevicePlan):
             return self._storage.slots_of(plan)
         if not isinstance(plan, BatchPlan):
-            raise InvalidOperation(f"plan expects a BatchPlan, got {type(plan).__name__}")
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
         made_for, slots = self._slots
         if made_for is not plan:
             slots = self._storage.slot_index(plan.slot_mapping)

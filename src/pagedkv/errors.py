@@ -6,7 +6,7 @@
     ├── OutOfMemory          (MemoryError)   requested, available
     ├── SequenceNotFound     (KeyError)      seq_id
     ├── BlockNotFound        (KeyError)      block_id
-    ├── InvalidOperation     (ValueError)    reason
+    ├── InvalidOperation     (ValueError)    reason, argument
     ├── MissingExtra         (ImportError)   extra
     ├── TraceError           (ValueError)    file, line, reason
     ├── ReplayFailed         (RuntimeError)  strategy, blocks, reason
@@ -106,14 +106,22 @@ class InvalidOperation(PagedKvError, ValueError):
     Attributes
     ----------
     reason : str
+    argument : str or None
+        The argument at fault, by its name; None where it is the state that does not allow the call.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, argument: str | None = None) -> None:
         super().__init__(f"Invalid operation: {reason}")
         self.reason = reason
+        self.argument = argument
 
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self.reason,)
+    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
+        return type(self), (self.reason, self.argument)
+
+
+def bad_argument(argument: str, expected: str, got: str | None = None) -> InvalidOperation:
+    """Return the error for one argument, in the one grammar: ``name: expected …, got …``."""
+    return InvalidOperation(f"{argument}: expected {expected}" + ("" if got is None else f", got {got}"), argument)
 
 
 class MissingExtra(PagedKvError, ImportError):

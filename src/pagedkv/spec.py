@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["KvCacheSpec", "LayerSpec"]
 
@@ -22,19 +22,19 @@ _LAYOUTS = ("NHD", "HND")
 def require_int(name: str, value: object, low: int, high: int) -> int:
     """Return ``value`` as an int in ``low … high``; any integer type will do, a bool or a float will not."""
     if isinstance(value, bool):
-        raise InvalidOperation(f"{name}: expected an int, got {value!r}")
+        raise bad_argument(name, "an int", f"{value!r}")
     try:
         number = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise InvalidOperation(f"{name}: expected an int, got {value!r}") from None
+        raise bad_argument(name, "an int", f"{value!r}") from None
     if not low <= number <= high:
-        raise InvalidOperation(f"{name}: expected an int in {low} … {high}, got {number}")
+        raise bad_argument(name, f"an int in {low} … {high}", f"{number}")
     return number
 
 
 def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
     if value not in choices:
-        raise InvalidOperation(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        raise bad_argument(name, f"one of {', '.join(choices)}", f"{value!r}")
     return value
 
 
@@ -219,7 +219,7 @@ class KvCacheSpec:
 
 def _checked_layers(layers: object, num_layers: int) -> tuple[LayerSpec, ...]:
     if not isinstance(layers, (tuple, list)) or not all(isinstance(layer, LayerSpec) for layer in layers):
-        raise InvalidOperation(f"layers: expected a tuple of LayerSpec, got {layers!r}")
+        raise bad_argument("layers", "a tuple of LayerSpec", f"{layers!r}")
     if num_layers not in (1, len(layers)):
-        raise InvalidOperation(f"num_layers: expected {len(layers)}, the number of layers given, got {num_layers}")
+        raise bad_argument("num_layers", f"{len(layers)}, the number of layers given", f"{num_layers}")
     return tuple(layers)

@@ -42,12 +42,12 @@ def test_a_part_alone_as_a_table():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["speed"], "PART expects one of books, attention, replay, got 'speed'"),
-        (["--batch", 0], "--batch expects 1 or more, got 0"),
-        (["--seconds", "nan"], "--seconds expects a time above 0, got nan"),
-        (["--q-heads", 6, "--kv-heads", 4], "--q-heads expects a multiple of --kv-heads 4, got 6"),
+        (["speed"], "PART: expected one of books, attention, replay, got 'speed'"),
+        (["--batch", 0], "--batch: expected 1 or more, got 0"),
+        (["--seconds", "nan"], "--seconds: expected a time above 0, got nan"),
+        (["--q-heads", 6, "--kv-heads", 4], "--q-heads: expected a multiple of --kv-heads 4, got 6"),
         (["attention", "--dtypes", "int3"], "int3"),
-        (["attention", "--dtypes", ","], "--dtypes expects"),
+        (["attention", "--dtypes", ","], "--dtypes: expected"),
         (["attention", "--device", "nowhere"], "--device nowhere cannot be used"),
     ],
 )

@@ -23,23 +23,23 @@ def failure(*arguments: object, **options) -> str:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["-n", 0], "-n expects an integer in 1 … 2147483646, got 0"),
-        (["-n", -3], "-n expects an integer in 1 … 2147483646, got -3"),
-        (["--beams", 0], "--beams expects an integer in 1 … 2147483646, got 0"),
-        (["--max-new-tokens", 0], "--max-new-tokens expects an integer in 1 … 2147483646, got 0"),
-        (["--block-size", 0], "--block-size expects an integer in 1 … 2147483646, got 0"),
-        (["--block-size", -16], "--block-size expects an integer in 1 … 2147483646, got -16"),
-        (["--num-blocks", 0], "--num-blocks expects an integer in 1 … 2147483646, got 0"),
-        (["--num-blocks", 10**15], "--num-blocks expects an integer in 1 … 2147483646, got 1000000000000000"),
-        (["--seed", -1], "--seed expects an integer in 0 … 9223372036854775807, got -1"),
-        (["--temperature", "nan"], "--temperature expects a number of at least 0, got nan"),
-        (["--temperature", "inf"], "--temperature expects a number of at least 0, got inf"),
-        (["--temperature", "-0.5"], "--temperature expects a number of at least 0, got -0.5"),
-        (["--top-p", "0"], "--top-p expects a number above 0 and at most 1, got 0.0"),
-        (["--top-p", "1.5"], "--top-p expects a number above 0 and at most 1, got 1.5"),
-        (["--top-p", "nan"], "--top-p expects a number above 0 and at most 1, got nan"),
-        (["--stream", "--sink-tokens", -1], "--sink-tokens expects an integer in 0 … 2147483646, got -1"),
-        (["--stream", "--window-tokens", 0], "--window-tokens expects an integer in 1 … 2147483646, got 0"),
+        (["-n", 0], "-n: expected an integer in 1 … 2147483646, got 0"),
+        (["-n", -3], "-n: expected an integer in 1 … 2147483646, got -3"),
+        (["--beams", 0], "--beams: expected an integer in 1 … 2147483646, got 0"),
+        (["--max-new-tokens", 0], "--max-new-tokens: expected an integer in 1 … 2147483646, got 0"),
+        (["--block-size", 0], "--block-size: expected an integer in 1 … 2147483646, got 0"),
+        (["--block-size", -16], "--block-size: expected an integer in 1 … 2147483646, got -16"),
+        (["--num-blocks", 0], "--num-blocks: expected an integer in 1 … 2147483646, got 0"),
+        (["--num-blocks", 10**15], "--num-blocks: expected an integer in 1 … 2147483646, got 1000000000000000"),
+        (["--seed", -1], "--seed: expected an integer in 0 … 9223372036854775807, got -1"),
+        (["--temperature", "nan"], "--temperature: expected a number of at least 0, got nan"),
+        (["--temperature", "inf"], "--temperature: expected a number of at least 0, got inf"),
+        (["--temperature", "-0.5"], "--temperature: expected a number of at least 0, got -0.5"),
+        (["--top-p", "0"], "--top-p: expected a number above 0 and at most 1, got 0.0"),
+        (["--top-p", "1.5"], "--top-p: expected a number above 0 and at most 1, got 1.5"),
+        (["--top-p", "nan"], "--top-p: expected a number above 0 and at most 1, got nan"),
+        (["--stream", "--sink-tokens", -1], "--sink-tokens: expected an integer in 0 … 2147483646, got -1"),
+        (["--stream", "--window-tokens", 0], "--window-tokens: expected an integer in 1 … 2147483646, got 0"),
         (["--sink-tokens", 4], "--sink-tokens goes with --stream only"),
         (["--window-tokens", 4], "--window-tokens goes with --stream only"),
         (["-n", 2, "--beams", 2], "-n and --beams do not go together: samples are drawn at random, beams are not"),
@@ -75,7 +75,7 @@ def test_a_wrong_call_is_one_line_that_points_to_the_help(arguments, said):
 
 def test_an_unknown_strategy_lists_the_known_ones():
     line = failure("generate", "x", "--strategy", "newest")
-    assert line.startswith("--strategy expects one of ") and line.endswith(", got 'newest'")
+    assert line.startswith("--strategy: expected one of ") and line.endswith(", got 'newest'")
     assert all(name in line for name in ("fifo", "lfu", "longestfirst", "lru", "priority", "streamingllm"))
 
 
@@ -114,7 +114,7 @@ def test_a_name_of_a_hub_is_no_folder_and_no_network_is_tried():
 
 
 def test_a_file_is_no_folder(folder):
-    assert "expects a folder" in failure("generate", "x", "--model", folder / "config.json")
+    assert "expected a folder" in failure("generate", "x", "--model", folder / "config.json")
 
 
 def test_a_folder_without_config(folder):
@@ -219,7 +219,7 @@ def test_a_window_that_the_model_has_no_positions_for():
 def test_debug_shows_the_traceback_and_the_line():
     result = call("generate", "x", "-n", 0, "--debug")
     assert result.exit_code == 2 and "Traceback (most recent call last)" in result.stderr
-    assert result.stderr.splitlines()[-1] == "pagedkv: error: -n expects an integer in 1 … 2147483646, got 0"
+    assert result.stderr.splitlines()[-1] == "pagedkv: error: -n: expected an integer in 1 … 2147483646, got 0"
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too(monkeypatch):

@@ -12,7 +12,7 @@ from tests.cli.commands import call
 def test_an_unknown_dtype_is_refused(command):
     result = call(*command, "--kv-dtype", "int4")
     assert result.exit_code == 2
-    assert "--kv-dtype expects float32, bfloat16, float16, int8, fp8, got int4" in result.stderr
+    assert "--kv-dtype: expected float32, bfloat16, float16, int8, fp8, got int4" in result.stderr
 
 
 @pytest.mark.parametrize("way", [(), ("--stream", "--window-tokens", "28")], ids=str)

@@ -98,22 +98,22 @@ def test_the_report_is_written(trace, tmp_path):
     [
         (
             ("--target", "90"),
-            "--target expects a share of the attainable hits above 0 and at most 1, 0.9 is 90%; got 90",
+            "--target: expected a share of the attainable hits above 0 and at most 1, 0.9 is 90%; got 90",
         ),
-        (("--target", "nan"), "--target expects a share"),
+        (("--target", "nan"), "--target: expected a share"),
         (("--target", "much"), "--target"),
-        (("--memory", "40"), "--memory expects a size such as 40GiB or 80GB, got '40'"),
-        (("--memory", "1MiB"), "memory expects at least 64.0 MiB"),
-        (("--strategies", ","), "--strategies expects names"),
+        (("--memory", "40"), "--memory: expected a size such as 40GiB or 80GB, got '40'"),
+        (("--memory", "1MiB"), "memory: expected at least 64.0 MiB"),
+        (("--strategies", ","), "--strategies: expected names"),
         (("--strategies", "no-such"), "got 'no-such'"),
-        (("--tflops", "0"), "--tflops expects a number above 0"),
-        (("--mfu", "1.5"), "--mfu expects a number above 0 and at most 1, got 1.5"),
-        (("--decode-rate", "nan"), "--decode-rate expects"),
+        (("--tflops", "0"), "--tflops: expected a number above 0"),
+        (("--mfu", "1.5"), "--mfu: expected a number above 0 and at most 1, got 1.5"),
+        (("--decode-rate", "nan"), "--decode-rate: expected"),
         (("--kv-dtype", "int3"), "kv_dtype: expected one of float16"),
         (("--model", "no-such-model"), "expected a config.json, a folder with one, or one of deepseek-v3"),
         (("--model", "{"), "model config inline JSON: expected a JSON object"),
         (("--model", '{"hidden_size": "x"}'), "hidden_size: expected an int in 1"),
-        (("--html", "/no/such/folder/plan.html"), "--html expects a file in a folder that exists"),
+        (("--html", "/no/such/folder/plan.html"), "--html: expected a file in a folder that exists"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(trace, arguments, message):
@@ -165,7 +165,7 @@ def test_sizes(text, size):
 
 @pytest.mark.parametrize("text", ["", "40", "GiB", "-1GiB", "1e3GiB", "40 gigs", "0GiB", "nan", "9" * 30 + "PiB"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(Failure, match="--memory expects a size"):
+    with pytest.raises(Failure, match="--memory: expected a size"):
         parse_size("--memory", text)
 
 

@@ -221,7 +221,7 @@ def test_a_strategy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeyp
         assert own | {"strategy": "", "seconds": 0} == stock | {"strategy": "", "seconds": 0}
     error = failed(trace, "-b", "30", "-j", 1, "--strategy-from", "mine_of_the_test:NotANumber")
     assert "The replay of mine_of_the_test:NotANumber with 30 blocks failed: " in error
-    assert "NotANumber.score_blocks expects to return integers" in error
+    assert "NotANumber.score_blocks: expected to return integers" in error
 
 
 def test_all_strategies_are_those_without_arguments(trace):
@@ -244,22 +244,22 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["-b", ","], "got ','"),
         (["-s", "no_such"], "one of adaptive, fifo, "),
         (["-s", "no_such"], "optimal, got 'no_such'"),
-        (["-s", ""], "--strategies expects names"),
-        (["-s", "priority:levels=0"], "levels expects an int"),
-        (["--strategy-from", "mine.py:Best"], "expects module:Class, not a file"),
-        (["--strategy-from", "best"], "expects module:Class, got 'best'"),
+        (["-s", ""], "--strategies: expected names"),
+        (["-s", "priority:levels=0"], "levels: expected an int"),
+        (["--strategy-from", "mine.py:Best"], "expected module:Class, not a file"),
+        (["--strategy-from", "best"], "expected module:Class, got 'best'"),
         (["--strategy-from", "no.such.module:Best"], "cannot be imported: ModuleNotFoundError"),
         (["--strategy-from", "json:loads"], "cannot be made without arguments"),
         (["--prefill-rate", "5"], "--prefill-rate needs --timed"),
         (["--decode-rate", "5"], "--decode-rate needs --timed"),
-        (["--timed", "--decode-rate", "0"], "--decode-rate expects tokens per second above 0, got 0"),
-        (["--timed", "--prefill-rate", "nan"], "--prefill-rate expects tokens per second above 0, got nan"),
+        (["--timed", "--decode-rate", "0"], "--decode-rate: expected tokens per second above 0, got 0"),
+        (["--timed", "--prefill-rate", "nan"], "--prefill-rate: expected tokens per second above 0, got nan"),
         (["--timed", "-s", "lru,optimal"], "the optimum knows no time"),
         (["--jobs", "0"], "jobs: expected an int in 1"),
         (["--json", "--csv", "-"], "both want stdout"),
-        (["--csv", "/no/such/folder/cells.csv"], "--csv expects a file in a folder that exists"),
-        (["--html", "/no/such/folder/page.html"], "--html expects a file in a folder that exists"),
-        (["--html", "/"], "--html expects a file"),
+        (["--csv", "/no/such/folder/cells.csv"], "--csv: expected a file in a folder that exists"),
+        (["--html", "/no/such/folder/page.html"], "--html: expected a file in a folder that exists"),
+        (["--html", "/"], "--html: expected a file"),
         (["--format", "no_such"], "format"),
     ],
 )

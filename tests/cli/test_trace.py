@@ -154,17 +154,17 @@ def test_what_was_made_can_be_described(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["video"], "kind expects one of chat, agents, rag, mixed, got 'video'"),
-        (["chat", "-n", 0], "requests expects an int in 1 … 2147483647, got 0"),
-        (["chat", "--accesses", -1], "accesses expects an int in 1 … 1000000000000, got -1"),
-        (["chat", "--rate", "-1"], "rate expects a number in 1e-06 … 1e+09"),
-        (["chat", "--rate", "nan"], "rate expects a number in 1e-06 … 1e+09"),
-        (["chat", "--seed", -1], "seed expects an int in 0 … 9223372036854775807, got -1"),
-        (["chat", "--set", "turns"], "--set expects NAME=VALUE, got 'turns'"),
-        (["chat", "--set", "turns=many"], "--set turns expects a number, got 'many'"),
-        (["chat", "--set", "turns=nan"], "turns expects a number in 1 … 1e+12, got nan"),
-        (["chat", "--set", "seed=1"], "--set expects one of turns, "),
-        (["chat", "--set", "idle_share=2"], "idle_share expects a number in 0 … 1, got 2"),
+        (["video"], "kind: expected one of chat, agents, rag, mixed, got 'video'"),
+        (["chat", "-n", 0], "requests: expected an int in 1 … 2147483647, got 0"),
+        (["chat", "--accesses", -1], "accesses: expected an int in 1 … 1000000000000, got -1"),
+        (["chat", "--rate", "-1"], "rate: expected a number in 1e-06 … 1e+09"),
+        (["chat", "--rate", "nan"], "rate: expected a number in 1e-06 … 1e+09"),
+        (["chat", "--seed", -1], "seed: expected an int in 0 … 9223372036854775807, got -1"),
+        (["chat", "--set", "turns"], "--set: expected NAME=VALUE, got 'turns'"),
+        (["chat", "--set", "turns=many"], "--set turns: expected a number, got 'many'"),
+        (["chat", "--set", "turns=nan"], "turns: expected a number in 1 … 1e+12, got nan"),
+        (["chat", "--set", "seed=1"], "--set: expected one of turns, "),
+        (["chat", "--set", "idle_share=2"], "idle_share: expected a number in 0 … 1, got 2"),
     ],
 )
 def test_bad_options_are_named_and_nothing_is_written(arguments, said, tmp_path):
@@ -174,7 +174,7 @@ def test_bad_options_are_named_and_nothing_is_written(arguments, said, tmp_path)
 
 def test_an_output_that_cannot_be(tmp_path):
     for path in (tmp_path, tmp_path / "missing" / "made.jsonl"):
-        assert "--output expects a file in a folder that exists" in failure("trace", "synth", "chat", "-o", path)
+        assert "--output: expected a file in a folder that exists" in failure("trace", "synth", "chat", "-o", path)
     assert "--output" in failure("trace", "synth", "chat", "-n", 5)
 
 

@@ -310,7 +310,7 @@ def test_a_broken_strategy_is_named_and_changes_nothing(answer, method, call):
     before = seen(manager)
     object.__setattr__(strategy, "is_broken", True)
     expected = ZeroDivisionError if answer is fail else InvalidOperation
-    with pytest.raises(expected, match="mine" if answer is fail else f"Broken.{method} expects to return integers"):
+    with pytest.raises(expected, match="mine" if answer is fail else f"Broken.{method}: expected to return integers"):
         call(manager)
     assert seen(manager) == before
     manager.check()
@@ -327,7 +327,7 @@ def test_what_is_no_strategy_is_refused(wrong):
 
 @pytest.mark.parametrize("wrong", ["", "3x", "a b", None, "lru:1"])
 def test_names_that_cannot_be_registered(wrong):
-    with pytest.raises(InvalidOperation, match="name expects"):
+    with pytest.raises(InvalidOperation, match="name: expected"):
         register_strategy(wrong, SmallestFirst)
 
 
@@ -335,7 +335,7 @@ def test_names_that_cannot_be_registered(wrong):
     "text", ["streaming_llm:sink=4,sink=5,window=3", "streaming_llm:sink=4,sink_tokens=5,window=3"]
 )
 def test_an_argument_is_given_once(text):
-    with pytest.raises(InvalidOperation, match="strategy expects sink.* once"):
+    with pytest.raises(InvalidOperation, match="strategy: expected sink.* once"):
         parse_strategy(text)
 
 
@@ -391,5 +391,5 @@ TTLS = [lambda: TTL(-1), lambda: TTL(2**32), lambda: TTL(True), lambda: TTL(1.5)
 
 @pytest.mark.parametrize("build", [lambda: Priority(0), lambda: Priority(1.5), lambda: StreamingLLM(-1, 2)] + TTLS)
 def test_parameters_out_of_range(build):
-    with pytest.raises(InvalidOperation, match="expects an int in"):
+    with pytest.raises(InvalidOperation, match="expected an int in"):
         build()

@@ -70,18 +70,18 @@ def test_runs_never_share_with_a_salt():
 @pytest.mark.parametrize(
     ("ids", "offsets", "named"),
     [
-        ([1, 2], np.array([0, 2]), "ids expects a flat int32 or int64 array, got"),
-        (np.array([1.0, 2.0]), np.array([0, 2]), "ids expects a flat int32 or int64 array, got float64"),
-        (np.array([[1, 2]]), np.array([0, 2]), r"ids expects .* got int64 of shape \(1, 2\)"),
-        (np.array([1, 2], np.uint32), np.array([0, 2]), "ids expects .* got uint32"),
-        (np.array([1, 2]), [0, 2], "offsets expects a flat int64 array"),
-        (np.array([1, 2]), np.array([0.0, 2.0]), "offsets expects a flat int64 array, got float64"),
-        (np.array([1, 2]), np.array(2), "offsets expects a flat int64 array"),
-        (np.array([1, 2]), np.array([[0, 2]]), "offsets expects a flat int64 array"),
-        (np.array([1, 2]), np.array([], np.int64), "offsets expects num_requests"),
-        (np.array([1, 2]), np.array([0, 3]), "offsets expects num_requests"),
-        (np.array([1, 2]), np.array([-1, 2]), "offsets expects num_requests"),
-        (np.array([1, 2]), np.array([0, 2, 1]), "offsets expects num_requests"),
+        ([1, 2], np.array([0, 2]), "ids: expected a flat int32 or int64 array, got"),
+        (np.array([1.0, 2.0]), np.array([0, 2]), "ids: expected a flat int32 or int64 array, got float64"),
+        (np.array([[1, 2]]), np.array([0, 2]), r"ids: expected .* got int64 of shape \(1, 2\)"),
+        (np.array([1, 2], np.uint32), np.array([0, 2]), "ids: expected .* got uint32"),
+        (np.array([1, 2]), [0, 2], "offsets: expected a flat int64 array"),
+        (np.array([1, 2]), np.array([0.0, 2.0]), "offsets: expected a flat int64 array, got float64"),
+        (np.array([1, 2]), np.array(2), "offsets: expected a flat int64 array"),
+        (np.array([1, 2]), np.array([[0, 2]]), "offsets: expected a flat int64 array"),
+        (np.array([1, 2]), np.array([], np.int64), "offsets: expected num_requests"),
+        (np.array([1, 2]), np.array([0, 3]), "offsets: expected num_requests"),
+        (np.array([1, 2]), np.array([-1, 2]), "offsets: expected num_requests"),
+        (np.array([1, 2]), np.array([0, 2, 1]), "offsets: expected num_requests"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(ids, offsets, named):
@@ -110,7 +110,7 @@ def test_a_broken_strategy_loses_nothing(answer):
 
     cache = ContentCache(4, Broken())
     ids, offsets = np.array([1, 2, 1, 3, 4, 5]), np.array([0, 2, 4, 6])
-    with pytest.raises(InvalidOperation, match=r"Broken.score_blocks expects to return integers of shape \(2,\)"):
+    with pytest.raises(InvalidOperation, match=r"Broken.score_blocks: expected to return integers of shape \(2,\)"):
         cache.run(ids, offsets)
     cache.check()
     assert cache.used_block_count == 0 and cache.free_block_count == 4

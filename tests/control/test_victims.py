@@ -71,7 +71,7 @@ def test_spared_sequences_are_passed_over_and_stay_in_the_order():
     assert manager.select_eviction_target(spared=[0, 1, 77]) == 2
     assert manager.select_eviction_target(spared=range(5)) is None
     assert manager.select_eviction_target() == 0
-    with pytest.raises(InvalidOperation, match="spared expects an int"):
+    with pytest.raises(InvalidOperation, match="spared: expected an int"):
         manager.select_eviction_target(spared=[-1])
 
 

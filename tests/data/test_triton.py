@@ -302,9 +302,9 @@ def test_triton_is_refused_without_a_device_or_the_interpreter(monkeypatch):
     for module in (gpu, gpu_device):
         monkeypatch.setattr(module, "require_runnable", gpu_device.require_runnable)
     monkeypatch.setattr(gpu_device, "is_interpreted", lambda: False)
-    with pytest.raises(InvalidOperation, match="queries: backend 'triton' expects a tensor on a CUDA device"):
+    with pytest.raises(InvalidOperation, match="queries: backend 'triton': expected a tensor on a CUDA device"):
         paged_attention(case.queries, case.keys, case.values, **case.options, backend="triton")
-    with pytest.raises(InvalidOperation, match="device: backend 'triton' expects a tensor on a CUDA device"):
+    with pytest.raises(InvalidOperation, match="device: backend 'triton': expected a tensor on a CUDA device"):
         KvStorage(KvCacheSpec(1), "cpu", backend="triton")
 
 

@@ -138,13 +138,13 @@ def test_bad_requests_are_named():
     core = engine(eos_token_ids=[3], strategy="priority:levels=2")
     core.add(request("r", [1]))
     for new, text in (
-        (request("r", [1]), "request_id expects one that is not in use, got 'r'"),
+        (request("r", [1]), "request_id: expected one that is not in use, got 'r'"),
         (request("s", []), "at least one token id"),
         (request("s", [[1]]), "flat list"),
         (request("s", ["a"]), "flat list"),
         (request("s", [VOCAB]), f"0 … {VOCAB - 1}, got {VOCAB}"),
         (request("s", [1], priority=2), "priority"),
-        (request("s", [1], cache_salt=3), "cache_salt expects a str, got 3"),
+        (request("s", [1], cache_salt=3), "cache_salt: expected a str, got 3"),
         (request("s", [1], stop="x"), "no tokenizer"),
         (request("s", [1], stop_token_ids=[VOCAB]), "stop_token_ids"),
     ):

@@ -186,7 +186,7 @@ def test_threads_take_turns(shipped, expected):
 
 @pytest.mark.parametrize("block_size", [0, -1, 2.5, "16"])
 def test_a_block_size_that_is_none(shipped, block_size):
-    with pytest.raises(InvalidOperation, match="block_size expects an int"):
+    with pytest.raises(InvalidOperation, match="block_size: expected an int"):
         LLM(shipped, num_blocks=8, block_size=block_size)
 
 

@@ -358,7 +358,7 @@ def test_wrong_tokens_change_nothing(bad):
 
 def test_generate_refuses_before_it_runs():
     session = StreamingSession(built(llama), SINKS, WINDOW)
-    with pytest.raises(InvalidOperation, match="token_ids expects at least one token"):
+    with pytest.raises(InvalidOperation, match="token_ids: expected at least one token"):
         session.generate()
     with pytest.raises(InvalidOperation, match="token_ids"):
         session.generate([VOCAB])
@@ -425,7 +425,7 @@ def deepseek():
 
 @pytest.mark.parametrize("make", [gpt2, bloom, cohere, deepseek], ids=lambda make: make.__name__)
 def test_other_positions_are_refused(make):
-    with pytest.raises(InvalidOperation, match="model expects .*rotary"):
+    with pytest.raises(InvalidOperation, match="model: expected .*rotary"):
         StreamingSession(built(make), SINKS, WINDOW)
 
 
@@ -460,7 +460,7 @@ def test_our_attention_works_in_a_session_only():
 def test_frequencies_that_change_with_the_length_are_refused():
     rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     model = built(lambda: llama(rope_parameters=rope, max_position_embeddings=64))
-    with pytest.raises(InvalidOperation, match="model expects rotary"):
+    with pytest.raises(InvalidOperation, match="model: expected rotary"):
         StreamingSession(model, SINKS, WINDOW, rebase_at=4096)
     StreamingSession(model, SINKS, WINDOW, rebase_at=60)
 

@@ -146,7 +146,7 @@ def test_an_address_in_use_is_said():
         async with EventPublisher(ANYWHERE, ANYWHERE) as first, EventPublisher(first.address, ANYWHERE):
             pass
 
-    with pytest.raises(InvalidOperation, match="events_endpoint expects an address that is free"):
+    with pytest.raises(InvalidOperation, match="events_endpoint: expected an address that is free"):
         asyncio.run(twice())
 
 

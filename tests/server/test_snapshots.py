@@ -103,13 +103,13 @@ def test_an_empty_pool():
 )
 def test_what_is_no_snapshot_is_refused(snapshot, change):
     broken = msgspec.msgpack.encode(msgspec.msgpack.decode(encode(snapshot)) | change)
-    with pytest.raises(InvalidOperation, match="data expects"):
+    with pytest.raises(InvalidOperation, match="data: expected"):
         decode(broken)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x81", b"\xc1" * 40, b'{"version": 1}'])
 def test_other_bytes_are_refused(data):
-    with pytest.raises(InvalidOperation, match="data expects"):
+    with pytest.raises(InvalidOperation, match="data: expected"):
         decode(data)
 
 

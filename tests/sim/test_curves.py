@@ -109,7 +109,7 @@ def test_between_two_points_the_lower_one_counts() -> None:
     np.testing.assert_array_equal(curve.at(np.array([9, 10])), [0.0, 0.3])
     assert curve.at(10, tokens=True) == 0.15
     assert (curve.attainable, curve.token_attainable) == (0.8, 0.4)
-    with pytest.raises(InvalidOperation, match="blocks expects"):
+    with pytest.raises(InvalidOperation, match="blocks: expected"):
         curve.at(-1)
 
 
@@ -122,7 +122,7 @@ def test_the_fewest_blocks_for_a_ratio(ratio: float, blocks: int | None) -> None
 
 @pytest.mark.parametrize("ratio", [-0.1, float("nan")])
 def test_no_ratio(ratio: float) -> None:
-    with pytest.raises(InvalidOperation, match="hit_ratio expects"):
+    with pytest.raises(InvalidOperation, match="hit_ratio: expected"):
         make_curve([0, 1]).blocks_for(ratio)
 
 
@@ -212,10 +212,10 @@ def test_the_error_of_a_sample(name: str, rate: float | None, max_blocks: int | 
     [
         ({}, "either rate or max_blocks"),
         ({"rate": 0.5, "max_blocks": 3}, "either rate or max_blocks"),
-        ({"rate": 0.0}, "rate expects"),
-        ({"rate": 1.5}, "rate expects"),
-        ({"rate": float("nan")}, "rate expects"),
-        ({"rate": "much"}, "rate expects"),
+        ({"rate": 0.0}, "rate: expected"),
+        ({"rate": 1.5}, "rate: expected"),
+        ({"rate": float("nan")}, "rate: expected"),
+        ({"rate": "much"}, "rate: expected"),
         ({"max_blocks": 0}, "max_blocks"),
         ({"rate": 0.5, "seed": -1}, "seed"),
         ({"rate": 1e-9}, "empty sample"),

@@ -104,7 +104,7 @@ def test_what_the_reader_mended_is_told(small):
 
 
 def test_a_trace_without_requests_is_refused():
-    with pytest.raises(InvalidOperation, match="trace expects at least 1 request, test has none"):
+    with pytest.raises(InvalidOperation, match="trace: expected at least 1 request, test has none"):
         describe(as_trace([]))
 
 

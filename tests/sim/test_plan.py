@@ -214,7 +214,7 @@ def test_real_traffic_keeps_its_figures(name, blocks, gib, kind):
 
 @pytest.mark.parametrize("target", [0, -0.1, 1.1, 90, float("nan"), True, "0.9", None])
 def test_a_target_that_is_no_share_is_refused(target):
-    with pytest.raises(InvalidOperation, match="target expects a share"):
+    with pytest.raises(InvalidOperation, match="target: expected a share"):
         plan(there_and_back(), MODEL, target=target)
 
 
@@ -225,13 +225,13 @@ def test_memory_that_is_no_size_is_refused(memory):
 
 
 def test_memory_for_less_than_a_block_says_what_a_block_takes():
-    with pytest.raises(InvalidOperation, match=r"memory expects at least 1.00 KiB: .* one block of 4 tokens"):
+    with pytest.raises(InvalidOperation, match=r"memory: expected at least 1.00 KiB: .* one block of 4 tokens"):
         plan(there_and_back(), MODEL, memory=BLOCK - 1)
 
 
 def test_a_model_beyond_all_memory_is_refused():
     huge = read_model({**CONFIG, "head_dim": 2**31 - 1, "num_key_value_heads": 8, "num_hidden_layers": 10_000})
-    with pytest.raises(InvalidOperation, match="model expects sizes that fit"):
+    with pytest.raises(InvalidOperation, match="model: expected sizes that fit"):
         plan(there_and_back(10**4, 1), huge, strategies=["lru"])
 
 

@@ -192,17 +192,17 @@ def _parts(request: BenchRequest) -> list[str]:
     """Return what is to be measured, after everything that could be wrong was looked at."""
     for name in request.parts:
         if name not in _MEASURES:
-            raise Failure(f"PART expects one of {', '.join(_MEASURES)}, got {name!r}")
+            raise Failure(f"PART: expected one of {', '.join(_MEASURES)}, got {name!r}")
     for field in dataclasses.fields(request):
         given = getattr(request, field.name)
         if type(given) is int and given < 1:
-            raise Failure(f"--{field.name.replace('_', '-')} expects 1 or more, got {given}")
+            raise Failure(f"--{field.name.replace('_', '-')}: expected 1 or more, got {given}")
     if not 0 < request.seconds < float("inf"):
-        raise Failure(f"--seconds expects a time above 0, got {request.seconds:g}")
+        raise Failure(f"--seconds: expected a time above 0, got {request.seconds:g}")
     if request.q_heads % request.kv_heads:
-        raise Failure(f"--q-heads expects a multiple of --kv-heads {request.kv_heads}, got {request.q_heads}")
+        raise Failure(f"--q-heads: expected a multiple of --kv-heads {request.kv_heads}, got {request.q_heads}")
     if not request.dtypes:
-        raise Failure("--dtypes expects names such as bfloat16,int8, got none")
+        raise Failure("--dtypes: expected names such as bfloat16,int8, got none")
     for dtype in request.dtypes:
         KvCacheSpec(1, request.block_size, request.kv_heads, request.head_dim, dtype=dtype)
     if request.parts:

@@ -197,9 +197,9 @@ class GenerateRequest:
         _require_count("--sink-tokens", self.sink_tokens, 0)
         _require_count("--window-tokens", self.window_tokens, 1)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise Failure(f"--temperature expects a number of at least 0, got {self.temperature}")
+            raise Failure(f"--temperature: expected a number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
-            raise Failure(f"--top-p expects a number above 0 and at most 1, got {self.top_p}")
+            raise Failure(f"--top-p: expected a number above 0 and at most 1, got {self.top_p}")
 
     def _check_pairs(self) -> None:
         if self.beams > 1 and self.samples > 1:
@@ -300,12 +300,12 @@ class GenerateRequest:
 def require_kv_dtype(name: str | None) -> None:
     """Raise ``Failure`` where ``--kv-dtype`` was given and cannot be."""
     if name is not None and name not in KV_DTYPES:
-        raise Failure(f"--kv-dtype expects {', '.join(KV_DTYPES)}, got {name}")
+        raise Failure(f"--kv-dtype: expected {', '.join(KV_DTYPES)}, got {name}")
 
 
 def _require_count(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:
     if value is not None and not low <= value <= high:
-        raise Failure(f"{name} expects an integer in {low} … {high}, got {value}")
+        raise Failure(f"{name}: expected an integer in {low} … {high}, got {value}")
 
 
 # Lets a model write through the paged cache: a bounded text by ``generate()``, an endless one by sinks and window.

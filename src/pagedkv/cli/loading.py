@@ -78,7 +78,7 @@ def check_folder(path: Path) -> None:
     if not path.exists():
         raise Failure(f"--model: there is no folder {path}")
     if not path.is_dir():
-        raise Failure(f"--model expects a folder in the Hugging Face format, got the file {path}")
+        raise Failure(f"--model: expected a folder in the Hugging Face format, got the file {path}")
     config = path / "config.json"
     if not config.is_file():
         raise Failure(f"--model: {path} has no config.json, so it is no Hugging Face model folder")

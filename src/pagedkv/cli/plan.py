@@ -69,12 +69,13 @@ def run(request: PlanRequest) -> None:
 
     if not 0 < request.target <= 1:
         raise Failure(
-            f"--target expects a share of the attainable hits above 0 and at most 1, 0.9 is 90%; got {request.target:g}"
+            f"--target: expected a share of the attainable hits above 0 and at most 1, 0.9 is 90%; "
+            f"got {request.target:g}"
         )
     memory = None if request.memory is None else parse_size("--memory", request.memory)
     strategies, hardware = _strategies(request.strategies), _hardware(request)
     if request.html is not None and (request.html.is_dir() or not request.html.absolute().parent.is_dir()):
-        raise Failure(f"--html expects a file in a folder that exists, got {request.html}")
+        raise Failure(f"--html: expected a file in a folder that exists, got {request.html}")
     model = read_model(request.model, kv_dtype=request.kv_dtype, window_as_full=request.window_as_full)
     console = notes()
     with library_notices(console), console.status("reading the trace") as status:
@@ -113,7 +114,7 @@ def parse_size(option: str, text: str) -> int:
     match = _SIZE.fullmatch(text)
     size = int(float(match[1]) * _UNITS[match[2].lower()]) if match and len(match[1]) < 20 else 0
     if not 0 < size < 2**62:
-        raise Failure(f"{option} expects a size such as 40GiB or 80GB, got {text[:40]!r}")
+        raise Failure(f"{option}: expected a size such as 40GiB or 80GB, got {text[:40]!r}")
     return size
 
 
@@ -125,7 +126,7 @@ def _strategies(text: str | None) -> list[str] | None:
         return None
     names = split_names(text)
     if not names:
-        raise Failure(f"--strategies expects names such as lru,s3fifo, got {text!r}")
+        raise Failure(f"--strategies: expected names such as lru,s3fifo, got {text!r}")
     search_folder_at_hand(names)
     for name in names:
         named_strategy(name)
@@ -141,7 +142,7 @@ def _hardware(request: PlanRequest) -> Hardware:
         ("--decode-rate", request.decode_rate, 1e9),
     ):
         if not 0 < value <= high:
-            raise Failure(f"{flag} expects a number above 0 and at most {high:g}, got {value:g}")
+            raise Failure(f"{flag}: expected a number above 0 and at most {high:g}, got {value:g}")
     return Hardware(request.tflops, request.mfu, request.decode_rate)
 
 

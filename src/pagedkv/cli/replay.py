@@ -85,7 +85,7 @@ def run(request: ReplayRequest) -> None:
         if trace.num_skipped:
             console.print(f"{trace.num_skipped:,} broken records skipped", style="yellow")
         if not trace.num_requests:
-            raise Failure(f"TRACE expects requests, {request.trace} has none")
+            raise Failure(f"TRACE: expected requests, {request.trace} has none")
         capacities = parse_capacities(request.blocks, trace.num_distinct) if trace.has_content else [1]
         results = sweep(
             trace,
@@ -130,14 +130,14 @@ def _strategies(request: ReplayRequest) -> list[str]:
     else:
         names = split_names(request.strategies)
         if not names:
-            raise Failure(f"--strategies expects names such as lru,fifo,optimal, got {request.strategies!r}")
+            raise Failure(f"--strategies: expected names such as lru,fifo,optimal, got {request.strategies!r}")
         names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
     search_folder_at_hand([*names, *request.strategies_from])
     for name in names:
         named_strategy(name)
     for text in request.strategies_from:
         if text.endswith(".py") or ".py:" in text:
-            raise Failure(f"--strategy-from expects module:Class, not a file, got {text!r}")
+            raise Failure(f"--strategy-from: expected module:Class, not a file, got {text!r}")
         imported_strategy(text)
     return list(dict.fromkeys([*names, *request.strategies_from]))
 
@@ -169,7 +169,7 @@ def _timing(request: ReplayRequest) -> Timing | None:
         if rate is not None and not request.timed:
             raise Failure(f"{flag} needs --timed")
         if rate is not None and not 0 < rate < float("inf"):
-            raise Failure(f"{flag} expects tokens per second above 0, got {rate:g}")
+            raise Failure(f"{flag}: expected tokens per second above 0, got {rate:g}")
     if not request.timed:
         return None
     if request.strategies and {_OPTIMAL, _ALL} & set(split_names(request.strategies)):
@@ -188,7 +188,7 @@ def _check_outputs(request: ReplayRequest) -> None:
     files = [("--html", request.html), ("--csv", None if request.csv in (None, "-") else Path(str(request.csv)))]
     for flag, file in files:
         if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise Failure(f"{flag} expects a file in a folder that exists, got {file}")
+            raise Failure(f"{flag}: expected a file in a folder that exists, got {file}")
 
 
 def _write_report(request: ReplayRequest, trace: Trace, results: list[ReplayResult], curve: HitCurve | None) -> None:

@@ -82,7 +82,7 @@ def run(options: EngineOptions, *, name: str | None, **settings: Any) -> None:
         if find_spec(module) is None:
             raise MissingExtra(module, "serve")
     if options.dtype not in DTYPES:
-        raise Failure(f"--dtype expects {', '.join(DTYPES)}, got {options.dtype}")
+        raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {options.dtype}")
     require_kv_dtype(options.kv_dtype)
     check_folder(options.path)
     from pagedkv.server.events import require_events

@@ -358,7 +358,7 @@ def write_synthetic(
     from pagedkv.sim.traffic import Traffic
 
     if path.is_dir() or not path.absolute().parent.is_dir():
-        raise Failure(f"--output expects a file in a folder that exists, got {path}")
+        raise Failure(f"--output: expected a file in a folder that exists, got {path}")
     names = [field.name for field in fields(Traffic) if field.name != "rate"]
     changes = dict(_parameter(text, names) for text in parameters)
     console = notes()
@@ -403,13 +403,13 @@ def _parameter(text: str, names: list[str]) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:
-        raise Failure(f"--set expects NAME=VALUE, got {text!r}")
+        raise Failure(f"--set: expected NAME=VALUE, got {text!r}")
     if name not in names:
-        raise Failure(f"--set expects one of {', '.join(names)}, got {name!r}")
+        raise Failure(f"--set: expected one of {', '.join(names)}, got {name!r}")
     try:
         number = float(value)
     except ValueError:
-        raise Failure(f"--set {name} expects a number, got {value!r}") from None
+        raise Failure(f"--set {name}: expected a number, got {value!r}") from None
     return name, int(number) if number.is_integer() else number
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 
 MAX_COUNT = 2**62
@@ -40,17 +40,17 @@ class BatchTokens(NamedTuple):
 def whole_number(name: str, value: Any, low: int = 0, high: int = MAX_COUNT) -> int:
     """Return `value` as an int within [low, high]; anything else is InvalidOperation."""
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise InvalidOperation(f"{name} expects an int, got {value!r}")
+        raise bad_argument(name, "an int", f"{value!r}")
     if not low <= value <= high:
         limit = f"of at least {low}" if high == MAX_COUNT and value < low else f"in {low} … {high}"
-        raise InvalidOperation(f"{name} expects an int {limit}, got {value}")
+        raise bad_argument(name, f"an int {limit}", f"{value}")
     return int(value)
 
 
 def fraction(name: str, value: Any) -> float:
     """Return `value` clamped to 0 … 1; NaN and what is no number is InvalidOperation."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
-        raise InvalidOperation(f"{name} expects a number in 0 … 1, got {value!r}")
+        raise bad_argument(name, "a number in 0 … 1", f"{value!r}")
     return min(1.0, max(0.0, float(value)))
 
 
@@ -73,7 +73,7 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
     try:
         array = np.asarray(values)
     except _NO_ARRAY:
-        raise InvalidOperation(f"seq_ids expects a flat list of ints, got {values!r}") from None
+        raise bad_argument("seq_ids", "a flat list of ints", f"{values!r}") from None
     if array.size == 0 and array.ndim == 1:
         return NO_IDS
     # Copies, because plans keep them: the caller may use its array again.
@@ -85,7 +85,7 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
     elif array.ndim == 1 and array.dtype.kind in "iu" and array.min() >= 0:
         return array.astype(np.int64)
     if array.ndim != 1:
-        raise InvalidOperation(f"seq_ids expects a flat list of ints, got {values!r}")
+        raise bad_argument("seq_ids", "a flat list of ints", f"{values!r}")
     return np.array([sequence_key(value, "seq_ids") for value in values], np.int64)
 
 
@@ -100,21 +100,19 @@ def _id_array(name: str, values: Any, ndim: int = 1, what: str = "token ids") ->
     try:
         array = np.asarray(values)
     except _NO_ARRAY:
-        raise InvalidOperation(f"{name} expects {what}, got {values!r}") from None
+        raise bad_argument(name, f"{what}", f"{values!r}") from None
     if array.size == 0 and array.ndim <= ndim:
         return NO_IDS
     if array.ndim != ndim or array.dtype.kind not in "iu":
-        raise InvalidOperation(
-            f"{name} expects ints in {ndim} dimension{'s' * (ndim > 1)}, got {array.dtype} of shape {array.shape}"
-        )
+        raise bad_argument(name, f"ints in {ndim} dimension{'s' * (ndim > 1)}", f"{array.dtype} of shape {array.shape}")
     if array.dtype == np.uint64 and array.max() >= _SIGNED:
-        raise InvalidOperation(f"{name} expects {what} below 2**63, got {array.max()}")
+        raise bad_argument(name, f"{what} below 2**63", f"{array.max()}")
     ids = np.ascontiguousarray(array, dtype=np.int64).reshape(-1)
     if not ids.flags.writeable:
         ids = ids.copy()  # Numba would compile everything once more for an array that cannot be written
     least = _least(ids)
     if least < 0:
-        raise InvalidOperation(f"{name} expects {what} of at least 0, got {least}")
+        raise bad_argument(name, f"{what} of at least 0", f"{least}")
     return ids
 
 
@@ -158,7 +156,7 @@ def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
         _require_length(len(tokens), n)
         return BatchTokens(equal_counts(tokens.shape[1], n), ids, True)
     if not _is_listing(tokens):
-        raise InvalidOperation(f"counts_or_tokens expects counts or token ids, got {tokens!r}")
+        raise bad_argument("counts_or_tokens", "counts or token ids", f"{tokens!r}")
     if n and not hasattr(tokens, "dtype") and len(tokens) and not is_count(tokens[0]):
         _require_length(len(tokens), n)
         return _parse_lists(tokens)
@@ -170,7 +168,7 @@ def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
     if is_count(counts):
         return equal_counts(whole_number(name, counts, 0, MAX_COUNT // max(1, n)), n)
     if not _is_listing(counts):
-        raise InvalidOperation(f"{name} expects a count, or one for each sequence, got {counts!r}")
+        raise bad_argument(name, "a count, or one for each sequence", f"{counts!r}")
     return _listed_counts(name, counts, n)
 
 
@@ -182,7 +180,7 @@ def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
     _require_length(len(listed), n, name)
     counts = _id_array(name, listed, what="counts")
     if len(counts) and counts.max() > MAX_COUNT // n:  # so that their sum is a count too
-        raise InvalidOperation(f"{name} expects counts of at most {MAX_COUNT // n}, got {counts.max()}")
+        raise bad_argument(name, f"counts of at most {MAX_COUNT // n}", f"{counts.max()}")
     return counts
 
 
@@ -194,4 +192,4 @@ def _parse_lists(lists: Sequence[Any]) -> BatchTokens:
 
 def _require_length(got: int, n: int, name: str = "counts_or_tokens") -> None:
     if got != n:
-        raise InvalidOperation(f"{name} expects one entry for each of {n} sequences, got {got}")
+        raise bad_argument(name, f"one entry for each of {n} sequences", f"{got}")

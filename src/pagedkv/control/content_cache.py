@@ -15,7 +15,7 @@ from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.reclaim import end_of_request, lowest_leaf
 from pagedkv.control.state import State
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, compiled
 
 # Requests whose blocks are named by content ids: matched, computed and let go at once, a whole trace in one call.
@@ -113,7 +113,7 @@ def _flat(name: str, array: object, dtypes: tuple[type, ...]) -> Ids:
     if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype not in dtypes:
         wanted = " or ".join(dtype.__name__ for dtype in dtypes)
         got = f"{array.dtype} of shape {array.shape}" if isinstance(array, np.ndarray) else repr(array)
-        raise InvalidOperation(f"{name} expects a flat {wanted} array, got {got}")
+        raise bad_argument(name, f"a flat {wanted} array", f"{got}")
     return np.ascontiguousarray(array)
 
 
@@ -167,7 +167,7 @@ class ContentCache(BlockManager):
         offsets = _flat("offsets", offsets, (np.int64,))
         lengths = np.diff(offsets)
         if not len(offsets) or offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(ids):
-            raise InvalidOperation(f"offsets expects num_requests + 1 numbers, ascending, 0 … {len(ids)}")
+            raise bad_argument("offsets", f"num_requests + 1 numbers, ascending, 0 … {len(ids)}")
         path = np.zeros(int(lengths.max(initial=0)), np.int32)
         hits = np.zeros(len(lengths), np.int32)
         with self._lock:

@@ -36,7 +36,7 @@ from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, pl
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
 from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_rule
 from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
-from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound
+from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
 # What a cache tells about itself: properties, snapshots, the report, the events. Nothing here changes a block.
 
@@ -340,7 +340,7 @@ class Holding(Inspection):
                 sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
             raise SequenceNotFound(sequence_number(keys[place]))
         if status == sequences.REPEATED:
-            raise InvalidOperation(f"seq_ids expects each sequence once, got S{sequence_number(keys[place])} twice")
+            raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
 
     def _make_room(
         self,
@@ -585,9 +585,7 @@ class Retention(Holding):
             if record.num_tokens <= sink + window:
                 return 0
             if record.num_dropped and record.hole_start != sink:
-                raise InvalidOperation(
-                    f"sink_tokens expects {record.hole_start}, as {SeqId(seq_id)} streams already, got {sink}"
-                )
+                raise bad_argument("sink_tokens", f"{record.hole_start}, as {SeqId(seq_id)} streams already", f"{sink}")
             needed = int(blocks_to_stream(self._state.packed, row, sink, window))
             if needed > self.free_block_count:
                 raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
@@ -602,7 +600,7 @@ class Retention(Holding):
         """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
         count, ids, known = parse_tokens(token_ids)
         if not known:
-            raise InvalidOperation(f"token_ids expects token ids, got {token_ids!r}")
+            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
         with self._lock:
             namespace = self._namespaces.find(cache_salt)
             if namespace is None or not self.prefix_caching:
@@ -653,7 +651,7 @@ class Retention(Holding):
             Call it to unsubscribe.
         """
         if not callable(callback):
-            raise InvalidOperation(f"callback expects a callable, got {callback!r}")
+            raise bad_argument("callback", "a callable", f"{callback!r}")
         with self._lock:
             if len(self._state.log) == 1:
                 self._state = with_log(self._state)
@@ -700,9 +698,9 @@ class BlockManager(Retention):
         num_blocks = whole_number("num_blocks", num_blocks, 0, 2**31 - 2)
         block_size = whole_number("block_size", block_size, 1, 2**31 - 1)
         if on_full not in ("raise", "evict"):
-            raise InvalidOperation(f"on_full expects 'raise' or 'evict', got {on_full!r}")
+            raise bad_argument("on_full", "'raise' or 'evict'", f"{on_full!r}")
         if not isinstance(prefix_caching, bool):
-            raise InvalidOperation(f"prefix_caching expects a bool, got {prefix_caching!r}")
+            raise bad_argument("prefix_caching", "a bool", f"{prefix_caching!r}")
         threshold = fraction("eviction_threshold", eviction_threshold)
         super().__init__(num_blocks, block_size, strategy, threshold, prefix_caching)
         self._on_full = on_full
@@ -831,7 +829,7 @@ class BlockManager(Retention):
             status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
             if status == sequences.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
-                raise InvalidOperation(f"num_query_tokens expects {most}, got {wanted[place]} for S{number}")
+                raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
             self._refuse(status, place, keys, seq_ids)
             return plan_from(keys, wide, narrow, width, self._take_pending_copies(), place)
 

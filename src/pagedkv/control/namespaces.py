@@ -6,13 +6,13 @@ from hashlib import blake2b
 from typing import Any
 
 from pagedkv.control.state import State
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 
 def checked_salt(cache_salt: Any) -> str:
     """Return the salt; what is no str is InvalidOperation."""
     if not isinstance(cache_salt, str):
-        raise InvalidOperation(f"cache_salt expects a str, got {cache_salt!r}")
+        raise bad_argument("cache_salt", "a str", f"{cache_salt!r}")
     return cache_salt
 
 

@@ -70,7 +70,7 @@ def checked_scores(strategy: EvictionStrategy, method: str, scores: object, coun
     array = np.asarray(scores)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise InvalidOperation(
-            f"{type(strategy).__name__}.{method} expects to return integers of shape ({count},), "
+            f"{type(strategy).__name__}.{method}: expected to return integers of shape ({count},), "
             f"got {array.dtype} of shape {array.shape}"
         )
     return array.astype(np.int64, copy=False)

@@ -28,7 +28,7 @@ from pagedkv.control.policies import COST_OF_FIRST, PROBATION_SHARE, RECENCY_BIT
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
 from pagedkv.control.state import State
 from pagedkv.control.types import BlockView, SequenceView
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 
 # Strategies by name: ``strategy="lru"``, the simulator and the command line look them up here.
 
@@ -64,7 +64,7 @@ def register_strategy(name: str, factory: Factory | None = None) -> Any:
         A class that is defined anew under its own name, in a notebook for instance, takes the place of its old self.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-        raise InvalidOperation(f"name expects letters, digits, _ and -, got {name!r}")
+        raise bad_argument("name", "letters, digits, _ and -", f"{name!r}")
 
     def register(made_by: Factory) -> Factory:
         known = _registry.get(_key(name), made_by)
@@ -104,7 +104,7 @@ def parse_strategy(text: str) -> EvictionStrategy:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:[:(]\s*(.*?)\s*\)?)?\s*", text) if isinstance(text, str) else None
     factory = _registry.get(_key(match[1])) if match else None
     if match is None or factory is None:
-        raise InvalidOperation(f"strategy expects one of {', '.join(sorted(_registry))}, got {text!r}")
+        raise bad_argument("strategy", f"one of {', '.join(sorted(_registry))}", f"{text!r}")
     names = list(inspect.signature(factory).parameters)
     positional: list[Any] = []
     named: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def parse_strategy(text: str) -> EvictionStrategy:
         name = name.strip()
         full = next((known for known in names if known in (name, f"{name}_tokens")), name)
         if full in named:
-            raise InvalidOperation(f"strategy expects {name} once, got {text!r}")
+            raise bad_argument("strategy", f"{name} once", f"{text!r}")
         named[full] = _value(value.strip())
     try:
         return as_strategy(factory(*positional, **named))
@@ -136,9 +136,7 @@ def as_strategy(strategy: object) -> EvictionStrategy:
     if isinstance(strategy, str):
         return parse_strategy(strategy)
     if isinstance(strategy, type) or not isinstance(strategy, EvictionStrategy):
-        raise InvalidOperation(
-            f"strategy expects a name or an object with score_sequences and score_blocks, got {strategy!r}"
-        )
+        raise bad_argument("strategy", "a name or an object with score_sequences and score_blocks", f"{strategy!r}")
     return strategy
 
 
@@ -213,7 +211,7 @@ class TTL(_RecentSequences):
 
     def __post_init__(self) -> None:
         if isinstance(self.ticks, bool) or not isinstance(self.ticks, int) or not 0 <= self.ticks < 2**32:
-            raise InvalidOperation(f"ticks expects an int in 0 … 2**32 - 1, got {self.ticks!r}")
+            raise bad_argument("ticks", "an int in 0 … 2**32 - 1", f"{self.ticks!r}")
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by the tick at which the block expires."""
@@ -384,7 +382,7 @@ class FIFO:
 
 def _require_int(name: str, value: object, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise InvalidOperation(f"{name} expects an int in {low} … {high}, got {value!r}")
+        raise bad_argument(name, f"an int in {low} … {high}", f"{value!r}")
 
 
 for _builtin in (LRU, LFU, LongestFirst, Priority, StreamingLLM, FIFO):

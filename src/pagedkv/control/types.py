@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.state import State
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 
 
 class _Id(int):
@@ -23,9 +23,9 @@ class _Id(int):
 
     def __new__(cls, value: Any) -> _Id:
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise InvalidOperation(f"{cls.__name__} expects an int, got {value!r}")
+            raise bad_argument(cls.__name__, "an int", f"{value!r}")
         if not 0 <= value < cls._limit:
-            raise InvalidOperation(f"{cls.__name__} expects an int in 0 … {cls._limit - 1}, got {value}")
+            raise bad_argument(cls.__name__, f"an int in 0 … {cls._limit - 1}", f"{value}")
         return super().__new__(cls, value)
 
     def __str__(self) -> str:

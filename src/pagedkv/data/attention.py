@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pagedkv.data.call import AttentionCall, checked_call
 from pagedkv.data.gpu_device import has_triton
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["BACKENDS", "paged_attention"]
 
@@ -112,7 +112,7 @@ def paged_attention(
     are torch's: ``torch.set_num_threads`` sets how many. Calls from several Python threads may overlap.
     """
     if backend != "auto" and backend not in BACKENDS:
-        raise InvalidOperation(f"backend: expected one of auto, {', '.join(sorted(BACKENDS))}, got {backend!r}")
+        raise bad_argument("backend", f"one of auto, {', '.join(sorted(BACKENDS))}", f"{backend!r}")
     call = checked_call(
         queries,
         keys,

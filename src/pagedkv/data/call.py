@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, int32
 
 from pagedkv.data.quantised import GREATEST, checked_scales
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT, require_int
 
@@ -25,12 +25,12 @@ def int32_array(name: str, numbers: Any, dims: int) -> Int32Array:
     """Return a C-contiguous, writable int32 array: the kernels are compiled for that kind alone."""
     if isinstance(numbers, Tensor):
         if numbers.device.type != "cpu":
-            raise InvalidOperation(f"{name}: expected a NumPy array or a CPU tensor, got one on {numbers.device}")
+            raise bad_argument(name, "a NumPy array or a CPU tensor", f"one on {numbers.device}")
         numbers = numbers.detach().numpy() if numbers.dtype == int32 else numbers
     if numbers.__class__ is not np.ndarray or numbers.dtype != np.int32:
         numbers = _narrowed(name, numbers)
     if numbers.ndim != dims:
-        raise InvalidOperation(f"{name}: expected {dims} dimension(s), got shape {list(numbers.shape)}")
+        raise bad_argument(name, f"{dims} dimension(s)", f"shape {list(numbers.shape)}")
     array: Int32Array = numbers
     return array if array.flags.c_contiguous and array.flags.writeable else array.copy(order="C")
 
@@ -43,16 +43,16 @@ def _narrowed(name: str, numbers: Any) -> Int32Array:
         given = np.empty(1, object)
     if given.dtype.kind not in "iu" and given.size:
         kind = getattr(numbers, "dtype", type(numbers).__name__)
-        raise InvalidOperation(f"{name}: expected an int32 array or tensor, got {kind}")
+        raise bad_argument(name, "an int32 array or tensor", f"{kind}")
     if given.size and (given.min() < -MAX_COUNT or given.max() > MAX_COUNT):
-        raise InvalidOperation(f"{name}: expected numbers that fit int32, got {given.min()} … {given.max()}")
+        raise bad_argument(name, "numbers that fit int32", f"{given.min()} … {given.max()}")
     return given.astype(np.int32)
 
 
 def require_shape(name: str, array: Int32Array, shape: tuple[int, ...], words: str) -> None:
     """Refuse an array of another shape; `words` say what the dimensions are."""
     if array.shape != shape:
-        raise InvalidOperation(f"{name}: expected shape {words} = {list(shape)}, got {list(array.shape)}")
+        raise bad_argument(name, f"shape {words} = {list(shape)}", f"{list(array.shape)}")
 
 
 _FAULTS = (
@@ -230,7 +230,7 @@ def checked_tensors(
 ) -> AttentionCall:
     """Return a call of no sequences yet, all of it checked but the arrays of the batch."""
     if layout not in _LAYOUTS:
-        raise InvalidOperation(f"layout: expected one of {', '.join(_LAYOUTS)}, got {layout!r}")
+        raise bad_argument("layout", f"one of {', '.join(_LAYOUTS)}", f"{layout!r}")
     keys, values = _checked_pool(queries, keys, values, layout)
     scales = checked_scales(keys, values, key_scales, value_scales, layout)
     queries = queries.detach() if queries.requires_grad else queries
@@ -260,19 +260,19 @@ def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) ->
     for name, tensor in (("keys", keys), ("values", values)):
         _require_tensor(name, tensor, 4, shape, _POOL_DTYPES)
         if tensor.device != queries.device:
-            raise InvalidOperation(f"{name}: expected a tensor on {queries.device} as queries, got {tensor.device}")
+            raise bad_argument(name, f"a tensor on {queries.device} as queries", f"{tensor.device}")
     if values.shape[:3] != keys.shape[:3]:
-        raise InvalidOperation(f"values: expected shape {[*keys.shape[:3], 'v_head_dim']}, got {list(values.shape)}")
+        raise bad_argument("values", f"shape {[*keys.shape[:3], 'v_head_dim']}", f"{list(values.shape)}")
     if values.dtype != keys.dtype:
-        raise InvalidOperation(f"values: expected {keys.dtype} as keys, got {values.dtype}")
+        raise bad_argument("values", f"{keys.dtype} as keys", f"{values.dtype}")
     if layout == "HND":
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
     _, _, num_kv_heads, head_dim = keys.shape
     _, num_q_heads, q_head_dim = queries.shape
     if q_head_dim != head_dim:
-        raise InvalidOperation(f"queries: expected head_dim {head_dim} as keys, got {q_head_dim}")
+        raise bad_argument("queries", f"head_dim {head_dim} as keys", f"{q_head_dim}")
     if num_q_heads == 0 or num_q_heads % num_kv_heads:
-        raise InvalidOperation(f"queries: expected a multiple of {num_kv_heads} kv heads, got {num_q_heads} heads")
+        raise bad_argument("queries", f"a multiple of {num_kv_heads} kv heads", f"{num_q_heads} heads")
     return (keys.detach(), values.detach()) if keys.requires_grad or values.requires_grad else (keys, values)
 
 
@@ -280,20 +280,18 @@ def _require_tensor(
     name: str, tensor: Tensor, dims: int, shape: str, dtypes: tuple[torch.dtype, ...] = _DTYPES
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        raise bad_argument(name, "a torch.Tensor", f"{type(tensor).__name__}")
     if tensor.dim() != dims:
-        raise InvalidOperation(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+        raise bad_argument(name, f"shape {shape}", f"{list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-        raise InvalidOperation(f"{name}: expected {', '.join(names[:-1])} or {names[-1]}, got {tensor.dtype}")
+        raise bad_argument(name, f"{', '.join(names[:-1])} or {names[-1]}", f"{tensor.dtype}")
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise InvalidOperation(f"{name}: expected a contiguous last dimension, got stride {tensor.stride(-1)}")
+        raise bad_argument(name, "a contiguous last dimension", f"stride {tensor.stride(-1)}")
     if 0 in tensor.shape[1:]:
-        raise InvalidOperation(f"{name}: expected nothing empty but the first dimension, got {list(tensor.shape)}")
+        raise bad_argument(name, "nothing empty but the first dimension", f"{list(tensor.shape)}")
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise InvalidOperation(
-            f"{name}: expected no gradients, got a tensor that requires grad (detach it, or use torch.no_grad())"
-        )
+        raise bad_argument(name, "no gradients", "a tensor that requires grad (detach it, or use torch.no_grad())")
 
 
 def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
@@ -301,15 +299,15 @@ def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError, OverflowError):
-        raise InvalidOperation(f"{name}: expected {words}, got {value!r}") from None
+        raise bad_argument(name, f"{words}", f"{value!r}") from None
     if not math.isfinite(number) or (positive and number <= 0):
-        raise InvalidOperation(f"{name}: expected {words}, got {value!r}")
+        raise bad_argument(name, f"{words}", f"{value!r}")
     return number
 
 
 def _checked_flag(name: str, value: bool) -> bool:
     if not isinstance(value, (bool, np.bool_)):
-        raise InvalidOperation(f"{name}: expected a bool, got {value!r}")
+        raise bad_argument(name, "a bool", f"{value!r}")
     return bool(value)
 
 
@@ -317,13 +315,13 @@ def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
     heads = queries.shape[1]
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
         kind = sinks.dtype if isinstance(sinks, Tensor) else type(sinks).__name__
-        raise InvalidOperation(f"sinks: expected a floating torch.Tensor, got {kind}")
+        raise bad_argument("sinks", "a floating torch.Tensor", f"{kind}")
     if sinks.shape != (heads,):
-        raise InvalidOperation(f"sinks: expected shape [num_q_heads] = [{heads}], got {list(sinks.shape)}")
+        raise bad_argument("sinks", f"shape [num_q_heads] = [{heads}]", f"{list(sinks.shape)}")
     if sinks.device != queries.device:
-        raise InvalidOperation(f"sinks: expected a tensor on {queries.device} as queries, got {sinks.device}")
+        raise bad_argument("sinks", f"a tensor on {queries.device} as queries", f"{sinks.device}")
     if sinks.requires_grad and torch.is_grad_enabled():
-        raise InvalidOperation("sinks: expected no gradients, got a tensor that requires grad (detach it)")
+        raise bad_argument("sinks", "no gradients", "a tensor that requires grad (detach it)")
     return sinks.detach()
 
 
@@ -333,8 +331,9 @@ def _checked_out(out: Tensor | None, queries: Tensor, v_head_dim: int) -> Tensor
         return torch.empty(shape, dtype=queries.dtype, device=queries.device)
     _require_tensor("out", out, 3, "[total_tokens, num_q_heads, v_head_dim]")
     if out.shape != shape or out.dtype != queries.dtype or out.device != queries.device:
-        raise InvalidOperation(
-            f"out: expected {queries.dtype} {list(shape)} on {queries.device}, "
-            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        raise bad_argument(
+            "out",
+            f"{queries.dtype} {list(shape)} on {queries.device}",
+            f"{out.dtype} {list(out.shape)} on {out.device}",
         )
     return out.detach()

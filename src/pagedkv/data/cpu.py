@@ -226,7 +226,9 @@ _workspace = threading.local()
 def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
     """Fill ``call.out``; sequences of up to ``few_queries`` query tokens are served from the blocks in place."""
     if call.queries.device.type != "cpu":
-        raise InvalidOperation(f"queries: backend 'cpu' expects a tensor on the CPU, got one on {call.queries.device}")
+        raise InvalidOperation(
+            f"queries: backend 'cpu': expected a tensor on the CPU, got one on {call.queries.device}"
+        )
     shape = _shape(call)
     window = call.window or _NO_WINDOW
     items, first_item, num_positions, num_partials, most_quads = plan_items(

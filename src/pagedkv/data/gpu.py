@@ -30,7 +30,7 @@ from pagedkv.data.gpu_device import (
 from pagedkv.data.gpu_kernels import attend_tiles, combine_splits
 from pagedkv.data.gpu_plan import DeviceBatch
 from pagedkv.data.gpu_tuning import run_best
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def attend_plan(
     )
     require_plan_of(plan, call.keys.shape[0], call.keys.shape[1], queries.device)
     if len(queries) != plan.max_tokens:
-        raise InvalidOperation(f"queries: expected {plan.max_tokens} tokens as the DevicePlan, got {len(queries)}")
+        raise bad_argument("queries", f"{plan.max_tokens} tokens as the DevicePlan", f"{len(queries)}")
     _require_kernels("queries", call)
     pass
 
@@ -128,13 +128,14 @@ def require_plan_of(plan: Any, num_blocks: int, block_size: int, device: torch.d
     from pagedkv.data.gpu_plan import DevicePlan
 
     if not isinstance(plan, DevicePlan):
-        raise InvalidOperation(f"plan: expected a DevicePlan, got {type(plan).__name__}")
+        raise bad_argument("plan", "a DevicePlan", f"{type(plan).__name__}")
     if plan.device != device:
-        raise InvalidOperation(f"plan: expected a DevicePlan on {device}, got one on {plan.device}")
+        raise bad_argument("plan", f"a DevicePlan on {device}", f"one on {plan.device}")
     if plan.block_size != block_size or plan.num_blocks > num_blocks:
-        raise InvalidOperation(
-            f"plan: expected one for {num_blocks} blocks of {block_size} tokens, "
-            f"got one for {plan.num_blocks} of {plan.block_size}"
+        raise bad_argument(
+            "plan",
+            f"one for {num_blocks} blocks of {block_size} tokens",
+            f"one for {plan.num_blocks} of {plan.block_size}",
         )
     if is_debugging() and not is_capturing(device):
         plan.check_device_arrays()

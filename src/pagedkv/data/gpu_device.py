@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.quantised import dequantised, quantised, torch_dtype
-from pagedkv.errors import BlockNotFound, InvalidOperation, MissingExtra, OutOfMemory
+from pagedkv.errors import BlockNotFound, InvalidOperation, MissingExtra, OutOfMemory, bad_argument
 from pagedkv.spec import KvCacheSpec
 
 # The allocations behind a storage: pools of layers of one shape, and the moving of rows inside them.
@@ -151,24 +151,22 @@ def checked_device(device: Any) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
-        raise InvalidOperation(
-            f"device: expected a device that torch can use here, got {device!r} ({reason})"
-        ) from error
+        raise bad_argument("device", "a device that torch can use here", f"{device!r} ({reason})") from error
 
 
 def as_int64(name: str, numbers: Any) -> Tensor:
     """Return integers as an int64 tensor, without a copy where that is possible."""
     if isinstance(numbers, np.ndarray):
         if numbers.dtype.kind not in "iu":
-            raise InvalidOperation(f"{name}: expected integers, got {numbers.dtype}")
+            raise bad_argument(name, "integers", f"{numbers.dtype}")
         if numbers.dtype != np.int64 or not (numbers.flags.c_contiguous and numbers.flags.writeable):
             # torch can share neither negative strides nor memory that must not be written.
             numbers = numbers.astype(np.int64, order="C")
         return torch.from_numpy(numbers)
     if not isinstance(numbers, Tensor):
-        raise InvalidOperation(f"{name}: expected an integer array or tensor, got {type(numbers).__name__}")
+        raise bad_argument(name, "an integer array or tensor", f"{type(numbers).__name__}")
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise InvalidOperation(f"{name}: expected integers, got {numbers.dtype}")
+        raise bad_argument(name, "integers", f"{numbers.dtype}")
     return numbers.to(torch.int64)
 
 
@@ -178,7 +176,7 @@ def require_slots(slots: np.ndarray[Any, Any], num_slots: int) -> None:
     numbers = slots.view(np.uint64)
     if len(numbers) and int(numbers.max()) >= num_slots:
         wrong = int(slots[numbers >= num_slots][0])
-        raise InvalidOperation(f"slot_mapping: expected slots in 0 … {num_slots - 1}, got {wrong}")
+        raise bad_argument("slot_mapping", f"slots in 0 … {num_slots - 1}", f"{wrong}")
 
 
 def require_copies(pairs: np.ndarray[Any, Any], num_blocks: int) -> None:
@@ -188,7 +186,7 @@ def require_copies(pairs: np.ndarray[Any, Any], num_blocks: int) -> None:
         raise BlockNotFound(int(pairs[outside][0]))
     destinations, counts = np.unique(pairs[:, 1], return_counts=True)
     if len(destinations) != len(pairs):
-        raise InvalidOperation(f"copies: expected distinct destinations, got B{destinations[counts > 1][0]} twice")
+        raise bad_argument("copies", "distinct destinations", f"B{destinations[counts > 1][0]} twice")
 
 
 # Tile sizes, warps and splits of the GPU kernels: pure functions of the shape of a call and of the device.
@@ -421,10 +419,10 @@ def require_runnable(name: str, device: torch.device) -> None:
         return
     if not is_interpreted():
         raise InvalidOperation(
-            f"{name}: backend 'triton' expects a tensor on a CUDA device (or TRITON_INTERPRET=1), got one on {device}"
+            f"{name}: backend 'triton': expected a tensor on a CUDA device (or TRITON_INTERPRET=1), got one on {device}"
         )
     if device.type not in ("cpu", "cuda"):
-        raise InvalidOperation(f"{name}: backend 'triton' expects a tensor on a CPU or CUDA device, got {device}")
+        raise InvalidOperation(f"{name}: backend 'triton': expected a tensor on a CPU or CUDA device, got {device}")
 
 
 def uses_triton(backend: str, device: torch.device) -> bool:
@@ -438,7 +436,7 @@ def uses_triton(backend: str, device: torch.device) -> bool:
         It cannot use the device, or there is no such backend.
     """
     if backend not in ("auto", "torch", "triton"):
-        raise InvalidOperation(f"backend: expected one of auto, torch, triton, got {backend!r}")
+        raise bad_argument("backend", "one of auto, torch, triton", f"{backend!r}")
     if backend == "triton":
         require_runnable("device", device)
     return backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton())

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pagedkv.data.call import AttentionCall, first_fault
 from pagedkv.data.gpu_device import checked_device, is_capturing, require_slots
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT, require_int
 
 __all__ = ["DeviceBatch", "DevicePlan", "uploaded"]
@@ -137,7 +137,7 @@ class DevicePlan:
             being captured. The buffers keep what they had.
         """
         if is_capturing(self.device):
-            raise InvalidOperation("plan: expected to be loaded before a CUDA graph is captured or replayed")
+            raise bad_argument("plan", "to be loaded before a CUDA graph is captured or replayed")
         tables, lens, cuts = plan.block_tables, plan.seq_lens, plan.cu_seqlens_q
         count, total = len(lens), len(plan.slot_mapping)
         _require_room("sequences", count, self.max_seqs)
@@ -184,7 +184,7 @@ class DevicePlan:
 
 def _require_room(what: str, count: int, room: int) -> None:
     if count > room:
-        raise InvalidOperation(f"plan: expected at most {room} {what}, got {count}")
+        raise bad_argument("plan", f"at most {room} {what}", f"{count}")
 
 
 _Shapes = list[tuple[torch.dtype, tuple[int, ...]]]
@@ -226,7 +226,7 @@ def uploaded(call: AttentionCall) -> DeviceBatch:
     device = call.queries.device
     arrays = (call.block_tables, call.seq_lens, call.cu_seqlens_q, call.holes)
     if is_capturing(device):
-        raise InvalidOperation("block_tables: expected a DevicePlan while a CUDA graph is captured, got host arrays")
+        raise bad_argument("block_tables", "a DevicePlan while a CUDA graph is captured", "host arrays")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     made_for, made_on, batch = getattr(_kept, "last", ((), None, None))
     if batch is not None and made_on == (device, stream) and _equal(made_for, arrays):

@@ -22,7 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import Config, Heads, candidates, device_of, is_capturing, is_interpreted
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["config_for", "run_best"]
 
@@ -58,9 +58,11 @@ def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], w
                 _known().pop(key, None)
                 _unmeasured[key] = smaller
                 return
-        raise InvalidOperation(
-            f"queries: expected heads that {device.name} has the memory for, got heads of {heads.head_dim} and "
-            f"{heads.v_head_dim} in groups of {heads.group} (backend='reference' takes any)"
+        raise bad_argument(
+            "queries",
+            f"heads that {device.name} has the memory for",
+            f"heads of {heads.head_dim} and {heads.v_head_dim} in groups of {heads.group} "
+            "(backend='reference' takes any)",
         ) from None
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["GREATEST", "checked_scales", "dequantised", "quantised", "torch_dtype"]
 
@@ -54,7 +54,7 @@ def quantised(name: str, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     elements = tokens.to(torch.float32)
     scales = elements.abs().amax(dim=2).div_(greatest)
     if scales.device.type == "cpu" and not torch.isfinite(scales).all():
-        raise InvalidOperation(f"{name}: expected finite numbers, which alone can be quantised, got NaN or infinity")
+        raise bad_argument(name, "finite numbers, which alone can be quantised", "NaN or infinity")
     divisors = torch.where(scales > 0, scales, 1.0).unsqueeze(2)
     # A scale so small that it has few digits left may be too small by more than rounding.
     numbers = elements.div(divisors).clamp_(-greatest, greatest)
@@ -85,13 +85,13 @@ def checked_scales(
     if keys.dtype not in GREATEST:
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
             if scales is not None:
-                raise InvalidOperation(f"{name}: expected None for {keys.dtype} keys, which are not quantised")
+                raise bad_argument(name, f"None for {keys.dtype} keys, which are not quantised")
         return None, None
     first = _checked("key_scales", key_scales, keys, layout)
     second = _checked("value_scales", value_scales, keys, layout)
     if second.stride() != first.stride():
-        raise InvalidOperation(
-            f"value_scales: expected the strides {list(first.stride())} of key_scales, got {list(second.stride())}"
+        raise bad_argument(
+            "value_scales", f"the strides {list(first.stride())} of key_scales", f"{list(second.stride())}"
         )
     return first, second
 
@@ -100,10 +100,10 @@ def _checked(name: str, scales: Any, keys: Tensor, layout: str) -> Tensor:
     shape = keys.shape[:3] if layout == "NHD" else torch.Size((keys.shape[0], keys.shape[2], keys.shape[1]))
     if not isinstance(scales, Tensor) or scales.dtype != torch.float32:
         kind = scales.dtype if isinstance(scales, Tensor) else type(scales).__name__
-        raise InvalidOperation(f"{name}: expected a float32 torch.Tensor for {keys.dtype} keys, got {kind}")
+        raise bad_argument(name, f"a float32 torch.Tensor for {keys.dtype} keys", f"{kind}")
     if scales.shape != shape:
-        raise InvalidOperation(f"{name}: expected shape {list(shape)}, got {list(scales.shape)}")
+        raise bad_argument(name, f"shape {list(shape)}", f"{list(scales.shape)}")
     if scales.device != keys.device:
-        raise InvalidOperation(f"{name}: expected a tensor on {keys.device} as keys, got one on {scales.device}")
+        raise bad_argument(name, f"a tensor on {keys.device} as keys", f"one on {scales.device}")
     plain: Tensor = scales.detach()
     return plain if layout == "NHD" else plain.transpose(1, 2)

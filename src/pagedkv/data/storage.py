@@ -25,7 +25,7 @@ from pagedkv.data.gpu_device import (
 )
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.quantised import torch_dtype
-from pagedkv.errors import BlockNotFound, InvalidOperation
+from pagedkv.errors import BlockNotFound, InvalidOperation, bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
 
 __all__ = ["KvStorage", "SlotIndex"]
@@ -77,7 +77,7 @@ class KvStorage:
 
     def __init__(self, spec: KvCacheSpec, device: str | torch.device = "cpu", *, backend: str = "auto") -> None:
         if not isinstance(spec, KvCacheSpec):
-            raise InvalidOperation(f"spec: expected a KvCacheSpec, got {type(spec).__name__}")
+            raise bad_argument("spec", "a KvCacheSpec", f"{type(spec).__name__}")
         self._base = replace(spec, num_layers=0, layers=())
         self._device = checked_device(device)
         self._uses_triton = uses_triton(backend, self._device)
@@ -132,7 +132,7 @@ class KvStorage:
             The device cannot give that much memory.
         """
         if not isinstance(layer, LayerSpec):
-            raise InvalidOperation(f"layer: expected a LayerSpec, got {type(layer).__name__}")
+            raise bad_argument("layer", "a LayerSpec", f"{type(layer).__name__}")
         self._add((layer,))
         return self.num_layers - 1
 
@@ -266,11 +266,11 @@ class KvStorage:
         """
         if isinstance(slot_mapping, SlotIndex):
             if slot_mapping.owner is not self:
-                raise InvalidOperation("slot_mapping: expected slots of this storage, got a SlotIndex of another one")
+                raise bad_argument("slot_mapping", "slots of this storage", "a SlotIndex of another one")
             return slot_mapping
         slots = as_int64("slot_mapping", slot_mapping)
         if slots.dim() != 1:
-            raise InvalidOperation(f"slot_mapping: expected shape [n], got {list(slots.shape)}")
+            raise bad_argument("slot_mapping", "shape [n]", f"{list(slots.shape)}")
         if slots.device.type == "cpu" or is_debugging():
             require_slots(slots.cpu().numpy(), self._num_slots)
         if slots.device != self._device:
@@ -290,7 +290,7 @@ class KvStorage:
         """
         gpu.require_plan_of(plan, self._base.num_blocks, self._base.block_size, self._device)
         if not self._uses_triton:
-            raise InvalidOperation("plan: expected a BatchPlan, as this storage has no Triton kernels")
+            raise bad_argument("plan", "a BatchPlan, as this storage has no Triton kernels")
         return SlotIndex(self, plan.slot_mapping, ())
 
     def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Any) -> None:
@@ -333,13 +333,13 @@ class KvStorage:
     def _checked_tokens(self, name: str, tokens: Tensor, count: int, token_shape: tuple[int, int]) -> Tensor:
         """Return the tokens without a gradient, of strides and a dtype that Triton's kernel takes if it is used."""
         if not isinstance(tokens, Tensor):
-            raise InvalidOperation(f"{name}: expected a torch.Tensor, got {type(tokens).__name__}")
+            raise bad_argument(name, "a torch.Tensor", f"{type(tokens).__name__}")
         if tokens.shape != (count, *token_shape):
-            raise InvalidOperation(f"{name}: expected shape {[count, *token_shape]}, got {list(tokens.shape)}")
+            raise bad_argument(name, f"shape {[count, *token_shape]}", f"{list(tokens.shape)}")
         if tokens.device != self._device:
-            raise InvalidOperation(f"{name}: expected a tensor on {self._device}, got one on {tokens.device}")
+            raise bad_argument(name, f"a tensor on {self._device}", f"one on {tokens.device}")
         if not tokens.is_floating_point():
-            raise InvalidOperation(f"{name}: expected a floating dtype, got {tokens.dtype}")
+            raise bad_argument(name, "a floating dtype", f"{tokens.dtype}")
         tokens = tokens.detach() if tokens.requires_grad else tokens
         if not self._uses_triton:
             return tokens
@@ -391,7 +391,7 @@ class KvStorage:
         """
         pairs = as_int64("copies", copies).cpu()
         if pairs.dim() != 2 or pairs.shape[1] != 2:
-            raise InvalidOperation(f"copies: expected shape [k, 2], got {list(pairs.shape)}")
+            raise bad_argument("copies", "shape [k, 2]", f"{list(pairs.shape)}")
         if not len(pairs):
             return
         require_copies(pairs.numpy(), self._base.num_blocks)

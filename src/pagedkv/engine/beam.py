@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["BeamRules", "BeamState", "BeamText", "best_texts", "first_beam", "next_beams"]
 
@@ -114,9 +114,9 @@ def next_beams(state: BeamState, log_probs: Tensor, rules: BeamRules) -> BeamSta
         The search is done, or there is not one row a live beam.
     """
     if state.done:
-        raise InvalidOperation("state: expected a search that goes on, got one that is done")
+        raise bad_argument("state", "a search that goes on", "one that is done")
     if log_probs.dim() != 2 or log_probs.shape[0] != len(state.texts):
-        raise InvalidOperation(f"log_probs: expected [{len(state.texts)}, vocab], got {list(log_probs.shape)}")
+        raise bad_argument("log_probs", f"[{len(state.texts)}, vocab]", f"{list(log_probs.shape)}")
     length = len(state.texts[0]) + 1
     scores, parents, tokens = _continuations(state, log_probs, rules)
     ends = frozenset(rules.end_ids)

@@ -15,7 +15,7 @@ from pagedkv.engine.sampler import Logprob, Sampler, SampleRow, random_seed, tok
 from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_fits
 from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import Writer
-from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory
+from pagedkv.errors import InvalidLogits, OutOfMemory, bad_argument
 from pagedkv.spec import require_int
 
 # What a forward pass means for the branches in it: tokens are chosen, drafts kept or taken back, texts end.
@@ -276,10 +276,10 @@ class EngineCore:
             With the numbers, if it could never be computed, even with the whole engine to itself.
         """
         if request.request_id in self._requests:
-            raise InvalidOperation(f"request_id expects one that is not in use, got {request.request_id!r}")
+            raise bad_argument("request_id", "one that is not in use", f"{request.request_id!r}")
         prepare(request, self.runner)
         if request.params.stop and self.tokenizer is None:
-            raise InvalidOperation("stop expects no strings, as the engine has no tokenizer")
+            raise bad_argument("stop", "no strings, as the engine has no tokenizer")
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed

@@ -16,7 +16,7 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 # A progress bar, where one is wanted.
 
@@ -295,7 +295,7 @@ class LLM:
             If there is no tokenizer.
         """
         if self.tokenizer is None:
-            raise InvalidOperation("prompts expects token ids, as the engine has no tokenizer, got a str")
+            raise bad_argument("prompts", "token ids, as the engine has no tokenizer", "a str")
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
@@ -306,7 +306,7 @@ def _listed(prompts: Any) -> list[Any]:
     try:
         listed = list(prompts)
     except TypeError:
-        raise InvalidOperation(f"prompts expects texts or lists of token ids, got {prompts!r}") from None
+        raise bad_argument("prompts", "texts or lists of token ids", f"{prompts!r}") from None
     return [listed] if listed and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__") else listed
 
 
@@ -314,7 +314,7 @@ def _one_each(params: Any, count: int) -> list[Any]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if len(params) != count:
-        raise InvalidOperation(f"params expects one SamplingParams for each of {count} prompts, got {len(params)}")
+        raise bad_argument("params", f"one SamplingParams for each of {count} prompts", f"{len(params)}")
     return list(params)
 
 

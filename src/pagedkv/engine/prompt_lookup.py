@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 
 LONGEST = 8  # a longer match is no better a sign
@@ -61,10 +61,10 @@ def propose(token_ids: Ids, count: int, *, longest: int = LONGEST, shortest: int
         Token ids are no int64 vector, or a number is out of range.
     """
     if token_ids.dtype != np.int64 or token_ids.ndim != 1:
-        raise InvalidOperation(f"token_ids: expected int64 [n], got {token_ids.dtype} {list(token_ids.shape)}")
+        raise bad_argument("token_ids", "int64 [n]", f"{token_ids.dtype} {list(token_ids.shape)}")
     if not 1 <= shortest <= longest:
-        raise InvalidOperation(f"shortest: expected 1 … longest = {longest}, got {shortest}")
+        raise bad_argument("shortest", f"1 … longest = {longest}", f"{shortest}")
     if count < 0:
-        raise InvalidOperation(f"count: expected at least 0, got {count}")
+        raise bad_argument("count", "at least 0", f"{count}")
     drafts = np.empty(count, np.int64)
     return drafts if count and _follow(token_ids, longest, shortest, drafts) else drafts[:0]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pagedkv.control.strategies import MAX_PRIORITY, Priority
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.spec import require_int
 
 if TYPE_CHECKING:
@@ -312,10 +312,10 @@ def prepare(request: Request, runner: Runner) -> None:
         If an argument makes no sense.
     """
     if not isinstance(request.params, SamplingParams):
-        raise InvalidOperation(f"params expects SamplingParams, got {request.params!r}")
+        raise bad_argument("params", "SamplingParams", f"{request.params!r}")
     request.params.require_vocab(runner.vocab_size)
     if not isinstance(request.cache_salt, str):
-        raise InvalidOperation(f"cache_salt expects a str, got {request.cache_salt!r}")
+        raise bad_argument("cache_salt", "a str", f"{request.cache_salt!r}")
     strategy = runner.cache.eviction_strategy
     highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
     require_int("priority", request.priority, 0, highest)
@@ -333,10 +333,10 @@ def _checked_ids(given: Any, vocab_size: int) -> Any:
     except (ValueError, TypeError):
         ids = np.array(None)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise InvalidOperation(f"prompt expects a flat list of at least one token id, got {given!r:.80}")
+        raise bad_argument("prompt", "a flat list of at least one token id", f"{given!r:.80}")
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise InvalidOperation(f"prompt expects token ids in 0 … {vocab_size - 1}, got {wrong}")
+        raise bad_argument("prompt", f"token ids in 0 … {vocab_size - 1}", f"{wrong}")
     return ids.astype(np.int64)
 
 

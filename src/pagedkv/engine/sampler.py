@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pagedkv.engine.sampling_kernels import draw, first_of, uniforms
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import InvalidLogits, InvalidOperation
+from pagedkv.errors import InvalidLogits, bad_argument
 from pagedkv.jit import compiled
 
 # Log probabilities of chosen and of likeliest tokens, of the raw distribution.
@@ -298,7 +298,7 @@ class Sampler:
             Not one row of logits a row.
         """
         if logits.dim() != 2 or logits.shape[0] != len(rows):
-            raise InvalidOperation(f"logits: expected [{len(rows)}, vocab], got {list(logits.shape)}")
+            raise bad_argument("logits", f"[{len(rows)}, vocab]", f"{list(logits.shape)}")
         if not rows:
             return SampleResult(np.empty(0, np.int64), None)
         best, tokens = _likeliest(logits)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import require_int
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them says nothing else
@@ -117,11 +117,9 @@ class SamplingParams:
         self._check_collections()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
-                raise InvalidOperation(f"{name}: expected a bool, got {getattr(self, name)!r}")
+                raise bad_argument(name, "a bool", f"{getattr(self, name)!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidOperation(
-                f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}"
-            )
+            raise bad_argument("min_tokens", f"at most max_tokens = {self.max_tokens}", f"{self.min_tokens}")
         if self.beam_width is not None:
             self._check_beams(self.beam_width)
 
@@ -186,7 +184,7 @@ class SamplingParams:
             self._set(name, _require_float(name, getattr(self, name), low, high))
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
-                raise InvalidOperation(f"{name}: expected a number above 0, got {getattr(self, name)}")
+                raise bad_argument(name, "a number above 0", f"{getattr(self, name)}")
 
     def _check_collections(self) -> None:
         self._set("stop", _strings("stop", self.stop))
@@ -197,39 +195,39 @@ class SamplingParams:
         if self.streaming is not None:
             pair = _items("streaming", self.streaming)
             if len(pair) != 2:
-                raise InvalidOperation(f"streaming: expected (sink_tokens, window_tokens), got {self.streaming!r}")
+                raise bad_argument("streaming", "(sink_tokens, window_tokens)", f"{self.streaming!r}")
             sinks = require_int("streaming: sink_tokens", pair[0], 0, MOST_TOKENS)
             self._set("streaming", (sinks, require_int("streaming: window_tokens", pair[1], 1, MOST_TOKENS)))
 
     def _check_beams(self, beam_width: int) -> None:
         if self.n > beam_width:
-            raise InvalidOperation(f"n: expected at most beam_width = {beam_width}, got {self.n}")
+            raise bad_argument("n", f"at most beam_width = {beam_width}", f"{self.n}")
         for name, default in UNLIKE_BEAMS.items():
             if getattr(self, name) != default:
                 raise InvalidOperation(f"{name}: does not go with beam_width, got {getattr(self, name)!r}")
         if not self.greedy:
-            raise InvalidOperation(f"temperature: expected 0 with beam_width, got {self.temperature}")
+            raise bad_argument("temperature", "0 with beam_width", f"{self.temperature}")
 
 
 def _require_float(name: str, value: object, low: float, high: float) -> float:
     if isinstance(value, (bool, str, bytes)):
-        raise InvalidOperation(f"{name}: expected a number, got {value!r}")
+        raise bad_argument(name, "a number", f"{value!r}")
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
-        raise InvalidOperation(f"{name}: expected a number, got {value!r}") from None
+        raise bad_argument(name, "a number", f"{value!r}") from None
     if not (math.isfinite(number) and low <= number <= high):
-        raise InvalidOperation(f"{name}: expected a number in {low:g} … {high:g}, got {value!r}")
+        raise bad_argument(name, f"a number in {low:g} … {high:g}", f"{value!r}")
     return number
 
 
 def _items(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)):
-        raise InvalidOperation(f"{name}: expected a sequence of ints, got {value!r}")
+        raise bad_argument(name, "a sequence of ints", f"{value!r}")
     try:
         return tuple(value)  # type: ignore[arg-type]
     except TypeError:
-        raise InvalidOperation(f"{name}: expected a sequence of ints, got {value!r}") from None
+        raise bad_argument(name, "a sequence of ints", f"{value!r}") from None
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
@@ -237,13 +235,13 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise InvalidOperation(f"{name}: expected a string or strings, none of them empty, got {value!r}")
+        raise bad_argument(name, "a string or strings, none of them empty", f"{value!r}")
     return tuple(dict.fromkeys(strings))
 
 
 def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise InvalidOperation(f"logit_bias: expected a mapping of token ids to numbers, got {value!r}")
+        raise bad_argument("logit_bias", "a mapping of token ids to numbers", f"{value!r}")
     return {
         require_int("logit_bias: token id", token, 0, MOST_TOKENS): _require_float(
             f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS

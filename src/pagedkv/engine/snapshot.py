@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from pagedkv.control.manager import Inspection
 from pagedkv.control.manager import hottest_prefixes as hottest_prefixes
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 if TYPE_CHECKING:
     from pagedkv.engine.request import Request
@@ -284,9 +284,9 @@ def decode(data: bytes | memoryview) -> EngineSnapshot:
     try:
         frame = _decoder.decode(data)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise InvalidOperation(f"data expects an encoded snapshot: {error}") from None
+        raise bad_argument("data", f"an encoded snapshot: {error}") from None
     if frame.version != VERSION:
-        raise InvalidOperation(f"data expects a snapshot of version {VERSION}, got version {frame.version}")
+        raise bad_argument("data", f"a snapshot of version {VERSION}", f"version {frame.version}")
     arrays = _columns(frame)
     return EngineSnapshot(
         taken=frame.taken,
@@ -304,7 +304,7 @@ def decode(data: bytes | memoryview) -> EngineSnapshot:
 def _columns(frame: _Frame) -> dict[str, Any]:
     entries = sum(record.blocks for record in frame.requests)
     if not 0 <= frame.num_blocks < MAX_BLOCKS or any(record.blocks < 0 for record in frame.requests):
-        raise InvalidOperation(f"data expects 0 … {MAX_BLOCKS - 1} blocks, got {frame.num_blocks}")
+        raise bad_argument("data", f"0 … {MAX_BLOCKS - 1} blocks", f"{frame.num_blocks}")
     raw = _inflated(frame.columns, frame.num_blocks * _BYTES_PER_BLOCK + entries * _TABLE_ENTRY.itemsize)
     arrays, place = {}, 0
     for name, kind in _COLUMNS:
@@ -314,7 +314,7 @@ def _columns(frame: _Frame) -> dict[str, Any]:
     ranges = {"kinds": len(KINDS), "owner": len(frame.requests), "tables": frame.num_blocks}
     for name, end in ranges.items():
         if not _lies_below(arrays[name], end, -1 if name == "owner" else 0):
-            raise InvalidOperation(f"data expects {name} below {end}")
+            raise bad_argument("data", f"{name} below {end}")
     return arrays
 
 
@@ -323,11 +323,9 @@ def _inflated(packed: bytes, size: int) -> bytes:
         # Never more than the header promises: a few bytes can be deflated from gigabytes.
         raw = zlib.decompressobj().decompress(packed, size + 1)
     except zlib.error as error:
-        raise InvalidOperation(f"data expects an encoded snapshot: {error}") from None
+        raise bad_argument("data", f"an encoded snapshot: {error}") from None
     if len(raw) != size:
-        raise InvalidOperation(
-            f"data expects columns of {size} bytes, got {len(raw)}{'' if len(raw) < size else ' or more'}"
-        )
+        raise bad_argument("data", f"columns of {size} bytes", f"{len(raw)}{('' if len(raw) < size else ' or more')}")
     return raw
 
 

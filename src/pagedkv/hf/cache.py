@@ -18,7 +18,7 @@ from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.storage import KvStorage, SlotIndex
-from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound
+from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 from pagedkv.hf.compat import Cache, CacheLayerMixin, has_changing_rope, is_pageable, is_stateless, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
 
@@ -131,9 +131,10 @@ class SequenceBatch:
             raise InvalidOperation(f"token ids: expected {rows} rows as the keys have, got {len(self._coming)}")
         expected = self._coming.shape[1]
         if self.length and 0 < expected < num_tokens:
-            raise InvalidOperation(
-                f"keys: expected at most the {expected} tokens of the prompt that are not cached, got {num_tokens}: "
-                "assisted decoding hands over the whole prompt, use pagedkv.hf.generate()"
+            raise bad_argument(
+                "keys",
+                f"at most the {expected} tokens of the prompt that are not cached",
+                f"{num_tokens}: assisted decoding hands over the whole prompt, use pagedkv.hf.generate()",
             )
         return np.ascontiguousarray(self._coming[:, :num_tokens])
 
@@ -184,7 +185,7 @@ class SequenceBatch:
         """Follow generate(), which repeats every prompt for beams and parallel samples before the first forward."""
         times, rest = divmod(rows, len(self))
         if rest or self._coming is None:
-            raise InvalidOperation(f"keys: expected a batch of {len(self)}, as this cache holds, got {rows}")
+            raise bad_argument("keys", f"a batch of {len(self)}, as this cache holds", f"{rows}")
         coming = self._coming
         if len(coming) == rows:  # told for every row already
             self._coming = None
@@ -474,7 +475,7 @@ class PagedCache(Cache):
         layers = stock_layers(config)
         paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
         if not paged:
-            raise InvalidOperation(f"config: expected a model with attention layers, got {type(config).__name__}")
+            raise bad_argument("config", "a model with attention layers", f"{type(config).__name__}")
         self._pages = Pages(pool, cache_salt, paged, dtype, device)
         # What a recurrent layer holds has no blocks, so no prefix of it can be found again; and keys that were turned
         # by other frequencies are not those of a longer text.
@@ -548,7 +549,7 @@ class PagedCache(Cache):
         if self._model is None:
             self._model = weakref.ref(model)
         elif self._model() is not model:
-            raise InvalidOperation("model: expected the one whose K and V this cache holds; make another PagedCache")
+            raise bad_argument("model", "the one whose K and V this cache holds; make another PagedCache")
 
     def expect(self, input_ids: Any) -> None:
         """Tell the token ids [batch, tokens] of exactly the next forward pass, of generated tokens for instance.
@@ -582,7 +583,7 @@ class PagedCache(Cache):
         length = self._pages.batch.length
         kept = tokens_to_remove if tokens_to_remove > 0 else length + tokens_to_remove
         if kept < 0:
-            raise InvalidOperation(f"tokens_to_remove: expected at most {length}, got {-tokens_to_remove}")
+            raise bad_argument("tokens_to_remove", f"at most {length}", f"{-tokens_to_remove}")
         if kept < length:
             self._pages.batch.truncate(kept)
         super().crop(min(kept - length, 0))
@@ -609,16 +610,16 @@ class PagedCache(Cache):
         if count == 0:
             return
         if numbers.ndim != 1 or ((numbers < 0) | (numbers >= count)).any():
-            raise InvalidOperation(f"rows: expected a flat list of rows 0 … {count - 1}, got {numbers.tolist()}")
+            raise bad_argument("rows", f"a flat list of rows 0 … {count - 1}", f"{numbers.tolist()}")
         self._pages.batch.select(numbers)
 
 
 def _checked_ids(input_ids: Any) -> npt.NDArray[np.int64]:
     ids = input_ids.detach().cpu().numpy() if isinstance(input_ids, Tensor) else np.asarray(input_ids)
     if ids.ndim != 2 or ids.dtype.kind not in "iu" or not len(ids):
-        raise InvalidOperation(f"input_ids: expected token ids [batch, tokens], got {ids.dtype} {list(ids.shape)}")
+        raise bad_argument("input_ids", "token ids [batch, tokens]", f"{ids.dtype} {list(ids.shape)}")
     if ids.size and ids.min() < 0:
-        raise InvalidOperation(f"input_ids: expected token ids of at least 0, got {ids.min()}")
+        raise bad_argument("input_ids", "token ids of at least 0", f"{ids.min()}")
     return ids.astype(np.int64)
 
 
@@ -627,7 +628,7 @@ def _padded_rows(attention_mask: Any, ids: npt.NDArray[np.int64]) -> npt.NDArray
         return np.zeros(len(ids), bool)
     mask = attention_mask.detach().cpu().numpy() if isinstance(attention_mask, Tensor) else np.asarray(attention_mask)
     if mask.shape != ids.shape:
-        raise InvalidOperation(f"attention_mask: expected shape {list(ids.shape)}, got {list(mask.shape)}")
+        raise bad_argument("attention_mask", f"shape {list(ids.shape)}", f"{list(mask.shape)}")
     padded: npt.NDArray[np.bool_] = (mask == 0).any(axis=1)
     return padded
 
@@ -672,11 +673,11 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         If the pool is too small; says how many blocks it takes.
     """
     if not isinstance(cache, PagedCache):
-        raise InvalidOperation(f"cache: expected a PagedCache, got {type(cache).__name__}")
+        raise bad_argument("cache", "a PagedCache", f"{type(cache).__name__}")
     if "past_key_values" in kwargs:
-        raise InvalidOperation("past_key_values: expected the cache as third argument only")
+        raise bad_argument("past_key_values", "the cache as third argument only")
     if isinstance(input_ids, Tensor) and not input_ids.numel() and "inputs_embeds" not in kwargs:
-        raise InvalidOperation(f"input_ids: expected at least one token, got shape {list(input_ids.shape)}")
+        raise bad_argument("input_ids", "at least one token", f"shape {list(input_ids.shape)}")
     cache.serve(model)
     others = {name for name, value in kwargs.items() if _holds_tensor(value)} - {"attention_mask"}
     if others:
@@ -690,7 +691,7 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         if inputs.get("past_key_values") is not cache or inputs.get("input_ids") is None:
             return None
         if inputs.get("use_cache") is False:  # every token would come again in every step, at positions of its own
-            raise InvalidOperation("use_cache: expected True with a PagedCache, got False")
+            raise bad_argument("use_cache", "True with a PagedCache", "False")
         inputs = _without_cached(inputs, input_ids, cache.get_seq_length())
         cache.expect(inputs["input_ids"])
         return args, inputs

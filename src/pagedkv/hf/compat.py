@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
-from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.errors import MissingExtra, bad_argument
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
@@ -56,9 +56,9 @@ def has_changing_rope(config: Any) -> bool:
 def stock_layers(config: Any) -> list[Any]:
     """Return the cache layers that transformers itself would make for a model of this config."""
     if not hasattr(config, "get_text_config"):
-        raise InvalidOperation(f"config: expected a model's config of transformers, got {type(config).__name__}")
+        raise bad_argument("config", "a model's config of transformers", f"{type(config).__name__}")
     if getattr(config, "is_encoder_decoder", False):
-        raise InvalidOperation(f"config: expected a decoder-only model, got {type(config).__name__}")
+        raise bad_argument("config", "a decoder-only model", f"{type(config).__name__}")
     layers: list[Any] = DynamicCache(config=config).layers
     return layers
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.gpu_plan import DevicePlan
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import AttentionInterface, AttentionMaskInterface, is_causal_mask
 
 __all__ = ["DIRECT", "PagedMask", "PagedStates", "attend_blocks", "paged_mask"]
@@ -165,7 +165,7 @@ def _left_padding(attention_mask: Tensor, kv_length: int) -> npt.NDArray[np.int6
     visible = attention_mask.detach().cpu().numpy().astype(bool)[:, :kv_length]
     pads: npt.NDArray[np.int64] = kv_length - visible.sum(axis=1)
     if visible.shape[1] != kv_length or not (visible == (np.arange(kv_length) >= pads[:, None])).all():
-        raise InvalidOperation(f"attention_mask: expected zeros on the left only, for {kv_length} keys; {_GATHER}")
+        raise bad_argument("attention_mask", f"zeros on the left only, for {kv_length} keys; {_GATHER}")
     return pads
 
 
@@ -211,9 +211,7 @@ def attend_blocks(
     _require_plain(module, dropout, is_causal, sliding_window, attention_mask.window, kwargs)
     rows, heads, tokens, dim = query.shape
     if attention_mask.shape[0] not in (1, rows) or attention_mask.shape[2:] != (tokens, key.shape[2]):
-        raise InvalidOperation(
-            f"attention_mask: expected [{rows}, 1, {tokens}, {key.shape[2]}], got {list(attention_mask.shape)}"
-        )
+        raise bad_argument("attention_mask", f"[{rows}, 1, {tokens}, {key.shape[2]}]", f"{list(attention_mask.shape)}")
     layout = attention_mask.without_padding(key.plan, rows * tokens)
     queries = query.transpose(1, 2).reshape(rows * tokens, heads, dim)
     text = queries if layout.queries is None else queries[layout.queries.to(query.device)]
@@ -239,9 +237,10 @@ def _require_handles(key: Any, value: Any, mask: Any) -> None:
             f"{type(key).__name__}: pass past_key_values=PagedCache(model.config), or {_GATHER}"
         )
     if not isinstance(mask, PagedMask):
-        raise InvalidOperation(
-            f"attention_mask: expected the mask of {DIRECT!r}, got {type(mask).__name__}: a mask of one's own is not "
-            f"supported; {_GATHER}"
+        raise bad_argument(
+            "attention_mask",
+            f"the mask of {DIRECT!r}",
+            f"{type(mask).__name__}: a mask of one's own is not supported; {_GATHER}",
         )
 
 
@@ -255,11 +254,11 @@ def _require_plain(
 ) -> None:
     """Refuse every argument that would change the result."""
     if dropout:
-        raise InvalidOperation(f"dropout: expected 0.0, got {dropout}: call model.eval()")
+        raise bad_argument("dropout", "0.0", f"{dropout}: call model.eval()")
     if is_causal is False or getattr(module, "is_causal", True) is False:
-        raise InvalidOperation(f"is_causal: expected causal attention; {_GATHER}")
+        raise bad_argument("is_causal", f"causal attention; {_GATHER}")
     if sliding_window is not None and sliding_window != window:
-        raise InvalidOperation(f"sliding_window: expected {window} as the mask says, got {sliding_window}; {_GATHER}")
+        raise bad_argument("sliding_window", f"{window} as the mask says", f"{sliding_window}; {_GATHER}")
     unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - _HARMLESS
     if unknown:
         raise InvalidOperation(f"{', '.join(sorted(unknown))}: not supported by {DIRECT!r} attention; {_GATHER}")

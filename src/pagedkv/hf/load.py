@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pagedkv.control.arguments import whole_number
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
-from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.hf.cache import ModelKvCache
 from pagedkv.hf.compat import has_changing_rope
 from pagedkv.hf.graphs import CudaRecorder
@@ -89,12 +89,12 @@ def load_runner(
         If CUDA graphs were asked for and Triton is not installed.
     """
     if mode not in MODES:
-        raise InvalidOperation(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
     whole_number("block_size", block_size, 1, 2**31 - 1)
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
-        raise InvalidOperation(f"model: expected a folder or a PreTrainedModel, got {type(model).__name__}")
+        raise bad_argument("model", "a folder or a PreTrainedModel", f"{type(model).__name__}")
     if cuda_graphs:
         _require_graphs(model, mode)
     model.train(False)
@@ -123,9 +123,9 @@ def load_runner(
 
 def _require_graphs(model: Any, mode: str) -> None:
     if mode == "gather":
-        raise InvalidOperation("cuda_graphs: expected False in mode 'gather', got True")
+        raise bad_argument("cuda_graphs", "False in mode 'gather'", "True")
     if model.device.type != "cuda":
-        raise InvalidOperation(f"cuda_graphs: expected a model on a CUDA device, got one on {model.device}")
+        raise bad_argument("cuda_graphs", "a model on a CUDA device", f"one on {model.device}")
     if not has_triton():
         raise MissingExtra("triton", "gpu")
 

@@ -18,7 +18,7 @@ from torch.nn import Linear, functional
 from pagedkv.control.arguments import sequence_key, sequence_number
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.storage import SlotIndex
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
@@ -113,7 +113,7 @@ class RaggedWriter:
         """Store K and V; the handles stand for everything that the sequences see."""
         plan = self.plan
         if plan is None:
-            raise InvalidOperation("past_key_values: expected a forward pass of its ModelRunner")
+            raise bad_argument("past_key_values", "a forward pass of its ModelRunner")
         number = self._table.place(layer, keys, values)
         total = plan.total_tokens
         self._pool.write(number, by_token(keys)[:total], by_token(values)[:total], plan)
@@ -196,7 +196,7 @@ class SequenceStates:
         layers = stock_layers(config)
         self.paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
         if not self.paged:
-            raise InvalidOperation(f"model: expected one with attention layers, got {type(config).__name__}")
+            raise bad_argument("model", "one with attention layers", f"{type(config).__name__}")
         self.is_empty = all(number in self.paged or is_stateless(layer) for number, layer in enumerate(layers))
         self._kept: dict[int, _Kept] = {}
 
@@ -249,9 +249,11 @@ class _Kept:
     def take_back(self, count: int, seq_id: int) -> None:
         recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
         if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in recording)):
-            raise InvalidOperation(
-                f"plan: expected S{sequence_number(seq_id)} to go on after token {self.seen}, got {self.seen - count}: "
-                "what recurrent layers keep cannot be taken back so far; free the sequence and compute it anew"
+            raise bad_argument(
+                "plan",
+                f"S{sequence_number(seq_id)} to go on after token {self.seen}",
+                f"{self.seen - count}: what recurrent layers keep cannot be taken back so far; "
+                "free the sequence and compute it anew",
             )
         for layer in recording:
             if layer.is_croppable:
@@ -481,10 +483,10 @@ class ModelRunner:
 
     def _checked(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> tuple[Ids, Ids]:
         if not isinstance(plan, BatchPlan):
-            raise InvalidOperation(f"plan: expected a BatchPlan, got {type(plan).__name__}")
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
         ids = _integers("token_ids", token_ids, self.vocab_size)
         if len(ids) != plan.total_tokens:
-            raise InvalidOperation(f"token_ids: expected {plan.total_tokens} as the plan has, got {len(ids)}")
+            raise bad_argument("token_ids", f"{plan.total_tokens} as the plan has", f"{len(ids)}")
         return ids, _integers("wanted", wanted, plan.total_tokens)
 
 
@@ -498,10 +500,10 @@ def _integers(name: str, given: Any, limit: int) -> Ids:
     """Return a flat array of numbers 0 … limit - 1."""
     array = np.asarray(given)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size):
-        raise InvalidOperation(f"{name}: expected a flat array of int, got {array.dtype} {list(array.shape)}")
+        raise bad_argument(name, "a flat array of int", f"{array.dtype} {list(array.shape)}")
     array = np.array(array, np.int64)  # a copy: torch wants arrays that it may write
     # As unsigned numbers negative ones are huge: one pass finds both kinds.
     if len(array) and int(array.view(np.uint64).max()) >= limit:
         wrong = array[array.view(np.uint64) >= limit][0]
-        raise InvalidOperation(f"{name}: expected numbers in 0 … {limit - 1}, got {wrong}")
+        raise bad_argument(name, f"numbers in 0 … {limit - 1}", f"{wrong}")
     return array

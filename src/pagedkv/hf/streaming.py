@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.arguments import sequence_number
 from pagedkv.control.plan import BatchPlan
-from pagedkv.errors import InvalidOperation, OutOfMemory
+from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.hf.cache import ModelKvCache, visible_slots
 from pagedkv.hf.compat import AttentionInterface, attention_by
 from pagedkv.spec import require_int
@@ -81,9 +81,9 @@ def rope_of(model: Any) -> Rope:
     found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
     if len(found) != 1 or not isinstance(getattr(found[0], "inv_freq", None), Tensor):
         raise InvalidOperation(
-            f"model expects one rotary embedding for all layers, got {len(found)} in {type(model).__name__}"
+            f"model: expected one rotary embedding for all layers, got {len(found)} in {type(model).__name__}"
             if len(found) != 1
-            else f"model expects a rotary embedding with one inv_freq, got {type(found[0]).__name__}"
+            else f"model: expected a rotary embedding with one inv_freq, got {type(found[0]).__name__}"
         )
     return Rope(found[0].inv_freq.detach().to("cpu", torch.float64, copy=True))
 
@@ -253,7 +253,7 @@ def _attention(
         name for name, given in kwargs.items() if name not in WITHOUT_EFFECT and _asks_for_something(given)
     )
     if unknown:
-        raise InvalidOperation(f"model expects plain attention, got {', '.join(unknown)} in {type(module).__name__}")
+        raise bad_argument("model", "plain attention", f"{', '.join(unknown)} in {type(module).__name__}")
     return attender.attend(call), None
 
 
@@ -272,7 +272,7 @@ class _Probe:
 
     def attend(self, call: LayerCall) -> Tensor:
         if call.layer != len(self.calls):
-            raise InvalidOperation(f"model expects layers that run in order, got {call.layer} for {len(self.calls)}")
+            raise bad_argument("model", "layers that run in order", f"{call.layer} for {len(self.calls)}")
         self.calls.append(call)
         group = call.query.shape[1] // call.value.shape[1]
         return call.value.repeat_interleave(group, 1).transpose(1, 2)
@@ -307,9 +307,9 @@ class RotaryModel:
 
     def __init__(self, model: PreTrainedModel, num_visible: int, last_position: int) -> None:
         if not isinstance(model, PreTrainedModel):
-            raise InvalidOperation(f"model expects a PreTrainedModel of transformers, got {type(model).__name__}")
+            raise bad_argument("model", "a PreTrainedModel of transformers", f"{type(model).__name__}")
         if model.training:
-            raise InvalidOperation("model expects eval mode, call model.eval() first")
+            raise bad_argument("model", "eval mode, call model.eval() first")
         self._model = model
         rope_of(model)
         self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
@@ -370,15 +370,16 @@ class RotaryModel:
     def _check_layers(self, calls: list[LayerCall], num_visible: int) -> None:
         expected = self._model.config.get_text_config().num_hidden_layers
         if len(calls) != expected:
-            raise InvalidOperation(f"model expects {expected} layers with replaceable attention, got {len(calls)}")
+            raise bad_argument("model", f"{expected} layers with replaceable attention", f"{len(calls)}")
         shapes = {(*call.key.shape[1:], call.value.shape[3]) for call in calls}
         if len(shapes) > 1:
-            raise InvalidOperation(f"model expects layers of one shape, got {sorted(shapes)}")
+            raise bad_argument("model", "layers of one shape", f"{sorted(shapes)}")
         shortest = min((call.sliding_window for call in calls if call.sliding_window is not None), default=num_visible)
         if shortest < num_visible:
-            raise InvalidOperation(
-                f"window_tokens expects sinks, window and the token itself, {num_visible}, to fit into the model's own "
-                f"sliding window, got {shortest}"
+            raise bad_argument(
+                "window_tokens",
+                f"sinks, window and the token itself, {num_visible}, to fit into the model's own sliding window",
+                f"{shortest}",
             )
 
     def _check_turn(self, near: LayerCall, far: LayerCall, distance: int) -> None:
@@ -390,9 +391,10 @@ class RotaryModel:
             error = self.rope.turn(key, torch.tensor([distance])) - expected
             fits = float(error.norm()) <= tolerance * float(expected.norm())
         if not fits:
-            raise InvalidOperation(
-                f"model expects rotary positions that turn the halves of a head against each other, got other keys in "
-                f"layer {near.layer} of {type(self._model).__name__}"
+            raise bad_argument(
+                "model",
+                "rotary positions that turn the halves of a head against each other",
+                f"other keys in layer {near.layer} of {type(self._model).__name__}",
             )
 
 
@@ -542,7 +544,7 @@ class StreamingSession:
         """
         tokens = self._token_list("token_ids", token_ids)
         if not tokens:
-            raise InvalidOperation("token_ids expects at least one token, got none")
+            raise bad_argument("token_ids", "at least one token", "none")
         ids = torch.tensor(tokens, device=self._model.device)
         rows: list[Tensor] = []
         start = 0
@@ -588,11 +590,11 @@ class StreamingSession:
         if max_new_tokens is not None:
             max_new_tokens = require_int("max_new_tokens", max_new_tokens, 0, 2**62)
         if sampler is not None and not callable(sampler):
-            raise InvalidOperation(f"sampler: expected a callable, got {sampler!r}")
+            raise bad_argument("sampler", "a callable", f"{sampler!r}")
         stops = frozenset(self._token_list("stop_token_ids", stop_token_ids))
         prompt = self._token_list("token_ids", token_ids)
         if not prompt and self._logits is None:
-            raise InvalidOperation("token_ids expects at least one token, as nothing was fed yet")
+            raise bad_argument("token_ids", "at least one token, as nothing was fed yet")
         return self._write(prompt, max_new_tokens, sampler or _likeliest, stops)
 
     def _write(
@@ -614,7 +616,7 @@ class StreamingSession:
     def _token_list(self, name: str, given: Iterable[int] | Tensor) -> list[int]:
         tokens = given.tolist() if isinstance(given, Tensor) else given
         if not isinstance(tokens, Iterable):
-            raise InvalidOperation(f"{name}: expected token ids, got {given!r}")
+            raise bad_argument(name, "token ids", f"{given!r}")
         return [require_int(name, token, 0, self._model.vocab_size - 1) for token in tokens]
 
     # ---------------------------------------------------------------- one forward pass
@@ -678,7 +680,7 @@ class RunnerStreams:
     def refuse_fork(self, src: int) -> None:
         """Refuse to share keys that move."""
         if src in self._dropped:
-            raise InvalidOperation(f"src: expected a sequence that has not dropped tokens, got S{sequence_number(src)}")
+            raise bad_argument("src", "a sequence that has not dropped tokens", f"S{sequence_number(src)}")
 
     def release(self, seq_id: int) -> None:
         """Forget a sequence."""
@@ -692,9 +694,10 @@ class RunnerStreams:
         if seq_id not in self._dropped:
             used = -(-int(plan.seq_lens[i] + plan.holes[i, 1] - plan.holes[i, 0]) // self._cache.block_size)
             if not self._cache.are_private(plan.block_tables[i, :used].astype(np.int64)):
-                raise InvalidOperation(
-                    f"plan: expected S{sequence_number(seq_id)}, which streams, to share no block and to have none in "
-                    "the prefix index, as its keys move: allocate it by a count of tokens, and do not fork it"
+                raise bad_argument(
+                    "plan",
+                    f"S{sequence_number(seq_id)}, which streams, to share no block and to have none in the "
+                    "prefix index, as its keys move: allocate it by a count of tokens, and do not fork it",
                 )
         self._measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))
         self._dropped[seq_id] = dropped

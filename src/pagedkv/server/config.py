@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 
 __all__ = ["ServerConfig"]
 
@@ -90,14 +90,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check_numbers(self)
         if not self.model_name:
-            raise InvalidOperation("model_name expects a name, got an empty text")
+            raise bad_argument("model_name", "a name", "an empty text")
         for name in ("api_keys", "operator_keys"):
             if not all(getattr(self, name)):
-                raise InvalidOperation(f"{name} expects keys that are not empty")
+                raise bad_argument(name, "keys that are not empty")
         if self.operator_keys and not self.api_keys:
-            raise InvalidOperation("operator_keys expects api_keys beside them: without them everybody may call")
+            raise bad_argument("operator_keys", "api_keys beside them: without them everybody may call")
         if self.log_format not in ("text", "json"):
-            raise InvalidOperation(f"log_format expects 'text' or 'json', got {self.log_format!r}")
+            raise bad_argument("log_format", "'text' or 'json'", f"{self.log_format!r}")
 
 
 _LEAST = {"port": 0, "max_queue": 0, "max_body": 1, "max_prompts": 1, "max_connections": 1, "drain_timeout": 0}
@@ -107,12 +107,12 @@ def _check_numbers(config: ServerConfig) -> None:
     for name, least in _LEAST.items():
         value = getattr(config, name)
         if not value >= least or math.isinf(value):
-            raise InvalidOperation(f"{name} expects at least {least}, got {value}")
+            raise bad_argument(name, f"at least {least}", f"{value}")
     if config.port > 65535:
-        raise InvalidOperation(f"port expects at most 65535, got {config.port}")
+        raise bad_argument("port", "at most 65535", f"{config.port}")
     if config.max_prompt_tokens is not None and config.max_prompt_tokens < 1:
-        raise InvalidOperation(f"max_prompt_tokens expects at least 1, got {config.max_prompt_tokens}")
+        raise bad_argument("max_prompt_tokens", "at least 1", f"{config.max_prompt_tokens}")
     for name in ("request_timeout", "body_timeout", "write_timeout"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
-            raise InvalidOperation(f"{name} expects seconds above 0, got {value}")
+            raise bad_argument(name, "seconds above 0", f"{value}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
-from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.server.background import in_background
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.state import ServerState
@@ -116,9 +116,7 @@ class EventPublisher:
         try:
             socket.bind(endpoint)
         except self._zmq.ZMQError as error:
-            raise InvalidOperation(
-                f"events_endpoint expects an address that is free, got {endpoint}: {error}"
-            ) from None
+            raise bad_argument("events_endpoint", "an address that is free", f"{endpoint}: {error}") from None
 
     async def _answer(self) -> None:
         while True:

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
@@ -65,7 +65,7 @@ class HitCurve:
     def at(self, blocks: int | npt.NDArray[Any], *, tokens: bool = False) -> float | Floats:
         """Return the hit ratio of a cache of so many blocks, any number from 0; `tokens` for the token hit ratio."""
         if np.any(np.asarray(blocks) < 0):
-            raise InvalidOperation(f"blocks expects capacities from 0, got {blocks}")
+            raise bad_argument("blocks", "capacities from 0", f"{blocks}")
         places = np.searchsorted(self.blocks, blocks, side="right") - 1
         hits, whole = (self.hit_tokens, self.tokens) if tokens else (self.hit_blocks, self.accesses)
         ratios = np.asarray(hits[places] / max(1, whole), np.float64)
@@ -74,7 +74,7 @@ class HitCurve:
     def blocks_for(self, hit_ratio: float, *, tokens: bool = False) -> int | None:
         """Return the fewest blocks that reach this hit ratio, or None where none do; `tokens` for the token ratio."""
         if not hit_ratio >= 0:
-            raise InvalidOperation(f"hit_ratio expects a number from 0, got {hit_ratio!r}")
+            raise bad_argument("hit_ratio", "a number from 0", f"{hit_ratio!r}")
         ratios = self.token_hit_ratio if tokens else self.hit_ratio
         place = int(np.searchsorted(ratios, hit_ratio))
         return int(self.blocks[place]) if place < len(self.blocks) else None
@@ -358,7 +358,7 @@ def _threshold(hashes: npt.NDArray[np.uint32], rate: float | None, max_blocks: i
         size = require_int("max_blocks", max_blocks, 1, _HASHES)
         return int(np.partition(hashes, size)[size]) if size < len(hashes) else _HASHES
     if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not 0 < rate <= 1:
-        raise InvalidOperation(f"rate expects a number above 0, at most 1, got {rate!r}")
+        raise bad_argument("rate", "a number above 0, at most 1", f"{rate!r}")
     return round(float(rate) * _HASHES)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.sim.model_config import (
     ConfigFields,
     Heads,
@@ -315,7 +315,7 @@ def _dtype(config: ConfigFields, wanted: str | None, notes: list[str]) -> str:
     if wanted is not None:
         name = _SAME_DTYPE.get(str(wanted), str(wanted))
         if name not in KV_DTYPES:
-            raise InvalidOperation(f"kv_dtype: expected one of {', '.join(KV_DTYPES)}, got {wanted!r}")
+            raise bad_argument("kv_dtype", f"one of {', '.join(KV_DTYPES)}", f"{wanted!r}")
         return name
     field = "dtype" if "dtype" in config else "torch_dtype"
     stated = config.text(field, default="").removeprefix("torch.")

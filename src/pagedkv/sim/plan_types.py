@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.replayer import ReplayResult
@@ -39,7 +39,7 @@ class Hardware:
         for name, high in (("tflops", 1e12), ("mfu", 1.0), ("decode_tokens_per_second", 1e9)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
-                raise InvalidOperation(f"{name}: expected a number above 0 and at most {high:g}, got {value!r}")
+                raise bad_argument(name, f"a number above 0 and at most {high:g}", f"{value!r}")
 
     @property
     def flops_per_second(self) -> float:

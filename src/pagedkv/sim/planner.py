@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.strategies import strategy_names
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.format import format_bytes
 from pagedkv.sim.curves import HitCurve, knee, lru_curve, require_content
 from pagedkv.sim.model_shape import ModelShape
@@ -352,9 +352,7 @@ def default_strategies() -> tuple[str, ...]:
 def checked_share(target: object) -> float:
     """Return the share of the attainable hit ratio that is wanted."""
     if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
-        raise InvalidOperation(
-            f"target expects a share of the attainable hit ratio above 0 and at most 1, got {target!r}"
-        )
+        raise bad_argument("target", "a share of the attainable hit ratio above 0 and at most 1", f"{target!r}")
     return float(target)
 
 
@@ -363,7 +361,7 @@ def checked_names(strategies: Sequence[str] | None) -> tuple[str, ...]:
     if strategies is None:
         return default_strategies()
     if isinstance(strategies, str) or not all(isinstance(name, str) and name.strip() for name in strategies):
-        raise InvalidOperation(f"strategies expects a sequence of names, got {strategies!r}")
+        raise bad_argument("strategies", "a sequence of names", f"{strategies!r}")
     named = [LRU if name.strip().lower() == LRU else name.strip() for name in strategies]
     return tuple(dict.fromkeys([LRU, *(name for name in named if name.lower() != OPTIMAL)]))
 
@@ -375,9 +373,11 @@ def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
     least = load.window_bytes + block
     if memory < least:
         windows = f" and {format_bytes(load.window_bytes)} for windowed layers" if load.window_bytes else ""
-        raise InvalidOperation(
-            f"memory expects at least {format_bytes(least)}: {format_bytes(block)} for one block of "
-            f"{trace.block_tokens} tokens{windows}; got {format_bytes(memory)}"
+        raise bad_argument(
+            "memory",
+            f"at least {format_bytes(least)}: {format_bytes(block)} for one block of {trace.block_tokens} "
+            f"tokens{windows}; "
+            f"got {format_bytes(memory)}",
         )
     return min((memory - load.window_bytes) // block, MAX_BLOCKS)
 
@@ -385,7 +385,7 @@ def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
 def check_sizes(trace: Trace, model: ModelShape, load: Load) -> None:
     """Refuse a model whose cache of this trace would be larger than any memory."""
     if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
-        raise InvalidOperation(f"model expects sizes that fit a memory, got {model.bytes_per_token} bytes per token")
+        raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
 
 
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
@@ -443,7 +443,7 @@ def plan(
     """
     require_content(trace)
     if not trace.num_accesses:
-        raise InvalidOperation(f"trace expects at least one request with a block, got {trace.name!r} with none")
+        raise bad_argument("trace", "at least one request with a block", f"{trace.name!r} with none")
     wanted, names, hardware = checked_share(target), checked_names(strategies), hardware or Hardware()
     load = estimate_load(trace, model, hardware)
     check_sizes(trace, model, load)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
 
@@ -114,7 +114,7 @@ class Timing:
         for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
             rate = getattr(self, name)
             if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-                raise InvalidOperation(f"{name} expects a positive number, got {rate!r}")
+                raise bad_argument(name, "a positive number", f"{rate!r}")
 
 
 _PREFILLED, _SERVED = 0, 1

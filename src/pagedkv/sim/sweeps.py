@@ -23,7 +23,7 @@ import numpy as np
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
-from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed
+from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
 from pagedkv.sim.trace import Trace
 from pagedkv.spec import require_int
@@ -127,7 +127,7 @@ def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrat
         return name, parse_strategy(name)
     if _MODULE_AND_CLASS.fullmatch(name):
         return name, imported_strategy(name)
-    raise InvalidOperation(f"strategy expects module:Class or one of {', '.join([*known, OPTIMAL])}, got {strategy!r}")
+    raise bad_argument("strategy", f"module:Class or one of {', '.join([*known, OPTIMAL])}", f"{strategy!r}")
 
 
 def imported_strategy(text: str) -> EvictionStrategy:
@@ -140,7 +140,7 @@ def imported_strategy(text: str) -> EvictionStrategy:
     """
     match = _MODULE_AND_CLASS.fullmatch(text)
     if match is None:
-        raise InvalidOperation(f"a strategy's class expects module:Class, got {text!r}")
+        raise InvalidOperation(f"a strategy's class: expected module:Class, got {text!r}")
     try:
         found: object = import_module(match[1])
         for name in match[2].split("."):
@@ -148,7 +148,7 @@ def imported_strategy(text: str) -> EvictionStrategy:
     except Exception as error:
         raise InvalidOperation(f"strategy {text!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise InvalidOperation(f"strategy {text!r} expects a class, got {found!r}")
+        raise InvalidOperation(f"strategy {text!r}: expected a class, got {found!r}")
     return _made(found, text)
 
 
@@ -194,7 +194,7 @@ def parse_capacities(text: str, num_distinct: int) -> list[int]:
         else:
             capacities.append(_capacity(part, num_distinct))
     if not capacities:
-        raise InvalidOperation(f"blocks expects capacities such as 1000,10k,25% or auto, got {text!r}")
+        raise bad_argument("blocks", "capacities such as 1000,10k,25% or auto", f"{text!r}")
     return list(dict.fromkeys(capacities))
 
 
@@ -206,7 +206,7 @@ def spread_capacities(num_distinct: int, count: int = 8) -> list[int]:
 def _capacity(part: str, num_distinct: int) -> int:
     match = _NUMBER.fullmatch(part)
     if match is None:
-        raise InvalidOperation(f"blocks expects capacities such as 1000,10k,25% or auto, got {part!r}")
+        raise bad_argument("blocks", "capacities such as 1000,10k,25% or auto", f"{part!r}")
     number, unit = float(match[1].replace("_", "")), match[2].lower()
     blocks = number / 100 * num_distinct if unit == "%" else number * _UNITS[unit]
     whole = math.ceil(round(blocks, 6)) if unit == "%" else round(blocks, 6)
@@ -445,18 +445,20 @@ def _cells(
     trace: Trace, strategies: Sequence[str | EvictionStrategy], blocks: Sequence[int], timing: Timing | None
 ) -> list[Cell]:
     if not trace.has_content:
-        raise InvalidOperation(
-            f"trace expects the content of its blocks, got {trace.name!r}: the format {trace.format} carries lengths "
-            "only, and what is found again cannot be told from lengths"
+        raise bad_argument(
+            "trace",
+            "the content of its blocks",
+            f"{trace.name!r}: the format {trace.format} carries lengths only, "
+            "and what is found again cannot be told from lengths",
         )
     for name, values in (("strategies", strategies), ("blocks", blocks)):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence | np.ndarray):
-            raise InvalidOperation(f"{name} expects a sequence, got {values!r}")
+            raise bad_argument(name, "a sequence", f"{values!r}")
     capacities = [require_int("blocks", number, 1, MAX_BLOCKS) for number in blocks]
     named = [named_strategy(strategy) for strategy in strategies]
     for name, strategy in named:
         if strategy is None and timing is not None:
-            raise InvalidOperation(f"strategies expects no {name!r} together with timing: the optimum knows no time")
+            raise bad_argument("strategies", f"no {name!r} together with timing: the optimum knows no time")
     return [Cell(name, strategy, number, timing) for name, strategy in named for number in capacities]
 
 
@@ -544,7 +546,7 @@ def connected() -> Cluster:
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
         except ConnectionError as error:
-            raise InvalidOperation(
-                "ray expects a running cluster; start one with: ray start --head (or name it in RAY_ADDRESS)"
+            raise bad_argument(
+                "ray", "a running cluster; start one with: ray start --head (or name it in RAY_ADDRESS)"
             ) from error
     return Cluster(ray)

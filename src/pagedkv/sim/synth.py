@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.traffic import KINDS, TRAFFIC, Traffic, changed, subagents_of
@@ -586,7 +586,7 @@ def synthesize(
 def _cast(kind: str, rate: float | None, parameters: dict[str, Any]) -> tuple[list[Traffic], list[float]]:
     """Return the traffic of all kinds, sub-agents last, and the seconds between the sessions of each."""
     if kind not in KINDS:
-        raise InvalidOperation(f"kind expects one of {', '.join(KINDS)}, got {kind!r}")
+        raise bad_argument("kind", f"one of {', '.join(KINDS)}", f"{kind!r}")
     kinds = [changed(traffic, parameters) for traffic in TRAFFIC.values()]
     rates = [traffic.rate if kind in (name, "mixed") else 0.0 for name, traffic in TRAFFIC.items()]
     if rate is not None:
@@ -605,9 +605,9 @@ def _requests_of(traffic: Traffic) -> float:
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise InvalidOperation(f"{name} expects an int, got {value!r}")
+        raise bad_argument(name, "an int", f"{value!r}")
     if not low <= value <= high:
-        raise InvalidOperation(f"{name} expects an int in {low} … {high}, got {value}")
+        raise bad_argument(name, f"an int in {low} … {high}", f"{value}")
     return int(value)
 
 

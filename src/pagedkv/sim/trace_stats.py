@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
 
@@ -307,7 +307,7 @@ def describe(trace: Trace) -> Description:
         When the trace has no request.
     """
     if not trace.num_requests:
-        raise InvalidOperation(f"trace expects at least 1 request, {trace.name} has none")
+        raise bad_argument("trace", f"at least 1 request, {trace.name} has none")
     known = trace.sessions[trace.sessions != NO_SESSION]
     return Description(
         name=trace.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 
 MAX_TOKENS = 1 << 30
 MAX_COUNT = 1 << 40
@@ -170,8 +170,8 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
         _check(name, value, whole=known[name] == "int")
     after = replace(traffic, **changes)
     if after.documents and after.documents_per_request > after.documents:
-        raise InvalidOperation(
-            f"documents_per_request expects at most the {after.documents} documents, got {after.documents_per_request}"
+        raise bad_argument(
+            "documents_per_request", f"at most the {after.documents} documents", f"{after.documents_per_request}"
         )
     return after
 
@@ -190,10 +190,10 @@ def subagents_of(traffic: Traffic) -> Traffic:
 
 def _check(name: str, value: Any, whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise InvalidOperation(f"{name} expects {'an int' if whole else 'a number'}, got {value!r}")
+        raise bad_argument(name, f"{('an int' if whole else 'a number')}", f"{value!r}")
     low, high = _range(name, whole)
     if not low <= value <= high:
-        raise InvalidOperation(f"{name} expects a number in {low:g} … {high:g}, got {value}")
+        raise bad_argument(name, f"a number in {low:g} … {high:g}", f"{value}")
 
 
 def _range(name: str, whole: bool) -> tuple[float, float]:
