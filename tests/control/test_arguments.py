@@ -35,7 +35,7 @@ def manager():
 )
 def test_a_plan_names_its_own_argument(manager, wanted, text):
     before = manager.snapshot()
-    with pytest.raises(InvalidOperation, match=f"num_query_tokens {text}"):
+    with pytest.raises(InvalidOperation, match=f"num_query_tokens: {text}"):
         manager.plan([1, 2], wanted)
     assert manager.snapshot() == before
 
