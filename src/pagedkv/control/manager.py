@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -35,630 +34,17 @@ from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, 
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
 from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_rule
-from pagedkv.control.types import CacheStats, KvBlock, SeqId, SequenceInfo
+from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
-
-# What a cache tells about itself: properties, snapshots, the report, the events. Nothing here changes a block.
 
 # The counters behind the fields of CacheStats, in their order.
 _STATS = "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split()
-
-
-class Inspection:
-    """The state of a pool, and everything that only reads it."""
-
-    def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        strategy: str | EvictionStrategy,
-        eviction_threshold: float,
-        prefix_caching: bool,
-    ) -> None:
-        self._strategy = as_strategy(strategy)
-        self._eviction_threshold = eviction_threshold
-        self._state = with_rule(new_state(num_blocks, block_size, prefix_caching), self._strategy)
-        self._hooks = Hooks(self._strategy)
-        self._victims = VictimOrder(self._strategy)
-        self._namespaces = Namespaces()
-        self._feed = EventFeed(self._namespaces, self._hooks.see_stores)
-        if self._hooks.see_stores:
-            self._state = with_log(self._state)
-            self._state.counters[0].logging = 1
-        self._pending_copies: dict[int, int] = {}  # destination: source
-        self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
-        self._wide_ids = False  # whether an id from 2**63 on was ever in use
-        self._lock = threading.RLock()
-
-    @property
-    def block_size(self) -> int:
-        """Tokens per block."""
-        return self._state.counter("block_size")
-
-    @property
-    def total_blocks(self) -> int:
-        """Blocks in the pool."""
-        return len(self._state.blocks)
-
-    @property
-    def free_block_count(self) -> int:
-        """Blocks that an allocation can have now: free, or cached and unpinned."""
-        return int(available_blocks(self._state.packed))
-
-    @property
-    def used_block_count(self) -> int:
-        """Blocks that sequences hold."""
-        return self._state.counter("used")
-
-    @property
-    def cached_block_count(self) -> int:
-        """Blocks that nobody holds but that are still findable."""
-        return self._state.counter("cached")
-
-    @property
-    def utilization(self) -> float:
-        """Used blocks over all blocks; 0.0 for an empty pool."""
-        return self.used_block_count / self.total_blocks if self.total_blocks else 0.0
-
-    @property
-    def needs_eviction(self) -> bool:
-        """Whether the utilization has reached the eviction threshold."""
-        return self.utilization >= self._eviction_threshold
-
-    @property
-    def prefix_caching(self) -> bool:
-        """Whether committed blocks stay findable."""
-        return bool(self._state.counter("prefix_caching"))
-
-    @property
-    def eviction_threshold(self) -> float:
-        """The utilization from which on eviction is due."""
-        return self._eviction_threshold
-
-    @property
-    def eviction_strategy(self) -> EvictionStrategy:
-        """What is given up first."""
-        return self._strategy
-
-    @property
-    def num_sequences(self) -> int:
-        """Live sequences."""
-        return self._state.counter("num_sequences")
-
-    @property
-    def sequence_ids(self) -> list[SeqId]:
-        """The ids of the live sequences, ascending."""
-        with self._lock:
-            return sorted(self._seq_id(row) for row in self._live_rows())
-
-    @property
-    def stats(self) -> CacheStats:
-        """The counters since the cache was made."""
-        with self._lock:  # all of one moment
-            return CacheStats(*map(self._state.counter, _STATS))
-
-    def get_sequence(self, seq_id: int) -> SequenceInfo:
-        """Return a snapshot of a sequence.
-
-        Raises
-        ------
-        SequenceNotFound
-        """
-        with self._lock:
-            return self._info(self._row(sequence_key(seq_id)))
-
-    def __contains__(self, seq_id: object) -> bool:
-        try:
-            key = sequence_key(seq_id)
-        except InvalidOperation:
-            return False
-        with self._lock:
-            return bool(sequences.find_row(self._state.packed, key) >= 0)
-
-    def __len__(self) -> int:
-        return self.num_sequences
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __reduce__(self) -> NoReturn:
-        # A shallow copy would write into the same books, and a deep one stops at the lock without saying why.
-        name = type(self).__name__
-        raise InvalidOperation(f"a {name} cannot be copied or pickled: fork() its sequences, or take a snapshot()")
-
-    def block(self, block_id: int) -> KvBlock:
-        """Return a live view of a block.
-
-        Raises
-        ------
-        BlockNotFound
-            If the pool has no such block.
-        """
-        number = whole_number("block_id", block_id, 0, 2**32 - 1)
-        if number >= self.total_blocks:
-            raise BlockNotFound(number)
-        return KvBlock(self, number)
-
-    def snapshot(self) -> CacheSnapshot:
-        """Return the whole pool at this moment, frozen."""
-        with self._lock:
-            blocks = self._state.blocks
-            live = self._live_rows()
-            owner = np.full(len(blocks), -1, np.int64)
-            for place in range(len(live) - 1, -1, -1):
-                owner[self._table(live[place])] = place
-            indexed = blocks["indexed"] != 0
-            return CacheSnapshot(
-                block_size=self.block_size,
-                strategy=str(self._strategy),
-                ref_count=blocks["ref_count"].copy(),
-                cached=indexed & (blocks["ref_count"] == 0),
-                pinned=blocks["pins"] > 0,
-                indexed=indexed,
-                num_tokens=blocks["num_tokens"].copy(),
-                depth=np.where(indexed, blocks["depth"], 0).astype(np.int32),
-                last_access=blocks["last_access"].copy(),
-                owner=owner,
-                sequences=tuple(self._info(row) for row in live),
-                stats=self.stats,
-                tick=self._state.counter("tick"),
-            )
-
-    def check(self) -> None:
-        """Verify every invariant of the cache, in time linear in the pool.
-
-        Raises
-        ------
-        CorruptedState
-            With what is wrong and the state around it: a bug in pagedkv.
-        """
-        with self._lock:
-            check_state(self._state, self._kept_pins)
-
-    def __str__(self) -> str:
-        with self._lock:
-            return "\n".join(self._report())
-
-    def _report(self) -> list[str]:
-        stats = self.stats
-        return [
-            f"{type(self).__name__}",
-            f"  Strategy: {self._strategy} (block_size={self.block_size})",
-            f"  Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
-            f"{self.cached_block_count} cached, {self.free_block_count} free",
-            *self._report_lines(),
-            f"  Sequences: {self.num_sequences} active",
-            f"  Stats: allocations={stats.total_allocations}, frees={stats.total_frees}, "
-            f"evictions={stats.total_evictions}, forks={stats.total_forks}, peak={stats.peak_blocks_used}",
-            f"  Prefix: queries={stats.prefix_queries}, hits={stats.prefix_hits}, "
-            f"hit_tokens={stats.prefix_hit_tokens}, reclaimed={stats.blocks_reclaimed}, "
-            f"copied={stats.blocks_copied}",
-        ]
-
-    def __repr__(self) -> str:
-        with self._lock:
-            return (
-                f"{type(self).__name__}(num_blocks={self.total_blocks}, block_size={self.block_size}, "
-                f"strategy={str(self._strategy)!r}, used={self.used_block_count}, cached={self.cached_block_count})"
-            )
-
-    def _report_lines(self) -> list[str]:
-        return []
-
-    def _row(self, key: int) -> int:
-        row = int(sequences.find_row(self._state.packed, key))
-        if row < 0:
-            raise SequenceNotFound(sequence_number(key))
-        return row
-
-    def _seq_id(self, row: int) -> SeqId:
-        return SeqId(sequence_number(self._state.sequences["seq_id"].item(row)))
-
-    def _live_rows(self) -> list[int]:
-        used = self._state.counter("rows_used")
-        live: list[int] = np.flatnonzero(self._state.sequences["marks"][:used] & LIVE).tolist()
-        return live
-
-    def _table(self, row: int) -> npt.NDArray[np.int32]:
-        return self._state.tables[row, : self._state.sequences["num_blocks"].item(row)]
-
-    def _info(self, row: int) -> SequenceInfo:
-        record = self._state.sequence(row)
-        return SequenceInfo(
-            seq_id=SeqId(sequence_number(record.seq_id)),
-            num_tokens=record.num_tokens,
-            num_cached_tokens=record.num_cached,
-            num_committed_tokens=record.num_committed,
-            num_dropped_tokens=record.num_dropped,
-            last_access=record.last_access,
-            access_count=record.access_count,
-            priority=record.priority,
-            pinned=bool(record.marks & PINNED),
-            _table=self._state.tables[row, : record.num_blocks].copy(),
-        )
-
-    def _enter_namespace(self, cache_salt: str) -> int:
-        number = self._namespaces.find(cache_salt)
-        if number is None:
-            number = self._namespaces.enter(cache_salt, self._state)
-            if number >= len(self._state.roots):
-                self._state = with_roots(self._state, number + 1)
-            self._state.roots[number, 3] = name_of(cache_salt)
-        return number
-
-    def _widen_tables(self, width: int) -> None:
-        self._state = with_wider_tables(self._state, width)
-
-    def _publish(self, event: CacheEvent | None = None) -> None:
-        try:
-            if self._hooks.see_stores:
-                self._hooks.stored(self._state, self._stored_blocks())
-        finally:
-            self._feed.publish(self._state, event)
-
-    def _stored_blocks(self) -> npt.NDArray[np.int32]:
-        """Return the blocks that this call stored, while somebody listens."""
-        entries = self._state.log[: self._state.counter("log_len")]
-        return entries[entries > 0] - 1
-
-    def _block_keys(self, block: int) -> Any:
-        raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")
-
-    def _block_values(self, block: int) -> Any:
-        raise InvalidOperation("a BlockManager holds no values; use a PagedKvCache")
-
-
-# What the doors of a BlockManager share: growing, making room, releasing, copying. Called under the lock.
 
 Copies = npt.NDArray[np.int32]
 _NO_COPIES = np.empty((0, 2), np.int32)
 
 
-class Holding(Inspection):
-    """The steps that public calls are made of."""
-
-    _on_full: str
-
-    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
-        while True:
-            if self._hooks.decide_reclaims:
-                self._reclaim_to_grow(keys, counts)
-            status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
-            if status == sequences.OK:
-                break
-            self._refuse(status, a, keys, given)
-            growing = [int(sequences.find_row(self._state.packed, key)) for key in keys.tolist()]
-            self._make_room(status, a, b, frozenset(growing), tails=written_tails(self._state, growing, counts))
-        if num_copies:
-            self._copy(copies_in(narrow, num_copies))
-        return a, b, wide, narrow
-
-    def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64], given: Any = None) -> None:
-        if status == sequences.NOT_FOUND:
-            if given is not None:
-                listed = given.tolist() if hasattr(given, "tolist") else given
-                sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
-            raise SequenceNotFound(sequence_number(keys[place]))
-        if status == sequences.REPEATED:
-            raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
-
-    def _make_room(
-        self,
-        status: int,
-        a: int,
-        b: int,
-        spared: frozenset[int] = frozenset(),
-        matched: Iterable[int] = (),
-        tails: Sequence[int] = (),
-    ) -> None:
-        """Grow the arrays, or evict by the strategy, so that the compiled call can be made again."""
-        if status == sequences.NEEDS_ROWS:
-            self._state = sequences.with_more_rows(self._state)
-        elif status == sequences.NEEDS_WIDTH:
-            self._widen_tables(a)
-        elif self._on_full == "raise" or not fits_after_evicting(
-            self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
-        ):
-            raise OutOfMemory(a, b)
-        else:
-            row = self._victims.first(self._state, spared)
-            if row is None:
-                raise OutOfMemory(a, b)
-            self._evict_row(row)
-
-    def _evict_row(self, row: int) -> SeqId:
-        seq_id = self._seq_id(row)
-        self._free_row(row)
-        self._state.counters[0].evictions += 1
-        return seq_id
-
-    def _free_row(self, row: int) -> None:
-        self._score_before_release(row, 0)
-        record = self._state.sequence(row)
-        if record.marks & PINNED:
-            table = self._table(row)[: record.pinned_blocks]
-            pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
-            if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
-                raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
-            self._kept_pins.setdefault(record.seq_id, []).extend(pinned)
-        sequences.free_row(self._state.packed, row)
-
-    def _score_before_release(self, row: int, first: int) -> None:
-        """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
-        if self._state.counter("rule") == CUSTOM:
-            ids = sequences.release_candidates(self._state.packed, row, first)
-            record, blocks = self._state.sequence(row), self._state.blocks
-            blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
-            blocks["priority"][ids] = np.maximum(blocks["priority"][ids], record.priority)
-            self._score_blocks(ids)
-        sequences.hand_over_use(self._state.packed, row, first)
-
-    def _reclaim_for(
-        self, namespace: int, count: int, ids: Any, known: bool, *, as_far_as_it_fits: bool = False
-    ) -> None:
-        """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
-        if not self._hooks.decide_reclaims:
-            return
-        matched, needed, available = self._room_for(namespace, count, ids, known)
-        if needed <= available or as_far_as_it_fits:
-            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
-
-    def _room_for(self, namespace: int, count: int, ids: Any, known: bool) -> tuple[npt.NDArray[np.int32], int, int]:
-        """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
-        state = self._state
-        matched = sequences.matching_blocks(state.packed, namespace, ids) if known else np.empty(0, np.int32)
-        idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
-        return matched, -(-count // self.block_size) - len(matched), self.free_block_count - int(idle.sum())
-
-    def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
-        """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
-        status, needed = sequences.blocks_to_grow(self._state.packed, keys, counts)
-        if status == sequences.OK:
-            self._let_strategy_make_room(needed)
-
-    def _let_strategy_make_room(self, needed: int, spared: int = -1) -> None:
-        try:
-            self._hooks.make_room(self._state, needed, spared)
-        except BaseException:
-            self._publish()  # what it gave up before it failed is gone
-            raise
-
-    def _tell_hits(self, row: int) -> None:
-        """Tell the strategy what the new sequence `row` found; if it fails, the sequence never was."""
-        if not self._hooks.see_hits:
-            return
-        try:
-            self._hooks.hit(self._state, self._table(row)[: self._state.sequence(row).num_indexed])
-        except BaseException:
-            sequences.free_row(self._state.packed, row)
-            self._publish()
-            raise
-
-    def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
-        if len(ids):
-            view, now = block_view(self._state, ids), self._state.counter("tick")
-            scores = self.eviction_strategy.score_blocks(view, now)
-            checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
-            self._state.blocks["score"][ids] = checked
-
-    def _checked_priority(self, priority: Any) -> int:
-        strategy = self.eviction_strategy
-        highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
-        return whole_number("priority", priority, 0, highest)
-
-    def _copy(self, copies: Copies) -> None:
-        """Note copies for the next plan; a cache with K and V makes them at once as well."""
-        for source, destination in copies.tolist():
-            source = self._pending_copies.get(source, source)
-            self._pending_copies.pop(destination, None)
-            self._pending_copies[destination] = source
-
-    def _take_pending_copies(self) -> Copies:
-        if not self._pending_copies:
-            return _NO_COPIES
-        pairs = [(source, destination) for destination, source in self._pending_copies.items()]
-        self._pending_copies.clear()
-        return np.array(pairs, np.int32)
-
-
-# What stays and what goes: pins, eviction, streaming, and the prefix index as a whole.
-
-
-class Retention(Holding):
-    """The public calls of a BlockManager that decide what is kept."""
-
-    def pin(self, seq_id: int, num_tokens: int | None = None) -> SequenceInfo:
-        """Keep a sequence from being evicted, and its first `num_tokens` (default: all) from being reclaimed.
-
-        The pin outlives ``free``: the blocks that were committed stay findable until ``unpin(seq_id)``.
-
-        Raises
-        ------
-        SequenceNotFound
-        InvalidOperation
-            If the sequence has fewer tokens.
-        """
-        key = sequence_key(seq_id)
-        with self._lock:
-            row = self._row(key)
-            record = self._state.sequences[row]
-            if num_tokens is None:
-                blocks = int(record.num_blocks)
-            else:
-                num_tokens = whole_number("num_tokens", num_tokens, 0, int(record.num_tokens))
-                hole = int(record.hole_len) if num_tokens > record.hole_start else 0
-                blocks = -(-(num_tokens + hole) // self.block_size)
-            record.pinned_blocks = blocks
-            record.marks |= PINNED
-            return self._info(row)
-
-    def unpin(self, seq_id: int) -> None:
-        """Take a pin back, of a live sequence or of one that was freed.
-
-        Raises
-        ------
-        SequenceNotFound
-            If there is neither such a sequence nor a pin that outlived it.
-        InvalidOperation
-            If the sequence is not pinned.
-        """
-        key = sequence_key(seq_id)
-        with self._lock:
-            kept = self._kept_pins.pop(key, None)
-            row = sequences.find_row(self._state.packed, key)
-            if kept is None:
-                if row < 0:
-                    raise SequenceNotFound(seq_id)
-                if not self._state.sequences[row].marks & PINNED:
-                    raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
-            for block in kept or ():
-                unpin_block(self._state, block)
-            if row >= 0:
-                self._state.sequences[row].marks &= ~PINNED
-                self._state.sequences[row].pinned_blocks = 0
-
-    def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
-        """Return the sequence that ``evict`` would free, or None if there is none that may go.
-
-        Sequences that are `spared` are passed over as pinned ones are; ids that are not in use are ignored.
-        """
-        keys = [sequence_key(seq_id, "spared") for seq_id in spared]
-        with self._lock:
-            rows_spared = frozenset(int(sequences.find_row(self._state.packed, key)) for key in keys)
-            row = self._victims.first(self._state, rows_spared)
-            return None if row is None else self._seq_id(row)
-
-    def evict(self) -> SeqId:
-        """Free the sequence that the strategy ranks lowest and return its id; pinned ones are left alone.
-
-        Raises
-        ------
-        InvalidOperation
-            If there is none.
-        """
-        with self._lock:
-            row = self._victims.first(self._state)
-            if row is None:
-                raise InvalidOperation("there is no sequence to evict")
-            return self._evict_row(row)
-
-    def evict_to_threshold(self, target: float | None = None) -> list[SeqId]:
-        """Evict until ``utilization <= target`` (default: the eviction threshold); returns the ids in order.
-
-        Pinned sequences stay, even if the target is then missed.
-
-        Raises
-        ------
-        InvalidOperation
-            If `target` is no number.
-        """
-        limit = self._eviction_threshold if target is None else fraction("target", target)
-        evicted: list[SeqId] = []
-        with self._lock:
-            while self.utilization > limit:
-                row = self._victims.first(self._state)
-                if row is None:
-                    break
-                evicted.append(self._evict_row(row))
-        return evicted
-
-    def apply_streaming_llm(self, seq_id: int, sink_tokens: int, window_tokens: int) -> int:
-        """Keep the first `sink_tokens` and the last `window_tokens`; returns how many tokens were dropped.
-
-        Blocks that hold only dropped tokens are given back, partial ones are masked (``BatchPlan.holes``). From then
-        on the sequence is not committed to the prefix index any more. Source: Xiao et al. 2023, section 3.2.
-
-        Raises
-        ------
-        SequenceNotFound
-        InvalidOperation
-            If the sequence already streams with another number of sinks.
-        OutOfMemory
-            If window blocks that others share need private copies that do not fit.
-        """
-        key = sequence_key(seq_id)
-        sink = whole_number("sink_tokens", sink_tokens)
-        window = whole_number("window_tokens", window_tokens)
-        with self._lock:
-            row = self._row(key)
-            record = self._state.sequence(row)
-            if record.num_tokens <= sink + window:
-                return 0
-            if record.num_dropped and record.hole_start != sink:
-                raise bad_argument("sink_tokens", f"{record.hole_start}, as {SeqId(seq_id)} streams already", f"{sink}")
-            needed = int(blocks_to_stream(self._state.packed, row, sink, window))
-            if needed > self.free_block_count:
-                raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
-            self._let_strategy_make_room(needed)
-            self._score_before_release(row, sink // self.block_size)
-            dropped, copies = stream_row(self._state.packed, row, sink, window)
-            self._copy(copies)
-            self._publish()
-            return int(dropped)
-
-    def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
-        """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
-        count, ids, known = parse_tokens(token_ids)
-        if not known:
-            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
-        with self._lock:
-            namespace = self._namespaces.find(cache_salt)
-            if namespace is None or not self.prefix_caching:
-                return 0
-            return int(sequences.count_matching(self._state.packed, namespace, ids))
-
-    def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
-        """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
-
-        Cached blocks that it would take up again count; blocks that other sequences hold and it would share do not.
-
-        Parameters
-        ----------
-        tokens : int or sequence of int
-            As for ``allocate``.
-        cache_salt : str
-        """
-        count, ids, known = parse_tokens(tokens)
-        with self._lock:
-            namespace = self._namespaces.find(cache_salt) if known else None
-            needed = -(-count // self.block_size)
-            if namespace is None or not self.prefix_caching:
-                return needed
-            matched = self._state.blocks[sequences.matching_blocks(self._state.packed, namespace, ids)]
-            return needed - int(np.count_nonzero((matched["ref_count"] > 0) | (matched["pins"] > 0)))
-
-    def clear_prefix_cache(self) -> int:
-        """Make everything stored so far unfindable, pinned blocks too; returns how many blocks became free.
-
-        Live sequences keep their blocks but are never committed again: their prefix belongs to what was cleared (old
-        weights, for instance).
-        """
-        with self._lock:
-            freed = prefix.clear(self._state)
-            self._kept_pins.clear()
-            self._publish(AllBlocksCleared())
-            return freed
-
-    def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
-        """Call `callback` with every ``BlockStored``, ``BlockRemoved`` and ``AllBlocksCleared``, in order.
-
-        It is called while the cache is consistent and locked, and may call the cache itself. An exception in it is
-        logged and does not reach the caller.
-
-        Returns
-        -------
-        callable
-            Call it to unsubscribe.
-        """
-        if not callable(callback):
-            raise bad_argument("callback", "a callable", f"{callback!r}")
-        with self._lock:
-            if len(self._state.log) == 1:
-                self._state = with_log(self._state)
-            return self._feed.subscribe(callback, self._state)
-
-
-class BlockManager(Retention):
+class BlockManager:
     """Paged KV-cache bookkeeping: who owns which block, without K and V.
 
     Every public method is atomic: many threads may share one manager. A call that fails changes nothing.
@@ -702,8 +88,21 @@ class BlockManager(Retention):
         if not isinstance(prefix_caching, bool):
             raise bad_argument("prefix_caching", "a bool", f"{prefix_caching!r}")
         threshold = fraction("eviction_threshold", eviction_threshold)
-        super().__init__(num_blocks, block_size, strategy, threshold, prefix_caching)
+        self._strategy = as_strategy(strategy)
+        self._eviction_threshold = threshold
         self._on_full = on_full
+        self._state = with_rule(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._hooks = Hooks(self._strategy)
+        self._victims = VictimOrder(self._strategy)
+        self._namespaces = Namespaces()
+        self._feed = EventFeed(self._namespaces, self._hooks.see_stores)
+        if self._hooks.see_stores:
+            self._state = with_log(self._state)
+            self._state.counters[0].logging = 1
+        self._pending_copies: dict[int, int] = {}  # destination: source
+        self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
+        self._wide_ids = False  # whether an id from 2**63 on was ever in use
+        self._lock = threading.RLock()
 
     def allocate(self, seq_id: int, tokens: Any, *, priority: int = 0, cache_salt: str = "") -> SequenceInfo:
         """Start a sequence.
@@ -946,39 +345,583 @@ class BlockManager(Retention):
             sequences.mark_dirty(self._state.packed, row)
             return self._info(row)
 
+    def pin(self, seq_id: int, num_tokens: int | None = None) -> SequenceInfo:
+        """Keep a sequence from being evicted, and its first `num_tokens` (default: all) from being reclaimed.
+
+        The pin outlives ``free``: the blocks that were committed stay findable until ``unpin(seq_id)``.
+
+        Raises
+        ------
+        SequenceNotFound
+        InvalidOperation
+            If the sequence has fewer tokens.
+        """
+        key = sequence_key(seq_id)
+        with self._lock:
+            row = self._row(key)
+            record = self._state.sequences[row]
+            if num_tokens is None:
+                blocks = int(record.num_blocks)
+            else:
+                num_tokens = whole_number("num_tokens", num_tokens, 0, int(record.num_tokens))
+                hole = int(record.hole_len) if num_tokens > record.hole_start else 0
+                blocks = -(-(num_tokens + hole) // self.block_size)
+            record.pinned_blocks = blocks
+            record.marks |= PINNED
+            return self._info(row)
+
+    def unpin(self, seq_id: int) -> None:
+        """Take a pin back, of a live sequence or of one that was freed.
+
+        Raises
+        ------
+        SequenceNotFound
+            If there is neither such a sequence nor a pin that outlived it.
+        InvalidOperation
+            If the sequence is not pinned.
+        """
+        key = sequence_key(seq_id)
+        with self._lock:
+            kept = self._kept_pins.pop(key, None)
+            row = sequences.find_row(self._state.packed, key)
+            if kept is None:
+                if row < 0:
+                    raise SequenceNotFound(seq_id)
+                if not self._state.sequences[row].marks & PINNED:
+                    raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
+            for block in kept or ():
+                unpin_block(self._state, block)
+            if row >= 0:
+                self._state.sequences[row].marks &= ~PINNED
+                self._state.sequences[row].pinned_blocks = 0
+
+    def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
+        """Return the sequence that ``evict`` would free, or None if there is none that may go.
+
+        Sequences that are `spared` are passed over as pinned ones are; ids that are not in use are ignored.
+        """
+        keys = [sequence_key(seq_id, "spared") for seq_id in spared]
+        with self._lock:
+            rows_spared = frozenset(int(sequences.find_row(self._state.packed, key)) for key in keys)
+            row = self._victims.first(self._state, rows_spared)
+            return None if row is None else self._seq_id(row)
+
+    def evict(self) -> SeqId:
+        """Free the sequence that the strategy ranks lowest and return its id; pinned ones are left alone.
+
+        Raises
+        ------
+        InvalidOperation
+            If there is none.
+        """
+        with self._lock:
+            row = self._victims.first(self._state)
+            if row is None:
+                raise InvalidOperation("there is no sequence to evict")
+            return self._evict_row(row)
+
+    def evict_to_threshold(self, target: float | None = None) -> list[SeqId]:
+        """Evict until ``utilization <= target`` (default: the eviction threshold); returns the ids in order.
+
+        Pinned sequences stay, even if the target is then missed.
+
+        Raises
+        ------
+        InvalidOperation
+            If `target` is no number.
+        """
+        limit = self._eviction_threshold if target is None else fraction("target", target)
+        evicted: list[SeqId] = []
+        with self._lock:
+            while self.utilization > limit:
+                row = self._victims.first(self._state)
+                if row is None:
+                    break
+                evicted.append(self._evict_row(row))
+        return evicted
+
+    def apply_streaming_llm(self, seq_id: int, sink_tokens: int, window_tokens: int) -> int:
+        """Keep the first `sink_tokens` and the last `window_tokens`; returns how many tokens were dropped.
+
+        Blocks that hold only dropped tokens are given back, partial ones are masked (``BatchPlan.holes``). From then
+        on the sequence is not committed to the prefix index any more. Source: Xiao et al. 2023, section 3.2.
+
+        Raises
+        ------
+        SequenceNotFound
+        InvalidOperation
+            If the sequence already streams with another number of sinks.
+        OutOfMemory
+            If window blocks that others share need private copies that do not fit.
+        """
+        key = sequence_key(seq_id)
+        sink = whole_number("sink_tokens", sink_tokens)
+        window = whole_number("window_tokens", window_tokens)
+        with self._lock:
+            row = self._row(key)
+            record = self._state.sequence(row)
+            if record.num_tokens <= sink + window:
+                return 0
+            if record.num_dropped and record.hole_start != sink:
+                raise bad_argument("sink_tokens", f"{record.hole_start}, as {SeqId(seq_id)} streams already", f"{sink}")
+            needed = int(blocks_to_stream(self._state.packed, row, sink, window))
+            if needed > self.free_block_count:
+                raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
+            self._let_strategy_make_room(needed)
+            self._score_before_release(row, sink // self.block_size)
+            dropped, copies = stream_row(self._state.packed, row, sink, window)
+            self._copy(copies)
+            self._publish()
+            return int(dropped)
+
+    def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
+        """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
+        count, ids, known = parse_tokens(token_ids)
+        if not known:
+            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
+        with self._lock:
+            namespace = self._namespaces.find(cache_salt)
+            if namespace is None or not self.prefix_caching:
+                return 0
+            return int(sequences.count_matching(self._state.packed, namespace, ids))
+
+    def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
+        """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
+
+        Cached blocks that it would take up again count; blocks that other sequences hold and it would share do not.
+
+        Parameters
+        ----------
+        tokens : int or sequence of int
+            As for ``allocate``.
+        cache_salt : str
+        """
+        count, ids, known = parse_tokens(tokens)
+        with self._lock:
+            namespace = self._namespaces.find(cache_salt) if known else None
+            needed = -(-count // self.block_size)
+            if namespace is None or not self.prefix_caching:
+                return needed
+            matched = self._state.blocks[sequences.matching_blocks(self._state.packed, namespace, ids)]
+            return needed - int(np.count_nonzero((matched["ref_count"] > 0) | (matched["pins"] > 0)))
+
+    def clear_prefix_cache(self) -> int:
+        """Make everything stored so far unfindable, pinned blocks too; returns how many blocks became free.
+
+        Live sequences keep their blocks but are never committed again: their prefix belongs to what was cleared (old
+        weights, for instance).
+        """
+        with self._lock:
+            freed = prefix.clear(self._state)
+            self._kept_pins.clear()
+            self._publish(AllBlocksCleared())
+            return freed
+
+    def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
+        """Call `callback` with every ``BlockStored``, ``BlockRemoved`` and ``AllBlocksCleared``, in order.
+
+        It is called while the cache is consistent and locked, and may call the cache itself. An exception in it is
+        logged and does not reach the caller.
+
+        Returns
+        -------
+        callable
+            Call it to unsubscribe.
+        """
+        if not callable(callback):
+            raise bad_argument("callback", "a callable", f"{callback!r}")
+        with self._lock:
+            if len(self._state.log) == 1:
+                self._state = with_log(self._state)
+            return self._feed.subscribe(callback, self._state)
+
+    # What only reads.
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        return self._state.counter("block_size")
+
+    @property
+    def total_blocks(self) -> int:
+        """Blocks in the pool."""
+        return len(self._state.blocks)
+
+    @property
+    def free_block_count(self) -> int:
+        """Blocks that an allocation can have now: free, or cached and unpinned."""
+        return int(available_blocks(self._state.packed))
+
+    @property
+    def used_block_count(self) -> int:
+        """Blocks that sequences hold."""
+        return self._state.counter("used")
+
+    @property
+    def cached_block_count(self) -> int:
+        """Blocks that nobody holds but that are still findable."""
+        return self._state.counter("cached")
+
+    @property
+    def utilization(self) -> float:
+        """Used blocks over all blocks; 0.0 for an empty pool."""
+        return self.used_block_count / self.total_blocks if self.total_blocks else 0.0
+
+    @property
+    def needs_eviction(self) -> bool:
+        """Whether the utilization has reached the eviction threshold."""
+        return self.utilization >= self._eviction_threshold
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether committed blocks stay findable."""
+        return bool(self._state.counter("prefix_caching"))
+
+    @property
+    def eviction_threshold(self) -> float:
+        """The utilization from which on eviction is due."""
+        return self._eviction_threshold
+
+    @property
+    def eviction_strategy(self) -> EvictionStrategy:
+        """What is given up first."""
+        return self._strategy
+
+    @property
+    def num_sequences(self) -> int:
+        """Live sequences."""
+        return self._state.counter("num_sequences")
+
+    @property
+    def sequence_ids(self) -> list[SeqId]:
+        """The ids of the live sequences, ascending."""
+        with self._lock:
+            return sorted(self._seq_id(row) for row in self._live_rows())
+
+    @property
+    def stats(self) -> CacheStats:
+        """The counters since the cache was made."""
+        with self._lock:  # all of one moment
+            return CacheStats(*map(self._state.counter, _STATS))
+
+    def get_sequence(self, seq_id: int) -> SequenceInfo:
+        """Return a snapshot of a sequence.
+
+        Raises
+        ------
+        SequenceNotFound
+        """
+        with self._lock:
+            return self._info(self._row(sequence_key(seq_id)))
+
+    def block(self, block_id: int) -> KvBlock:
+        """Return a live view of a block.
+
+        Raises
+        ------
+        BlockNotFound
+            If the pool has no such block.
+        """
+        number = whole_number("block_id", block_id, 0, 2**32 - 1)
+        if number >= self.total_blocks:
+            raise BlockNotFound(number)
+        return KvBlock(self, number)
+
+    def snapshot(self) -> CacheSnapshot:
+        """Return the whole pool at this moment, frozen."""
+        with self._lock:
+            blocks = self._state.blocks
+            live = self._live_rows()
+            owner = np.full(len(blocks), -1, np.int64)
+            for place in range(len(live) - 1, -1, -1):
+                owner[self._table(live[place])] = place
+            indexed = blocks["indexed"] != 0
+            return CacheSnapshot(
+                block_size=self.block_size,
+                strategy=str(self._strategy),
+                ref_count=blocks["ref_count"].copy(),
+                cached=indexed & (blocks["ref_count"] == 0),
+                pinned=blocks["pins"] > 0,
+                indexed=indexed,
+                num_tokens=blocks["num_tokens"].copy(),
+                depth=np.where(indexed, blocks["depth"], 0).astype(np.int32),
+                last_access=blocks["last_access"].copy(),
+                owner=owner,
+                sequences=tuple(self._info(row) for row in live),
+                stats=self.stats,
+                tick=self._state.counter("tick"),
+            )
+
+    def check(self) -> None:
+        """Verify every invariant of the cache, in time linear in the pool.
+
+        Raises
+        ------
+        CorruptedState
+            With what is wrong and the state around it: a bug in pagedkv.
+        """
+        with self._lock:
+            check_state(self._state, self._kept_pins)
+
+    def __contains__(self, seq_id: object) -> bool:
+        try:
+            key = sequence_key(seq_id)
+        except InvalidOperation:
+            return False
+        with self._lock:
+            return bool(sequences.find_row(self._state.packed, key) >= 0)
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __reduce__(self) -> NoReturn:
+        # A shallow copy would write into the same books, and a deep one stops at the lock without saying why.
+        name = type(self).__name__
+        raise InvalidOperation(f"a {name} cannot be copied or pickled: fork() its sequences, or take a snapshot()")
+
+    def __str__(self) -> str:
+        with self._lock:
+            return "\n".join(self._report())
+
+    def __repr__(self) -> str:
+        with self._lock:
+            return (
+                f"{type(self).__name__}(num_blocks={self.total_blocks}, block_size={self.block_size}, "
+                f"strategy={str(self._strategy)!r}, used={self.used_block_count}, cached={self.cached_block_count})"
+            )
+
+    # Under the lock: what the calls above share.
+
+    def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
+        while True:
+            if self._hooks.decide_reclaims:
+                self._reclaim_to_grow(keys, counts)
+            status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
+            if status == sequences.OK:
+                break
+            self._refuse(status, a, keys, given)
+            growing = [int(sequences.find_row(self._state.packed, key)) for key in keys.tolist()]
+            self._make_room(status, a, b, frozenset(growing), tails=written_tails(self._state, growing, counts))
+        if num_copies:
+            self._copy(copies_in(narrow, num_copies))
+        return a, b, wide, narrow
+
+    def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64], given: Any = None) -> None:
+        if status == sequences.NOT_FOUND:
+            if given is not None:
+                listed = given.tolist() if hasattr(given, "tolist") else given
+                sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
+            raise SequenceNotFound(sequence_number(keys[place]))
+        if status == sequences.REPEATED:
+            raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+
+    def _make_room(
+        self,
+        status: int,
+        a: int,
+        b: int,
+        spared: frozenset[int] = frozenset(),
+        matched: Iterable[int] = (),
+        tails: Sequence[int] = (),
+    ) -> None:
+        """Grow the arrays, or evict by the strategy, so that the compiled call can be made again."""
+        if status == sequences.NEEDS_ROWS:
+            self._state = sequences.with_more_rows(self._state)
+        elif status == sequences.NEEDS_WIDTH:
+            self._widen_tables(a)
+        elif self._on_full == "raise" or not fits_after_evicting(
+            self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
+        ):
+            raise OutOfMemory(a, b)
+        else:
+            row = self._victims.first(self._state, spared)
+            if row is None:
+                raise OutOfMemory(a, b)
+            self._evict_row(row)
+
+    def _evict_row(self, row: int) -> SeqId:
+        seq_id = self._seq_id(row)
+        self._free_row(row)
+        self._state.counters[0].evictions += 1
+        return seq_id
+
+    def _free_row(self, row: int) -> None:
+        self._score_before_release(row, 0)
+        record = self._state.sequence(row)
+        if record.marks & PINNED:
+            table = self._table(row)[: record.pinned_blocks]
+            pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
+            if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
+                raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
+            self._kept_pins.setdefault(record.seq_id, []).extend(pinned)
+        sequences.free_row(self._state.packed, row)
+
+    def _score_before_release(self, row: int, first: int) -> None:
+        """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
+        if self._state.counter("rule") == CUSTOM:
+            ids = sequences.release_candidates(self._state.packed, row, first)
+            record, blocks = self._state.sequence(row), self._state.blocks
+            blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
+            blocks["priority"][ids] = np.maximum(blocks["priority"][ids], record.priority)
+            self._score_blocks(ids)
+        sequences.hand_over_use(self._state.packed, row, first)
+
+    def _reclaim_for(
+        self, namespace: int, count: int, ids: Any, known: bool, *, as_far_as_it_fits: bool = False
+    ) -> None:
+        """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
+        if not self._hooks.decide_reclaims:
+            return
+        matched, needed, available = self._room_for(namespace, count, ids, known)
+        if needed <= available or as_far_as_it_fits:
+            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
+
+    def _room_for(self, namespace: int, count: int, ids: Any, known: bool) -> tuple[npt.NDArray[np.int32], int, int]:
+        """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
+        state = self._state
+        matched = sequences.matching_blocks(state.packed, namespace, ids) if known else np.empty(0, np.int32)
+        idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
+        return matched, -(-count // self.block_size) - len(matched), self.free_block_count - int(idle.sum())
+
+    def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
+        """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
+        status, needed = sequences.blocks_to_grow(self._state.packed, keys, counts)
+        if status == sequences.OK:
+            self._let_strategy_make_room(needed)
+
+    def _let_strategy_make_room(self, needed: int, spared: int = -1) -> None:
+        try:
+            self._hooks.make_room(self._state, needed, spared)
+        except BaseException:
+            self._publish()  # what it gave up before it failed is gone
+            raise
+
+    def _tell_hits(self, row: int) -> None:
+        """Tell the strategy what the new sequence `row` found; if it fails, the sequence never was."""
+        if not self._hooks.see_hits:
+            return
+        try:
+            self._hooks.hit(self._state, self._table(row)[: self._state.sequence(row).num_indexed])
+        except BaseException:
+            sequences.free_row(self._state.packed, row)
+            self._publish()
+            raise
+
+    def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
+        if len(ids):
+            view, now = block_view(self._state, ids), self._state.counter("tick")
+            scores = self.eviction_strategy.score_blocks(view, now)
+            checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
+            self._state.blocks["score"][ids] = checked
+
+    def _checked_priority(self, priority: Any) -> int:
+        strategy = self.eviction_strategy
+        highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
+        return whole_number("priority", priority, 0, highest)
+
+    def _copy(self, copies: Copies) -> None:
+        """Note copies for the next plan; a cache with K and V makes them at once as well."""
+        for source, destination in copies.tolist():
+            source = self._pending_copies.get(source, source)
+            self._pending_copies.pop(destination, None)
+            self._pending_copies[destination] = source
+
+    def _take_pending_copies(self) -> Copies:
+        if not self._pending_copies:
+            return _NO_COPIES
+        pairs = [(source, destination) for destination, source in self._pending_copies.items()]
+        self._pending_copies.clear()
+        return np.array(pairs, np.int32)
+
+    def _report(self) -> list[str]:
+        stats = self.stats
+        return [
+            f"{type(self).__name__}",
+            f"  Strategy: {self._strategy} (block_size={self.block_size})",
+            f"  Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
+            f"{self.cached_block_count} cached, {self.free_block_count} free",
+            *self._report_lines(),
+            f"  Sequences: {self.num_sequences} active",
+            f"  Stats: allocations={stats.total_allocations}, frees={stats.total_frees}, "
+            f"evictions={stats.total_evictions}, forks={stats.total_forks}, peak={stats.peak_blocks_used}",
+            f"  Prefix: queries={stats.prefix_queries}, hits={stats.prefix_hits}, "
+            f"hit_tokens={stats.prefix_hit_tokens}, reclaimed={stats.blocks_reclaimed}, "
+            f"copied={stats.blocks_copied}",
+        ]
+
+    def _report_lines(self) -> list[str]:
+        return []
+
+    def _row(self, key: int) -> int:
+        row = int(sequences.find_row(self._state.packed, key))
+        if row < 0:
+            raise SequenceNotFound(sequence_number(key))
+        return row
+
+    def _seq_id(self, row: int) -> SeqId:
+        return SeqId(sequence_number(self._state.sequences["seq_id"].item(row)))
+
+    def _live_rows(self) -> list[int]:
+        used = self._state.counter("rows_used")
+        live: list[int] = np.flatnonzero(self._state.sequences["marks"][:used] & LIVE).tolist()
+        return live
+
+    def _table(self, row: int) -> npt.NDArray[np.int32]:
+        return self._state.tables[row, : self._state.sequences["num_blocks"].item(row)]
+
+    def _info(self, row: int) -> SequenceInfo:
+        record = self._state.sequence(row)
+        return SequenceInfo(
+            seq_id=SeqId(sequence_number(record.seq_id)),
+            num_tokens=record.num_tokens,
+            num_cached_tokens=record.num_cached,
+            num_committed_tokens=record.num_committed,
+            num_dropped_tokens=record.num_dropped,
+            last_access=record.last_access,
+            access_count=record.access_count,
+            priority=record.priority,
+            pinned=bool(record.marks & PINNED),
+            _table=self._state.tables[row, : record.num_blocks].copy(),
+        )
+
+    def _enter_namespace(self, cache_salt: str) -> int:
+        number = self._namespaces.find(cache_salt)
+        if number is None:
+            number = self._namespaces.enter(cache_salt, self._state)
+            if number >= len(self._state.roots):
+                self._state = with_roots(self._state, number + 1)
+            self._state.roots[number, 3] = name_of(cache_salt)
+        return number
+
+    def _widen_tables(self, width: int) -> None:
+        self._state = with_wider_tables(self._state, width)
+
+    def _publish(self, event: CacheEvent | None = None) -> None:
+        try:
+            if self._hooks.see_stores:
+                self._hooks.stored(self._state, self._stored_blocks())
+        finally:
+            self._feed.publish(self._state, event)
+
+    def _stored_blocks(self) -> npt.NDArray[np.int32]:
+        """Return the blocks that this call stored, while somebody listens."""
+        entries = self._state.log[: self._state.counter("log_len")]
+        return entries[entries > 0] - 1
+
+    def _block_keys(self, block: int) -> Any:
+        raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")
+
+    def _block_values(self, block: int) -> Any:
+        raise InvalidOperation("a BlockManager holds no values; use a PagedKvCache")
+
 
 # Which prefixes are worth the most to the cache right now.
 
 
-@dataclass(frozen=True, slots=True)
-class HotPrefix:
-    """A findable prefix that several sequences have used.
-
-    Attributes
-    ----------
-    block_id : int
-        Its last block.
-    num_blocks, num_tokens : int
-    uses : int
-        Sequences that have held its last block since it was stored.
-    ref_count : int
-        Sequences that hold it now.
-    last_access : int
-        Tick.
-    token_ids : tuple of int
-        The prefix itself, or the head of it; empty where it was not asked for.
-    """
-
-    block_id: int
-    num_blocks: int
-    num_tokens: int
-    uses: int
-    ref_count: int
-    last_access: int
-    token_ids: tuple[int, ...] = ()
-
-
-def hottest_prefixes(cache: Inspection, limit: int = 8, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
+def hottest_prefixes(cache: BlockManager, limit: int = 8, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
     """Rank the prefixes of the index by the tokens that their reuse saved.
 
     A prefix ends where its uses do: at a block that was used more often than each block that continues it. What it
@@ -1039,7 +982,7 @@ def _head(state: State, block: int, size: int) -> tuple[int, ...]:
 # The records of a few blocks, copied: enough to learn how long blocks live without looking at all of them.
 
 
-def read_blocks(cache: Inspection, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+def read_blocks(cache: BlockManager, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """Return copies of the records of some blocks, as `control.state.BLOCK` has them."""
     with cache._lock:
         records: npt.NDArray[Any] = cache._state.blocks[block_ids]

@@ -150,6 +150,34 @@ class CacheStats:
     blocks_copied: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class HotPrefix:
+    """A findable prefix that several sequences have used.
+
+    Attributes
+    ----------
+    block_id : int
+        Its last block.
+    num_blocks, num_tokens : int
+    uses : int
+        Sequences that have held its last block since it was stored.
+    ref_count : int
+        Sequences that hold it now.
+    last_access : int
+        Tick.
+    token_ids : tuple of int
+        The prefix itself, or the head of it; empty where it was not asked for.
+    """
+
+    block_id: int
+    num_blocks: int
+    num_tokens: int
+    uses: int
+    ref_count: int
+    last_access: int
+    token_ids: tuple[int, ...] = ()
+
+
 class KvBlock:
     """A live view of one block: it always shows the present state. Views of the same block are equal.
 

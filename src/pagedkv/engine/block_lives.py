@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.manager import Inspection, read_blocks
+from pagedkv.control.manager import BlockManager, read_blocks
 
 __all__ = ["BlockLives", "LifeSamples"]
 
@@ -43,7 +43,7 @@ class BlockLives:
         Blocks in the sample, spread evenly over the pool.
     """
 
-    def __init__(self, cache: Inspection, most: int = 1024) -> None:
+    def __init__(self, cache: BlockManager, most: int = 1024) -> None:
         self._cache = cache
         self._ids = np.unique(np.linspace(0, max(0, cache.total_blocks - 1), min(most, cache.total_blocks), dtype=int))
         size = len(self._ids)

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.manager import Inspection
+from pagedkv.control.manager import BlockManager
 from pagedkv.control.manager import hottest_prefixes as hottest_prefixes
 from pagedkv.errors import bad_argument
 
@@ -373,7 +373,7 @@ NUM_PREFIXES = 12
 
 
 def take_snapshot(
-    cache: Inspection, requests: Iterable[Request], stats: EngineStats, clock: TickClock | None = None
+    cache: BlockManager, requests: Iterable[Request], stats: EngineStats, clock: TickClock | None = None
 ) -> EngineSnapshot:
     """Freeze a cache with the requests that use it, in time linear in the pool.
 
