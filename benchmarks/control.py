@@ -48,11 +48,11 @@ def step_times(rounds: int) -> dict[str, list[float]]:
                 del theirs.tables[seq_id][CONTEXT // BLOCK_SIZE :]
                 theirs.num_tokens[seq_id] = CONTEXT
         kind = "edge" if step % BLOCK_SIZE == 0 else "inside"
-        times[kind].append(microseconds(ours.append_batch, ids, 1))
+        times[kind].append(microseconds(ours.append_batch, ids))
         times["theirs edge" if kind == "edge" else "theirs"].append(microseconds(theirs.append_batch, id_list))
     ours.allocate(BATCH, CONTEXT)
     for _ in range(rounds):
-        times["one"].append(microseconds(ours.append_batch, [BATCH], 1))
+        times["one"].append(microseconds(ours.append_batch, [BATCH]))
     return times
 
 
@@ -100,7 +100,7 @@ def measure(rounds: int) -> list[dict]:
     ]
     for num_blocks in (10_000, 100_000, 1_000_000, 10_000_000):
         manager, ids = filled(max(num_blocks, 20_000)), np.arange(BATCH)
-        step = statistics.median(microseconds(manager.append_batch, ids, 1) for _ in range(64))
+        step = statistics.median(microseconds(manager.append_batch, ids) for _ in range(64))
         prompts = prompt_times(num_blocks, max(8, rounds // 64))
         size = f"pool of {num_blocks:,} blocks"
         rows.append(row(f"{size}: append_batch, 256 sequences", step, "µs"))

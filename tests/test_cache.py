@@ -58,7 +58,7 @@ def test_a_batch_reads_only_its_own_blocks():
     cache.storage.values(0).fill_(float("nan"))
     for seq_id in (1, 2, 3):
         cache.allocate(seq_id, 0)
-    plan = cache.append_batch([1, 2, 3], [5, 1, 9])
+    plan = cache.append_batch([1, 2, 3], counts=[5, 1, 9])
     keys, values = fill(cache, plan)
     queries = torch.randn(15, 2, 4)
     found = cache.attend(0, queries, plan)
@@ -70,7 +70,7 @@ def test_a_batch_reads_only_its_own_blocks():
 def test_attend_is_paged_attention_over_the_plan():
     cache = PagedKvCache(16, 4, **TINY)
     cache.allocate(1, 0)
-    plan = cache.append_batch([1], 7)
+    plan = cache.append_batch([1], counts=7)
     fill(cache, plan)
     queries = torch.randn(7, 2, 4)
     expected = paged_attention(
@@ -108,7 +108,7 @@ def test_streaming_is_attention_over_what_is_left():
     cache.allocate(1, 18)
     keys, values = fill(cache, cache.plan([1]))
     cache.apply_streaming_llm(1, 3, 6)
-    plan = cache.append_batch([1], 1)
+    plan = cache.append_batch([1], counts=1)
     new_keys, new_values = fill(cache, plan, seed=1)
     query = torch.randn(1, 2, 4)
     visible = [torch.cat([side[:3], side[12:], new]) for side, new in ((keys, new_keys), (values, new_values))]

@@ -63,7 +63,7 @@ def test_double_free():
 def test_stale_handle_of_a_freed_sequence():
     manager = BlockManager(8, 4)
     manager.allocate(1, 4)
-    plan = manager.append_batch([1], 2)
+    plan = manager.append_batch([1], counts=2)
     manager.free(1)
     manager.allocate(2, 8)
     refused(manager, SequenceNotFound, lambda: manager.commit(plan))
@@ -86,7 +86,7 @@ def test_plan_does_not_follow_the_array_of_ids_that_it_was_made_from():
     manager.allocate(1, [1] * 4)
     manager.allocate(2, [2] * 4)
     batch = np.array([1])
-    plan = manager.append_batch(batch, 0)
+    plan = manager.append_batch(batch, counts=0)
     batch[0] = 2
     manager.commit(plan)
     assert plan.seq_ids.tolist() == [1]

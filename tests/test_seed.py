@@ -129,7 +129,7 @@ def test_a_block_has_the_real_buffers():
 
 def test_k_and_v_are_really_stored():
     cache = small()
-    plan = cache.append_batch([cache.allocate(1, 3).seq_id], 3)
+    plan = cache.append_batch([cache.allocate(1, 3).seq_id], counts=3)
     keys, values = torch.randn(3, 1, 2), torch.randn(3, 1, 2)
     cache.write(0, keys, values, plan)
     first, second = cache.get_sequence(1).block_ids
@@ -340,7 +340,7 @@ def test_flaw_a_fork_followed_by_an_append_wrote_into_the_shared_block():
     cache.write(0, keys, -keys, cache.plan([1]))
     cache.fork(1, 2)
     new = torch.full((1, 1, 2), 99.0)
-    cache.write(0, new, new, cache.append_batch([2], 1))
+    cache.write(0, new, new, cache.append_batch([2], counts=1))
     tails = [cache.block(cache.get_sequence(seq_id).block_ids[1]).keys[0, :2, 0, 0].tolist() for seq_id in (1, 2)]
     assert tails[0][0] == 8.0 and tails[0][1] != 99.0, "the source is untouched"
     assert tails[1] == [8.0, 99.0], "the fork has a copy"

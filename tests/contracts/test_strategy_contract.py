@@ -225,7 +225,7 @@ def test_a_call_that_does_not_fit_changes_nothing(strategy):
         lambda: manager.allocate(500, 2 * room + 1),
         lambda: manager.allocate(500, [1, 0] * (room + 20)),
         lambda: manager.append(live, 2 * room + 4),
-        lambda: manager.append_batch([live], [2 * room + 4]),
+        lambda: manager.append_batch([live], counts=[2 * room + 4]),
     ):
         with pytest.raises(OutOfMemory):
             call()

@@ -292,10 +292,10 @@ def test_an_allocation_that_its_hook_refuses_never_was():
         lambda cache: cache.allocate(9, 7),
         lambda cache: cache.allocate(9, [1, 5, 6, 7, 8, 9]),
         lambda cache: cache.append(100, 7),
-        lambda cache: cache.append_batch([100, 101], [3, 4]),
+        lambda cache: cache.append_batch([100, 101], counts=[3, 4]),
         lambda cache: cache.allocate(100, 3),
         lambda cache: cache.append(100, "x"),
-        lambda cache: cache.append_batch([100, 77], [1, 1]),
+        lambda cache: cache.append_batch([100, 77], counts=[1, 1]),
     ],
 )
 def test_a_call_that_fails_gives_nothing_up(call):
@@ -310,7 +310,7 @@ def test_a_call_that_fails_gives_nothing_up(call):
         call(cache)
     assert spy.heard == [] and cache.cached_block_count == 4 and cache.stats == before.stats
     cache.check()
-    cache.append_batch([100, 101], [1, 3])
+    cache.append_batch([100, 101], counts=[1, 3])
     assert [call[0] for call in spy.heard] == ["reclaim"] * 4
 
 

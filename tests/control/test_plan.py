@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagedkv import BatchPlan, BlockManager
+from pagedkv import BatchPlan, BlockManager, MissingExtra
 
 
 def slots_of(manager, seq_id, dropped_slots):
@@ -33,7 +36,7 @@ def test_a_plan_follows_from_the_tables(lens, grown, sink, window, size):
         manager.allocate(seq_id, count)
     manager.apply_streaming_llm(seq_ids[0], sink, window)
     counts = grown[: len(lens)]
-    plan = manager.append_batch(seq_ids, counts)
+    plan = manager.append_batch(seq_ids, counts=counts)
     assert isinstance(plan, BatchPlan) and plan.num_sequences == len(lens) and plan.total_tokens == sum(counts)
     assert plan.cu_seqlens_q.tolist() == [0, *np.cumsum(counts).tolist()]
     slots, positions, text = [], [], []
@@ -59,7 +62,7 @@ def test_dtypes_and_shapes():
     manager = BlockManager(10, 2)
     manager.allocate(1, 3)
     manager.allocate(2, 5)
-    plan = manager.append_batch([2, 1], [2, 1])
+    plan = manager.append_batch([2, 1], counts=[2, 1])
     kinds = {name: (str(getattr(plan, name).dtype), getattr(plan, name).shape) for name in plan.__slots__[:-1]}
     assert kinds == {
         "seq_ids": ("int64", (2,)),
@@ -98,7 +101,7 @@ def test_copies_of_several_calls_wait_for_one_plan():
     manager.fork(1, 2)
     manager.append(2, 1)
     manager.fork(2, 3)
-    plan = manager.append_batch([3], 1)
+    plan = manager.append_batch([3], counts=1)
     source = manager.get_sequence(1).block_ids[0]
     wanted = [[source, manager.get_sequence(seq_id).block_ids[0]] for seq_id in (2, 3)]
     assert plan.copies.tolist() == wanted, "a copy of a copy reads the first source: all are made at once"
@@ -110,7 +113,31 @@ def test_forks_of_one_batch_leave_the_last_writer_the_block():
     info = manager.allocate(1, 2)
     manager.fork(1, 2)
     manager.fork(1, 3)
-    plan = manager.append_batch([1, 2, 3], 1)
+    plan = manager.append_batch([1, 2, 3], counts=1)
     assert len(plan.copies) == 2 and manager.used_block_count == 3
     assert manager.get_sequence(3).block_ids == info.block_ids
     assert len(set(plan.slot_mapping.tolist())) == 3
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_a_plan_as_tensors(device):
+    manager = BlockManager(16, 4)
+    manager.allocate(1, [1, 2, 3, 4, 5])
+    manager.fork(1, 2)
+    plan = manager.append_batch([1, 2], [6, 7])
+    tensors = plan.torch(device)
+    for name, tensor in tensors._asdict().items():
+        array = getattr(plan, name)
+        assert isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+        assert tensor.shape == array.shape and tensor.numpy().dtype == array.dtype
+        assert np.array_equal(tensor.numpy(), array)
+    tensors.slot_mapping.zero_()
+    assert plan.slot_mapping.any()
+
+
+def test_a_plan_as_tensors_without_torch(monkeypatch):
+    manager = BlockManager(4, 4)
+    manager.allocate(1, 2)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtra, match="torch"):
+        manager.plan([1]).torch()

@@ -62,7 +62,7 @@ def test_sequences_of_the_batch_are_never_evicted_for_it():
     manager = BlockManager(4, 1, on_full="evict")
     for seq_id in range(4):
         manager.allocate(seq_id, 1)
-    manager.append_batch([0, 1], 1)
+    manager.append_batch([0, 1])
     assert manager.sequence_ids == [0, 1]
 
 

@@ -155,7 +155,7 @@ def test_a_fork_takes_the_scales_along(dtype, layout):
     cache.write(0, texts[1][:6], -texts[1][:6], cache.plan([1]))
     cache.commit(cache.plan([1]))
     cache.fork(1, 2)
-    plan = cache.append_batch([1, 2], [1, 1])
+    plan = cache.append_batch([1, 2])
     assert cache.stats.blocks_copied == 1
     new = torch.cat([texts[1][6:], texts[2][6:]])
     cache.write(0, new, -new, plan)

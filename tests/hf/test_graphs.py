@@ -74,7 +74,7 @@ class Pair:
             cache = runner.cache
             for seq_id in news.keys() - set(cache.sequence_ids):
                 cache.allocate(seq_id, 0)
-            plan = cache.append_batch(list(news), lengths)
+            plan = cache.append_batch(list(news), counts=lengths)
             found.append(runner.forward(plan, np.concatenate(list(news.values())), rows))
             cache.commit(plan)
             if sinks_and_window is not None and cache.get_sequence(1).num_tokens > sum(sinks_and_window):

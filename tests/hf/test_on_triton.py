@@ -27,7 +27,7 @@ def logits(model, **options):
     seen[0] = seen[0][[0, 1, 0]]
     for step in range(3):
         ids = (seen[-1].argmax(-1) + torch.arange(3) * step).remainder(64).tolist()
-        plan = cache.append_batch([1, 2, 3], [[token] for token in ids])
+        plan = cache.append_batch([1, 2, 3], list(ids))
         seen.append(runner.forward(plan, ids, np.arange(3)))
         cache.commit(plan)
     return torch.stack(seen)

@@ -25,7 +25,7 @@ def runner_of(name: str, mode: str = "auto", dtype: torch.dtype = torch.float32)
 def feed(runner: ModelRunner, streams: list[int], tokens: list[list[int]], others: list[int]) -> torch.Tensor:
     """Feed sequences that stream, by count, and others of known ids; cut the streams; return the last logits."""
     cache = runner.cache
-    cache.append_batch(streams, [len(new) for new in tokens[: len(streams)]])
+    cache.append_batch(streams, counts=[len(new) for new in tokens[: len(streams)]])
     if others:
         cache.append_batch(others, tokens[len(streams) :])
     plan = cache.plan(streams + others)

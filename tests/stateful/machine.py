@@ -220,6 +220,9 @@ class CacheMachine(RuleBasedStateMachine):
             if write:
                 self.write_all(self.cache.plan([seq_id], count), commit=False)
 
+    def append_given(self, known, keys, given):
+        return self.cache.append_batch(keys, given) if known else self.cache.append_batch(keys, counts=given)
+
     @precondition(lambda self: self.live or self.is_rare)
     @rule(
         batch=st.dictionaries(seq_ids, st.lists(st.integers(0, 1), max_size=4), max_size=3),
@@ -231,15 +234,20 @@ class CacheMachine(RuleBasedStateMachine):
         keys = list(batch)
         counts = {s: len(ids) for s, ids in batch.items()}
         given = [batch[s] if known else counts[s] for s in keys]
+        append = (
+            self.cache.append_batch
+            if known
+            else lambda seq_ids, counts: self.cache.append_batch(seq_ids, counts=counts)
+        )
         unknown = [s for s in keys if s not in self.live]
         if unknown:
-            self.refused(SequenceNotFound, self.cache.append_batch, keys, given)
+            self.refused(SequenceNotFound, append, keys, given)
             return
         if twice and keys:
-            self.refused(InvalidOperation, self.cache.append_batch, [*keys, keys[0]], [*given, given[0]])
+            self.refused(InvalidOperation, append, [*keys, keys[0]], [*given, given[0]])
             return
         need = lambda leaving=(): self.growth_need(counts, leaving)  # noqa: E731
-        plan = self.attempt(need, keys, self.cache.append_batch, keys, given)
+        plan = self.attempt(need, keys, append, keys, given)
         if plan is None:
             return
         for seq_id in keys:
@@ -545,7 +553,8 @@ class CacheMachine(RuleBasedStateMachine):
         if seq_id in self.live:
             spared = [seq_id]
             need = lambda leaving=(): self.growth_need({seq_id: 10**6}, leaving)  # noqa: E731
-            assert self.attempt(need, spared, self.cache.append_batch, [seq_id], [10**6]) is None
+            append = lambda seq_ids: self.cache.append_batch(seq_ids, counts=10**6)  # noqa: E731
+            assert self.attempt(need, spared, append, [seq_id]) is None
         else:
             need = lambda leaving=(): self.allocation_need(10**6, None, "", leaving)  # noqa: E731
             assert self.attempt(need, (), self.cache.allocate, seq_id, 10**6) is None

@@ -137,7 +137,7 @@ def _books(request: BenchRequest) -> Iterator[Figure]:
             for seq_id in range(request.sequences):
                 manager.truncate(seq_id, context)
             left = steps
-        manager.append_batch(ids, 1)
+        manager.append_batch(ids)
         left -= 1
 
     (time_of_step,) = median_seconds([step], request.seconds)
@@ -303,7 +303,7 @@ def _filled(
     for seq_id in order.tolist():
         cache.allocate(seq_id, min(size, request.context))
     while (left := request.context - cache.get_sequence(0).num_tokens) > 0:
-        cache.append_batch(order, min(size, left))
+        cache.append_batch(order, counts=min(size, left))
     plan = cache.plan(order, request.context)
     generator = torch.Generator(device).manual_seed(0)
     working = torch.bfloat16 if cache.spec.is_quantised else cache.storage.dtype

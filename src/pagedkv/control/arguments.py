@@ -127,7 +127,7 @@ def equal_counts(count: int, n: int) -> npt.NDArray[np.int64]:
 
 @lru_cache(maxsize=16)
 def _one_count(count: int, n: int) -> BatchTokens:
-    return BatchTokens(parse_counts("counts_or_tokens", count, n), NO_IDS, False)
+    return BatchTokens(parse_counts("counts", count, n), NO_IDS, False)
 
 
 def is_count(value: Any) -> bool:
@@ -145,22 +145,23 @@ def parse_tokens(tokens: Any) -> Tokens:
     return Tokens(len(ids), ids, True)
 
 
-def parse_batch_tokens(tokens: Any, n: int) -> BatchTokens:
-    """Read one count for all, a flat list of counts, an array of ids ``[n, k]``, or a list of lists of ids."""
-    if type(tokens) is int:
-        return _one_count(tokens, n)
-    if is_count(tokens):
-        return BatchTokens(parse_counts("counts_or_tokens", tokens, n), NO_IDS, False)
+def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
+    """Read what each of `n` sequences is to store: ids (flat: one each; ``[n, k]``; or lists), or how many tokens."""
+    if tokens is None:
+        if counts is None or type(counts) is int:
+            return _one_count(1 if counts is None else counts, n)
+        return BatchTokens(parse_counts("counts", counts, n), NO_IDS, False)
+    if counts is not None:
+        raise bad_argument("counts", "None where tokens are given", f"{counts!r}")
+    if is_count(tokens) or not _is_listing(tokens):
+        wanted = "token ids, one or a list for each sequence (a number of unknown tokens is counts=…)"
+        raise bad_argument("tokens", wanted, f"{tokens!r}")
+    _require_length(len(tokens), n, "tokens")
     if getattr(tokens, "ndim", 0) == 2:
-        ids = _id_array("counts_or_tokens", tokens, ndim=2)
-        _require_length(len(tokens), n)
-        return BatchTokens(equal_counts(tokens.shape[1], n), ids, True)
-    if not _is_listing(tokens):
-        raise bad_argument("counts_or_tokens", "counts or token ids", f"{tokens!r}")
-    if n and not hasattr(tokens, "dtype") and len(tokens) and not is_count(tokens[0]):
-        _require_length(len(tokens), n)
+        return BatchTokens(equal_counts(tokens.shape[1], n), _id_array("tokens", tokens, ndim=2), True)
+    if n and not hasattr(tokens, "dtype") and not is_count(tokens[0]):
         return _parse_lists(tokens)
-    return BatchTokens(_listed_counts("counts_or_tokens", tokens, n), NO_IDS, False)
+    return BatchTokens(equal_counts(1, n), _id_array("tokens", tokens), True)
 
 
 def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
@@ -173,7 +174,9 @@ def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
 
 
 def _is_listing(values: Any) -> bool:
-    return hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
+    return (
+        hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, (Mapping, str, bytes))
+    )
 
 
 def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
@@ -185,11 +188,11 @@ def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
 
 
 def _parse_lists(lists: Sequence[Any]) -> BatchTokens:
-    arrays = [_id_array(f"counts_or_tokens[{i}]", ids) for i, ids in enumerate(lists)]
+    arrays = [_id_array(f"tokens[{i}]", ids) for i, ids in enumerate(lists)]
     counts = np.fromiter(map(len, arrays), np.int64, len(arrays))
     return BatchTokens(counts, np.concatenate(arrays) if arrays else NO_IDS, True)
 
 
-def _require_length(got: int, n: int, name: str = "counts_or_tokens") -> None:
+def _require_length(got: int, n: int, name: str) -> None:
     if got != n:
         raise bad_argument(name, f"one entry for each of {n} sequences", f"{got}")

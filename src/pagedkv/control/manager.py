@@ -176,15 +176,17 @@ class BlockManager:
             self._publish()
             return info
 
-    def append_batch(self, seq_ids: Any, counts_or_tokens: Any = 1) -> BatchPlan:
+    def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
 
         Parameters
         ----------
         seq_ids : sequence of int
             Each sequence at most once; int64 arrays are taken as they are.
-        counts_or_tokens : int, sequence of int, array of int [n, k], or sequence of sequences of int
-            One count for all, a count for each sequence, or the token ids of each sequence.
+        tokens : array of int [n] or [n, k], or sequence of sequences of int, optional
+            Token ids: one for each sequence, k for each, or a list for each. A decode step passes what was sampled.
+        counts : int or sequence of int [n], optional
+            Instead of ids, how many tokens of unknown ids each sequence gets; one each where neither is given.
 
         Returns
         -------
@@ -194,12 +196,12 @@ class BlockManager:
         Raises
         ------
         SequenceNotFound, OutOfMemory, InvalidOperation
-            If one sequence cannot grow, none does.
+            If one sequence cannot grow, none does; if both tokens and counts are given.
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
-        counts, ids, known = parse_batch_tokens(counts_or_tokens, len(keys))
+        num_tokens, ids, known = parse_batch_tokens(tokens, counts, len(keys))
         with self._lock:
-            tick, width, wide, narrow = self._grow(keys, counts, ids, known, seq_ids)
+            tick, width, wide, narrow = self._grow(keys, num_tokens, ids, known, seq_ids)
             plan = plan_from(keys, wide, narrow, width, self._take_pending_copies(), tick)
             self._publish()
             return plan

@@ -1,13 +1,31 @@
-"""BatchPlan: the arrays that one forward pass needs."""
+"""BatchPlan: slot mapping, block tables and lengths of one forward pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BatchPlan"]
+from pagedkv.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TensorPlan(NamedTuple):
+    """The arrays of a `BatchPlan` as tensors of the same names, shapes and dtypes, on one device."""
+
+    seq_ids: Tensor
+    slot_mapping: Tensor
+    block_tables: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    positions: Tensor
+    holes: Tensor
+    num_dropped: Tensor
+    copies: Tensor
 
 
 @dataclass(slots=True, eq=False)
@@ -71,3 +89,22 @@ class BatchPlan:
     def text_positions(self) -> npt.NDArray[np.int64]:
         """Position of each query token in the original text, dropped tokens counted: int64 [total_tokens]."""
         return self.positions + np.repeat(self.num_dropped, self.num_query_tokens)
+
+    def torch(self, device: Any = None) -> TensorPlan:
+        """Return the same fields as tensors: copies, so that either side may be written to.
+
+        Parameters
+        ----------
+        device : torch.device or str, optional
+            Where the tensors are to be; by default on the CPU.
+
+        Raises
+        ------
+        MissingExtra
+            If torch is not installed.
+        """
+        try:
+            import torch
+        except ModuleNotFoundError as error:
+            raise MissingExtra("torch", "torch") from error
+        return TensorPlan(*(torch.from_numpy(getattr(self, name).copy()).to(device) for name in TensorPlan._fields))

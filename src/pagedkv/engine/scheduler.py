@@ -139,7 +139,7 @@ class Batch:
 def query_tokens(parts: Sequence[Part]) -> Any:
     """Return the token ids of all parts as ``append_batch`` takes them; most often one each: a flat array then."""
     if all(part.num_query_tokens == 1 for part in parts):
-        return np.array([[part.branch.token(part.branch.computed)] for part in parts])
+        return np.array([part.branch.token(part.branch.computed) for part in parts])
     return [part.query_ids for part in parts]
 
 
@@ -147,7 +147,7 @@ def make_batch(parts: Sequence[Part], plan: BatchPlan) -> Batch:
     """Lay out the forward pass of `parts`, which `plan` has in the same order."""
     tokens = query_tokens(parts)
     if isinstance(tokens, np.ndarray) and not any(part.num_scored for part in parts):
-        return Batch(parts, plan, tokens.reshape(-1), np.flatnonzero([part.reaches_end for part in parts]))
+        return Batch(parts, plan, tokens, np.flatnonzero([part.reaches_end for part in parts]))
     starts = plan.cu_seqlens_q.tolist()
     wanted = [part.wanted(start) for part, start in zip(parts, starts, strict=False)]
     return Batch(parts, plan, np.concatenate([*tokens]), np.concatenate(wanted))

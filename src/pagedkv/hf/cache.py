@@ -107,7 +107,7 @@ class SequenceBatch:
     def _append(self, coming: Ids, num_tokens: int) -> BatchPlan:
         known = self._is_known if coming.shape[1] else np.zeros(len(self), bool)
         if not known.any():
-            return self._manager.append_batch(self.seq_ids, num_tokens)
+            return self._manager.append_batch(self.seq_ids, counts=num_tokens)
         if known.all() and coming.shape[1] == num_tokens:
             return self._manager.append_batch(self.seq_ids, coming)
         return self._append_mixed(coming, known, num_tokens)
@@ -117,7 +117,7 @@ class SequenceBatch:
         try:
             self._manager.append_batch(self.seq_ids[known], coming[known])
             counts = np.where(known, num_tokens - coming.shape[1], num_tokens)
-            self._manager.append_batch(self.seq_ids, counts)
+            self._manager.append_batch(self.seq_ids, counts=counts)
         except OutOfMemory:
             for seq_id in self.seq_ids.tolist():
                 self._manager.truncate(seq_id, self.length)

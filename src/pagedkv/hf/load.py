@@ -177,7 +177,7 @@ def _stepped(runner: ModelRunner, texts: list[np.ndarray[Any, Any]]) -> Tensor:
     done = [0] * len(texts)
     for counts in STEPS:
         parts = [text[start : start + count] for text, start, count in zip(texts, done, counts, strict=True)]
-        plan = runner.cache.append_batch(list(seq_ids), list(counts))
+        plan = runner.cache.append_batch(list(seq_ids), counts=list(counts))
         logits = runner.forward(plan, np.concatenate(parts), np.arange(plan.total_tokens))
         for seq_id, part in enumerate(torch.split(logits, list(counts))):
             rows[seq_id].append(part)

@@ -623,7 +623,7 @@ class StreamingSession:
 
     @torch.inference_mode()
     def _step(self, ids: Tensor, all_logits: bool) -> Tensor:
-        plan = self._cache.append_batch([SEQ], len(ids))
+        plan = self._cache.append_batch([SEQ], counts=len(ids))
         try:
             positions = torch.from_numpy(self._keys.prepare(plan)).to(ids.device)
             step = _Step(self._cache, plan)
