@@ -153,7 +153,7 @@ def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
         return BatchTokens(parse_counts("counts", counts, n), NO_IDS, False)
     if counts is not None:
         raise bad_argument("counts", "None where tokens are given", f"{counts!r}")
-    if is_count(tokens) or not _is_listing(tokens):
+    if is_count(tokens) or isinstance(tokens, str) or not _is_listing(tokens):
         wanted = "token ids, one or a list for each sequence (a number of unknown tokens is counts=…)"
         raise bad_argument("tokens", wanted, f"{tokens!r}")
     _require_length(len(tokens), n, "tokens")
@@ -174,9 +174,7 @@ def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
 
 
 def _is_listing(values: Any) -> bool:
-    return (
-        hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, (Mapping, str, bytes))
-    )
+    return hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
 
 
 def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
