@@ -410,8 +410,7 @@ def test_where_nothing_can_be_written_the_code_is_not_kept(copy: Path, tmp_path:
     home = str(tmp_path / "file" / "below")
     given = {"PYTHONPATH": str(copy.parent), "NUMBA_CACHE_DIR": home, "HOME": home, "XDG_CACHE_HOME": home}
     code = (
-        "import pagedkv.jit\nfrom pagedkv import BlockManager\nfrom pagedkv.kernel_cache import _PACKAGE\n"
-        "import pagedkv.probe_nowhere as probe\n"
+        "import pagedkv.jit\nimport pagedkv.probe_nowhere as probe\n"
         "print(probe.one(1), probe.two(1), pagedkv.jit.cache_directory())"
     )
     kernels = "from pagedkv.jit import compiled\n\n\n@compiled\ndef one(x):\n    return x\n\n\n@compiled\ndef two(x):\n"
