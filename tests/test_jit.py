@@ -70,7 +70,7 @@ def run(code: str, folder: Path, **changes: str) -> str:
     """Run a program in a new process with an own cache, and return what it printed; errors of it are shown."""
     given = {"NUMBA_CACHE_DIR": str(folder / "cache")} | changes
     command = [sys.executable, "-W", "error", "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment(**given), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=environment(**given), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 

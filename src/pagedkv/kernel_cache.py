@@ -52,10 +52,9 @@ _SETTINGS = (
 )
 
 _KERNEL_FILE = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:numba|pagedkv\.jit)\b", re.MULTILINE)
-_IMPORT = re.compile(
-    rb"^[ \t]*(?:from[ \t]+(pagedkv[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)|import[ \t]+(pagedkv[\w.]*))",
-    re.MULTILINE,
-)
+# Each begins with a fixed word, which is found several times faster than the begin of a line.
+_FROM_IMPORT = re.compile(rb"from[ \t]+(pagedkv[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)")
+_IMPORT = re.compile(rb"import[ \t]+(pagedkv[\w.]*)")
 _ENTRY_NAME = re.compile(r"-([0-9a-f]{16})-[0-9a-f]{16}\.nbc")
 
 
@@ -97,7 +96,7 @@ def kernel_files(package: Path = _PACKAGE) -> dict[str, Path]:
         parts = path.relative_to(package).with_suffix("").parts
         paths[".".join(("pagedkv", *(parts[:-1] if parts[-1] == "__init__" else parts)))] = path
     texts = {name: path.read_bytes() for name, path in paths.items()}
-    open_ends = [name for name, text in texts.items() if _KERNEL_FILE.search(text)]
+    open_ends = [name for name, text in texts.items() if _is_kernel_file(text)]
     found: dict[str, Path] = {}
     while open_ends:
         name = open_ends.pop()
@@ -107,12 +106,18 @@ def kernel_files(package: Path = _PACKAGE) -> dict[str, Path]:
     return {name: found[name] for name in sorted(found)}
 
 
+def _is_kernel_file(text: bytes) -> bool:
+    return (b"numba" in text or b"pagedkv.jit" in text) and bool(_KERNEL_FILE.search(text))
+
+
 def _imported(text: bytes) -> Iterator[str]:
-    for origin, names, module in _IMPORT.findall(text):
-        base = (origin or module).decode()
-        yield base
+    """Yield the modules that a file imports, and what may be modules: every name that it imports from one."""
+    for module in _IMPORT.findall(text):
+        yield module.decode()
+    for origin, names in _FROM_IMPORT.findall(text):
+        yield origin.decode()
         for word in re.findall(rb"\w+", names):
-            yield f"{base}.{word.decode()}"
+            yield f"{origin.decode()}.{word.decode()}"
 
 
 @functools.cache
