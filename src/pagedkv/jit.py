@@ -1,46 +1,27 @@
-"""The one compiler door: ``@compiled`` is Numba's ``njit`` with our settings, and the first compile is announced."""
+"""Decorators of compiled functions: ``@compiled`` is Numba's ``njit`` with our settings and our disk cache."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import itertools
-import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
-from numba.core import cgutils, event, types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
-__all__ = ["borrowed", "called", "compiled", "inlined", "packed"]
+from pagedkv.compiling import manage, watch_compiles
+from pagedkv.kernel_cache import cache_directory
+
+__all__ = ["borrowed", "cache_directory", "called", "compiled", "inlined", "packed", "watch_compiles"]
 
 Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-logger = logging.getLogger("pagedkv")
-
-
-class _FirstCompile(event.Listener):
-    """Says once per process that Numba compiles; a load from the disk cache stays silent."""
-
-    def __init__(self) -> None:
-        self.announced = False
-
-    def on_start(self, event: Any) -> None:
-        name = event.data["dispatcher"].py_func.__module__
-        if not self.announced and name.startswith("pagedkv."):
-            self.announced = True
-            logger.warning("pagedkv: compiling its kernels; this happens once, the result is kept on disk")
-
-    def on_end(self, event: Any) -> None:
-        return
-
-
-event.register("numba:compile", _FirstCompile())
 
 
 def _as_plain_python(function: Function) -> Function:
@@ -61,7 +42,7 @@ def compiled(function: Function) -> Function:
     """
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = numba.njit(cache=True, nogil=True, forceinline=True, error_model="numpy")(function)
+    decorated: Function = manage(numba.njit(nogil=True, forceinline=True, error_model="numpy")(function), on_disk=True)
     return decorated
 
 
@@ -69,7 +50,7 @@ def inlined(function: Function) -> Function:
     """Compile a part of other compiled functions that Python never calls: it is kept on disk within them."""
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = numba.njit(nogil=True, forceinline=True, error_model="numpy")(function)
+    decorated: Function = manage(numba.njit(nogil=True, forceinline=True, error_model="numpy")(function), on_disk=False)
     return decorated
 
 
@@ -77,7 +58,7 @@ def called(function: Function) -> Function:
     """Compile a part that is long and rarely runs: as `inlined`, but it is called, so its callers stay small."""
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = numba.njit(nogil=True, error_model="numpy")(function)
+    decorated: Function = manage(numba.njit(nogil=True, error_model="numpy")(function), on_disk=False)
     return decorated
 
 
