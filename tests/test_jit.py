@@ -198,6 +198,7 @@ def test_a_changed_constant_in_any_kernel_file_gives_new_code_at_once(copy: Path
         process.stdin.close()
 
 
+@pytest.mark.slow
 def test_a_changed_constant_of_the_books_is_seen_at_once(copy: Path, tmp_path: Path) -> None:
     count = (
         "from pagedkv import BlockManager\nbooks = BlockManager(4, 4)\n"
