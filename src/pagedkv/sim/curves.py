@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 # Hits against capacity, as a step function.
 

@@ -23,7 +23,7 @@ from pagedkv.jit import compiled
 from pagedkv.sim.curves import HitCurve, require_content
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 __all__ = ["optimal", "optimal_curve"]
 

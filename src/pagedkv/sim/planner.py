@@ -18,7 +18,7 @@ from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Si
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
 from pagedkv.sim.sweeps import sweep
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 # What runs at the same time: the blocks that requests hold while they are served.
 

@@ -21,7 +21,7 @@ from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 # What one replay found: one cell of the table strategies × capacities.
 

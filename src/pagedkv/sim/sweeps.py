@@ -26,7 +26,7 @@ from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_nam
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 OPTIMAL = "optimal"
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
