@@ -110,7 +110,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_a_format_that_nobody_knows(mooncake):
-    assert "format must be one of mooncake, " in failure("trace", "describe", mooncake, "--format", "csv")
+    assert "format: expected one of mooncake, " in failure("trace", "describe", mooncake, "--format", "csv")
 
 
 # ---------------------------------------------------------------- synth
