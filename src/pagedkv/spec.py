@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 from pagedkv.errors import bad_argument
+from pagedkv.validate import require_choice, require_int
 
 __all__ = ["KvCacheSpec", "LayerSpec"]
 
@@ -19,29 +19,10 @@ _SCALE_BYTES = 4
 _LAYOUTS = ("NHD", "HND")
 
 
-def require_int(name: str, value: object, low: int, high: int) -> int:
-    """Return ``value`` as an int in ``low … high``; any integer type will do, a bool or a float will not."""
-    if isinstance(value, bool):
-        raise bad_argument(name, "an int", f"{value!r}")
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise bad_argument(name, "an int", f"{value!r}") from None
-    if not low <= number <= high:
-        raise bad_argument(name, f"an int in {low} … {high}", f"{number}")
-    return number
-
-
-def _require_choice(name: str, value: str, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise bad_argument(name, f"one of {', '.join(choices)}", f"{value!r}")
-    return value
-
-
 def _dtype_name(dtype: object) -> str:
     # torch writes its dtypes as "torch.float16"; reading the name keeps torch out of this module.
     name = str(dtype).removeprefix("torch.")
-    return _require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(_DTYPE_BYTES))
+    return require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(_DTYPE_BYTES))
 
 
 @dataclass(frozen=True, init=False)
@@ -151,7 +132,7 @@ class KvCacheSpec:
             "num_layers": count,
             "v_head_dim": first.v_head_dim,
             "dtype": _dtype_name(dtype),
-            "layout": _require_choice("layout", layout, _LAYOUTS),
+            "layout": require_choice("layout", layout, _LAYOUTS),
             "layers": layers if layers and len(set(layers)) > 1 else None,
         }
         for name, value in fields.items():

@@ -43,8 +43,8 @@ def test_a_part_alone_as_a_table():
     ("arguments", "words"),
     [
         (["speed"], "PART: expected one of books, attention, replay, got 'speed'"),
-        (["--batch", 0], "--batch: expected 1 or more, got 0"),
-        (["--seconds", "nan"], "--seconds: expected a time above 0, got nan"),
+        (["--batch", 0], "--batch: expected an int of at least 1, got 0"),
+        (["--seconds", "nan"], "--seconds: expected a number above 0, got nan"),
         (["--q-heads", 6, "--kv-heads", 4], "--q-heads: expected a multiple of --kv-heads 4, got 6"),
         (["attention", "--dtypes", "int3"], "int3"),
         (["attention", "--dtypes", ","], "--dtypes: expected"),

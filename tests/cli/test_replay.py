@@ -237,7 +237,7 @@ def test_all_strategies_are_those_without_arguments(trace):
     [
         (["-b", "0"], "a cache without a block finds nothing, got '0'"),
         (["-b", "10,0%"], "got '0%'"),
-        (["-b", "many"], "such as 1000,10k,25% or auto, got 'many'"),
+        (["-b", "many"], "error: --blocks: expected capacities such as 1000,10k,25% or auto, got 'many'"),
         (["-b", "-5"], "got '-5'"),
         (["-b", "2.5"], "expected whole blocks"),
         (["-b", "99g"], "expected whole blocks"),
@@ -252,15 +252,15 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["--strategy-from", "json:loads"], "cannot be made without arguments"),
         (["--prefill-rate", "5"], "--prefill-rate needs --timed"),
         (["--decode-rate", "5"], "--decode-rate needs --timed"),
-        (["--timed", "--decode-rate", "0"], "--decode-rate: expected tokens per second above 0, got 0"),
-        (["--timed", "--prefill-rate", "nan"], "--prefill-rate: expected tokens per second above 0, got nan"),
+        (["--timed", "--decode-rate", "0"], "--decode-rate: expected a number above 0, got 0.0"),
+        (["--timed", "--prefill-rate", "nan"], "--prefill-rate: expected a number above 0, got nan"),
         (["--timed", "-s", "lru,optimal"], "the optimum knows no time"),
-        (["--jobs", "0"], "jobs: expected an int in 1"),
+        (["--jobs", "0"], "error: --jobs: expected an int in 1"),
         (["--json", "--csv", "-"], "both want stdout"),
         (["--csv", "/no/such/folder/cells.csv"], "--csv: expected a file in a folder that exists"),
         (["--html", "/no/such/folder/page.html"], "--html: expected a file in a folder that exists"),
         (["--html", "/"], "--html: expected a file"),
-        (["--format", "no_such"], "format"),
+        (["--format", "no_such"], "error: --format: expected one of mooncake"),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(trace, arguments, said):

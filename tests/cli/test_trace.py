@@ -110,7 +110,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_a_format_that_nobody_knows(mooncake):
-    assert "format must be one of mooncake, " in failure("trace", "describe", mooncake, "--format", "csv")
+    assert "format: expected one of mooncake, " in failure("trace", "describe", mooncake, "--format", "csv")
 
 
 # ---------------------------------------------------------------- synth
@@ -154,8 +154,8 @@ def test_what_was_made_can_be_described(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["video"], "kind: expected one of chat, agents, rag, mixed, got 'video'"),
-        (["chat", "-n", 0], "requests: expected an int in 1 … 2147483647, got 0"),
+        (["video"], "KIND: expected one of chat, agents, rag, mixed, got 'video'"),
+        (["chat", "-n", 0], "--requests: expected an int in 1 … 2147483647, got 0"),
         (["chat", "--accesses", -1], "accesses: expected an int in 1 … 1000000000000, got -1"),
         (["chat", "--rate", "-1"], "rate: expected a number in 1e-06 … 1e+09"),
         (["chat", "--rate", "nan"], "rate: expected a number in 1e-06 … 1e+09"),

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, real_trace
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.format import format_bytes
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, estimate_load, plan
@@ -225,7 +224,7 @@ def test_memory_that_is_no_size_is_refused(memory):
 
 
 def test_memory_for_less_than_a_block_says_what_a_block_takes():
-    with pytest.raises(InvalidOperation, match=r"memory: expected at least 1.00 KiB: .* one block of 4 tokens"):
+    with pytest.raises(InvalidOperation, match=r"memory: expected at least 1 KiB: .* one block of 4 tokens"):
         plan(there_and_back(), MODEL, memory=BLOCK - 1)
 
 
@@ -267,12 +266,3 @@ def test_the_strategies_compared_by_default():
     assert names[0] == "lru" and {"lfu", "fifo"} <= set(names) and len(set(names)) == len(names)
     made = plan(as_trace([[0], [1], [0]]), MODEL, strategies=["LRU", "optimal", "lfu", "lfu"])
     assert made.strategies == ("lru", "lfu")
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (64 * 2**20, "64.0 MiB"), (6.25 * 2**30, "6.25 GiB")]
-    + [(518.4 * 2**30, "518 GiB"), (2**40, "1.00 TiB"), (5000 * 2**40, "5,000 TiB")],
-)
-def test_bytes_in_words(count, text):
-    assert format_bytes(count) == text

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -287,13 +290,45 @@ def test_progress_tells_bytes_on_disk(tmp_path, monkeypatch):
 
 
 def test_arguments_are_checked(tmp_path):
-    with pytest.raises(InvalidOperation, match="format must be one of mooncake, .*, got 'moon'"):
+    with pytest.raises(InvalidOperation, match="format: expected one of mooncake, .*, got 'moon'"):
         read_trace(tmp_path, format="moon")
     for block_tokens in (0, -1, 2**31, 1.5, "16"):
-        with pytest.raises(InvalidOperation, match=f"block_tokens must be .*, got {block_tokens!r}"):
+        with pytest.raises(InvalidOperation, match=f"block_tokens: expected an int.*, got {block_tokens!r}"):
             read_trace(tmp_path, block_tokens=block_tokens)
 
 
 def test_numbers_may_be_written_as_floats(read):
     line = b'{"timestamp": 1e3, "input_length": 12, "output_length": 3, "hash_ids": [9007199254740993]}\n'
     assert read(line + line.replace(b"1e3", b"1.5e3")).times.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_says_that_it_waits_and_is_read_when_its_writer_comes(tmp_path, monkeypatch, caplog, packed):
+    monkeypatch.setattr(source, "PATIENCE", 0.01)
+    caplog.set_level("WARNING", logger="pagedkv")
+    content = lines(mooncake())
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    file.write_bytes(content)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(read_trace, pipe)
+        while not caplog.records and not reading.done():
+            time.sleep(0.01)
+        pipe.write_bytes(gzip.compress(content) if packed else content)
+        trace = reading.result()
+    assert caplog.messages == [f"{pipe}: waiting for a writer, this is a pipe"]
+    assert trace.name == "pipe" and trace.ids.tolist() == read_trace(file).ids.tolist()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="named pipes")
+def test_errors_of_a_pipe_name_the_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for content, format, place in ((b"what?", None, "pipe: the format"), (b"{", "mooncake", "pipe, line 1: ")):
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(read_trace, pipe, format=format)
+            pipe.write_bytes(content)
+            with pytest.raises(TraceError, match=place) as caught:
+                reading.result()
+        assert caught.value.file == str(pipe)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import sys
 
 import msgspec
 import numpy as np
@@ -14,6 +16,7 @@ from tests.sim.trace_files import bare, framed, stored, stored_map
 
 from pagedkv.control import events
 from pagedkv.control.events import append_event_batch
+from pagedkv.errors import TraceError
 from pagedkv.sim.readers import kv_events
 from pagedkv.sim.readers.kv_events import INCOMPLETE, INVALID, extent, read_event_batches
 from pagedkv.sim.reading import read_trace
@@ -151,3 +154,45 @@ def test_the_extent_of_nonsense():
     bombs = (b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff\x00", b"\xdb\xff\xff\xff\xff", b"\xc9\xff\xff\xff\xff\x01")
     for bomb in (*bombs, b"\x91" * 10_000, b"\xdd\xff\xff\xff\xff" * 100):
         assert extent(np.frombuffer(bomb, np.uint8)) == INCOMPLETE
+
+
+def lines_run(read) -> int:
+    """Return how many lines of the reader and of the collector run."""
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        if not frame.f_code.co_filename.endswith(("kv_events.py", "collect.py")):
+            return None
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        read()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.skipif(os.environ.get("NUMBA_DISABLE_JIT") == "1", reason="kernels run line by line there")
+def test_a_chain_that_grows_by_a_block_an_event_takes_steps_in_proportion(tmp_path):
+    def one_by_one(num_events: int) -> int:
+        path = tmp_path / f"{num_events}"
+        path.write_bytes(framed(*([float(i), [stored([i + 1], i or None)]] for i in range(num_events))))
+        return lines_run(lambda: read_trace(path))
+
+    one_by_one(1)
+    assert one_by_one(800) < 2.2 * one_by_one(400)
+
+
+def test_chains_that_grow_without_end_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(kv_events, "MAX_ACCESSES", 10)
+    path = tmp_path / "events"
+    batches = [[float(i), [stored([i + 1], i or None)]] for i in range(5)]
+    path.write_bytes(framed(*batches))
+    with pytest.raises(TraceError, match="batch 5: .*more than 10 blocks in all"):
+        read_trace(path)
+    path.write_bytes(framed(*batches[:4]))
+    assert read_trace(path).num_accesses == 10

@@ -255,8 +255,10 @@ def test_a_task_that_fails_is_named_and_the_others_are_cancelled(monkeypatch):
 
 def test_ray_without_a_cluster(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", FakeRay(cluster=False))
-    with pytest.raises(InvalidOperation, match="ray start --head"):
+    with pytest.raises(InvalidOperation, match="ray start --head") as caught:
         sweep(small_trace(), ["lru"], [16], ray=True)
+    assert caught.value.reason.endswith("got ConnectionError: Could not find any running Ray instance.")
+    assert caught.value.argument == "ray"
 
 
 def test_ray_that_is_not_installed_says_how_to_install_it(monkeypatch):

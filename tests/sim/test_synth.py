@@ -297,7 +297,7 @@ def test_every_document_at_once():
         ({"kind": "chat", "rate": "fast"}, "rate: expected a number, got 'fast'"),
         ({"kind": "chat", "block_tokens": 0}, "block_tokens: expected an int in 1 … 1048576, got 0"),
         ({"kind": "chat", "turns": 0.5}, "turns: expected a number in 1 … 1e+12, got 0.5"),
-        ({"kind": "chat", "system_prompts": 0}, "system_prompts: expected a number in 1 … 1.09951e+12, got 0"),
+        ({"kind": "chat", "system_prompts": 0}, "system_prompts: expected an int in 1 … 1099511627776, got 0"),
         ({"kind": "chat", "system_prompts": 2.5}, "system_prompts: expected an int, got 2.5"),
         ({"kind": "agents", "idle_share": 1.1}, "idle_share: expected a number in 0 … 1, got 1.1"),
         ({"kind": "agents", "think_seconds": float("inf")}, "think_seconds: expected a number in 0 … 1e+12, got inf"),

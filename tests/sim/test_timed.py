@@ -126,7 +126,7 @@ def test_a_capacity_beyond_the_trace():
 
 @pytest.mark.parametrize("rate", [0, -1, float("nan"), float("inf"), "1", None, True])
 def test_rates_out_of_range(rate):
-    with pytest.raises(InvalidOperation, match="prefill_tokens_per_second: expected a positive number"):
+    with pytest.raises(InvalidOperation, match="prefill_tokens_per_second: expected a number"):
         Timing(prefill_tokens_per_second=rate)
-    with pytest.raises(InvalidOperation, match="decode_tokens_per_second: expected a positive number"):
+    with pytest.raises(InvalidOperation, match="decode_tokens_per_second: expected a number"):
         Timing(decode_tokens_per_second=rate)

@@ -19,7 +19,9 @@ from rich.table import Table
 from pagedkv.cli.info import Info, gather_info
 from pagedkv.cli.loading import torch_device
 from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
+from pagedkv.format import digits
 from pagedkv.spec import KvCacheSpec
+from pagedkv.validate import require_choice, require_int, require_number
 
 if TYPE_CHECKING:
     import torch
@@ -175,30 +177,15 @@ def _replay(request: BenchRequest) -> Iterator[Figure]:
         yield Figure("replay", strategy, trace.num_accesses / seconds / 1e6, "M/s", note)
 
 
-def _attention(request: BenchRequest) -> Iterator[Figure]:
-    pass
-
-    return measure(request)
-
-
-_MEASURES: dict[str, Callable[[BenchRequest], Iterator[Figure]]] = {
-    "books": _books,
-    "attention": _attention,
-    "replay": _replay,
-}
-
-
 def _parts(request: BenchRequest) -> list[str]:
     """Return what is to be measured, after everything that could be wrong was looked at."""
     for name in request.parts:
-        if name not in _MEASURES:
-            raise Failure(f"PART: expected one of {', '.join(_MEASURES)}, got {name!r}")
+        require_choice("parts", name, _MEASURES)
     for field in dataclasses.fields(request):
         given = getattr(request, field.name)
-        if type(given) is int and given < 1:
-            raise Failure(f"--{field.name.replace('_', '-')}: expected 1 or more, got {given}")
-    if not 0 < request.seconds < float("inf"):
-        raise Failure(f"--seconds: expected a time above 0, got {request.seconds:g}")
+        if type(given) is int:
+            require_int(field.name, given, 1)
+    require_number("seconds", request.seconds, 0, above=True)
     if request.q_heads % request.kv_heads:
         raise Failure(f"--q-heads: expected a multiple of --kv-heads {request.kv_heads}, got {request.q_heads}")
     if not request.dtypes:
@@ -217,12 +204,8 @@ def _table(part: str, figures: list[Figure]) -> Table:
     table.add_column("unit", no_wrap=True)
     table.add_column("note", style="dim", overflow="fold")
     for figure in figures:
-        table.add_row(figure.name, _written(figure.value), figure.unit, figure.note)
+        table.add_row(figure.name, digits(figure.value), figure.unit, figure.note)
     return table
-
-
-def _written(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # The attention part of ``pagedkv bench``: decoding and prefill over blocks, beside torch's fused attention.
@@ -344,6 +327,13 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+_MEASURES: dict[str, Callable[[BenchRequest], Iterator[Figure]]] = {
+    "books": _books,
+    "attention": measure,
+    "replay": _replay,
+}
+
+
 # The options of ``pagedkv bench``; what it needs is imported when it runs.
 
 EXAMPLES = """Measure pagedkv on this machine: the books, attention over blocks, and the replay of a trace.
@@ -365,6 +355,7 @@ _BOOKS, _ATTENTION, _HOW = "The books", "Attention", "How"
 
 
 def bench(
+    called: typer.Context,
     parts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PART]…", help="books, attention, replay; without any, all that can run here."),
@@ -389,9 +380,7 @@ def bench(
     debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_HOW)] = False,
 ) -> None:
     """Check the options and run."""
-    with failures_in_one_line(debug):
-        pass
-
+    with failures_in_one_line(debug, called):
         run(
             BenchRequest(
                 parts=tuple(parts or ()),

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -18,89 +14,37 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
-from pagedkv.format import format_bytes
+from pagedkv.cli.terminal import (
+    BlockTokensOption,
+    DebugOption,
+    Failure,
+    FormatOption,
+    HtmlOption,
+    JobsOption,
+    JsonOption,
+    SkipBadOption,
+    TraceArgument,
+    command_line,
+    failures_in_one_line,
+    notes,
+    option,
+    output,
+    print_json,
+    progress_bar,
+    require_writable,
+    write_file,
+)
+from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
+from pagedkv.sim import OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.model_shape import ModelShape
-    from pagedkv.sim.plan_types import Hardware, Level, Line, Memory, Plan, Size
-    from pagedkv.sim.trace import Trace
+    from pagedkv.sim.plan_types import Level, Line, Memory, Plan, Size
 
 
 _UNITS = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgtp", start=1)}
 _UNITS |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgtp", start=1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]i?b)\s*", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What was asked for, as it was typed; the options tell what each means."""
-
-    trace: Path
-    model: str
-    target: float = 0.9
-    memory: str | None = None
-    strategies: str | None = None
-    kv_dtype: str | None = None
-    window_as_full: bool = False
-    tflops: float = 400.0
-    mfu: float = 0.5
-    decode_rate: float = 50.0
-    format: str | None = None
-    block_tokens: int | None = None
-    skip_bad: bool = False
-    jobs: int | None = None
-    json: bool = False
-    html: Path | None = None
-
-
-def run(request: PlanRequest) -> None:
-    """Read model and trace, make the plan, show it.
-
-    Raises
-    ------
-    PagedKvError
-        Whatever is wrong with the options, the model, the trace, or a strategy.
-    """
-    pass
-    from pagedkv.sim.model_shape import read_model
-    from pagedkv.sim.planner import plan
-    from pagedkv.sim.reading import read_trace
-
-    if not 0 < request.target <= 1:
-        raise Failure(
-            f"--target: expected a share of the attainable hits above 0 and at most 1, 0.9 is 90%; "
-            f"got {request.target:g}"
-        )
-    memory = None if request.memory is None else parse_size("--memory", request.memory)
-    strategies, hardware = _strategies(request.strategies), _hardware(request)
-    if request.html is not None and (request.html.is_dir() or not request.html.absolute().parent.is_dir()):
-        raise Failure(f"--html: expected a file in a folder that exists, got {request.html}")
-    model = read_model(request.model, kv_dtype=request.kv_dtype, window_as_full=request.window_as_full)
-    console = notes()
-    with library_notices(console), console.status("reading the trace") as status:
-        trace = read_trace(
-            request.trace, format=request.format, block_tokens=request.block_tokens, skip_bad=request.skip_bad
-        )
-        made = plan(
-            trace,
-            model,
-            target=request.target,
-            memory=memory,
-            strategies=strategies,
-            hardware=hardware,
-            jobs=request.jobs,
-            progress=lambda done, asked: status.update(f"replaying {done:,} of {asked:,}"),
-        )
-    for count, what in ((trace.num_skipped, "broken lines skipped"), (trace.num_reordered, "requests sorted by time")):
-        if count:
-            console.print(f"{count:,} {what}", style="yellow")
-    if request.html is not None:
-        _write_report(request, made, trace)
-    if request.json:
-        print_json(made)
-    else:
-        print_screen(made, output())
 
 
 def parse_size(option: str, text: str) -> int:
@@ -133,33 +77,6 @@ def _strategies(text: str | None) -> list[str] | None:
     return names
 
 
-def _hardware(request: PlanRequest) -> Hardware:
-    from pagedkv.sim.plan_types import Hardware
-
-    for flag, value, high in (
-        ("--tflops", request.tflops, 1e12),
-        ("--mfu", request.mfu, 1.0),
-        ("--decode-rate", request.decode_rate, 1e9),
-    ):
-        if not 0 < value <= high:
-            raise Failure(f"{flag}: expected a number above 0 and at most {high:g}, got {value:g}")
-    return Hardware(request.tflops, request.mfu, request.decode_rate)
-
-
-def _write_report(request: PlanRequest, plan: Plan, trace: Trace) -> None:
-    from pagedkv.cli.replay import write_file
-    from pagedkv.sim.report import plan_report
-
-    words = ["pagedkv", "plan", request.trace.name, "--model", request.model]
-    for field in fields(request):
-        value = getattr(request, field.name)
-        if field.name in ("trace", "model", "jobs", "json", "html") or value == field.default:
-            continue
-        words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    command = shlex.join([*words, "--html", str(request.html)])
-    write_file("--html", Path(str(request.html)), plan_report(plan, trace, command=command))
-
-
 # The options of ``pagedkv plan``. What the command needs is imported when it runs.
 
 EXAMPLES = """Say how much KV cache a model needs for real traffic, what it saves, and what holds it back.
@@ -177,11 +94,12 @@ EXAMPLES = """Say how much KV cache a model needs for real traffic, what it save
 The model is a config.json, a folder with one, JSON text, or the name of a known shape; no weights are read.
 """
 
-_WHAT, _MODEL, _TRACE, _RATE, _OUTPUT = "What to plan", "The model", "The trace", "The hardware", "What to show"
+_WHAT, _MODEL, _RATE = "What to plan", "The model", "The hardware"
 
 
 def plan(
-    trace: Annotated[Path, typer.Argument(help="A trace in any known format, gzipped or not.", show_default=False)],
+    context: typer.Context,
+    trace: TraceArgument,
     model: Annotated[
         str,
         option(
@@ -221,67 +139,61 @@ def plan(
     ] = False,
     tflops: Annotated[float, option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", panel=_RATE)] = 400.0,
     mfu: Annotated[float, option("--mfu", help="Share of the peak that prefill reaches.", panel=_RATE)] = 0.5,
-    decode_rate: Annotated[
+    decode_tokens_per_second: Annotated[
         float, option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
     ] = 50.0,
-    format: Annotated[
-        str | None, option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
-    ] = None,
-    block_tokens: Annotated[
-        int | None,
-        option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
-    ] = None,
-    skip_bad: Annotated[
-        bool, option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
-    ] = False,
-    jobs: Annotated[
-        int | None, option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_WHAT)
-    ] = None,
-    json: Annotated[bool, option("--json", help="Print one JSON object instead.", panel=_OUTPUT)] = False,
-    html: Annotated[
-        Path | None, option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
-    ] = None,
-    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    format: FormatOption = None,
+    block_tokens: BlockTokensOption = None,
+    skip_bad: SkipBadOption = False,
+    jobs: JobsOption = None,
+    json: JsonOption = False,
+    html: HtmlOption = None,
+    debug: DebugOption = False,
 ) -> None:
-    """Check the options and run."""
-    with failures_in_one_line(debug):
-        pass
+    """Read model and trace, make the plan, show it."""
+    with failures_in_one_line(debug, context):
+        from pagedkv.sim import planner
+        from pagedkv.sim.model_shape import read_model
+        from pagedkv.sim.plan_types import Hardware
+        from pagedkv.sim.reading import read_trace
 
-        run(
-            PlanRequest(
-                trace=trace,
-                model=model,
-                target=target,
-                memory=memory,
-                strategies=strategies,
-                kv_dtype=kv_dtype,
-                window_as_full=window_as_full,
-                tflops=tflops,
-                mfu=mfu,
-                decode_rate=decode_rate,
-                format=format,
-                block_tokens=block_tokens,
-                skip_bad=skip_bad,
-                jobs=jobs,
-                json=json,
-                html=html,
+        planner.checked_share(target)  # before the trace is read, which may take minutes
+        size = None if memory is None else parse_size("--memory", memory)
+        names, hardware = _strategies(strategies), Hardware(tflops, mfu, decode_tokens_per_second)
+        require_writable("--html", html)
+        shape = read_model(model, kv_dtype=kv_dtype, window_as_full=window_as_full)
+        console = notes()
+        with progress_bar(console) as bar:
+            read = read_trace(
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
             )
-        )
+            made = planner.plan(
+                read,
+                shape,
+                target=target,
+                memory=size,
+                strategies=names,
+                hardware=hardware,
+                jobs=jobs,
+                progress=bar.shows("replaying"),
+            )
+        if read.num_skipped:
+            console.print(f"{read.num_skipped:,} broken lines skipped", style="yellow")
+        if read.num_reordered:
+            console.print(f"{read.num_reordered:,} requests sorted by time", style="yellow")
+        if html is not None:
+            from pagedkv.sim.report import plan_report
+
+            write_file("--html", html, plan_report(made, read, command=command_line(context)))
+        if json:
+            print_json(msgspec.json.encode(plan_facts(made)))
+        else:
+            print_screen(made, output())
 
 
 # What ``pagedkv plan`` shows: one screen, or one JSON object.
 
 _COLORS = {"nothing": "yellow", "capacity": "cyan", "strategy": "magenta", "enough": "green"}
-_OPTIMAL = "optimal"
-_COUNT_UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-_FLOP_UNITS = ((1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
-
-
-def print_json(plan: Plan) -> None:
-    """Write the plan to stdout as one line of JSON."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(msgspec.json.encode(plan_facts(plan)) + b"\n")
-    sys.stdout.buffer.flush()
 
 
 def print_screen(plan: Plan, console: Console) -> None:
@@ -314,8 +226,9 @@ def _given(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "trace",
         (
-            f"{plan.trace_name}: {plan.requests:,} requests in {_duration(plan.span_seconds)}, "
-            f"{_count(plan.tokens)} prompt tokens, {plan.distinct_blocks:,} blocks of {plan.block_tokens} tokens"
+            f"{plan.trace_name}: {plan.requests:,} requests in {duration(plan.span_seconds)}, "
+            f"{short(plan.tokens, giga='B')} prompt tokens, "
+            f"{plan.distinct_blocks:,} blocks of {plan.block_tokens} tokens"
         ),
     )
     yield "model", _model(plan.model)
@@ -326,7 +239,7 @@ def _given(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "attainable",
         (
-            f"{plan.attainable:.1%} of the blocks, {plan.attainable_tokens:.1%} of the prompt tokens: "
+            f"{percent(plan.attainable)} of the blocks, {percent(plan.attainable_tokens)} of the prompt tokens: "
             "what a cache without a limit finds"
         ),
     )
@@ -336,9 +249,9 @@ def _model(model: ModelShape) -> str:
     parts = [f"{model.num_layers_of('full')} full"]
     parts += [f"{count} {word}" for word, count in _other_layers(model) if count]
     layers = f"{model.num_layers} layers" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
-    weights = f"{_count(model.parameters.total)} parameters"
+    weights = f"{short(model.parameters.total, giga='B')} parameters"
     if model.parameters.active != model.parameters.total:
-        weights += f", {_count(model.parameters.active)} active"
+        weights += f", {short(model.parameters.active, giga='B')} active"
     return f"{model.name}: {layers}, {weights}"
 
 
@@ -354,8 +267,8 @@ def _level_table(plan: Plan) -> Table:
     for level in plan.levels:
         is_target = level is plan.at_target
         table.add_row(
-            f"{'> ' if is_target else ''}{_percent(level.share)}",
-            f"{level.share * plan.attainable:.1%}",
+            f"{'> ' if is_target else ''}{share(level.share)}",
+            percent(level.best.hit_ratio),
             format_bytes(level.lru.bytes),
             f"{format_bytes(level.best.bytes)} {level.best.strategy}",
             format_bytes(level.optimum.bytes),
@@ -366,7 +279,7 @@ def _level_table(plan: Plan) -> Table:
 
 
 def _memory_table(plan: Plan, memory: Memory) -> Table:
-    tokens = _count(memory.blocks * plan.block_tokens)
+    tokens = short(memory.blocks * plan.block_tokens, giga="B")
     title = f"With {format_bytes(memory.bytes)}: {memory.blocks:,} blocks, {tokens} tokens"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("strategy")
@@ -374,12 +287,12 @@ def _memory_table(plan: Plan, memory: Memory) -> Table:
         table.add_column(name, justify="right")
     for size in (memory.optimum, *memory.all):
         table.add_row(
-            "the optimum" if size.strategy == _OPTIMAL else size.strategy,
-            f"{size.hit_ratio:.1%}",
-            f"{size.token_hit_ratio:.1%}",
-            f"{size.share:.1%}",
+            "the optimum" if size.strategy == OPTIMAL else size.strategy,
+            percent(size.hit_ratio),
+            percent(size.token_hit_ratio),
+            percent(size.share),
             _saved(size),
-            style="dim" if size.strategy == _OPTIMAL else "bold" if size is memory.best else None,
+            style="dim" if size.strategy == OPTIMAL else "bold" if size is memory.best else None,
         )
     return table
 
@@ -389,7 +302,7 @@ def _around(plan: Plan) -> Iterator[tuple[str, str]]:
     yield (
         "prefill",
         (
-            f"{_flops(plan.prefill_flops)} without a cache, {_duration(plan.prefill_seconds)} at "
+            f"{flops(plan.prefill_flops)} without a cache, {duration(plan.prefill_seconds)} at "
             f"{rate.tflops:g} TFLOP/s × {rate.mfu:g}"
         ),
     )
@@ -398,7 +311,7 @@ def _around(plan: Plan) -> Iterator[tuple[str, str]]:
         left = load.prefill_load - load.prefill_load_saved
         yield (
             "replicas",
-            f"{load.prefill_load:.2f} kept busy by prefill, {left:.2f} at {_percent(plan.target)} of the attainable",
+            f"{load.prefill_load:.2f} kept busy by prefill, {left:.2f} at {share(plan.target)} of the attainable",
         )
     counted = "" if load.shared else ", shared ones counted for each"
     yield (
@@ -410,7 +323,7 @@ def _around(plan: Plan) -> Iterator[tuple[str, str]]:
         ),
     )
     if plan.knee:
-        yield "knee of LRU", f"{format_bytes(plan.knee.bytes)} for {plan.knee.share:.0%} of the attainable"
+        yield "knee of LRU", f"{format_bytes(plan.knee.bytes)} for {percent(plan.knee.share)} of the attainable"
     for note in plan.notes:
         yield "note", note
 
@@ -480,29 +393,4 @@ def _line_facts(line: Line) -> dict[str, Any]:
 
 
 def _saved(size: Size) -> str:
-    return f"{_flops(size.flops_saved)}, {_duration(size.seconds_saved)}"
-
-
-def _percent(share: float) -> str:
-    return f"{share * 100:.4g}%"
-
-
-def _flops(count: float) -> str:
-    return f"{_scaled(count, _FLOP_UNITS)}FLOP"
-
-
-def _count(count: float) -> str:
-    return _scaled(count, _COUNT_UNITS).rstrip()
-
-
-def _scaled(count: float, units: tuple[tuple[float, str], ...]) -> str:
-    """Return a number with three digits and the letter of its unit."""
-    size, letter = next(((size, letter) for size, letter in units if count >= size), (1.0, ""))
-    return f"{count / size:.3g} {letter}" if count < 1e3 * units[0][0] else f"{count:.2e} "
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400.0, "d"), (3600.0, "h"), (60.0, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.3g} s"
+    return f"{flops(size.flops_saved)}, {rough_duration(size.seconds_saved)}"

@@ -5,10 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import re
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,12 +16,31 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
+from pagedkv.cli.terminal import (
+    BlockTokensOption,
+    DebugOption,
+    Failure,
+    FormatOption,
+    HtmlOption,
+    JobsOption,
+    JsonOption,
+    SkipBadOption,
+    TraceArgument,
+    command_line,
+    failures_in_one_line,
+    notes,
+    option,
+    output,
+    print_json,
+    progress_bar,
+    require_writable,
+    write_file,
+)
 from pagedkv.errors import InvalidOperation
+from pagedkv.sim import LRU, OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve
@@ -30,83 +48,10 @@ if TYPE_CHECKING:
     from pagedkv.sim.trace import Trace
 
 
-_ONLINE = ("lru", "fifo", "lfu", "s3fifo", "adaptive")
-_OPTIMAL = "optimal"
+_ONLINE = (LRU, "fifo", "lfu", "s3fifo", "adaptive")
 _ALL = "all"
-_FOLDED = {"lru", _OPTIMAL, _ALL}
+_FOLDED = {LRU, OPTIMAL, _ALL}
 """Names that tables and reports compare with, whatever case they were asked for in."""
-
-
-@dataclass(frozen=True)
-class ReplayRequest:
-    """What was asked for, as it was typed; the options tell what each means."""
-
-    trace: Path
-    blocks: str = "auto"
-    strategies: str | None = None
-    strategies_from: tuple[str, ...] = ()
-    curve: bool = False
-    format: str | None = None
-    block_tokens: int | None = None
-    skip_bad: bool = False
-    timed: bool = False
-    prefill_rate: float | None = None
-    decode_rate: float | None = None
-    jobs: int | None = None
-    ray: bool = False
-    json: bool = False
-    csv: str | None = None
-    html: Path | None = None
-
-
-def run(request: ReplayRequest) -> None:
-    """Read the trace, replay every cell, show and write the results.
-
-    Raises
-    ------
-    PagedKvError
-        Whatever is wrong with the options, the trace, or a strategy.
-    """
-    from pagedkv.sim.curves import lru_curve
-    from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.sweeps import parse_capacities, sweep
-
-    _check_outputs(request)
-    strategies, timing = _strategies(request), _timing(request)
-    console = notes()
-    with library_notices(console), _bar(console) as bar:
-        trace = read_trace(
-            request.trace,
-            format=request.format,
-            block_tokens=request.block_tokens,
-            skip_bad=request.skip_bad,
-            progress=bar.shows("reading"),
-        )
-        if trace.num_skipped:
-            console.print(f"{trace.num_skipped:,} broken records skipped", style="yellow")
-        if not trace.num_requests:
-            raise Failure(f"TRACE: expected requests, {request.trace} has none")
-        capacities = parse_capacities(request.blocks, trace.num_distinct) if trace.has_content else [1]
-        results = sweep(
-            trace,
-            strategies,
-            capacities,
-            jobs=request.jobs,
-            ray=request.ray,
-            timing=timing,
-            progress=bar.shows("replaying"),
-        )
-        wants_curve = request.curve or (request.html is not None and timing is None)
-        curve = lru_curve(trace) if wants_curve else None
-    shown = curve if request.curve else None
-    if request.html is not None:
-        _write_report(request, trace, results, curve)
-    if request.csv is not None:
-        write_csv(results, timing is not None, request.csv)
-    if request.json:
-        print_json(trace, results, shown, timing)
-    elif request.csv != "-":
-        print_tables(trace, results, shown, timing, output())
 
 
 def split_names(text: str) -> list[str]:
@@ -121,25 +66,27 @@ def split_names(text: str) -> list[str]:
     return [name.lower() if name.lower() in _FOLDED else name for name in names]
 
 
-def _strategies(request: ReplayRequest) -> list[str]:
+def _strategies(text: str | None, strategy_from: list[str], timed: bool) -> list[str]:
     """Return every strategy that is asked for, once; those that do not exist fail before the trace is read."""
     from pagedkv.sim.sweeps import imported_strategy, named_strategy
 
-    if request.strategies is None:
-        names = list(_ONLINE) if request.timed else [*_ONLINE, _OPTIMAL]
+    if text is None:
+        names = list(_ONLINE) if timed else [*_ONLINE, OPTIMAL]
     else:
-        names = split_names(request.strategies)
+        names = split_names(text)
         if not names:
-            raise Failure(f"--strategies: expected names such as lru,fifo,optimal, got {request.strategies!r}")
+            raise Failure(f"--strategies: expected names such as lru,fifo,optimal, got {text!r}")
+        if timed and {OPTIMAL, _ALL} & set(names):
+            raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
         names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
-    search_folder_at_hand([*names, *request.strategies_from])
+    search_folder_at_hand([*names, *strategy_from])
     for name in names:
         named_strategy(name)
-    for text in request.strategies_from:
-        if text.endswith(".py") or ".py:" in text:
-            raise Failure(f"--strategy-from: expected module:Class, not a file, got {text!r}")
-        imported_strategy(text)
-    return list(dict.fromkeys([*names, *request.strategies_from]))
+    for name in strategy_from:
+        if name.endswith(".py") or ".py:" in name:
+            raise Failure(f"--strategy-from: expected module:Class, not a file, got {name!r}")
+        imported_strategy(name)
+    return list(dict.fromkeys([*names, *strategy_from]))
 
 
 def search_folder_at_hand(strategies: Iterable[str]) -> None:
@@ -158,72 +105,17 @@ def _all_strategies() -> list[str]:
         with suppress(InvalidOperation):
             parse_strategy(name)
             names.append(name)
-    return [*names, _OPTIMAL]
+    return [*names, OPTIMAL]
 
 
-def _timing(request: ReplayRequest) -> Timing | None:
+def _timing(timed: bool, prefill_rate: float | None, decode_rate: float | None) -> Timing | None:
     from pagedkv.sim.replayer import Timing
 
-    rates = {"--prefill-rate": request.prefill_rate, "--decode-rate": request.decode_rate}
-    for flag, rate in rates.items():
-        if rate is not None and not request.timed:
+    for flag, rate in (("--prefill-rate", prefill_rate), ("--decode-rate", decode_rate)):
+        if rate is not None and not timed:
             raise Failure(f"{flag} needs --timed")
-        if rate is not None and not 0 < rate < float("inf"):
-            raise Failure(f"{flag}: expected tokens per second above 0, got {rate:g}")
-    if not request.timed:
-        return None
-    if request.strategies and {_OPTIMAL, _ALL} & set(split_names(request.strategies)):
-        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal (and all) out")
-    default = Timing()
-    return Timing(
-        default.prefill_tokens_per_second if request.prefill_rate is None else request.prefill_rate,
-        default.decode_tokens_per_second if request.decode_rate is None else request.decode_rate,
-    )
-
-
-def _check_outputs(request: ReplayRequest) -> None:
-    """Find out now, not after minutes of work, that nothing could be written."""
-    if request.json and request.csv == "-":
-        raise Failure("--json and --csv - both want stdout; give --csv a file")
-    files = [("--html", request.html), ("--csv", None if request.csv in (None, "-") else Path(str(request.csv)))]
-    for flag, file in files:
-        if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-            raise Failure(f"{flag}: expected a file in a folder that exists, got {file}")
-
-
-def _write_report(request: ReplayRequest, trace: Trace, results: list[ReplayResult], curve: HitCurve | None) -> None:
-    from pagedkv.sim.report import replay_report
-
-    words = ["pagedkv", "replay", request.trace.name, "--blocks", request.blocks]
-    words += ["--strategies", request.strategies] if request.strategies else []
-    for text in request.strategies_from:
-        words += ["--strategy-from", text]
-    words += ["--timed"] if request.timed else []
-    page = replay_report(trace, results, curve=curve, command=shlex.join([*words, "--html", str(request.html)]))
-    write_file("--html", Path(str(request.html)), page)
-
-
-class _Bar:
-    """One progress bar that says what is done at the moment."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None, visible=False)
-
-    def shows(self, what: str) -> Callable[[int, int], None]:
-        """Return a callback that is told how much is done, of how much."""
-
-        def show(done: int, asked: int) -> None:
-            self._progress.update(self._task, description=what, completed=done, total=asked or None, visible=True)
-
-        return show
-
-
-@contextmanager
-def _bar(console: Console) -> Iterator[_Bar]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Bar(progress)
+    rates = {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate}
+    return Timing(**{name: rate for name, rate in rates.items() if rate is not None}) if timed else None
 
 
 # The options of ``pagedkv replay``. What the command needs is imported when it runs.
@@ -243,11 +135,12 @@ EXAMPLES = """Replay a trace of real requests and count the cache hits, for ever
 A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
 """
 
-_WHAT, _TRACE, _TIME, _HOW, _OUTPUT = "What to replay", "The trace", "In time", "How", "What to show"
+_WHAT, _TIME, _OUTPUT = "What to replay", "In time", "What to show"
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="A trace in any known format, gzipped or not.")],
+    context: typer.Context,
+    trace: TraceArgument,
     blocks: Annotated[
         str,
         option(
@@ -262,7 +155,7 @@ def replay(
         option(
             "--strategies",
             "-s",
-            help="What is given up first: registered names, optimal for Belady's optimum, or all.",
+            help="What is evicted first: registered names, optimal for Belady's optimum, or all.",
             default="lru,fifo,lfu,s3fifo,adaptive,optimal",
             panel=_WHAT,
         ),
@@ -274,73 +167,70 @@ def replay(
         ),
     ] = None,
     curve: Annotated[bool, option("--curve", help="Add the exact LRU curve over all capacities.", panel=_WHAT)] = False,
-    format: Annotated[
-        str | None, option("--format", help="The format of the trace.", default="recognised", panel=_TRACE)
-    ] = None,
-    block_tokens: Annotated[
-        int | None,
-        option("--block-tokens", help="Tokens per block.", default="what the format says", panel=_TRACE),
-    ] = None,
-    skip_bad: Annotated[
-        bool, option("--skip-bad", help="Count broken lines and go on without them.", panel=_TRACE)
-    ] = False,
+    format: FormatOption = None,
+    block_tokens: BlockTokensOption = None,
+    skip_bad: SkipBadOption = False,
     timed: Annotated[
         bool,
         option("--timed", help="Requests hold their blocks while they are served, and may be preempted.", panel=_TIME),
     ] = False,
-    prefill_rate: Annotated[
+    prefill_tokens_per_second: Annotated[
         float | None,
         option("--prefill-rate", help="Prompt tokens per second of a request.", default="10000", panel=_TIME),
     ] = None,
-    decode_rate: Annotated[
+    decode_tokens_per_second: Annotated[
         float | None,
         option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
     ] = None,
-    jobs: Annotated[
-        int | None, option("--jobs", "-j", help="Processes.", default="one a core, if it is worth it", panel=_HOW)
-    ] = None,
-    ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel=_HOW)] = False,
-    json: Annotated[bool, option("--json", help="Print one JSON object instead of the table.", panel=_OUTPUT)] = False,
+    jobs: JobsOption = None,
+    ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel="How")] = False,
+    json: JsonOption = False,
     csv: Annotated[
         str | None,
         option("--csv", help="Write the cells to this file; - for stdout, instead.", default=False, panel=_OUTPUT),
     ] = None,
-    html: Annotated[
-        Path | None, option("--html", help="Write a report to this file.", default=False, panel=_OUTPUT)
-    ] = None,
-    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    html: HtmlOption = None,
+    debug: DebugOption = False,
 ) -> None:
-    """Check the options and run."""
-    with failures_in_one_line(debug):
-        run(
-            ReplayRequest(
-                trace=trace,
-                blocks=blocks,
-                strategies=strategies,
-                strategies_from=tuple(strategy_from or ()),
-                curve=curve,
-                format=format,
-                block_tokens=block_tokens,
-                skip_bad=skip_bad,
-                timed=timed,
-                prefill_rate=prefill_rate,
-                decode_rate=decode_rate,
-                jobs=jobs,
-                ray=ray,
-                json=json,
-                csv=csv,
-                html=html,
+    """Read the trace, replay every cell, show and write the results."""
+    with failures_in_one_line(debug, context):
+        from pagedkv.sim.curves import lru_curve
+        from pagedkv.sim.reading import read_trace
+        from pagedkv.sim.sweeps import parse_capacities, sweep
+
+        if json and csv == "-":
+            raise Failure("--json and --csv - both want stdout; give --csv a file")
+        require_writable("--html", html)
+        require_writable("--csv", None if csv in (None, "-") else Path(csv))
+        names = _strategies(strategies, strategy_from or [], timed)
+        timing = _timing(timed, prefill_tokens_per_second, decode_tokens_per_second)
+        console = notes()
+        with progress_bar(console) as bar:
+            read = read_trace(
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
             )
-        )
+            if read.num_skipped:
+                console.print(f"{read.num_skipped:,} broken records skipped", style="yellow")
+            if not read.num_requests:
+                raise Failure(f"TRACE: expected requests, {trace} has none")
+            capacities = parse_capacities(blocks, read.num_distinct) if read.has_content else [1]
+            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, progress=bar.shows("replaying"))
+            lru = lru_curve(read) if curve or (html is not None and timing is None) else None
+        if html is not None:
+            from pagedkv.sim.report import replay_report
+
+            write_file("--html", html, replay_report(read, results, curve=lru, command=command_line(context)))
+        if csv is not None:
+            write_csv(results, timing is not None, csv)
+        shown = lru if curve else None
+        if json:
+            print_json(msgspec.json.encode(replay_facts(read, results, shown, timing)))
+        elif csv != "-":
+            print_tables(read, results, shown, timing, output())
 
 
 # Replays as tables: a column for every capacity, a row for every strategy under each measure.
 
-if TYPE_CHECKING:
-    from pagedkv.sim.replayer import ReplayResult
-
-
-_LRU = "lru"
 _COLUMN_WIDTH = 12
 BEST = "*"
 
@@ -370,8 +260,8 @@ class _Measure:
 
 def closed_gap(cells: Cells, strategy: str, blocks: int) -> float | None:
     """Return how much of the way from LRU to the optimum a strategy goes; None where there is no way, or no end."""
-    lru, best = cells.get((_LRU, blocks)), cells.get((_OPTIMAL, blocks))
-    if lru is None or best is None or strategy in (_LRU, _OPTIMAL) or best.hit_blocks <= lru.hit_blocks:
+    lru, best = cells.get((LRU, blocks)), cells.get((OPTIMAL, blocks))
+    if lru is None or best is None or strategy in (LRU, OPTIMAL) or best.hit_blocks <= lru.hit_blocks:
         return None
     return (cells[strategy, blocks].hit_blocks - lru.hit_blocks) / (best.hit_blocks - lru.hit_blocks)
 
@@ -427,7 +317,7 @@ def _table(cells: Cells, strategies: list[str], capacities: list[int], measures:
 
 def _best(cells: Cells, strategies: list[str], blocks: int, measure: _Measure) -> float | None:
     """Return the highest value of a column, where several strategies compete for it."""
-    rivals = [name for name in strategies if name != _OPTIMAL]
+    rivals = [name for name in strategies if name != OPTIMAL]
     values = [value for name in rivals if (value := measure.value(cells, name, blocks)) is not None]
     return max(values) if measure.marks_best and len(values) > 1 else None
 
@@ -437,7 +327,7 @@ def _written(value: float | None, best: float | None, place: tuple[str, _Measure
     if value is None:
         return Text("-")
     text = format(value, measure.form)
-    if best is not None and value == best and name != _OPTIMAL:
+    if best is not None and value == best and name != OPTIMAL:
         return Text(f"{text} {BEST}", style="bold")
     return Text(f"{text}  " if measure.marks_best else text)
 
@@ -554,16 +444,16 @@ class ReplayFacts(msgspec.Struct):
     curve: CurveFacts | msgspec.UnsetType = msgspec.UNSET
 
 
-def print_json(trace: Trace, results: Sequence[ReplayResult], curve: HitCurve | None, timing: Timing | None) -> None:
-    """Write one line of JSON to stdout, in UTF-8 whatever the terminal has."""
+def replay_facts(
+    trace: Trace, results: Sequence[ReplayResult], curve: HitCurve | None, timing: Timing | None
+) -> ReplayFacts:
+    """Return what ``--json`` prints."""
     facts = ReplayFacts(_cells(results, timing is not None), _trace(trace))
     if timing is not None:
         facts.timing = msgspec.to_builtins(timing)
     if curve is not None:
         facts.curve = _curve(curve, [result.blocks for result in results])
-    sys.stdout.flush()
-    sys.stdout.buffer.write(msgspec.json.encode(facts) + b"\n")
-    sys.stdout.buffer.flush()
+    return facts
 
 
 def print_tables(
@@ -599,20 +489,6 @@ def write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
         sys.stdout.write(text.getvalue())
     else:
         write_file("--csv", Path(file), text.getvalue())
-
-
-def write_file(option: str, file: Path, text: str) -> None:
-    """Write a whole file.
-
-    Raises
-    ------
-    Failure
-        It cannot be written.
-    """
-    try:
-        file.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise Failure(f"{option} cannot write {file}: {error.strerror or error}") from error
 
 
 def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -13,12 +12,28 @@ import typer
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
-from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, output
+from pagedkv.cli.terminal import (
+    BlockTokensOption,
+    DebugOption,
+    Failure,
+    FormatOption,
+    JsonOption,
+    SkipBadOption,
+    TraceArgument,
+    failures_in_one_line,
+    library_notices,
+    notes,
+    option,
+    output,
+    print_json,
+    progress_bar,
+    require_writable,
+)
+from pagedkv.format import digits, duration
 
 if TYPE_CHECKING:
     from pagedkv.sim.trace import Trace
@@ -66,126 +81,106 @@ The same arguments write the same file, byte for byte.
 """
 _TRAFFIC, _OUTPUT = "The traffic", "What to show"
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
 
 class _WithParameters(TyperCommand):
     """A command whose help ends with what ``--set`` can change, and the values of each kind."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        pass
-
         super().format_help(ctx, formatter)
         print_parameters()
 
 
 @app.command(help=_DESCRIBE)
 def describe(
-    trace: Annotated[Path, typer.Argument(help="A trace in any known format, gzipped or not.", show_default=False)],
-    format: Annotated[
-        str | None, typer.Option("--format", help="The format of the trace.", show_default="recognised")
-    ] = None,
-    block_tokens: Annotated[
-        int | None, typer.Option("--block-tokens", help="Tokens per block.", show_default="what the format says")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Count broken lines and go on without them.")] = False,
-    json: JsonFlag = False,
-    debug: DebugFlag = False,
+    context: typer.Context,
+    trace: TraceArgument,
+    format: FormatOption = None,
+    block_tokens: BlockTokensOption = None,
+    skip_bad: SkipBadOption = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Check the options and run."""
-    with failures_in_one_line(debug):
-        pass
+    """Read a trace, describe it, and print that to stdout."""
+    with failures_in_one_line(debug, context):
+        from pagedkv.sim import trace_stats
+        from pagedkv.sim.reading import read_trace
 
-        print_description(trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, as_json=json)
+        with progress_bar(notes()) as bar:
+            read = read_trace(
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
+            )
+            description = trace_stats.describe(read)
+        if json:
+            print_json(msgspec.json.encode(description))
+        else:
+            show(description, output())
 
 
 @app.command(help=_SYNTH, cls=_WithParameters)
 def synth(
+    context: typer.Context,
     kind: Annotated[str, typer.Argument(help="chat, agents, rag or mixed.", show_default=False)],
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="The file; packed where it ends in .gz.", show_default=False),
+    path: Annotated[
+        Path, option("--output", "-o", help="The file; packed where it ends in .gz.", default=False, panel=_OUTPUT)
     ],
     requests: Annotated[
-        int | None, typer.Option("--requests", "-n", help="How many requests.", show_default="10000")
+        int | None, option("--requests", "-n", help="How many requests.", default="10000", panel=_TRAFFIC)
     ] = None,
     accesses: Annotated[
         int | None,
-        typer.Option(
-            "--accesses", help="Stop with the request that reaches so many block accesses.", show_default=False
+        option(
+            "--accesses",
+            help="Stop with the request that reaches so many block accesses.",
+            default=False,
+            panel=_TRAFFIC,
         ),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option("--rate", help="Requests per second in the long run.", show_default="by kind")
+        float | None,
+        option("--rate", help="Requests per second in the long run.", default="by kind", panel=_TRAFFIC),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="The same seed writes the same trace.")] = 0,
-    block_tokens: Annotated[int, typer.Option("--block-tokens", help="Tokens per block.")] = 512,
+    seed: Annotated[int, option("--seed", help="The same seed writes the same trace.", panel=_TRAFFIC)] = 0,
+    block_tokens: Annotated[int, option("--block-tokens", help="Tokens per block.", panel=_TRAFFIC)] = 512,
     parameters: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE: a parameter below; may be repeated.", show_default=False),
+        option("--set", help="NAME=VALUE: a parameter below; may be repeated.", default=False, panel=_TRAFFIC),
     ] = None,
-    json: JsonFlag = False,
-    debug: DebugFlag = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Check the options and run."""
-    with failures_in_one_line(debug):
-        pass
+    """Make up the trace, write it, and say what it holds: on stderr, or as JSON on stdout."""
+    with failures_in_one_line(debug, context):
+        from pagedkv.sim.synth import synthesize
+        from pagedkv.sim.trace import write_trace
 
-        write_synthetic(
-            kind,
-            output,
-            requests=requests,
-            accesses=accesses,
-            rate=rate,
-            seed=seed,
-            block_tokens=block_tokens,
-            parameters=parameters or [],
-            as_json=json,
-        )
+        require_writable("--output", path)
+        changes = dict(map(_parameter, parameters or ()))
+        console = notes()
+        with library_notices(console):
+            trace = synthesize(
+                kind,
+                requests=requests,
+                accesses=accesses,
+                rate=rate,
+                seed=seed,
+                block_tokens=block_tokens,
+                **changes,
+            )
+        try:
+            write_trace(trace, path)
+        except OSError as error:
+            raise Failure(f"--output {path} cannot be written: {error.strerror or error}") from error
+        written = Written.of(trace, path, kind, seed)
+        if json:
+            print_json(msgspec.json.encode(written))
+        else:
+            console.print(written.in_words(), style="dim", soft_wrap=True, markup=False)
 
 
 # ``pagedkv trace describe``: the figures of a trace as a screen, or as JSON.
 
 _BAR = 24
 _NO_HITS = "this format gives lengths only; hits, working sets and reuse need content (block ids or token ids)"
-
-
-def print_description(
-    path: Path, *, format: str | None, block_tokens: int | None, skip_bad: bool, as_json: bool
-) -> None:
-    """Read a trace, describe it, and print that to stdout.
-
-    Raises
-    ------
-    PagedKvError
-        When the trace cannot be read or an option is wrong.
-    """
-    from pagedkv.sim.trace_stats import describe
-
-    console = notes()
-    with library_notices(console):
-        trace = _read(path, format, block_tokens, skip_bad, console)
-        description = describe(trace)
-    if as_json:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(msgspec.json.encode(description) + b"\n")
-        sys.stdout.buffer.flush()
-    else:
-        show(description, output())
-
-
-def _read(path: Path, format: str | None, block_tokens: int | None, skip_bad: bool, console: Console) -> Trace:
-    from pagedkv.sim.reading import read_trace
-
-    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-
-        def show_progress(done: int, whole: int) -> None:
-            bar.update(task, completed=done, total=whole or None)
-
-        return read_trace(path, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=show_progress)
 
 
 def show(description: Description, console: Console) -> None:
@@ -207,7 +202,7 @@ def show(description: Description, console: Console) -> None:
 def _overview(description: Description) -> Iterator[tuple[str, str]]:
     span = description.span_seconds
     pace = f", {description.requests / span:,.3g} a second" if span else ""
-    yield "requests", f"{description.requests:,} in {_time(span)}{pace}"
+    yield "requests", f"{description.requests:,} in {duration(span)}{pace}"
     yield "sessions", "not named" if description.sessions is None else f"{description.sessions:,}"
     yield "tokens", f"{description.total_input_tokens:,} in, {description.total_output_tokens:,} out"
     if description.num_skipped:
@@ -260,14 +255,14 @@ def _distributions(rows: list[tuple[str, Figures]]) -> Table:
     table = _columns("", "mean", "p50", "p90", "p99", "max")
     for name, figures in rows:
         values = (figures.mean, figures.p50, figures.p90, figures.p99, figures.maximum)
-        table.add_row(name, *(_number(value) for value in values))
+        table.add_row(name, *(digits(value) for value in values))
     return table
 
 
 def _working_sets(content: ContentFigures) -> Table:
     table = _columns("window", "windows", "mean", "max")
     for one in content.working_sets:
-        table.add_row(_time(one.seconds), f"{one.windows:,}", _number(one.mean), f"{one.maximum:,}")
+        table.add_row(duration(one.seconds), f"{one.windows:,}", digits(one.mean), f"{one.maximum:,}")
     return table
 
 
@@ -298,17 +293,6 @@ def _hottest(content: ContentFigures) -> Table:
     return table
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
-
-
-def _time(seconds: float) -> str:
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds / length:,.3g} {unit}"
-    return f"{seconds:,.3g} s"
-
-
 # ``pagedkv trace synth``: make up a trace and write it.
 
 
@@ -333,73 +317,34 @@ class Written(msgspec.Struct):
     distinct_blocks: int
     span_seconds: float
 
+    @classmethod
+    def of(cls, trace: Trace, path: Path, kind: str, seed: int) -> Written:
+        """Return what was written of a trace."""
+        return cls(
+            path=str(path),
+            kind=kind,
+            seed=seed,
+            block_tokens=trace.block_tokens,
+            requests=trace.num_requests,
+            sessions=int(trace.sessions.max()) + 1,
+            accesses=trace.num_accesses,
+            distinct_blocks=trace.num_distinct,
+            span_seconds=float(trace.times[-1]),
+        )
 
-def write_synthetic(
-    kind: str,
-    path: Path,
-    *,
-    requests: int | None,
-    accesses: int | None,
-    rate: float | None,
-    seed: int,
-    block_tokens: int,
-    parameters: list[str],
-    as_json: bool,
-) -> None:
-    """Write the trace and say what it holds: on stderr, or as JSON on stdout.
+    def in_words(self) -> str:
+        """Return it as one line."""
+        return (
+            f"{self.path}: {self.requests:,} requests of {self.sessions:,} sessions, {self.accesses:,} block accesses, "
+            f"{self.distinct_blocks:,} different blocks of {self.block_tokens} tokens"
+        )
 
-    Raises
-    ------
-    PagedKvError
-        For a wrong option, or a file that cannot be written.
-    """
-    from pagedkv.sim.synth import synthesize
-    from pagedkv.sim.trace import write_trace
+
+def _parameter(text: str) -> tuple[str, Any]:
+    """Return name and value of one ``--set``."""
     from pagedkv.sim.traffic import Traffic
 
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise Failure(f"--output: expected a file in a folder that exists, got {path}")
     names = [field.name for field in fields(Traffic) if field.name != "rate"]
-    changes = dict(_parameter(text, names) for text in parameters)
-    console = notes()
-    with library_notices(console):
-        trace = synthesize(
-            kind,
-            requests=requests,
-            accesses=accesses,
-            rate=rate,
-            seed=seed,
-            block_tokens=block_tokens,
-            **changes,
-        )
-    try:
-        write_trace(trace, path)
-    except OSError as error:
-        raise Failure(f"--output {path} cannot be written: {error.strerror or error}") from error
-    written = Written(
-        path=str(path),
-        kind=kind,
-        seed=seed,
-        block_tokens=block_tokens,
-        requests=trace.num_requests,
-        sessions=int(trace.sessions.max()) + 1,
-        accesses=trace.num_accesses,
-        distinct_blocks=trace.num_distinct,
-        span_seconds=float(trace.times[-1]),
-    )
-    if as_json:
-        sys.stdout.write(msgspec.json.encode(written).decode() + "\n")
-        return
-    console.print(
-        f"{path}: {written.requests:,} requests of {written.sessions:,} sessions, {written.accesses:,} block accesses, "
-        f"{written.distinct_blocks:,} different blocks of {block_tokens} tokens",
-        style="dim",
-        soft_wrap=True,
-        markup=False,
-    )
-
-
-def _parameter(text: str, names: list[str]) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = name.strip()
     if not equals or not name:

@@ -13,7 +13,7 @@ from pagedkv.control.reclaim import give_up, lowest_leaf, offer, rescore, withdr
 from pagedkv.control.state import MAIN, State
 from pagedkv.control.types import BlockView
 from pagedkv.errors import InvalidOperation
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 Blocks = npt.NDArray[np.int32]
 

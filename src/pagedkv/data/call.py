@@ -14,7 +14,8 @@ from torch import Tensor, int32
 from pagedkv.data.quantised import GREATEST, checked_scales
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
-from pagedkv.spec import MAX_COUNT, require_int
+from pagedkv.spec import MAX_COUNT
+from pagedkv.validate import require_int
 
 # The arrays of a ragged batch, block tables and lengths: their kind, their shape, and where they point.
 

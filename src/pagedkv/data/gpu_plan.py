@@ -15,7 +15,8 @@ from torch import Tensor
 from pagedkv.data.call import AttentionCall, first_fault
 from pagedkv.data.gpu_device import checked_device, is_capturing, require_slots
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.spec import MAX_COUNT, require_int
+from pagedkv.spec import MAX_COUNT
+from pagedkv.validate import require_int
 
 __all__ = ["DeviceBatch", "DevicePlan", "uploaded"]
 

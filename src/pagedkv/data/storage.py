@@ -26,7 +26,8 @@ from pagedkv.data.gpu_device import (
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.quantised import torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation, bad_argument
-from pagedkv.spec import KvCacheSpec, LayerSpec, require_int
+from pagedkv.spec import KvCacheSpec, LayerSpec
+from pagedkv.validate import require_int
 
 __all__ = ["KvStorage", "SlotIndex"]
 

@@ -16,7 +16,7 @@ from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_f
 from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import Writer
 from pagedkv.errors import InvalidLogits, OutOfMemory, bad_argument
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 # What a forward pass means for the branches in it: tokens are chosen, drafts kept or taken back, texts end.
 

@@ -14,7 +14,7 @@ from pagedkv.control.strategies import MAX_PRIORITY, Priority
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import bad_argument
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 if TYPE_CHECKING:
     from pagedkv.engine.sampler import Logprob

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them says nothing else
 MOST_TOKENS = 2**31 - 1

@@ -25,7 +25,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.hf.cache import ModelKvCache, visible_slots
 from pagedkv.hf.compat import AttentionInterface, attention_by
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
 # Rotary positions outside of the model: keys that move to another position after they were written.
 

@@ -354,7 +354,7 @@ class Collector:
         input_tokens: int,
         output_tokens: int,
         session: Hashable = None,
-        ids: Sequence[Any] = (),
+        ids: Sequence[Any] | npt.NDArray[np.int64] = (),
         root: int = NO_PARENT,
     ) -> None:
         """Take one request; nothing of it is kept when it is refused.
@@ -365,8 +365,8 @@ class Collector:
             In ticks, from any beginning.
         session : hashable, optional
             Whatever names the session in the file.
-        ids : sequence of int, str or bytes
-            Raw ids of the blocks, the root's first.
+        ids : sequence of int, str or bytes, or int64 [num_blocks]
+            Raw ids of the blocks, the root's first; an array holds what `number` returned for them.
         root : int
             Requests with different (negative) roots share nothing.
 
@@ -389,7 +389,9 @@ class Collector:
         if len(self._raw_ids) >= BATCH or len(self._times) >= BATCH:
             self._flush()
 
-    def _numbers(self, ids: Sequence[Any]) -> array[int]:
+    def _numbers(self, ids: Sequence[Any] | npt.NDArray[np.int64]) -> array[int]:
+        if isinstance(ids, np.ndarray):
+            return array("q", ids.tobytes())
         try:
             numbers = array("q", ids)
         except (TypeError, OverflowError):

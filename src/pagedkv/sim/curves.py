@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int, require_number
 
 # Hits against capacity, as a step function.
 
@@ -357,9 +357,7 @@ def _threshold(hashes: npt.NDArray[np.uint32], rate: float | None, max_blocks: i
     if max_blocks is not None:
         size = require_int("max_blocks", max_blocks, 1, _HASHES)
         return int(np.partition(hashes, size)[size]) if size < len(hashes) else _HASHES
-    if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)) or not 0 < rate <= 1:
-        raise bad_argument("rate", "a number above 0, at most 1", f"{rate!r}")
-    return round(float(rate) * _HASHES)
+    return round(require_number("rate", rate, 0, 1, above=True) * _HASHES)
 
 
 def _scaled(trace: Trace, gains: npt.NDArray[np.int64], found: tuple[int, int], rate: float) -> HitCurve:

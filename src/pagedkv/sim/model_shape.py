@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import bad_argument
 from pagedkv.sim.model_config import (
     ConfigFields,
     Heads,
@@ -19,6 +18,7 @@ from pagedkv.sim.model_config import (
     load_config,
     read_heads,
 )
+from pagedkv.validate import require_choice
 
 # How many weights a model has, and how many of them one token meets.
 
@@ -313,10 +313,7 @@ def read_model(
 
 def _dtype(config: ConfigFields, wanted: str | None, notes: list[str]) -> str:
     if wanted is not None:
-        name = _SAME_DTYPE.get(str(wanted), str(wanted))
-        if name not in KV_DTYPES:
-            raise bad_argument("kv_dtype", f"one of {', '.join(KV_DTYPES)}", f"{wanted!r}")
-        return name
+        return require_choice("kv_dtype", _SAME_DTYPE.get(str(wanted), str(wanted)), KV_DTYPES)
     field = "dtype" if "dtype" in config else "torch_dtype"
     stated = config.text(field, default="").removeprefix("torch.")
     if stated in ("", "auto"):

@@ -20,12 +20,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.jit import compiled
+from pagedkv.sim import OPTIMAL
 from pagedkv.sim.curves import HitCurve, require_content
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
-
-__all__ = ["optimal", "optimal_curve"]
+from pagedkv.validate import require_int
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
@@ -173,7 +172,7 @@ def optimal(trace: Trace, blocks: int) -> ReplayResult:
     seconds = time.perf_counter() - started
     brought = int(np.minimum(np.diff(trace.offsets), blocks).sum()) - int(hits.sum(dtype=np.int64))
     reclaimed = brought - min(blocks, trace.num_distinct)
-    return ReplayResult.of(trace, "optimal", blocks, hits, reclaimed=reclaimed, seconds=seconds)
+    return ReplayResult.of(trace, OPTIMAL, blocks, hits, reclaimed=reclaimed, seconds=seconds)
 
 
 def optimal_curve(trace: Trace, capacities: Iterable[int]) -> HitCurve:

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import bad_argument
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.replayer import ReplayResult
-
-__all__ = ["Hardware", "Level", "Line", "Load", "Memory", "Plan", "Size", "Verdict"]
+from pagedkv.validate import require_number
 
 _GIB = 2**30
 
@@ -37,9 +35,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         for name, high in (("tflops", 1e12), ("mfu", 1.0), ("decode_tokens_per_second", 1e9)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= high:
-                raise bad_argument(name, f"a number above 0 and at most {high:g}", f"{value!r}")
+            require_number(name, getattr(self, name), 0, high, above=True)
 
     @property
     def flops_per_second(self) -> float:

@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.strategies import strategy_names
-from pagedkv.errors import bad_argument
-from pagedkv.format import format_bytes
+from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.format import format_bytes, percent, share
+from pagedkv.sim import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee, lru_curve, require_content
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
 from pagedkv.sim.sweeps import sweep
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int, require_number, shown
 
 # What runs at the same time: the blocks that requests hold while they are served.
 
@@ -95,7 +96,6 @@ def _peak(begins: Floats, ends: Floats, blocks: Ints) -> int:
 
 # The search for the smallest capacity that finds enough, and the memory of every replay on the way.
 
-OPTIMAL = "optimal"
 TOLERANCE = 1.01
 """Where a search stops: the capacity below which too little is found is within 1%."""
 _POINTS = 8
@@ -258,7 +258,7 @@ _LARGE_FACTOR = 2
 
 def nothing_to_reuse(attainable: float) -> Verdict:
     """Judge traffic that hardly repeats itself."""
-    found = f"finds only {attainable:.1%} of the blocks" if attainable else "finds nothing"
+    found = f"finds only {percent(attainable)} of the blocks" if attainable else "finds nothing"
     text = (
         f"Nothing to reuse: even a cache without a limit {found}. Neither memory nor another strategy changes that; "
         "prompts have to share their beginnings first."
@@ -281,13 +281,13 @@ def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Siz
         return nothing_to_reuse(attainable)
     lru, best, optimum = sizes
     regained = _regained(lru, best, optimum)
-    needs = f"{target:.0%} of what can be found at all takes {format_bytes(level.lru.bytes)} under LRU"
+    needs = f"{share(target)} of what can be found at all takes {format_bytes(level.lru.bytes)} under LRU"
     least = format_bytes(level.optimum.bytes)
     if level.lru.blocks >= _LARGE_FACTOR * level.optimum.blocks:
         kind, text = "strategy", f"Limited by the strategy: {needs}, and {least} if the future were known."
     else:
         kind, text = "capacity", f"Limited by capacity: {needs}, and still {least} if the future were known."
-    text = f"{text} {_others(level, best, regained)}"
+    text = f"{text} {_advice(level, best, regained)}"
     return Verdict(kind, text, optimum.blocks, optimum.bytes, *_losses(target, lru, optimum), regained)
 
 
@@ -301,14 +301,14 @@ def judge_memory(attainable: float, target: float, level: Level, memory: Memory)
     lru, best, optimum = memory.lru, memory.best, memory.optimum
     to_capacity, to_strategy = _losses(target, lru, optimum)
     regained = _regained(lru, best, optimum)
-    found = f"with {format_bytes(memory.bytes)} LRU finds {lru.share:.0%} of what can be found at all"
+    found = f"with {format_bytes(memory.bytes)} LRU finds {percent(lru.share)} of what can be found at all"
     if lru.share >= target:
-        kind, text = "enough", f"Enough: {found}, and {format_bytes(level.lru.bytes)} would do for {target:.0%}."
+        kind, text = "enough", f"Enough: {found}, and {format_bytes(level.lru.bytes)} would do for {share(target)}."
     else:
         kind = "strategy" if to_strategy > to_capacity else "capacity"
         cause = "the strategy" if kind == "strategy" else "capacity"
-        text = f"Limited by {cause}: {found}, and {optimum.share:.0%} would be found if the future were known. "
-        text += f"{_closed(best, regained)} {target:.0%} takes {format_bytes(level.lru.bytes)} under LRU."
+        text = f"Limited by {cause}: {found}, and {percent(optimum.share)} would be found if the future were known. "
+        text += f"{_closed(best, regained)} {share(target)} takes {format_bytes(level.lru.bytes)} under LRU."
     return Verdict(kind, text, lru.blocks, memory.bytes, to_capacity, to_strategy, regained)
 
 
@@ -324,21 +324,25 @@ def _regained(lru: Size, best: Size, optimum: Size) -> float:
 def _closed(best: Size, regained: float) -> str:
     if regained < 0.005:
         return "None of the strategies compared finds more than LRU there."
-    return f"{best.strategy} closes {regained:.0%} of that gap."
+    return f"{best.strategy} closes {percent(regained)} of that gap."
 
 
-def _others(level: Level, best: Size, regained: float) -> str:
-    if level.best.strategy != "lru":
-        return f"{level.best.strategy} takes {format_bytes(level.best.bytes)}."
+def _advice(level: Level, best: Size, regained: float) -> str:
+    """Say what to buy and what to run, where no memory was given."""
+    if level.best.strategy != LRU:
+        return f"{level.best.strategy} takes {format_bytes(level.best.bytes)}: plan that."
+    plan = f"plan {format_bytes(level.lru.bytes)} and keep LRU"
     if regained < 0.005:
-        return "None of the strategies compared does better than LRU."
-    at = format_bytes(best.bytes)
-    return f"No strategy compared takes less than LRU; with {at}, {best.strategy} closes {regained:.0%} of the gap."
+        return f"None of the strategies compared does better than LRU: {plan}."
+    return (
+        f"No strategy compared reaches that with less: {plan}. With only {format_bytes(best.bytes)}, take "
+        f"{best.strategy}: there it finds {percent(best.share)} of what can be found, which closes {percent(regained)} "
+        "of the gap between LRU and the best possible."
+    )
 
 
 # What a plan may be asked for.
 
-LRU = "lru"
 _MAX_MEMORY = 2**62
 # They need arguments that only the operator knows, or look at something else than reuse.
 _NOT_BY_DEFAULT = {"longestfirst", "priority", "streamingllm", "ttl"}
@@ -351,9 +355,11 @@ def default_strategies() -> tuple[str, ...]:
 
 def checked_share(target: object) -> float:
     """Return the share of the attainable hit ratio that is wanted."""
-    if isinstance(target, bool) or not isinstance(target, (int, float)) or not 0 < target <= 1:
-        raise bad_argument("target", "a share of the attainable hit ratio above 0 and at most 1", f"{target!r}")
-    return float(target)
+    try:
+        return require_number("target", target, 0, 1, above=True)
+    except InvalidOperation:
+        wanted = "a share of the attainable hits above 0 and at most 1 (0.9 is 90%)"
+        raise bad_argument("target", wanted, shown(target)) from None
 
 
 def checked_names(strategies: Sequence[str] | None) -> tuple[str, ...]:

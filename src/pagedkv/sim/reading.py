@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pagedkv.errors import InvalidOperation, TraceError
+from pagedkv.errors import TraceError
 from pagedkv.sim.collect import Collector, TooManyBlocks
 from pagedkv.sim.readers.azure import AzureReader
 from pagedkv.sim.readers.base import Reader
@@ -18,8 +18,9 @@ from pagedkv.sim.readers.mooncake import MooncakeReader
 from pagedkv.sim.readers.qwen import QwenReader
 from pagedkv.sim.readers.tokens import TokensReader
 from pagedkv.sim.readers.weka import WekaReader
-from pagedkv.sim.source import BadRecord, Progress, Source
+from pagedkv.sim.source import BadRecord, Progress, Source, seekable
 from pagedkv.sim.trace import Trace
+from pagedkv.validate import require_choice, require_int
 
 # Recognise the format of a trace by its beginning.
 
@@ -110,7 +111,7 @@ def read_trace(
     Parameters
     ----------
     path : str or path
-        A file, or a folder with a session a file (weka).
+        A file, a pipe, or a folder with a session a file (weka). A pipe is copied to a temporary file first.
     format : str, optional
         One of `FORMATS`; recognised if it is not given.
     block_tokens : int, optional
@@ -133,39 +134,46 @@ def read_trace(
     InvalidOperation
         No such format, or a block without tokens.
     """
-    if format is not None and format not in FORMATS:
-        raise InvalidOperation(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-    if block_tokens is not None and not (isinstance(block_tokens, int) and 0 < block_tokens < 2**31):
-        raise InvalidOperation(f"block_tokens must be 1 … 2**31 - 1, got {block_tokens!r}")
+    if format is not None:
+        require_choice("format", format, FORMATS)
+    if block_tokens is not None:
+        block_tokens = require_int("block_tokens", block_tokens, 1, 2**31 - 1)
     path = Path(path)
-    kind = FORMATS[format or detect_format(path)]
-    collector = Collector(in_order=kind.in_order, ticks_per_second=kind.ticks_per_second)
-    try:
-        return _read(path, kind(collector, block_tokens), collector, skip_bad, progress)
-    except BaseException:
-        collector.close()
-        raise
+    with seekable(path) as file:
+        kind = FORMATS[format or _detected(file, str(path))]
+        collector = Collector(in_order=kind.in_order, ticks_per_second=kind.ticks_per_second)
+        sources = [
+            Source(part, str(path) if part == file else None, skip_bad=skip_bad, progress=progress)
+            for part in _files(file)
+        ]
+        try:
+            return _read(path, sources, kind(collector, block_tokens), collector)
+        except BaseException:
+            collector.close()
+            raise
 
 
 def detect_format(path: str | PathLike[str]) -> str:
-    """Return the name of the format of a trace.
+    """Return the name of the format of a trace, a file or a folder.
 
     Raises
     ------
     TraceError
         The file cannot be read, or its format is not known.
     """
-    path = Path(path)
+    return _detected(Path(path), str(path))
+
+
+def _detected(path: Path, name: str) -> str:
     if path.is_dir():
         return WekaReader.name
-    found = detect(Source(path).head(HEAD_BYTES))
+    found = detect(Source(path, name).head(HEAD_BYTES))
     if found is None:
-        raise TraceError(str(path), None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
+        raise TraceError(name, None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
     return found
 
 
-def _read(path: Path, reader: Reader, collector: Collector, skip_bad: bool, progress: Progress | None) -> Trace:
-    sources = [Source(file, skip_bad=skip_bad, progress=progress) for file in _files(path)]
+def _read(path: Path, sources: list[Source], reader: Reader, collector: Collector) -> Trace:
     try:
         for source in sources:
             reader.read(source)

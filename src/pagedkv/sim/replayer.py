@@ -19,9 +19,9 @@ import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.errors import InvalidOperation
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int, require_number
 
 # What one replay found: one cell of the table strategies × capacities.
 
@@ -112,9 +112,7 @@ class Timing:
 
     def __post_init__(self) -> None:
         for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-            rate = getattr(self, name)
-            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < float("inf"):
-                raise bad_argument(name, "a positive number", f"{rate!r}")
+            require_number(name, getattr(self, name), 0, above=True)
 
 
 _PREFILLED, _SERVED = 0, 1

@@ -1,9 +1,13 @@
-"""Where a trace comes from: files, gzip or not, read piece by piece, with a bound on every piece."""
+"""Trace files and pipes, gzip or not, read piece by piece with a bound on every piece."""
 
 from __future__ import annotations
 
 import gzip
 import io
+import logging
+import shutil
+import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +18,13 @@ import msgspec
 
 from pagedkv.errors import TraceError
 
-__all__ = ["BAD_RECORD", "MAX_LINE_BYTES", "BadRecord", "Progress", "Source", "reason_of"]
+logger = logging.getLogger("pagedkv")
 
 MAX_LINE_BYTES = 32 * 2**20
 SKIP_BYTES = BUFFER_BYTES = 2**20
 REPORT_BYTES = 4 * 2**20
 BOM = b"\xef\xbb\xbf"
+PATIENCE = 1.0  # seconds
 
 Progress = Callable[[int, int], None]
 
@@ -42,12 +47,47 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split())[:500] or type(error).__name__
 
 
+@contextmanager
+def seekable(path: Path) -> Iterator[Path]:
+    """Yield a file that can be read more than once: the path itself, or a copy of what comes through a pipe.
+
+    Raises
+    ------
+    TraceError
+        The pipe cannot be read, or the disk is full.
+    """
+    if not path.is_fifo():
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(prefix="pagedkv-trace-") as copy:
+        try:
+            with _opened_pipe(path) as pipe:
+                shutil.copyfileobj(pipe, copy)
+            copy.flush()
+        except OSError as error:
+            raise TraceError(str(path), None, f"cannot be read: {reason_of(error)}") from error
+        yield Path(copy.name)
+
+
+def _opened_pipe(path: Path) -> BinaryIO:
+    """Open a pipe, which waits for a writer, and say so if that takes long."""
+    notice = threading.Timer(PATIENCE, logger.warning, ("%s: waiting for a writer, this is a pipe", path))
+    notice.daemon = True
+    notice.start()
+    try:
+        return path.open("rb")
+    finally:
+        notice.cancel()
+
+
 class Source:
     """One file of a trace.
 
     Parameters
     ----------
     path : Path
+    name : str, optional
+        What errors call it; the path by default.
     skip_bad : bool
         Whether broken records are counted instead of raised.
     progress : callable, optional
@@ -58,8 +98,11 @@ class Source:
     num_skipped : int
     """
 
-    def __init__(self, path: Path, *, skip_bad: bool = False, progress: Progress | None = None) -> None:
+    def __init__(
+        self, path: Path, name: str | None = None, *, skip_bad: bool = False, progress: Progress | None = None
+    ) -> None:
         self.path = path
+        self.name = str(path) if name is None else name
         self.num_skipped = 0
         self._skip_bad = skip_bad
         self._progress = progress
@@ -67,7 +110,7 @@ class Source:
     def bad(self, number: int | None, reason: str, place: str = "line") -> None:
         """Raise the error of a record, or count it."""
         if not self._skip_bad:
-            raise TraceError(str(self.path), number, reason, place)
+            raise TraceError(self.name, number, reason, place)
         self.num_skipped += 1
 
     @contextmanager
@@ -90,7 +133,7 @@ class Source:
                 else:
                     yield raw, raw
         except _UNREADABLE as error:
-            raise TraceError(str(self.path), None, f"cannot be read: {reason_of(error)}") from error
+            raise TraceError(self.name, None, f"cannot be read: {reason_of(error)}") from error
 
     def lines(self, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes]]:
         """Yield (number from 1, line) of every line that is not blank; never holds more than `limit` bytes of one."""

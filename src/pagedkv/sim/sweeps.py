@@ -24,11 +24,11 @@ import numpy as np
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
+from pagedkv.sim import OPTIMAL
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
 from pagedkv.sim.trace import Trace
-from pagedkv.spec import require_int
+from pagedkv.validate import require_int
 
-OPTIMAL = "optimal"
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
 _MODULE_AND_CLASS = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)\s*")
 
@@ -217,6 +217,8 @@ def _capacity(part: str, num_distinct: int) -> int:
 
 
 # Processes that replay cells. A process that dies names the cell it had, and none outlives the sweep.
+# concurrent.futures.ProcessPoolExecutor does neither: all its cells fail alike, without an exit code, when one of its
+# processes dies, and after Ctrl-C or a failure it waits until every cell that runs is done.
 
 # Started anew rather than forked: a fork would copy locks that other threads of this process hold.
 _context = multiprocessing.get_context("spawn")
@@ -534,7 +536,7 @@ def connected() -> Cluster:
     MissingExtra
         If Ray is not installed.
     InvalidOperation
-        If no cluster is found.
+        If no cluster can be had; it says what Ray said.
     """
     try:
         ray: Any = import_module("ray")
@@ -545,8 +547,10 @@ def connected() -> Cluster:
     if not ray.is_initialized():
         try:
             ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-        except ConnectionError as error:
+        except Exception as error:  # of many kinds; what Ray says is the only trace of what went wrong
             raise bad_argument(
-                "ray", "a running cluster; start one with: ray start --head (or name it in RAY_ADDRESS)"
+                "ray",
+                "a running cluster (ray start --head starts one, RAY_ADDRESS names one)",
+                f"{type(error).__name__}: {error}",
             ) from error
     return Cluster(ray)

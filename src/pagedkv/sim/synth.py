@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.traffic import KINDS, TRAFFIC, Traffic, changed, subagents_of
+from pagedkv.validate import require_choice, require_int
 
 # Random numbers that are the same everywhere: SplitMix64 (Steele, Lea, Flood, OOPSLA 2014) and a few distributions.
 #
@@ -568,10 +569,10 @@ def synthesize(
     kinds, pauses = _cast(kind, rate, parameters)
     if requests is None and accesses is None:
         requests = DEFAULT_REQUESTS
-    most_requests = _NO_LIMIT if requests is None else _whole("requests", requests, 1, MAX_REQUESTS)
-    most_accesses = _NO_LIMIT if accesses is None else _whole("accesses", accesses, 1, _MOST_ACCESSES)
-    _whole("seed", seed, 0, 2**63 - 1)
-    _whole("block_tokens", block_tokens, 1, 1 << 20)
+    most_requests = _NO_LIMIT if requests is None else require_int("requests", requests, 1, MAX_REQUESTS)
+    most_accesses = _NO_LIMIT if accesses is None else require_int("accesses", accesses, 1, _MOST_ACCESSES)
+    require_int("seed", seed, 0, 2**63 - 1)
+    require_int("block_tokens", block_tokens, 1, 1 << 20)
     most_blocks = max(-(-traffic.max_tokens // block_tokens) for traffic in kinds)
     room = min(most_requests, _FIRST_REQUESTS if accesses is None else max(1, most_accesses // 16))
     try:
@@ -585,8 +586,7 @@ def synthesize(
 
 def _cast(kind: str, rate: float | None, parameters: dict[str, Any]) -> tuple[list[Traffic], list[float]]:
     """Return the traffic of all kinds, sub-agents last, and the seconds between the sessions of each."""
-    if kind not in KINDS:
-        raise bad_argument("kind", f"one of {', '.join(KINDS)}", f"{kind!r}")
+    require_choice("kind", kind, KINDS)
     kinds = [changed(traffic, parameters) for traffic in TRAFFIC.values()]
     rates = [traffic.rate if kind in (name, "mixed") else 0.0 for name, traffic in TRAFFIC.items()]
     if rate is not None:
@@ -601,14 +601,6 @@ def _requests_of(traffic: Traffic) -> float:
     """Return the mean number of requests of a session, its sub-agents included."""
     helpers = traffic.subagent_share * (1 + traffic.subagents) / 2 * traffic.subagent_turns
     return traffic.turns + (traffic.turns - 1) * helpers
-
-
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise bad_argument(name, "an int", f"{value!r}")
-    if not low <= value <= high:
-        raise bad_argument(name, f"an int in {low} … {high}", f"{value}")
-    return int(value)
 
 
 def _play(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int, most_slots: int) -> Stage:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.validate import require_int, require_number
 
 MAX_TOKENS = 1 << 30
 MAX_COUNT = 1 << 40
@@ -167,7 +168,10 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
     for name, value in changes.items():
         if name not in known:
             raise InvalidOperation(f"traffic has no parameter {name!r}; it has {', '.join(known)}")
-        _check(name, value, whole=known[name] == "int")
+        if known[name] == "int":
+            require_int(name, value, *map(int, _range(name, whole=True)))
+        else:
+            require_number(name, value, *_range(name, whole=False))
     after = replace(traffic, **changes)
     if after.documents and after.documents_per_request > after.documents:
         raise bad_argument(
@@ -186,14 +190,6 @@ def subagents_of(traffic: Traffic) -> Traffic:
         system_prompts=max(1, traffic.system_prompts // 10),
         subagent_share=0.0,
     )
-
-
-def _check(name: str, value: Any, whole: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise bad_argument(name, f"{('an int' if whole else 'a number')}", f"{value!r}")
-    low, high = _range(name, whole)
-    if not low <= value <= high:
-        raise bad_argument(name, f"a number in {low:g} … {high:g}", f"{value}")
 
 
 def _range(name: str, whole: bool) -> tuple[float, float]:

@@ -17,6 +17,7 @@ than the GPU's, and of other groups than the first of a hybrid model, repeat blo
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
@@ -33,6 +34,7 @@ from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 # Where a msgpack value ends, found without decoding it: what a stream of values needs to be cut, and to be trusted.
 #
 # A header may promise billions of elements; here every element must be there before anything is decoded.
+# msgpack.Unpacker, which reads streams too, makes room for as many as each header promises, however few there are.
 
 INCOMPLETE, INVALID = -1, -2
 NEVER_USED = 0xC1
@@ -201,6 +203,15 @@ FIELDS = {
     "group_idx": GROUP,
 }
 NO_NODE = -1
+MAX_ACCESSES = 2**31 - 1
+"""Blocks of all requests together: every event repeats its chain, so a small file can stand for a trace without end."""
+
+
+@compiled
+def _write_chain(node: int, parents: Array, numbers: Array, chain: Array) -> None:
+    for place in range(len(chain) - 1, -1, -1):
+        chain[place] = numbers[node]
+        node = parents[node]
 
 
 class KvEventsReader(Reader):
@@ -211,14 +222,14 @@ class KvEventsReader(Reader):
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         super().__init__(collector, block_tokens)
         self._num_clears = 0
+        self._num_accesses = 0
         self._forget()
 
     def _forget(self) -> None:
         """Begin with an empty forest: a node is a block behind its prefix."""
         self._nodes: dict[tuple[int, int], int] = {}  # (parent node, number of the hash)
         self._latest: dict[int, int] = {}  # number of the hash: where it was stored last
-        self._parents: list[int] = []
-        self._numbers: list[int] = []
+        self._parents, self._numbers, self._depths = array("q"), array("q"), array("q")
 
     def read(self, source: Source) -> None:
         """Read batch by batch."""
@@ -258,6 +269,9 @@ class KvEventsReader(Reader):
         for block in hashes:
             node = self._node(node, self._collector.number(block))
         chain = self._chain(node)
+        if self._num_accesses + len(chain) > MAX_ACCESSES:
+            raise BadRecord(f"the chains of all requests have more than {MAX_ACCESSES} blocks in all")
+        self._num_accesses += len(chain)
         self._collector.add(time, len(chain) * self.block_tokens, 0, None, chain, -1 - self._num_clears)
 
     def _node(self, parent: int, number: int) -> int:
@@ -265,15 +279,14 @@ class KvEventsReader(Reader):
         if node == len(self._parents):
             self._parents.append(parent)
             self._numbers.append(number)
+            self._depths.append(1 if parent == NO_NODE else self._depths[parent] + 1)
         self._latest[number] = node
         return node
 
-    def _chain(self, node: int) -> list[int]:
-        chain = []
-        while node != NO_NODE:
-            chain.append(self._numbers[node])
-            node = self._parents[node]
-        chain.reverse()
+    def _chain(self, node: int) -> npt.NDArray[np.int64]:
+        """Return the numbers of the blocks from the root to a node."""
+        chain = np.empty(self._depths[node], np.int64)
+        _write_chain(node, np.frombuffer(self._parents, np.int64), np.frombuffer(self._numbers, np.int64), chain)
         return chain
 
 

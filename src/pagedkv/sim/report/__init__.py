@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pagedkv.format import count, duration
+from pagedkv.format import count
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.plan_types import Plan
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import text
 from pagedkv.sim.report.charts import curve_section, depth_section, gap_section, session_section, time_section
 from pagedkv.sim.report.evidence import Evidence
-from pagedkv.sim.report.html import Markup, page, tag
+from pagedkv.sim.report.html import Markup, duration, page, tag
 from pagedkv.sim.report.text import every_replay, headline, method_section, results_section, trace_section, verdict
 from pagedkv.sim.trace import Trace
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pagedkv.format import count, duration, percent, rough_duration, round_count, short
+from pagedkv.format import count, percent
+from pagedkv.sim import LRU
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts
-from pagedkv.sim.report.evidence import LRU, Evidence, shown_name
-from pagedkv.sim.report.html import Markup, tag
+from pagedkv.sim.report.evidence import Evidence, shown_name
+from pagedkv.sim.report.html import Markup, duration, rough_duration, round_count, short, tag
 
 # Where a value lies on an axis, and which values the axis names.
 
@@ -396,7 +397,7 @@ def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
     last = float(curve.blocks[-1])
     sizes = np.unique(np.geomspace(1, max(last, 2), 300).astype(np.int64))
     return Series(
-        "lru", "c1 curve", [_place(evidence, float(size)) for size in sizes], [float(y) for y in curve.at(sizes)]
+        LRU, "c1 curve", [_place(evidence, float(size)) for size in sizes], [float(y) for y in curve.at(sizes)]
     )
 
 
@@ -416,7 +417,8 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
     up = frame.up(ticks[-1])
     yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
     unit = "size of the cache, " + ("GiB" if evidence.bytes_per_block else "blocks")
-    yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), _tick, unit)
+    write = _gib_tick if evidence.bytes_per_block else _tick
+    yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), write, unit)
     yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
     limit = f"no limit {percent(evidence.attainable)}"
     yield tag("text", limit, class_="note soft", x=frame.left + 6, y=up(evidence.attainable) - 6)
@@ -476,6 +478,10 @@ def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
 
 def _tick(value: float) -> str:
     return short(value) if value >= 1 else f"{value:g}"
+
+
+def _gib_tick(value: float) -> str:
+    return count(value) if value >= 1 else f"{value:g}"
 
 
 # The hit ratio by depth in the prompt.

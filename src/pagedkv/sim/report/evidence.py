@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from pagedkv.format import count, gib, round_count, short
+from pagedkv.format import count
+from pagedkv.sim import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee
 from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.report.html import format_bytes, round_count, short
 from pagedkv.sim.trace import Trace
 
-__all__ = ["LRU", "OPTIMAL", "Evidence", "Points", "shown_name"]
-
-OPTIMAL = "optimal"
-LRU = "lru"
 _COLOURS = ("c2", "c3", "c4")
 
 
@@ -144,7 +142,7 @@ class Evidence:
         """Return a capacity in words: GiB where the model is known, and blocks."""
         if self.bytes_per_block is None:
             return f"{count(blocks)} block{'s' if blocks != 1 else ''}"
-        return f"{gib(self.num_bytes(blocks))} ({round_count(blocks)} blocks)"
+        return f"{format_bytes(self.num_bytes(blocks))} ({round_count(blocks)} blocks)"
 
     @property
     def where(self) -> str:
@@ -153,7 +151,7 @@ class Evidence:
 
     def sized(self, blocks: float) -> str:
         """Return a capacity in one figure, for axes and table heads."""
-        return short(blocks) if self.bytes_per_block is None else gib(self.num_bytes(blocks))
+        return short(blocks) if self.bytes_per_block is None else format_bytes(self.num_bytes(blocks))
 
     @cached_property
     def _cells(self) -> dict[tuple[str, int], ReplayResult]:

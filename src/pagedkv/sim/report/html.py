@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
 
+from pagedkv import format
+
 _VOID = frozenset({"br", "col", "hr", "link", "meta"})
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def _unbroken(write: Callable[[float], str]) -> Callable[[float], str]:
+    return lambda value: write(value).replace(" ", "\u00a0")
+
+
+# What `pagedkv.format` writes with a unit, kept on one line.
+duration, rough_duration = _unbroken(format.duration), _unbroken(format.rough_duration)
+round_count, short, flops = map(_unbroken, (format.round_count, format.short, format.flops))
+format_bytes = _unbroken(format.format_bytes)
 
 
 class Markup(str):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.format import count, duration, gib, percent, points, rough_duration, round_count, share, short
+from pagedkv.format import count, percent, points, share
+from pagedkv.sim import LRU, OPTIMAL
 from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.charts import section, table
-from pagedkv.sim.report.evidence import OPTIMAL, Evidence, Points, shown_name
-from pagedkv.sim.report.html import Markup, tag
+from pagedkv.sim.report.evidence import Evidence, Points, shown_name
+from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, tag
 from pagedkv.sim.trace import Trace
 
 _NEARLY_ALL = 0.95
@@ -57,7 +58,7 @@ def headline(evidence: Evidence) -> Markup:
     if best:
         where = f"at {evidence.size(best.blocks)}"
         tiles.append(("Best strategy", percent(best.hit_ratio), f"{best.strategy} {where}"))
-        lru, optimum = evidence.cell("lru", best.blocks), evidence.cell(OPTIMAL, best.blocks)
+        lru, optimum = evidence.cell(LRU, best.blocks), evidence.cell(OPTIMAL, best.blocks)
         if lru and lru is not best:
             tiles.append(("LRU", percent(lru.hit_ratio), f"{points(lru.hit_ratio - best.hit_ratio)} points, same size"))
         if optimum:
@@ -80,7 +81,7 @@ def results_section(evidence: Evidence) -> Markup | None:
     rows = [
         [_name(evidence, name), *(_cell(evidence, name, blocks) for blocks in evidence.capacities)] for name in names
     ]
-    has_lru = "lru" in evidence.points
+    has_lru = LRU in evidence.points
     note = "Hit ratio by blocks" + (", under it the difference to LRU in percentage points" if has_lru else "")
     return section(
         "results",
@@ -102,7 +103,7 @@ def _name(evidence: Evidence, name: str) -> Markup:
 
 
 def _cell(evidence: Evidence, name: str, blocks: int) -> object:
-    cell, lru = evidence.cell(name, blocks), evidence.cell("lru", blocks)
+    cell, lru = evidence.cell(name, blocks), evidence.cell(LRU, blocks)
     if cell is None:
         return ("–", -1.0)
     rivals = [rival.hit_blocks for other in evidence.strategies if (rival := evidence.cell(other, blocks))]
@@ -189,7 +190,7 @@ def evidence_of(plan: Plan, trace: Trace) -> Evidence:
     lines = (
         Points(line.name, tuple(line.blocks.tolist()), tuple(line.hit_ratio.tolist()))
         for line in plan.lines
-        if line.name != "lru"
+        if line.name != LRU
     )
     return Evidence(
         trace,
@@ -210,9 +211,9 @@ def answer(plan: Plan) -> str:
         return "Nothing to reuse: a cache would not help this traffic"
     if plan.memory is not None:
         best = plan.memory.best
-        return f"{gib(plan.memory.bytes)} find {percent(best.share)} of what can be found"
+        return f"{format_bytes(plan.memory.bytes)} find {percent(best.share)} of what can be found"
     size = plan.at_target.best
-    return f"{share(plan.target)} of what can be found needs {gib(size.bytes)}"
+    return f"{share(plan.target)} of what can be found needs {format_bytes(size.bytes)}"
 
 
 def plan_headline(plan: Plan) -> Markup:
@@ -221,14 +222,14 @@ def plan_headline(plan: Plan) -> Markup:
     level = plan.at_target
     if level:
         goal = f"for {share(plan.target)} of that"
-        tiles.append(("Needed", gib(level.best.bytes), f"{goal}, {level.best.strategy}"))
-        if level.best.strategy != "lru":
-            tiles.append(("Under LRU", gib(level.lru.bytes), goal))
-        tiles.append(("Least possible", gib(level.optimum.bytes), f"{goal}, knowing the future"))
+        tiles.append(("Needed", format_bytes(level.best.bytes), f"{goal}, {level.best.strategy}"))
+        if level.best.strategy != LRU:
+            tiles.append(("Under LRU", format_bytes(level.lru.bytes), goal))
+        tiles.append(("Least possible", format_bytes(level.optimum.bytes), f"{goal}, knowing the future"))
         saved = level.best.flops_saved / plan.prefill_flops if plan.prefill_flops else 0.0
         tiles.append(("Prefill saved", percent(saved), f"{rough_duration(level.best.seconds_saved)} of computing"))
     if plan.memory:
-        tiles.append(("Given", gib(plan.memory.bytes), f"hit ratio {percent(plan.memory.best.hit_ratio)}"))
+        tiles.append(("Given", format_bytes(plan.memory.bytes), f"hit ratio {percent(plan.memory.best.hit_ratio)}"))
     items = (tag("div", tag("dt", name), tag("dd", figure, tag("small", note))) for name, figure, note in tiles)
     return tag("dl", *items, class_="tiles")
 
@@ -263,7 +264,7 @@ def _level(plan: Plan, level: Level) -> list[object]:
 
 def _memory(size: Size, strategy: str | None = None) -> tuple[Markup, int]:
     below = strategy or f"{round_count(size.blocks)} blocks"
-    return tag("span", gib(size.bytes), tag("small", below)), size.bytes
+    return tag("span", format_bytes(size.bytes), tag("small", below)), size.bytes
 
 
 def memory_section(plan: Plan) -> Markup | None:
@@ -285,7 +286,7 @@ def memory_section(plan: Plan) -> Markup | None:
     lede = f"{count(plan.memory.blocks)} blocks fit."
     return section(
         "memory",
-        f"With {gib(plan.memory.bytes)}",
+        f"With {format_bytes(plan.memory.bytes)}",
         tag("p", lede, class_="lede"),
         table("The given memory", heads, rows),
     )
@@ -299,10 +300,10 @@ def load_section(plan: Plan) -> Markup:
     rows = [
         ("Model", tag("bdi", model.name)),
         ("Layers", count(model.num_layers)),
-        ("KV of a token", f"{gib(model.bytes_per_token)} in {model.kv_dtype}"),
-        ("KV of a block", f"{gib(plan.bytes_per_block)} for {count(plan.block_tokens)} tokens"),
-        ("Prefill of the trace", f"{short(plan.prefill_flops)}FLOP, {duration(plan.prefill_seconds)}"),
-        ("At a rate of", f"{short(plan.hardware.flops_per_second)}FLOP/s"),
+        ("KV of a token", f"{format_bytes(model.bytes_per_token)} in {model.kv_dtype}"),
+        ("KV of a block", f"{format_bytes(plan.bytes_per_block)} for {count(plan.block_tokens)} tokens"),
+        ("Prefill of the trace", f"{flops(plan.prefill_flops)}, {duration(plan.prefill_seconds)}"),
+        ("At a rate of", f"{flops(plan.hardware.flops_per_second)}/s"),
         ("Requests at once", f"{load.mean_requests:.1f} on average, {count(load.peak_requests)} at the peak"),
         ("Blocks they hold", f"{held_blocks} at the peak{held}"),
         ("Replicas for prefill", f"{load.prefill_load:.2f} busy without a cache"),
