@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numba
 import numpy as np
 import pytest
 from tests.contracts.user_strategies import Modulo, Recorder, SmallestFirst
@@ -31,7 +32,7 @@ from pagedkv import (
 )
 from pagedkv.control.ghosts import INFLATION
 from pagedkv.control.hooks import block_view
-from pagedkv.control.policies import score_by_rule
+from pagedkv.jit import borrowed
 
 STRATEGIES = [
     LRU(),
@@ -170,12 +171,18 @@ def test_it_works_where_whole_sequences_make_room(strategy):
     manager.check()
 
 
+@numba.njit
+def kept_for(state, block):
+    state = borrowed(state)
+    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+
+
 @pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) not in USERS | QUEUES], ids=str)
 def test_a_compiled_rule_scores_as_its_twin_in_numpy(compiled):
     manager = work(BlockManager(60, 2, strategy=compiled, on_full="evict"), sequences=120)
     state = manager._state
     indexed = np.flatnonzero(state.blocks["indexed"]).astype(np.int32)
-    scores = [int(score_by_rule(state, block)) for block in indexed.tolist()]
+    scores = [int(kept_for(state.packed, block)) for block in indexed.tolist()]
     price = int(state.policy[INFLATION]) if isinstance(compiled, GDSF) else 0
     assert manager.stats.blocks_reclaimed and (price > 0) == isinstance(compiled, GDSF)
     twin = compiled.score_blocks(block_view(state, indexed), manager.snapshot().tick)

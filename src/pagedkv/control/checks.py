@@ -108,7 +108,8 @@ def _check_trie(state: State) -> None:
         parent = int(record.parent)
         children[parent] += 1
         _require(record.num_tokens == size, "indexed block is not full", block, record)
-        _require(find_child(state, parent, state.contents, block * size) == block, "indexed block not findable", block)
+        found = find_child(state.packed, parent, state.contents, block * size)
+        _require(found == block, "indexed block not findable", block)
         if parent >= 0:
             _require(bool(blocks[parent].indexed), "indexed block without its parent", block, parent)
             _require(record.depth == blocks[parent].depth + 1, "depth", block, parent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.control.state import State, power_of_two
-from pagedkv.jit import compiled
+from pagedkv.jit import inlined
 
 CLOCK, LAP, HAND, INFLATION, TICKS, GIVEN_UP, CAPACITY, MASK, RING, LINKS, BUCKETS = range(11)
 """Places of the header; the last three say where those parts begin."""
@@ -38,7 +38,7 @@ def forget_ghosts(state: State) -> None:
         state.policy[GIVEN_UP] = 0
 
 
-@compiled
+@inlined
 def note_path(state: State, block: int, parent: int) -> int:
     """Compute the path of `block`, which is about to hang under `parent`, and keep it with the block."""
     size = state.counters[0].block_size
@@ -53,12 +53,12 @@ def note_path(state: State, block: int, parent: int) -> int:
     return path
 
 
-@compiled
+@inlined
 def _bucket_of(state: State, path: int) -> int:
     return state.policy[BUCKETS] + ((path >> 8) & state.policy[MASK])
 
 
-@compiled
+@inlined
 def _unlink(state: State, place: int) -> None:
     """Take the entry at `place` of the ring out of the hash table."""
     policy = state.policy
@@ -70,7 +70,7 @@ def _unlink(state: State, place: int) -> None:
     policy[policy[RING] + place] = 0
 
 
-@compiled
+@inlined
 def remember(state: State, block: int) -> None:
     """Note that `block` is given up; the oldest entry of a full memory goes."""
     policy = state.policy
@@ -85,7 +85,7 @@ def remember(state: State, block: int) -> None:
     policy[bucket] = place + 1
 
 
-@compiled
+@inlined
 def recall(state: State, path: int) -> int:
     """Forget `path` if it was given up lately; returns how many were given up since, or -1 if it is not remembered."""
     policy = state.policy

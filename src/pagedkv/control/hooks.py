@@ -52,7 +52,7 @@ class Hooks:
         # A pin, as the block may have cached children now and become a leaf when they go.
         is_pinned_here = spared >= 0 and state.blocks[spared].pins == 0
         if is_pinned_here:
-            withdraw(state, spared)
+            withdraw(state.packed, spared)
             state.blocks[spared].pins = 1
         try:
             for _ in range(missing):
@@ -60,13 +60,13 @@ class Hooks:
         finally:
             if is_pinned_here:
                 state.blocks[spared].pins = 0
-                offer(state, spared)
+                offer(state.packed, spared)
 
     def _give_up_one(self, state: State) -> None:
         name = type(self._strategy).__name__
         most = SOME_CHANCES + MOST_CHANCES * int(state.counters[0].heap_size)
         for _ in range(most):
-            block = int(lowest_leaf(state))
+            block = int(lowest_leaf(state.packed))
             if block < 0:
                 return
             view = block_view(state, np.array([block], np.int32))
@@ -74,12 +74,12 @@ class Hooks:
             if answer is None:
                 self._free(state, block)
                 return
-            rescore(state, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
+            rescore(state.packed, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
         raise InvalidOperation(f"{name}.on_reclaim: expected to let go of some block, kept {most} in a row")
 
     @staticmethod
     def _free(state: State, block: int) -> None:
-        give_up(state, block)
+        give_up(state.packed, block)
         counters = state.counters[0]
         state.blocks[block].num_tokens = 0
         state.free_stack[counters.free_top] = block

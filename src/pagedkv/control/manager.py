@@ -27,13 +27,13 @@ from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, 
 from pagedkv.control.hooks import Hooks, block_view
 from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.policies import CUSTOM
+from pagedkv.control.policies import IN_NUMPY, IN_NUMPY_WITH_HOOKS
 from pagedkv.control.pool import available_blocks, unpin_block
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
-from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_rule
+from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_policy_of
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
@@ -91,7 +91,8 @@ class BlockManager:
         self._strategy = as_strategy(strategy)
         self._eviction_threshold = threshold
         self._on_full = on_full
-        self._state = with_rule(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._is_scored_in_numpy = self._state.kernels in (IN_NUMPY, IN_NUMPY_WITH_HOOKS)
         self._hooks = Hooks(self._strategy)
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()
@@ -392,7 +393,7 @@ class BlockManager:
                 if not self._state.sequences[row].marks & PINNED:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
             for block in kept or ():
-                unpin_block(self._state, block)
+                unpin_block(self._state.packed, block)
             if row >= 0:
                 self._state.sequences[row].marks &= ~PINNED
                 self._state.sequences[row].pinned_blocks = 0
@@ -763,7 +764,7 @@ class BlockManager:
 
     def _score_before_release(self, row: int, first: int) -> None:
         """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
-        if self._state.counter("rule") == CUSTOM:
+        if self._is_scored_in_numpy:
             ids = sequences.release_candidates(self._state.packed, row, first)
             record, blocks = self._state.sequence(row), self._state.blocks
             blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)

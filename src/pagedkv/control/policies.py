@@ -9,18 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.control.ghosts import CLOCK, HAND, HEADER, INFLATION, LAP, TICKS, note_path, recall, remember
-from pagedkv.control.learner import expiry_of, note_give_up, note_store
-from pagedkv.control.state import MAIN, PROBATION, State
-from pagedkv.jit import compiled
-
-# The built-in strategies' scores of a block as one compiled function, so that no loop leaves compiled code for them.
-#
-# Each rule is the twin of a ``score_blocks`` in `strategies`; the contract tests hold them against each other. A
-# block is scored when it becomes reclaimable. The rule ``CUSTOM`` stands for a strategy in NumPy: it scores whole
-# batches before the compiled call, and the score is kept with the block.
-
-CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE, EXPIRY, S3_FIFO, SIEVE_RULE, COST, ADAPTIVE = range(11)
+from pagedkv.control.ghosts import CLOCK, HAND, INFLATION, LAP, TICKS, note_path, recall, remember
+from pagedkv.control.learner import expiry_of, note_give_up, note_hit, note_release, note_store
+from pagedkv.control.reclaim import end_of_request, rescore
+from pagedkv.control.state import MAIN, PROBATION, PolicyKernels, State
+from pagedkv.jit import inlined, pointed
 
 # Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
 RECENCY_BITS = 40
@@ -30,108 +23,222 @@ MOMENTS = (1 << RECENCY_BITS) - 1
 # (in blocks) it costs twice as much as the first.
 COST_OF_FIRST = 256
 
-
-@compiled
-def score_by_rule(state: State, block: int) -> int:
-    """Return how much `block` is worth keeping by the rule in force."""
-    record = state.blocks[block]
-    rule = state.counters[0].rule
-    if rule == RECENCY:
-        return record.last_access
-    if rule == FREQUENCY:
-        return (np.int64(record.access_count) << RECENCY_BITS) + record.last_access
-    if rule == DEPTH:
-        return (np.int64(-record.depth) << RECENCY_BITS) + record.last_access
-    if rule == PRIORITY:
-        return (np.int64(record.priority) << RECENCY_BITS) + record.last_access
-    if rule == EXPIRY:
-        return record.last_access + state.policy[TICKS] * record.priority
-    if rule == COST:
-        return state.policy[INFLATION] + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
-    if rule == AGE:
-        return record.created
-    if rule == SIEVE_RULE:
-        moment = record.score & MOMENTS
-        lap = state.policy[LAP] + (moment <= state.policy[HAND])
-        return (lap << RECENCY_BITS) + moment
-    if rule == ADAPTIVE:
-        return expiry_of(state, block)
-    return record.score
-
-
-# S3-FIFO: a tenth of the cache is for newcomers, two hits prove a block, three are the most that count.
-PROBATION_SHARE = 10
+# S3-FIFO: two hits prove a block, three are the most that count.
 PROOF = 2
 MOST_HITS = 3
 
 
-@compiled
+# A strategy in NumPy: it scores whole batches before the compiled call, and the score is kept with the block.
+
+
+@pointed
+def kept_score(state: State, block: int) -> int:
+    """Return the score that the strategy gave `block` before."""
+    return state.blocks[block].score
+
+
+@pointed
+def keep_path(state: State, block: int) -> int:
+    """Keep the path of a block for the strategy's hooks to see."""
+    note_path(state, block, state.blocks[block].parent)
+    return MAIN
+
+
+# Scores of a record alone. Each is the twin of a ``score_blocks`` in `strategies`; the contract tests hold them
+# against each other.
+
+
+@pointed
+def score_by_frequency(state: State, block: int) -> int:
+    """LFU."""
+    record = state.blocks[block]
+    return (np.int64(record.access_count) << RECENCY_BITS) + record.last_access
+
+
+@pointed
+def score_by_depth(state: State, block: int) -> int:
+    """LongestFirst."""
+    record = state.blocks[block]
+    return (np.int64(-record.depth) << RECENCY_BITS) + record.last_access
+
+
+@pointed
+def score_by_priority(state: State, block: int) -> int:
+    """Priority."""
+    record = state.blocks[block]
+    return (np.int64(record.priority) << RECENCY_BITS) + record.last_access
+
+
+@pointed
+def score_by_age(state: State, block: int) -> int:
+    """FIFO."""
+    return state.blocks[block].created
+
+
+@pointed
+def score_by_expiry(state: State, block: int) -> int:
+    """TTL."""
+    record = state.blocks[block]
+    return record.last_access + state.policy[TICKS] * record.priority
+
+
+# GDSF: Cherkasova, HPL-98-69R1, 1998.
+
+
+@pointed
+def score_by_cost(state: State, block: int) -> int:
+    """Uses times cost, above the price of what was evicted last."""
+    record = state.blocks[block]
+    return state.policy[INFLATION] + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
+
+
+@pointed
+def raise_price(state: State, block: int) -> int:
+    """Note what `block` was worth, which is evicted."""
+    state.policy[INFLATION] = state.blocks[block].score
+    return 0
+
+
+# The order of S3-FIFO and SIEVE: moments at which blocks were stored.
+
+
+@inlined
 def _next_moment(state: State) -> int:
     state.policy[CLOCK] += 1
     return state.policy[CLOCK]
 
 
-@compiled
-def queue_at_store(state: State, block: int, parent: int) -> int:
-    """Return the queue of a block that becomes findable under `parent`, and let the rule note it."""
-    rule = state.counters[0].rule
-    if rule == S3_FIFO:
-        state.blocks[block].score = _next_moment(state)
-        return PROBATION if recall(state, note_path(state, block, parent)) < 0 else MAIN
-    if rule == SIEVE_RULE:
-        state.blocks[block].score = _next_moment(state)
-    elif rule == ADAPTIVE:
-        note_store(state, block, note_path(state, block, parent))
-    elif rule == CUSTOM and len(state.policy) > HEADER:
-        note_path(state, block, parent)
+# S3-FIFO.
+
+
+@pointed
+def s3fifo_on_store(state: State, block: int) -> int:
+    """Let a newcomer wait on probation, unless it was evicted from there lately."""
+    record = state.blocks[block]
+    record.score = _next_moment(state)
+    return PROBATION if recall(state, note_path(state, block, record.parent)) < 0 else MAIN
+
+
+@pointed
+def s3fifo_second_chance(state: State, block: int) -> int:
+    """Promote a newcomer that proved itself; let a proven block that was hit since begin anew."""
+    record = state.blocks[block]
+    if record.indexed == 1 + PROBATION and record.recent_hits >= PROOF:
+        record.recent_hits = 0
+    elif record.indexed == 1 + MAIN and record.recent_hits > 0:
+        record.recent_hits = min(record.recent_hits, MOST_HITS) - 1
+    else:
+        return 0
+    rescore(state, block, _next_moment(state), MAIN)
+    return 1
+
+
+@pointed
+def s3fifo_on_evict(state: State, block: int) -> int:
+    """Remember a newcomer that is evicted."""
+    if state.blocks[block].indexed == 1 + PROBATION:
+        remember(state, block)
+    return 0
+
+
+# SIEVE. A score is the lap of the hand in which it reaches the block, and the moment at which that was stored.
+
+
+@pointed
+def sieve_score(state: State, block: int) -> int:
+    """Return when the hand reaches `block`: in this lap if it lies before it, else in the next."""
+    moment = state.blocks[block].score & MOMENTS
+    lap = state.policy[LAP] + (moment <= state.policy[HAND])
+    return (lap << RECENCY_BITS) + moment
+
+
+@pointed
+def sieve_on_store(state: State, block: int) -> int:
+    """Store the newest block behind all others."""
+    state.blocks[block].score = _next_moment(state)
     return MAIN
 
 
-@compiled
-def prefers_probation(state: State) -> bool:
-    """Tell whether a newcomer is to be given up rather than a proven block."""
-    counters = state.counters[0]
-    return counters.probation >= max(1, counters.num_blocks // PROBATION_SHARE)
+@pointed
+def sieve_second_chance(state: State, block: int) -> int:
+    """Move the hand to `block`, and past it if it was hit."""
+    record = state.blocks[block]
+    state.policy[LAP] = record.score >> RECENCY_BITS
+    state.policy[HAND] = record.score & MOMENTS
+    if record.recent_hits == 0:
+        return 0
+    record.recent_hits = 0
+    rescore(state, block, record.score + (np.int64(1) << RECENCY_BITS), MAIN)
+    return 1
 
 
-@compiled
-def gets_second_chance(state: State, block: int) -> tuple[bool, int, int]:
-    """Decide whether a block that comes first is kept once more, with which score and in which queue."""
-    rule, record = state.counters[0].rule, state.blocks[block]
-    if rule == S3_FIFO:
-        if record.indexed == 1 + PROBATION and record.recent_hits >= PROOF:
-            record.recent_hits = 0
-            return True, _next_moment(state), MAIN
-        if record.indexed == 1 + MAIN and record.recent_hits > 0:
-            record.recent_hits = min(record.recent_hits, MOST_HITS) - 1
-            return True, _next_moment(state), MAIN
-    if rule == SIEVE_RULE:
-        state.policy[LAP] = record.score >> RECENCY_BITS
-        state.policy[HAND] = record.score & MOMENTS
-        if record.recent_hits > 0:
-            record.recent_hits = 0
-            return True, record.score + (np.int64(1) << RECENCY_BITS), MAIN
-    return False, 0, MAIN
+@pointed
+def sieve_after_evict(state: State, next_block: int) -> int:
+    """When the hand has passed the newest leaf, it goes back to the oldest."""
+    lap = state.policy[LAP]
+    if next_block < 0 or state.blocks[next_block].score >> RECENCY_BITS > lap:
+        state.policy[LAP] = lap + 1
+        state.policy[HAND] = 0
+    return 0
 
 
-@compiled
-def start_over(state: State, next_block: int) -> None:
-    """SIEVE: when the hand has passed the newest leaf, it goes back to the oldest."""
-    if state.counters[0].rule == SIEVE_RULE:
-        lap = state.policy[LAP]
-        if next_block < 0 or state.blocks[next_block].score >> RECENCY_BITS > lap:
-            state.policy[LAP] = lap + 1
-            state.policy[HAND] = 0
+# The adaptive strategy.
 
 
-@compiled
-def let_go(state: State, block: int) -> None:
-    """Let the rule know that `block` is given up."""
-    rule = state.counters[0].rule
-    if rule == S3_FIFO:
-        if state.blocks[block].indexed == 1 + PROBATION:
-            remember(state, block)
-    elif rule == ADAPTIVE:
-        note_give_up(state, block)
-    elif rule == COST:
-        state.policy[INFLATION] = state.blocks[block].score
+@pointed
+def adaptive_score(state: State, block: int) -> int:
+    """Return when `block` expires."""
+    return expiry_of(state, block)
+
+
+@pointed
+def adaptive_on_store(state: State, block: int) -> int:
+    """Begin a note on `block`."""
+    note_store(state, block, note_path(state, block, state.blocks[block].parent))
+    return MAIN
+
+
+@pointed
+def adaptive_on_hit(state: State, block: int) -> int:
+    """Note a reuse."""
+    note_hit(state, block)
+    return 0
+
+
+@pointed
+def adaptive_on_release(state: State, block: int) -> int:
+    """Note that `block` waits for a reuse."""
+    note_release(state, block)
+    return 0
+
+
+@pointed
+def adaptive_on_evict(state: State, block: int) -> int:
+    """Remember `block` as a ghost."""
+    note_give_up(state, block)
+    return 0
+
+
+RECENCY = PolicyKernels()
+FREQUENCY = PolicyKernels(score_by_frequency)
+DEPTH = PolicyKernels(score_by_depth)
+PRIORITY = PolicyKernels(score_by_priority)
+AGE = PolicyKernels(score_by_age)
+EXPIRY = PolicyKernels(score_by_expiry)
+COST = PolicyKernels(score_by_cost, on_evict=raise_price)
+S3_FIFO = PolicyKernels(
+    kept_score, on_store=s3fifo_on_store, second_chance=s3fifo_second_chance, on_evict=s3fifo_on_evict
+)
+SIEVE = PolicyKernels(
+    sieve_score, on_store=sieve_on_store, second_chance=sieve_second_chance, after_evict=sieve_after_evict
+)
+ADAPTIVE = PolicyKernels(
+    adaptive_score,
+    on_store=adaptive_on_store,
+    on_hit=adaptive_on_hit,
+    on_release=adaptive_on_release,
+    on_evict=adaptive_on_evict,
+    on_request_end=end_of_request,
+)
+IN_NUMPY = PolicyKernels(kept_score)
+IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_path)

@@ -10,15 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.learner import age_bucket, choose, expect, expiry_of, rank_again
-from pagedkv.control.policies import (
-    ADAPTIVE,
-    CUSTOM,
-    gets_second_chance,
-    let_go,
-    prefers_probation,
-    score_by_rule,
-    start_over,
-)
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.state import (
     ACCESSES,
@@ -43,16 +34,19 @@ from pagedkv.control.state import (
     Learner,
     State,
 )
-from pagedkv.jit import borrowed, called, compiled, inlined
+from pagedkv.jit import borrowed, called, compiled, inlined, pointed
+
+# S3-FIFO: a tenth of the cache is for newcomers.
+PROBATION_SHARE = 10
 
 
-@compiled
+@inlined
 def _base(state: State, block: int) -> int:
     """Return where the heap of the queue of `block` begins."""
     return (state.blocks[block].indexed - 1) * state.counters[0].num_blocks
 
 
-@compiled
+@inlined
 def _resize(state: State, base: int, change: int) -> int:
     """Let the heap at `base` grow or shrink by one; returns its new size."""
     counters = state.counters[0]
@@ -63,19 +57,19 @@ def _resize(state: State, base: int, change: int) -> int:
     return counters.probation_heap_size
 
 
-@compiled
+@inlined
 def _goes_before(state: State, a: int, b: int) -> bool:
     first, second = state.blocks[a].score, state.blocks[b].score
     return first < second or (first == second and a < b)
 
 
-@compiled
+@inlined
 def _place(state: State, block: int, base: int, position: int) -> None:
     state.heap[base + position] = block
     state.blocks[block].heap_pos = position + 1
 
 
-@compiled
+@inlined
 def _rise(state: State, block: int, base: int, position: int) -> None:
     while position > 0:
         above = (position - 1) >> 1
@@ -87,7 +81,7 @@ def _rise(state: State, block: int, base: int, position: int) -> None:
     _place(state, block, base, position)
 
 
-@compiled
+@inlined
 def _sink(state: State, block: int, base: int, position: int, size: int) -> None:
     while True:
         below = 2 * position + 1
@@ -103,7 +97,7 @@ def _sink(state: State, block: int, base: int, position: int, size: int) -> None
     _place(state, block, base, position)
 
 
-@compiled
+@inlined
 def _enter(state: State, block: int) -> None:
     base = _base(state, block)
     _rise(state, block, base, _resize(state, base, 1) - 1)
@@ -112,17 +106,18 @@ def _enter(state: State, block: int) -> None:
 @compiled
 def offer(state: State, block: int) -> None:
     """Put `block` into its heap if it can be reclaimed: cached, unpinned, a leaf, not there yet."""
+    state = borrowed(state)
     record = state.blocks[block]
     if record.indexed and record.ref_count == 0 and record.pins == 0 and record.num_children == 0:
         if record.heap_pos == 0:
-            if state.counters[0].rule != CUSTOM:
-                record.score = score_by_rule(state, block)
+            record.score = state.kernels.score(state, block) if state.kernels.score else record.last_access
             _enter(state, block)
 
 
 @compiled
 def withdraw(state: State, block: int) -> None:
     """Take `block` out of its heap if it is there."""
+    state = borrowed(state)
     record = state.blocks[block]
     if record.heap_pos == 0:
         return
@@ -141,6 +136,7 @@ def withdraw(state: State, block: int) -> None:
 @compiled
 def rescore(state: State, block: int, score: int, queue: int) -> None:
     """Move a cached leaf to another place in the order, and to `queue`."""
+    state = borrowed(state)
     record = state.blocks[block]
     withdraw(state, block)
     state.counters[0].probation += queue - (record.indexed - 1)
@@ -161,7 +157,7 @@ def rank_leaves(state: State) -> None:
         _sink(state, state.heap[position], 0, position, size)
 
 
-@compiled
+@inlined
 def forget(state: State, block: int) -> None:
     """Take a childless block out of the index; its parent may have become a reclaimable leaf."""
     parent = unlink_leaf(state, block)
@@ -169,11 +165,19 @@ def forget(state: State, block: int) -> None:
         offer(state, parent)
 
 
+@inlined
+def _prefers_probation(state: State) -> bool:
+    """Tell whether a newcomer is to be given up rather than a proven block."""
+    counters = state.counters[0]
+    return counters.probation >= max(1, counters.num_blocks // PROBATION_SHARE)
+
+
 @compiled
 def lowest_leaf(state: State) -> int:
     """Return the cached leaf that comes first in the queue that is to be drained, or -1 if nothing is cached."""
+    state = borrowed(state)
     counters = state.counters[0]
-    if counters.probation_heap_size > 0 and (counters.heap_size == 0 or prefers_probation(state)):
+    if counters.probation_heap_size > 0 and (counters.heap_size == 0 or _prefers_probation(state)):
         return state.heap[counters.num_blocks]
     return state.heap[0] if counters.heap_size > 0 else -1
 
@@ -181,25 +185,25 @@ def lowest_leaf(state: State) -> int:
 @compiled
 def give_up(state: State, block: int) -> None:
     """Take a cached leaf out of its heap and out of the index; its content is gone."""
-    let_go(state, block)
+    state = borrowed(state)
+    if state.kernels.on_evict:
+        state.kernels.on_evict(state, block)
     withdraw(state, block)
     forget(state, block)
     counters = state.counters[0]
     counters.cached -= 1
     counters.reclaimed += 1
-    start_over(state, lowest_leaf(state))
+    if state.kernels.after_evict:
+        state.kernels.after_evict(state, lowest_leaf(state))
 
 
-@compiled
+@inlined
 def reclaim_lowest(state: State) -> int:
     """Give up the cached block that the strategy ranks lowest and return it, free of content."""
     block = lowest_leaf(state)
-    while True:
-        is_kept, score, queue = gets_second_chance(state, block)
-        if not is_kept:
-            break
-        rescore(state, block, score, queue)
-        block = lowest_leaf(state)
+    if state.kernels.second_chance:
+        while state.kernels.second_chance(state, block):
+            block = lowest_leaf(state)
     give_up(state, block)
     return block
 
@@ -225,22 +229,19 @@ MOST_DEVIATIONS = 2.25
 MOST_LEAD = 0.2
 
 
-@inlined
-def end_of_request(state: State) -> None:
+@pointed
+def end_of_request(state: State, _: int) -> int:
     """Let the adaptive strategy learn and judge when it is time; then all cached leaves are ranked anew."""
-    counters = state.counters[0]
-    if counters.rule == ADAPTIVE:
-        learner = state.learner
-        learner.sums[REQUESTS] += 1.0
-        learner.sums[VARIANCE] += learner.sums[REQUEST_LEAD] * learner.sums[REQUEST_LEAD]
-        learner.sums[REQUEST_LEAD] = 0.0
-        if (
-            learner.numbers[CLOCK] >= learner.numbers[NEXT_LESSON]
-            or learner.numbers[ACCESSES] >= learner.numbers[NEXT_DUEL]
-        ):
-            blank = counters.free_top + counters.num_blocks - counters.fresh
-            if _advance(state.learner, state.notes, counters.num_blocks, blank, counters.num_blocks - counters.used):
-                rank_leaves(state)
+    counters, learner = state.counters[0], state.learner
+    learner.sums[REQUESTS] += 1.0
+    learner.sums[VARIANCE] += learner.sums[REQUEST_LEAD] * learner.sums[REQUEST_LEAD]
+    learner.sums[REQUEST_LEAD] = 0.0
+    numbers = learner.numbers
+    if numbers[CLOCK] >= numbers[NEXT_LESSON] or numbers[ACCESSES] >= numbers[NEXT_DUEL]:
+        blank = counters.free_top + counters.num_blocks - counters.fresh
+        if _advance(learner, state.notes, counters.num_blocks, blank, counters.num_blocks - counters.used):
+            rank_leaves(state)
+    return 0
 
 
 @called

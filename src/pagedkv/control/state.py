@@ -5,6 +5,7 @@ Block and sequence records are NumPy records, so that compiled code and plain Py
 fresh memory from the operating system is all zeros, so a pool of any size is created without touching it.
 
 =============  =====================================================================================
+``kernels``    what the strategy in force does: the one part that is no array
 ``blocks``     one record per block, as long as a cache line
 ``contents``   the token ids of every block, ``block_size`` per block, flat
 ``buckets``    the prefix table: the first block of each hash chain
@@ -27,6 +28,7 @@ from __future__ import annotations
 
 import secrets
 from collections import namedtuple
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -194,7 +196,7 @@ COUNTERS = np.dtype(
         [
             (name, "i8")
             for name in (
-                "num_blocks block_size prefix_caching whole_hits rule seed tick stamp "
+                "num_blocks block_size prefix_caching whole_hits seed tick stamp "
                 "fresh free_top used cached pinned heap_size probation_heap_size probation "
                 "num_sequences rows_used free_row num_dirty logging log_len "
                 "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"
@@ -204,7 +206,27 @@ COUNTERS = np.dtype(
 )
 
 
-class _Arrays(NamedTuple):
+Kernel = Callable[["State", int], int]
+
+
+class PolicyKernels(NamedTuple):
+    """What the strategy in force does, chosen once: a kernel for each event that it does not leave alone.
+
+    Each is called with the state and a block, as `pagedkv.jit.pointed` says.
+    """
+
+    score: Kernel | None = None  # how much a block is worth keeping, when it becomes reclaimable; else its last access
+    on_store: Kernel | None = None  # it becomes findable; returns its queue, else MAIN
+    on_hit: Kernel | None = None  # it was cached and is used again
+    on_release: Kernel | None = None  # its last user has gone, it is cached from now on
+    second_chance: Kernel | None = None  # it comes first; returns whether it was moved elsewhere in the order
+    on_evict: Kernel | None = None  # it is about to be evicted
+    after_evict: Kernel | None = None  # one was evicted, and this one comes first now, or -1
+    on_request_end: Kernel | None = None  # a request has ended; its last argument says nothing
+
+
+class _State(NamedTuple):
+    kernels: PolicyKernels
     blocks: npt.NDArray[np.void]
     contents: npt.NDArray[np.int64]
     buckets: npt.NDArray[np.int32]
@@ -227,7 +249,7 @@ class _Arrays(NamedTuple):
 _Sequence: Any = namedtuple("_Sequence", SEQUENCE.names or ())  # type: ignore[misc]
 
 
-class State(_Arrays):
+class State(_State):
     """All control state; passed as one argument to every compiled function."""
 
     @cached_property
@@ -272,6 +294,7 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
     # A secret seed: chains of chosen collisions would be slow (never wrong), so nobody may choose them.
     counters["seed"] = secrets.randbits(62)
     return State(
+        kernels=PolicyKernels(),
         blocks=np.zeros(num_blocks, BLOCK),
         contents=np.zeros(num_blocks * block_size, np.int64),
         buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),

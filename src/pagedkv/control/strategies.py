@@ -24,9 +24,10 @@ import numpy.typing as npt
 from pagedkv.control import policies
 from pagedkv.control.ghosts import TICKS, with_policy
 from pagedkv.control.learner import with_learner
-from pagedkv.control.policies import COST_OF_FIRST, PROBATION_SHARE, RECENCY_BITS
+from pagedkv.control.policies import COST_OF_FIRST, RECENCY_BITS
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
-from pagedkv.control.state import State
+from pagedkv.control.reclaim import PROBATION_SHARE
+from pagedkv.control.state import PolicyKernels, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation, bad_argument
 
@@ -389,9 +390,9 @@ for _builtin in (LRU, LFU, LongestFirst, Priority, StreamingLLM, FIFO):
     register_strategy(_builtin.__name__, _builtin)
 
 
-# Which compiled rule serves a strategy, and what it needs to remember.
+# Which kernels serve a strategy, and what it needs to remember.
 
-_RULES: dict[type, int] = {
+_KERNELS: dict[type, PolicyKernels] = {
     LRU: policies.RECENCY,
     StreamingLLM: policies.RECENCY,
     LFU: policies.FREQUENCY,
@@ -399,23 +400,24 @@ _RULES: dict[type, int] = {
     Priority: policies.PRIORITY,
     FIFO: policies.AGE,
     S3FIFO: policies.S3_FIFO,
-    SIEVE: policies.SIEVE_RULE,
+    SIEVE: policies.SIEVE,
     GDSF: policies.COST,
     TTL: policies.EXPIRY,
     Adaptive: policies.ADAPTIVE,
 }
 
 
-def with_rule(state: State, strategy: EvictionStrategy) -> State:
-    """Put the compiled rule of `strategy` in force; a user's own (subclasses of ours included) scores in NumPy."""
-    rule = _RULES.get(type(strategy), policies.CUSTOM)
-    state.counters[0].rule = rule
+def with_policy_of(state: State, strategy: EvictionStrategy) -> State:
+    """Put the kernels of `strategy` in force; a user's own (subclasses of ours included) scores in NumPy."""
+    in_numpy = policies.IN_NUMPY_WITH_HOOKS if hooks_of(strategy) else policies.IN_NUMPY
+    kernels = _KERNELS.get(type(strategy), in_numpy)
+    state = state._replace(kernels=kernels)
     num_blocks = len(state.blocks)
-    if rule == policies.S3_FIFO:
+    if kernels is policies.S3_FIFO:
         return with_policy(state, paths=True, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
-    if rule == policies.ADAPTIVE:
+    if kernels is policies.ADAPTIVE:
         return with_learner(state)
-    if rule in (policies.SIEVE_RULE, policies.COST):
+    if kernels in (policies.SIEVE, policies.COST):
         return with_policy(state)
     if isinstance(strategy, TTL):
         state = with_policy(state)
