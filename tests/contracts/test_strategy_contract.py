@@ -30,7 +30,6 @@ from pagedkv import (
     parse_strategy,
     register_strategy,
 )
-from pagedkv.control.ghosts import INFLATION
 from pagedkv.control.hooks import block_view
 from pagedkv.jit import borrowed
 
@@ -183,7 +182,7 @@ def test_a_compiled_rule_scores_as_its_twin_in_numpy(compiled):
     state = manager._state
     indexed = np.flatnonzero(state.blocks["indexed"]).astype(np.int32)
     scores = [int(kept_for(state.packed, block)) for block in indexed.tolist()]
-    price = int(state.policy[INFLATION]) if isinstance(compiled, GDSF) else 0
+    price = int(state.memory[0].inflation) if isinstance(compiled, GDSF) else 0
     assert manager.stats.blocks_reclaimed and (price > 0) == isinstance(compiled, GDSF)
     twin = compiled.score_blocks(block_view(state, indexed), manager.snapshot().tick)
     assert [score - price for score in scores] == twin.tolist() and len(set(scores)) > 10

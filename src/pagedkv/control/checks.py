@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.control.prefix import find_child
 from pagedkv.control.sequences import find_row
-from pagedkv.control.state import CLASSES, DIRTY, HEAP_SIZE, LIVE, LRU_SIZE, MAIN, OPAQUE, PROBATION, ROOM, State
+from pagedkv.control.state import CLASSES, DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
 from pagedkv.errors import CorruptedState
 
 
@@ -167,12 +167,12 @@ def _check_heap(state: State) -> None:
 def _check_notes(state: State) -> None:
     if not len(state.notes):
         return
-    blocks, kinds, numbers = state.blocks, state.notes["kind"], state.learner.numbers
+    blocks, kinds, numbers = state.blocks, state.notes["kind"], state.learner.totals[0]
     cached = (blocks["ref_count"] == 0) & (blocks["indexed"] != 0)
     for block in np.flatnonzero(cached != (kinds[: len(blocks)] != 0))[:1].tolist():
         _require(False, "notes and cached blocks differ", block, state.notes[block])
     _require(int(kinds.max(initial=0)) <= CLASSES, "class of a note", kinds.max(initial=0))
-    _require(max(numbers[LRU_SIZE], numbers[HEAP_SIZE]) <= numbers[ROOM], "shadow caches", numbers)
+    _require(max(numbers.lru_size, numbers.heap_size) <= numbers.room, "shadow caches", numbers)
 
 
 def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.ghosts import HEADER
 from pagedkv.control.protocol import EvictionStrategy, hooks_of
 from pagedkv.control.reclaim import give_up, lowest_leaf, offer, rescore, withdraw
 from pagedkv.control.state import MAIN, State
@@ -88,5 +87,5 @@ class Hooks:
 
 def block_view(state: State, blocks: Blocks) -> BlockView:
     """Return the view of `blocks` that strategies are shown."""
-    paths = state.policy[HEADER + blocks] if len(state.policy) > HEADER else None
+    paths = state.prefix_hashes[blocks] if len(state.prefix_hashes) else None
     return BlockView(state.blocks[blocks], blocks, paths)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.control.ghosts import CLOCK, HAND, INFLATION, LAP, TICKS, note_path, recall, remember
-from pagedkv.control.learner import expiry_of, note_give_up, note_hit, note_release, note_store
-from pagedkv.control.reclaim import end_of_request, rescore
+from pagedkv.control import learner
+from pagedkv.control.ghosts import note_prefix_hash, recall, remember
+from pagedkv.control.reclaim import rank_leaves, rescore
 from pagedkv.control.state import MAIN, PROBATION, PolicyKernels, State
 from pagedkv.jit import inlined, pointed
 
@@ -38,9 +38,9 @@ def kept_score(state: State, block: int) -> int:
 
 
 @pointed
-def keep_path(state: State, block: int) -> int:
-    """Keep the path of a block for the strategy's hooks to see."""
-    note_path(state, block, state.blocks[block].parent)
+def keep_prefix_hash(state: State, block: int) -> int:
+    """Keep the prefix hash of a block for the strategy's hooks to see."""
+    note_prefix_hash(state, block)
     return MAIN
 
 
@@ -79,7 +79,7 @@ def score_by_age(state: State, block: int) -> int:
 def score_by_expiry(state: State, block: int) -> int:
     """TTL."""
     record = state.blocks[block]
-    return record.last_access + state.policy[TICKS] * record.priority
+    return record.last_access + state.memory[0].ticks * record.priority
 
 
 # GDSF: Cherkasova, HPL-98-69R1, 1998.
@@ -89,13 +89,13 @@ def score_by_expiry(state: State, block: int) -> int:
 def score_by_cost(state: State, block: int) -> int:
     """Uses times cost, above the price of what was evicted last."""
     record = state.blocks[block]
-    return state.policy[INFLATION] + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
+    return state.memory[0].inflation + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
 
 
 @pointed
 def raise_price(state: State, block: int) -> int:
     """Note what `block` was worth, which is evicted."""
-    state.policy[INFLATION] = state.blocks[block].score
+    state.memory[0].inflation = state.blocks[block].score
     return 0
 
 
@@ -104,8 +104,8 @@ def raise_price(state: State, block: int) -> int:
 
 @inlined
 def _next_moment(state: State) -> int:
-    state.policy[CLOCK] += 1
-    return state.policy[CLOCK]
+    state.memory[0].clock += 1
+    return state.memory[0].clock
 
 
 # S3-FIFO.
@@ -116,7 +116,7 @@ def s3fifo_on_store(state: State, block: int) -> int:
     """Let a newcomer wait on probation, unless it was evicted from there lately."""
     record = state.blocks[block]
     record.score = _next_moment(state)
-    return PROBATION if recall(state, note_path(state, block, record.parent)) < 0 else MAIN
+    return MAIN if recall(state, note_prefix_hash(state, block)) else PROBATION
 
 
 @pointed
@@ -148,7 +148,7 @@ def s3fifo_on_evict(state: State, block: int) -> int:
 def sieve_score(state: State, block: int) -> int:
     """Return when the hand reaches `block`: in this lap if it lies before it, else in the next."""
     moment = state.blocks[block].score & MOMENTS
-    lap = state.policy[LAP] + (moment <= state.policy[HAND])
+    lap = state.memory[0].lap + (moment <= state.memory[0].hand)
     return (lap << RECENCY_BITS) + moment
 
 
@@ -163,8 +163,8 @@ def sieve_on_store(state: State, block: int) -> int:
 def sieve_second_chance(state: State, block: int) -> int:
     """Move the hand to `block`, and past it if it was hit."""
     record = state.blocks[block]
-    state.policy[LAP] = record.score >> RECENCY_BITS
-    state.policy[HAND] = record.score & MOMENTS
+    state.memory[0].lap = record.score >> RECENCY_BITS
+    state.memory[0].hand = record.score & MOMENTS
     if record.recent_hits == 0:
         return 0
     record.recent_hits = 0
@@ -175,47 +175,21 @@ def sieve_second_chance(state: State, block: int) -> int:
 @pointed
 def sieve_after_evict(state: State, next_block: int) -> int:
     """When the hand has passed the newest leaf, it goes back to the oldest."""
-    lap = state.policy[LAP]
+    lap = state.memory[0].lap
     if next_block < 0 or state.blocks[next_block].score >> RECENCY_BITS > lap:
-        state.policy[LAP] = lap + 1
-        state.policy[HAND] = 0
+        state.memory[0].lap = lap + 1
+        state.memory[0].hand = 0
     return 0
 
 
-# The adaptive strategy.
+# The adaptive strategy: `learner` has its other kernels.
 
 
 @pointed
-def adaptive_score(state: State, block: int) -> int:
-    """Return when `block` expires."""
-    return expiry_of(state, block)
-
-
-@pointed
-def adaptive_on_store(state: State, block: int) -> int:
-    """Begin a note on `block`."""
-    note_store(state, block, note_path(state, block, state.blocks[block].parent))
-    return MAIN
-
-
-@pointed
-def adaptive_on_hit(state: State, block: int) -> int:
-    """Note a reuse."""
-    note_hit(state, block)
-    return 0
-
-
-@pointed
-def adaptive_on_release(state: State, block: int) -> int:
-    """Note that `block` waits for a reuse."""
-    note_release(state, block)
-    return 0
-
-
-@pointed
-def adaptive_on_evict(state: State, block: int) -> int:
-    """Remember `block` as a ghost."""
-    note_give_up(state, block)
+def adaptive_on_request_end(state: State, _: int) -> int:
+    """Let it learn when it is time; then all cached leaves are ranked anew."""
+    if learner.end_request(state):
+        rank_leaves(state)
     return 0
 
 
@@ -233,12 +207,12 @@ SIEVE = PolicyKernels(
     sieve_score, on_store=sieve_on_store, second_chance=sieve_second_chance, after_evict=sieve_after_evict
 )
 ADAPTIVE = PolicyKernels(
-    adaptive_score,
-    on_store=adaptive_on_store,
-    on_hit=adaptive_on_hit,
-    on_release=adaptive_on_release,
-    on_evict=adaptive_on_evict,
-    on_request_end=end_of_request,
+    learner.expiry_of,
+    on_store=learner.note_store,
+    on_hit=learner.note_hit,
+    on_release=learner.note_release,
+    on_evict=learner.note_evict,
+    on_request_end=adaptive_on_request_end,
 )
 IN_NUMPY = PolicyKernels(kept_score)
-IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_path)
+IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_prefix_hash)

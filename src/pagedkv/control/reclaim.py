@@ -6,35 +6,9 @@ is kept. The order is total: by score, then by block id. All operations are O(lo
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from pagedkv.control.learner import age_bucket, choose, expect, expiry_of, rank_again
 from pagedkv.control.prefix import unlink_leaf
-from pagedkv.control.state import (
-    ACCESSES,
-    AGES,
-    CENSORED,
-    CLASSES,
-    CLOCK,
-    LEAD,
-    LESSONS,
-    NEXT_DUEL,
-    NEXT_LESSON,
-    RELEASES,
-    REQUEST_LEAD,
-    REQUESTS,
-    REUSED,
-    ROOM,
-    RULES,
-    SEEN,
-    STORES,
-    VARIANCE,
-    WAITING,
-    Learner,
-    State,
-)
-from pagedkv.jit import borrowed, called, compiled, inlined, pointed
+from pagedkv.control.state import State
+from pagedkv.jit import borrowed, called, compiled, inlined
 
 # S3-FIFO: a tenth of the cache is for newcomers.
 PROBATION_SHARE = 10
@@ -103,6 +77,11 @@ def _enter(state: State, block: int) -> None:
     _rise(state, block, base, _resize(state, base, 1) - 1)
 
 
+@inlined
+def _score(state: State, block: int) -> int:
+    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+
+
 @compiled
 def offer(state: State, block: int) -> None:
     """Put `block` into its heap if it can be reclaimed: cached, unpinned, a leaf, not there yet."""
@@ -110,7 +89,7 @@ def offer(state: State, block: int) -> None:
     record = state.blocks[block]
     if record.indexed and record.ref_count == 0 and record.pins == 0 and record.num_children == 0:
         if record.heap_pos == 0:
-            record.score = state.kernels.score(state, block) if state.kernels.score else record.last_access
+            record.score = _score(state, block)
             _enter(state, block)
 
 
@@ -147,12 +126,12 @@ def rescore(state: State, block: int, score: int, queue: int) -> None:
 
 @called
 def rank_leaves(state: State) -> None:
-    """Score all cached leaves of the main queue anew by what was learned and put them in order, O(n)."""
+    """Score all cached leaves of the main queue anew and put them in order, O(n)."""
     state = borrowed(state)
     size = state.counters[0].heap_size
     for position in range(size):
         block = state.heap[position]
-        state.blocks[block].score = expiry_of(state, block)
+        state.blocks[block].score = _score(state, block)
     for position in range(size // 2 - 1, -1, -1):
         _sink(state, state.heap[position], 0, position, size)
 
@@ -206,101 +185,3 @@ def reclaim_lowest(state: State) -> int:
             block = lowest_leaf(state)
     give_up(state, block)
     return block
-
-
-# When the adaptive strategy learns, and which order rules: asked at the end of every request.
-
-# Lessons come every half capacity of stored blocks, duels are judged every half capacity of accesses.
-PARTS = 2
-SHORTEST_PERIOD = 2048
-
-# Statistics lose a twentieth with each lesson; nothing is learned before the cache is full but for a sixteenth.
-MEMORY = 0.95
-FULL = 16
-
-# The learned order takes over when its shadow leads by so many standard deviations, and by so much of the accesses; it
-# loses when it is behind. A lead fades, and counts for little more than what takes over, and for at most a share of a
-# shadow: when the traffic changes, what was won before is soon used up.
-AHEAD = 2.0
-BEHIND = 0.5
-CLEARLY = 0.002
-FADING = 1 / 9  # per capacity of accesses
-MOST_DEVIATIONS = 2.25
-MOST_LEAD = 0.2
-
-
-@pointed
-def end_of_request(state: State, _: int) -> int:
-    """Let the adaptive strategy learn and judge when it is time; then all cached leaves are ranked anew."""
-    counters, learner = state.counters[0], state.learner
-    learner.sums[REQUESTS] += 1.0
-    learner.sums[VARIANCE] += learner.sums[REQUEST_LEAD] * learner.sums[REQUEST_LEAD]
-    learner.sums[REQUEST_LEAD] = 0.0
-    numbers = learner.numbers
-    if numbers[CLOCK] >= numbers[NEXT_LESSON] or numbers[ACCESSES] >= numbers[NEXT_DUEL]:
-        blank = counters.free_top + counters.num_blocks - counters.fresh
-        if _advance(learner, state.notes, counters.num_blocks, blank, counters.num_blocks - counters.used):
-            rank_leaves(state)
-    return 0
-
-
-@called
-def _advance(learner: Learner, notes: npt.NDArray[np.void], num_blocks: int, blank: int, room: int) -> bool:
-    """Learn, judge, or both; tells whether the order of the cached blocks changed."""
-    learner, notes = borrowed(learner), borrowed(notes)
-    period = max(SHORTEST_PERIOD, num_blocks // PARTS)
-    before, learned = learner.numbers[RULES], False
-    if learner.numbers[CLOCK] >= learner.numbers[NEXT_LESSON]:
-        learner.numbers[NEXT_LESSON] = learner.numbers[CLOCK] + period
-        learned = blank <= num_blocks // FULL
-    if learned:
-        _count_waiting(learner, notes)
-        expect(learner)
-        choose(learner, max(1, room))
-        rank_again(learner)
-        _fade(learner)
-        learner.numbers[LESSONS] += 1
-    if learner.numbers[ACCESSES] >= learner.numbers[NEXT_DUEL]:
-        learner.numbers[NEXT_DUEL] = learner.numbers[ACCESSES] + period
-        if learner.numbers[LESSONS] > 0:
-            _judge(learner, period / num_blocks)
-    return learner.numbers[RULES] != before or (learned and learner.numbers[RULES] != 0)
-
-
-@inlined
-def _count_waiting(learner: Learner, notes: npt.NDArray[np.void]) -> None:
-    """Count the cached blocks and the ghosts by class and age."""
-    for c in range(CLASSES):
-        for b in range(AGES):
-            learner.tables[WAITING, c, b] = 0.0
-    for i in range(len(notes)):
-        if notes[i].kind != 0:
-            learner.tables[WAITING, notes[i].kind - 1, age_bucket(learner.numbers[CLOCK] - notes[i].let_go)] += 1.0
-
-
-@inlined
-def _fade(learner: Learner) -> None:
-    for c in range(CLASSES):
-        learner.released[c] *= MEMORY
-        for b in range(AGES):
-            learner.tables[REUSED, c, b] *= MEMORY
-            learner.tables[CENSORED, c, b] *= MEMORY
-    learner.sums[STORES] *= MEMORY
-    learner.sums[RELEASES] *= MEMORY
-    learner.sums[REQUESTS] *= MEMORY
-
-
-@inlined
-def _judge(learner: Learner, elapsed: float) -> None:
-    """Let the order rule whose shadow had more hits lately."""
-    deviation = learner.sums[VARIANCE] ** 0.5
-    if learner.sums[LEAD] > CLEARLY * learner.sums[SEEN] + AHEAD * deviation:
-        learner.numbers[RULES] = 1
-    elif learner.sums[LEAD] < -BEHIND * deviation:
-        learner.numbers[RULES] = 0
-    kept = 1.0 / (1.0 + FADING * elapsed)
-    most = CLEARLY * learner.sums[SEEN] + MOST_DEVIATIONS * deviation
-    most = min(most, MOST_LEAD * learner.numbers[ROOM])
-    learner.sums[SEEN] *= kept
-    learner.sums[VARIANCE] *= kept * kept
-    learner.sums[LEAD] = min(most, max(-most, learner.sums[LEAD] * kept))

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control import policies
-from pagedkv.control.ghosts import TICKS, with_policy
+from pagedkv.control.ghosts import with_prefix_hashes
 from pagedkv.control.learner import with_learner
 from pagedkv.control.policies import COST_OF_FIRST, RECENCY_BITS
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
@@ -414,13 +414,9 @@ def with_policy_of(state: State, strategy: EvictionStrategy) -> State:
     state = state._replace(kernels=kernels)
     num_blocks = len(state.blocks)
     if kernels is policies.S3_FIFO:
-        return with_policy(state, paths=True, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
+        return with_prefix_hashes(state, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
     if kernels is policies.ADAPTIVE:
         return with_learner(state)
-    if kernels in (policies.SIEVE, policies.COST):
-        return with_policy(state)
-    if isinstance(strategy, TTL):
-        state = with_policy(state)
-        state.policy[TICKS] = strategy.ticks
-        return state
-    return with_policy(state, paths=True) if hooks_of(strategy) else state
+    if kernels is policies.EXPIRY and isinstance(strategy, TTL):
+        state.memory[0].ticks = strategy.ticks
+    return with_prefix_hashes(state) if kernels is policies.IN_NUMPY_WITH_HOOKS else state
