@@ -14,13 +14,23 @@ from numba.core import cgutils, types
 from numba.core.imputils import builtin_registry
 from numba.core.registry import CPUDispatcher
 from numba.core.typing.templates import AttributeTemplate
-from numba.extending import infer_getattr, intrinsic, models, overload, register_model
+from numba.extending import infer_getattr, intrinsic, models, overload, register_jitable, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from pagedkv.compiling import manage, watch_compiles
 from pagedkv.kernel_cache import cache_directory
 
-__all__ = ["borrowed", "cache_directory", "called", "compiled", "inlined", "packed", "pointed", "watch_compiles"]
+__all__ = [
+    "borrowed",
+    "cache_directory",
+    "called",
+    "compiled",
+    "formula",
+    "inlined",
+    "packed",
+    "pointed",
+    "watch_compiles",
+]
 
 Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -100,6 +110,11 @@ def pointed(function: Function) -> Function:
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
     return _Kernel(function, part_on_disk=True, no_cfunc_wrapper=False)  # type: ignore[return-value]
+
+
+def formula(function: Function) -> Function:
+    """Let kernels call a small function that Python calls as it is: of a record there, of whole columns here."""
+    return register_jitable(function)
 
 
 class Borrowed(types.Type):

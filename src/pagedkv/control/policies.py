@@ -1,11 +1,12 @@
-"""What the rules with a memory do when a block is stored and when it is about to be given up.
+"""Eviction policies of cached blocks, compiled: what each built-in strategy does when something happens to a block.
 
-S3-FIFO: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1. SIEVE: Zhang et al.,
-"SIEVE is simpler than LRU", NSDI 2024, algorithm 1. GDSF: Cherkasova, HPL-98-69R1, 1998. All three are held to leaves
-of the prefix trie here: the first leaf in their order goes.
+A policy is a record of kernels (`PolicyKernels`), chosen once, when a cache is made. The memory of a policy lies with
+the cache, so one strategy object may serve many caches.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -13,19 +14,119 @@ from pagedkv.control import learner
 from pagedkv.control.ghosts import note_prefix_hash, recall, remember
 from pagedkv.control.reclaim import rank_leaves, rescore
 from pagedkv.control.state import MAIN, PROBATION, PolicyKernels, State
-from pagedkv.jit import inlined, pointed
+from pagedkv.jit import formula, inlined, pointed
+
+# Formulas: what a block is worth by its record. NumPy computes them for the columns of a view as well.
 
 # Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
 RECENCY_BITS = 40
 MOMENTS = (1 << RECENCY_BITS) - 1
 
-# GDSF: a block deep in a prefix costs more to compute again, as attention reads all that precedes it. At this depth
-# (in blocks) it costs twice as much as the first.
+# A block deep in a prefix costs more to compute again, as attention reads all that precedes it. At this depth (in
+# blocks) it costs twice as much as the first.
 COST_OF_FIRST = 256
 
-# S3-FIFO: two hits prove a block, three are the most that count.
-PROOF = 2
-MOST_HITS = 3
+
+@formula
+def by_frequency(block: Any) -> Any:
+    """Uses, then recency."""
+    return (np.int64(block.access_count) << RECENCY_BITS) + block.last_access
+
+
+@formula
+def by_depth(block: Any) -> Any:
+    """The deepest first, then recency."""
+    return (np.int64(-block.depth) << RECENCY_BITS) + block.last_access
+
+
+@formula
+def by_priority(block: Any) -> Any:
+    """Priority, then recency."""
+    return (np.int64(block.priority) << RECENCY_BITS) + block.last_access
+
+
+@formula
+def by_expiry(block: Any, ticks: int) -> Any:
+    """When a block expires that each step of priority keeps for so many ticks."""
+    return block.last_access + ticks * np.int64(block.priority)
+
+
+@formula
+def by_cost(block: Any) -> Any:
+    """Uses times the cost of computing the block again."""
+    return block.access_count * (COST_OF_FIRST + np.int64(block.depth))
+
+
+# Least recently used, the default, needs no kernel: see `PolicyKernels`.
+
+LRU = PolicyKernels()
+
+
+# Formulas alone.
+
+
+@pointed
+def lfu_score(state: State, block: int) -> int:
+    """Score by frequency."""
+    return by_frequency(state.blocks[block])
+
+
+LFU = PolicyKernels(lfu_score)
+
+
+@pointed
+def longest_first_score(state: State, block: int) -> int:
+    """Score by depth."""
+    return by_depth(state.blocks[block])
+
+
+LONGEST_FIRST = PolicyKernels(longest_first_score)
+
+
+@pointed
+def priority_score(state: State, block: int) -> int:
+    """Score by priority."""
+    return by_priority(state.blocks[block])
+
+
+PRIORITY = PolicyKernels(priority_score)
+
+
+@pointed
+def ttl_score(state: State, block: int) -> int:
+    """Score by expiry."""
+    return by_expiry(state.blocks[block], state.memory[0].ticks)
+
+
+TTL = PolicyKernels(ttl_score)
+
+
+@pointed
+def fifo_score(state: State, block: int) -> int:
+    """Score by the tick at which the block was filled."""
+    return state.blocks[block].created
+
+
+FIFO = PolicyKernels(fifo_score)
+
+
+# GDSF: Cherkasova, HPL-98-69R1, 1998.
+
+
+@pointed
+def gdsf_score(state: State, block: int) -> int:
+    """Score by cost, above the price of what was evicted last."""
+    return state.memory[0].inflation + by_cost(state.blocks[block])
+
+
+@pointed
+def gdsf_on_evict(state: State, block: int) -> int:
+    """Raise the price to what `block` was worth."""
+    state.memory[0].inflation = state.blocks[block].score
+    return 0
+
+
+GDSF = PolicyKernels(gdsf_score, on_evict=gdsf_on_evict)
 
 
 # A strategy in NumPy: it scores whole batches before the compiled call, and the score is kept with the block.
@@ -33,7 +134,7 @@ MOST_HITS = 3
 
 @pointed
 def kept_score(state: State, block: int) -> int:
-    """Return the score that the strategy gave `block` before."""
+    """Return the score that `block` has."""
     return state.blocks[block].score
 
 
@@ -44,71 +145,22 @@ def keep_prefix_hash(state: State, block: int) -> int:
     return MAIN
 
 
-# Scores of a record alone. Each is the twin of a ``score_blocks`` in `strategies`; the contract tests hold them
-# against each other.
+IN_NUMPY = PolicyKernels(kept_score)
+IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_prefix_hash)
 
 
-@pointed
-def score_by_frequency(state: State, block: int) -> int:
-    """LFU."""
-    record = state.blocks[block]
-    return (np.int64(record.access_count) << RECENCY_BITS) + record.last_access
+# S3-FIFO: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1, over the leaves of
+# the prefix trie. Scores are the moments at which blocks were stored. Two hits prove a block, three are the most that
+# count.
 
-
-@pointed
-def score_by_depth(state: State, block: int) -> int:
-    """LongestFirst."""
-    record = state.blocks[block]
-    return (np.int64(-record.depth) << RECENCY_BITS) + record.last_access
-
-
-@pointed
-def score_by_priority(state: State, block: int) -> int:
-    """Priority."""
-    record = state.blocks[block]
-    return (np.int64(record.priority) << RECENCY_BITS) + record.last_access
-
-
-@pointed
-def score_by_age(state: State, block: int) -> int:
-    """FIFO."""
-    return state.blocks[block].created
-
-
-@pointed
-def score_by_expiry(state: State, block: int) -> int:
-    """TTL."""
-    record = state.blocks[block]
-    return record.last_access + state.memory[0].ticks * record.priority
-
-
-# GDSF: Cherkasova, HPL-98-69R1, 1998.
-
-
-@pointed
-def score_by_cost(state: State, block: int) -> int:
-    """Uses times cost, above the price of what was evicted last."""
-    record = state.blocks[block]
-    return state.memory[0].inflation + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
-
-
-@pointed
-def raise_price(state: State, block: int) -> int:
-    """Note what `block` was worth, which is evicted."""
-    state.memory[0].inflation = state.blocks[block].score
-    return 0
-
-
-# The order of S3-FIFO and SIEVE: moments at which blocks were stored.
+PROOF = 2
+MOST_HITS = 3
 
 
 @inlined
 def _next_moment(state: State) -> int:
     state.memory[0].clock += 1
     return state.memory[0].clock
-
-
-# S3-FIFO.
 
 
 @pointed
@@ -141,7 +193,13 @@ def s3fifo_on_evict(state: State, block: int) -> int:
     return 0
 
 
-# SIEVE. A score is the lap of the hand in which it reaches the block, and the moment at which that was stored.
+S3FIFO = PolicyKernels(
+    kept_score, on_store=s3fifo_on_store, second_chance=s3fifo_second_chance, on_evict=s3fifo_on_evict
+)
+
+
+# SIEVE: Zhang et al., "SIEVE is simpler than LRU", NSDI 2024, algorithm 1, over the leaves of the prefix trie. A score
+# is the lap of the hand in which it reaches the block, and the moment at which that was stored.
 
 
 @pointed
@@ -182,6 +240,11 @@ def sieve_after_evict(state: State, next_block: int) -> int:
     return 0
 
 
+SIEVE = PolicyKernels(
+    sieve_score, on_store=sieve_on_store, second_chance=sieve_second_chance, after_evict=sieve_after_evict
+)
+
+
 # The adaptive strategy: `learner` has its other kernels.
 
 
@@ -193,19 +256,6 @@ def adaptive_on_request_end(state: State, _: int) -> int:
     return 0
 
 
-RECENCY = PolicyKernels()
-FREQUENCY = PolicyKernels(score_by_frequency)
-DEPTH = PolicyKernels(score_by_depth)
-PRIORITY = PolicyKernels(score_by_priority)
-AGE = PolicyKernels(score_by_age)
-EXPIRY = PolicyKernels(score_by_expiry)
-COST = PolicyKernels(score_by_cost, on_evict=raise_price)
-S3_FIFO = PolicyKernels(
-    kept_score, on_store=s3fifo_on_store, second_chance=s3fifo_second_chance, on_evict=s3fifo_on_evict
-)
-SIEVE = PolicyKernels(
-    sieve_score, on_store=sieve_on_store, second_chance=sieve_second_chance, after_evict=sieve_after_evict
-)
 ADAPTIVE = PolicyKernels(
     learner.expiry_of,
     on_store=learner.note_store,
@@ -214,5 +264,3 @@ ADAPTIVE = PolicyKernels(
     on_evict=learner.note_evict,
     on_request_end=adaptive_on_request_end,
 )
-IN_NUMPY = PolicyKernels(kept_score)
-IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_prefix_hash)
