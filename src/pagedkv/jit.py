@@ -27,6 +27,7 @@ __all__ = [
     "compiled",
     "formula",
     "inlined",
+    "mix64",
     "packed",
     "pointed",
     "watch_compiles",
@@ -114,7 +115,15 @@ def pointed(function: Function) -> Function:
 
 def formula(function: Function) -> Function:
     """Let kernels call a small function that Python calls as it is: of a record there, of whole columns here."""
-    return register_jitable(function)
+    return register_jitable(forceinline=True, error_model="numpy")(function)
+
+
+@formula
+def mix64(bits: Any) -> Any:
+    """Mix 64 bits, uint64: the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
 
 
 class Borrowed(types.Type):

@@ -16,7 +16,7 @@ from pagedkv.control.state import State
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, compiled, inlined
 
-# Requests whose blocks are named by content ids: matched, computed and let go at once, a whole trace in one call.
+# Requests whose blocks are named by content ids: matched, computed and released at once, a whole trace in one call.
 #
 # A trace names every block of a request by an id; such a block is one "token" of a pool with a block size of 1. A
 # request that runs alone needs no row of its own: it holds a path of the trie, and a path is safe as long as its
@@ -77,7 +77,7 @@ def begin_request(
 
 @compiled
 def end_request(state: State, path: npt.NDArray[np.int32], hits: int, held: int) -> None:
-    """Let go of what `begin_request` holds, tail first."""
+    """Release what `begin_request` holds, tail first."""
     state = borrowed(state)
     for i in range(held - 1, max(hits - 1, 0) - 1, -1):
         drop_block(state, path[i])
@@ -130,7 +130,7 @@ class ContentCache(BlockManager):
     num_blocks : int
         Capacity.
     strategy : str or EvictionStrategy
-        What is given up first.
+        What is evicted first.
 
     Raises
     ------

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from pagedkv.control.prefix import hash_tokens
 from pagedkv.control.state import GHOST, State, power_of_two
 from pagedkv.jit import inlined
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FINISH = np.uint64(0xBF58476D1CE4E5B9)
-_SHIFT = np.uint64(31)
 
 
 def with_prefix_hashes(state: State, ghosts: int = 0) -> State:
@@ -38,12 +35,8 @@ def note_prefix_hash(state: State, block: int) -> int:
     """Compute the prefix hash of `block` from that of its parent, and keep it with the block."""
     size, parent = state.counters[0].block_size, state.blocks[block].parent
     above = state.prefix_hashes[parent] if parent >= 0 else np.int64(state.roots[-1 - parent, 3])
-    mixed = np.uint64(above)
-    for i in range(block * size, (block + 1) * size):
-        mixed = (mixed ^ np.uint64(state.contents[i])) * _STEP
-        mixed ^= mixed >> _SHIFT
-    mixed *= _FINISH
-    prefix_hash = np.int64((mixed ^ (mixed >> _SHIFT)) | np.uint64(1))  # 0 is an empty place of the ring
+    mixed = hash_tokens(np.uint64(above), state.contents, block * size, size)
+    prefix_hash = np.int64((mixed ^ (mixed >> np.uint64(31))) | np.uint64(1))  # 0 is an empty place of the ring
     state.prefix_hashes[block] = prefix_hash
     return prefix_hash
 

@@ -47,7 +47,7 @@ def with_learner(state: State) -> State:
     return with_prefix_hashes(state)._replace(notes=np.zeros(num_blocks + ghosts, NOTE), learner=learner)
 
 
-def forget_content(state: State) -> None:
+def forget_notes(state: State) -> None:
     """Forget all blocks, ghosts and shadows, but not what was learned from them."""
     if len(state.notes):
         learner, totals = state.learner, state.learner.totals[0]

@@ -33,7 +33,7 @@ from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
-from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_policy_of
+from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, forget_blocks, with_policy_of
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
@@ -56,7 +56,7 @@ class BlockManager:
     block_size : int
         Tokens per block.
     strategy : str or EvictionStrategy
-        What is given up first; a name for ``parse_strategy`` or an object.
+        What is evicted first; a name for ``parse_strategy`` or an object.
     eviction_threshold : float
         ``needs_eviction`` is true from this utilization on; clamped to 0 … 1.
     prefix_caching : bool
@@ -516,6 +516,7 @@ class BlockManager:
         """
         with self._lock:
             freed = prefix.clear(self._state)
+            forget_blocks(self._state)
             self._kept_pins.clear()
             self._publish(AllBlocksCleared())
             return freed
@@ -587,7 +588,7 @@ class BlockManager:
 
     @property
     def eviction_strategy(self) -> EvictionStrategy:
-        """What is given up first."""
+        """What is evicted first."""
         return self._strategy
 
     @property
@@ -799,7 +800,7 @@ class BlockManager:
         try:
             self._hooks.make_room(self._state, needed, spared)
         except BaseException:
-            self._publish()  # what it gave up before it failed is gone
+            self._publish()  # what it evicted before it failed is gone
             raise
 
     def _tell_hits(self, row: int) -> None:

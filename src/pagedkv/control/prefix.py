@@ -9,12 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.ghosts import forget_ghosts
-from pagedkv.control.learner import forget_content
 from pagedkv.control.state import LIVE, MAIN, OPAQUE, State
 from pagedkv.jit import borrowed, compiled, inlined
 
-# Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of the splitmix64 finalizer).
+# Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of SplitMix64's finaliser).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(31)
@@ -24,15 +22,21 @@ MAX_SIBLINGS = 32
 
 
 @inlined
+def hash_tokens(begin: np.uint64, ids: npt.NDArray[np.int64], start: int, size: int) -> np.uint64:
+    """Return a hash of ``ids[start : start + size]`` that goes on from `begin`; its high bits are the best."""
+    mixed = begin
+    for i in range(start, start + size):
+        mixed = (mixed ^ np.uint64(ids[i])) * _STEP
+        mixed ^= mixed >> _SHIFT
+    return mixed * _FINISH
+
+
+@inlined
 def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
     """Return the bucket of the key (parent, ``ids[start : start + block_size]``)."""
     counters = state.counters[0]
-    mixed = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
-    for i in range(start, start + counters.block_size):
-        mixed = (mixed ^ np.uint64(ids[i])) * _STEP
-        mixed ^= mixed >> _SHIFT
-    mixed *= _FINISH
-    return np.int64(mixed >> _SHIFT) & (len(state.buckets) - 1)
+    begin = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
+    return np.int64(hash_tokens(begin, ids, start, counters.block_size) >> _SHIFT) & (len(state.buckets) - 1)
 
 
 @compiled
@@ -198,7 +202,5 @@ def clear(state: State) -> int:
     state.sequences["num_indexed"][live] = 0
     counters.free_top = top + len(cached)
     counters.cached = counters.pinned = counters.heap_size = counters.probation_heap_size = counters.probation = 0
-    forget_ghosts(state)
-    forget_content(state)
     counters.log_len = 0
     return len(cached)

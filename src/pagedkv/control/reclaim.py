@@ -1,4 +1,4 @@
-"""The order in which cached blocks are given up: an indexed binary heap of the cached leaves for each queue.
+"""Eviction order of cached blocks: an indexed binary heap of the cached leaves for each queue.
 
 Only a leaf (no cached or active child) is ever in a heap, so a chain shrinks from its tail and no unreachable block
 is kept. The order is total: by score, then by block id. All operations are O(log n).
@@ -146,7 +146,7 @@ def forget(state: State, block: int) -> None:
 
 @inlined
 def _prefers_probation(state: State) -> bool:
-    """Tell whether a newcomer is to be given up rather than a proven block."""
+    """Tell whether a newcomer is to be evicted rather than a proven block."""
     counters = state.counters[0]
     return counters.probation >= max(1, counters.num_blocks // PROBATION_SHARE)
 
@@ -162,7 +162,7 @@ def lowest_leaf(state: State) -> int:
 
 
 @compiled
-def give_up(state: State, block: int) -> None:
+def evict_leaf(state: State, block: int) -> None:
     """Take a cached leaf out of its heap and out of the index; its content is gone."""
     state = borrowed(state)
     if state.kernels.on_evict:
@@ -178,10 +178,10 @@ def give_up(state: State, block: int) -> None:
 
 @inlined
 def reclaim_lowest(state: State) -> int:
-    """Give up the cached block that the strategy ranks lowest and return it, free of content."""
+    """Evict the cached block that the strategy ranks lowest and return it, free of content."""
     block = lowest_leaf(state)
     if state.kernels.second_chance:
         while state.kernels.second_chance(state, block):
             block = lowest_leaf(state)
-    give_up(state, block)
+    evict_leaf(state, block)
     return block

@@ -435,7 +435,7 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
 
 @compiled
 def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int32]:
-    """Return the blocks of a sequence, from table place `first` on, that become cached if it lets go of them."""
+    """Return the blocks of a sequence, from table place `first` on, that become cached if it releases them."""
     state = borrowed(state)
     record = state.sequences[row]
     found = np.empty(record.num_blocks, np.int32)
@@ -737,7 +737,7 @@ def _count_foreign(state: State, row: int, first: int) -> int:
 def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -> int:
     """Make the blocks from table place `first` on private and unindexed, copying where others share them.
 
-    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to let go of some.
+    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to release some.
     """
     record, table = state.sequences[row], state.tables[row]
     count = 0

@@ -11,7 +11,7 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``buckets``        the prefix table: the first block of each hash chain
 ``siblings``       per block: first child, next sibling, previous sibling
 ``roots``          per namespace: number of children, first child, number of live sequences, what the salt hashes to
-``heap``           cached leaves in the order in which they are given up, one heap for each of two queues
+``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues
 ``free_stack``     blocks that were used before and hold nothing now; never used ones lie above ``fresh``
 ``sequences``      one record per live sequence, as long as two
 ``tables``         the block table of every sequence
@@ -221,7 +221,7 @@ SEQUENCE = np.dtype(
             ("num_committed", "i8"),  # leading visible tokens whose K and V are written
             ("num_known", "i8"),  # leading visible tokens whose ids are known
             ("num_cached", "i8"),
-            ("num_dropped", "i8"),  # tokens that streaming gave up
+            ("num_dropped", "i8"),  # tokens that streaming dropped
             ("last_access", "i8"),
             ("access_count", "i8"),
             ("created", "i8"),

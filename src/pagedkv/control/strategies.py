@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pagedkv.control import policies
-from pagedkv.control.ghosts import with_prefix_hashes
-from pagedkv.control.learner import with_learner
+from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
+from pagedkv.control.learner import forget_notes, with_learner
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
 from pagedkv.control.reclaim import PROBATION_SHARE
 from pagedkv.control.state import PolicyKernels, State
@@ -374,3 +374,9 @@ def with_policy_of(state: State, strategy: EvictionStrategy) -> State:
     if kernels is policies.TTL and isinstance(strategy, TTL):
         state.memory[0].ticks = strategy.ticks
     return with_prefix_hashes(state) if kernels is policies.IN_NUMPY_WITH_HOOKS else state
+
+
+def forget_blocks(state: State) -> None:
+    """Forget what the strategy in force knows of single blocks, when all of them are forgotten."""
+    forget_ghosts(state)
+    forget_notes(state)
