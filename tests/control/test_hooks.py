@@ -220,7 +220,7 @@ def test_a_strategy_that_keeps_for_ever(make):
     cache, spy = filled(make)
     spy.__dict__["answer"] = lambda: 7
     for _ in range(3):
-        with pytest.raises(InvalidOperation, match="Spy.on_reclaim: expected to let go of some block"):
+        with pytest.raises(InvalidOperation, match="Spy.on_reclaim: expected to evict some block"):
             serve(cache, 9, [8])
     is_whole(cache, 4)
     assert cache.cached_block_count == 4 and cache.stats.blocks_reclaimed == 0

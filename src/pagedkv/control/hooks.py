@@ -74,7 +74,7 @@ class Hooks:
                 self._free(state, block)
                 return
             rescore(state.packed, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
-        raise InvalidOperation(f"{name}.on_reclaim: expected to let go of some block, kept {most} in a row")
+        raise InvalidOperation(f"{name}.on_reclaim: expected to evict some block, kept {most} in a row")
 
     @staticmethod
     def _free(state: State, block: int) -> None:

@@ -27,13 +27,19 @@ from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, 
 from pagedkv.control.hooks import Hooks, block_view
 from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.policies import IN_NUMPY, IN_NUMPY_WITH_HOOKS
 from pagedkv.control.pool import available_blocks, unpin_block
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
-from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, forget_blocks, with_policy_of
+from pagedkv.control.strategies import (
+    MAX_PRIORITY,
+    Priority,
+    as_strategy,
+    forget_blocks,
+    is_scored_in_numpy,
+    with_policy_of,
+)
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
@@ -92,7 +98,7 @@ class BlockManager:
         self._eviction_threshold = threshold
         self._on_full = on_full
         self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching), self._strategy)
-        self._is_scored_in_numpy = self._state.kernels in (IN_NUMPY, IN_NUMPY_WITH_HOOKS)
+        self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()

@@ -16,7 +16,7 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -344,36 +344,51 @@ class Adaptive(_Recent):
     """
 
 
-# Which kernels serve a strategy, and what it needs to remember.
+# The policy of each strategy: its kernels, and what they need to remember.
 
-_KERNELS: dict[type, PolicyKernels] = {
-    LRU: policies.LRU,
-    LFU: policies.LFU,
-    LongestFirst: policies.LONGEST_FIRST,
-    Priority: policies.PRIORITY,
-    StreamingLLM: policies.LRU,
-    TTL: policies.TTL,
-    FIFO: policies.FIFO,
-    S3FIFO: policies.S3FIFO,
-    SIEVE: policies.SIEVE,
-    GDSF: policies.GDSF,
-    Adaptive: policies.ADAPTIVE,
+
+def _with_ticks(state: State, strategy: Any) -> State:
+    state.memory[0].ticks = strategy.ticks
+    return state
+
+
+def _with_ghosts(state: State, strategy: Any) -> State:
+    num_blocks = len(state.blocks)
+    return with_prefix_hashes(state, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
+
+
+class _Policy(NamedTuple):
+    kernels: PolicyKernels
+    with_memory: Callable[[State, Any], State] = lambda state, strategy: state
+
+
+_POLICIES: dict[type, _Policy] = {
+    LRU: _Policy(policies.LRU),
+    LFU: _Policy(policies.LFU),
+    LongestFirst: _Policy(policies.LONGEST_FIRST),
+    Priority: _Policy(policies.PRIORITY),
+    StreamingLLM: _Policy(policies.LRU),
+    TTL: _Policy(policies.TTL, _with_ticks),
+    FIFO: _Policy(policies.FIFO),
+    S3FIFO: _Policy(policies.S3FIFO, _with_ghosts),
+    SIEVE: _Policy(policies.SIEVE),
+    GDSF: _Policy(policies.GDSF),
+    Adaptive: _Policy(policies.ADAPTIVE, lambda state, strategy: with_learner(state)),
 }
+_IN_NUMPY = _Policy(policies.IN_NUMPY)
+_IN_NUMPY_WITH_HOOKS = _Policy(policies.IN_NUMPY_WITH_HOOKS, lambda state, strategy: with_prefix_hashes(state))
+
+
+def is_scored_in_numpy(strategy: EvictionStrategy) -> bool:
+    """Tell whether a strategy is a user's own; subclasses of ours are, as they may score otherwise."""
+    return type(strategy) not in _POLICIES
 
 
 def with_policy_of(state: State, strategy: EvictionStrategy) -> State:
-    """Put the kernels of `strategy` in force; a user's own (subclasses of ours included) scores in NumPy."""
-    in_numpy = policies.IN_NUMPY_WITH_HOOKS if hooks_of(strategy) else policies.IN_NUMPY
-    kernels = _KERNELS.get(type(strategy), in_numpy)
-    state = state._replace(kernels=kernels)
-    num_blocks = len(state.blocks)
-    if kernels is policies.S3FIFO:
-        return with_prefix_hashes(state, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
-    if kernels is policies.ADAPTIVE:
-        return with_learner(state)
-    if kernels is policies.TTL and isinstance(strategy, TTL):
-        state.memory[0].ticks = strategy.ticks
-    return with_prefix_hashes(state) if kernels is policies.IN_NUMPY_WITH_HOOKS else state
+    """Return the state with the kernels of `strategy` in force."""
+    in_numpy = _IN_NUMPY_WITH_HOOKS if hooks_of(strategy) else _IN_NUMPY
+    policy = _POLICIES.get(type(strategy), in_numpy)
+    return policy.with_memory(state._replace(kernels=policy.kernels), strategy)
 
 
 def forget_blocks(state: State) -> None:
