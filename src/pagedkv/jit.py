@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numba
 import numpy as np
-import numpy.typing as npt
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.core.imputils import builtin_registry
+from numba.core.registry import CPUDispatcher
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import infer_getattr, intrinsic, models, overload, register_jitable, register_model
 from numba.np.arrayobj import make_array, populate_array
 
 from pagedkv.compiling import manage, watch_compiles
 from pagedkv.kernel_cache import cache_directory
 
-__all__ = ["borrowed", "cache_directory", "called", "compiled", "inlined", "packed", "watch_compiles"]
+__all__ = [
+    "borrowed",
+    "cache_directory",
+    "called",
+    "compiled",
+    "formula",
+    "inlined",
+    "mix64",
+    "packed",
+    "pointed",
+    "watch_compiles",
+]
 
 Arrays = TypeVar("Arrays")
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+_WORDS = ir.IntType(64).as_pointer()
 
 
 def _as_plain_python(function: Function) -> Function:
@@ -35,84 +50,227 @@ def _as_plain_python(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
-def compiled(function: Function) -> Function:
-    """Compile a function of the hot path: cached on disk, without the GIL, exact arithmetic, always inlined.
+class _Kernel(CPUDispatcher):
+    """A compiled function that Python calls and other kernels call, compiled apart for the two.
 
-    With ``NUMBA_DISABLE_JIT=1`` in the environment the function runs as plain Python.
+    For other kernels it needs no wrapper that unpacks Python objects, which takes longer to compile than most kernels,
+    and a literal number is an argument like any other: else each would compile it anew.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *, on_disk: bool = False, part_on_disk: bool = False, **for_kernels: bool
+    ) -> None:
+        options = {"nopython": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
+        super().__init__(function, targetoptions=options)
+        self._part = CPUDispatcher(function, targetoptions=options | {"no_cpython_wrapper": True} | for_kernels)
+        manage(self, on_disk=on_disk)
+        manage(self._part, on_disk=part_on_disk)
+
+    def get_call_template(self, args: Any, kws: Any) -> Any:
+        return self._part.get_call_template(tuple(map(types.unliteral, args)), kws)
+
+    def get_overload(self, sig: Any) -> Any:
+        return self._part.get_overload(sig)
+
+    def address(self, state: Borrowed) -> int:
+        """Return where the machine code of a `pointed` kernel lies."""
+        compiled = self._part.get_compile_result(types.int64(state, types.int64))
+        return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+
+
+def compiled(function: Function) -> Function:
+    """Compile a function of the hot path that Python calls: cached on disk, without the GIL, exact arithmetic.
+
+    Where other kernels call it, it is inlined. With ``NUMBA_DISABLE_JIT=1`` in the environment the function runs as
+    plain Python.
     """
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = manage(numba.njit(nogil=True, forceinline=True, error_model="numpy")(function), on_disk=True)
-    return decorated
+    return _Kernel(function, on_disk=True, forceinline=True)  # type: ignore[return-value]
 
 
 def inlined(function: Function) -> Function:
     """Compile a part of other compiled functions that Python never calls: it is kept on disk within them."""
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = manage(numba.njit(nogil=True, forceinline=True, error_model="numpy")(function), on_disk=False)
-    return decorated
+    return _Kernel(function, forceinline=True)  # type: ignore[return-value]
 
 
 def called(function: Function) -> Function:
-    """Compile a part that is long and rarely runs: as `inlined`, but it is called, so its callers stay small."""
+    """Compile a part that is long or rarely runs: as `inlined`, but it is called, so its callers stay small."""
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    decorated: Function = manage(numba.njit(nogil=True, error_model="numpy")(function), on_disk=False)
-    return decorated
+    return _Kernel(function)  # type: ignore[return-value]
+
+
+def pointed(function: Function) -> Function:
+    """Compile a kernel that a state holds as a field: ``state.field(state, number)`` calls it, and returns an int.
+
+    So its callers are compiled once for all kernels that may be there, and it only where it is in use.
+    """
+    if numba.config.DISABLE_JIT:
+        return _as_plain_python(function)
+    return _Kernel(function, part_on_disk=True, no_cfunc_wrapper=False)  # type: ignore[return-value]
+
+
+def formula(function: Function) -> Function:
+    """Let kernels call a small function that Python calls as it is: of a record there, of whole columns here."""
+    return register_jitable(forceinline=True, error_model="numpy")(function)
+
+
+@formula
+def mix64(bits: Any) -> Any:
+    """Mix 64 bits, uint64: the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."""
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
+
+
+class Borrowed(types.Type):
+    """Numba's type of `packed` arrays within compiled code: a pointer to their addresses and shapes.
+
+    It has the fields of the named tuple `kind`. An array is put together where it is read, from words that never
+    change, so LLVM loads each of them once; handing all of them on takes one register.
+    """
+
+    def __init__(self, kind: Any, whole: Borrowed | None = None) -> None:
+        self.kind = kind
+        self._whole = whole  # that it is a field of
+        super().__init__(name=f"Borrowed({_digest(kind)})")
+
+    @property
+    def key(self) -> Any:
+        """What Numba compares."""
+        return self.kind, self._whole
+
+    @property
+    def whole(self) -> Borrowed:
+        """What kernels take that are called through their addresses: all of the state."""
+        return self._whole or self
+
+
+class _KernelPointer(types.ExternalFunctionPointer):
+    """Numba's type of the address of a `pointed` kernel, which is false where there is none."""
+
+    def __init__(self, state: Borrowed) -> None:
+        super().__init__(types.int64(state, types.int64), get_pointer=int)
+
+
+register_model(_KernelPointer)(models.ExternalFuncPointerModel)
+
+
+@register_model(Borrowed)
+class _BorrowedModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Borrowed) -> None:
+        super().__init__(dmm, fe_type, _WORDS)
+
+
+@infer_getattr
+class _BorrowedFields(AttributeTemplate):
+    key = Borrowed
+
+    def generic_resolve(self, borrowed: Borrowed, field: str) -> Any:  # type: ignore[override]
+        if field not in borrowed.kind.fields:
+            return None
+        part = borrowed.kind.types[borrowed.kind.fields.index(field)]
+        if part == types.voidptr:
+            return _KernelPointer(borrowed.whole)
+        return part if isinstance(part, types.Array) else Borrowed(part, borrowed.whole)
+
+
+@builtin_registry.lower_getattr_generic(Borrowed)  # type: ignore[untyped-decorator]
+def _field(context: Any, builder: Any, borrowed: Borrowed, words: Any, field: str) -> Any:
+    kinds = borrowed.kind.types
+    place = borrowed.kind.fields.index(field)
+    words = cgutils.gep_inbounds(builder, words, sum(map(_num_words, kinds[:place])))
+    if kinds[place] == types.voidptr:
+        return builder.inttoptr(_word(builder, words, 0), context.get_value_type(_KernelPointer(borrowed.whole)))
+    return _array_at(context, builder, kinds[place], words) if isinstance(kinds[place], types.Array) else words
+
+
+def _num_words(kind: Any) -> int:
+    if kind == types.voidptr:
+        return 1
+    return 1 + kind.ndim if isinstance(kind, types.Array) else sum(map(_num_words, kind.types))
+
+
+@intrinsic
+def _is_not_null(typing_context: Any, kernel: Any) -> Any:
+    return types.boolean(kernel), lambda context, builder, signature, args: cgutils.is_not_null(builder, args[0])
+
+
+# Numba compares the names and the annotations of the two functions, hence two without annotations.
+overload(bool)(
+    lambda kernel: (lambda kernel: _is_not_null(kernel)) if isinstance(kernel, _KernelPointer) else None  # type: ignore[call-arg]
+)
+
+
+def _array_at(context: Any, builder: Any, kind: Any, words: Any) -> Any:
+    """Put an array without an owner together from its address and shape."""
+    address, *shape = (_word(builder, words, place) for place in range(1 + kind.ndim))
+    array = make_array(kind)(context, builder)
+    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
+    strides = [itemsize]
+    for length in shape[:0:-1]:
+        strides.insert(0, builder.mul(strides[0], length))
+    data = builder.inttoptr(address, array.data.type)
+    populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
+    return array._getvalue()
+
+
+def _word(builder: Any, words: Any, place: int) -> Any:
+    word = builder.load(cgutils.gep_inbounds(builder, words, place))
+    word.set_metadata("invariant.load", builder.module.add_metadata([]))
+    return word
 
 
 # The tuples that were packed: Numba's name for them, by the name of the field that holds the addresses.
 _kinds: dict[str, Any] = {}
 
 
+def _digest(kind: Any) -> str:
+    return hashlib.sha256(str(kind).encode()).hexdigest()[:16]
+
+
 def packed(arrays: Arrays) -> Arrays:
-    """Return what stands for a named tuple of arrays, and of such tuples, where Python calls a compiled function.
+    """Return what stands for a named tuple where Python calls a compiled function.
+
+    Its fields are arrays, `pointed` kernels or None in their place, and named tuples of such.
 
     Numba takes 3 µs to find out the types of two dozen arrays and to count each of them, at every call; this is one
-    array of their addresses. The function begins with `borrowed`, which gives it the tuple. The arrays must be
+    array of their addresses. The function begins with `borrowed`, which gives it their fields. The arrays must be
     contiguous, and be kept as long as this is in use. With ``NUMBA_DISABLE_JIT=1`` it is the tuple itself.
     """
     if numba.config.DISABLE_JIT:
         return arrays
-    kind = numba.typeof(arrays)
+    kind = _kind_of(arrays)
     # Named after all the types within, because Numba keeps functions on disk by the types of their arguments.
-    name = "packed_" + hashlib.sha256(str(kind).encode()).hexdigest()[:16]
+    name = "packed_" + _digest(kind)
     _kinds[name] = kind
-    words = [word for array in _leaves(arrays) for word in (array.ctypes.data, *array.shape)]
+    words = [word for leaf in _leaves(arrays) for word in _words_of(leaf, kind)]
     addresses = np.empty(1, [(name, np.int64, (len(words),))])
     addresses[name] = words
     return addresses  # type: ignore[return-value]
 
 
-def _leaves(arrays: Any) -> Iterator[npt.NDArray[Any]]:
+def _kind_of(part: Any) -> Any:
+    if isinstance(part, tuple):
+        return types.NamedTuple([_kind_of(inner) for inner in part], type(part))
+    return numba.typeof(part) if isinstance(part, np.ndarray) else types.voidptr
+
+
+def _words_of(leaf: Any, kind: Any) -> tuple[int, ...]:
+    if isinstance(leaf, np.ndarray):
+        return leaf.ctypes.data, *leaf.shape
+    return (leaf.address(Borrowed(kind)) if leaf else 0,)
+
+
+def _leaves(arrays: Any) -> Iterator[Any]:
     for part in arrays:
         if isinstance(part, tuple):
             yield from _leaves(part)
         else:
             yield part
-
-
-def _unpacked(context: Any, builder: Any, kind: Any, words: Iterator[Any]) -> Any:
-    """Put a tuple of arrays without owners together from their addresses and shapes."""
-    if not isinstance(kind, types.Array):
-        parts = [_unpacked(context, builder, part, words) for part in kind.types]
-        return context.make_tuple(builder, kind, parts)
-    array = make_array(kind)(context, builder)
-    data = builder.inttoptr(next(words), array.data.type)
-    shape = [next(words) for _ in range(kind.ndim)]
-    itemsize = context.get_constant(types.intp, context.get_abi_sizeof(context.get_data_type(kind.dtype)))
-    strides = [itemsize]
-    for length in shape[:0:-1]:
-        strides.insert(0, builder.mul(strides[0], length))
-    populate_array(array, data=data, shape=shape, strides=strides, itemsize=itemsize, meminfo=None)
-    return array._getvalue()
-
-
-def _words(context: Any, builder: Any, addresses: Any) -> Iterator[Any]:
-    start = builder.bitcast(addresses, context.get_value_type(types.CPointer(types.int64)))
-    for place in itertools.count():
-        yield builder.load(cgutils.gep_inbounds(builder, start, place))
 
 
 def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
@@ -129,24 +287,25 @@ def _without_owner(context: Any, builder: Any, kind: Any, value: Any) -> Any:
 
 @intrinsic
 def _borrowed(typing_context: Any, arrays: Any) -> Any:
+    if isinstance(arrays, Borrowed):
+        return arrays(arrays), lambda context, builder, signature, args: args[0]
     is_packed = isinstance(arrays, types.Array) and isinstance(arrays.dtype, types.Record)
-    kind = _kinds.get(next(iter(arrays.dtype.fields)), arrays) if is_packed else arrays
+    kind = _kinds.get(next(iter(arrays.dtype.fields))) if is_packed else None
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if kind is arrays:
-            return _without_owner(context, builder, kind, args[0])
-        addresses = make_array(arrays)(context, builder, args[0]).data
-        return _unpacked(context, builder, kind, _words(context, builder, addresses))
+        if kind is None:
+            return _without_owner(context, builder, arrays, args[0])
+        return builder.bitcast(make_array(arrays)(context, builder, args[0]).data, _WORDS)
 
-    return kind(arrays), generate
+    return (arrays if kind is None else Borrowed(kind))(arrays), generate
 
 
 def borrowed(arrays: Arrays) -> Arrays:
     """Inside a compiled function: the same array, or named tuple of arrays and such tuples, without counts.
 
-    What is `packed` becomes the tuple that it stands for. Something else must keep the arrays alive meanwhile; the
-    caller does so for arguments. Without this every inner call would count each of them up and down, atomically, which
-    takes longer than the work itself.
+    What is `packed` gets the fields of the tuple that it stands for. Something else must keep the arrays alive
+    meanwhile; the caller does so for arguments. Without this every inner call would count each of them up and down,
+    atomically, which takes longer than the work itself.
     """
     return arrays
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 
+import numba
 import numpy as np
 import pytest
+from tests.contracts.strategy_oracles import BLOCK_SCORES, InNumpy
 from tests.contracts.user_strategies import Modulo, Recorder, SmallestFirst
 
 from pagedkv import (
@@ -29,9 +31,8 @@ from pagedkv import (
     parse_strategy,
     register_strategy,
 )
-from pagedkv.control.ghosts import INFLATION
 from pagedkv.control.hooks import block_view
-from pagedkv.control.policies import score_by_rule
+from pagedkv.jit import borrowed
 
 STRATEGIES = [
     LRU(),
@@ -48,9 +49,6 @@ STRATEGIES = [
     SmallestFirst(),
     Modulo(3),
 ]
-
-
-USERS, QUEUES = {SmallestFirst, Modulo}, {S3FIFO, SIEVE, Adaptive}
 
 
 @pytest.fixture(params=STRATEGIES, ids=str)
@@ -170,22 +168,31 @@ def test_it_works_where_whole_sequences_make_room(strategy):
     manager.check()
 
 
-@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) not in USERS | QUEUES], ids=str)
-def test_a_compiled_rule_scores_as_its_twin_in_numpy(compiled):
+@numba.njit
+def kept_for(state, block):
+    state = borrowed(state)
+    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+
+
+@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) in BLOCK_SCORES], ids=str)
+def test_a_compiled_policy_scores_as_its_oracle(compiled):
     manager = work(BlockManager(60, 2, strategy=compiled, on_full="evict"), sequences=120)
     state = manager._state
     indexed = np.flatnonzero(state.blocks["indexed"]).astype(np.int32)
-    scores = [int(score_by_rule(state, block)) for block in indexed.tolist()]
-    price = int(state.policy[INFLATION]) if isinstance(compiled, GDSF) else 0
+    scores = [int(kept_for(state.packed, block)) for block in indexed.tolist()]
+    price = int(state.memory[0].inflation) if isinstance(compiled, GDSF) else 0
     assert manager.stats.blocks_reclaimed and (price > 0) == isinstance(compiled, GDSF)
-    twin = compiled.score_blocks(block_view(state, indexed), manager.snapshot().tick)
-    assert [score - price for score in scores] == twin.tolist() and len(set(scores)) > 10
+    blocks, now = block_view(state, indexed), manager.snapshot().tick
+    expected = InNumpy(compiled).score_blocks(blocks, now).tolist()
+    assert [score - price for score in scores] == expected and len(set(scores)) > 10
+    in_numpy = compiled.score_blocks(blocks, now)
+    assert in_numpy.tolist() == expected and in_numpy.dtype == np.int64
 
 
-@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) not in USERS | QUEUES | {GDSF}], ids=str)
-def test_a_compiled_rule_evicts_as_its_twin_in_numpy(compiled):
+@pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) in set(BLOCK_SCORES) - {GDSF}], ids=str)
+def test_a_compiled_policy_evicts_as_its_oracle(compiled):
     runs = []
-    for strategy in (compiled, Recorder(compiled)):
+    for strategy in (compiled, InNumpy(compiled)):
         heard = []
         manager = BlockManager(50, 2, strategy=strategy, on_full="evict")
         manager.subscribe(heard.append)

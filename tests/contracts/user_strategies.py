@@ -88,17 +88,17 @@ class PlainSieve:
 
     def score_blocks(self, blocks, now):
         self.chain = []
-        paths = blocks.path.tolist()
+        paths = blocks.prefix_hash.tolist()
         self.told.update((path, self._turn(path)) for path in paths)
         return np.array([self.told[path] for path in paths], np.int64)
 
     def on_hit(self, blocks, now):
-        self.chain = blocks.path.tolist()
+        self.chain = blocks.prefix_hash.tolist()
         self.visited.update(self.chain)
 
     def on_store(self, blocks, now):
         self._start_over(self.chain[-1] if self.chain else None)
-        for path in blocks.path.tolist():
+        for path in blocks.prefix_hash.tolist():
             self.clock += 1
             self.moments[path] = self.clock
             self.parents[path] = self.chain[-1] if self.chain else None
@@ -106,7 +106,7 @@ class PlainSieve:
             self.chain.append(path)
 
     def on_reclaim(self, block, now):
-        path = int(block.path[0])
+        path = int(block.prefix_hash[0])
         turn = self._turn(path)
         if turn > self.told[path]:
             self.told[path] = turn

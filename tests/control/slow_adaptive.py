@@ -113,7 +113,7 @@ class SlowAdaptive:
         in_use = set(request[:found])
         places: list[int] = []
         for _ in request[found:]:
-            if not self.freed and not self.give_up(in_use):
+            if not self.freed and not self.evict_leaf(in_use):
                 break
             places.append(self.freed.pop(0))
         for place, block in zip(places, request[found:], strict=False):
@@ -146,7 +146,7 @@ class SlowAdaptive:
     def ghost_set(self, path: int) -> list[Note | None]:
         return self.ghosts[((path >> 32) * len(self.ghosts)) >> 32]
 
-    def give_up(self, in_use: set[int]) -> bool:
+    def evict_leaf(self, in_use: set[int]) -> bool:
         leaves = [b for b, node in self.nodes.items() if node.children == 0 and b not in in_use]
         if not leaves:
             return False

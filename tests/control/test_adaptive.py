@@ -14,7 +14,6 @@ from tests.sim.traces import AGENTS, CHAT, real_trace
 from pagedkv import Adaptive, BlockManager, CorruptedState
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.namespaces import name_of
-from pagedkv.control.state import HEAP_SIZE, LESSONS, ROOM, RULES
 from pagedkv.sim import synthesize
 
 LEARNED = 3_993
@@ -88,6 +87,10 @@ def learner(cache):
     return cache._state.learner
 
 
+def lives(cache):
+    return [learner(cache).classes[field].tolist() for field in ("short", "long")]
+
+
 CELLS = [
     ("popular", 40, 3000),
     ("popular", 1100, 1600),
@@ -105,9 +108,9 @@ def test_it_is_its_slow_twin_to_the_count(traffic, capacity, count):
     twin, cache = SlowAdaptive(capacity, name_of("")), ContentCache(capacity, "adaptive")
     expected = twin.run(requests)
     assert run(cache, requests) == expected
-    numbers = learner(cache).numbers
-    assert (numbers[LESSONS], numbers[RULES]) == (twin.lessons, twin.learned_rules)
-    assert learner(cache).lives[:2].tolist() == [twin.short, twin.long]
+    totals = learner(cache).totals[0]
+    assert (totals.lessons, totals.rules) == (twin.lessons, twin.learned_rules)
+    assert lives(cache) == [twin.short, twin.long]
     assert twin.lessons > 0 and sum(expected) > 0
     assert twin.flips > 1 or (traffic, capacity) != ("both, then a loop", 40)
 
@@ -163,13 +166,13 @@ def test_a_trace_in_pieces_and_with_a_listener():
 def test_without_the_compiler_it_is_the_same():
     code = (
         "from tests.control.test_adaptive import *; cache = ContentCache(40, 'adaptive');"
-        "print(run(cache, TRAFFIC['popular']()[:520]), learner(cache).lives.tolist())"
+        "print(run(cache, TRAFFIC['popular']()[:520]), lives(cache))"
     )
     environment = {**os.environ, "NUMBA_DISABLE_JIT": "1"}
     found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     cache = ContentCache(40, "adaptive")
     hits = run(cache, TRAFFIC["popular"]()[:520])
-    assert found.stdout.strip() == f"{hits} {learner(cache).lives.tolist()}" and learner(cache).numbers[LESSONS] > 0
+    assert found.stdout.strip() == f"{hits} {lives(cache)}" and learner(cache).totals[0].lessons > 0
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2, 50, 511, 512, 1023, 1024, 10_000_000])
@@ -181,7 +184,7 @@ def test_pools_of_any_size(blocks, block_size):
     for seq_id in range(min(30, 20 * blocks)):
         manager.allocate(seq_id, min(blocks, 3) * block_size)
     shadows = manager._state.learner
-    assert 1 <= shadows.numbers[ROOM] < 1024 and manager.num_sequences == min(30, 20 * blocks, max(1, blocks // 3))
+    assert 1 <= shadows.totals[0].room < 1024 and manager.num_sequences == min(30, 20 * blocks, max(1, blocks // 3))
     if blocks < 2000:
         manager.check()
 
@@ -190,11 +193,11 @@ def test_clearing_forgets_blocks_but_not_lessons():
     requests = TRAFFIC["popular"]()
     cache = ContentCache(40, "adaptive")
     run(cache, requests)
-    lives, lessons = learner(cache).lives.copy(), learner(cache).numbers[LESSONS]
+    before, lessons = lives(cache), learner(cache).totals[0].lessons
     assert cache.clear_prefix_cache() == 40
     cache.check()
-    assert not cache._state.notes["kind"].any() and learner(cache).numbers[HEAP_SIZE] == 0
-    assert (learner(cache).lives == lives).all() and learner(cache).numbers[LESSONS] == lessons > 0
+    assert not cache._state.notes["kind"].any() and learner(cache).totals[0].heap_size == 0
+    assert lives(cache) == before and learner(cache).totals[0].lessons == lessons > 0
     assert run(cache, requests[:5])[0] == 0
     assert sum(run(cache, requests)) > 3000
 

@@ -21,7 +21,7 @@ class Spy(LRU):
     """LRU that notes every hook by the content of the blocks; `on_reclaim` answers what it is told to."""
 
     def __init__(self):
-        self.__dict__.update(heard=[], paths={}, cache=None, answer=lambda: None, fails=())
+        self.__dict__.update(heard=[], hashes={}, cache=None, answer=lambda: None, fails=())
 
     def _contents(self, blocks):
         size = self.cache.block_size
@@ -32,7 +32,7 @@ class Spy(LRU):
             raise ZeroDivisionError(hook)
         contents = self._contents(blocks)
         self.heard.append((hook, *contents))
-        self.paths.update(zip(contents, blocks.path.tolist(), strict=True))
+        self.hashes.update(zip(contents, blocks.prefix_hash.tolist(), strict=True))
 
     def on_hit(self, blocks, now):
         self._note("hit", blocks)
@@ -167,36 +167,36 @@ def test_a_strategy_may_keep_every_block_of_a_large_pool_once():
     assert len(Once.seen) == 10_500 and cache.stats.blocks_reclaimed == 1
 
 
-# ---------------------------------------------------------------- paths
+# ---------------------------------------------------------------- prefix hashes
 
 
-def path_of(cache, spy, salt, seq_id):
+def hashes_of(cache, spy, salt, seq_id):
     cache.allocate(seq_id, [1, 2], cache_salt=salt)
     cache.commit(seq_id)
     cache.free(seq_id)
-    return spy.paths[1], spy.paths[2]
+    return spy.hashes[1], spy.hashes[2]
 
 
-def test_a_path_names_content_for_good():
+def test_a_prefix_hash_names_content_for_good():
     cache, spy = spied(BlockManager, 4)
-    first = {salt: path_of(cache, spy, salt, 0) for salt in map(str, range(40))}
-    assert len({path for pair in first.values() for path in pair}) == 80
+    first = {salt: hashes_of(cache, spy, salt, 0) for salt in map(str, range(40))}
+    assert len({one for pair in first.values() for one in pair}) == 80
     cache.clear_prefix_cache()
-    again = {salt: path_of(cache, spy, salt, 0) for salt in map(str, reversed(range(40)))}
+    again = {salt: hashes_of(cache, spy, salt, 0) for salt in map(str, reversed(range(40)))}
     assert again == first
     other, spy_of_other = spied(BlockManager, 9)
-    assert path_of(other, spy_of_other, "7", 3) == first["7"]
+    assert hashes_of(other, spy_of_other, "7", 3) == first["7"]
     cache.allocate(1, [2, 1, 3])
     cache.commit(1)
-    assert spy.paths[2] != first["0"][1]
+    assert spy.hashes[2] != first["0"][1]
 
 
-def test_paths_are_for_strategies_with_hooks():
+def test_prefix_hashes_are_for_strategies_with_hooks():
     class Curious(LRU):
         def score_blocks(self, blocks, now):
-            return blocks.path
+            return blocks.prefix_hash
 
-    with pytest.raises(InvalidOperation, match="path is kept for strategies with hooks"):
+    with pytest.raises(InvalidOperation, match="prefix_hash is kept for strategies with hooks"):
         serve(BlockManager(4, 1, strategy=Curious()), 0, [1])
 
 
@@ -220,7 +220,7 @@ def test_a_strategy_that_keeps_for_ever(make):
     cache, spy = filled(make)
     spy.__dict__["answer"] = lambda: 7
     for _ in range(3):
-        with pytest.raises(InvalidOperation, match="Spy.on_reclaim: expected to let go of some block"):
+        with pytest.raises(InvalidOperation, match="Spy.on_reclaim: expected to evict some block"):
             serve(cache, 9, [8])
     is_whole(cache, 4)
     assert cache.cached_block_count == 4 and cache.stats.blocks_reclaimed == 0

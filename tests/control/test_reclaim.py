@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv import BlockManager
+from pagedkv.control.policies import IN_NUMPY
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import new_state
+from pagedkv.jit import borrowed
+
+
+@numba.njit
+def reclaim_one(state):
+    return reclaim_lowest(borrowed(state))
 
 
 @settings(max_examples=150)
@@ -17,17 +25,17 @@ from pagedkv.control.state import new_state
     steps=st.lists(st.tuples(st.booleans(), st.integers(0, 39)), max_size=120),
 )
 def test_the_heap_is_a_sorted_list(scores, steps):
-    state = new_state(len(scores), 1, True)
+    state = new_state(len(scores), 1, True)._replace(kernels=IN_NUMPY)
     state.blocks["indexed"] = 1
     state.blocks["score"] = scores
     inside = set()
     for is_offer, block in steps:
         block %= len(scores)
         if is_offer:
-            offer(state, block)
+            offer(state.packed, block)
             inside.add(block)
         else:
-            withdraw(state, block)
+            withdraw(state.packed, block)
             inside.discard(block)
         heap = state.heap[: state.counters[0].heap_size].tolist()
         assert sorted(heap) == sorted(inside)
@@ -42,8 +50,8 @@ def test_what_cannot_be_reclaimed_is_not_offered():
     state.blocks["pins"] = [0, 0, 1, 0, 0]
     state.blocks["num_children"] = [0, 0, 0, 1, 0]
     for block in range(5):
-        offer(state, block)
-    offer(state, 0)
+        offer(state.packed, block)
+    offer(state.packed, 0)
     assert state.heap[: state.counters[0].heap_size].tolist() == [0]
 
 
@@ -67,6 +75,6 @@ def test_reclaim_gives_up_leaves_in_lru_order(chains, order):
     while left:
         leaves = left - {int(state.blocks[block].parent) for block in left}
         lowest = min(leaves, key=lambda block: (int(state.blocks[block].score), block))
-        assert reclaim_lowest(state) == lowest
+        assert reclaim_one(state.packed) == lowest
         left.discard(lowest)
     assert state.counters[0].heap_size == 0 and state.counters[0].cached == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,8 +10,19 @@ from pagedkv import BlockManager
 from pagedkv.control.arguments import sequence_key
 from pagedkv.control.sequences import drop_row, find_row, new_row
 from pagedkv.control.state import new_state
+from pagedkv.jit import borrowed
 
 ids = st.one_of(st.integers(0, 40), st.integers(0, 2**64 - 1), st.integers(0, 9).map(lambda n: n << 40))
+
+
+@numba.njit
+def drop(state, row):
+    drop_row(borrowed(state), row)
+
+
+@numba.njit
+def new(state, key):
+    return new_row(borrowed(state), key, 0, 0)
 
 
 @settings(max_examples=150)
@@ -21,14 +33,14 @@ def test_the_table_is_a_dict(steps):
     for is_new, seq_id in steps:
         key = sequence_key(seq_id)
         if key in model:
-            drop_row(state, model.pop(key))
+            drop(state.packed, model.pop(key))
         elif is_new and len(model) < 64:
-            model[key] = new_row(state, key, 0, 0)
+            model[key] = new(state.packed, key)
         assert state.counters[0].num_sequences == len(model) == len(set(model.values()))
     for key, row in model.items():
-        assert find_row(state, key) == row
+        assert find_row(state.packed, key) == row
     for _, seq_id in steps:
-        assert (find_row(state, sequence_key(seq_id)) >= 0) == (sequence_key(seq_id) in model)
+        assert (find_row(state.packed, sequence_key(seq_id)) >= 0) == (sequence_key(seq_id) in model)
     assert (state.seq_table != 0).sum() == len(model), "no tombstones"
 
 

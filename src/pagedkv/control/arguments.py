@@ -90,9 +90,12 @@ def sequence_keys(values: Any, wide_ids: bool) -> npt.NDArray[np.int64]:
 
 
 @compiled
-def _least(ids: npt.NDArray[np.int64]) -> int:
-    """Return the smallest id; NumPy's own method takes four times as long to begin."""
-    return ids.min()  # type: ignore[no-any-return]
+def _has_negative(ids: npt.NDArray[np.int64]) -> bool:
+    """Tell whether an id is negative; NumPy's ``min`` takes four times as long to begin, Numba's to compile."""
+    signs = np.int64(0)
+    for i in range(len(ids)):
+        signs |= ids[i]
+    return bool(signs < 0)
 
 
 def _id_array(name: str, values: Any, ndim: int = 1, what: str = "token ids") -> npt.NDArray[np.int64]:
@@ -110,9 +113,8 @@ def _id_array(name: str, values: Any, ndim: int = 1, what: str = "token ids") ->
     ids = np.ascontiguousarray(array, dtype=np.int64).reshape(-1)
     if not ids.flags.writeable:
         ids = ids.copy()  # Numba would compile everything once more for an array that cannot be written
-    least = _least(ids)
-    if least < 0:
-        raise bad_argument(name, f"{what} of at least 0", f"{least}")
+    if _has_negative(ids):
+        raise bad_argument(name, f"{what} of at least 0", f"{ids.min()}")
     return ids
 
 

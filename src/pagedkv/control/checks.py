@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.control.prefix import find_child
 from pagedkv.control.sequences import find_row
-from pagedkv.control.state import CLASSES, DIRTY, HEAP_SIZE, LIVE, LRU_SIZE, MAIN, OPAQUE, PROBATION, ROOM, State
+from pagedkv.control.state import CLASSES, DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
 from pagedkv.errors import CorruptedState
 
 
@@ -108,7 +108,8 @@ def _check_trie(state: State) -> None:
         parent = int(record.parent)
         children[parent] += 1
         _require(record.num_tokens == size, "indexed block is not full", block, record)
-        _require(find_child(state, parent, state.contents, block * size) == block, "indexed block not findable", block)
+        found = find_child(state.packed, parent, state.contents, block * size)
+        _require(found == block, "indexed block not findable", block)
         if parent >= 0:
             _require(bool(blocks[parent].indexed), "indexed block without its parent", block, parent)
             _require(record.depth == blocks[parent].depth + 1, "depth", block, parent)
@@ -166,12 +167,12 @@ def _check_heap(state: State) -> None:
 def _check_notes(state: State) -> None:
     if not len(state.notes):
         return
-    blocks, kinds, numbers = state.blocks, state.notes["kind"], state.learner.numbers
+    blocks, kinds, numbers = state.blocks, state.notes["kind"], state.learner.totals[0]
     cached = (blocks["ref_count"] == 0) & (blocks["indexed"] != 0)
     for block in np.flatnonzero(cached != (kinds[: len(blocks)] != 0))[:1].tolist():
         _require(False, "notes and cached blocks differ", block, state.notes[block])
     _require(int(kinds.max(initial=0)) <= CLASSES, "class of a note", kinds.max(initial=0))
-    _require(max(numbers[LRU_SIZE], numbers[HEAP_SIZE]) <= numbers[ROOM], "shadow caches", numbers)
+    _require(max(numbers.lru_size, numbers.heap_size) <= numbers.room, "shadow caches", numbers)
 
 
 def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) -> None:

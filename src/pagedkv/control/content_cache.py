@@ -7,25 +7,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.learner import note_hit, note_release
 from pagedkv.control.manager import BlockManager
-from pagedkv.control.policies import ADAPTIVE, CUSTOM
 from pagedkv.control.pool import drop_block, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.control.reclaim import end_of_request, lowest_leaf
+from pagedkv.control.reclaim import lowest_leaf
 from pagedkv.control.state import State
 from pagedkv.errors import bad_argument
-from pagedkv.jit import borrowed, compiled
+from pagedkv.jit import borrowed, compiled, inlined
 
-# Requests whose blocks are named by content ids: matched, computed and let go at once, a whole trace in one call.
+# Requests whose blocks are named by content ids: matched, computed and released at once, a whole trace in one call.
 #
 # A trace names every block of a request by an id; such a block is one "token" of a pool with a block size of 1. A
 # request that runs alone needs no row of its own: it holds a path of the trie, and a path is safe as long as its
 # deepest block is held, because only leaves are ever reclaimed.
 
 
-@compiled
+@inlined
 def _can_take(state: State) -> bool:
     """Tell whether `take_block` finds a block that is not on the path of the running request."""
     counters = state.counters[0]
@@ -41,6 +39,7 @@ def begin_request(
     Writes the blocks to `path`; returns how many were found, and how many the request has. It holds the deepest one
     found and all those after it. All are taken before the first is stored, as by allocate and commit.
     """
+    state = borrowed(state)
     counters = state.counters[0]
     counters.tick += 1
     parent, length = -1 - namespace, stop - start
@@ -55,10 +54,10 @@ def begin_request(
         parent = child
         hits += 1
     if hits > 0:
-        if counters.rule == ADAPTIVE:
+        if state.kernels.on_hit:
             for i in range(hits - 1):
                 if state.blocks[path[i]].ref_count == 0:
-                    note_hit(state, int(path[i]))
+                    state.kernels.on_hit(state, int(path[i]))
         share_block(state, parent)
     held = hits
     while held < length and _can_take(state):
@@ -78,14 +77,16 @@ def begin_request(
 
 @compiled
 def end_request(state: State, path: npt.NDArray[np.int32], hits: int, held: int) -> None:
-    """Let go of what `begin_request` holds, tail first."""
+    """Release what `begin_request` holds, tail first."""
+    state = borrowed(state)
     for i in range(held - 1, max(hits - 1, 0) - 1, -1):
         drop_block(state, path[i])
-    if state.counters[0].rule == ADAPTIVE:
+    if state.kernels.on_release:
         for i in range(hits - 2, -1, -1):
             if state.blocks[path[i]].ref_count == 0:
-                note_release(state, path[i])
-        end_of_request(state)
+                state.kernels.on_release(state, path[i])
+    if state.kernels.on_request_end:
+        state.kernels.on_request_end(state, 0)
 
 
 @compiled
@@ -129,7 +130,7 @@ class ContentCache(BlockManager):
     num_blocks : int
         Capacity.
     strategy : str or EvictionStrategy
-        What is given up first.
+        What is evicted first.
 
     Raises
     ------
@@ -172,11 +173,11 @@ class ContentCache(BlockManager):
         hits = np.zeros(len(lengths), np.int32)
         with self._lock:
             namespace = self._enter_namespace("")
-            if self._state.counters[0].rule == CUSTOM or self._state.counters[0].logging:
+            if self._is_scored_in_numpy or self._state.counters[0].logging:
                 for i in range(len(lengths)):
                     hits[i] = self._run_observed(namespace, ids, int(offsets[i]), int(offsets[i + 1]), path)
             else:
-                run_requests(self._state, namespace, ids, offsets, path, hits)
+                run_requests(self._state.packed, namespace, ids, offsets, path, hits)
         return hits
 
     def has_room(self, ids: Ids, more: int = 0) -> bool:
@@ -189,13 +190,13 @@ class ContentCache(BlockManager):
     def _run_observed(self, namespace: int, ids: Ids, start: int, stop: int, path: npt.NDArray[np.int32]) -> int:
         """Run one request; a strategy in NumPy scores its blocks, hooks and subscribers hear of it."""
         self._reclaim_for(namespace, stop - start, ids[start:stop].astype(np.int64), True, as_far_as_it_fits=True)
-        found, held = begin_request(self._state, namespace, ids, start, stop, path)
+        found, held = begin_request(self._state.packed, namespace, ids, start, stop, path)
         try:
             self._hooks.hit(self._state, path[:found])
             self._hooks.stored(self._state, self._stored_blocks())
-            if self._state.counters[0].rule == CUSTOM:
+            if self._is_scored_in_numpy:
                 self._score_blocks(path[:held])
         finally:
-            end_request(self._state, path, found, held)
+            end_request(self._state.packed, path, found, held)
             self._feed.publish(self._state)
         return found

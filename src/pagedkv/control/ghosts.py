@@ -1,99 +1,87 @@
-"""What was given up lately: a bounded memory of paths, by which a strategy knows a block that comes back.
+"""Ghosts: the prefix hashes of blocks evicted lately, by which S3-FIFO knows a block that comes back.
 
-A path is a 64-bit hash of a block's content and of all that precedes it; it outlives the block. A collision costs a
-misjudged priority, never a wrong hit. ``policy`` holds a header of scalars, then per block its path, then a ring of the
-last paths given up with a hash table over it.
+A prefix hash covers a block's content and all that precedes it, in 64 bits; it outlives the block. A collision costs a
+misjudged priority, never a wrong hit. The last ones evicted are kept in a ring with a hash table over it.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from pagedkv.control.state import State, power_of_two
-from pagedkv.jit import compiled
-
-CLOCK, LAP, HAND, INFLATION, TICKS, GIVEN_UP, CAPACITY, MASK, RING, LINKS, BUCKETS = range(11)
-"""Places of the header; the last three say where those parts begin."""
-
-HEADER = 16
-
-_STEP = np.uint64(0x9E3779B97F4A7C15)
-_FINISH = np.uint64(0xBF58476D1CE4E5B9)
-_SHIFT = np.uint64(31)
+from pagedkv.control.prefix import hash_tokens
+from pagedkv.control.state import GHOST, State, power_of_two
+from pagedkv.jit import inlined
 
 
-def with_policy(state: State, *, paths: bool = False, ghosts: int = 0) -> State:
-    """Return the state with a header, a path for each block, and room to remember `ghosts` paths given up."""
-    ring = HEADER + (len(state.blocks) if paths else 0)
-    buckets = power_of_two(2 * ghosts) if ghosts else 0
-    policy = np.zeros(ring + 2 * ghosts + buckets, np.int64)
-    policy[[CAPACITY, MASK, RING, LINKS, BUCKETS]] = ghosts, buckets - 1, ring, ring + ghosts, ring + 2 * ghosts
-    return state._replace(policy=policy)
+def with_prefix_hashes(state: State, ghosts: int = 0) -> State:
+    """Return the state with a prefix hash for each block, and room to remember so many evicted ones."""
+    heads = power_of_two(2 * ghosts) if ghosts else 0
+    return state._replace(
+        prefix_hashes=np.zeros(len(state.blocks), np.int64),
+        ghosts=np.zeros(ghosts, GHOST),
+        ghost_heads=np.zeros(heads, np.int64),
+    )
 
 
 def forget_ghosts(state: State) -> None:
-    """Forget every path that was given up."""
-    if len(state.policy) > 1 and state.policy[CAPACITY] > 0:
-        state.policy[state.policy[RING] :] = 0
-        state.policy[GIVEN_UP] = 0
+    """Forget every block that was evicted."""
+    state.ghosts[:] = 0
+    state.ghost_heads[:] = 0
+    state.memory[0].evicted = 0
 
 
-@compiled
-def note_path(state: State, block: int, parent: int) -> int:
-    """Compute the path of `block`, which is about to hang under `parent`, and keep it with the block."""
-    size = state.counters[0].block_size
-    above = state.policy[HEADER + parent] if parent >= 0 else np.int64(state.roots[-1 - parent, 3])
-    mixed = np.uint64(above)
-    for i in range(block * size, (block + 1) * size):
-        mixed = (mixed ^ np.uint64(state.contents[i])) * _STEP
-        mixed ^= mixed >> _SHIFT
-    mixed *= _FINISH
-    path = np.int64((mixed ^ (mixed >> _SHIFT)) | np.uint64(1))  # 0 is an empty place of the ring
-    state.policy[HEADER + block] = path
-    return path
+@inlined
+def note_prefix_hash(state: State, block: int) -> int:
+    """Compute the prefix hash of `block` from that of its parent, and keep it with the block."""
+    size, parent = state.counters[0].block_size, state.blocks[block].parent
+    above = state.prefix_hashes[parent] if parent >= 0 else np.int64(state.roots[-1 - parent, 3])
+    mixed = hash_tokens(np.uint64(above), state.contents, block * size, size)
+    prefix_hash = np.int64((mixed ^ (mixed >> np.uint64(31))) | np.uint64(1))  # 0 is an empty place of the ring
+    state.prefix_hashes[block] = prefix_hash
+    return prefix_hash
 
 
-@compiled
-def _bucket_of(state: State, path: int) -> int:
-    return state.policy[BUCKETS] + ((path >> 8) & state.policy[MASK])
+@inlined
+def _head_of(state: State, prefix_hash: int) -> int:
+    return (prefix_hash >> 8) & (len(state.ghost_heads) - 1)
 
 
-@compiled
+@inlined
 def _unlink(state: State, place: int) -> None:
-    """Take the entry at `place` of the ring out of the hash table."""
-    policy = state.policy
-    path = policy[policy[RING] + place]
-    link = _bucket_of(state, path)
-    while policy[link] != place + 1:
-        link = policy[LINKS] + policy[link] - 1
-    policy[link] = policy[policy[LINKS] + place]
-    policy[policy[RING] + place] = 0
+    """Take the ghost at `place` of the ring out of the hash table."""
+    ghost = state.ghosts[place]
+    head = _head_of(state, ghost.prefix_hash)
+    link = state.ghost_heads[head] - 1
+    if link == place:
+        state.ghost_heads[head] = ghost.next
+    else:
+        while state.ghosts[link].next != place + 1:
+            link = state.ghosts[link].next - 1
+        state.ghosts[link].next = ghost.next
+    ghost.prefix_hash = 0
 
 
-@compiled
+@inlined
 def remember(state: State, block: int) -> None:
-    """Note that `block` is given up; the oldest entry of a full memory goes."""
-    policy = state.policy
-    place = policy[GIVEN_UP] % policy[CAPACITY]
-    policy[GIVEN_UP] += 1
-    if policy[policy[RING] + place] != 0:
+    """Note that `block` is evicted; the oldest ghost of a full ring goes."""
+    place = state.memory[0].evicted % len(state.ghosts)
+    state.memory[0].evicted += 1
+    ghost = state.ghosts[place]
+    if ghost.prefix_hash != 0:
         _unlink(state, place)
-    path = policy[HEADER + block]
-    bucket = _bucket_of(state, path)
-    policy[policy[RING] + place] = path
-    policy[policy[LINKS] + place] = policy[bucket]
-    policy[bucket] = place + 1
+    ghost.prefix_hash = state.prefix_hashes[block]
+    head = _head_of(state, ghost.prefix_hash)
+    ghost.next = state.ghost_heads[head]
+    state.ghost_heads[head] = place + 1
 
 
-@compiled
-def recall(state: State, path: int) -> int:
-    """Forget `path` if it was given up lately; returns how many were given up since, or -1 if it is not remembered."""
-    policy = state.policy
-    link = policy[_bucket_of(state, path)]
+@inlined
+def recall(state: State, prefix_hash: int) -> bool:
+    """Tell whether this block was evicted lately, and forget its ghost."""
+    link = state.ghost_heads[_head_of(state, prefix_hash)]
     while link != 0:
-        place = link - 1
-        if policy[policy[RING] + place] == path:
-            _unlink(state, place)
-            return (policy[GIVEN_UP] - 1 - place) % policy[CAPACITY]
-        link = policy[policy[LINKS] + place]
-    return -1
+        if state.ghosts[link - 1].prefix_hash == prefix_hash:
+            _unlink(state, link - 1)
+            return True
+        link = state.ghosts[link - 1].next
+    return False

@@ -1,4 +1,4 @@
-"""Calls the hooks of a user's strategy around the compiled calls (see `StrategyHooks`)."""
+"""Hooks of a user's strategy, called around the compiled calls (see `StrategyHooks`)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.ghosts import HEADER
 from pagedkv.control.protocol import EvictionStrategy, hooks_of
-from pagedkv.control.reclaim import give_up, lowest_leaf, offer, rescore, withdraw
+from pagedkv.control.reclaim import evict_leaf, lowest_leaf, offer, rescore, withdraw
 from pagedkv.control.state import MAIN, State
 from pagedkv.control.types import BlockView
 from pagedkv.errors import InvalidOperation
@@ -44,7 +43,7 @@ class Hooks:
             self._strategy.on_store(block_view(state, blocks), int(state.counters[0].tick))
 
     def make_room(self, state: State, needed: int, spared: int = -1) -> None:
-        """Give up cached blocks as the strategy decides, so that `needed` can be taken; never `spared`."""
+        """Evict cached blocks as the strategy decides, so that `needed` can be taken; never `spared`."""
         if not self.decide_reclaims:
             return
         counters = state.counters[0]
@@ -52,21 +51,21 @@ class Hooks:
         # A pin, as the block may have cached children now and become a leaf when they go.
         is_pinned_here = spared >= 0 and state.blocks[spared].pins == 0
         if is_pinned_here:
-            withdraw(state, spared)
+            withdraw(state.packed, spared)
             state.blocks[spared].pins = 1
         try:
             for _ in range(missing):
-                self._give_up_one(state)
+                self._evict_one(state)
         finally:
             if is_pinned_here:
                 state.blocks[spared].pins = 0
-                offer(state, spared)
+                offer(state.packed, spared)
 
-    def _give_up_one(self, state: State) -> None:
+    def _evict_one(self, state: State) -> None:
         name = type(self._strategy).__name__
         most = SOME_CHANCES + MOST_CHANCES * int(state.counters[0].heap_size)
         for _ in range(most):
-            block = int(lowest_leaf(state))
+            block = int(lowest_leaf(state.packed))
             if block < 0:
                 return
             view = block_view(state, np.array([block], np.int32))
@@ -74,12 +73,12 @@ class Hooks:
             if answer is None:
                 self._free(state, block)
                 return
-            rescore(state, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
-        raise InvalidOperation(f"{name}.on_reclaim: expected to let go of some block, kept {most} in a row")
+            rescore(state.packed, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
+        raise InvalidOperation(f"{name}.on_reclaim: expected to evict some block, kept {most} in a row")
 
     @staticmethod
     def _free(state: State, block: int) -> None:
-        give_up(state, block)
+        evict_leaf(state.packed, block)
         counters = state.counters[0]
         state.blocks[block].num_tokens = 0
         state.free_stack[counters.free_top] = block
@@ -88,5 +87,5 @@ class Hooks:
 
 def block_view(state: State, blocks: Blocks) -> BlockView:
     """Return the view of `blocks` that strategies are shown."""
-    paths = state.policy[HEADER + blocks] if len(state.policy) > HEADER else None
-    return BlockView(state.blocks[blocks], blocks, paths)
+    hashes = state.prefix_hashes[blocks] if len(state.prefix_hashes) else None
+    return BlockView(state.blocks[blocks], blocks, hashes)

@@ -27,13 +27,19 @@ from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, 
 from pagedkv.control.hooks import Hooks, block_view
 from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.policies import CUSTOM
 from pagedkv.control.pool import available_blocks, unpin_block
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
-from pagedkv.control.strategies import MAX_PRIORITY, Priority, as_strategy, with_rule
+from pagedkv.control.strategies import (
+    MAX_PRIORITY,
+    Priority,
+    as_strategy,
+    forget_blocks,
+    is_scored_in_numpy,
+    with_policy_of,
+)
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
@@ -56,7 +62,7 @@ class BlockManager:
     block_size : int
         Tokens per block.
     strategy : str or EvictionStrategy
-        What is given up first; a name for ``parse_strategy`` or an object.
+        What is evicted first; a name for ``parse_strategy`` or an object.
     eviction_threshold : float
         ``needs_eviction`` is true from this utilization on; clamped to 0 … 1.
     prefix_caching : bool
@@ -91,7 +97,8 @@ class BlockManager:
         self._strategy = as_strategy(strategy)
         self._eviction_threshold = threshold
         self._on_full = on_full
-        self._state = with_rule(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()
@@ -392,7 +399,7 @@ class BlockManager:
                 if not self._state.sequences[row].marks & PINNED:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
             for block in kept or ():
-                unpin_block(self._state, block)
+                unpin_block(self._state.packed, block)
             if row >= 0:
                 self._state.sequences[row].marks &= ~PINNED
                 self._state.sequences[row].pinned_blocks = 0
@@ -515,6 +522,7 @@ class BlockManager:
         """
         with self._lock:
             freed = prefix.clear(self._state)
+            forget_blocks(self._state)
             self._kept_pins.clear()
             self._publish(AllBlocksCleared())
             return freed
@@ -586,7 +594,7 @@ class BlockManager:
 
     @property
     def eviction_strategy(self) -> EvictionStrategy:
-        """What is given up first."""
+        """What is evicted first."""
         return self._strategy
 
     @property
@@ -763,7 +771,7 @@ class BlockManager:
 
     def _score_before_release(self, row: int, first: int) -> None:
         """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
-        if self._state.counter("rule") == CUSTOM:
+        if self._is_scored_in_numpy:
             ids = sequences.release_candidates(self._state.packed, row, first)
             record, blocks = self._state.sequence(row), self._state.blocks
             blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
@@ -798,7 +806,7 @@ class BlockManager:
         try:
             self._hooks.make_room(self._state, needed, spared)
         except BaseException:
-            self._publish()  # what it gave up before it failed is gone
+            self._publish()  # what it evicted before it failed is gone
             raise
 
     def _tell_hits(self, row: int) -> None:

@@ -51,7 +51,7 @@ class BatchPlan:
     holes : int32 [n, 2]
         Slots ``[start, end)`` of a sequence's table that hold nothing visible (StreamingLLM); empty when equal.
     num_dropped : int64 [n]
-        Tokens that streaming gave up; ``positions + num_dropped`` are the positions in the original text.
+        Tokens that streaming dropped; ``positions + num_dropped`` are the positions in the original text.
     copies : int32 [k, 2]
         Blocks (source, destination) to be copied before anything is written: read all sources, then write. They are
         handed out once: copy even if the plan is then not used. A ``PagedKvCache`` has done it already and tells of it.

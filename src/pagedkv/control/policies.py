@@ -1,137 +1,266 @@
-"""What the rules with a memory do when a block is stored and when it is about to be given up.
+"""Eviction policies of cached blocks, compiled: what each built-in strategy does when something happens to a block.
 
-S3-FIFO: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1. SIEVE: Zhang et al.,
-"SIEVE is simpler than LRU", NSDI 2024, algorithm 1. GDSF: Cherkasova, HPL-98-69R1, 1998. All three are held to leaves
-of the prefix trie here: the first leaf in their order goes.
+A policy is a record of kernels (`PolicyKernels`), chosen once, when a cache is made. The memory of a policy lies with
+the cache, so one strategy object may serve many caches.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from pagedkv.control.ghosts import CLOCK, HAND, HEADER, INFLATION, LAP, TICKS, note_path, recall, remember
-from pagedkv.control.learner import expiry_of, note_give_up, note_store
-from pagedkv.control.state import MAIN, PROBATION, State
-from pagedkv.jit import compiled
+from pagedkv.control import learner
+from pagedkv.control.ghosts import note_prefix_hash, recall, remember
+from pagedkv.control.reclaim import rank_leaves, rescore
+from pagedkv.control.state import MAIN, PROBATION, PolicyKernels, State
+from pagedkv.jit import formula, inlined, pointed
 
-# The built-in strategies' scores of a block as one compiled function, so that no loop leaves compiled code for them.
-#
-# Each rule is the twin of a ``score_blocks`` in `strategies`; the contract tests hold them against each other. A
-# block is scored when it becomes reclaimable. The rule ``CUSTOM`` stands for a strategy in NumPy: it scores whole
-# batches before the compiled call, and the score is kept with the block.
-
-CUSTOM, RECENCY, FREQUENCY, DEPTH, PRIORITY, AGE, EXPIRY, S3_FIFO, SIEVE_RULE, COST, ADAPTIVE = range(11)
+# Formulas: what a block is worth by its record. NumPy computes them for the columns of a view as well.
 
 # Scores with a tie-break by recency: the ticks take the low 40 bits (a million accesses a second for 12 days).
 RECENCY_BITS = 40
 MOMENTS = (1 << RECENCY_BITS) - 1
 
-# GDSF: a block deep in a prefix costs more to compute again, as attention reads all that precedes it. At this depth
-# (in blocks) it costs twice as much as the first.
+# A block deep in a prefix costs more to compute again, as attention reads all that precedes it. At this depth (in
+# blocks) it costs twice as much as the first.
 COST_OF_FIRST = 256
 
 
-@compiled
-def score_by_rule(state: State, block: int) -> int:
-    """Return how much `block` is worth keeping by the rule in force."""
-    record = state.blocks[block]
-    rule = state.counters[0].rule
-    if rule == RECENCY:
-        return record.last_access
-    if rule == FREQUENCY:
-        return (np.int64(record.access_count) << RECENCY_BITS) + record.last_access
-    if rule == DEPTH:
-        return (np.int64(-record.depth) << RECENCY_BITS) + record.last_access
-    if rule == PRIORITY:
-        return (np.int64(record.priority) << RECENCY_BITS) + record.last_access
-    if rule == EXPIRY:
-        return record.last_access + state.policy[TICKS] * record.priority
-    if rule == COST:
-        return state.policy[INFLATION] + record.access_count * (COST_OF_FIRST + np.int64(record.depth))
-    if rule == AGE:
-        return record.created
-    if rule == SIEVE_RULE:
-        moment = record.score & MOMENTS
-        lap = state.policy[LAP] + (moment <= state.policy[HAND])
-        return (lap << RECENCY_BITS) + moment
-    if rule == ADAPTIVE:
-        return expiry_of(state, block)
-    return record.score
+@formula
+def by_frequency(block: Any) -> Any:
+    """Uses, then recency."""
+    return (np.int64(block.access_count) << RECENCY_BITS) + block.last_access
 
 
-# S3-FIFO: a tenth of the cache is for newcomers, two hits prove a block, three are the most that count.
-PROBATION_SHARE = 10
+@formula
+def by_depth(block: Any) -> Any:
+    """The deepest first, then recency."""
+    return (np.int64(-block.depth) << RECENCY_BITS) + block.last_access
+
+
+@formula
+def by_priority(block: Any) -> Any:
+    """Priority, then recency."""
+    return (np.int64(block.priority) << RECENCY_BITS) + block.last_access
+
+
+@formula
+def by_expiry(block: Any, ticks: int) -> Any:
+    """When a block expires that each step of priority keeps for so many ticks."""
+    return block.last_access + ticks * np.int64(block.priority)
+
+
+@formula
+def by_cost(block: Any) -> Any:
+    """Uses times the cost of computing the block again."""
+    return block.access_count * (COST_OF_FIRST + np.int64(block.depth))
+
+
+# Least recently used, the default, needs no kernel: see `PolicyKernels`.
+
+LRU = PolicyKernels()
+
+
+# Formulas alone.
+
+
+@pointed
+def lfu_score(state: State, block: int) -> int:
+    """Score by frequency."""
+    return by_frequency(state.blocks[block])
+
+
+LFU = PolicyKernels(lfu_score)
+
+
+@pointed
+def longest_first_score(state: State, block: int) -> int:
+    """Score by depth."""
+    return by_depth(state.blocks[block])
+
+
+LONGEST_FIRST = PolicyKernels(longest_first_score)
+
+
+@pointed
+def priority_score(state: State, block: int) -> int:
+    """Score by priority."""
+    return by_priority(state.blocks[block])
+
+
+PRIORITY = PolicyKernels(priority_score)
+
+
+@pointed
+def ttl_score(state: State, block: int) -> int:
+    """Score by expiry."""
+    return by_expiry(state.blocks[block], state.memory[0].ticks)
+
+
+TTL = PolicyKernels(ttl_score)
+
+
+@pointed
+def fifo_score(state: State, block: int) -> int:
+    """Score by the tick at which the block was filled."""
+    return state.blocks[block].created
+
+
+FIFO = PolicyKernels(fifo_score)
+
+
+# GDSF: Cherkasova, HPL-98-69R1, 1998.
+
+
+@pointed
+def gdsf_score(state: State, block: int) -> int:
+    """Score by cost, above the price of what was evicted last."""
+    return state.memory[0].inflation + by_cost(state.blocks[block])
+
+
+@pointed
+def gdsf_on_evict(state: State, block: int) -> int:
+    """Raise the price to what `block` was worth."""
+    state.memory[0].inflation = state.blocks[block].score
+    return 0
+
+
+GDSF = PolicyKernels(gdsf_score, on_evict=gdsf_on_evict)
+
+
+# A strategy in NumPy: it scores whole batches before the compiled call, and the score is kept with the block.
+
+
+@pointed
+def kept_score(state: State, block: int) -> int:
+    """Return the score that `block` has."""
+    return state.blocks[block].score
+
+
+@pointed
+def keep_prefix_hash(state: State, block: int) -> int:
+    """Keep the prefix hash of a block for the strategy's hooks to see."""
+    note_prefix_hash(state, block)
+    return MAIN
+
+
+IN_NUMPY = PolicyKernels(kept_score)
+IN_NUMPY_WITH_HOOKS = PolicyKernels(kept_score, on_store=keep_prefix_hash)
+
+
+# S3-FIFO: Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023, algorithm 1, over the leaves of
+# the prefix trie. Scores are the moments at which blocks were stored. Two hits prove a block, three are the most that
+# count.
+
 PROOF = 2
 MOST_HITS = 3
 
 
-@compiled
+@inlined
 def _next_moment(state: State) -> int:
-    state.policy[CLOCK] += 1
-    return state.policy[CLOCK]
+    state.memory[0].clock += 1
+    return state.memory[0].clock
 
 
-@compiled
-def queue_at_store(state: State, block: int, parent: int) -> int:
-    """Return the queue of a block that becomes findable under `parent`, and let the rule note it."""
-    rule = state.counters[0].rule
-    if rule == S3_FIFO:
-        state.blocks[block].score = _next_moment(state)
-        return PROBATION if recall(state, note_path(state, block, parent)) < 0 else MAIN
-    if rule == SIEVE_RULE:
-        state.blocks[block].score = _next_moment(state)
-    elif rule == ADAPTIVE:
-        note_store(state, block, note_path(state, block, parent))
-    elif rule == CUSTOM and len(state.policy) > HEADER:
-        note_path(state, block, parent)
+@pointed
+def s3fifo_on_store(state: State, block: int) -> int:
+    """Let a newcomer wait on probation, unless it was evicted from there lately."""
+    record = state.blocks[block]
+    record.score = _next_moment(state)
+    return MAIN if recall(state, note_prefix_hash(state, block)) else PROBATION
+
+
+@pointed
+def s3fifo_second_chance(state: State, block: int) -> int:
+    """Promote a newcomer that proved itself; let a proven block that was hit since begin anew."""
+    record = state.blocks[block]
+    if record.indexed == 1 + PROBATION and record.recent_hits >= PROOF:
+        record.recent_hits = 0
+    elif record.indexed == 1 + MAIN and record.recent_hits > 0:
+        record.recent_hits = min(record.recent_hits, MOST_HITS) - 1
+    else:
+        return 0
+    rescore(state, block, _next_moment(state), MAIN)
+    return 1
+
+
+@pointed
+def s3fifo_on_evict(state: State, block: int) -> int:
+    """Remember a newcomer that is evicted."""
+    if state.blocks[block].indexed == 1 + PROBATION:
+        remember(state, block)
+    return 0
+
+
+S3FIFO = PolicyKernels(
+    kept_score, on_store=s3fifo_on_store, second_chance=s3fifo_second_chance, on_evict=s3fifo_on_evict
+)
+
+
+# SIEVE: Zhang et al., "SIEVE is simpler than LRU", NSDI 2024, algorithm 1, over the leaves of the prefix trie. A score
+# is the lap of the hand in which it reaches the block, and the moment at which that was stored.
+
+
+@pointed
+def sieve_score(state: State, block: int) -> int:
+    """Return when the hand reaches `block`: in this lap if it lies before it, else in the next."""
+    moment = state.blocks[block].score & MOMENTS
+    lap = state.memory[0].lap + (moment <= state.memory[0].hand)
+    return (lap << RECENCY_BITS) + moment
+
+
+@pointed
+def sieve_on_store(state: State, block: int) -> int:
+    """Store the newest block behind all others."""
+    state.blocks[block].score = _next_moment(state)
     return MAIN
 
 
-@compiled
-def prefers_probation(state: State) -> bool:
-    """Tell whether a newcomer is to be given up rather than a proven block."""
-    counters = state.counters[0]
-    return counters.probation >= max(1, counters.num_blocks // PROBATION_SHARE)
+@pointed
+def sieve_second_chance(state: State, block: int) -> int:
+    """Move the hand to `block`, and past it if it was hit."""
+    record = state.blocks[block]
+    state.memory[0].lap = record.score >> RECENCY_BITS
+    state.memory[0].hand = record.score & MOMENTS
+    if record.recent_hits == 0:
+        return 0
+    record.recent_hits = 0
+    rescore(state, block, record.score + (np.int64(1) << RECENCY_BITS), MAIN)
+    return 1
 
 
-@compiled
-def gets_second_chance(state: State, block: int) -> tuple[bool, int, int]:
-    """Decide whether a block that comes first is kept once more, with which score and in which queue."""
-    rule, record = state.counters[0].rule, state.blocks[block]
-    if rule == S3_FIFO:
-        if record.indexed == 1 + PROBATION and record.recent_hits >= PROOF:
-            record.recent_hits = 0
-            return True, _next_moment(state), MAIN
-        if record.indexed == 1 + MAIN and record.recent_hits > 0:
-            record.recent_hits = min(record.recent_hits, MOST_HITS) - 1
-            return True, _next_moment(state), MAIN
-    if rule == SIEVE_RULE:
-        state.policy[LAP] = record.score >> RECENCY_BITS
-        state.policy[HAND] = record.score & MOMENTS
-        if record.recent_hits > 0:
-            record.recent_hits = 0
-            return True, record.score + (np.int64(1) << RECENCY_BITS), MAIN
-    return False, 0, MAIN
+@pointed
+def sieve_after_evict(state: State, next_block: int) -> int:
+    """When the hand has passed the newest leaf, it goes back to the oldest."""
+    lap = state.memory[0].lap
+    if next_block < 0 or state.blocks[next_block].score >> RECENCY_BITS > lap:
+        state.memory[0].lap = lap + 1
+        state.memory[0].hand = 0
+    return 0
 
 
-@compiled
-def start_over(state: State, next_block: int) -> None:
-    """SIEVE: when the hand has passed the newest leaf, it goes back to the oldest."""
-    if state.counters[0].rule == SIEVE_RULE:
-        lap = state.policy[LAP]
-        if next_block < 0 or state.blocks[next_block].score >> RECENCY_BITS > lap:
-            state.policy[LAP] = lap + 1
-            state.policy[HAND] = 0
+SIEVE = PolicyKernels(
+    sieve_score, on_store=sieve_on_store, second_chance=sieve_second_chance, after_evict=sieve_after_evict
+)
 
 
-@compiled
-def let_go(state: State, block: int) -> None:
-    """Let the rule know that `block` is given up."""
-    rule = state.counters[0].rule
-    if rule == S3_FIFO:
-        if state.blocks[block].indexed == 1 + PROBATION:
-            remember(state, block)
-    elif rule == ADAPTIVE:
-        note_give_up(state, block)
-    elif rule == COST:
-        state.policy[INFLATION] = state.blocks[block].score
+# The adaptive strategy: `learner` has its other kernels.
+
+
+@pointed
+def adaptive_on_request_end(state: State, _: int) -> int:
+    """Let it learn when it is time; then all cached leaves are ranked anew."""
+    if learner.end_request(state):
+        rank_leaves(state)
+    return 0
+
+
+ADAPTIVE = PolicyKernels(
+    learner.expiry_of,
+    on_store=learner.note_store,
+    on_hit=learner.note_hit,
+    on_release=learner.note_release,
+    on_evict=learner.note_evict,
+    on_request_end=adaptive_on_request_end,
+)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.learner import note_hit, note_release
-from pagedkv.control.policies import ADAPTIVE
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import State
-from pagedkv.jit import borrowed, compiled
+from pagedkv.jit import borrowed, compiled, inlined
 
 
 @compiled
@@ -23,7 +21,7 @@ def available_blocks(state: State) -> int:
     return counters.num_blocks - counters.used - counters.pinned
 
 
-@compiled
+@inlined
 def _activate(state: State) -> None:
     counters = state.counters[0]
     counters.used += 1
@@ -31,7 +29,7 @@ def _activate(state: State) -> None:
     counters.peak = max(counters.peak, counters.used)
 
 
-@compiled
+@inlined
 def take_block(state: State) -> int:
     """Return a fresh block with one reference; the caller has made sure that one is available."""
     counters = state.counters[0]
@@ -58,7 +56,7 @@ def take_block(state: State) -> int:
     return block
 
 
-@compiled
+@inlined
 def use_block(state: State, block: int) -> None:
     """Count a use at the current tick."""
     record = state.blocks[block]
@@ -67,15 +65,15 @@ def use_block(state: State, block: int) -> None:
     record.last_access = state.counters[0].tick
 
 
-@compiled
+@inlined
 def share_block(state: State, block: int) -> None:
     """Add a reference; a cached block becomes active again."""
     counters = state.counters[0]
     record = state.blocks[block]
     if record.ref_count == 0:
         withdraw(state, block)
-        if counters.rule == ADAPTIVE:
-            note_hit(state, block)
+        if state.kernels.on_hit:
+            state.kernels.on_hit(state, block)
         counters.cached -= 1
         if record.pins > 0:
             counters.pinned -= 1
@@ -84,7 +82,7 @@ def share_block(state: State, block: int) -> None:
     use_block(state, block)
 
 
-@compiled
+@inlined
 def drop_block(state: State, block: int) -> None:
     """Take a reference away; the last one leaves an indexed block cached and any other one free."""
     counters = state.counters[0]
@@ -96,8 +94,8 @@ def drop_block(state: State, block: int) -> None:
     counters.frees += 1
     if record.indexed:
         counters.cached += 1
-        if counters.rule == ADAPTIVE:
-            note_release(state, block)
+        if state.kernels.on_release:
+            state.kernels.on_release(state, block)
         if record.pins > 0:
             counters.pinned += 1
         offer(state, block)
@@ -107,7 +105,7 @@ def drop_block(state: State, block: int) -> None:
         counters.free_top += 1
 
 
-@compiled
+@inlined
 def replace_by_copy(state: State, row: int, place: int, copies: npt.NDArray[np.int32], num_copies: int) -> None:
     """Copy-on-write: give `row` a block of its own at table `place`, and note the copy of K and V to be made."""
     size = state.counters[0].block_size
@@ -124,7 +122,7 @@ def replace_by_copy(state: State, row: int, place: int, copies: npt.NDArray[np.i
     drop_block(state, block)
 
 
-@compiled
+@inlined
 def pin_block(state: State, block: int) -> None:
     """Add a pin to an indexed block: while it has one, it is never reclaimed."""
     record = state.blocks[block]
@@ -137,6 +135,7 @@ def pin_block(state: State, block: int) -> None:
 @compiled
 def unpin_block(state: State, block: int) -> None:
     """Take a pin away."""
+    state = borrowed(state)
     record = state.blocks[block]
     record.pins -= 1
     if record.pins == 0 and record.ref_count == 0:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.ghosts import forget_ghosts
-from pagedkv.control.learner import forget_content
-from pagedkv.control.policies import queue_at_store
-from pagedkv.control.state import LIVE, OPAQUE, State
-from pagedkv.jit import compiled
+from pagedkv.control.state import LIVE, MAIN, OPAQUE, State
+from pagedkv.jit import borrowed, compiled, inlined
 
-# Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of the splitmix64 finalizer).
+# Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of SplitMix64's finaliser).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _FINISH = np.uint64(0xBF58476D1CE4E5B9)
 _SHIFT = np.uint64(31)
@@ -24,21 +21,28 @@ _SHIFT = np.uint64(31)
 MAX_SIBLINGS = 32
 
 
-@compiled
+@inlined
+def hash_tokens(begin: np.uint64, ids: npt.NDArray[np.int64], start: int, size: int) -> np.uint64:
+    """Return a hash of ``ids[start : start + size]`` that goes on from `begin`; its high bits are the best."""
+    mixed = begin
+    for i in range(start, start + size):
+        mixed = (mixed ^ np.uint64(ids[i])) * _STEP
+        mixed ^= mixed >> _SHIFT
+    return mixed * _FINISH
+
+
+@inlined
 def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
     """Return the bucket of the key (parent, ``ids[start : start + block_size]``)."""
     counters = state.counters[0]
-    mixed = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
-    for i in range(start, start + counters.block_size):
-        mixed = (mixed ^ np.uint64(ids[i])) * _STEP
-        mixed ^= mixed >> _SHIFT
-    mixed *= _FINISH
-    return np.int64(mixed >> _SHIFT) & (len(state.buckets) - 1)
+    begin = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
+    return np.int64(hash_tokens(begin, ids, start, counters.block_size) >> _SHIFT) & (len(state.buckets) - 1)
 
 
 @compiled
 def find_child(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
     """Return the block under `parent` that holds exactly ``ids[start : start + block_size]``, or -1."""
+    state = borrowed(state)
     size = state.counters[0].block_size
     link = state.buckets[bucket_of(state, parent, ids, start)]
     while link != 0:
@@ -54,7 +58,7 @@ def find_child(state: State, parent: int, ids: npt.NDArray[np.int64], start: int
     return -1
 
 
-@compiled
+@inlined
 def best_partial_child(
     state: State, parent: int, ids: npt.NDArray[np.int64], start: int, limit: int
 ) -> tuple[int, int]:
@@ -74,7 +78,7 @@ def best_partial_child(
     return best, longest
 
 
-@compiled
+@inlined
 def match_full_blocks(
     state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
 ) -> tuple[int, int]:
@@ -95,7 +99,7 @@ def match_full_blocks(
     return found, parent
 
 
-@compiled
+@inlined
 def match_partial_block(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> tuple[int, int]:
     """Return the block under `parent` that holds the most tokens of what is left of `ids`, and how many it holds."""
     size = state.counters[0].block_size
@@ -109,7 +113,7 @@ def match_partial_block(state: State, parent: int, ids: npt.NDArray[np.int64], s
     return best_partial_child(state, parent, ids, start, limit)
 
 
-@compiled
+@inlined
 def link_child(state: State, parent: int, block: int) -> None:
     """Make a full, committed `block` findable under `parent`."""
     counters = state.counters[0]
@@ -120,7 +124,7 @@ def link_child(state: State, parent: int, block: int) -> None:
     record.parent = parent
     record.num_children = 0
     record.recent_hits = 0
-    record.indexed = 1 + queue_at_store(state, block, parent)
+    record.indexed = 1 + (state.kernels.on_store(state, block) if state.kernels.on_store else MAIN)
     counters.probation += record.indexed - 1
     if parent >= 0:
         record.depth = state.blocks[parent].depth + 1
@@ -142,7 +146,7 @@ def link_child(state: State, parent: int, block: int) -> None:
         counters.log_len += 1
 
 
-@compiled
+@inlined
 def unlink_leaf(state: State, block: int) -> int:
     """Take a childless `block` out of the trie and return its parent."""
     counters = state.counters[0]
@@ -198,7 +202,5 @@ def clear(state: State) -> int:
     state.sequences["num_indexed"][live] = 0
     counters.free_top = top + len(cached)
     counters.cached = counters.pinned = counters.heap_size = counters.probation_heap_size = counters.probation = 0
-    forget_ghosts(state)
-    forget_content(state)
     counters.log_len = 0
     return len(cached)

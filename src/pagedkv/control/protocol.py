@@ -1,4 +1,4 @@
-"""What a strategy is asked: two pure methods, and hooks for those that need more."""
+"""The protocol of eviction strategies: two scoring methods, and optional hooks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EvictionStrategy(Protocol):
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Return int64 ``[len(blocks)]``; of all cached leaves the lowest is reclaimed first, ties by id.
 
-        A block is scored when its last owner lets go of it, and the score is kept with it.
+        A block is scored when its last owner releases it, and the score is kept with it.
         """
         ...
 
@@ -38,7 +38,8 @@ class StrategyHooks(Protocol):
     """What a strategy may define besides; each hook is optional and is found by its name.
 
     The hooks are called under the cache's lock and must not call the cache. A strategy with hooks belongs to one cache.
-    ``blocks.path`` names content for good: it is the same number when the same tokens behind the same prefix come back.
+    ``blocks.prefix_hash`` names content for good: it is the same number when the same tokens behind the same prefix
+    come back.
     """
 
     def on_hit(self, blocks: BlockView, now: int) -> None:
@@ -48,9 +49,9 @@ class StrategyHooks(Protocol):
         """Blocks became findable: what they hold was missing and had to be computed."""
 
     def on_reclaim(self, block: BlockView, now: int) -> int | None:
-        """Of all cached leaves this one comes first: return None to give it up, or a new score to keep it once more.
+        """Of all cached leaves this one comes first: return None to evict it, or a new score to keep it once more.
 
-        It is asked again when the block comes first again; a strategy that never lets go is an error.
+        It is asked again when the block comes first again; a strategy that keeps them all is an error.
         """
 
 

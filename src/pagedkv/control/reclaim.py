@@ -1,4 +1,4 @@
-"""The order in which cached blocks are given up: an indexed binary heap of the cached leaves for each queue.
+"""Eviction order of cached blocks: an indexed binary heap of the cached leaves for each queue.
 
 Only a leaf (no cached or active child) is ever in a heap, so a chain shrinks from its tail and no unreachable block
 is kept. The order is total: by score, then by block id. All operations are O(log n).
@@ -6,53 +6,21 @@ is kept. The order is total: by score, then by block id. All operations are O(lo
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
-from pagedkv.control.learner import age_bucket, choose, expect, expiry_of, rank_again
-from pagedkv.control.policies import (
-    ADAPTIVE,
-    CUSTOM,
-    gets_second_chance,
-    let_go,
-    prefers_probation,
-    score_by_rule,
-    start_over,
-)
 from pagedkv.control.prefix import unlink_leaf
-from pagedkv.control.state import (
-    ACCESSES,
-    AGES,
-    CENSORED,
-    CLASSES,
-    CLOCK,
-    LEAD,
-    LESSONS,
-    NEXT_DUEL,
-    NEXT_LESSON,
-    RELEASES,
-    REQUEST_LEAD,
-    REQUESTS,
-    REUSED,
-    ROOM,
-    RULES,
-    SEEN,
-    STORES,
-    VARIANCE,
-    WAITING,
-    Learner,
-    State,
-)
+from pagedkv.control.state import State
 from pagedkv.jit import borrowed, called, compiled, inlined
 
+# S3-FIFO: a tenth of the cache is for newcomers.
+PROBATION_SHARE = 10
 
-@compiled
+
+@inlined
 def _base(state: State, block: int) -> int:
     """Return where the heap of the queue of `block` begins."""
     return (state.blocks[block].indexed - 1) * state.counters[0].num_blocks
 
 
-@compiled
+@inlined
 def _resize(state: State, base: int, change: int) -> int:
     """Let the heap at `base` grow or shrink by one; returns its new size."""
     counters = state.counters[0]
@@ -63,19 +31,19 @@ def _resize(state: State, base: int, change: int) -> int:
     return counters.probation_heap_size
 
 
-@compiled
+@inlined
 def _goes_before(state: State, a: int, b: int) -> bool:
     first, second = state.blocks[a].score, state.blocks[b].score
     return first < second or (first == second and a < b)
 
 
-@compiled
+@inlined
 def _place(state: State, block: int, base: int, position: int) -> None:
     state.heap[base + position] = block
     state.blocks[block].heap_pos = position + 1
 
 
-@compiled
+@inlined
 def _rise(state: State, block: int, base: int, position: int) -> None:
     while position > 0:
         above = (position - 1) >> 1
@@ -87,7 +55,7 @@ def _rise(state: State, block: int, base: int, position: int) -> None:
     _place(state, block, base, position)
 
 
-@compiled
+@inlined
 def _sink(state: State, block: int, base: int, position: int, size: int) -> None:
     while True:
         below = 2 * position + 1
@@ -103,26 +71,32 @@ def _sink(state: State, block: int, base: int, position: int, size: int) -> None
     _place(state, block, base, position)
 
 
-@compiled
+@inlined
 def _enter(state: State, block: int) -> None:
     base = _base(state, block)
     _rise(state, block, base, _resize(state, base, 1) - 1)
 
 
+@inlined
+def _score(state: State, block: int) -> int:
+    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+
+
 @compiled
 def offer(state: State, block: int) -> None:
     """Put `block` into its heap if it can be reclaimed: cached, unpinned, a leaf, not there yet."""
+    state = borrowed(state)
     record = state.blocks[block]
     if record.indexed and record.ref_count == 0 and record.pins == 0 and record.num_children == 0:
         if record.heap_pos == 0:
-            if state.counters[0].rule != CUSTOM:
-                record.score = score_by_rule(state, block)
+            record.score = _score(state, block)
             _enter(state, block)
 
 
 @compiled
 def withdraw(state: State, block: int) -> None:
     """Take `block` out of its heap if it is there."""
+    state = borrowed(state)
     record = state.blocks[block]
     if record.heap_pos == 0:
         return
@@ -141,6 +115,7 @@ def withdraw(state: State, block: int) -> None:
 @compiled
 def rescore(state: State, block: int, score: int, queue: int) -> None:
     """Move a cached leaf to another place in the order, and to `queue`."""
+    state = borrowed(state)
     record = state.blocks[block]
     withdraw(state, block)
     state.counters[0].probation += queue - (record.indexed - 1)
@@ -151,17 +126,17 @@ def rescore(state: State, block: int, score: int, queue: int) -> None:
 
 @called
 def rank_leaves(state: State) -> None:
-    """Score all cached leaves of the main queue anew by what was learned and put them in order, O(n)."""
+    """Score all cached leaves of the main queue anew and put them in order, O(n)."""
     state = borrowed(state)
     size = state.counters[0].heap_size
     for position in range(size):
         block = state.heap[position]
-        state.blocks[block].score = expiry_of(state, block)
+        state.blocks[block].score = _score(state, block)
     for position in range(size // 2 - 1, -1, -1):
         _sink(state, state.heap[position], 0, position, size)
 
 
-@compiled
+@inlined
 def forget(state: State, block: int) -> None:
     """Take a childless block out of the index; its parent may have become a reclaimable leaf."""
     parent = unlink_leaf(state, block)
@@ -169,137 +144,44 @@ def forget(state: State, block: int) -> None:
         offer(state, parent)
 
 
+@inlined
+def _prefers_probation(state: State) -> bool:
+    """Tell whether a newcomer is to be evicted rather than a proven block."""
+    counters = state.counters[0]
+    return counters.probation >= max(1, counters.num_blocks // PROBATION_SHARE)
+
+
 @compiled
 def lowest_leaf(state: State) -> int:
     """Return the cached leaf that comes first in the queue that is to be drained, or -1 if nothing is cached."""
+    state = borrowed(state)
     counters = state.counters[0]
-    if counters.probation_heap_size > 0 and (counters.heap_size == 0 or prefers_probation(state)):
+    if counters.probation_heap_size > 0 and (counters.heap_size == 0 or _prefers_probation(state)):
         return state.heap[counters.num_blocks]
     return state.heap[0] if counters.heap_size > 0 else -1
 
 
 @compiled
-def give_up(state: State, block: int) -> None:
+def evict_leaf(state: State, block: int) -> None:
     """Take a cached leaf out of its heap and out of the index; its content is gone."""
-    let_go(state, block)
+    state = borrowed(state)
+    if state.kernels.on_evict:
+        state.kernels.on_evict(state, block)
     withdraw(state, block)
     forget(state, block)
     counters = state.counters[0]
     counters.cached -= 1
     counters.reclaimed += 1
-    start_over(state, lowest_leaf(state))
+    if state.kernels.after_evict:
+        state.kernels.after_evict(state, lowest_leaf(state))
 
 
-@compiled
+@inlined
 def reclaim_lowest(state: State) -> int:
-    """Give up the cached block that the strategy ranks lowest and return it, free of content."""
+    """Evict the cached block that the strategy ranks lowest and return it, free of content."""
     block = lowest_leaf(state)
-    while True:
-        is_kept, score, queue = gets_second_chance(state, block)
-        if not is_kept:
-            break
-        rescore(state, block, score, queue)
-        block = lowest_leaf(state)
-    give_up(state, block)
+    if state.kernels.second_chance:
+        while state.kernels.second_chance(state, block):
+            block = lowest_leaf(state)
+    evict_leaf(state, block)
     return block
-
-
-# When the adaptive strategy learns, and which order rules: asked at the end of every request.
-
-# Lessons come every half capacity of stored blocks, duels are judged every half capacity of accesses.
-PARTS = 2
-SHORTEST_PERIOD = 2048
-
-# Statistics lose a twentieth with each lesson; nothing is learned before the cache is full but for a sixteenth.
-MEMORY = 0.95
-FULL = 16
-
-# The learned order takes over when its shadow leads by so many standard deviations, and by so much of the accesses; it
-# loses when it is behind. A lead fades, and counts for little more than what takes over, and for at most a share of a
-# shadow: when the traffic changes, what was won before is soon used up.
-AHEAD = 2.0
-BEHIND = 0.5
-CLEARLY = 0.002
-FADING = 1 / 9  # per capacity of accesses
-MOST_DEVIATIONS = 2.25
-MOST_LEAD = 0.2
-
-
-@inlined
-def end_of_request(state: State) -> None:
-    """Let the adaptive strategy learn and judge when it is time; then all cached leaves are ranked anew."""
-    counters = state.counters[0]
-    if counters.rule == ADAPTIVE:
-        learner = state.learner
-        learner.sums[REQUESTS] += 1.0
-        learner.sums[VARIANCE] += learner.sums[REQUEST_LEAD] * learner.sums[REQUEST_LEAD]
-        learner.sums[REQUEST_LEAD] = 0.0
-        if (
-            learner.numbers[CLOCK] >= learner.numbers[NEXT_LESSON]
-            or learner.numbers[ACCESSES] >= learner.numbers[NEXT_DUEL]
-        ):
-            blank = counters.free_top + counters.num_blocks - counters.fresh
-            if _advance(state.learner, state.notes, counters.num_blocks, blank, counters.num_blocks - counters.used):
-                rank_leaves(state)
-
-
-@called
-def _advance(learner: Learner, notes: npt.NDArray[np.void], num_blocks: int, blank: int, room: int) -> bool:
-    """Learn, judge, or both; tells whether the order of the cached blocks changed."""
-    learner, notes = borrowed(learner), borrowed(notes)
-    period = max(SHORTEST_PERIOD, num_blocks // PARTS)
-    before, learned = learner.numbers[RULES], False
-    if learner.numbers[CLOCK] >= learner.numbers[NEXT_LESSON]:
-        learner.numbers[NEXT_LESSON] = learner.numbers[CLOCK] + period
-        learned = blank <= num_blocks // FULL
-    if learned:
-        _count_waiting(learner, notes)
-        expect(learner)
-        choose(learner, max(1, room))
-        rank_again(learner)
-        _fade(learner)
-        learner.numbers[LESSONS] += 1
-    if learner.numbers[ACCESSES] >= learner.numbers[NEXT_DUEL]:
-        learner.numbers[NEXT_DUEL] = learner.numbers[ACCESSES] + period
-        if learner.numbers[LESSONS] > 0:
-            _judge(learner, period / num_blocks)
-    return learner.numbers[RULES] != before or (learned and learner.numbers[RULES] != 0)
-
-
-@inlined
-def _count_waiting(learner: Learner, notes: npt.NDArray[np.void]) -> None:
-    """Count the cached blocks and the ghosts by class and age."""
-    for c in range(CLASSES):
-        for b in range(AGES):
-            learner.tables[WAITING, c, b] = 0.0
-    for i in range(len(notes)):
-        if notes[i].kind != 0:
-            learner.tables[WAITING, notes[i].kind - 1, age_bucket(learner.numbers[CLOCK] - notes[i].let_go)] += 1.0
-
-
-@inlined
-def _fade(learner: Learner) -> None:
-    for c in range(CLASSES):
-        learner.released[c] *= MEMORY
-        for b in range(AGES):
-            learner.tables[REUSED, c, b] *= MEMORY
-            learner.tables[CENSORED, c, b] *= MEMORY
-    learner.sums[STORES] *= MEMORY
-    learner.sums[RELEASES] *= MEMORY
-    learner.sums[REQUESTS] *= MEMORY
-
-
-@inlined
-def _judge(learner: Learner, elapsed: float) -> None:
-    """Let the order rule whose shadow had more hits lately."""
-    deviation = learner.sums[VARIANCE] ** 0.5
-    if learner.sums[LEAD] > CLEARLY * learner.sums[SEEN] + AHEAD * deviation:
-        learner.numbers[RULES] = 1
-    elif learner.sums[LEAD] < -BEHIND * deviation:
-        learner.numbers[RULES] = 0
-    kept = 1.0 / (1.0 + FADING * elapsed)
-    most = CLEARLY * learner.sums[SEEN] + MOST_DEVIATIONS * deviation
-    most = min(most, MOST_LEAD * learner.numbers[ROOM])
-    learner.sums[SEEN] *= kept
-    learner.sums[VARIANCE] *= kept * kept
-    learner.sums[LEAD] = min(most, max(-most, learner.sums[LEAD] * kept))

@@ -100,7 +100,7 @@ def fits_after_evicting(
 ) -> bool:
     """Tell whether evicting every sequence that may go makes up for `missing` blocks.
 
-    Pinned and `spared` rows stay. Blocks that the call shares (`matched`) are not freed for it, whoever lets go of
+    Pinned and `spared` rows stay. Blocks that the call shares (`matched`) are not freed for it, whoever releases
     them, nor are those that pins of freed sequences keep (`kept`); a shared tail among `tails` need not be copied once
     only its writers hold it.
     """

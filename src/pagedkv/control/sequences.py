@@ -12,9 +12,9 @@ import numpy.typing as npt
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import available_blocks, drop_block, pin_block, replace_by_copy, share_block, take_block
 from pagedkv.control.prefix import find_child, link_child, match_full_blocks, match_partial_block
-from pagedkv.control.reclaim import end_of_request, forget
+from pagedkv.control.reclaim import forget
 from pagedkv.control.state import DIRTY, LIVE, OPAQUE, SEQUENCE, TRUNCATED, State, power_of_two
-from pagedkv.jit import borrowed, compiled
+from pagedkv.jit import borrowed, compiled, inlined
 
 # Where a sequence's record is: rows of the sequence arrays, found by id through open addressing.
 
@@ -25,7 +25,7 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 _SHIFT = np.uint64(32)
 
 
-@compiled
+@inlined
 def _slot_of(state: State, seq_id: int) -> int:
     return np.int64((np.uint64(np.int64(seq_id)) * _STEP) >> _SHIFT) & (len(state.seq_table) - 1)
 
@@ -44,7 +44,7 @@ def find_row(state: State, seq_id: int) -> int:
     return -1
 
 
-@compiled
+@inlined
 def _enter(state: State, row: int) -> None:
     mask = len(state.seq_table) - 1
     slot = _slot_of(state, state.sequences[row].seq_id)
@@ -53,14 +53,14 @@ def _enter(state: State, row: int) -> None:
     state.seq_table[slot] = row + 1
 
 
-@compiled
+@inlined
 def has_spare_row(state: State) -> bool:
     """Return whether another sequence fits without growing the arrays."""
     counters = state.counters[0]
     return counters.free_row != 0 or counters.rows_used < len(state.sequences)
 
 
-@compiled
+@inlined
 def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     """Enter a live sequence without tokens and return its row; there is a spare row."""
     counters = state.counters[0]
@@ -95,7 +95,7 @@ def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     return row
 
 
-@compiled
+@inlined
 def drop_row(state: State, row: int) -> None:
     """Forget a sequence; the entries behind it in its probe chain close up (no tombstones)."""
     counters = state.counters[0]
@@ -141,7 +141,7 @@ def mark_dirty(state: State, row: int) -> None:
         counters.num_dirty += 1
 
 
-@compiled
+@inlined
 def resolve_rows(state: State, seq_ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> tuple[int, int]:
     """Find the rows of a batch; answers NOT_FOUND or REPEATED with the place in the batch."""
     counters = state.counters[0]
@@ -177,7 +177,7 @@ def with_more_rows(state: State) -> State:
     dirty[:old] = state.dirty
     seq_table = np.zeros(power_of_two(4 * old), np.int32)
     grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
-    _enter_all(grown)
+    _enter_all(grown.packed)
     return grown
 
 
@@ -195,13 +195,13 @@ NO_WIDE = np.empty(0, np.int64)
 NO_NARROW = np.empty(0, np.int32)
 
 
-@compiled
+@inlined
 def _cut_wide(wide: Ints, n: int) -> tuple[Ints, Ints, Ints]:
     total = (len(wide) - n) // 2
     return wide[:total], wide[total : 2 * total], wide[2 * total :]
 
 
-@compiled
+@inlined
 def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Narrow, Narrow]:
     lens, starts, holes = n * width, n * width + n, n * width + 2 * n + 1
     return (
@@ -212,7 +212,7 @@ def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Nar
     )
 
 
-@compiled
+@inlined
 def lay_out(state: State, rows: Narrow, num_query: Ints, copies: Narrow) -> tuple[int, Ints, Narrow]:
     """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns the table width too."""
     n, size = len(rows), state.counters[0].block_size
@@ -319,7 +319,7 @@ def matching_blocks(state: State, namespace: int, ids: npt.NDArray[np.int64]) ->
     return blocks[: match_full_blocks(state, namespace, ids, blocks)[0]]
 
 
-@compiled
+@inlined
 def _available_beside(state: State, shared: npt.NDArray[np.int32]) -> int:
     """Return the blocks an allocation can have, once it has taken the `shared` ones for itself."""
     available = available_blocks(state)
@@ -435,7 +435,7 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
 
 @compiled
 def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int32]:
-    """Return the blocks of a sequence, from table place `first` on, that become cached if it lets go of them."""
+    """Return the blocks of a sequence, from table place `first` on, that become cached if it releases them."""
     state = borrowed(state)
     record = state.sequences[row]
     found = np.empty(record.num_blocks, np.int32)
@@ -471,7 +471,8 @@ def free_row(state: State, row: int) -> None:
             pin_block(state, block)
         drop_block(state, block)
     drop_row(state, row)
-    end_of_request(state)
+    if state.kernels.on_request_end:
+        state.kernels.on_request_end(state, 0)
 
 
 @compiled
@@ -500,14 +501,14 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
     record.marks |= TRUNCATED
 
 
-@compiled
+@inlined
 def _must_copy(state: State, block: int) -> bool:
     """Tell whether a write into the tail `block` would be seen by somebody else, orphan its children or lose a pin."""
     record = state.blocks[block]
     return record.ref_count > 1 or record.pins > 0 or (record.indexed and record.num_children > 0)
 
 
-@compiled
+@inlined
 def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> bool:
     """Tell whether there is room even if all sequences grow as much as the one that grows most, and copy a block."""
     widest, most = 0, 0
@@ -518,7 +519,7 @@ def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> boo
     return len(rows) * (more + 1) <= available_blocks(state) and widest + more <= state.tables.shape[1]
 
 
-@compiled
+@inlined
 def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tuple[int, int, int]:
     """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_WIDTH with the columns needed."""
     size = state.counters[0].block_size
@@ -563,7 +564,7 @@ def blocks_to_grow(state: State, seq_ids: Ints, counts: Ints) -> tuple[int, int]
     return status, needed
 
 
-@compiled
+@inlined
 def _own_tail(state: State, row: int, copies: npt.NDArray[np.int32], num_copies: int) -> int:
     """Make the tail block of `row` writable; returns the new number of copies."""
     place = state.sequences[row].num_blocks - 1
@@ -576,7 +577,7 @@ def _own_tail(state: State, row: int, copies: npt.NDArray[np.int32], num_copies:
     return num_copies
 
 
-@compiled
+@inlined
 def _fill(state: State, block: int, start: int, stop: int, ids: Ints, first: int, known: bool) -> None:
     """Give the slots [start, stop) of `block` tokens, ``ids[first], …`` if they are known."""
     if known:
@@ -586,7 +587,7 @@ def _fill(state: State, block: int, start: int, stop: int, ids: Ints, first: int
     state.blocks[block].num_tokens = stop
 
 
-@compiled
+@inlined
 def _extend(
     state: State, row: int, count: int, ids: Ints, first: int, known: bool, copies: npt.NDArray[np.int32], k: int
 ) -> int:
@@ -648,7 +649,7 @@ def grow_rows(
     return OK, state.counters[0].tick, width, k, wide, narrow
 
 
-@compiled
+@inlined
 def _index_committed(state: State, row: int) -> None:
     """Make the full committed blocks of `row` findable.
 
@@ -709,7 +710,7 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
 # token ids, so the sequence is never committed to the prefix index again.
 
 
-@compiled
+@inlined
 def _is_own(state: State, block: int, num_own_children: int) -> bool:
     """Tell whether only this sequence knows `block`: no other owner, no pin, no trie children but its own."""
     record = state.blocks[block]
@@ -717,7 +718,7 @@ def _is_own(state: State, block: int, num_own_children: int) -> bool:
     return is_alone and (not record.indexed or record.num_children == num_own_children)
 
 
-@compiled
+@inlined
 def _count_foreign(state: State, row: int, first: int) -> int:
     """Return how many of the blocks from table place `first` on somebody else shares or builds upon."""
     record, table = state.sequences[row], state.tables[row]
@@ -732,11 +733,11 @@ def _count_foreign(state: State, row: int, first: int) -> int:
     return foreign
 
 
-@compiled
+@inlined
 def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -> int:
     """Make the blocks from table place `first` on private and unindexed, copying where others share them.
 
-    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to let go of some.
+    Whoever holds a node of the trie must hold its ancestors, and this sequence is about to release some.
     """
     record, table = state.sequences[row], state.tables[row]
     count = 0
@@ -750,7 +751,7 @@ def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -
     return count
 
 
-@compiled
+@inlined
 def _cuts(state: State, row: int, sink: int, window: int) -> tuple[int, int, int]:
     """Return where the window begins, and the blocks [cut, keep) of the table that hold only dropped tokens."""
     record = state.sequences[row]

@@ -4,29 +4,34 @@ Block and sequence records are NumPy records, so that compiled code and plain Py
 ``blocks[i].ref_count``. A reference to a block inside these arrays is ``block_id + 1``, and 0 means none:
 fresh memory from the operating system is all zeros, so a pool of any size is created without touching it.
 
-=============  =====================================================================================
-``blocks``     one record per block, as long as a cache line
-``contents``   the token ids of every block, ``block_size`` per block, flat
-``buckets``    the prefix table: the first block of each hash chain
-``siblings``   per block: first child, next sibling, previous sibling
-``roots``      per namespace: number of children, first child, number of live sequences, what the salt hashes to
-``heap``       cached leaves in the order in which they are given up, one heap for each of two queues
-``free_stack`` blocks that were used before and hold nothing now; never used ones lie above ``fresh``
-``sequences``  one record per live sequence, as long as two
-``tables``     the block table of every sequence
-``seq_table``  open addressing: sequence id to row
-``log``        blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
-``policy``     what the strategy in force remembers beyond the records (`ghosts`); empty for most
-``notes``      what the adaptive strategy remembers of each block and ghost (`learning`)
-``learner``    what it has learned; both are empty while another strategy is in force
-``counters``   one record of scalars
-=============  =====================================================================================
+=================  ====================================================================================================
+``kernels``        what the strategy in force does: the one part that is no array
+``blocks``         one record per block, as long as a cache line
+``contents``       the token ids of every block, ``block_size`` per block, flat
+``buckets``        the prefix table: the first block of each hash chain
+``siblings``       per block: first child, next sibling, previous sibling
+``roots``          per namespace: number of children, first child, number of live sequences, what the salt hashes to
+``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues
+``free_stack``     blocks that were used before and hold nothing now; never used ones lie above ``fresh``
+``sequences``      one record per live sequence, as long as two
+``tables``         the block table of every sequence
+``seq_table``      open addressing: sequence id to row
+``log``            blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
+``memory``         one record of scalars that the strategy in force remembers
+``prefix_hashes``  per block a hash of its content and of all before it, where the strategy asks for it (`ghosts`)
+``ghosts``         the last blocks that S3-FIFO evicted from probation
+``ghost_heads``    their hash chains
+``notes``          what the adaptive strategy remembers of each block and ghost (`learner`)
+``learner``        what it has learned; both are empty while another strategy is in force
+``counters``       one record of scalars
+=================  ====================================================================================================
 """
 
 from __future__ import annotations
 
 import secrets
 from collections import namedtuple
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -36,12 +41,31 @@ import numpy.typing as npt
 from pagedkv.errors import OutOfMemory
 from pagedkv.jit import packed
 
+# What strategies remember beyond the records of blocks.
+
+POLICY = np.dtype(
+    (
+        np.record,
+        [
+            ("clock", "i8"),  # S3-FIFO, SIEVE: blocks stored so far
+            ("lap", "i8"),  # SIEVE: of the hand, and where in it the hand is
+            ("hand", "i8"),
+            ("inflation", "i8"),  # GDSF: what was evicted last was worth
+            ("ticks", "i8"),  # TTL: its parameter
+            ("evicted", "i8"),  # blocks that were remembered as ghosts so far
+        ],
+    )
+)
+
+GHOST = np.dtype((np.record, [("prefix_hash", "i8"), ("next", "i8")]))
+"""An evicted block, in a ring and in a hash chain: ``next`` is 1 + place in the ring."""
+
 # The records of the adaptive strategy: a note on every block and ghost, and all that it has learned.
 #
 # Time is counted in stored blocks, that is in misses: an age in this unit compares with the capacity, whatever the
 # speed of the traffic.
 
-# What is known of a block: how often it was used (1, 2, 3, 4, 5-7, 8+), and whether it was let go as a leaf.
+# What is known of a block: how often it was used (1, 2, 3, 4, 5-7, 8+), and whether it was released as a leaf.
 CLASSES = 12
 
 # Ages fall into buckets, four to an octave: the last begins at half a billion stored blocks.
@@ -58,74 +82,110 @@ NOTE = np.dtype(
     (
         np.record,
         [
-            ("let_go", "i8"),  # when nobody used it any more, in stored blocks
-            ("mark", "u4"),  # a part of its path
-            ("uses", "u2"),  # before it was last given up, too
-            ("kind", "u1"),  # 1 + its class while it is cached or a ghost, else 0
+            ("released", "i8"),  # when its last user had gone, in stored blocks
+            ("mark", "u4"),  # a part of its prefix hash
+            ("uses", "u2"),  # before it was last evicted, too
+            ("kind", "i1"),  # 1 + its class while it is cached or a ghost, else 0
             ("is_sampled", "u1"),
         ],
     )
 )
 
-(
-    CLOCK,  # blocks stored so far
-    ACCESSES,  # blocks let go so far
-    NEXT_LESSON,
-    NEXT_DUEL,
-    LESSONS,
-    RULES,  # 1 while the learned order rules
-    SHARE,  # of the requests whose blocks have the long times to live, out of SHARES
-    SAMPLE_MASK,
-    ROOM,  # of a shadow cache
-    ENTRIES,
-    FREE_ENTRY,
-    OLDEST,
-    NEWEST,
-    LRU_SIZE,
-    HEAP_SIZE,
-    NUM_NUMBERS,
-) = range(16)
-"""Places in `Learner.numbers`."""
+LEARNER = np.dtype(
+    (
+        np.record,
+        [
+            ("clock", "i8"),  # blocks stored so far
+            ("accesses", "i8"),  # blocks released so far
+            ("next_lesson", "i8"),  # by the clock
+            ("next_duel", "i8"),  # by the accesses
+            ("lessons", "i8"),
+            ("rules", "i8"),  # 1 while the learned order rules
+            ("share", "i8"),  # of the requests whose blocks have the long times to live, out of SHARES
+            ("sample_mask", "i8"),
+            ("room", "i8"),  # of a shadow cache
+            ("entries", "i8"),  # of the shadows that were ever used
+            ("free_entry", "i8"),
+            ("oldest", "i8"),  # in the LRU shadow
+            ("newest", "i8"),
+            ("lru_size", "i8"),
+            ("heap_size", "i8"),
+            ("stores", "f8"),  # of late: blocks stored, blocks released, requests
+            ("releases", "f8"),
+            ("requests", "f8"),
+            ("lead", "f8"),  # in hits of the learned order's shadow,
+            ("seen", "f8"),  # out of so many sampled accesses
+            ("request_lead", "f8"),  # in this request,
+            ("variance", "f8"),  # and the sum of the squares of that
+        ],
+    )
+)
 
-STORES, RELEASES, REQUESTS, LEAD, SEEN, REQUEST_LEAD, VARIANCE, NUM_SUMS = range(8)
-"""Places in `Learner.sums`: of late, blocks stored, blocks let go, requests; the lead in hits of the learned order's
-shadow, out of how many sampled accesses; the lead in this request, and the sum of the squares of that."""
+CLASS = np.dtype(
+    (
+        np.record,
+        [
+            ("released", "f8"),  # blocks released of late
+            ("short", "i8"),  # time to live; of a share of the requests the blocks have the long one
+            ("long", "i8"),
+            ("trial", "i8"),
+        ],
+    )
+)
 
-REUSED, CENSORED, WAITING, HAZARD, HITS, SPACE, NUM_TABLES = range(7)
-"""Tables by class and age: reuses, ghosts forgotten before one, blocks not reused so far; and what a lesson computes:
-chances of a reuse (of all together in the row behind the last), what a block brings and takes up to each age.
-"""
+AGE = np.dtype(
+    (
+        np.record,
+        [
+            ("reused", "f8"),  # so many blocks at this age,
+            ("censored", "f8"),  # ghosts forgotten before that,
+            ("waiting", "f8"),  # blocks not reused so far
+            ("hazard", "f8"),  # chance of a reuse; of all classes together in the row behind the last
+            ("hits", "f8"),  # what a block brings and takes up to this age
+            ("space", "f8"),
+        ],
+    )
+)
 
-SHORT, LONG, TRIAL, NUM_LIVES = range(4)
-"""Rows of times to live by class: one share of the requests has the long ones."""
-
-PATH, RANK, LET_GO, OLDER, NEWER, NEXT, PLACE, IS_IN_LRU, KIND, HEADS, HEAP, NUM_ROWS = range(12)
-"""Rows of `Learner.shadows`: by entry its path, rank, when it was let go, its neighbours in the list of the LRU shadow,
-the next of its hash chain (or free entry), its place in the heap, whether it is in the list, its class; then heads and
-heap."""
+SHADOW = np.dtype(
+    (
+        np.record,
+        [
+            ("prefix_hash", "i8"),
+            ("rank", "i8"),
+            ("released", "i8"),
+            ("older", "i4"),  # neighbours in the list of the LRU shadow
+            ("newer", "i4"),
+            ("next", "i4"),  # of its hash chain, or the next free entry
+            ("heap_pos", "i4"),  # in the expiry shadow
+            ("kind", "i4"),
+            ("is_in_lru", "i4"),
+        ],
+    )
+)
 
 
 class Learner(NamedTuple):
     """All that the adaptive strategy has learned. References between entries are 1 + entry; 0 means none."""
 
-    numbers: npt.NDArray[np.int64]
-    sums: npt.NDArray[np.float64]
-    released: npt.NDArray[np.float64]  # blocks let go of late, by class
-    tables: npt.NDArray[np.float64]
-    lives: npt.NDArray[np.int64]
-    shadows: npt.NDArray[np.int64]
+    totals: npt.NDArray[np.void]  # one record of scalars
+    classes: npt.NDArray[np.void]
+    ages: npt.NDArray[np.void]  # by class and age
+    shadows: npt.NDArray[np.void]  # entries of both shadow caches
+    heads: npt.NDArray[np.int64]  # of hash chains over them
+    heap: npt.NDArray[np.int64]  # the expiry shadow, what expires first on top
 
 
 def new_learner(exists: bool) -> Learner:
     """Return a learner that knows nothing, or the empty stand-in that other strategies need."""
     size = int(exists)
     return Learner(
-        np.zeros(size * NUM_NUMBERS, np.int64),
-        np.zeros(size * NUM_SUMS),
-        np.zeros(size * CLASSES),
-        np.zeros((size * NUM_TABLES, CLASSES + 1, AGES + 1)),
-        np.zeros((size * NUM_LIVES, CLASSES), np.int64),
-        np.zeros((size * NUM_ROWS, SHADOW_HEADS), np.int64),
+        totals=np.zeros(size, LEARNER),
+        classes=np.zeros(size * CLASSES, CLASS),
+        ages=np.zeros((size * (CLASSES + 1), AGES + 1), AGE),
+        shadows=np.zeros(size * (2 * SHADOW_ROOM + 1), SHADOW),
+        heads=np.zeros(size * SHADOW_HEADS, np.int64),
+        heap=np.zeros(size * SHADOW_ROOM, np.int64),
     )
 
 
@@ -146,7 +206,7 @@ BLOCK = np.dtype(
             ("heap_pos", "i4"),
             ("hash_next", "i4"),
             ("pins", "u2"),
-            ("indexed", "u1"),  # while the block is a node of the prefix trie: 1 + the queue it waits in
+            ("indexed", "i1"),  # while the block is a node of the prefix trie: 1 + the queue it waits in
             ("recent_hits", "u1"),  # since it was stored or given a second chance, at most 255
         ],
     )
@@ -161,7 +221,7 @@ SEQUENCE = np.dtype(
             ("num_committed", "i8"),  # leading visible tokens whose K and V are written
             ("num_known", "i8"),  # leading visible tokens whose ids are known
             ("num_cached", "i8"),
-            ("num_dropped", "i8"),  # tokens that streaming gave up
+            ("num_dropped", "i8"),  # tokens that streaming dropped
             ("last_access", "i8"),
             ("access_count", "i8"),
             ("created", "i8"),
@@ -194,7 +254,7 @@ COUNTERS = np.dtype(
         [
             (name, "i8")
             for name in (
-                "num_blocks block_size prefix_caching whole_hits rule seed tick stamp "
+                "num_blocks block_size prefix_caching whole_hits seed tick stamp "
                 "fresh free_top used cached pinned heap_size probation_heap_size probation "
                 "num_sequences rows_used free_row num_dirty logging log_len "
                 "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"
@@ -204,7 +264,27 @@ COUNTERS = np.dtype(
 )
 
 
-class _Arrays(NamedTuple):
+Kernel = Callable[["State", int], int]
+
+
+class PolicyKernels(NamedTuple):
+    """What the strategy in force does, chosen once: a kernel for each event that it does not leave alone.
+
+    Each is called with the state and a block, as `pagedkv.jit.pointed` says.
+    """
+
+    score: Kernel | None = None  # how much a block is worth keeping, when it becomes reclaimable; else its last access
+    on_store: Kernel | None = None  # it becomes findable; returns its queue, else MAIN
+    on_hit: Kernel | None = None  # it was cached and is used again
+    on_release: Kernel | None = None  # its last user has gone, it is cached from now on
+    second_chance: Kernel | None = None  # it comes first; returns whether it was moved elsewhere in the order
+    on_evict: Kernel | None = None  # it is about to be evicted
+    after_evict: Kernel | None = None  # one was evicted, and this one comes first now, or -1
+    on_request_end: Kernel | None = None  # a request has ended; its last argument says nothing
+
+
+class _State(NamedTuple):
+    kernels: PolicyKernels
     blocks: npt.NDArray[np.void]
     contents: npt.NDArray[np.int64]
     buckets: npt.NDArray[np.int32]
@@ -217,7 +297,10 @@ class _Arrays(NamedTuple):
     seq_table: npt.NDArray[np.int32]
     dirty: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
-    policy: npt.NDArray[np.int64]
+    memory: npt.NDArray[np.void]
+    prefix_hashes: npt.NDArray[np.int64]
+    ghosts: npt.NDArray[np.void]
+    ghost_heads: npt.NDArray[np.int64]
     notes: npt.NDArray[np.void]
     learner: Learner
     counters: npt.NDArray[np.void]
@@ -227,7 +310,7 @@ class _Arrays(NamedTuple):
 _Sequence: Any = namedtuple("_Sequence", SEQUENCE.names or ())  # type: ignore[misc]
 
 
-class State(_Arrays):
+class State(_State):
     """All control state; passed as one argument to every compiled function."""
 
     @cached_property
@@ -272,6 +355,7 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
     # A secret seed: chains of chosen collisions would be slow (never wrong), so nobody may choose them.
     counters["seed"] = secrets.randbits(62)
     return State(
+        kernels=PolicyKernels(),
         blocks=np.zeros(num_blocks, BLOCK),
         contents=np.zeros(num_blocks * block_size, np.int64),
         buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
@@ -284,7 +368,10 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
         seq_table=np.zeros(power_of_two(2 * rows), np.int32),
         dirty=np.zeros(rows, np.int32),
         log=np.zeros(1, np.int32),
-        policy=np.zeros(1, np.int64),
+        memory=np.zeros(1, POLICY),
+        prefix_hashes=np.zeros(0, np.int64),
+        ghosts=np.zeros(0, GHOST),
+        ghost_heads=np.zeros(0, np.int64),
         notes=np.zeros(0, NOTE),
         learner=new_learner(False),
         counters=counters,

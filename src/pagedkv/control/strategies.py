@@ -16,17 +16,16 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.control import policies
-from pagedkv.control.ghosts import TICKS, with_policy
-from pagedkv.control.learner import with_learner
-from pagedkv.control.policies import COST_OF_FIRST, PROBATION_SHARE, RECENCY_BITS
+from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
+from pagedkv.control.learner import forget_notes, with_learner
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
-from pagedkv.control.state import State
+from pagedkv.control.reclaim import PROBATION_SHARE
+from pagedkv.control.state import PolicyKernels, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation, bad_argument
 
@@ -140,126 +139,20 @@ def as_strategy(strategy: object) -> EvictionStrategy:
     return strategy
 
 
-# Strategies from the literature that keep a queue, a clock or a price: each is a compiled rule of the control plane.
-#
-# What they remember lies with the cache, not with the object, so one object may serve many caches. Their
-# ``score_blocks`` is the order before any second chance.
+# The built-in strategies. Which cached block is reclaimed first is decided by the kernels in `policies`; their
+# ``score_blocks`` is the same formula over columns, for a strategy of a user that builds on one of them.
 
 
-class _RecentSequences:
-    """Whole sequences go least recently used first."""
-
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the last access."""
-        return sequences.last_access
-
-    def __str__(self) -> str:
-        return type(self).__name__
+MAX_PRIORITY = 2 ** (63 - policies.RECENCY_BITS) - 1
 
 
-@register_strategy("s3fifo")
-@dataclass(frozen=True)
-class S3FIFO(_RecentSequences):
-    """Three FIFO queues: a tenth for newcomers, the rest for what proved itself, and a memory of what was given up.
-
-    A newcomer with two hits is promoted, one without goes; if it comes back soon, it enters as proven. A proven block
-    is given up when it comes first without a hit since. Source: Yang et al., SOSP 2023, algorithm 1.
-    """
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the tick at which the block was filled."""
-        return blocks.created
+def _require_int(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise bad_argument(name, f"an int in {low} … {high}", f"{value!r}")
 
 
-@register_strategy("sieve")
-@dataclass(frozen=True)
-class SIEVE(_RecentSequences):
-    """FIFO in which a block that was hit is passed over once. Source: Zhang et al., NSDI 2024, algorithm 1."""
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the tick at which the block was filled."""
-        return blocks.created
-
-
-@register_strategy("gdsf")
-@dataclass(frozen=True)
-class GDSF(_RecentSequences):
-    """Greedy-Dual: uses times the cost of computing a block again, above a price that rises with what was given up.
-
-    The cost grows with the depth of the block in its prefix: attention reads all that precedes it. Source: Cherkasova,
-    HPL-98-69R1, 1998, with equal sizes.
-    """
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by uses times cost, without the price."""
-        scores: Scores = blocks.access_count.astype(np.int64) * (COST_OF_FIRST + blocks.depth.astype(np.int64))
-        return scores
-
-
-@register_strategy("ttl")
-@dataclass(frozen=True)
-class TTL(_RecentSequences):
-    """Least recently used goes first, but what a sequence with a priority used lives longer: a pin that expires.
-
-    Parameters
-    ----------
-    ticks : int
-        Calls of the cache that a block of priority 1 is kept longer for; priority 2 counts twice, and so on.
-    """
-
-    ticks: int = 1000
-
-    def __post_init__(self) -> None:
-        if isinstance(self.ticks, bool) or not isinstance(self.ticks, int) or not 0 <= self.ticks < 2**32:
-            raise bad_argument("ticks", "an int in 0 … 2**32 - 1", f"{self.ticks!r}")
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the tick at which the block expires."""
-        scores: Scores = blocks.last_access + self.ticks * blocks.priority.astype(np.int64)
-        return scores
-
-    def __str__(self) -> str:
-        return f"TTL(ticks={self.ticks})"
-
-
-# The adaptive strategy: a time to live for each class of block, learned from the traffic; else recency.
-
-
-@register_strategy("adaptive")
-@dataclass(frozen=True)
-class Adaptive:
-    """What will be used again within the time that room lasts is kept; there is nothing to tune.
-
-    Blocks fall into classes by how often they were used and by whether they end a prefix. For each class the ages at
-    which blocks are used again are counted, and from them follows how long such a block is worth keeping: the block
-    whose time is up first goes first. As long as that is not clearly better than least recently used, judged by two
-    small shadow caches over a sample of the content, this is LRU. What it learns lies with the cache, not with the
-    object. See ``docs/strategies.md``.
-    """
-
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the last access."""
-        return sequences.last_access
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the last use: the order before anything is learned."""
-        return blocks.last_access
-
-    def __str__(self) -> str:
-        return "Adaptive"
-
-
-MAX_PRIORITY = 2 ** (63 - RECENCY_BITS) - 1
-
-
-def _then_recency(rank: npt.NDArray[Any], last_access: npt.NDArray[Any]) -> Scores:
-    scores: Scores = (rank.astype(np.int64) << RECENCY_BITS) + last_access
-    return scores
-
-
-@dataclass(frozen=True)
-class LRU:
-    """Least recently used goes first."""
+class _Recent:
+    """Least recently used goes first: sequences, and blocks before anything else is known of them."""
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
         """Score by the last access."""
@@ -270,11 +163,18 @@ class LRU:
         return blocks.last_access
 
     def __str__(self) -> str:
-        return "LRU"
+        return type(self).__name__
 
 
+@register_strategy("lru")
 @dataclass(frozen=True)
-class LFU:
+class LRU(_Recent):
+    """Least recently used goes first."""
+
+
+@register_strategy("lfu")
+@dataclass(frozen=True)
+class LFU(_Recent):
     """Least frequently used goes first; among blocks of equal use the oldest."""
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
@@ -283,14 +183,13 @@ class LFU:
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by the number of sequences that used the block, then by recency."""
-        return _then_recency(blocks.access_count, blocks.last_access)
-
-    def __str__(self) -> str:
-        return "LFU"
+        scores: Scores = policies.by_frequency(blocks)
+        return scores
 
 
+@register_strategy("longest_first")
 @dataclass(frozen=True)
-class LongestFirst:
+class LongestFirst(_Recent):
     """The longest sequence goes first; of blocks the deepest, among equals the oldest."""
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
@@ -300,14 +199,13 @@ class LongestFirst:
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by depth, negated, then by recency."""
-        return _then_recency(-blocks.depth, blocks.last_access)
-
-    def __str__(self) -> str:
-        return "LongestFirst"
+        scores: Scores = policies.by_depth(blocks)
+        return scores
 
 
+@register_strategy("priority")
 @dataclass(frozen=True)
-class Priority:
+class Priority(_Recent):
     """The lowest priority goes first, among equals the least recently used.
 
     Parameters
@@ -323,18 +221,21 @@ class Priority:
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
         """Score by priority, then by the last access."""
-        return _then_recency(sequences.priority, sequences.last_access)
+        scores: Scores = policies.by_priority(sequences)
+        return scores
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by the highest priority that used the block, then by recency."""
-        return _then_recency(blocks.priority, blocks.last_access)
+        scores: Scores = policies.by_priority(blocks)
+        return scores
 
     def __str__(self) -> str:
         return f"Priority({self.levels})"
 
 
+@register_strategy("streaming_llm")
 @dataclass(frozen=True)
-class StreamingLLM:
+class StreamingLLM(_Recent):
     """Least recently used goes first; sequences keep sinks and a window (Xiao et al. 2023, section 3.2).
 
     Parameters
@@ -352,73 +253,145 @@ class StreamingLLM:
         _require_int("sink_tokens", self.sink_tokens, 0, 2**62)
         _require_int("window_tokens", self.window_tokens, 0, 2**62)
 
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the last access."""
-        return sequences.last_access
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the last use."""
-        return blocks.last_access
-
     def __str__(self) -> str:
         return f"StreamingLLM(sink={self.sink_tokens}, window={self.window_tokens})"
 
 
+@register_strategy("ttl")
 @dataclass(frozen=True)
-class FIFO:
+class TTL(_Recent):
+    """Least recently used goes first, but what a sequence with a priority used lives longer: a pin that expires.
+
+    Parameters
+    ----------
+    ticks : int
+        Calls of the cache that a block of priority 1 is kept longer for; priority 2 counts twice, and so on.
+    """
+
+    ticks: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_int("ticks", self.ticks, 0, 2**32 - 1)
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the tick at which the block expires."""
+        scores: Scores = policies.by_expiry(blocks, self.ticks)
+        return scores
+
+    def __str__(self) -> str:
+        return f"TTL(ticks={self.ticks})"
+
+
+class _Queue(_Recent):
+    """Blocks go first in, first out, before any second chance."""
+
+    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
+        """Score by the tick at which the block was filled."""
+        return blocks.created
+
+
+@register_strategy("fifo")
+@dataclass(frozen=True)
+class FIFO(_Queue):
     """First in, first out: use does not matter."""
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
         """Score by the tick of the allocation."""
         return sequences.created
 
+
+@register_strategy("s3fifo")
+@dataclass(frozen=True)
+class S3FIFO(_Queue):
+    """Three FIFO queues: a tenth for newcomers, the rest for what proved itself, and a memory of what was evicted.
+
+    A newcomer with two hits is promoted, one without goes; if it comes back soon, it enters as proven. A proven block
+    is evicted when it comes first without a hit since. Source: Yang et al., SOSP 2023, algorithm 1.
+    """
+
+
+@register_strategy("sieve")
+@dataclass(frozen=True)
+class SIEVE(_Queue):
+    """FIFO in which a block that was hit is passed over once. Source: Zhang et al., NSDI 2024, algorithm 1."""
+
+
+@register_strategy("gdsf")
+@dataclass(frozen=True)
+class GDSF(_Recent):
+    """Greedy-Dual: uses times the cost of computing a block again, above a price that rises with what was evicted.
+
+    The cost grows with the depth of the block in its prefix: attention reads all that precedes it. Source: Cherkasova,
+    HPL-98-69R1, 1998, with equal sizes.
+    """
+
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the tick at which the block was filled."""
-        return blocks.created
-
-    def __str__(self) -> str:
-        return "FIFO"
+        """Score by uses times cost, without the price."""
+        scores: Scores = policies.by_cost(blocks)
+        return scores
 
 
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise bad_argument(name, f"an int in {low} … {high}", f"{value!r}")
+@register_strategy("adaptive")
+@dataclass(frozen=True)
+class Adaptive(_Recent):
+    """What will be used again within the time that room lasts is kept; there is nothing to tune.
+
+    Blocks fall into classes by how often they were used and by whether they end a prefix. For each class the ages at
+    which blocks are used again are counted, and from them follows how long such a block is worth keeping: the block
+    whose time is up first goes first. As long as that is not clearly better than least recently used, judged by two
+    small shadow caches over a sample of the content, this is LRU. What it learns lies with the cache, not with the
+    object. See ``docs/strategies.md``.
+    """
 
 
-for _builtin in (LRU, LFU, LongestFirst, Priority, StreamingLLM, FIFO):
-    register_strategy(_builtin.__name__, _builtin)
+# The policy of each strategy: its kernels, and what they need to remember.
 
 
-# Which compiled rule serves a strategy, and what it needs to remember.
-
-_RULES: dict[type, int] = {
-    LRU: policies.RECENCY,
-    StreamingLLM: policies.RECENCY,
-    LFU: policies.FREQUENCY,
-    LongestFirst: policies.DEPTH,
-    Priority: policies.PRIORITY,
-    FIFO: policies.AGE,
-    S3FIFO: policies.S3_FIFO,
-    SIEVE: policies.SIEVE_RULE,
-    GDSF: policies.COST,
-    TTL: policies.EXPIRY,
-    Adaptive: policies.ADAPTIVE,
-}
+def _with_ticks(state: State, strategy: Any) -> State:
+    state.memory[0].ticks = strategy.ticks
+    return state
 
 
-def with_rule(state: State, strategy: EvictionStrategy) -> State:
-    """Put the compiled rule of `strategy` in force; a user's own (subclasses of ours included) scores in NumPy."""
-    rule = _RULES.get(type(strategy), policies.CUSTOM)
-    state.counters[0].rule = rule
+def _with_ghosts(state: State, strategy: Any) -> State:
     num_blocks = len(state.blocks)
-    if rule == policies.S3_FIFO:
-        return with_policy(state, paths=True, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
-    if rule == policies.ADAPTIVE:
-        return with_learner(state)
-    if rule in (policies.SIEVE_RULE, policies.COST):
-        return with_policy(state)
-    if isinstance(strategy, TTL):
-        state = with_policy(state)
-        state.policy[TICKS] = strategy.ticks
-        return state
-    return with_policy(state, paths=True) if hooks_of(strategy) else state
+    return with_prefix_hashes(state, ghosts=max(1, num_blocks - num_blocks // PROBATION_SHARE))
+
+
+class _Policy(NamedTuple):
+    kernels: PolicyKernels
+    with_memory: Callable[[State, Any], State] = lambda state, strategy: state
+
+
+_POLICIES: dict[type, _Policy] = {
+    LRU: _Policy(policies.LRU),
+    LFU: _Policy(policies.LFU),
+    LongestFirst: _Policy(policies.LONGEST_FIRST),
+    Priority: _Policy(policies.PRIORITY),
+    StreamingLLM: _Policy(policies.LRU),
+    TTL: _Policy(policies.TTL, _with_ticks),
+    FIFO: _Policy(policies.FIFO),
+    S3FIFO: _Policy(policies.S3FIFO, _with_ghosts),
+    SIEVE: _Policy(policies.SIEVE),
+    GDSF: _Policy(policies.GDSF),
+    Adaptive: _Policy(policies.ADAPTIVE, lambda state, strategy: with_learner(state)),
+}
+_IN_NUMPY = _Policy(policies.IN_NUMPY)
+_IN_NUMPY_WITH_HOOKS = _Policy(policies.IN_NUMPY_WITH_HOOKS, lambda state, strategy: with_prefix_hashes(state))
+
+
+def is_scored_in_numpy(strategy: EvictionStrategy) -> bool:
+    """Tell whether a strategy is a user's own; subclasses of ours are, as they may score otherwise."""
+    return type(strategy) not in _POLICIES
+
+
+def with_policy_of(state: State, strategy: EvictionStrategy) -> State:
+    """Return the state with the kernels of `strategy` in force."""
+    in_numpy = _IN_NUMPY_WITH_HOOKS if hooks_of(strategy) else _IN_NUMPY
+    policy = _POLICIES.get(type(strategy), in_numpy)
+    return policy.with_memory(state._replace(kernels=policy.kernels), strategy)
+
+
+def forget_blocks(state: State) -> None:
+    """Forget what the strategy in force knows of single blocks, when all of them are forgotten."""
+    forget_ghosts(state)
+    forget_notes(state)

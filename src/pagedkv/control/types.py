@@ -70,7 +70,7 @@ class SequenceInfo:
     num_committed_tokens : int
         Leading tokens whose K and V are known to be written.
     num_dropped_tokens : int
-        Tokens that ``apply_streaming_llm`` gave up.
+        Tokens that ``apply_streaming_llm`` dropped.
     last_access : int
         Logical tick of the last allocate, append, fork or touch.
     access_count : int
@@ -132,7 +132,7 @@ class CacheStats:
     partial_hit_tokens : int
         Tokens found in partly matching blocks, which are copied.
     blocks_reclaimed : int
-        Cached blocks given up for a new use.
+        Cached blocks evicted for a new use.
     blocks_copied : int
         Copies made because a block was shared (copy-on-write).
     """
@@ -303,13 +303,13 @@ class BlockView(_RecordView):
     created = _Column("created", "tick at which it was filled")
     num_children = _Column("num_children", "blocks that continue it in the index")
 
-    __slots__ = ("_paths",)
+    __slots__ = ("_prefix_hashes",)
 
     def __init__(
-        self, records: npt.NDArray[np.void], ids: npt.NDArray[Any], paths: npt.NDArray[np.int64] | None = None
+        self, records: npt.NDArray[np.void], ids: npt.NDArray[Any], prefix_hashes: npt.NDArray[np.int64] | None = None
     ) -> None:
         super().__init__(records, ids)
-        self._paths = paths
+        self._prefix_hashes = prefix_hashes
 
     @property
     def id(self) -> npt.NDArray[np.int32]:
@@ -322,11 +322,11 @@ class BlockView(_RecordView):
         return self._ids
 
     @property
-    def path(self) -> npt.NDArray[np.int64]:
+    def prefix_hash(self) -> npt.NDArray[np.int64]:
         """A number for the content of each block and of all that precedes it, for strategies with hooks."""
-        if self._paths is None:
-            raise InvalidOperation("path is kept for strategies with hooks (StrategyHooks) only")
-        return self._paths
+        if self._prefix_hashes is None:
+            raise InvalidOperation("prefix_hash is kept for strategies with hooks (StrategyHooks) only")
+        return self._prefix_hashes
 
 
 class SequenceView(_RecordView):
@@ -338,7 +338,7 @@ class SequenceView(_RecordView):
     num_blocks = _Column("num_blocks", "blocks held")
     num_cached_tokens = _Column("num_cached", "tokens found cached at allocation")
     num_committed_tokens = _Column("num_committed", "leading tokens whose K and V are written")
-    num_dropped_tokens = _Column("num_dropped", "tokens that streaming gave up")
+    num_dropped_tokens = _Column("num_dropped", "tokens that streaming dropped")
     priority = _Column("priority", "the sequence's priority")
     created = _Column("created", "tick of the allocation")
 

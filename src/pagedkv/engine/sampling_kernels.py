@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.jit import compiled
+from pagedkv.jit import compiled, mix64
 
 BINS = 2048
 WIDEST = 64.0  # tokens further than this below the highest logit share the last bin
@@ -35,11 +35,8 @@ Ints = npt.NDArray[np.int64]
 
 
 def _mixed(state: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """SplitMix64's finaliser (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
-    state = state + np.uint64(GOLDEN)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    """One step of SplitMix64 (Steele et al. 2014, "Fast Splittable Pseudorandom Number Generators")."""
+    return mix64(state + np.uint64(GOLDEN))
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], choices: Ints, positions: Ints) -> Doubles:

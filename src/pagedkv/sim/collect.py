@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.jit import compiled
+from pagedkv.jit import compiled, mix64
 from pagedkv.sim.source import BadRecord
 from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
 
@@ -184,11 +184,8 @@ FIRST_SLOTS = 1024
 def _slot_of(parent: int, raw: int, raws: Array, parents: Array, table: Array) -> int:
     """Return the slot that holds the block, or the empty one where it belongs."""
     mask = np.uint64(len(table) - 1)
-    # Parents are dense and raw ids often consecutive: multiply, fold and multiply again (the finalizer of splitmix64).
-    mixed = raw + np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15)
-    mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    slot = (mixed ^ (mixed >> np.uint64(31))) & mask
+    # Parents are dense and raw ids often consecutive: they need to be mixed well.
+    slot = mix64(raw + np.uint64(parent) * np.uint64(0x9E3779B97F4A7C15)) & mask
     while True:
         block = table[slot]
         if block == EMPTY or (raws[block] == raw and parents[block] == parent):

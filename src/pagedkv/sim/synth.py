@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.jit import compiled
+from pagedkv.jit import compiled, mix64
 from pagedkv.sim.trace import Trace
 from pagedkv.sim.traffic import KINDS, TRAFFIC, Traffic, changed, subagents_of
 from pagedkv.validate import require_choice, require_int
@@ -21,23 +21,19 @@ from pagedkv.validate import require_choice, require_int
 State = npt.NDArray[np.uint64]
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
-_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
-_SHIFT_30, _SHIFT_27, _SHIFT_31, _SHIFT_12 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(12)
+_STREAM = np.uint64(0x94D049BB133111EB)  # sets the stream apart from pairs
 
 
 @compiled
 def mix(bits: np.uint64, more: np.uint64) -> np.uint64:
     """Return 64 well-mixed bits that stand for a pair."""
-    bits = (bits ^ more) + _GAMMA
-    bits = (bits ^ (bits >> _SHIFT_30)) * _FIRST
-    bits = (bits ^ (bits >> _SHIFT_27)) * _SECOND
-    return bits ^ (bits >> _SHIFT_31)
+    return mix64((bits ^ more) + _GAMMA)
 
 
 @compiled
 def uniform_of(bits: np.uint64) -> float:
     """Turn random bits into a number within (0, 1), the ends left out."""
-    return (float(bits >> _SHIFT_12) + 0.5) * 2.0**-52
+    return (float(bits >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 @compiled
@@ -50,7 +46,7 @@ def normal_of(bits: np.uint64) -> float:
 @compiled
 def _bits(state: State) -> np.uint64:
     state[0] += _GAMMA
-    return mix(state[0], _SECOND)
+    return mix(state[0], _STREAM)
 
 
 @compiled
