@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from pagedkv import paged_attention
-from pagedkv.data import gpu, gpu_device, gpu_kernels, gpu_tuning
+from pagedkv.data import attention, gpu, gpu_device, gpu_kernels, gpu_tuning
 from pagedkv.data.gpu_device import Config, Device, Heads, shared_bytes
 
 TYPES = {
@@ -99,7 +99,7 @@ class Compiler:
 def main() -> None:
     compiler = Compiler()
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
-    for module in (gpu, gpu_device):
+    for module in (attention, gpu_device):
         module.require_runnable = lambda name, device: None
     for module in (gpu, gpu_tuning):
         module.device_of = lambda device: compiler.device

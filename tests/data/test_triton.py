@@ -11,7 +11,7 @@ import torch
 from tests.contracts.attention_cases import TOLERANCE, Shape, make_case
 
 from pagedkv import InvalidOperation, KvCacheSpec, KvStorage, LayerSpec, MissingExtra, PagedKvCache, paged_attention
-from pagedkv.data import gpu, gpu_device
+from pagedkv.data import attention, gpu, gpu_device
 from pagedkv.data.gpu_plan import DevicePlan
 
 pytest.importorskip("triton")
@@ -258,9 +258,7 @@ def test_a_device_plan_refuses_what_does_not_fit():
     with pytest.raises(InvalidOperation, match="plan: expected one for 24 blocks of 4 tokens, got one for 24 of 8"):
         cache.write(0, keys, values, other)
     with pytest.raises(InvalidOperation, match="plan: expected a DevicePlan, got BatchPlan"):
-        gpu.attend_plan(
-            queries, cache.storage.keys(0), cache.storage.values(0), cache.plan([1], [1]), scale=1.0, out=queries
-        )
+        cache.storage.slots_of(cache.plan([1], [1]))
 
 
 def test_debug_mode_looks_at_what_is_on_the_device(monkeypatch):
@@ -290,16 +288,16 @@ def test_equal_arrays_are_uploaded_once():
     call.queries = call.queries.to(DEVICE)
     first = uploaded(call)
     assert uploaded(call) is first
-    call.seq_lens = call.seq_lens.copy()
+    call.batch.seq_lens = call.batch.seq_lens.copy()
     assert uploaded(call) is first
-    call.seq_lens[0] = 8
+    call.batch.seq_lens[0] = 8
     second = uploaded(call)
     assert second is not first and second.seq_lens.tolist() == [8, 5] and first.seq_lens.tolist() == [9, 5]
 
 
 def test_triton_is_refused_without_a_device_or_the_interpreter(monkeypatch):
     case = make_case(Shape([(9, 1, 0, 0)]))
-    for module in (gpu, gpu_device):
+    for module in (attention, gpu_device):
         monkeypatch.setattr(module, "require_runnable", gpu_device.require_runnable)
     monkeypatch.setattr(gpu_device, "is_interpreted", lambda: False)
     with pytest.raises(InvalidOperation, match="queries: backend 'triton': expected a tensor on a CUDA device"):

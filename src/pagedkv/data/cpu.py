@@ -36,8 +36,9 @@ SMALLEST_FUSED_SCALE = torch.finfo(torch.float32).tiny
 
 def attend_sequence(call: AttentionCall, i: int) -> None:
     """Fill the rows of sequence ``i``."""
-    first, last = int(call.cu_seqlens_q[i]), int(call.cu_seqlens_q[i + 1])
-    q_len, seq_len = last - first, int(call.seq_lens[i])
+    batch = call.host_batch
+    first, last = int(batch.cu_seqlens_q[i]), int(batch.cu_seqlens_q[i + 1])
+    q_len, seq_len = last - first, int(batch.seq_lens[i])
     window = call.window or seq_len
     oldest = max(0, seq_len - q_len - window + 1)
     # torch multiplies bfloat16 faster than float32, float16 slower. Quantised keys times their scales would be rounded.
@@ -66,13 +67,14 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
 
 def _gather(call: AttentionCall, pool: Tensor, scales: Tensor | None, i: int, oldest: int) -> Tensor:
     """Return ``[num_kv_heads, seq_len - oldest, dim]``: what the sequence sees from position ``oldest`` on."""
-    block_size, seq_len = pool.shape[1], int(call.seq_lens[i])
-    start, end = (int(x) for x in call.holes[i])
+    batch, block_size = call.host_batch, pool.shape[1]
+    seq_len = int(batch.seq_lens[i])
+    start, end = (int(x) for x in batch.holes[i])
     runs = [(oldest, min(start, seq_len)), (max(oldest, start) + end - start, seq_len + end - start)]
     parts = []
     for low, high in runs:
         if low < high:
-            blocks = torch.from_numpy(call.block_tables[i, low // block_size : -(-high // block_size)])
+            blocks = torch.from_numpy(batch.block_tables[i, low // block_size : -(-high // block_size)])
             skipped = low % block_size
             factors = None if scales is None else scales.index_select(0, blocks)
             tokens = dequantised(pool.index_select(0, blocks), factors).flatten(0, 1)
@@ -229,10 +231,10 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
         raise InvalidOperation(
             f"queries: backend 'cpu': expected a tensor on the CPU, got one on {call.queries.device}"
         )
-    shape = _shape(call)
+    batch, shape = call.host_batch, _shape(call)
     window = call.window or _NO_WINDOW
     items, first_item, num_positions, num_partials, most_quads = plan_items(
-        call.seq_lens, call.cu_seqlens_q, few_queries, window, shape
+        batch.seq_lens, batch.cu_seqlens_q, few_queries, window, shape
     )
     if len(items):
         num_bytes = num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
@@ -240,7 +242,7 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
         # Few long items are cut by heads as well, which changes no result.
         num_parts = min(shape.num_kv_heads, -(-4 * threads // len(items))) if threads > 1 else 1
         arguments = (
-            np.zeros(1 + call.num_sequences, np.int64),
+            np.zeros(1 + batch.num_sequences, np.int64),
             num_parts,
             items,
             first_item,
@@ -253,17 +255,14 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
             _NO_FLOATS if call.value_scales is None else _flat(call.value_scales),
             _flat(call.out),
             _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
-            call.block_tables,
-            call.seq_lens,
-            call.cu_seqlens_q,
-            call.holes,
+            *batch.arrays,
             shape,
             _strides(call),
             _rules(call, window),
         )
         run_in_threads(attend_items, arguments, threads)
     if len(call.queries) > few_queries:
-        for i in np.flatnonzero(np.diff(call.cu_seqlens_q) > few_queries):
+        for i in np.flatnonzero(np.diff(batch.cu_seqlens_q) > few_queries):
             attend_sequence(call, int(i))
 
 

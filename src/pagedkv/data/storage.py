@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedkv.data import gpu
 from pagedkv.data.gpu_device import (
     LayerSide,
     Pool,
@@ -23,13 +22,11 @@ from pagedkv.data.gpu_device import (
     require_slots,
     uses_triton,
 )
-from pagedkv.data.gpu_plan import DevicePlan
+from pagedkv.data.gpu_plan import DevicePlan, require_plan_of
 from pagedkv.data.quantised import torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation, bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
 from pagedkv.validate import require_int
-
-__all__ = ["KvStorage", "SlotIndex"]
 
 
 @dataclass(slots=True, eq=False)
@@ -289,7 +286,7 @@ class KvStorage:
         InvalidOperation
             Not a DevicePlan for this storage, or torch moves the memory: it would write such tokens somewhere.
         """
-        gpu.require_plan_of(plan, self._base.num_blocks, self._base.block_size, self._device)
+        require_plan_of(plan, self._base.num_blocks, self._base.block_size, self._device)
         if not self._uses_triton:
             raise bad_argument("plan", "a BatchPlan, as this storage has no Triton kernels")
         return SlotIndex(self, plan.slot_mapping, ())
@@ -320,7 +317,7 @@ class KvStorage:
         if self._uses_triton:
             scales = self._shown(key_side.scales), self._shown(value_side.scales)
             sides = self._shown(key_side.blocks), self._shown(value_side.blocks)
-            gpu.write_tokens(*sides, new_keys, new_values, index.slots, *scales)
+            _gpu_kernels().write_tokens(*sides, new_keys, new_values, index.slots, *scales)
             return
         stored_keys, stored_values = key_side.stored("keys", new_keys), value_side.stored("values", new_values)
         key_side.write(*stored_keys, index.places)
@@ -398,8 +395,15 @@ class KvStorage:
         require_copies(pairs.numpy(), self._base.num_blocks)
         if self._uses_triton:
             for pool in self._pools:
-                gpu.copy_blocks(pool.memory, pairs.numpy())
+                _gpu_kernels().copy_blocks(pool.memory, pairs.numpy())
             return
         pairs = pairs.to(self._device, non_blocking=True)
         for pool in self._pools:
             pool.copy_blocks(pairs[:, 0], pairs[:, 1])
+
+
+def _gpu_kernels() -> Any:
+    """Return the module that needs Triton."""
+    from pagedkv.data import gpu_kernels
+
+    return gpu_kernels
