@@ -24,7 +24,7 @@ from pagedkv.data.gpu_device import (
     num_splits,
     tl_dtype,
 )
-from pagedkv.data.gpu_kernels import attend_tiles, combine_splits
+from pagedkv.data.gpu_kernels import Pool, Rules, Sizes, Strides, attend_tiles, combine_splits
 from pagedkv.data.gpu_plan import uploaded
 from pagedkv.data.gpu_tuning import run_best
 from pagedkv.errors import InvalidOperation
@@ -143,17 +143,30 @@ def _attend(
     partials: tuple[Tensor, Tensor],
     search: bool,
 ) -> None:
-    key_scales, value_scales = call.key_scales, call.value_scales
+    pool = Pool(call.keys, call.values, call.key_scales, call.value_scales)
+    scale_strides = (0, 0, 0) if pool.key_scales is None else pool.key_scales.stride()
+    strides = Strides(*pool.key_blocks.stride()[:3], *pool.value_blocks.stride()[:3], *scale_strides)
+    tiles = config.tile_m, config.tile_n, heads.tile_d, heads.tile_dv
+    _, block_size, kv_heads, _ = pool.key_blocks.shape
+    sizes = Sizes(kv_heads, block_size, heads.group, heads.head_dim, heads.v_head_dim, *tiles)
+    rules = Rules(
+        split=grid[1] > 1,
+        search=search,
+        causal=call.causal,
+        window=call.window is not None,
+        softcap=call.softcap is not None,
+        sinks=call.sinks is not None,
+        scaled=pool.key_scales is not None,
+        compute=tl_dtype(compute_dtype(call)),
+        precision=_precision(call.queries.device),
+    )
     meta: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     with _on(call.queries):
         attend_tiles[grid](
             call.out,
             *partials,
             call.queries,
-            call.keys,
-            call.values,
-            key_scales,
-            value_scales,
+            pool,
             call.sinks,
             batch.block_tables,
             batch.seq_lens,
@@ -168,27 +181,9 @@ def _attend(
             batch.block_tables.shape[1],
             *call.queries.stride()[:2],
             *call.out.stride()[:2],
-            *call.keys.stride()[:3],
-            *call.values.stride()[:3],
-            *((0, 0, 0) if key_scales is None else key_scales.stride()),
-            KV_HEADS=call.keys.shape[2],
-            BLOCK_SIZE=call.keys.shape[1],
-            GROUP=heads.group,
-            HEAD_DIM=heads.head_dim,
-            V_HEAD_DIM=heads.v_head_dim,
-            TILE_M=config.tile_m,
-            TILE_N=config.tile_n,
-            TILE_D=heads.tile_d,
-            TILE_DV=heads.tile_dv,
-            SPLIT=grid[1] > 1,
-            SEARCH=search,
-            CAUSAL=call.causal,
-            WINDOW=call.window is not None,
-            SOFTCAP=call.softcap is not None,
-            SINKS=call.sinks is not None,
-            SCALED=key_scales is not None,
-            COMPUTE=tl_dtype(compute_dtype(call)),
-            PRECISION=_precision(call.queries.device),
+            STRIDES=strides,
+            SIZES=sizes,
+            RULES=rules,
             **meta,
         )
 
