@@ -61,7 +61,7 @@ class Compiler:
     ) -> dict[str, Any]:
         config = Config(sizes.tile_m, sizes.tile_n, options["num_warps"], options["num_stages"])
         items = 4 if rules.compute.primitive_bitwidth == 32 else 2
-        pool = next(arg for arg in args if isinstance(arg, gpu_kernels.Pool))
+        pool = next(arg for arg in args if isinstance(arg, gpu_kernels.Memory))
         heads = Heads(sizes.group, sizes.head_dim, sizes.v_head_dim, items, pool.key_blocks.element_size(), 1)
         expected = shared_bytes(config, heads, self.device)
         return {"expected_shared": expected, "allowed_shared": self.device.shared_bytes, "is_long": rules.search}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -313,6 +314,28 @@ def test_without_triton_the_error_says_how_to_install_it(monkeypatch):
     with pytest.raises(MissingExtra, match=r"pip install 'pagedkv\[gpu\]'"):
         paged_attention(case.queries, case.keys, case.values, **case.options, backend="triton")
     gpu_device.is_interpreted.cache_clear()
+
+
+def test_the_cache_works_without_triton():
+    """In a process that has none, as after an installation on a machine without a GPU."""
+    program = """
+import subprocess
+import sys
+sys.modules["triton"] = None
+import torch
+from pagedkv import MissingExtra, PagedKvCache
+cache = PagedKvCache(4, 4, 1, 8, dtype="float32")
+cache.allocate(1, 3)
+plan, tokens = cache.plan([1]), torch.ones(3, 1, 8)
+cache.write(0, tokens, tokens, plan)
+assert cache.attend(0, tokens, plan, backend="reference").eq(1).all()
+try:
+    cache.attend(0, tokens, plan, backend="triton")
+except MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "pip install 'pagedkv[gpu]'" in done.stdout, done.stderr
 
 
 def test_storage_refuses_an_unknown_backend():

@@ -1,4 +1,4 @@
-"""The CPU backend whose results depend on a query and what it sees alone, to the last bit.
+"""Batch-invariant attention on the CPU: a result depends on a query and what it sees alone, to the last bit.
 
 Torch's matrix products change their order of additions with the number of rows, the decode kernels do not. So long
 prompts are cut into pieces that the kernels take, each of them a sequence that ends earlier.

@@ -1,4 +1,4 @@
-"""The GPU backend: Triton kernels over device blocks.
+"""GPU backend of attention: launches of the Triton kernels over the blocks on the device.
 
 Everything that is wrong with a call is found before anything is launched, and nothing here waits for the device, unless
 ``PAGEDKV_DEBUG=1`` asks to check what is on the device too.
@@ -24,7 +24,7 @@ from pagedkv.data.gpu_device import (
     num_splits,
     tl_dtype,
 )
-from pagedkv.data.gpu_kernels import Pool, Rules, Sizes, Strides, attend_tiles, combine_splits
+from pagedkv.data.gpu_kernels import Memory, Rules, Sizes, Strides, attend_tiles, combine_splits
 from pagedkv.data.gpu_plan import uploaded
 from pagedkv.data.gpu_tuning import run_best
 from pagedkv.errors import InvalidOperation
@@ -143,7 +143,7 @@ def _attend(
     partials: tuple[Tensor, Tensor],
     search: bool,
 ) -> None:
-    pool = Pool(call.keys, call.values, call.key_scales, call.value_scales)
+    pool = Memory(call.keys, call.values, call.key_scales, call.value_scales)
     scale_strides = (0, 0, 0) if pool.key_scales is None else pool.key_scales.stride()
     strides = Strides(*pool.key_blocks.stride()[:3], *pool.value_blocks.stride()[:3], *scale_strides)
     tiles = config.tile_m, config.tile_n, heads.tile_d, heads.tile_dv

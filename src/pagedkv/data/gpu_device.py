@@ -1,4 +1,4 @@
-"""Triton and the device, found when they are first needed; the package works without them."""
+"""Facts of the GPU, whether Triton can run on it, and the configurations of its kernels; imports no Triton."""
 
 from __future__ import annotations
 

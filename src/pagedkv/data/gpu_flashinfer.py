@@ -1,4 +1,4 @@
-"""The FlashInfer backend: block tables become its CSR arrays, and its paged prefill kernel serves every batch.
+"""FlashInfer backend of attention: block tables become its CSR arrays, its paged prefill kernel serves every batch.
 
 FlashInfer is not a dependency; where it is installed it may be chosen by name. "FlashInfer: Efficient and Customizable
 Attention Engine for LLM Inference Serving" (Ye et al., 2025).

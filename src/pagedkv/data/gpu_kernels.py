@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention: tiles of query rows over tiles of keys, and the sum of the splits.
+"""Triton kernels of paged attention: tiles of query rows over tiles of keys, and the sum of the splits.
 
 A row of a tile is one query head of one query token; all heads of a group share a tile, so that a key is read once for
 all of them. A sequence's keys are split among programs as in "Flash-Decoding" (Dao et al., 2023). A hole is stepped
@@ -23,7 +23,7 @@ from pagedkv.data.gpu_device import is_interpreted, power_of_two
 # "FlashAttention-2" (Dao, 2023).
 
 
-class Pool(NamedTuple):
+class Memory(NamedTuple):
     """The memory of keys and values, and their scales where they are quantised."""
 
     key_blocks: Tensor

@@ -1,4 +1,4 @@
-"""The arrays of a batch on the device: copied once for all layers, or into buffers that a CUDA graph has seen."""
+"""DevicePlan: the arrays of a batch on the device, in buffers for CUDA graphs, or copied once for all layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: slow, readable, obviously right. The oracle of every kernel test.
+"""Reference of paged attention, in plain torch: slow and readable, the oracle of every kernel test.
 
 One sequence after the other, its visible keys and values gathered in order, the whole score matrix at once, as in
 "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1.
