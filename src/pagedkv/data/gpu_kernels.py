@@ -454,14 +454,9 @@ def _write_side(
     tokens,
     slot,
     num_heads,
-    pool_block,
-    pool_token,
-    pool_head,
-    scale_block,
-    scale_token,
-    scale_head,
-    new_token,
-    new_head,
+    pool_strides,
+    scale_strides,
+    token_strides,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -474,14 +469,15 @@ def _write_side(
     d = tl.arange(0, TILE_D)
     is_head = head < num_heads
     mask = is_head[:, None] & (d < HEAD_DIM)[None, :]
-    at_new = tl.program_id(0).to(tl.int64) * new_token + head * new_head
+    at_new = tl.program_id(0).to(tl.int64) * token_strides[0] + head * token_strides[1]
     numbers = tl.load(tokens + at_new[:, None] + d[None, :], mask=mask, other=0.0)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     if LIMIT > 0:
         numbers = numbers.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(numbers), 1), LIMIT)
-        tl.store(scales + block * scale_block + offset * scale_token + head * scale_head, scale, mask=is_head)
+        at_scale = block * scale_strides[0] + offset * scale_strides[1] + head * scale_strides[2]
+        tl.store(scales + at_scale, scale, mask=is_head)
         numbers = tl.div_rn(numbers, tl.where(scale > 0, scale, 1.0)[:, None])
         numbers = tl.where((scale > 0)[:, None], numbers, 0.0)
         if IS_INTEGER:
@@ -489,7 +485,7 @@ def _write_side(
         else:
             numbers = _to_three_bits(numbers)
         numbers = tl.minimum(tl.maximum(numbers, -LIMIT), LIMIT)
-    at_pool = block * pool_block + offset * pool_token + head * pool_head
+    at_pool = block * pool_strides[0] + offset * pool_strides[1] + head * pool_strides[2]
     tl.store(pool + at_pool[:, None] + d[None, :], numbers.to(pool.dtype.element_ty), mask=mask)
 
 
@@ -503,19 +499,11 @@ def _write_tokens(
     new_values,
     slots,
     num_heads,
-    key_block,
-    key_token,
-    key_head,
-    value_block,
-    value_token,
-    value_head,
-    scale_block,
-    scale_token,
-    scale_head,
-    new_key_token,
-    new_key_head,
-    new_value_token,
-    new_value_head,
+    key_strides,
+    value_strides,
+    scale_strides,
+    new_key_strides,
+    new_value_strides,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -532,14 +520,12 @@ def _write_tokens(
     # fmt: off
     if tl.program_id(2) == 0:
         _write_side(
-            keys, key_scales, new_keys, slot, num_heads, key_block, key_token, key_head,
-            scale_block, scale_token, scale_head, new_key_token, new_key_head,
+            keys, key_scales, new_keys, slot, num_heads, key_strides, scale_strides, new_key_strides,
             BLOCK_SIZE, HEAD_DIM, TILE_H, TILE_D, LIMIT, IS_INTEGER,
         )
     else:
         _write_side(
-            values, value_scales, new_values, slot, num_heads, value_block, value_token, value_head,
-            scale_block, scale_token, scale_head, new_value_token, new_value_head,
+            values, value_scales, new_values, slot, num_heads, value_strides, scale_strides, new_value_strides,
             BLOCK_SIZE, V_HEAD_DIM, TILE_H, TILE_DV, LIMIT, IS_INTEGER,
         )
     # fmt: on
@@ -578,7 +564,6 @@ def write_tokens(
     v_head_dim = values.shape[3]
     tile_d, tile_dv = power_of_two(head_dim), power_of_two(v_head_dim)
     tile_h = min(power_of_two(num_heads), max(1, _TILE // max(tile_d, tile_dv)))
-    no_strides = (0, 0, 0)
     with torch.cuda.device_of(keys):
         _write_tokens[(len(slots), triton.cdiv(num_heads, tile_h), 2)](
             keys,
@@ -589,11 +574,11 @@ def write_tokens(
             new_values,
             slots,
             num_heads,
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *(no_strides if key_scales is None else key_scales.stride()),
-            *new_keys.stride()[:2],
-            *new_values.stride()[:2],
+            keys.stride()[:3],
+            values.stride()[:3],
+            (0, 0, 0) if key_scales is None else key_scales.stride(),
+            new_keys.stride()[:2],
+            new_values.stride()[:2],
             BLOCK_SIZE=block_size,
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,
