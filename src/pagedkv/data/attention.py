@@ -13,6 +13,7 @@ from torch import Tensor
 from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
 from pagedkv.data.gpu_device import has_triton, require_runnable
 from pagedkv.errors import bad_argument
+from pagedkv.validate import require_choice
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu",
@@ -129,8 +130,7 @@ def paged_attention(
 
 def attend(call: AttentionCall, backend: str = "auto") -> Tensor:
     """Let a backend fill ``call.out`` and return it."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise bad_argument("backend", f"one of auto, {', '.join(sorted(BACKENDS))}", f"{backend!r}")
+    require_choice("backend", backend, ("auto", *sorted(BACKENDS)))
     name = _fastest_for(call) if backend == "auto" else backend
     if isinstance(call.batch, DeviceBatch) and name != "triton":
         raise bad_argument("backend", "auto or triton for a DevicePlan", f"{backend!r}")

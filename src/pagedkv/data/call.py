@@ -5,7 +5,6 @@ A call that exists is valid: every backend can trust it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from pagedkv.data.quantised import GREATEST, checked_scales
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT
-from pagedkv.validate import require_int
+from pagedkv.validate import require_choice, require_flag, require_int, require_number
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -239,16 +238,15 @@ class AttentionCall:
     into: InitVar[Tensor | None] = None
 
     def __post_init__(self, layout: str, into: Tensor | None) -> None:
-        if layout not in _LAYOUTS:
-            raise bad_argument("layout", f"one of {', '.join(_LAYOUTS)}", f"{layout!r}")
+        require_choice("layout", layout, _LAYOUTS)
         self.keys, self.values = _checked_pool(self.queries, self.keys, self.values, layout)
         scales = checked_scales(self.keys, self.values, self.key_scales, self.value_scales, layout)
         self.key_scales, self.value_scales = scales
         self.queries = self.queries.detach() if self.queries.requires_grad else self.queries
-        self.scale = _positive_or_finite("scale", self.scale, positive=False)
-        self.causal = _checked_flag("causal", self.causal)
+        self.scale = require_number("scale", self.scale)
+        self.causal = require_flag("causal", bool(self.causal) if isinstance(self.causal, np.bool_) else self.causal)
         self.window = None if self.window is None else require_int("window", self.window, 1, MAX_COUNT)
-        self.softcap = None if self.softcap is None else _positive_or_finite("softcap", self.softcap, positive=True)
+        self.softcap = None if self.softcap is None else require_number("softcap", self.softcap, 0, above=True)
         self.sinks = None if self.sinks is None else _checked_sinks(self.sinks, self.queries)
         batch, num_queries = self.batch, len(self.queries)
         new = torch.zeros if isinstance(batch, DeviceBatch) else torch.empty
@@ -307,23 +305,6 @@ def _require_tensor(
         raise bad_argument(name, "nothing empty but the first dimension", f"{list(tensor.shape)}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise bad_argument(name, "no gradients", "a tensor that requires grad (detach it, or use torch.no_grad())")
-
-
-def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
-    words = "a positive finite number" if positive else "a finite number"
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise bad_argument(name, f"{words}", f"{value!r}") from None
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise bad_argument(name, f"{words}", f"{value!r}")
-    return number
-
-
-def _checked_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise bad_argument(name, "a bool", f"{value!r}")
-    return bool(value)
 
 
 def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:

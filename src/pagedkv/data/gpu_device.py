@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
+from pagedkv.validate import require_choice
 
 
 def checked_device(device: Any) -> torch.device:
@@ -278,8 +279,7 @@ def uses_triton(backend: str, device: torch.device) -> bool:
     InvalidOperation
         It cannot use the device, or there is no such backend.
     """
-    if backend not in ("auto", "torch", "triton"):
-        raise bad_argument("backend", "one of auto, torch, triton", f"{backend!r}")
+    require_choice("backend", backend, ("auto", "torch", "triton"))
     if backend == "triton":
         require_runnable("device", device)
     return backend == "triton" or (backend == "auto" and device.type == "cuda" and has_triton())
