@@ -12,7 +12,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pagedkv import paged_attention
-from pagedkv.data.gpu import attend_plan
+from pagedkv.data.attention import attend
+from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_plan import DevicePlan
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 8, 4, 128
@@ -78,8 +79,8 @@ class Batch:
         no_holes = np.zeros((self.count, 2), np.int32)
         plan.load(SimpleNamespace(**arrays, slot_mapping=nowhere, positions=nowhere, holes=no_holes))
         out = torch.zeros_like(self.queries)
-        inputs = self.queries, self.keys, self.values, plan
-        return lambda: attend_plan(*inputs, scale=SCALE, layout=self.layout, out=out)
+        inputs = self.queries, self.keys, self.values, plan.batch
+        return lambda: attend(AttentionCall(*inputs, scale=SCALE, layout=self.layout, into=out))
 
     def graph(self) -> Way:
         """Return the same, captured: the host only replays it."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pagedkv import InvalidOperation, KvCacheSpec, PagedKvCache, paged_attention
+from pagedkv.data import call
 
 TINY = {"num_kv_heads": 2, "head_dim": 4, "dtype": "float32"}
 
@@ -65,6 +66,28 @@ def test_a_batch_reads_only_its_own_blocks():
     for start, stop in zip(plan.cu_seqlens_q[:-1], plan.cu_seqlens_q[1:], strict=True):
         expected = dense(queries[start:stop], keys[start:stop], values[start:stop])
         assert torch.allclose(found[start:stop], expected, atol=1e-5)
+
+
+def test_a_plan_is_checked_once_for_all_layers(monkeypatch):
+    """What a plan says later does not matter: nothing unchecked is read."""
+    checked = []
+    original = call._first_fault
+    monkeypatch.setattr(call, "_first_fault", lambda *arrays: checked.append(1) or original(*arrays))
+    cache = PagedKvCache(8, 4, **TINY, num_layers=3)
+    cache.allocate(1, 9)
+    plan = cache.plan([1])
+    fill(cache, plan)
+    queries = torch.randn(9, 2, 4)
+    found = cache.attend(0, queries, plan)
+    plan.block_tables.fill(2**30)
+    assert torch.equal(cache.attend(0, queries, plan), found)
+    assert cache.attend(2, queries, plan).isfinite().all() and len(checked) == 1
+    other = cache.plan([1], [1])
+    other.block_tables.fill(2**30)
+    with pytest.raises(InvalidOperation, match=f"block_tables: expected block ids below 8 .*, got {2**30}"):
+        cache.attend(0, queries[:1], other)
+    with pytest.raises(InvalidOperation, match="cu_seqlens_q: expected to end at 8, the number of queries, got 9"):
+        cache.attend(0, queries[:8], plan)
 
 
 def test_attend_is_paged_attention_over_the_plan():

@@ -7,9 +7,9 @@ from typing import Any
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.data.attention import paged_attention
-from pagedkv.data.gpu import attend_plan
-from pagedkv.data.gpu_plan import DevicePlan
+from pagedkv.data.attention import attend
+from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
+from pagedkv.data.gpu_plan import DevicePlan, require_plan_of
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
@@ -83,6 +83,7 @@ class PagedKvCache(BlockManager):
         )
         self._storage = KvStorage(spec, device)
         self._slots: tuple[BatchPlan | None, Any] = (None, None)
+        self._batch: tuple[BatchPlan | None, Batch | None] = (None, None)
 
     @property
     def storage(self) -> KvStorage:
@@ -152,7 +153,8 @@ class PagedKvCache(BlockManager):
         layer : int
         queries : Tensor [total_tokens, num_q_heads, head_dim]
         plan : BatchPlan or DevicePlan
-            With a ``DevicePlan`` the call may be captured in a CUDA graph; only backends ``"auto"`` and ``"triton"``.
+            The arrays of a ``BatchPlan`` are copied and checked when it is first used, once for all layers. With a
+            ``DevicePlan`` the call may be captured in a CUDA graph; only backends ``"auto"`` and ``"triton"``.
         scale : float, optional
             ``head_dim ** -0.5`` by default.
         window, softcap, sinks, backend
@@ -163,31 +165,21 @@ class PagedKvCache(BlockManager):
         Tensor [total_tokens, num_q_heads, v_head_dim]
         """
         storage = self._storage
-        tensors = queries, storage.keys(layer), storage.values(layer)
-        options: dict[str, Any] = {
-            "scale": tensors[1].shape[-1] ** -0.5 if scale is None else scale,
-            "window": window,
-            "softcap": softcap,
-            "sinks": sinks,
-            "layout": storage.spec.layout,
-            "key_scales": storage.key_scales(layer),
-            "value_scales": storage.value_scales(layer),
-        }
-        if isinstance(plan, DevicePlan):
-            if backend not in ("auto", "triton"):
-                raise bad_argument("backend", "auto or triton for a DevicePlan", f"{backend!r}")
-            return attend_plan(*tensors, plan, **options)
-        if not isinstance(plan, BatchPlan):
-            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
-        return paged_attention(
-            *tensors,
-            block_tables=plan.block_tables,
-            seq_lens=plan.seq_lens,
-            cu_seqlens_q=plan.cu_seqlens_q,
-            holes=plan.holes,
-            backend=backend,
-            **options,
+        keys, values = storage.keys(layer), storage.values(layer)
+        call = AttentionCall(
+            queries,
+            keys,
+            values,
+            self._batch_of(plan),
+            scale=keys.shape[-1] ** -0.5 if scale is None else scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            key_scales=storage.key_scales(layer),
+            value_scales=storage.value_scales(layer),
+            layout=storage.spec.layout,
         )
+        return attend(call, backend)
 
     def device_plan(
         self, max_seqs: int, max_blocks: int, max_tokens: int, max_query_tokens: int | None = None
@@ -220,6 +212,20 @@ class PagedKvCache(BlockManager):
             slots = self._storage.slot_index(plan.slot_mapping)
             self._slots = (plan, slots)
         return slots
+
+    def _batch_of(self, plan: BatchPlan | DevicePlan) -> Batch | DeviceBatch:
+        """Return the arrays of a plan, the same object for all layers, so that they are checked once."""
+        if isinstance(plan, DevicePlan):
+            require_plan_of(plan, self.spec.num_blocks, self.spec.block_size, self._storage.device)
+            return plan.batch
+        if not isinstance(plan, BatchPlan):
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
+        made_for, batch = self._batch
+        if made_for is not plan or batch is None:
+            arrays = plan.block_tables, plan.seq_lens, plan.cu_seqlens_q, plan.holes
+            batch = Batch(*(array.copy() for array in arrays))  # what was checked must not change
+            self._batch = (plan, batch)
+        return batch
 
     def _copy(self, copies: Any) -> None:
         if len(copies) and self._storage.num_layers:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagedkv.data import reference
-from pagedkv.data.call import AttentionCall, checked_call
+from pagedkv.data.call import AttentionCall, Batch
 from pagedkv.data.quantised import GREATEST, quantised
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -39,8 +39,9 @@ class Case:
 
     def call(self) -> AttentionCall:
         """Return the checked call."""
-        defaults = {"causal": True, "window": None, "softcap": None, "sinks": None, "layout": "NHD", "out": None}
-        return checked_call(self.queries, self.keys, self.values, **{**defaults, **self.options})
+        options = dict(self.options)
+        arrays = [options.pop(name, None) for name in ("block_tables", "seq_lens", "cu_seqlens_q", "holes")]
+        return AttentionCall(self.queries, self.keys, self.values, Batch(*arrays), **options)
 
     def expected(self) -> torch.Tensor:
         """Return the oracle's answer in float64."""

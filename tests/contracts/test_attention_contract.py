@@ -21,7 +21,7 @@ MIXED = [(37, 37, 0, 0), (90, 25, 0, 0), (61, 1, 0, 0), (33, 3, 0, 0), (0, 0, 0,
 HOLED = [(37, 37, 4, 9), (90, 25, 5, 3), (61, 1, 4, 14), (33, 3, 0, 11), (24, 1, 24, 5), (40, 40, 40, 7)]
 
 
-# FlashInfer is another project's: see tests/data/test_flashinfer.py.
+# FlashInfer is another project's: see tests/data/test_gpu_flashinfer.py.
 EXAMINED = sorted(BACKENDS.keys() - {"flashinfer"} - (set() if has_triton() else {"triton"}))
 
 

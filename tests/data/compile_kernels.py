@@ -1,12 +1,11 @@
 """Compile every kernel for real GPUs, down to machine code, on a machine that has none: the interpreter cannot test it.
 
-The launching code runs as ever; where it would launch a kernel, the kernel is compiled for the arguments it is given.
+The launching code runs as ever; where it would launch a kernel, Triton compiles it for the arguments it is given.
 Prints a line of JSON for each; with ``--all`` for more types and sizes.
 """
 
 from __future__ import annotations
 
-import inspect
 import json
 import sys
 from dataclasses import dataclass
@@ -14,33 +13,25 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from tests.contracts.attention_cases import Shape, make_case
 from tests.data.machine_code import facts_of
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pagedkv import paged_attention
-from pagedkv.data import gpu, gpu_device, gpu_kernels, gpu_tuning
+from pagedkv.data import attention, gpu, gpu_device, gpu_kernels, gpu_tuning
 from pagedkv.data.gpu_device import Config, Device, Heads, shared_bytes
 
-TYPES = {
-    torch.float32: "fp32",
-    torch.bfloat16: "bf16",
-    torch.float16: "fp16",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.float8_e4m3fn: "fp8e4nv",
-}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
+
+
+RUN = JITFunction.run
 
 
 @dataclass
 class Compiler:
-    """Stands in for a launch: compiles for ``capability`` what would be launched."""
+    """Stands in for Triton's driver and for a launch: compiles for ``capability`` what would be launched."""
 
     capability: int = 90
     what: str = ""
@@ -49,37 +40,31 @@ class Compiler:
     def device(self) -> Device:
         return Device("none", 132, SHARED_BYTES[self.capability], self.capability)
 
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
     def compile(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k not in OPTIONS})
-        signature, constants, attributes = {}, {}, {}
-        for i, (name, given) in enumerate(bound.arguments.items()):
-            whole = None
-            if kernel.params[i].is_constexpr or given is None:
-                signature[name], constants[name] = "constexpr", given
-            elif isinstance(given, torch.Tensor):
-                signature[name], whole = "*" + TYPES[given.dtype], given.data_ptr()
-            elif isinstance(given, float):
-                signature[name] = "fp32"
-            elif given == 1 and not kernel.params[i].do_not_specialize:
-                signature[name], constants[name] = "constexpr", given
-            else:
-                signature[name], whole = "i32", None if kernel.params[i].do_not_specialize else given
-            if whole is not None and whole % 16 == 0:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-        options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-        source = ASTSource(kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options)
+        compiled = RUN(kernel, *args, grid=grid, warmup=True, **kwargs)
         facts = {"what": self.what, "kernel": kernel.__name__, "capability": self.capability, **facts_of(compiled)}
-        if "TILE_M" in constants:
-            facts |= self.expected(constants, options, bound.arguments)
+        if "SIZES" in kwargs:
+            facts |= self.expected(kwargs["SIZES"], kwargs["RULES"], kwargs, args)
         print(json.dumps(facts))
 
-    def expected(self, constants: dict[str, Any], options: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
-        config = Config(constants["TILE_M"], constants["TILE_N"], options["num_warps"], options["num_stages"])
-        items = 4 if constants["COMPUTE"].primitive_bitwidth == 32 else 2
-        sizes = constants["HEAD_DIM"], constants["V_HEAD_DIM"], items, arguments["keys"].element_size()
-        expected = shared_bytes(config, Heads(constants["GROUP"], *sizes, 1), self.device)
-        return {"expected_shared": expected, "allowed_shared": self.device.shared_bytes, "is_long": constants["SEARCH"]}
+    def expected(
+        self, sizes: gpu_kernels.Sizes, rules: gpu_kernels.Rules, options: dict[str, Any], args: tuple[Any, ...]
+    ) -> dict[str, Any]:
+        config = Config(sizes.tile_m, sizes.tile_n, options["num_warps"], options["num_stages"])
+        items = 4 if rules.compute.primitive_bitwidth == 32 else 2
+        pool = next(arg for arg in args if isinstance(arg, gpu_kernels.Memory))
+        heads = Heads(sizes.group, sizes.head_dim, sizes.v_head_dim, items, pool.key_blocks.element_size(), 1)
+        expected = shared_bytes(config, heads, self.device)
+        return {"expected_shared": expected, "allowed_shared": self.device.shared_bytes, "is_long": rules.search}
 
     def attend(self, what: str, dtype: torch.dtype, capability: int = 90, **changes: Any) -> None:
         """Compile for sequences of one query token and for long ones."""
@@ -98,8 +83,9 @@ class Compiler:
 
 def main() -> None:
     compiler = Compiler()
+    driver.set_active(compiler)
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
-    for module in (gpu, gpu_device):
+    for module in (attention, gpu_device):
         module.require_runnable = lambda name, device: None
     for module in (gpu, gpu_tuning):
         module.device_of = lambda device: compiler.device

@@ -14,7 +14,7 @@ from tests.hf.models import build, prompt
 from tests.hf.tape import Tape, TapeRecorder
 
 from pagedkv import InvalidOperation, MissingExtra, PagedKvCache
-from pagedkv.data import gpu, storage
+from pagedkv.data import attention, gpu_plan, storage
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.hf import ModelRunner, graphs, load, load_runner
 from pagedkv.hf.cache import ModelKvCache
@@ -284,7 +284,7 @@ def test_the_forward_pass_never_asks_the_device(name, monkeypatch):
 
     launched = []
     monkeypatch.setattr(storage, "uses_triton", lambda *_: True)
-    monkeypatch.setattr(gpu, "require_runnable", lambda *_: None)
+    monkeypatch.setattr(attention, "require_runnable", lambda *_: None)
     monkeypatch.setattr(GridExecutor, "__call__", lambda grid, *args, **options: launched.append(grid.fn.__name__))
     runner = ModelRunner(copy.deepcopy(build(name)).to("meta"), ModelKvCache(16, 4, num_layers=0), "ragged")
     runner.cache.settle(torch.float32, "meta")
@@ -303,9 +303,9 @@ def test_debug_mode_does_not_read_while_a_graph_is_captured(monkeypatch):
     plan = PagedKvCache(4, 4, dtype="float32").device_plan(2, 2, 2)
     plan.batch.seq_lens.fill_(99)
     with pytest.raises(InvalidOperation, match="plan on cpu"):
-        gpu.require_plan_of(plan, 4, 4, plan.device)
-    monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
-    gpu.require_plan_of(plan, 4, 4, plan.device)
+        gpu_plan.require_plan_of(plan, 4, 4, plan.device)
+    monkeypatch.setattr(gpu_plan, "is_capturing", lambda device: True)
+    gpu_plan.require_plan_of(plan, 4, 4, plan.device)
 
 
 def test_the_recorder_on_a_device(monkeypatch):

@@ -1,4 +1,4 @@
-"""paged_attention: one validated door to every kernel."""
+"""paged_attention, and the dispatch of attention calls to their backends."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pagedkv.data.call import AttentionCall, checked_call
-from pagedkv.data.gpu_device import has_triton
+from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
+from pagedkv.data.gpu_device import has_triton, require_runnable
 from pagedkv.errors import bad_argument
-
-__all__ = ["BACKENDS", "paged_attention"]
+from pagedkv.validate import require_choice
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu",
@@ -111,33 +110,41 @@ def paged_attention(
     the backend is ``"cpu_invariant"``, which takes longer for them. Threads
     are torch's: ``torch.set_num_threads`` sets how many. Calls from several Python threads may overlap.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise bad_argument("backend", f"one of auto, {', '.join(sorted(BACKENDS))}", f"{backend!r}")
-    call = checked_call(
+    call = AttentionCall(
         queries,
         keys,
         values,
-        block_tables=block_tables,
-        seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q,
+        Batch(block_tables, seq_lens, cu_seqlens_q, holes),
         scale=scale,
         causal=causal,
         window=window,
         softcap=softcap,
         sinks=sinks,
-        holes=holes,
-        layout=layout,
-        out=out,
         key_scales=key_scales,
         value_scales=value_scales,
+        layout=layout,
+        into=out,
     )
-    if call.num_sequences:
+    return attend(call, backend)
+
+
+def attend(call: AttentionCall, backend: str = "auto") -> Tensor:
+    """Let a backend fill ``call.out`` and return it."""
+    require_choice("backend", backend, ("auto", *sorted(BACKENDS)))
+    name = _fastest_for(call) if backend == "auto" else backend
+    if isinstance(call.batch, DeviceBatch) and name != "triton":
+        raise bad_argument("backend", "auto or triton for a DevicePlan", f"{backend!r}")
+    if call.batch.num_sequences:
+        if name == "triton":
+            require_runnable("queries", call.queries.device)
         with torch.no_grad():
-            _backend(backend if backend != "auto" else _fastest_for(call))(call)
+            _backend(name)(call)
     return call.out
 
 
 def _fastest_for(call: AttentionCall) -> str:
+    if isinstance(call.batch, DeviceBatch):
+        return "triton"
     if call.queries.device.type == "cpu":
         return "cpu"
     return "triton" if call.queries.device.type == "cuda" and has_triton() else "reference"

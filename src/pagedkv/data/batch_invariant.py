@@ -1,4 +1,4 @@
-"""The CPU backend whose results depend on a query and what it sees alone, to the last bit.
+"""Batch-invariant attention on the CPU: a result depends on a query and what it sees alone, to the last bit.
 
 Torch's matrix products change their order of additions with the number of rows, the decode kernels do not. So long
 prompts are cut into pieces that the kernels take, each of them a sequence that ends earlier.
@@ -23,20 +23,22 @@ def attend(call: AttentionCall) -> None:
 
 def _in_pieces(call: AttentionCall) -> AttentionCall:
     """Cut the query tokens of each sequence into pieces of at most ``cpu.FEW_QUERIES``."""
+    batch = call.host_batch
     if len(call.queries) <= cpu.FEW_QUERIES:
         return call
-    counts = np.diff(call.cu_seqlens_q)
+    counts = np.diff(batch.cu_seqlens_q)
     num_pieces = -(-counts // cpu.FEW_QUERIES)
     if (num_pieces <= 1).all():
         return call
     rows = np.repeat(np.arange(len(counts)), num_pieces)
     place = np.arange(len(rows)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
     ends = np.minimum((place + 1) * cpu.FEW_QUERIES, counts[rows])  # in query tokens of the sequence
-    starts = np.append(call.cu_seqlens_q[rows] + place * cpu.FEW_QUERIES, call.cu_seqlens_q[-1])
-    return replace(
-        call,
-        block_tables=call.block_tables[rows],
-        seq_lens=(call.seq_lens[rows] - counts[rows] + ends).astype(np.int32),
+    starts = np.append(batch.cu_seqlens_q[rows] + place * cpu.FEW_QUERIES, batch.cu_seqlens_q[-1])
+    pieces = replace(
+        batch,
+        block_tables=batch.block_tables[rows],
+        seq_lens=(batch.seq_lens[rows] - counts[rows] + ends).astype(np.int32),
         cu_seqlens_q=starts.astype(np.int32),
-        holes=call.holes[rows],
+        holes=batch.holes[rows],
     )
+    return replace(call, batch=pieces, into=call.out)

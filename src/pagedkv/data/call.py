@@ -1,9 +1,12 @@
-"""What an attention call is made of, checked once: every backend can trust it."""
+"""AttentionCall: the tensors, the rules and the batch of one call of attention, checked, in one object that travels.
+
+A call that exists is valid: every backend can trust it.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,12 +15,10 @@ import torch
 from torch import Tensor, int32
 
 from pagedkv.data.quantised import GREATEST, checked_scales
-from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 from pagedkv.spec import MAX_COUNT
-from pagedkv.validate import require_int
-
-# The arrays of a ragged batch, block tables and lengths: their kind, their shape, and where they point.
+from pagedkv.validate import require_choice, require_flag, require_int, require_number
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -57,31 +58,73 @@ def require_shape(name: str, array: Int32Array, shape: tuple[int, ...], words: s
 
 
 _FAULTS = (
-    "",
-    "cu_seqlens_q: expected to begin with 0, got {got}",
-    "cu_seqlens_q: expected never to decrease, got {got} after {bound} at index {i}",
-    "cu_seqlens_q: expected to end at {bound}, the number of queries, got {got}",
-    "seq_lens: expected at least the {bound} query tokens of sequence {i}, got {got}",
-    "holes: expected 0 <= start <= end and start <= seq_len in sequence {i}, got start {got} and end {bound}",
-    "block_tables: expected at least {bound} columns for sequence {i}, got {got}",
-    "block_tables: expected block ids below {bound} in sequence {i}, got {got}",
+    ("cu_seqlens_q", "to begin with 0", "{got}"),
+    ("cu_seqlens_q", "never to decrease", "{got} after {bound} at index {i}"),
+    ("seq_lens", "at least the {bound} query tokens of sequence {i}", "{got}"),
+    ("holes", "0 <= start <= end and start <= seq_len in sequence {i}", "start {got} and end {bound}"),
+    ("block_tables", "at least {bound} columns for sequence {i}", "{got}"),
+    ("block_tables", "block ids below {bound} in sequence {i}", "{got}"),
 )
+"""Of fault 1, 2, …: the argument, what is expected, what came."""
 
 
-def first_fault(
-    block_tables: Int32Array,
-    seq_lens: Int32Array,
-    cu_seqlens_q: Int32Array,
-    holes: Int32Array,
-    block_size: int,
-    num_blocks: int,
-    total_tokens: int,
-) -> str:
-    """Return what is wrong with the arrays of a batch, C-contiguous and of the right shapes; "" if nothing."""
-    fault, i, got, bound = _first_fault(
-        block_tables, seq_lens, cu_seqlens_q, holes, block_size, num_blocks, total_tokens
-    )
-    return _FAULTS[fault].format(i=i, got=got, bound=bound)
+@dataclass(slots=True, eq=False)
+class Batch:
+    """Which blocks and how many tokens each sequence of a ragged batch has.
+
+    Once it was checked the arrays are C-contiguous int32, and nothing that is read through the tables lies outside of
+    the pool that it was checked for. Who keeps a batch for several calls keeps others from writing to its arrays.
+
+    Attributes
+    ----------
+    block_tables : int32 [n, max_blocks]
+    seq_lens : int32 [n]
+    cu_seqlens_q : int32 [n + 1]
+    holes : int32 [n, 2]
+        None, until it is checked, stands for no holes.
+    checked_for : (int, int), optional
+        Blocks of the pool, and tokens of a block.
+    """
+
+    block_tables: Int32Array
+    seq_lens: Int32Array
+    cu_seqlens_q: Int32Array
+    holes: Int32Array
+    checked_for: tuple[int, int] | None = field(default=None, kw_only=True)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the batch has."""
+        return len(self.seq_lens)
+
+    @property
+    def arrays(self) -> tuple[Int32Array, Int32Array, Int32Array, Int32Array]:
+        """Block tables, lengths, cumulative query tokens and holes."""
+        return self.block_tables, self.seq_lens, self.cu_seqlens_q, self.holes
+
+    def check(self, num_blocks: int, block_size: int) -> None:
+        """Refuse arrays that do not fit each other or a pool; a batch that was checked for it is not checked again."""
+        if self.checked_for == (num_blocks, block_size):
+            return
+        tables = int32_array("block_tables", self.block_tables, 2)
+        lens = int32_array("seq_lens", self.seq_lens, 1)
+        cu_seqlens = int32_array("cu_seqlens_q", self.cu_seqlens_q, 1)
+        count = len(lens)
+        holes = np.zeros((count, 2), np.int32) if self.holes is None else int32_array("holes", self.holes, 2)
+        require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
+        require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
+        require_shape("holes", holes, (count, 2), "[n, 2]")
+        fault, i, got, bound = _first_fault(tables, lens, cu_seqlens, holes, num_blocks, block_size)
+        if fault:
+            raise bad_argument(*(words.format(i=i, got=got, bound=bound) for words in _FAULTS[fault - 1]))
+        self.block_tables, self.seq_lens, self.cu_seqlens_q, self.holes = tables, lens, cu_seqlens, holes
+        self.checked_for = (num_blocks, block_size)
+
+    def require_total(self, num_queries: int) -> None:
+        """Refuse another number of query tokens than that of the batch."""
+        total = int(self.cu_seqlens_q[-1])
+        if total != num_queries:
+            raise bad_argument("cu_seqlens_q", f"to end at {num_queries}, the number of queries", f"{total}")
 
 
 @compiled
@@ -90,9 +133,8 @@ def _first_fault(
     seq_lens: Int32Array,
     cu_seqlens_q: Int32Array,
     holes: Int32Array,
-    block_size: int,
     num_blocks: int,
-    total_tokens: int,
+    block_size: int,
 ) -> tuple[int, int, int, int]:
     """Return (fault, sequence, what came, what was expected); fault 0 is none."""
     if cu_seqlens_q[0] != 0:
@@ -102,22 +144,20 @@ def _first_fault(
         if num_queries < 0:
             return 2, i + 1, cu_seqlens_q[i + 1], cu_seqlens_q[i]
         if seq_lens[i] < num_queries:
-            return 4, i, seq_lens[i], num_queries
+            return 3, i, seq_lens[i], num_queries
         start, end = holes[i, 0], holes[i, 1]
         if not 0 <= start <= end or start > seq_lens[i]:
-            return 5, i, start, end
+            return 4, i, start, end
         num_slots = seq_lens[i] + (end - start if start < seq_lens[i] else 0)
         needed = (num_slots + block_size - 1) // block_size
         if needed > block_tables.shape[1]:
-            return 6, i, block_tables.shape[1], needed
+            return 5, i, block_tables.shape[1], needed
         for j in range(needed):
             if start <= j * block_size and (j + 1) * block_size <= end:
                 continue  # wholly inside the hole: never read
             block = block_tables[i, j]
             if not 0 <= block < num_blocks:
-                return 7, i, block, num_blocks
-    if cu_seqlens_q[-1] != total_tokens:
-        return 3, 0, cu_seqlens_q[-1], total_tokens
+                return 6, i, block, num_blocks
     return 0, 0, 0, 0
 
 
@@ -127,130 +167,102 @@ _LAYOUTS = ("NHD", "HND")
 
 
 @dataclass(slots=True, eq=False)
-class AttentionCall:
-    """One checked call of ``paged_attention``; a backend fills ``out``.
+class DeviceBatch:
+    """What the GPU kernels need to know of a batch, on the device.
 
-    The same names and meanings as there, made uniform: ``keys`` and ``values`` are always shown as
-    ``[num_blocks, block_size, num_kv_heads, dim]`` whatever their layout, the arrays are C-contiguous int32 NumPy
-    arrays, ``holes`` is always an array, no tensor carries a gradient, and nothing that a backend reads through
-    the tables lies outside of the pool.
+    ``longest`` bounds the keys that a sequence sees and ``query_counts`` holds the query tokens of each: both are known
+    to the host, grids depend on them. Where the arrays may change behind the host's back, the one count is a bound.
+    """
+
+    block_tables: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor
+    holes: Tensor
+    total_tokens: int
+    longest: int
+    query_counts: Int32Array
+    is_static: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences there is room for."""
+        return len(self.seq_lens)
+
+    def most_up_to(self, few: int) -> int:
+        """Return the most query tokens of a sequence that has no more than ``few``; 0 where there is none."""
+        if self.is_static:
+            return min(few, int(self.query_counts[0]))
+        return int(self.query_counts[self.query_counts <= few].max(initial=0))
+
+    def has_more_than(self, few: int) -> bool:
+        """Tell whether a sequence may have more query tokens than ``few``."""
+        return bool((self.query_counts > few).any())
+
+
+@dataclass(slots=True, eq=False)
+class AttentionCall:
+    """One call of attention: made of what ``paged_attention`` takes, checked as it is made; a backend fills ``out``.
+
+    The names and meanings are those of ``paged_attention``, made uniform: ``keys`` and ``values`` are always shown as
+    ``[num_blocks, block_size, num_kv_heads, dim]`` and their scales likewise, whatever the layout, and no tensor
+    carries a gradient.
+
+    Parameters
+    ----------
+    batch : Batch or DeviceBatch
+        The latter is what a ``DevicePlan`` holds.
+    layout : {"NHD", "HND"}
+        Of keys, values and scales as they are given.
+    into : Tensor, optional
+        The memory of ``out``; else it is made, of zeros where a ``DeviceBatch`` may have fewer tokens than queries.
+
+    Raises
+    ------
+    InvalidOperation
+        That names the argument, what was expected and what came.
     """
 
     queries: Tensor
     keys: Tensor
     values: Tensor
-    block_tables: Int32Array
-    seq_lens: Int32Array
-    cu_seqlens_q: Int32Array
-    holes: Int32Array
+    batch: Batch | DeviceBatch
     scale: float
-    causal: bool
-    window: int | None
-    softcap: float | None
-    sinks: Tensor | None
-    out: Tensor
+    causal: bool = True
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
     key_scales: Tensor | None = None
     value_scales: Tensor | None = None
+    out: Tensor = field(init=False)
+    layout: InitVar[str] = "NHD"
+    into: InitVar[Tensor | None] = None
+
+    def __post_init__(self, layout: str, into: Tensor | None) -> None:
+        require_choice("layout", layout, _LAYOUTS)
+        self.keys, self.values = _checked_pool(self.queries, self.keys, self.values, layout)
+        scales = checked_scales(self.keys, self.values, self.key_scales, self.value_scales, layout)
+        self.key_scales, self.value_scales = scales
+        self.queries = self.queries.detach() if self.queries.requires_grad else self.queries
+        self.scale = require_number("scale", self.scale)
+        self.causal = require_flag("causal", bool(self.causal) if isinstance(self.causal, np.bool_) else self.causal)
+        self.window = None if self.window is None else require_int("window", self.window, 1, MAX_COUNT)
+        self.softcap = None if self.softcap is None else require_number("softcap", self.softcap, 0, above=True)
+        self.sinks = None if self.sinks is None else _checked_sinks(self.sinks, self.queries)
+        batch, num_queries = self.batch, len(self.queries)
+        new = torch.zeros if isinstance(batch, DeviceBatch) else torch.empty
+        self.out = _checked_out(into, self.queries, self.values.shape[3], new)
+        if isinstance(batch, Batch):
+            batch.check(*self.keys.shape[:2])
+            batch.require_total(num_queries)
+        elif batch.total_tokens != num_queries:
+            raise bad_argument("queries", f"{batch.total_tokens} tokens as the DevicePlan", f"{num_queries}")
 
     @property
-    def num_sequences(self) -> int:
-        """How many sequences the batch has."""
-        return len(self.seq_lens)
-
-
-def checked_call(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    block_tables: Any,
-    seq_lens: Any,
-    cu_seqlens_q: Any,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    holes: Any,
-    layout: str,
-    out: Tensor | None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> AttentionCall:
-    """Return the call, or raise ``InvalidOperation`` that names the argument, what was expected and what came."""
-    call = checked_tensors(
-        queries,
-        keys,
-        values,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        layout=layout,
-        out=out,
-        key_scales=key_scales,
-        value_scales=value_scales,
-    )
-    num_blocks, block_size, _, _ = call.keys.shape
-    tables = int32_array("block_tables", block_tables, 2)
-    lens = int32_array("seq_lens", seq_lens, 1)
-    cu_seqlens = int32_array("cu_seqlens_q", cu_seqlens_q, 1)
-    count = len(lens)
-    hole_rows = np.zeros((count, 2), np.int32) if holes is None else int32_array("holes", holes, 2)
-    require_shape("block_tables", tables, (count, tables.shape[1]), "[n, max_blocks]")
-    require_shape("cu_seqlens_q", cu_seqlens, (count + 1,), "[n + 1]")
-    require_shape("holes", hole_rows, (count, 2), "[n, 2]")
-    fault = first_fault(tables, lens, cu_seqlens, hole_rows, block_size, num_blocks, call.queries.shape[0])
-    if fault:
-        raise InvalidOperation(fault)
-    call.block_tables, call.seq_lens, call.cu_seqlens_q, call.holes = tables, lens, cu_seqlens, hole_rows
-    return call
-
-
-_NO_TABLES = np.zeros((0, 1), np.int32)
-_NO_LENS = np.zeros(0, np.int32)
-_NO_CUTS = np.zeros(1, np.int32)
-_NO_HOLES = np.zeros((0, 2), np.int32)
-
-
-def checked_tensors(
-    queries: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    layout: str,
-    out: Tensor | None,
-    key_scales: Tensor | None = None,
-    value_scales: Tensor | None = None,
-) -> AttentionCall:
-    """Return a call of no sequences yet, all of it checked but the arrays of the batch."""
-    if layout not in _LAYOUTS:
-        raise bad_argument("layout", f"one of {', '.join(_LAYOUTS)}", f"{layout!r}")
-    keys, values = _checked_pool(queries, keys, values, layout)
-    scales = checked_scales(keys, values, key_scales, value_scales, layout)
-    queries = queries.detach() if queries.requires_grad else queries
-    return AttentionCall(
-        queries,
-        keys,
-        values,
-        _NO_TABLES,
-        _NO_LENS,
-        _NO_CUTS,
-        _NO_HOLES,
-        _positive_or_finite("scale", scale, positive=False),
-        _checked_flag("causal", causal),
-        None if window is None else require_int("window", window, 1, MAX_COUNT),
-        None if softcap is None else _positive_or_finite("softcap", softcap, positive=True),
-        None if sinks is None else _checked_sinks(sinks, queries),
-        _checked_out(out, queries, values.shape[3]),
-        *scales,
-    )
+    def host_batch(self) -> Batch:
+        """The batch, for a backend that reads it on the host."""
+        if isinstance(self.batch, Batch):
+            return self.batch
+        raise bad_argument("backend", "auto or triton for a DevicePlan")
 
 
 def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) -> tuple[Tensor, Tensor]:
@@ -295,23 +307,6 @@ def _require_tensor(
         raise bad_argument(name, "no gradients", "a tensor that requires grad (detach it, or use torch.no_grad())")
 
 
-def _positive_or_finite(name: str, value: float, *, positive: bool) -> float:
-    words = "a positive finite number" if positive else "a finite number"
-    try:
-        number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        raise bad_argument(name, f"{words}", f"{value!r}") from None
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise bad_argument(name, f"{words}", f"{value!r}")
-    return number
-
-
-def _checked_flag(name: str, value: bool) -> bool:
-    if not isinstance(value, (bool, np.bool_)):
-        raise bad_argument(name, "a bool", f"{value!r}")
-    return bool(value)
-
-
 def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
     heads = queries.shape[1]
     if not isinstance(sinks, Tensor) or not sinks.is_floating_point():
@@ -326,10 +321,10 @@ def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
     return sinks.detach()
 
 
-def _checked_out(out: Tensor | None, queries: Tensor, v_head_dim: int) -> Tensor:
+def _checked_out(out: Tensor | None, queries: Tensor, v_head_dim: int, new: Callable[..., Tensor]) -> Tensor:
     shape = (*queries.shape[:2], v_head_dim)
     if out is None:
-        return torch.empty(shape, dtype=queries.dtype, device=queries.device)
+        return new(shape, dtype=queries.dtype, device=queries.device)
     _require_tensor("out", out, 3, "[total_tokens, num_q_heads, v_head_dim]")
     if out.shape != shape or out.dtype != queries.dtype or out.device != queries.device:
         raise bad_argument(

@@ -1,4 +1,4 @@
-"""The CPU backend: Numba kernels over the blocks for decode, matrix products for prefill, per sequence."""
+"""CPU backend of attention: Numba kernels over the blocks for decode, matrix products for prefill."""
 
 from __future__ import annotations
 
@@ -23,9 +23,107 @@ from pagedkv.data.cpu_kernels import Rules, Shape, Strides, attend_items, partia
 from pagedkv.data.quantised import dequantised
 from pagedkv.errors import InvalidOperation
 
-# Attention of many queries over a sequence's keys: its blocks are gathered once, and matrix products do the rest.
+FEW_QUERIES = 32
+"""Up to this many query tokens of a sequence are served from the blocks in place. With more, gathering the blocks and
+multiplying matrices wins: measured on one core over 512 and 4,096 keys, the two are even at 16 queries for 8 query
+heads of 32, at 32 to 64 for 12 of 64, and beyond 64 for 32 of 128."""
+PARALLEL_BYTES = 1 << 18
+"""Keys and values that are worth a second thread."""
+_NO_WINDOW = 1 << 40
+_LOG2_E = math.log2(math.e)
+_BITS = {
+    torch.float32: torch.float32,
+    torch.bfloat16: torch.uint16,
+    torch.float16: torch.int16,
+    torch.int8: torch.int8,
+    torch.float8_e4m3fn: torch.uint8,
+}
+"""How a tensor is shown to the kernels, which tell the narrow types apart by it."""
+_NO_FLOATS = np.zeros(0, np.float32)
+_workspace = threading.local()
+
+
+def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
+    """Fill ``call.out``; sequences of up to ``few_queries`` query tokens are served from the blocks in place."""
+    if call.queries.device.type != "cpu":
+        raise InvalidOperation(
+            f"queries: backend 'cpu': expected a tensor on the CPU, got one on {call.queries.device}"
+        )
+    batch, shape = call.host_batch, _shape(call)
+    window = call.window or _NO_WINDOW
+    items, first_item, num_positions, num_partials, most_quads = plan_items(
+        batch.seq_lens, batch.cu_seqlens_q, few_queries, window, shape
+    )
+    if len(items):
+        num_bytes = num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
+        threads = num_threads() if num_bytes >= PARALLEL_BYTES else 1
+        # Few long items are cut by heads as well, which changes no result.
+        num_parts = min(shape.num_kv_heads, -(-4 * threads // len(items))) if threads > 1 else 1
+        arguments = (
+            np.zeros(1 + batch.num_sequences, np.int64),
+            num_parts,
+            items,
+            first_item,
+            most_quads,
+            _scratch(num_partials * partial_size(shape.v_head_dim)),
+            _flat(call.queries),
+            _flat(call.keys),
+            _flat(call.values),
+            _NO_FLOATS if call.key_scales is None else _flat(call.key_scales),
+            _NO_FLOATS if call.value_scales is None else _flat(call.value_scales),
+            _flat(call.out),
+            _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
+            *batch.arrays,
+            shape,
+            _strides(call),
+            _rules(call, window),
+        )
+        run_in_threads(attend_items, arguments, threads)
+    if len(call.queries) > few_queries:
+        for i in np.flatnonzero(np.diff(batch.cu_seqlens_q) > few_queries):
+            attend_sequence(call, int(i))
+
+
+def _scratch(size: int) -> npt.NDArray[np.float32]:
+    """Return this thread's floats, at least ``size`` of them; kept, as fresh memory costs a fault per page."""
+    kept: npt.NDArray[np.float32] | None = getattr(_workspace, "floats", None)
+    if kept is None or len(kept) < size:
+        kept = _workspace.floats = np.empty(size, np.float32)
+    return kept
+
+
+def _shape(call: AttentionCall) -> Shape:
+    _, block_size, num_kv_heads, head_dim = call.keys.shape
+    group = call.queries.shape[1] // num_kv_heads
+    return Shape(block_size, num_kv_heads, group, head_dim, call.values.shape[3], call.keys.element_size())
+
+
+def _strides(call: AttentionCall) -> Strides:
+    return Strides(
+        *call.queries.stride()[:2],
+        *call.keys.stride()[:3],
+        *call.values.stride()[:3],
+        *call.out.stride()[:2],
+        *((0, 0, 0) if call.key_scales is None else call.key_scales.stride()),
+    )
+
+
+def _rules(call: AttentionCall, window: int) -> Rules:
+    if call.softcap is None:
+        return Rules(np.float32(call.scale * _LOG2_E), np.float32(0), call.causal, window)
+    return Rules(np.float32(call.scale / call.softcap), np.float32(call.softcap * _LOG2_E), call.causal, window)
+
+
+def _flat(tensor: Tensor) -> npt.NDArray[Any]:
+    """Return the memory from the tensor's first element to its last one as one array."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    array: npt.NDArray[Any] = tensor.as_strided((extent,), (1,)).view(_BITS[tensor.dtype]).numpy()
+    return array
+
+
+# Prefill: the blocks of a sequence are gathered once, and matrix products do the rest.
 #
-# Where torch's fused attention knows the case it is called; soft-capped scores and sink logits it does not know.
+# Torch's fused attention is called for all that it can do; it has no soft-capped scores and no sink logits.
 
 MASKED_QUERIES = 512
 """Queries that share a mask: at 32k keys it takes 64 MB in float32."""
@@ -36,8 +134,9 @@ SMALLEST_FUSED_SCALE = torch.finfo(torch.float32).tiny
 
 def attend_sequence(call: AttentionCall, i: int) -> None:
     """Fill the rows of sequence ``i``."""
-    first, last = int(call.cu_seqlens_q[i]), int(call.cu_seqlens_q[i + 1])
-    q_len, seq_len = last - first, int(call.seq_lens[i])
+    batch = call.host_batch
+    first, last = int(batch.cu_seqlens_q[i]), int(batch.cu_seqlens_q[i + 1])
+    q_len, seq_len = last - first, int(batch.seq_lens[i])
     window = call.window or seq_len
     oldest = max(0, seq_len - q_len - window + 1)
     # torch multiplies bfloat16 faster than float32, float16 slower. Quantised keys times their scales would be rounded.
@@ -66,13 +165,14 @@ def attend_sequence(call: AttentionCall, i: int) -> None:
 
 def _gather(call: AttentionCall, pool: Tensor, scales: Tensor | None, i: int, oldest: int) -> Tensor:
     """Return ``[num_kv_heads, seq_len - oldest, dim]``: what the sequence sees from position ``oldest`` on."""
-    block_size, seq_len = pool.shape[1], int(call.seq_lens[i])
-    start, end = (int(x) for x in call.holes[i])
+    batch, block_size = call.host_batch, pool.shape[1]
+    seq_len = int(batch.seq_lens[i])
+    start, end = (int(x) for x in batch.holes[i])
     runs = [(oldest, min(start, seq_len)), (max(oldest, start) + end - start, seq_len + end - start)]
     parts = []
     for low, high in runs:
         if low < high:
-            blocks = torch.from_numpy(call.block_tables[i, low // block_size : -(-high // block_size)])
+            blocks = torch.from_numpy(batch.block_tables[i, low // block_size : -(-high // block_size)])
             skipped = low % block_size
             factors = None if scales is None else scales.index_select(0, blocks)
             tokens = dequantised(pool.index_select(0, blocks), factors).flatten(0, 1)
@@ -142,7 +242,7 @@ def _products(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor
     return result.permute(2, 0, 1, 3).reshape(q_len, num_q_heads, v_head_dim)
 
 
-# Running a kernel in several threads at once: torch's own, so that nobody fights for the cores.
+# Threads: a kernel runs in torch's own.
 #
 # OpenMP's threads go on spinning for milliseconds after torch's last parallel operation, waiting for the next one. A
 # second pool of threads would share the cores with them, and lose; a kernel that runs *in* them finds them awake.
@@ -201,104 +301,3 @@ def _openmp() -> Callable[..., None] | None:
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     """Return the threads of this process; a forked child has none of its parent's."""
     return ThreadPoolExecutor(threads, thread_name_prefix="pagedkv")
-
-
-FEW_QUERIES = 32
-"""Up to this many query tokens of a sequence are served from the blocks in place. With more, gathering the blocks and
-multiplying matrices wins: measured on one core over 512 and 4,096 keys, the two are even at 16 queries for 8 query
-heads of 32, at 32 to 64 for 12 of 64, and beyond 64 for 32 of 128."""
-PARALLEL_BYTES = 1 << 18
-"""Keys and values that are worth a second thread."""
-_NO_WINDOW = 1 << 40
-_LOG2_E = math.log2(math.e)
-_BITS = {
-    torch.float32: torch.float32,
-    torch.bfloat16: torch.uint16,
-    torch.float16: torch.int16,
-    torch.int8: torch.int8,
-    torch.float8_e4m3fn: torch.uint8,
-}
-"""How a tensor is shown to the kernels, which tell the narrow types apart by it."""
-_NO_FLOATS = np.zeros(0, np.float32)
-_workspace = threading.local()
-
-
-def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
-    """Fill ``call.out``; sequences of up to ``few_queries`` query tokens are served from the blocks in place."""
-    if call.queries.device.type != "cpu":
-        raise InvalidOperation(
-            f"queries: backend 'cpu': expected a tensor on the CPU, got one on {call.queries.device}"
-        )
-    shape = _shape(call)
-    window = call.window or _NO_WINDOW
-    items, first_item, num_positions, num_partials, most_quads = plan_items(
-        call.seq_lens, call.cu_seqlens_q, few_queries, window, shape
-    )
-    if len(items):
-        num_bytes = num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
-        threads = num_threads() if num_bytes >= PARALLEL_BYTES else 1
-        # Few long items are cut by heads as well, which changes no result.
-        num_parts = min(shape.num_kv_heads, -(-4 * threads // len(items))) if threads > 1 else 1
-        arguments = (
-            np.zeros(1 + call.num_sequences, np.int64),
-            num_parts,
-            items,
-            first_item,
-            most_quads,
-            _scratch(num_partials * partial_size(shape.v_head_dim)),
-            _flat(call.queries),
-            _flat(call.keys),
-            _flat(call.values),
-            _NO_FLOATS if call.key_scales is None else _flat(call.key_scales),
-            _NO_FLOATS if call.value_scales is None else _flat(call.value_scales),
-            _flat(call.out),
-            _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
-            call.block_tables,
-            call.seq_lens,
-            call.cu_seqlens_q,
-            call.holes,
-            shape,
-            _strides(call),
-            _rules(call, window),
-        )
-        run_in_threads(attend_items, arguments, threads)
-    if len(call.queries) > few_queries:
-        for i in np.flatnonzero(np.diff(call.cu_seqlens_q) > few_queries):
-            attend_sequence(call, int(i))
-
-
-def _scratch(size: int) -> npt.NDArray[np.float32]:
-    """Return this thread's floats, at least ``size`` of them; kept, as fresh memory costs a fault per page."""
-    kept: npt.NDArray[np.float32] | None = getattr(_workspace, "floats", None)
-    if kept is None or len(kept) < size:
-        kept = _workspace.floats = np.empty(size, np.float32)
-    return kept
-
-
-def _shape(call: AttentionCall) -> Shape:
-    _, block_size, num_kv_heads, head_dim = call.keys.shape
-    group = call.queries.shape[1] // num_kv_heads
-    return Shape(block_size, num_kv_heads, group, head_dim, call.values.shape[3], call.keys.element_size())
-
-
-def _strides(call: AttentionCall) -> Strides:
-    return Strides(
-        *call.queries.stride()[:2],
-        *call.keys.stride()[:3],
-        *call.values.stride()[:3],
-        *call.out.stride()[:2],
-        *((0, 0, 0) if call.key_scales is None else call.key_scales.stride()),
-    )
-
-
-def _rules(call: AttentionCall, window: int) -> Rules:
-    if call.softcap is None:
-        return Rules(np.float32(call.scale * _LOG2_E), np.float32(0), call.causal, window)
-    return Rules(np.float32(call.scale / call.softcap), np.float32(call.softcap * _LOG2_E), call.causal, window)
-
-
-def _flat(tensor: Tensor) -> npt.NDArray[Any]:
-    """Return the memory from the tensor's first element to its last one as one array."""
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    array: npt.NDArray[Any] = tensor.as_strided((extent,), (1,)).view(_BITS[tensor.dtype]).numpy()
-    return array

@@ -1,4 +1,4 @@
-"""Attention of few queries over many keys, read from their blocks in place: decode, and short chunks.
+"""Numba kernels of paged attention: few queries over many keys, read from their blocks in place.
 
 The work of a sequence is cut into items of :data:`SPLIT` positions. An item leaves a partial softmax (the running
 maximum, the sum, the weighted values); the thread that finishes a sequence's last item puts them together, always in
@@ -100,7 +100,7 @@ def partial_size(v_head_dim: int) -> int:
     return 2 * LANES + ROWS * padded(v_head_dim)
 
 
-# The inner loops of :mod:`pagedkv.data.cpu_kernels`: one tile of tokens, four query rows at a time.
+# The inner loops: one tile of tokens, four query rows at a time.
 #
 # What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a
 # time, so a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in

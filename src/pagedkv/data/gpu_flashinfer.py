@@ -1,4 +1,4 @@
-"""The FlashInfer backend: block tables become its CSR arrays, and its paged prefill kernel serves every batch.
+"""FlashInfer backend of attention: block tables become its CSR arrays, its paged prefill kernel serves every batch.
 
 FlashInfer is not a dependency; where it is installed it may be chosen by name. "FlashInfer: Efficient and Customizable
 Attention Engine for LLM Inference Serving" (Ye et al., 2025).
@@ -17,8 +17,6 @@ from torch import Tensor
 from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import is_capturing
 from pagedkv.errors import InvalidOperation, MissingExtra
-
-__all__ = ["attend", "csr_arrays"]
 
 Int32Array = npt.NDArray[np.int32]
 
@@ -82,12 +80,13 @@ def attend(call: AttentionCall) -> None:
 
 def _require_known(call: AttentionCall) -> None:
     """Refuse every call that FlashInfer would answer with something else."""
-    holes = call.holes
+    batch = call.host_batch
+    has_hole = (batch.holes[:, 1] > batch.holes[:, 0]) & (batch.holes[:, 0] < batch.seq_lens)
     faults = {
         f"queries: expected a tensor on a CUDA device, got one on {call.queries.device}": not _is_on_gpu(call),
         f"queries: expected {call.keys.dtype} as keys, got {call.queries.dtype}": call.queries.dtype != call.keys.dtype,
         "sinks: expected none": call.sinks is not None,
-        "holes: expected none": bool(((holes[:, 1] > holes[:, 0]) & (holes[:, 0] < call.seq_lens)).any()),
+        "holes: expected none": bool(has_hole.any()),
         "block_tables: expected no CUDA graph to be captured": is_capturing(call.queries.device),
         "window: expected causal attention": call.window is not None and not call.causal,
     }
@@ -103,17 +102,17 @@ def _is_on_gpu(call: AttentionCall) -> bool:
 def _planned(flashinfer: Any, call: AttentionCall, layout: str) -> Any:
     """Return a wrapper that is planned for this batch; all layers of a step share it."""
     options = _plan_options(call)
-    arrays = (call.block_tables, call.seq_lens, call.cu_seqlens_q)
+    block_tables, seq_lens, cu_seqlens_q, _ = arrays = call.host_batch.arrays
     key = (call.queries.device, layout, tuple(options.items()))
     kept_key, kept_arrays, wrapper = getattr(_kept, "last", ((), (), None))
     if kept_key == key and all(np.array_equal(a, b) for a, b in zip(kept_arrays, arrays, strict=True)):
         return wrapper
-    indptr, indices, last_page_len = csr_arrays(call.block_tables, call.seq_lens, call.keys.shape[1])
+    indptr, indices, last_page_len = csr_arrays(block_tables, seq_lens, call.keys.shape[1])
     if wrapper is None or kept_key[:2] != key[:2]:
         workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device=call.queries.device)
         wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, layout)
     _kept.last = ((), (), None)  # a plan that fails leaves nothing behind
-    on_host = (torch.from_numpy(np.array(x)) for x in (call.cu_seqlens_q, indptr, indices, last_page_len))
+    on_host = (torch.from_numpy(np.array(x)) for x in (cu_seqlens_q, indptr, indices, last_page_len))
     on_device: list[Tensor] = [x.to(call.queries.device) for x in on_host]
     wrapper.plan(*on_device, **options)
     _kept.last = (key, tuple(x.copy() for x in arrays), wrapper)

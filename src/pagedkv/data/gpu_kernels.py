@@ -1,4 +1,4 @@
-"""The Triton kernels of paged attention: tiles of query rows over tiles of keys, and the sum of the splits.
+"""Triton kernels of paged attention: tiles of query rows over tiles of keys, and the sum of the splits.
 
 A row of a tile is one query head of one query token; all heads of a group share a tile, so that a key is read once for
 all of them. A sequence's keys are split among programs as in "Flash-Decoding" (Dao et al., 2023). A hole is stepped
@@ -7,7 +7,7 @@ over: the tiles before it come first, then those behind it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,58 @@ from pagedkv.data.gpu_device import is_interpreted, power_of_two
 #
 # Running maximum and sum as in "Online normalizer calculation for softmax" (Milakov and Gimelshein, 2018) and
 # "FlashAttention-2" (Dao, 2023).
+
+
+class Memory(NamedTuple):
+    """The memory of keys and values, and their scales where they are quantised."""
+
+    key_blocks: Tensor
+    value_blocks: Tensor
+    key_scales: Tensor | None
+    value_scales: Tensor | None
+
+
+class Strides(NamedTuple):
+    """Distances in the pool, in elements."""
+
+    key_block: int
+    key_token: int
+    key_head: int
+    value_block: int
+    value_token: int
+    value_head: int
+    scale_block: int
+    scale_token: int
+    scale_head: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of the pool, of the heads and of the tiles."""
+
+    kv_heads: int
+    block_size: int
+    group: int
+    head_dim: int
+    v_head_dim: int
+    tile_m: int
+    tile_n: int
+    tile_d: int
+    tile_dv: int
+
+
+class Rules(NamedTuple):
+    """What a kernel is compiled to do, and how it multiplies."""
+
+    split: bool
+    search: bool
+    causal: bool
+    window: bool
+    softcap: bool
+    sinks: bool
+    scaled: bool
+    compute: Any
+    precision: str
+
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(float("-inf"))
@@ -78,50 +130,44 @@ def one_tile(
     scale,
     softcap,
     window,
-    KEY_BLOCK: tl.constexpr,
-    KEY_TOKEN: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    VALUE_TOKEN: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    SCALE_TOKEN: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_DV: tl.constexpr,
+    STRIDES: tl.constexpr,
+    SIZES: tl.constexpr,
+    RULES: tl.constexpr,
     MASKED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SCALED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """Return accumulator, running maximum and sum after one more tile of keys, which are in these blocks.
 
     With MASKED only slots in [low, high) are keys, and rows see what their ``position`` allows; without it every row
     sees every key of the tile. A key's position is its slot less ``shift``. ``scale`` is not negative.
     """
-    slot = tile * TILE_N + tl.arange(0, TILE_N)
+    slot = tile * SIZES.tile_n + tl.arange(0, SIZES.tile_n)
     is_key = (slot >= low) & (slot < high)
-    offset = (slot.to(tl.uint32, bitcast=True) % BLOCK_SIZE).to(tl.int64)
+    offset = (slot.to(tl.uint32, bitcast=True) % SIZES.block_size).to(tl.int64)
     block = block.to(tl.int64)
 
-    key = _rows(keys + (block * KEY_BLOCK + offset * KEY_TOKEN), is_key, HEAD_DIM, TILE_D, MASKED)
-    value = _rows(values + (block * VALUE_BLOCK + offset * VALUE_TOKEN), is_key, V_HEAD_DIM, TILE_DV, MASKED)
-    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
-    if SCALED:
-        at_scale = block * SCALE_BLOCK + offset * SCALE_TOKEN
+    key = _rows(
+        keys + (block * STRIDES.key_block + offset * STRIDES.key_token), is_key, SIZES.head_dim, SIZES.tile_d, MASKED
+    )
+    value = _rows(
+        values + (block * STRIDES.value_block + offset * STRIDES.value_token),
+        is_key,
+        SIZES.v_head_dim,
+        SIZES.tile_dv,
+        MASKED,
+    )
+    scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=RULES.precision)
+    if RULES.scaled:
+        at_scale = block * STRIDES.scale_block + offset * STRIDES.scale_token
         scores *= tl.load(key_scales + at_scale, mask=is_key, other=0.0)[None, :]
     unit = scale * LOG2_E
-    if SOFTCAP:
+    if RULES.softcap:
         scores = _capped(scores, scale, softcap)
         unit = 1.0
     if MASKED:
         seen = is_key[None, :]
-        if CAUSAL:
+        if RULES.causal:
             seen = seen & (slot[None, :] - shift <= position[:, None])
-        if WINDOW:
+        if RULES.window:
             seen = seen & (position[:, None] - (slot[None, :] - shift) < window)
         scores = tl.where(seen, scores * unit, NOTHING)
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -135,11 +181,11 @@ def one_tile(
         weights = tl.exp2(scores * unit - base[:, None])
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(weights, 1)
-    if SCALED:
+    if RULES.scaled:
         weights *= tl.load(value_scales + at_scale, mask=is_key, other=0.0)[None, :]
 
     acc = acc * shrink[:, None]
-    acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc, input_precision=PRECISION)
+    acc = tl.dot(weights.to(query.dtype), value.to(query.dtype), acc, input_precision=RULES.precision)
     return acc, new_top, total
 
 
@@ -182,10 +228,7 @@ def attend_tiles(
     partial,
     partial_sums,
     queries,
-    keys,
-    values,
-    key_scales,
-    value_scales,
+    pool,
     sinks,
     block_tables,
     seq_lens,
@@ -203,53 +246,31 @@ def attend_tiles(
     query_head,
     out_token,
     out_head,
-    KEY_BLOCK: tl.constexpr,
-    KEY_TOKEN: tl.constexpr,
-    KEY_HEAD: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    VALUE_TOKEN: tl.constexpr,
-    VALUE_HEAD: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr,
-    SCALE_TOKEN: tl.constexpr,
-    SCALE_HEAD: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    V_HEAD_DIM: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_D: tl.constexpr,
-    TILE_DV: tl.constexpr,
-    SPLIT: tl.constexpr,
-    SEARCH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
-    SCALED: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STRIDES: tl.constexpr,
+    SIZES: tl.constexpr,
+    RULES: tl.constexpr,
 ):
     """Attend for one tile of query rows of one kv head, over one split of the sequence's keys.
 
     Serves the sequences that have ``fewest`` to ``most`` query tokens and leaves the others alone. Grid: (tiles * kv
-    heads, splits); with SEARCH the tiles are counted over all sequences, without it every sequence has one. The heads
-    of a tile follow each other, as their keys do in memory. A split has ``least_tiles`` of keys at least.
+    heads, splits); by the rule ``search`` the tiles are counted over all sequences, else every sequence has one. The
+    heads of a tile follow each other, as their keys do in memory. A split has ``least_tiles`` of keys at least.
 
     Strides of the pool are compiled in: without them, finding the keys takes more instructions than the products do.
     """
-    TILE_Q: tl.constexpr = TILE_M // GROUP
-    tile = tl.program_id(0) // KV_HEADS
-    kv_head = tl.program_id(0) % KV_HEADS
-    if SEARCH:
-        tile = tl.num_programs(0) // KV_HEADS - 1 - tile  # the tiles with the most keys begin first
+    TILE_M: tl.constexpr = SIZES.tile_m
+    TILE_DV: tl.constexpr = SIZES.tile_dv
+    TILE_Q: tl.constexpr = TILE_M // SIZES.group
+    tile = tl.program_id(0) // SIZES.kv_heads
+    kv_head = tl.program_id(0) % SIZES.kv_heads
+    if RULES.search:
+        tile = tl.num_programs(0) // SIZES.kv_heads - 1 - tile  # the tiles with the most keys begin first
         sequence = _sequence_of_tile(cu_seqlens_q, num_sequences, tile, TILE_Q)
     else:
         sequence = tile
     query_start = tl.load(cu_seqlens_q + sequence)
     q_len = tl.load(cu_seqlens_q + sequence + 1) - query_start
-    first = (tile - query_start // TILE_Q - sequence) * TILE_Q if SEARCH else 0
+    first = (tile - query_start // TILE_Q - sequence) * TILE_Q if RULES.search else 0
     if (first >= q_len) | (q_len < fewest) | (q_len > most):
         return
     seq_len = tl.load(seq_lens + sequence)
@@ -261,40 +282,42 @@ def attend_tiles(
     softcap = tl.full([], softcap, tl.float32)
 
     rows = tl.arange(0, TILE_M)
-    token = first + rows // GROUP
-    is_row = (rows < TILE_Q * GROUP) & (token < q_len)
-    head = kv_head * GROUP + rows % GROUP
+    token = first + rows // SIZES.group
+    is_row = (rows < TILE_Q * SIZES.group) & (token < q_len)
+    head = kv_head * SIZES.group + rows % SIZES.group
     position = seq_len - q_len + token
-    d = tl.arange(0, TILE_D)
+    d = tl.arange(0, SIZES.tile_d)
     at_query = (query_start + token).to(tl.int64) * query_token + head.to(tl.int64) * query_head
     query = tl.load(
-        queries + at_query[:, None] + d[None, :], mask=is_row[:, None] & (d < HEAD_DIM)[None, :], other=0.0
-    ).to(COMPUTE)
+        queries + at_query[:, None] + d[None, :], mask=is_row[:, None] & (d < SIZES.head_dim)[None, :], other=0.0
+    ).to(RULES.compute)
 
     # Keys that any row sees, [low, high), and keys that every row sees.
     first_position = seq_len - q_len + first
     last_position = seq_len - q_len + tl.minimum(first + TILE_Q, q_len) - 1
-    high = last_position + 1 if CAUSAL else seq_len
-    whole_high = first_position + 1 if CAUSAL else seq_len
-    low = tl.maximum(first_position - window + 1, 0) if WINDOW else 0
-    whole_low = tl.maximum(last_position - window + 1, 0) if WINDOW else 0
+    high = last_position + 1 if RULES.causal else seq_len
+    whole_high = first_position + 1 if RULES.causal else seq_len
+    low = tl.maximum(first_position - window + 1, 0) if RULES.window else 0
+    whole_low = tl.maximum(last_position - window + 1, 0) if RULES.window else 0
 
     # Tiles are counted by slot: those of the keys before the hole, then those of the keys behind it.
-    before = _num_tiles(low, tl.minimum(high, hole_start), TILE_N)
-    behind = _num_tiles(tl.maximum(low, hole_start) + hole_length, high + hole_length, TILE_N)
+    before = _num_tiles(low, tl.minimum(high, hole_start), SIZES.tile_n)
+    behind = _num_tiles(tl.maximum(low, hole_start) + hole_length, high + hole_length, SIZES.tile_n)
     start = 0
     stop = before + behind
-    if SPLIT:
+    if RULES.split:
         share = tl.maximum(tl.cdiv(stop, tl.num_programs(1)), least_tiles)
         start = tl.minimum(tl.program_id(1) * share, stop)
         stop = tl.minimum(start + share, stop)
 
     table = block_tables + sequence.to(tl.int64) * table_row
-    keys += kv_head.to(tl.int64) * KEY_HEAD
-    values += kv_head.to(tl.int64) * VALUE_HEAD
-    if SCALED:
-        key_scales += kv_head.to(tl.int64) * SCALE_HEAD
-        value_scales += kv_head.to(tl.int64) * SCALE_HEAD
+    keys = pool.key_blocks + kv_head.to(tl.int64) * STRIDES.key_head
+    values = pool.value_blocks + kv_head.to(tl.int64) * STRIDES.value_head
+    key_scales = pool.key_scales
+    value_scales = pool.value_scales
+    if RULES.scaled:
+        key_scales += kv_head.to(tl.int64) * STRIDES.scale_head
+        value_scales += kv_head.to(tl.int64) * STRIDES.scale_head
     acc = tl.zeros([TILE_M, TILE_DV], tl.float32)
     top = tl.full([TILE_M], NOTHING, tl.float32)
     total = tl.zeros([TILE_M], tl.float32)
@@ -303,50 +326,46 @@ def attend_tiles(
         shift = hole_length if side else 0
         low_slot = tl.maximum(low, hole_start) + hole_length if side else low
         high_slot = high + hole_length if side else tl.minimum(high, hole_start)
-        origin = low_slot // TILE_N - (before if side else 0)
+        origin = low_slot // SIZES.tile_n - (before if side else 0)
         begin = origin + (tl.maximum(start, before) if side else tl.minimum(start, before))
         end = origin + (tl.maximum(stop, before) if side else tl.minimum(stop, before))
-        whole_begin = tl.cdiv(tl.maximum(low_slot, whole_low + shift), TILE_N)
+        whole_begin = tl.cdiv(tl.maximum(low_slot, whole_low + shift), SIZES.tile_n)
         whole_begin = tl.minimum(tl.maximum(whole_begin, begin), end)
-        whole_end = tl.minimum(high_slot, whole_high + shift) // TILE_N
+        whole_end = tl.minimum(high_slot, whole_high + shift) // SIZES.tile_n
         whole_end = tl.maximum(tl.minimum(whole_end, end), whole_begin)
 
         # Blocks are looked up one tile ahead of the keys: else every copy of keys would wait for its table first.
-        whole_high_slot = whole_end * TILE_N
-        ahead = blocks_of_tile(whole_begin, table, 0, whole_high_slot, BLOCK_SIZE, TILE_N)
+        whole_high_slot = whole_end * SIZES.tile_n
+        ahead = blocks_of_tile(whole_begin, table, 0, whole_high_slot, SIZES.block_size, SIZES.tile_n)
         for i in range(whole_begin, whole_end):
             block = ahead
-            ahead = blocks_of_tile(i + 1, table, 0, whole_high_slot, BLOCK_SIZE, TILE_N)
+            ahead = blocks_of_tile(i + 1, table, 0, whole_high_slot, SIZES.block_size, SIZES.tile_n)
             acc, top, total = one_tile(
                 acc, top, total, i, block, query, position, keys, values, key_scales, value_scales,
                 low_slot, high_slot, shift, scale, softcap, window,
-                KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, SCALE_BLOCK, SCALE_TOKEN,
-                BLOCK_SIZE, HEAD_DIM, V_HEAD_DIM, TILE_N, TILE_D, TILE_DV,
-                False, CAUSAL, WINDOW, SOFTCAP, SCALED, PRECISION,
+                STRIDES, SIZES, RULES, False,
             )
         num_before = whole_begin - begin
         for j in tl.range(0, num_before + end - whole_end, num_stages=1):
             i = tl.where(j < num_before, begin + j, whole_end + j - num_before)
-            block = blocks_of_tile(i, table, low_slot, high_slot, BLOCK_SIZE, TILE_N)
+            block = blocks_of_tile(i, table, low_slot, high_slot, SIZES.block_size, SIZES.tile_n)
             acc, top, total = one_tile(
                 acc, top, total, i, block, query, position, keys, values, key_scales, value_scales,
                 low_slot, high_slot, shift, scale, softcap, window,
-                KEY_BLOCK, KEY_TOKEN, VALUE_BLOCK, VALUE_TOKEN, SCALE_BLOCK, SCALE_TOKEN,
-                BLOCK_SIZE, HEAD_DIM, V_HEAD_DIM, TILE_N, TILE_D, TILE_DV,
-                True, CAUSAL, WINDOW, SOFTCAP, SCALED, PRECISION,
+                STRIDES, SIZES, RULES, True,
             )
     # fmt: on
 
     dv = tl.arange(0, TILE_DV)
-    is_cell = is_row[:, None] & (dv < V_HEAD_DIM)[None, :]
-    if SPLIT:
-        row = (sequence.to(tl.int64) * most + token) * (KV_HEADS * GROUP) + head
+    is_cell = is_row[:, None] & (dv < SIZES.v_head_dim)[None, :]
+    if RULES.split:
+        row = (sequence.to(tl.int64) * most + token) * (SIZES.kv_heads * SIZES.group) + head
         row = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(partial_sums + row * 2, top, mask=is_row)
         tl.store(partial_sums + row * 2 + 1, total, mask=is_row)
-        tl.store(partial + row[:, None] * V_HEAD_DIM + dv[None, :], acc, mask=is_cell & (start < stop))
+        tl.store(partial + row[:, None] * SIZES.v_head_dim + dv[None, :], acc, mask=is_cell & (start < stop))
     else:
-        if SINKS:
+        if RULES.sinks:
             acc, total = with_sink(acc, top, total, tl.load(sinks + head, mask=is_row, other=0.0))
         result = acc / tl.where(total > 0, total, 1.0)[:, None]
         at_out = (query_start + token).to(tl.int64) * out_token + head.to(tl.int64) * out_head
@@ -435,14 +454,9 @@ def _write_side(
     tokens,
     slot,
     num_heads,
-    pool_block,
-    pool_token,
-    pool_head,
-    scale_block,
-    scale_token,
-    scale_head,
-    new_token,
-    new_head,
+    pool_strides,
+    scale_strides,
+    token_strides,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TILE_H: tl.constexpr,
@@ -455,14 +469,15 @@ def _write_side(
     d = tl.arange(0, TILE_D)
     is_head = head < num_heads
     mask = is_head[:, None] & (d < HEAD_DIM)[None, :]
-    at_new = tl.program_id(0).to(tl.int64) * new_token + head * new_head
+    at_new = tl.program_id(0).to(tl.int64) * token_strides[0] + head * token_strides[1]
     numbers = tl.load(tokens + at_new[:, None] + d[None, :], mask=mask, other=0.0)
     block = slot // BLOCK_SIZE
     offset = slot % BLOCK_SIZE
     if LIMIT > 0:
         numbers = numbers.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(numbers), 1), LIMIT)
-        tl.store(scales + block * scale_block + offset * scale_token + head * scale_head, scale, mask=is_head)
+        at_scale = block * scale_strides[0] + offset * scale_strides[1] + head * scale_strides[2]
+        tl.store(scales + at_scale, scale, mask=is_head)
         numbers = tl.div_rn(numbers, tl.where(scale > 0, scale, 1.0)[:, None])
         numbers = tl.where((scale > 0)[:, None], numbers, 0.0)
         if IS_INTEGER:
@@ -470,7 +485,7 @@ def _write_side(
         else:
             numbers = _to_three_bits(numbers)
         numbers = tl.minimum(tl.maximum(numbers, -LIMIT), LIMIT)
-    at_pool = block * pool_block + offset * pool_token + head * pool_head
+    at_pool = block * pool_strides[0] + offset * pool_strides[1] + head * pool_strides[2]
     tl.store(pool + at_pool[:, None] + d[None, :], numbers.to(pool.dtype.element_ty), mask=mask)
 
 
@@ -484,19 +499,11 @@ def _write_tokens(
     new_values,
     slots,
     num_heads,
-    key_block,
-    key_token,
-    key_head,
-    value_block,
-    value_token,
-    value_head,
-    scale_block,
-    scale_token,
-    scale_head,
-    new_key_token,
-    new_key_head,
-    new_value_token,
-    new_value_head,
+    key_strides,
+    value_strides,
+    scale_strides,
+    new_key_strides,
+    new_value_strides,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
@@ -513,14 +520,12 @@ def _write_tokens(
     # fmt: off
     if tl.program_id(2) == 0:
         _write_side(
-            keys, key_scales, new_keys, slot, num_heads, key_block, key_token, key_head,
-            scale_block, scale_token, scale_head, new_key_token, new_key_head,
+            keys, key_scales, new_keys, slot, num_heads, key_strides, scale_strides, new_key_strides,
             BLOCK_SIZE, HEAD_DIM, TILE_H, TILE_D, LIMIT, IS_INTEGER,
         )
     else:
         _write_side(
-            values, value_scales, new_values, slot, num_heads, value_block, value_token, value_head,
-            scale_block, scale_token, scale_head, new_value_token, new_value_head,
+            values, value_scales, new_values, slot, num_heads, value_strides, scale_strides, new_value_strides,
             BLOCK_SIZE, V_HEAD_DIM, TILE_H, TILE_DV, LIMIT, IS_INTEGER,
         )
     # fmt: on
@@ -559,7 +564,6 @@ def write_tokens(
     v_head_dim = values.shape[3]
     tile_d, tile_dv = power_of_two(head_dim), power_of_two(v_head_dim)
     tile_h = min(power_of_two(num_heads), max(1, _TILE // max(tile_d, tile_dv)))
-    no_strides = (0, 0, 0)
     with torch.cuda.device_of(keys):
         _write_tokens[(len(slots), triton.cdiv(num_heads, tile_h), 2)](
             keys,
@@ -570,11 +574,11 @@ def write_tokens(
             new_values,
             slots,
             num_heads,
-            *keys.stride()[:3],
-            *values.stride()[:3],
-            *(no_strides if key_scales is None else key_scales.stride()),
-            *new_keys.stride()[:2],
-            *new_values.stride()[:2],
+            keys.stride()[:3],
+            values.stride()[:3],
+            (0, 0, 0) if key_scales is None else key_scales.stride(),
+            new_keys.stride()[:2],
+            new_values.stride()[:2],
             BLOCK_SIZE=block_size,
             HEAD_DIM=head_dim,
             V_HEAD_DIM=v_head_dim,

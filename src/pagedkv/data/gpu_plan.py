@@ -1,61 +1,23 @@
-"""The arrays of a batch on the device: copied once for all layers, or into buffers that a CUDA graph has seen."""
+"""DevicePlan: the arrays of a batch on the device, in buffers for CUDA graphs, or copied once for all layers."""
 
 from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pagedkv.data.call import AttentionCall, first_fault
-from pagedkv.data.gpu_device import checked_device, is_capturing, require_slots
+from pagedkv.data.call import AttentionCall, Batch, DeviceBatch, Int32Array
+from pagedkv.data.gpu_device import checked_device, is_capturing, is_debugging, require_slots
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT
 from pagedkv.validate import require_int
 
-__all__ = ["DeviceBatch", "DevicePlan", "uploaded"]
-
-Int32Array = npt.NDArray[np.int32]
 _NOWHERE = -1
 """The slot of a token that is none; nothing is written there."""
-
-
-@dataclass(slots=True, eq=False)
-class DeviceBatch:
-    """What the attention kernels need to know of a batch.
-
-    ``longest`` bounds the keys that a sequence sees and ``query_counts`` holds the query tokens of each: both are known
-    to the host, grids depend on them. Where the arrays may change behind the host's back, the one count is a bound.
-    """
-
-    block_tables: Tensor
-    seq_lens: Tensor
-    cu_seqlens_q: Tensor
-    holes: Tensor
-    total_tokens: int
-    longest: int
-    query_counts: Int32Array
-    is_static: bool = False
-
-    @property
-    def num_sequences(self) -> int:
-        """How many sequences there is room for."""
-        return len(self.seq_lens)
-
-    def most_up_to(self, few: int) -> int:
-        """Return the most query tokens of a sequence that has no more than ``few``; 0 where there is none."""
-        if self.is_static:
-            return min(few, int(self.query_counts[0]))
-        return int(self.query_counts[self.query_counts <= few].max(initial=0))
-
-    def has_more_than(self, few: int) -> bool:
-        """Tell whether a sequence may have more query tokens than ``few``."""
-        return bool((self.query_counts > few).any())
 
 
 class DevicePlan:
@@ -146,9 +108,9 @@ class DevicePlan:
         _require_room("query tokens of one sequence", int(np.diff(cuts).max(initial=0)), self.max_query_tokens)
         needed = lens.astype(np.int64) + np.where(plan.holes[:, 0] < lens, plan.holes[:, 1] - plan.holes[:, 0], 0)
         _require_room("blocks of one sequence", int((-(-needed // self.block_size)).max(initial=0)), self.max_blocks)
-        fault = first_fault(tables, lens, cuts, plan.holes, self.block_size, self.num_blocks, total)
-        if fault:
-            raise InvalidOperation(fault)
+        batch = Batch(tables, lens, cuts, plan.holes)
+        batch.check(self.num_blocks, self.block_size)
+        batch.require_total(total)
         require_slots(plan.slot_mapping, self.num_blocks * self.block_size)
 
         staging = torch.zeros(len(self._buffer), dtype=torch.int32, pin_memory=self.device.type == "cuda")
@@ -175,12 +137,28 @@ class DevicePlan:
         """
         batch = self.batch
         on_device = batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, batch.holes
-        tables, lens, cuts, holes = (x.cpu().numpy() for x in on_device)
-        fault = first_fault(tables, lens, cuts, holes, self.block_size, self.num_blocks, int(cuts[-1]))
-        if fault:
-            raise InvalidOperation(f"plan on {self.device}: {fault}")
+        try:
+            Batch(*(x.cpu().numpy() for x in on_device)).check(self.num_blocks, self.block_size)
+        except InvalidOperation as error:
+            raise InvalidOperation(f"plan on {self.device}: {error.reason}", "plan") from None
         slots = self.slot_mapping.cpu().numpy()
         require_slots(slots[slots != _NOWHERE], self.num_blocks * self.block_size)
+
+
+def require_plan_of(plan: Any, num_blocks: int, block_size: int, device: torch.device) -> None:
+    """Refuse what is no plan on this device for a pool of this shape; in debug mode look into its buffers too."""
+    if not isinstance(plan, DevicePlan):
+        raise bad_argument("plan", "a DevicePlan", f"{type(plan).__name__}")
+    if plan.device != device:
+        raise bad_argument("plan", f"a DevicePlan on {device}", f"one on {plan.device}")
+    if plan.block_size != block_size or plan.num_blocks > num_blocks:
+        raise bad_argument(
+            "plan",
+            f"one for {num_blocks} blocks of {block_size} tokens",
+            f"one for {plan.num_blocks} of {plan.block_size}",
+        )
+    if is_debugging() and not is_capturing(device):
+        plan.check_device_arrays()
 
 
 def _require_room(what: str, count: int, room: int) -> None:
@@ -225,22 +203,22 @@ def uploaded(call: AttentionCall) -> DeviceBatch:
         A CUDA graph is being captured: it would replay these very arrays for ever.
     """
     device = call.queries.device
-    arrays = (call.block_tables, call.seq_lens, call.cu_seqlens_q, call.holes)
+    arrays = call.host_batch.arrays
     if is_capturing(device):
         raise bad_argument("block_tables", "a DevicePlan while a CUDA graph is captured", "host arrays")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     made_for, made_on, batch = getattr(_kept, "last", ((), None, None))
     if batch is not None and made_on == (device, stream) and _equal(made_for, arrays):
         return batch  # type: ignore[no-any-return]
-    shapes = _shapes(0, *call.block_tables.shape)
+    shapes = _shapes(0, *arrays[0].shape)
     staging = torch.empty(_words(shapes), dtype=torch.int32, pin_memory=device.type == "cuda")
     copies = [view.numpy() for view in _views(staging, shapes)[2:]]
     for copy, array in zip(copies, arrays, strict=True):
         copy[...] = array
     # On the CPU, in the interpreter, the staging memory is the destination.
     tables, lens, cuts, holes = _views(staging.to(device, non_blocking=True), shapes)[2:]
-    counts = np.diff(call.cu_seqlens_q).astype(np.int32)
-    longest = int(call.seq_lens.max(initial=0))
+    counts = np.diff(arrays[2]).astype(np.int32)
+    longest = int(arrays[1].max(initial=0))
     batch = DeviceBatch(tables, lens, cuts, holes, len(call.queries), longest, counts)
     _kept.last = (tuple(array.copy() for array in arrays), (device, stream), batch)
     return batch

@@ -1,8 +1,9 @@
-"""Which configuration a kernel runs with: measured once for each kind of call on each device, and kept in a file.
+"""Autotuning of the GPU kernels: configurations are measured once for each kind of call and device, kept in a file.
 
 Measuring waits for the device, so it happens at the first eager call of a kind only that is large enough to tell one
 from another, never while a CUDA graph is captured and never in the interpreter. There, and with ``PAGEDKV_AUTOTUNE=0``,
-the choice is a pure function.
+the choice is a pure function. ``triton.autotune`` is no substitute: it times one kernel over given arguments, and here
+a configuration decides about the number of splits, the memory of their partial results and a second launch as well.
 """
 
 from __future__ import annotations
@@ -23,8 +24,6 @@ from triton.runtime.errors import OutOfResources
 from pagedkv.data.call import AttentionCall
 from pagedkv.data.gpu_device import Config, Heads, candidates, device_of, is_capturing, is_interpreted
 from pagedkv.errors import bad_argument
-
-__all__ = ["config_for", "run_best"]
 
 _TRIED = 5
 """So many candidates are measured; each has to be compiled first, which takes seconds. The others are smaller."""

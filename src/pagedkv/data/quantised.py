@@ -14,8 +14,6 @@ from torch import Tensor
 
 from pagedkv.errors import bad_argument
 
-__all__ = ["GREATEST", "checked_scales", "dequantised", "quantised", "torch_dtype"]
-
 GREATEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """The greatest number of each quantised dtype."""
 

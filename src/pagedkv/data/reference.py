@@ -1,4 +1,4 @@
-"""Paged attention in plain torch: slow, readable, obviously right. The oracle of every kernel test.
+"""Reference of paged attention, in plain torch: slow and readable, the oracle of every kernel test.
 
 One sequence after the other, its visible keys and values gathered in order, the whole score matrix at once, as in
 "Attention Is All You Need" (Vaswani et al., 2017), section 3.2.1.
@@ -11,13 +11,12 @@ from torch import Tensor
 
 from pagedkv.data.call import AttentionCall
 
-__all__ = ["attend"]
-
 
 def attend(call: AttentionCall, dtype: torch.dtype = torch.float32) -> None:
     """Fill ``call.out``, computing in ``dtype`` (float32 or float64)."""
-    for i in range(call.num_sequences):
-        first, last = int(call.cu_seqlens_q[i]), int(call.cu_seqlens_q[i + 1])
+    cuts = call.host_batch.cu_seqlens_q
+    for i in range(len(cuts) - 1):
+        first, last = int(cuts[i]), int(cuts[i + 1])
         call.out[first:last] = _attend_sequence(call, i, call.queries[first:last].to(dtype)).to(call.out.dtype)
 
 
@@ -47,12 +46,12 @@ def _attend_sequence(call: AttentionCall, i: int, queries: Tensor) -> Tensor:
 
 def _visible_slots(call: AttentionCall, i: int) -> tuple[Tensor, Tensor]:
     """Return block ids and offsets of the sequence's visible tokens, in order of their positions."""
-    device = call.keys.device
-    positions = torch.arange(int(call.seq_lens[i]), device=device)
-    start, end = (int(x) for x in call.holes[i])
+    device, batch = call.keys.device, call.host_batch
+    positions = torch.arange(int(batch.seq_lens[i]), device=device)
+    start, end = (int(x) for x in batch.holes[i])
     slots = torch.where(positions < start, positions, positions + (end - start))
     block_size = call.keys.shape[1]
-    table = torch.as_tensor(call.block_tables[i], device=device)
+    table = torch.as_tensor(batch.block_tables[i], device=device)
     return table[slots // block_size], slots % block_size
 
 

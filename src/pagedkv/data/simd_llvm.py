@@ -1,4 +1,4 @@
-"""Lanes as LLVM vectors: loading, storing, and arithmetic lane by lane."""
+"""Numba intrinsics of :mod:`pagedkv.data.simd`: sixteen float32 lanes as one LLVM vector."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-from pagedkv.data.simd_python import LANES, ROWS
-
 # mypy: ignore-errors
 
-
+LANES = 16
+ROWS = 4
 FLOAT, INT = ir.FloatType(), ir.IntType(32)
 VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
@@ -279,9 +278,7 @@ def fetch_add(typing, counters, index, amount):
     return types.int64(counters, types.int64, types.int64), generate
 
 
-# Lanes as LLVM vectors: what combines lanes, and functions of them.
-
-# mypy: ignore-errors
+# What combines lanes, and functions of them.
 
 
 def _pair_sums(builder, x, y):

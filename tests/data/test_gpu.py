@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 from tests.contracts.attention_cases import TOLERANCE, Shape, make_case
 
 from pagedkv import InvalidOperation, KvCacheSpec, KvStorage, LayerSpec, MissingExtra, PagedKvCache, paged_attention
-from pagedkv.data import gpu, gpu_device
+from pagedkv.data import attention, gpu, gpu_device
 from pagedkv.data.gpu_plan import DevicePlan
 
 pytest.importorskip("triton")
@@ -258,9 +259,7 @@ def test_a_device_plan_refuses_what_does_not_fit():
     with pytest.raises(InvalidOperation, match="plan: expected one for 24 blocks of 4 tokens, got one for 24 of 8"):
         cache.write(0, keys, values, other)
     with pytest.raises(InvalidOperation, match="plan: expected a DevicePlan, got BatchPlan"):
-        gpu.attend_plan(
-            queries, cache.storage.keys(0), cache.storage.values(0), cache.plan([1], [1]), scale=1.0, out=queries
-        )
+        cache.storage.slots_of(cache.plan([1], [1]))
 
 
 def test_debug_mode_looks_at_what_is_on_the_device(monkeypatch):
@@ -290,16 +289,16 @@ def test_equal_arrays_are_uploaded_once():
     call.queries = call.queries.to(DEVICE)
     first = uploaded(call)
     assert uploaded(call) is first
-    call.seq_lens = call.seq_lens.copy()
+    call.batch.seq_lens = call.batch.seq_lens.copy()
     assert uploaded(call) is first
-    call.seq_lens[0] = 8
+    call.batch.seq_lens[0] = 8
     second = uploaded(call)
     assert second is not first and second.seq_lens.tolist() == [8, 5] and first.seq_lens.tolist() == [9, 5]
 
 
 def test_triton_is_refused_without_a_device_or_the_interpreter(monkeypatch):
     case = make_case(Shape([(9, 1, 0, 0)]))
-    for module in (gpu, gpu_device):
+    for module in (attention, gpu_device):
         monkeypatch.setattr(module, "require_runnable", gpu_device.require_runnable)
     monkeypatch.setattr(gpu_device, "is_interpreted", lambda: False)
     with pytest.raises(InvalidOperation, match="queries: backend 'triton': expected a tensor on a CUDA device"):
@@ -315,6 +314,28 @@ def test_without_triton_the_error_says_how_to_install_it(monkeypatch):
     with pytest.raises(MissingExtra, match=r"pip install 'pagedkv\[gpu\]'"):
         paged_attention(case.queries, case.keys, case.values, **case.options, backend="triton")
     gpu_device.is_interpreted.cache_clear()
+
+
+def test_the_cache_works_without_triton():
+    """In a process that has none, as after an installation on a machine without a GPU."""
+    program = """
+import subprocess
+import sys
+sys.modules["triton"] = None
+import torch
+from pagedkv import MissingExtra, PagedKvCache
+cache = PagedKvCache(4, 4, 1, 8, dtype="float32")
+cache.allocate(1, 3)
+plan, tokens = cache.plan([1]), torch.ones(3, 1, 8)
+cache.write(0, tokens, tokens, plan)
+assert cache.attend(0, tokens, plan, backend="reference").eq(1).all()
+try:
+    cache.attend(0, tokens, plan, backend="triton")
+except MissingExtra as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "pip install 'pagedkv[gpu]'" in done.stdout, done.stderr
 
 
 def test_storage_refuses_an_unknown_backend():
