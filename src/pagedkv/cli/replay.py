@@ -518,7 +518,7 @@ def _trace(trace: Trace) -> TraceFacts:
         accesses=trace.num_accesses,
         distinct_blocks=trace.num_distinct,
         tokens=trace.num_tokens,
-        attainable_hit_ratio=1 - trace.num_distinct / trace.num_accesses if trace.num_accesses else 0.0,
+        attainable_hit_ratio=trace.attainable_hit_ratio,
         skipped=trace.num_skipped,
         reordered=trace.num_reordered,
     )

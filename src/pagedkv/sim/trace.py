@@ -78,6 +78,11 @@ class Trace:
         return len(self.parents)
 
     @property
+    def attainable_hit_ratio(self) -> float:
+        """What a cache without a limit finds: every use of a block but its first is a hit."""
+        return 1 - self.num_distinct / self.num_accesses if self.num_accesses else 0.0
+
+    @property
     def num_tokens(self) -> int:
         """Input tokens of all requests together."""
         return int(self.input_tokens.sum())
