@@ -1,4 +1,4 @@
-"""From single requests to the arrays of a `Trace`: batch by batch, chained, sorted by time."""
+"""Collector of requests: block ids made dense and chained, columns on disk where they are large, sorted by time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace in memory: requests in the order of their arrival, as arrays.
+"""`Trace`: requests in the order of their arrival, as arrays; and how a trace is written.
 
 Request i owns ``ids[offsets[i] : offsets[i + 1]]``, one content id a block, the partly filled last block included where
 the format names it. Content ids are dense (0, 1, 2, … in the order of first appearance) and chained: equal ids stand

@@ -1,4 +1,4 @@
-"""What a trace is like: lengths, reuse, working sets. Every figure is exact."""
+"""Statistics of a trace: lengths, attainable hits, reuse gaps, working sets; all exact."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers have in common."""
+"""Base classes of the trace readers: whole files, one request a line, CSV."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KV cache events of vLLM, SGLang and their kin, recorded to a file (see `pagedkv.sim.readers.kv_events`).
+"""KV cache events of vLLM, SGLang and others, recorded to a file.
 
 A batch is ``[ts, events, data_parallel_rank]`` or a map with these names; an event is positional (``["BlockStored",
 block_hashes, parent_block_hash, token_ids, block_size, lora_id, medium, lora_name, extra_keys, group_idx]``) or a map
@@ -7,7 +7,7 @@ with a ``type``; what follows at the end may be missing; hashes are numbers or b
 Every ``BlockStored`` becomes a request for its whole chain, from the root to its last block. What this cannot show:
 
 - A request that found every block stored nothing: **pure hits are invisible**. Hit ratios from events are not those of
-  the traffic; the set of blocks, their order of appearance and what was stored again after it had been given up are.
+  the traffic; the set of blocks, their order of appearance and what was stored again after it had been evicted are.
 - An engine also stores a block for every few tokens of an answer. Each is a request of its own here, its prefix a hit.
 
 A chain whose beginning was not recorded begins at the first hash known. After ``AllBlocksCleared`` nothing is equal to

@@ -1,4 +1,4 @@
-"""The plotting area of one chart: grid, axes, lines, dots, bars, labels, in SVG."""
+"""SVG charts of a report: scales, axes, lines, bars, and one section a chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a report is made of, and what it picks to show."""
+"""Data of a report: trace, replays and curve, and which of them are shown."""
 
 from __future__ import annotations
 

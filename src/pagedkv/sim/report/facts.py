@@ -1,4 +1,4 @@
-"""The arrays behind the charts: when, how deep and for whom blocks were found."""
+"""Histograms behind the charts: hits by time, depth and session, and reuse gaps."""
 
 from __future__ import annotations
 
