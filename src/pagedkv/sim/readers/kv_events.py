@@ -254,11 +254,11 @@ class KvEventsReader(Reader):
     def _store(self, time: float, fields: dict[str, Any]) -> None:
         hashes, parent, size = (fields.get(name) for name in ("block_hashes", "parent_block_hash", "block_size"))
         if not isinstance(hashes, list) or not hashes or not all(map(_is_hash, hashes)):
-            raise BadRecord("block_hashes must be a list of numbers or bytes")
+            raise BadRecord("block_hashes: expected a list of numbers or bytes")
         if parent is not None and not _is_hash(parent):
-            raise BadRecord("parent_block_hash must be a number, bytes or null")
+            raise BadRecord("parent_block_hash: expected a number, bytes or null")
         if type(size) is not int:
-            raise BadRecord("block_size must be a number")
+            raise BadRecord("block_size: expected a number")
         self._file_says(size)
         node = NO_NODE
         if parent is not None:
@@ -299,10 +299,10 @@ def _opened(payload: memoryview) -> tuple[float, list[Any]]:
     if isinstance(batch, dict):
         batch = [batch.get("ts"), batch.get("events")]
     if not isinstance(batch, list) or len(batch) < 2:
-        raise BadRecord("a batch must be [ts, events, …]")
+        raise BadRecord("batch: expected [ts, events, …]")
     time, events = batch[:2]
     if type(time) not in (int, float) or not isinstance(events, list):
-        raise BadRecord("a batch must be [ts, events, …] with a number and a list")
+        raise BadRecord("batch: expected [ts, events, …] with a number and a list")
     return float(time), events
 
 
@@ -311,7 +311,7 @@ def _fields(event: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(event, dict):
         return event.get("type"), event
     if not isinstance(event, list) or not event:
-        raise BadRecord("an event must be a map with a type, or a list that begins with it")
+        raise BadRecord("event: expected a map with a type, or a list that begins with it")
     return event[0], {name: event[place] for name, place in FIELDS.items() if place < len(event)}
 
 
