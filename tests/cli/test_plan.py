@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from tests.cli.commands import call, start
@@ -39,13 +40,8 @@ def test_one_screen(trace):
     assert result.exit_code == 0, result.stderr
     assert len(result.stdout.splitlines()) <= 48 and max(map(len, result.stdout.splitlines())) <= 120
     for words in (
-        *(
-            "chats.jsonl: 120 requests in 1 min 59 s",
-            "128 KiB per token",
-            "64 MiB per block",
-            "in bfloat16",
-            "attainable",
-        ),
+        *("chats.jsonl: 120 requests in 1 min 59 s", "128 KiB per token", "64 MiB per block", "in bfloat16"),
+        "attainable",
         *("84.6% of the blocks", "50%", "80%", "> 90%", "95%", "99%", "With 4 GiB: 64 blocks", "the optimum"),
         *("400 TFLOP/s × 0.5", "requests at a time", "knee of LRU", "verdict", "imited by"),
     ):
@@ -97,6 +93,15 @@ def test_the_report_is_written(trace, tmp_path):
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>") and "llama-3.1-8b" in text
     assert "pagedkv plan chats.jsonl --model llama-3.1-8b --target 0.8 --strategies lru,lfu --skip-bad --html" in text
+
+
+def test_screen_and_report_tell_the_same_figures(trace, tmp_path):
+    page = tmp_path / "plan.html"
+    result = call("plan", trace, *ARGUMENTS, "--html", page, env={"COLUMNS": "120"})
+    table = page.read_text(encoding="utf-8").partition("Memory by share of the attainable hit ratio")[2]
+    shown = re.findall(r"<tr><t[dh][^>]*><span>([\d.]+%).*?</t[dh]><td[^>]*>([\d.]+%)", table.partition("</table>")[0])
+    screen = re.findall(r"^[> ]*([\d.]+%) +([\d.]+%)", result.stdout, re.MULTILINE)
+    assert len(shown) == 5 and screen == shown
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,15 @@ def test_sizes_are_told_in_gib_where_the_model_is_known():
     assert heads == ["strategy", "4\u00a0GiB4 blocks", "8\u00a0GiB8 blocks"]
 
 
+def test_an_axis_in_gib_counts_them_without_a_second_unit():
+    trace = some_trace()
+    page = parsed(replay_report(trace, some_results(trace), lru_curve(trace), bytes_per_token=2**36))
+    drawing = next(element for element in page.iter() if element.tag.endswith("}svg"))
+    ticks = [element for element in drawing.iter() if element.get("class") == "tick"]
+    labels = [words(tick) for tick in ticks if tick.get("text-anchor") == "middle"]
+    assert "5,000" in labels and all(set(label) <= set("0123456789,") for label in labels)
+
+
 def test_text_of_the_user_is_shown_and_harmless():
     trace = some_trace(name=NASTY, format=NASTY)
     results = [replace(result, strategy=NASTY) for result in some_results(trace)[:1]]

@@ -61,6 +61,25 @@ def test_the_same_seed_gives_the_same_bytes(kind):
     assert digest(synthesize(kind, requests=500, seed=7)) != digest(synthesize(kind, requests=500, seed=8))
 
 
+FROZEN = {
+    "chat": ("ad4f2e4230427973", {}),
+    "agents": ("38e29088e650bf3e", {}),
+    "rag": ("93082ff2cb4e30cb", {}),
+    "mixed": ("64458c495ef498a8", {}),
+    "a power law of exponent 1": (
+        "248641fe822e104a",
+        {"requests": 5000, "system_zipf": 1.0, "turns": 20, "idle_share": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_a_trace_stays_what_it_was_from_release_to_release(name):
+    frozen, parameters = FROZEN[name]
+    kind = name if name in KINDS else "chat"
+    assert digest(synthesize(kind, **{"requests": 3000, **parameters})).startswith(frozen)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_traffic_begins_as_less_does(kind):
     """The arrays of the longer one had to grow, which must change nothing."""

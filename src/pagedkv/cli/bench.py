@@ -1,4 +1,4 @@
-"""``pagedkv bench``: what the books, attention over blocks and the replay of a trace cost on this machine."""
+"""``pagedkv bench``: speed of bookkeeping, attention over blocks and replay on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``pagedkv plan``: how much KV cache does this traffic need?"""
+"""``pagedkv plan``: the KV cache that some traffic needs."""
 
 from __future__ import annotations
 

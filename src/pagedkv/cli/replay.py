@@ -1,4 +1,4 @@
-"""``pagedkv replay``: what hit ratio would this traffic have had, with which capacity and strategy?"""
+"""``pagedkv replay``: hit ratios of a trace by strategy and capacity."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ class CellFacts(msgspec.Struct):
         Blocks that requests touched, and those found.
     hit_ratio, token_hit_ratio : float
     reclaimed : int
-        Blocks given up.
+        Blocks reclaimed.
     seconds : float
     preempted, refused : int
         With ``--timed`` only.
@@ -518,7 +518,7 @@ def _trace(trace: Trace) -> TraceFacts:
         accesses=trace.num_accesses,
         distinct_blocks=trace.num_distinct,
         tokens=trace.num_tokens,
-        attainable_hit_ratio=1 - trace.num_distinct / trace.num_accesses if trace.num_accesses else 0.0,
+        attainable_hit_ratio=trace.attainable_hit_ratio,
         skipped=trace.num_skipped,
         reordered=trace.num_reordered,
     )

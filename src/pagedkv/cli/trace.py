@@ -1,4 +1,4 @@
-"""The options of ``pagedkv trace describe`` and ``pagedkv trace synth``. What they need is imported when they run."""
+"""``pagedkv trace``: describe a trace, or write a synthetic one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Replay real traffic through the control plane that serves models, and say how much cache it needs.
+"""Cache simulator: replay traces through the control plane that serves models, and plan the size of a cache.
 
 The names are loaded when they are first used, so that the command's help stays quick.
 """

@@ -1,4 +1,4 @@
-"""From single requests to the arrays of a `Trace`: batch by batch, chained, sorted by time."""
+"""Collector of requests: block ids made dense and chained, columns on disk where they are large, sorted by time."""
 
 from __future__ import annotations
 
@@ -372,11 +372,11 @@ class Collector:
         BadRecord
         """
         if not -LIMIT < time < LIMIT:
-            raise BadRecord(f"the timestamp must be a finite number below 2**53, got {time}")
+            raise BadRecord(f"timestamp: expected a finite number below 2**53, got {time}")
         if not 0 <= input_tokens < LIMIT:
-            raise BadRecord(f"the input length must be 0 … 2**53 - 1, got {input_tokens}")
+            raise BadRecord(f"input length: expected 0 … 2**53 - 1, got {input_tokens}")
         if not 0 <= output_tokens < LIMIT:
-            raise BadRecord(f"the output length must be 0 … 2**53 - 1, got {output_tokens}")
+            raise BadRecord(f"output length: expected 0 … 2**53 - 1, got {output_tokens}")
         raw_ids = self._numbers(ids)
         self._times.append(time)
         self._lengths.extend((input_tokens, output_tokens, self.session(session)))

@@ -1,4 +1,4 @@
-"""Reading a model's ``config.json``: where it comes from, and fields that are what they should be."""
+"""Model configs: ``config.json`` of all families, and the shape of every layer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model's KV cache and its prefill cost, from its config alone: no weights, no torch, no transformers."""
+"""Bytes of a model's KV cache and FLOPs of its prefill, from its config alone: no weights, no torch."""
 
 from __future__ import annotations
 

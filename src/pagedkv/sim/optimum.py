@@ -1,12 +1,12 @@
-"""The most hits that any cache of a given size could have: Belady's MIN over prefixes.
+"""Belady's optimum over prefixes: the most hits that any cache of a given size can have.
 
 After a request the cache may keep what it likes of what it held and what the request brought, up to its capacity
 (nothing has to be kept). MIN keeps what is used again first (Belady 1966, "A study of replacement algorithms for a
-virtual-storage computer"). A descendant is never used again before its ancestor, so with the deeper block given up
+virtual-storage computer"). A descendant is never used again before its ancestor, so with the deeper block evicted
 first on ties the cached blocks stay closed under prefixes, and the optimum over blocks is one over prefixes too.
 
 The blocks of a request that come back with the same later request are interchangeable: a **run**. So the cache is a
-count of kept blocks for every coming request. "Give up" takes from the latest of them, and what is left of a count when
+count of kept blocks for every coming request. "Evict" takes from the latest of them, and what is left of a count when
 its request comes is the hits of that request. A replay of r runs takes O(r log r), whatever the number of blocks.
 """
 

@@ -1,4 +1,4 @@
-"""What a plan says: everything that the screen, the JSON and the HTML report show."""
+"""`Plan` and its parts: hardware, sizes, levels, load, verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much KV cache some traffic needs: from a trace and a model's shape to GiB and a verdict."""
+"""Capacity planner: from a trace and a model's shape to GiB and a verdict."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door to traces: any known format in, one `Trace` out."""
+"""`read_trace`: formats recognised, one `Trace` out."""
 
 from __future__ import annotations
 

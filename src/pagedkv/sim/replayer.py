@@ -1,4 +1,4 @@
-"""Replay in time: a request holds its blocks while it is served, so concurrency takes room and has its victims.
+"""Replay of a trace: hits and reclaimed blocks, at once or in time.
 
 A request that arrives takes the blocks of its input, the cached prefix shared, and of the output that it will write.
 Its input becomes findable when its prefill is done; it leaves when its last token is decoded. Where there is no room,
@@ -43,7 +43,7 @@ class ReplayResult:
     tokens, hit_tokens : int
         Input tokens, and those of them that lay in blocks found.
     reclaimed : int
-        Cached blocks that were given up.
+        Cached blocks that were reclaimed.
     seconds : float
         Of the replay alone, on one core.
     hits : int32 [requests]
@@ -94,7 +94,7 @@ class ReplayResult:
         return self.hit_tokens / self.tokens if self.tokens else 0.0
 
 
-# How fast requests are served, where a replay keeps time.
+# Replay in time: a request holds its blocks while it is served, so concurrency takes room, and requests are preempted.
 
 
 @dataclass(frozen=True)

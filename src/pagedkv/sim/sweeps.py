@@ -1,4 +1,4 @@
-"""One cell of a sweep: a strategy at a capacity, and how the text of a strategy becomes one."""
+"""Sweeps: many replays of one trace, every strategy at every capacity, in processes or as Ray tasks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A trace in memory: requests in the order of their arrival, as arrays.
+"""`Trace`: requests in the order of their arrival, as arrays; and how a trace is written.
 
 Request i owns ``ids[offsets[i] : offsets[i + 1]]``, one content id a block, the partly filled last block included where
 the format names it. Content ids are dense (0, 1, 2, … in the order of first appearance) and chained: equal ids stand
@@ -76,6 +76,11 @@ class Trace:
     def num_distinct(self) -> int:
         """Different blocks: what a cache without a limit would hold in the end."""
         return len(self.parents)
+
+    @property
+    def attainable_hit_ratio(self) -> float:
+        """What a cache without a limit finds: every use of a block but its first is a hit."""
+        return 1 - self.num_distinct / self.num_accesses if self.num_accesses else 0.0
 
     @property
     def num_tokens(self) -> int:

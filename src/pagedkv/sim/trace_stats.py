@@ -1,4 +1,4 @@
-"""What a trace is like: lengths, reuse, working sets. Every figure is exact."""
+"""Statistics of a trace: lengths, attainable hits, reuse gaps, working sets; all exact."""
 
 from __future__ import annotations
 
@@ -331,6 +331,8 @@ def _content(trace: Trace) -> ContentFigures:
     windows = np.array(WINDOWS)
     whole = np.maximum(np.floor(span / windows), 1.0)
     found = walk_through(trace, windows, whole)
+    lengths = np.diff(trace.offsets)
+    deepest = int(lengths.max(initial=0))
     hit_blocks, hit_tokens = int(found.hits.sum(dtype=np.int64)), trace.hit_tokens(found.hits)
     return ContentFigures(
         accesses=trace.num_accesses,
@@ -348,8 +350,8 @@ def _content(trace: Trace) -> ContentFigures:
                 WINDOWS, whole.tolist(), found.window_sums, found.window_peaks, strict=True
             )
         ),
-        depth_accesses=_per_depth(np.diff(trace.offsets)),
-        depth_hits=_per_depth(found.hits, int(np.diff(trace.offsets).max())),
+        depth_accesses=tuple(longer_than(lengths, deepest).tolist()),
+        depth_hits=tuple(longer_than(found.hits, deepest).tolist()),
         hottest=_hottest(trace, found),
     )
 
@@ -369,10 +371,10 @@ def _figures(values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Figures
     return Figures(count, float(values.mean()), p50, p90, p99, maximum)
 
 
-def _per_depth(lengths: npt.NDArray[np.integer], depths: int = 0) -> tuple[int, ...]:
-    """Return for every depth d how many of the lengths exceed d."""
-    longer = np.bincount(lengths, minlength=depths + 1)[::-1].cumsum()[::-1]
-    return tuple(longer[1:].tolist())
+def longer_than(lengths: npt.NDArray[np.integer], deepest: int) -> npt.NDArray[np.int64]:
+    """Return for every depth below `deepest` how many of the lengths reach beyond it."""
+    shorter = np.bincount(lengths, minlength=deepest + 1).cumsum()
+    return (len(lengths) - shorter[:deepest]).astype(np.int64)
 
 
 def _hottest(trace: Trace, found: Passage) -> tuple[HotPrefix, ...]:

@@ -1,4 +1,4 @@
-"""Parameters of synthetic traffic: one record of them, and the kinds that are built in."""
+"""Parameters of synthetic traffic, and the built-in kinds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""One small file for every format of trace."""
+"""Trace readers, one file a format."""

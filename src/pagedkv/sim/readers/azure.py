@@ -32,7 +32,7 @@ def _seconds(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise BadRecord(f"TIMESTAMP must be an ISO 8601 date and time, got {text[:40]!r}") from None
+        raise BadRecord(f"TIMESTAMP: expected an ISO 8601 date and time, got {text[:40]!r}") from None
     if moment.tzinfo is None:
         moment = moment.replace(tzinfo=UTC)
     return (moment - EPOCH).total_seconds()

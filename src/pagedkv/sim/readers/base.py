@@ -1,4 +1,4 @@
-"""What the readers have in common."""
+"""Base classes of the trace readers: whole files, one request a line, CSV."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Reader(ABC):
         if block_tokens is None or self._is_stated:
             return
         if not 0 < block_tokens < 2**31:
-            raise BadRecord(f"the block size must be 1 … 2**31 - 1, got {block_tokens}")
+            raise BadRecord(f"block size: expected 1 … 2**31 - 1, got {block_tokens}")
         if self._block_tokens not in (None, block_tokens):
             raise BadRecord(f"blocks of {block_tokens} tokens, but of {self._block_tokens} before")
         self._block_tokens = block_tokens
@@ -140,7 +140,7 @@ def as_number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise BadRecord(f"{name} must be a number, got {text[:40]!r}") from None
+        raise BadRecord(f"{name}: expected a number, got {text[:40]!r}") from None
 
 
 def as_count(name: str, text: str) -> int:
@@ -150,5 +150,5 @@ def as_count(name: str, text: str) -> int:
     except ValueError:
         number = as_number(name, text)
     if not number.is_integer():
-        raise BadRecord(f"{name} must be a whole number, got {text[:40]!r}")
+        raise BadRecord(f"{name}: expected an int, got {text[:40]!r}")
     return int(number)

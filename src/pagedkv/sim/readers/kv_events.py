@@ -1,4 +1,4 @@
-"""KV cache events of vLLM, SGLang and their kin, recorded to a file (see `pagedkv.sim.readers.kv_events`).
+"""KV cache events of vLLM, SGLang and others, recorded to a file.
 
 A batch is ``[ts, events, data_parallel_rank]`` or a map with these names; an event is positional (``["BlockStored",
 block_hashes, parent_block_hash, token_ids, block_size, lora_id, medium, lora_name, extra_keys, group_idx]``) or a map
@@ -7,7 +7,7 @@ with a ``type``; what follows at the end may be missing; hashes are numbers or b
 Every ``BlockStored`` becomes a request for its whole chain, from the root to its last block. What this cannot show:
 
 - A request that found every block stored nothing: **pure hits are invisible**. Hit ratios from events are not those of
-  the traffic; the set of blocks, their order of appearance and what was stored again after it had been given up are.
+  the traffic; the set of blocks, their order of appearance and what was stored again after it had been evicted are.
 - An engine also stores a block for every few tokens of an answer. Each is a request of its own here, its prefix a hit.
 
 A chain whose beginning was not recorded begins at the first hash known. After ``AllBlocksCleared`` nothing is equal to
@@ -254,11 +254,11 @@ class KvEventsReader(Reader):
     def _store(self, time: float, fields: dict[str, Any]) -> None:
         hashes, parent, size = (fields.get(name) for name in ("block_hashes", "parent_block_hash", "block_size"))
         if not isinstance(hashes, list) or not hashes or not all(map(_is_hash, hashes)):
-            raise BadRecord("block_hashes must be a list of numbers or bytes")
+            raise BadRecord("block_hashes: expected a list of numbers or bytes")
         if parent is not None and not _is_hash(parent):
-            raise BadRecord("parent_block_hash must be a number, bytes or null")
+            raise BadRecord("parent_block_hash: expected a number, bytes or null")
         if type(size) is not int:
-            raise BadRecord("block_size must be a number")
+            raise BadRecord("block_size: expected a number")
         self._file_says(size)
         node = NO_NODE
         if parent is not None:
@@ -299,10 +299,10 @@ def _opened(payload: memoryview) -> tuple[float, list[Any]]:
     if isinstance(batch, dict):
         batch = [batch.get("ts"), batch.get("events")]
     if not isinstance(batch, list) or len(batch) < 2:
-        raise BadRecord("a batch must be [ts, events, …]")
+        raise BadRecord("batch: expected [ts, events, …]")
     time, events = batch[:2]
     if type(time) not in (int, float) or not isinstance(events, list):
-        raise BadRecord("a batch must be [ts, events, …] with a number and a list")
+        raise BadRecord("batch: expected [ts, events, …] with a number and a list")
     return float(time), events
 
 
@@ -311,7 +311,7 @@ def _fields(event: Any) -> tuple[Any, dict[str, Any]]:
     if isinstance(event, dict):
         return event.get("type"), event
     if not isinstance(event, list) or not event:
-        raise BadRecord("an event must be a map with a type, or a list that begins with it")
+        raise BadRecord("event: expected a map with a type, or a list that begins with it")
     return event[0], {name: event[place] for name, place in FIELDS.items() if place < len(event)}
 
 

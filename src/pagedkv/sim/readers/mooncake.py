@@ -1,7 +1,7 @@
 """Mooncake JSONL, the de-facto standard (Qin et al., FAST'25): one request a line, one id for each block.
 
 ``{"timestamp": ms, "input_length": tokens, "output_length": tokens, "hash_ids": [ids]}``. Aliases: ``created_time``,
-``input_tokens``, ``output_tokens``. Optional: ``session_id``, ``block_size`` (512 where nobody says otherwise), and
+``input_tokens``, ``output_tokens``. Optional: ``session_id``, ``block_size`` (512 by default), and
 ``delay`` or ``delay_ms`` in place of the timestamp: milliseconds after the request before it of the same session; how
 long that one ran is not in the trace, so such a request arrives as early as it can.
 

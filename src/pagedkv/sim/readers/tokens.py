@@ -1,4 +1,4 @@
-"""Plain JSONL of token ids: the trace that anybody can write.
+"""Plain JSONL of token ids, one request a line.
 
 ``{"timestamp": s, "token_ids": [ids]}`` a line; optional ``output_length`` (or ``output_tokens``) and ``session_id``.
 The tokens are cut into blocks, 16 tokens each unless stated, the partial last one included; blocks are compared token

@@ -1,4 +1,4 @@
-"""The report: one self-contained HTML file, with charts, that opens offline and on a phone."""
+"""HTML report of replays and plans: one self-contained file with charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plotting area of one chart: grid, axes, lines, dots, bars, labels, in SVG."""
+"""SVG charts of a report: scales, axes, lines, bars, and one section a chart."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pagedkv.format import count, percent
+from pagedkv.format import count, digits, percent, share
 from pagedkv.sim import LRU
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import ReplayResult
@@ -38,8 +38,8 @@ class Scale:
         low, high = self.low, self.high
         if self.is_log:
             value, low, high = math.log(value), math.log(low), math.log(high)
-        share = (value - low) / (high - low) if high > low else 0.5
-        return self.start + share * (self.stop - self.start)
+        part = (value - low) / (high - low) if high > low else 0.5
+        return self.start + part * (self.stop - self.start)
 
 
 def linear_ticks(high: float, most: int = 6) -> list[float]:
@@ -184,6 +184,13 @@ def grid(frame: Frame, up: Scale, ticks: Sequence[float], write: Format, title: 
     yield tag("text", title, class_="axis", x=0.0, y=12.0)
 
 
+def ratio_grid(frame: Frame, high: float) -> tuple[Scale, Iterator[Markup]]:
+    """Return the vertical scale of a hit ratio up to `high` or a little above, and its grid."""
+    ticks = ratio_ticks(high)
+    up = frame.up(ticks[-1])
+    return up, grid(frame, up, ticks, share, "hit ratio")
+
+
 def floor(frame: Frame, across: Scale, ticks: Sequence[float], write: Format, title: str) -> Iterator[Markup]:
     """Draw the horizontal axis."""
     yield tag("line", class_="base", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom)
@@ -301,6 +308,21 @@ def _drawing(key: str, title: str, description: str, frame: Frame, draw: Callabl
     )
 
 
+def chart_section(
+    key: str,
+    heading: str,
+    lede: object,
+    drawing: Markup,
+    figures: Markup | None,
+    *below: object,
+    lines: Sequence[Series] = (),
+) -> Markup:
+    """Return a chart as one card: what it shows, the names of its lines, the drawing, its figures as a table."""
+    return section(
+        key, heading, tag("p", lede, class_="lede"), legend(lines) if lines else None, drawing, figures, *below
+    )
+
+
 def legend(lines: Sequence[Series]) -> Markup:
     """Return the names of the lines, each behind a piece of the line."""
     return tag("ul", *(tag("li", _swatch(line), line.name) for line in lines), class_="legend")
@@ -361,20 +383,13 @@ def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
         return section("curve", "Hit ratio against size", tag("p", "Nothing was replayed.", class_="quiet-text"))
     title = "Hit ratio against the size of the cache"
     description = f"{len(lines)} lines. A cache without a limit finds {percent(evidence.attainable)} of the blocks."
-    return section(
-        "curve",
-        title,
-        tag(
-            "p",
-            "Share of the touched blocks that lie in the longest cached prefix of their request. ",
-            "The size is drawn on a log scale: each step to the right multiplies it.",
-            class_="lede",
-        ),
-        legend(lines),
-        figure("curve-chart", title, description, lambda frame: _draw(evidence, lines[::-1], frame)),
-        _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
-        below,
+    lede = (
+        "Share of the touched blocks that lie in the longest cached prefix of their request. "
+        "The size is drawn on a log scale: each step to the right multiplies it."
     )
+    drawing = figure("curve-chart", title, description, lambda frame: _draw(evidence, lines[::-1], frame))
+    figures = _curve_table(evidence, evidence.curve) if evidence.curve is not None else None
+    return chart_section("curve", title, lede, drawing, figures, below, lines=lines)
 
 
 def _lines(evidence: Evidence) -> list[Series]:
@@ -413,11 +428,10 @@ def _place(evidence: Evidence, blocks: float) -> float:
 def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Markup]:
     low, high = _ends(evidence, lines)
     across = frame.across(low, high, is_log=True)
-    ticks = ratio_ticks(max(evidence.attainable, *(max(line.ys) for line in lines)))
-    up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    up, drawn = ratio_grid(frame, max(evidence.attainable, *(max(line.ys) for line in lines)))
+    yield from drawn
     unit = "size of the cache, " + ("GiB" if evidence.bytes_per_block else "blocks")
-    write = _gib_tick if evidence.bytes_per_block else _tick
+    write = digits if evidence.bytes_per_block else _tick
     yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), write, unit)
     yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
     limit = f"no limit {percent(evidence.attainable)}"
@@ -469,19 +483,15 @@ def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
     rows = []
     for size in _steps(curve, (1, 2, 5)):
         ratio = curve.at(size)
-        share = ratio / evidence.attainable if evidence.attainable else 0.0
+        part = ratio / evidence.attainable if evidence.attainable else 0.0
         memory = [(evidence.sized(size), size)] if evidence.bytes_per_block else []
-        rows.append([(count(size), size), *memory, (percent(ratio), ratio), (percent(share), share)])
+        rows.append([(count(size), size), *memory, (percent(ratio), ratio), (percent(part), part)])
     heads = ["blocks", *(["memory"] if evidence.bytes_per_block else []), "hit ratio", "of the attainable"]
     return table("The figures of LRU’s curve", heads, rows, is_folded=True)
 
 
 def _tick(value: float) -> str:
-    return short(value) if value >= 1 else f"{value:g}"
-
-
-def _gib_tick(value: float) -> str:
-    return count(value) if value >= 1 else f"{value:g}"
+    return short(value) if value >= 1 else digits(value)
 
 
 # The hit ratio by depth in the prompt.
@@ -516,14 +526,9 @@ def depth_section(evidence: Evidence) -> Markup | None:
     title = f"Hit ratio by depth in the prompt, {evidence.where}"
     unit = f"depth in the prompt, blocks of {count(evidence.trace.block_tokens)} tokens"
     lede = f"How often the block at a depth was found, {evidence.where}; block 1 is the first of a prompt."
-    return section(
-        "depth",
-        "Hits by depth",
-        tag("p", lede, class_="lede"),
-        legend(lines),
-        figure("depth-chart", title, f"{len(names)} depths.", lambda frame: _draw_depths(frame, lines, unit)),
-        table("The figures by depth", heads, rows, is_folded=True),
-    )
+    drawing = figure("depth-chart", title, f"{len(names)} depths.", lambda frame: _draw_depths(frame, lines, unit))
+    figures = table("The figures by depth", heads, rows, is_folded=True)
+    return chart_section("depth", "Hits by depth", lede, drawing, figures, lines=lines)
 
 
 def _depth_edges(deepest: int) -> facts.Ints:
@@ -540,9 +545,8 @@ def _depths(low: int, high: int) -> str:
 def _draw_depths(frame: Frame, lines: Sequence[Series], unit: str) -> Iterator[Markup]:
     deepest = max(lines[0].xs[-1], 2.0)
     across = frame.across(1.0, deepest, is_log=True)
-    ticks = ratio_ticks(max(max(series.ys) for series in lines))
-    up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    up, drawn = ratio_grid(frame, max(max(series.ys) for series in lines))
+    yield from drawn
     yield from floor(frame, across, log_ticks(1.0, deepest, frame.most_ticks), short, unit)
     for series in lines:
         yield from line(series, across, up)
@@ -590,24 +594,16 @@ def gap_section(evidence: Evidence) -> Markup | None:
         ]
         for name, low, n, upto in zip(names, shown.edges[:-1], shown.counts, running, strict=True)
     ]
-    return section(
-        "gaps",
-        "How long a block waits for its next use",
-        tag("p", lede, class_="lede"),
-        figure(
-            "gap-chart",
-            "Time until a block is used again",
-            lede,
-            lambda frame: _draw_gaps(frame, shown, tips, half, most),
-            frames=(WIDE_BARE, NARROW),
-        ),
-        table(
-            "The figures of reuse gaps",
-            ["time since the last use", "reuses", "share", "up to here"],
-            rows,
-            is_folded=True,
-        ),
+    drawing = figure(
+        "gap-chart",
+        "Time until a block is used again",
+        lede,
+        lambda frame: _draw_gaps(frame, shown, tips, half, most),
+        frames=(WIDE_BARE, NARROW),
     )
+    heads = ["time since the last use", "reuses", "share", "up to here"]
+    figures = table("The figures of reuse gaps", heads, rows, is_folded=True)
+    return chart_section("gaps", "How long a block waits for its next use", lede, drawing, figures)
 
 
 def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float, most: float) -> Iterator[Markup]:
@@ -615,7 +611,7 @@ def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float,
     across = frame.across(low, high, is_log=True)
     ticks = linear_ticks(float(gaps.counts.max()) / gaps.total)
     up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, lambda tick: f"{100 * tick:g}%", "share of the reuses")
+    yield from grid(frame, up, ticks, share, "share of the reuses")
     yield from bars(across, up, list(gaps.edges), list(gaps.counts / gaps.total), tips, "b1")
     shorter = [low] if low == _GAP_EDGES[0] else []
     times = [tick for tick in time_ticks(low, high, frame.most_ticks) if tick > low]
@@ -658,19 +654,15 @@ def session_section(evidence: Evidence) -> Markup | None:
         [(name, float(low)), (count(number), int(number)), (percent(number / total), number / total)]
         for name, low, number in zip(names, edges[:-1], numbers, strict=True)
     ]
-    return section(
-        "sessions",
-        f"Hit ratio per {what}",
-        tag("p", lede, class_="lede"),
-        figure(
-            "session-chart",
-            f"Distribution of the hit ratio over {what}s",
-            lede,
-            lambda frame: _draw_shares(frame, numbers, tips, median, what),
-            frames=(WIDE_BARE, NARROW),
-        ),
-        table(f"The figures per {what}", ["hit ratio", f"{what}s", "share"], rows, is_folded=True),
+    drawing = figure(
+        "session-chart",
+        f"Distribution of the hit ratio over {what}s",
+        lede,
+        lambda frame: _draw_shares(frame, numbers, tips, median, what),
+        frames=(WIDE_BARE, NARROW),
     )
+    figures = table(f"The figures per {what}", ["hit ratio", f"{what}s", "share"], rows, is_folded=True)
+    return chart_section("sessions", f"Hit ratio per {what}", lede, drawing, figures)
 
 
 def _draw_shares(frame: Frame, numbers: facts.Ints, tips: Sequence[str], median: float, what: str) -> Iterator[Markup]:
@@ -679,7 +671,7 @@ def _draw_shares(frame: Frame, numbers: facts.Ints, tips: Sequence[str], median:
     up = frame.up(ticks[-1])
     yield from grid(frame, up, ticks, short, f"{what}s")
     yield from bars(across, up, list(np.linspace(0, 1, 21)), list(numbers), tips, "b1")
-    yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], lambda tick: f"{100 * tick:g}%", "hit ratio")
+    yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], share, "hit ratio")
     yield from upright(frame, across, median, f"median {percent(median)}")
 
 
@@ -706,14 +698,10 @@ def time_section(evidence: Evidence) -> Markup | None:
         ]
         for i, start in enumerate(starts)
     ]
-    return section(
-        "time",
-        "Hits over time",
-        tag("p", f"Windows of {duration(first.seconds)}, {evidence.where}. Below: the blocks touched.", class_="lede"),
-        legend(lines),
-        figure("time-chart", title, f"{len(starts)} windows.", lambda frame: _draw_time(frame, lines, first)),
-        table("The figures over time", heads, rows, is_folded=True),
-    )
+    lede = f"Windows of {duration(first.seconds)}, {evidence.where}. Below: the blocks touched."
+    drawing = figure("time-chart", title, f"{len(starts)} windows.", lambda frame: _draw_time(frame, lines, first))
+    figures = table("The figures over time", heads, rows, is_folded=True)
+    return chart_section("time", "Hits over time", lede, drawing, figures, lines=lines)
 
 
 def _time_line(evidence: Evidence, cell: ReplayResult, window: facts.Windows, starts: facts.Floats) -> Series:
@@ -733,9 +721,8 @@ def _draw_time(frame: Frame, lines: Sequence[Series], windows: facts.Windows) ->
     across = frame.across(0.0, end)
     split = frame.bottom - 62
     upper = Frame(frame.name, frame.width, split, frame.right_margin, frame.left_margin, frame.top_margin, 0)
-    ticks = ratio_ticks(max(max(series.ys) for series in lines))
-    up = upper.up(ticks[-1])
-    yield from grid(upper, up, ticks, lambda tick: f"{100 * tick:g}%", "hit ratio")
+    up, drawn = ratio_grid(upper, max(max(series.ys) for series in lines))
+    yield from drawn
     for series in lines:
         yield from line(series, across, up)
     yield from label_ends(upper, lines, across, up)

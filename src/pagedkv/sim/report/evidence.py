@@ -1,4 +1,4 @@
-"""What a report is made of, and what it picks to show."""
+"""Data of a report: trace, replays and curve, and which of them are shown."""
 
 from __future__ import annotations
 
@@ -66,9 +66,8 @@ class Evidence:
 
     @cached_property
     def attainable(self) -> float:
-        """The hit ratio of a cache without a limit: every use of a block but its first is a hit."""
-        accesses = self.trace.num_accesses
-        return (accesses - self.trace.num_distinct) / accesses if accesses else 0.0
+        """The hit ratio of a cache without a limit."""
+        return self.trace.attainable_hit_ratio
 
     @cached_property
     def capacities(self) -> list[int]:

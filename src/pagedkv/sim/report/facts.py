@@ -1,4 +1,4 @@
-"""The arrays behind the charts: when, how deep and for whom blocks were found."""
+"""Histograms behind the charts: hits by time, depth and session, and reuse gaps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.sim.trace import Trace
-
-__all__ = ["Depths", "Gaps", "Shares", "Windows", "per_depth", "per_request", "per_session", "per_window", "reuse_gaps"]
+from pagedkv.sim.trace_stats import longer_than
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -133,7 +132,7 @@ def per_depth(trace: Trace, hits: npt.NDArray[Any]) -> Depths:
     """Count by depth how often a block was touched, and found; a request finds its first ``hits[i]`` blocks."""
     lengths = np.diff(trace.offsets)
     deepest = int(lengths.max(initial=0))
-    return Depths(_longer_than(lengths, deepest), _longer_than(hits, deepest))
+    return Depths(longer_than(lengths, deepest), longer_than(hits, deepest))
 
 
 def per_session(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
@@ -201,12 +200,6 @@ def _gaps_of_chunk(ids: npt.NDArray[Any], times: Floats, last_use: Floats) -> Fl
 def _sums(groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int) -> Ints:
     # bincount adds float64: exact below 2**53, far beyond any count of blocks.
     return np.bincount(groups, weights=values, minlength=num_groups).astype(np.int64)
-
-
-def _longer_than(lengths: npt.NDArray[Any], deepest: int) -> Ints:
-    """Return for every depth below `deepest` how many lengths reach beyond it."""
-    shorter = np.bincount(lengths, minlength=deepest + 1).cumsum()
-    return (len(lengths) - shorter[:deepest]).astype(np.int64)
 
 
 def _touched(accesses: Ints, hit_blocks: Ints) -> Shares:

@@ -1,4 +1,4 @@
-"""HTML and SVG that are safe by construction: whatever is not markup already is escaped."""
+"""HTML and SVG elements: whatever is not markup already is escaped."""
 
 from __future__ import annotations
 

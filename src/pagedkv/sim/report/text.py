@@ -1,4 +1,4 @@
-"""The words of a report: verdict, headline figures, the table of all replays, the trace, and how it was computed."""
+"""Text and tables of a report: verdict, headline figures, all replays, the trace, the method, the plan."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _DEFINITIONS = (
         "hit ratio",
         "hits over all blocks that requests touch; by tokens, input tokens in hit blocks over all input tokens",
     ),
-    ("no limit", "what a cache that never gives up a block would find: every use of a block but its first"),
-    ("best possible", "Belady’s optimum that respects prefixes: it knows the future and gives up what is needed last"),
+    ("no limit", "what a cache that never evicts a block would find: every use of a block but its first"),
+    ("best possible", "Belady’s optimum that respects prefixes: it knows the future and evicts what is needed last"),
     (
         "knee",
         "where LRU’s curve, over the logarithm of the size, lies farthest above the line between its ends",
@@ -116,7 +116,7 @@ def _cell(evidence: Evidence, name: str, blocks: int) -> object:
 def every_replay(evidence: Evidence) -> Markup:
     """Return all figures of all replays, shown on demand."""
     is_timed = any(result.preempted or result.refused for result in evidence.results)
-    heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "given up", "seconds"]
+    heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "reclaimed", "seconds"]
     heads += ["preempted", "refused"] if is_timed else []
     rows = [
         [

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, real_trace
 
 from pagedkv.errors import InvalidOperation
+from pagedkv.format import format_bytes
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
-from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, estimate_load, plan
+from pagedkv.sim.plan_types import Level, Size
+from pagedkv.sim.planner import LEVELS, Hardware, default_strategies, estimate_load, judge, plan
 
 CONFIG = {
     "model_type": "llama",
@@ -65,6 +67,7 @@ def test_traffic_that_only_memory_helps_is_limited_by_capacity():
     made = plan(there_and_back(), MODEL, strategies=FEW)
     assert made.verdict.kind == "capacity" and made.verdict.text.startswith("Limited by capacity")
     assert made.at_target.lru.blocks < 2 * made.at_target.optimum.blocks
+    assert made.verdict.text.endswith(f"plan {format_bytes(made.at_target.lru.bytes)} and keep LRU.")
     tight = plan(there_and_back(), MODEL, strategies=FEW, memory=18 * BLOCK)
     assert tight.verdict.kind == "capacity" and tight.verdict.lost_to_strategy == 0
     assert tight.verdict.lost_to_capacity == pytest.approx(0.6) and tight.memory.optimum.share == pytest.approx(0.3)
@@ -76,12 +79,23 @@ def test_traffic_that_lru_gets_wrong_is_limited_by_the_strategy():
     assert made.verdict.kind == "strategy" and made.verdict.text.startswith("Limited by the strategy")
     assert level.lru.blocks == 10 * 5 and level.optimum.blocks <= 10
     assert level.best.strategy == "lfu" and level.best.blocks < level.lru.blocks / 2
+    assert made.verdict.text.endswith(f"lfu takes {format_bytes(level.best.bytes)}: plan that.")
     tight = plan(hot_among_fresh(), MODEL, strategies=FEW, memory=25 * BLOCK)
     assert tight.verdict.kind == "strategy" and tight.verdict.lost_to_capacity == 0
     assert (
         tight.verdict.lost_to_strategy == pytest.approx(0.9 - tight.memory.lru.share) and tight.memory.lru.share < 0.2
     )
     assert tight.memory.best.strategy == "lfu" and tight.verdict.regained == 1.0
+
+
+def test_the_advice_where_another_strategy_is_better_in_little_memory_only():
+    size = Size("lru", 10, 10 * 2**30, 0.5, 0.5, 0.9, 0.0, 0.0)
+    small = dataclasses.replace(size, blocks=5, bytes=5 * 2**30)
+    level = Level(0.9, size, size, dataclasses.replace(small, strategy="optimal"))
+    sizes = [dataclasses.replace(small, strategy=name, share=found) for name, found in (("lru", 0.5), ("lfu", 0.6))]
+    text = judge(0.5, 0.9, level, (*sizes, level.optimum)).text
+    assert "plan 10 GiB and keep LRU. With only 5 GiB, take lfu: there it finds 60.0% of" in text
+    assert "closes 25.0% of the gap" in text
 
 
 def test_enough_memory_is_enough():
