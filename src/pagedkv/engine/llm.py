@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -13,10 +12,13 @@ from types import TracebackType
 from typing import Any
 
 from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.types import CacheStats
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
+from pagedkv.machine import free_memory
 
 # A progress bar, where one is wanted.
 
@@ -78,34 +80,6 @@ def default_blocks(model: Any, block_size: int, max_num_seqs: int) -> Callable[[
         return max(LEAST, min(wanted, affordable, MOST))
 
     return count
-
-
-def free_memory(device: Any = None) -> int:
-    """Return how many bytes are free on a torch device, the machine's memory by default."""
-    if getattr(device, "type", "cpu") == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [_free_of_machine(), *_free_of_group()]
-    return min(free)
-
-
-def _free_of_machine() -> int:
-    try:
-        fields = Path("/proc/meminfo").read_text().split()
-        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _free_of_group() -> list[int]:
-    """Return what a container leaves, if it limits memory."""
-    try:
-        group = Path("/sys/fs/cgroup")
-        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        return [max(0, int(most) - int(used))]
-    except (OSError, ValueError):  # no limit reads "max"
-        return []
 
 
 def _longest(model: Any) -> int | None:
@@ -285,6 +259,43 @@ class LLM:
             params=SamplingParams() if params is None else params,
             **options,
         )
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """Of the pool, the model and the batch: what never changes."""
+        return self.core.sizes
+
+    def stats(self) -> EngineStats:
+        """Return the counters since the engine was made, or reset."""
+        return self.core.stats()
+
+    def cache_stats(self) -> CacheStats:
+        """Return the counters of the cache since it was made."""
+        return self.core.cache_stats()
+
+    def snapshot(self) -> EngineSnapshot:
+        """Return pool, requests and counters at this moment, frozen."""
+        return self.core.snapshot()
+
+    def clear_prefix_cache(self) -> int:
+        """Forget all prefixes; returns how many blocks became free. What runs goes on."""
+        return self.core.clear_prefix_cache()
+
+    def reset(self) -> int:
+        """Forget all prefixes and count from zero again; returns how many blocks became free.
+
+        Raises
+        ------
+        InvalidOperation
+            If requests are under way.
+        """
+        return self.core.reset()
+
+    def warm_up(self) -> None:
+        """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`."""
+        pool = self.sizes.total_blocks * self.sizes.block_size
+        self.generate([0] * max(1, min(8, pool - 2)), SamplingParams(max_tokens=2, ignore_eos=True))
+        self.reset()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the tokenizer puts around it.

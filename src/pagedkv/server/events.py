@@ -181,7 +181,7 @@ def require_events(config: ServerConfig) -> None:
             open(config.record_events, "ab").close()
         except OSError as error:
             reason = f"record_events: cannot write {config.record_events}: {error.strerror}"
-            raise InvalidOperation(reason) from None
+            raise InvalidOperation(reason, "record_events") from None
     if config.events_endpoint is not None:
 
         async def bind() -> None:
@@ -208,7 +208,7 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
             publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
             logger.info("KV events at %s, replayed at %s", publisher.address, publisher.replay_address)
             takers.append(publisher.publish)
-        log = KvEventLog(state.engine.llm.core.runner.cache)
+        log = KvEventLog(state.engine)
         stack.callback(log.close)
         try:
             async with in_background(_pass_on(log, takers)):

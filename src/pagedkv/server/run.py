@@ -12,19 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.limits import SlowReaders, bounded_http, raise_file_limit
+from pagedkv.server.engine import Engine
+from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 __all__ = ["listen", "make_server", "run", "show_logs"]
 
@@ -51,12 +48,12 @@ def listen(config: ServerConfig) -> socket.socket:
             raise
     except OSError as error:
         reason = error.strerror or error
-        raise InvalidOperation(f"host: cannot listen on {config.host}:{config.port}: {reason}") from None
+        raise InvalidOperation(f"host: cannot listen on {config.host}:{config.port}: {reason}", "host") from None
     return listener
 
 
 def run(
-    engine: AsyncEngine,
+    engine: Engine,
     config: ServerConfig,
     listener: socket.socket | None = None,
     *,
@@ -66,7 +63,7 @@ def run(
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : Engine
         Shut down at the end.
     config : ServerConfig
     listener : socket, optional
@@ -78,14 +75,11 @@ def run(
     make_server(engine, config, on_ready).run([listener or listen(config)])
 
 
-def make_server(
-    engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
-) -> uvicorn.Server:
+def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """Return the HTTP server of an engine, for whoever runs it in a thread of his own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),
-        http=bounded_http(config),
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
@@ -96,6 +90,17 @@ def make_server(
         lifespan="on",
     )
     return _Server(settings, app.state.server, on_ready)
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many sockets as the system allows; where there is no such limit, do nothing."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def show_logs(config: ServerConfig) -> None:
@@ -127,7 +132,7 @@ class _Server(uvicorn.Server):
         # told that the server goes; what is not done in time is told, too, and its answer is still delivered.
         self._state.draining = True
         deadline = time.monotonic() + self._state.config.drain_timeout
-        while self._state.gate.inside and time.monotonic() < deadline and not self.force_exit:
+        while self._state.admission.inside and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.05)
         await self._state.engine.shutdown(drain=False)
         await super().shutdown(sockets)
