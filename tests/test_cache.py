@@ -87,7 +87,7 @@ def test_a_plan_is_checked_once_for_all_layers(monkeypatch):
     with pytest.raises(InvalidOperation, match=f"block_tables: expected block ids below 8 .*, got {2**30}"):
         cache.attend(0, queries[:1], other)
     with pytest.raises(InvalidOperation, match="cu_seqlens_q: expected to end at 8, the number of queries, got 9"):
-        cache.attend(0, queries[:8], plan)
+        cache.attend(0, queries[:8], cache.plan([1], [9]))
 
 
 def test_attend_is_paged_attention_over_the_plan():

@@ -141,3 +141,13 @@ def test_a_plan_as_tensors_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtra, match="torch"):
         manager.plan([1]).torch()
+
+
+def test_the_arrays_of_a_plan_can_be_written_to():
+    """Otherwise ``torch.from_numpy`` of one warns of undefined behaviour."""
+    manager = BlockManager(16, 4)
+    manager.allocate(1, 5)
+    for plan in (manager.plan([1]), manager.append_batch([1]), manager.append_batch([])):
+        for name in ("slot_mapping", "block_tables", "seq_lens", "cu_seqlens_q", "positions", "holes", "num_dropped"):
+            assert getattr(plan, name).flags.writeable, name
+            torch.from_numpy(getattr(plan, name))

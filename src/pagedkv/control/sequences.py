@@ -191,8 +191,11 @@ def with_more_rows(state: State) -> State:
 Ints = npt.NDArray[np.int64]
 Narrow = npt.NDArray[np.int32]
 
-NO_WIDE = np.empty(0, np.int64)
-NO_NARROW = np.empty(0, np.int32)
+
+@inlined
+def _no_plan() -> tuple[Ints, Narrow]:
+    """Return empty buffers; an array that is a constant of the compiled code would make all of them read-only."""
+    return np.empty(0, np.int64), np.empty(0, np.int32)
 
 
 @inlined
@@ -265,12 +268,14 @@ def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, i
     wanted = np.empty(len(seq_ids), np.int64)
     status, place = resolve_rows(state, seq_ids, rows)
     if status != OK:
-        return status, place, 0, NO_WIDE, NO_NARROW
+        wide, narrow = _no_plan()
+        return status, place, 0, wide, narrow
     for i in range(len(rows)):
         record = state.sequences[rows[i]]
         wanted[i] = record.num_tokens - record.num_committed if num_query[i] < 0 else num_query[i]
         if wanted[i] > record.num_tokens:
-            return NO_ROOM, i, 0, NO_WIDE, NO_NARROW
+            wide, narrow = _no_plan()
+            return NO_ROOM, i, 0, wide, narrow
     width, wide, narrow = lay_out(state, rows, wanted, np.empty((0, 2), np.int32))
     return OK, state.counters[0].tick, width, wide, narrow
 
@@ -639,7 +644,8 @@ def grow_rows(
     if status == OK and not _surely_fits(state, rows, counts):
         status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
-        return status, a, b, 0, NO_WIDE, NO_NARROW
+        wide, narrow = _no_plan()
+        return status, a, b, 0, wide, narrow
     state.counters[0].tick += 1
     first = 0
     for i in range(len(rows)):
