@@ -86,7 +86,7 @@ def compiled(function: Function) -> Function:
     """
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    return _Kernel(function, on_disk=True, forceinline=True)  # type: ignore[return-value]
+    return _Kernel(function, on_disk=True, part_on_disk=True, forceinline=True)  # type: ignore[return-value]
 
 
 def inlined(function: Function) -> Function:
