@@ -163,7 +163,7 @@ class _Recent:
         return blocks.last_access
 
     def __str__(self) -> str:
-        return type(self).__name__
+        return next(base.__name__ for base in type(self).__mro__ if base.__module__ == __name__)
 
 
 @register_strategy("lru")
