@@ -291,6 +291,18 @@ def test_a_broken_line_is_named_or_skipped(trace, tmp_path):
     assert facts["cells"][0]["hit_blocks"] == whole["cells"][0]["hit_blocks"]
 
 
+def test_a_pipe_without_a_writer_says_that_it_waits(trace, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with start("replay", str(pipe), "-b", "30", "-s", "lru", "-j", "1", "--json") as process:
+        assert process.stderr.readline().endswith("waiting for a writer, this is a pipe\n")
+        pipe.write_bytes(trace.read_bytes())
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    whole = json.loads(replayed(trace, "-b", "30", "-s", "lru"))
+    assert json.loads(out)["cells"][0]["hit_blocks"] == whole["cells"][0]["hit_blocks"]
+
+
 def test_ctrl_c_ends_the_processes_too(trace, tmp_path):
     (tmp_path / "slow_of_the_test.py").write_text(
         "import os, pathlib, time\nfrom pagedkv.control.strategies import LRU\n"

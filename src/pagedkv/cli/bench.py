@@ -39,7 +39,7 @@ _REPLAYED_BY = ("lru", "adaptive")
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """What was asked for; the options tell what each means."""
+    """What was asked for, by the names of the parameters of `bench`."""
 
     parts: tuple[str, ...]
     sequences: int
@@ -381,20 +381,8 @@ def bench(
 ) -> None:
     """Check the options and run."""
     with failures_in_one_line(debug, called):
-        run(
-            BenchRequest(
-                parts=tuple(parts or ()),
-                sequences=sequences,
-                prompt=prompt,
-                batch=batch,
-                q_heads=q_heads,
-                kv_heads=kv_heads,
-                head_dim=head_dim,
-                dtypes=tuple(name.strip() for name in dtypes.split(",") if name.strip()),
-                device=device,
-                context=context,
-                block_size=block_size,
-                seconds=seconds,
-                json=json,
-            )
-        )
+        fields = {field.name for field in dataclasses.fields(BenchRequest)}
+        given = {name: value for name, value in called.params.items() if name in fields}
+        given["parts"] = tuple(parts or ())
+        given["dtypes"] = tuple(name.strip() for name in dtypes.split(",") if name.strip())
+        run(BenchRequest(**given))

@@ -430,8 +430,6 @@ def sweep(
     """
     cells = _cells(trace, strategies, blocks, timing)
     if ray:
-        pass
-
         return _collected(connected().run(trace, cells), len(cells), progress)
     jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
     if jobs == 1:

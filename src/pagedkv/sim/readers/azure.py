@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pagedkv.sim.readers.base import CsvReader, as_count
 from pagedkv.sim.source import BadRecord
 
-__all__ = ["AzureReader"]
-
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

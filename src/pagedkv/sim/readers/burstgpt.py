@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pagedkv.sim.readers.base import CsvReader, as_count, as_number
 
-__all__ = ["BurstGptReader"]
-
 
 class BurstGptReader(CsvReader):
     """Lengths only, timestamps in seconds."""

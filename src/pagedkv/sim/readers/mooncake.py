@@ -18,8 +18,6 @@ from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader, first_given
 from pagedkv.sim.source import BadRecord
 
-__all__ = ["MooncakeReader"]
-
 
 class _Line(msgspec.Struct, gc=False):
     timestamp: float | None = None

@@ -12,8 +12,6 @@ import msgspec
 from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader
 
-__all__ = ["QwenReader"]
-
 NO_CHAT = (-1, "-1", None)
 
 

@@ -15,8 +15,6 @@ from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader
 from pagedkv.sim.source import BadRecord
 
-__all__ = ["TokensReader"]
-
 INT = "i"
 
 

@@ -16,8 +16,6 @@ from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, Reader
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 
-__all__ = ["MAX_DOCUMENT_BYTES", "WekaReader"]
-
 MAX_DOCUMENT_BYTES = 256 * 2**20
 HEAD_BYTES = 2**16
 
