@@ -58,11 +58,9 @@ def test_cuda_graphs_without_a_device() -> None:
 def test_warming_up_is_nobodys_request() -> None:
     from tests.server.local import make_engine
 
-    from pagedkv.cli.serve import _warm_up
-
     engine = make_engine(num_blocks=8)
     before = engine.stats()
-    _warm_up(engine)
+    engine.llm.warm_up()
     assert engine.stats() == before
 
 

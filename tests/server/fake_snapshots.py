@@ -11,8 +11,9 @@ from typing import Any
 from fastapi import FastAPI
 
 from pagedkv import BlockManager, OutOfMemory
-from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, take_snapshot
-from pagedkv.server.admission import Gate
+from pagedkv.control.manager import hottest_prefixes, read_blocks
+from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, take_snapshot
+from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import install_error_handlers
 from pagedkv.server.model import ServedModel
@@ -48,10 +49,17 @@ class FakeEngine:
         self.preemptions = self.numbers = self.snapshots = 0
         self.lock = threading.Lock()
         self.is_alive = True
-        runner = SimpleNamespace(cache=self.cache, max_positions=2048, vocab_size=512)
-        tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(f"t{i}" for i in ids))
-        scheduler = SimpleNamespace(max_num_seqs=at_once)
-        self.llm = SimpleNamespace(core=SimpleNamespace(runner=runner, tokenizer=tokenizer, scheduler=scheduler))
+        self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(f"t{i}" for i in ids))
+        self.subscribe = self.cache.subscribe
+        self.sizes = EngineSizes(
+            block_size=16,
+            total_blocks=num_blocks,
+            bytes_per_block=0,
+            vocab_size=512,
+            max_model_len=min(2048, 16 * num_blocks),
+            max_num_seqs=at_once,
+            max_batch_tokens=512,
+        )
 
     def step(self) -> None:
         """Let requests come, grow and go."""
@@ -95,6 +103,12 @@ class FakeEngine:
             self.cache.free(branch.seq_id)
             self.running.remove(request)
 
+    def block_records(self, block_ids: Any) -> Any:
+        return read_blocks(self.cache, block_ids)
+
+    def hottest_prefixes(self, limit: int = 12, max_tokens: int = 0) -> Any:
+        return hottest_prefixes(self.cache, limit, max_tokens)
+
     def stats(self) -> EngineStats:
         cache = self.cache
         return EngineStats(
@@ -121,7 +135,7 @@ class FakeEngine:
 def server_state(engine: FakeEngine, **config: Any) -> ServerState:
     settings = ServerConfig(model_name="pysmall", **config)
     model = ServedModel.of(engine, settings)  # type: ignore[arg-type]
-    return ServerState(engine=engine, config=settings, model=model, gate=Gate(8, 8))  # type: ignore[arg-type]
+    return ServerState(engine=engine, config=settings, model=model, admission=Admission(8, 8))  # type: ignore[arg-type]
 
 
 def app_around(state: ServerState, *routers: Any) -> FastAPI:

@@ -7,11 +7,19 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 from pagedkv import BlockManager
-from pagedkv.engine import CompletionOutput, EngineStats, Logprob, RequestMetrics, RequestOutput, SamplingParams
+from pagedkv.control.manager import read_blocks
+from pagedkv.engine import (
+    CompletionOutput,
+    EngineSizes,
+    EngineStats,
+    Logprob,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
 from pagedkv.errors import EngineDead
 from pagedkv.models import shipped_model_path
 
@@ -49,9 +57,17 @@ class FakeEngine:
         self.is_alive = True
         self.cleared = 0
         self.tokenizer = shipped_tokenizer()
-        runner = SimpleNamespace(cache=BlockManager(1024, 16), max_positions=max_positions, vocab_size=4096)
-        core = SimpleNamespace(runner=runner, tokenizer=self.tokenizer, scheduler=SimpleNamespace(max_num_seqs=4))
-        self.llm = SimpleNamespace(core=core, tokenizer=self.tokenizer)
+        self.sizes = EngineSizes(
+            block_size=16,
+            total_blocks=1024,
+            bytes_per_block=0,
+            vocab_size=4096,
+            max_model_len=max_positions,
+            max_num_seqs=4,
+            max_batch_tokens=512,
+        )
+        self.cache = BlockManager(1024, 16)
+        self.subscribe = self.cache.subscribe
 
     @property
     def running(self) -> int:
@@ -109,6 +125,9 @@ class FakeEngine:
     async def clear_prefix_cache(self) -> int:
         self.cleared += 1
         return 7
+
+    def block_records(self, block_ids: Any) -> Any:
+        return read_blocks(self.cache, block_ids)
 
     def stats(self) -> EngineStats:
         return EngineStats(num_running=self.running)

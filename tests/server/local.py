@@ -102,7 +102,8 @@ def thread(engine: Any, **settings: Any) -> Iterator[Any]:
         assert ready.wait(60)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         try:
-            yield SimpleNamespace(url=url, engine=engine, cache=engine.llm.core.runner.cache)
+            cache = engine.llm.core.runner.cache if hasattr(engine, "llm") else engine.cache
+            yield SimpleNamespace(url=url, engine=engine, cache=cache)
         finally:
             server.should_exit = True
             worker.join(30)

@@ -21,7 +21,7 @@ def engine():
 
 
 def get(engine, path, key=None, **config):
-    app = app_around(server_state(engine, **config), admin.router)
+    app = app_around(server_state(engine, **config), admin.cache_router)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def ask():

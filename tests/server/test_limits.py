@@ -95,11 +95,11 @@ async def test_who_leaves_is_aborted_at_once(stream: bool, path: str) -> None:
     request = RawRequest(app, path, body)
     task = request.start()
     await until(lambda: engine.running == 1 and (not stream or len(request.sent) > 2))
-    assert app.state.server.gate.inside == 1
+    assert app.state.server.admission.inside == 1
     request.leave()
     await asyncio.wait_for(task, 5)
     assert [call.ended for call in engine.calls] == ["aborted"]
-    assert app.state.server.gate.inside == 0
+    assert app.state.server.admission.inside == 0
 
 
 async def test_who_reads_slowly_holds_nobody_up_and_misses_nothing() -> None:
@@ -134,7 +134,7 @@ async def test_who_does_not_read_at_all_is_cut_off() -> None:
     request.may_send.clear()
     await asyncio.wait_for(task, 5)
     assert request.transport.aborted  # type: ignore[attr-defined]
-    assert [call.ended for call in engine.calls] == ["aborted"] and inner.state.server.gate.inside == 0
+    assert [call.ended for call in engine.calls] == ["aborted"] and inner.state.server.admission.inside == 0
 
 
 async def test_a_server_that_drains_takes_nothing_new_and_says_so() -> None:

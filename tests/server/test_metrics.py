@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
+from functools import partial
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.server.fake_snapshots import FakeEngine, app_around, server_state
 
+from pagedkv import BlockManager
+from pagedkv.control.manager import read_blocks
 from pagedkv.engine import CompletionOutput, RequestMetrics, RequestOutput
-from pagedkv.engine.block_lives import BlockLives
 from pagedkv.server import metrics
-from pagedkv.server.metrics import VLLMS, ServerMetrics
+from pagedkv.server.metrics import VLLMS, BlockLives, ServerMetrics
 
 # What vLLM's own Grafana board and the inference gateway ask for.
 READ_BY_OTHERS = [
@@ -147,8 +149,8 @@ def test_requests_that_fail_are_counted_apart(engine):
 
 def test_the_lives_of_blocks(engine):
     """Four blocks stored at 0 s: two are used again at 3 s, the others given up at 3 s and at 11 s."""
-    cache = type(engine.cache)(4, 4)
-    lives = BlockLives(cache)
+    cache = BlockManager(4, 4)
+    lives = BlockLives(partial(read_blocks, cache), 4)
     cache.allocate(1, list(range(16)))
     cache.commit(1)
     cache.free(1)
@@ -171,7 +173,7 @@ def vars_of(samples):
 
 
 def test_a_large_pool_is_sampled(engine):
-    lives = BlockLives(type(engine.cache)(1_000_000, 16))
+    lives = BlockLives(engine.block_records, 1_000_000)
     assert len(lives._ids) == 1024 and lives._ids[0] == 0 and lives._ids[-1] == 999_999
 
 

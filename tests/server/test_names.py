@@ -8,13 +8,13 @@ import pytest
 from tests.server.asgi import client_of, events_of, until
 from tests.server.fakes import FakeEngine
 
-from pagedkv.server.state import RequestNames
+from pagedkv.server.state import RequestIds
 
 pytestmark = pytest.mark.anyio
 
 
 def test_a_name_that_is_in_use_is_told_from_the_first() -> None:
-    names = RequestNames()
+    names = RequestIds()
     with names.taken("a", 1) as first, names.taken("a", 1) as second, names.taken("a", 2) as third:
         assert (first, second, third) == (["a"], ["a~2"], ["a~3/0", "a~3/1"])
     with names.taken("a", 1) as again:
@@ -22,7 +22,7 @@ def test_a_name_that_is_in_use_is_told_from_the_first() -> None:
 
 
 def test_names_of_prompts_are_no_names_that_a_client_can_choose() -> None:
-    names = RequestNames()
+    names = RequestIds()
     with names.taken("a", 2) as parts, names.taken("a-0", 1) as single, names.taken("a", 1) as second:
         assert len({*parts, *single, *second}) == 4
 

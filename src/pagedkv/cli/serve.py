@@ -98,7 +98,7 @@ def run(options: EngineOptions, *, name: str | None, **settings: Any) -> None:
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with threads_for(loaded.model):
             with library_notices(console), console.status("warming up"):
-                _warm_up(engine)
+                engine.llm.warm_up()
             show_logs(config)
             run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config))
 
@@ -143,19 +143,6 @@ def _as_options(call: Callable[[], T]) -> T:
         raise Failure(f"--{option}{separator}{rest}") from None
 
 
-def _warm_up(engine: AsyncEngine) -> None:
-    """Write a few tokens, so that kernels are compiled and the pool has its memory before the first client comes."""
-    from pagedkv.engine import EngineCore, SamplingParams
-
-    runner = engine.llm.core.runner
-    longest = max(1, min(8, runner.cache.total_blocks * runner.cache.block_size - 2))
-    core = EngineCore(runner)  # one of its own, so that nobody's counters begin with it
-    core.add(engine.llm.request([0] * longest, SamplingParams(max_tokens=2, ignore_eos=True)))
-    while core.has_work:
-        core.step()
-    core.clear_prefix_cache()
-
-
 def _shown(host: str) -> str:
     if host in ("0.0.0.0", "::", ""):
         return "localhost"
@@ -170,16 +157,15 @@ def example_curl(url: str, *, with_key: bool) -> str:
 
 
 def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig) -> None:
-    runner: Any = engine.llm.core.runner
-    cache = runner.cache
-    megabytes = runner.bytes_per_block * cache.total_blocks / 1e6
+    sizes = engine.sizes
+    megabytes = sizes.bytes_per_block * sizes.total_blocks / 1e6
     keys = len(set(config.api_keys))
     apart = "share the cache" if config.shared_cache else "kept apart in the cache"
     facts = {
         "URL": f"{url}/v1",
         "live page": url,
         "model": config.model_name,
-        "blocks": f"{cache.total_blocks:,} of {cache.block_size} tokens, {megabytes:,.1f} MB of K and V",
+        "blocks": f"{sizes.total_blocks:,} of {sizes.block_size} tokens, {megabytes:,.1f} MB of K and V",
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
     }
     table = Table.grid(padding=(0, 2))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput
     from pagedkv.engine.sampler import Logprob
     from pagedkv.engine.sampling_params import SamplingParams
-    from pagedkv.engine.snapshot import EngineSnapshot, EngineStats
+    from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
     from pagedkv.errors import EngineDead, RequestRefused
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "CompletionOutput",
     "EngineCore",
     "EngineDead",
+    "EngineSizes",
     "EngineSnapshot",
     "EngineStats",
     "LLM",
@@ -36,6 +37,7 @@ _HOMES = {
     "CompletionOutput": "pagedkv.engine.request",
     "EngineCore": "pagedkv.engine.core",
     "EngineDead": "pagedkv.errors",
+    "EngineSizes": "pagedkv.engine.snapshot",
     "EngineSnapshot": "pagedkv.engine.snapshot",
     "EngineStats": "pagedkv.engine.snapshot",
     "LLM": "pagedkv.engine.llm",

@@ -12,10 +12,16 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.events import CacheEvent
+from pagedkv.control.manager import HotPrefix, hottest_prefixes, read_blocks
+from pagedkv.control.types import CacheStats
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.request import RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.engine.snapshot import EngineSnapshot, EngineStats
+from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import EngineDead, PagedKvError
 
 # From the engine's thread to a coroutine: the latest output, never a queue that grows.
@@ -199,9 +205,23 @@ class AsyncEngine:
         """End a request: its stream gets a last output with what there is. Unknown ids are ignored."""
         self._submit_quietly(lambda: self._abort(request_id))
 
+    @property
+    def sizes(self) -> EngineSizes:
+        """Of the pool, the model and the batch: what never changes."""
+        return self._core.sizes
+
+    @property
+    def tokenizer(self) -> Any:
+        """That of the model; None if there is none."""
+        return self.llm.tokenizer
+
     def stats(self) -> EngineStats:
-        """Return the counters; never waits."""
+        """Return the counters since the engine was made, or reset; never waits."""
         return self._core.stats()
+
+    def cache_stats(self) -> CacheStats:
+        """Return the counters of the cache since it was made; never waits."""
+        return self._core.cache_stats()
 
     def snapshot(self) -> EngineSnapshot:
         """Return pool, requests and counters between two steps; blocks until the present step is done."""
@@ -210,6 +230,36 @@ class AsyncEngine:
     async def clear_prefix_cache(self) -> int:
         """Forget all prefixes, between two steps; returns how many blocks became free."""
         return await asyncio.wrap_future(self._between_steps(self._core.clear_prefix_cache))
+
+    async def reset(self) -> int:
+        """Forget all prefixes and count from zero again, between two steps; returns how many blocks became free.
+
+        Raises
+        ------
+        InvalidOperation
+            If requests are under way.
+        """
+        return await asyncio.wrap_future(self._between_steps(self._core.reset))
+
+    def hottest_prefixes(self, limit: int = NUM_PREFIXES, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
+        """Return the prefixes whose reuse saved the most tokens; never waits.
+
+        Parameters
+        ----------
+        limit : int
+            The most prefixes.
+        max_tokens : int
+            The first so many token ids of each are returned with it.
+        """
+        return hottest_prefixes(self._core.runner.cache, limit, max_tokens)
+
+    def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return copies of the records of some blocks, with the fields of the pool's own; never waits."""
+        return read_blocks(self._core.runner.cache, block_ids)
+
+    def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
+        """Call back with every event of the cache, in the engine's thread; returns what ends it."""
+        return self._core.runner.cache.subscribe(callback)
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
         """Stop; requests that come now get EngineDead.

@@ -8,12 +8,13 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from pagedkv.control.types import CacheStats
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
 from pagedkv.engine.request import Branch, CompletionOutput, Request, RequestMetrics, RequestOutput, prepare
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Logprob, Sampler, SampleRow, random_seed, token_logprobs
 from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_fits
-from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, TickClock, take_snapshot
+from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import Writer
 from pagedkv.errors import InvalidLogits, OutOfMemory, bad_argument
 from pagedkv.validate import require_int
@@ -256,9 +257,23 @@ class EngineCore:
         self._sampler = Sampler() if sampler is None else sampler
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
-        self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
-        self._seconds = {"busy": 0.0, "forward": 0.0, "sampling": 0.0}
         self._clock = TickClock()
+        self._count_from_zero()
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """What never changes."""
+        runner, cache, scheduler = self.runner, self.runner.cache, self.scheduler
+        pool = cache.total_blocks * cache.block_size
+        return EngineSizes(
+            block_size=cache.block_size,
+            total_blocks=cache.total_blocks,
+            bytes_per_block=getattr(runner, "bytes_per_block", 0),
+            vocab_size=runner.vocab_size,
+            max_model_len=pool if runner.max_positions is None else min(pool, runner.max_positions),
+            max_num_seqs=scheduler.max_num_seqs,
+            max_batch_tokens=scheduler.max_batch_tokens,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -342,9 +357,33 @@ class EngineCore:
         """Forget all prefixes; returns how many blocks became free. What runs goes on."""
         return self.runner.cache.clear_prefix_cache()
 
+    def reset(self) -> int:
+        """Forget all prefixes and count from zero again; returns how many blocks became free.
+
+        Raises
+        ------
+        InvalidOperation
+            If requests are under way.
+        """
+        if self.has_work:
+            raise InvalidOperation(f"reset: expected no request under way, got {len(self._requests)}")
+        self._count_from_zero()
+        return self.clear_prefix_cache()
+
+    def _count_from_zero(self) -> None:
+        self._counts: dict[str, int] = dict.fromkeys(_COUNTED, 0)
+        self._seconds = {"busy": 0.0, "forward": 0.0, "sampling": 0.0}
+        self._cache_before = self.cache_stats()
+        scheduler = self.scheduler
+        scheduler.num_preemptions = scheduler.num_prompt_tokens = scheduler.num_cached_tokens = 0
+
+    def cache_stats(self) -> CacheStats:
+        """Return the counters of the cache since it was made."""
+        return self.runner.cache.stats
+
     def stats(self) -> EngineStats:
         """Return the counters."""
-        cache, scheduler = self.runner.cache, self.scheduler
+        cache, scheduler, counted, before = self.runner.cache, self.scheduler, self.cache_stats(), self._cache_before
         requests = list(self._requests.values())  # a copy, as other threads may ask
         running = sum(any(branch.is_running for branch in request.branches) for request in requests)
         return EngineStats(
@@ -359,8 +398,8 @@ class EngineCore:
             blocks_cached=cache.cached_block_count,
             blocks_free=cache.free_block_count,
             block_size=cache.block_size,
-            evictions=cache.stats.total_evictions,
-            reclaimed=cache.stats.blocks_reclaimed,
+            evictions=counted.total_evictions - before.total_evictions,
+            reclaimed=counted.blocks_reclaimed - before.blocks_reclaimed,
             busy_seconds=self._seconds["busy"],
             forward_seconds=self._seconds["forward"],
             sampling_seconds=self._seconds["sampling"],

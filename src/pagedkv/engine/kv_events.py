@@ -25,9 +25,6 @@ MEDIUM = "GPU"
 
 
 class _Publisher(Protocol):
-    @property
-    def block_size(self) -> int: ...
-
     def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]: ...
 
 
@@ -36,7 +33,7 @@ class KvEventLog:
 
     Parameters
     ----------
-    cache : BlockManager
+    source : BlockManager or AsyncEngine
         Its events come in whichever thread uses it.
 
     Notes
@@ -44,12 +41,11 @@ class KvEventLog:
     Two salts give two hashes for the same tokens, and no salt can be read off one.
     """
 
-    def __init__(self, cache: _Publisher) -> None:
-        self._block_size = cache.block_size
+    def __init__(self, source: _Publisher) -> None:
         self._hashes: dict[int, int] = {}
         self._events: list[dict[str, Any]] = []
         self._lock = threading.Lock()
-        self._unsubscribe = cache.subscribe(self._hear)
+        self._unsubscribe = source.subscribe(self._hear)
 
     def take(self) -> list[Any] | None:
         """Return ``[ts, events, data_parallel_rank]`` with what happened since the last call; None if nothing did."""
@@ -87,7 +83,7 @@ class KvEventLog:
                 "block_hashes": [number],
                 "parent_block_hash": parent,
                 "token_ids": list(event.token_ids),
-                "block_size": self._block_size,
+                "block_size": len(event.token_ids),
                 "lora_id": None,
                 "medium": MEDIUM,
                 "lora_name": None,

@@ -13,9 +13,11 @@ from types import TracebackType
 from typing import Any
 
 from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.types import CacheStats
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
 
 # A progress bar, where one is wanted.
@@ -285,6 +287,43 @@ class LLM:
             params=SamplingParams() if params is None else params,
             **options,
         )
+
+    @property
+    def sizes(self) -> EngineSizes:
+        """Of the pool, the model and the batch: what never changes."""
+        return self.core.sizes
+
+    def stats(self) -> EngineStats:
+        """Return the counters since the engine was made, or reset."""
+        return self.core.stats()
+
+    def cache_stats(self) -> CacheStats:
+        """Return the counters of the cache since it was made."""
+        return self.core.cache_stats()
+
+    def snapshot(self) -> EngineSnapshot:
+        """Return pool, requests and counters at this moment, frozen."""
+        return self.core.snapshot()
+
+    def clear_prefix_cache(self) -> int:
+        """Forget all prefixes; returns how many blocks became free. What runs goes on."""
+        return self.core.clear_prefix_cache()
+
+    def reset(self) -> int:
+        """Forget all prefixes and count from zero again; returns how many blocks became free.
+
+        Raises
+        ------
+        InvalidOperation
+            If requests are under way.
+        """
+        return self.core.reset()
+
+    def warm_up(self) -> None:
+        """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`."""
+        pool = self.sizes.total_blocks * self.sizes.block_size
+        self.generate([0] * max(1, min(8, pool - 2)), SamplingParams(max_tokens=2, ignore_eos=True))
+        self.reset()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the tokenizer puts around it.

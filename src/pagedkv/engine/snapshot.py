@@ -6,21 +6,44 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.manager import BlockManager
-from pagedkv.control.manager import hottest_prefixes as hottest_prefixes
+from pagedkv.control.manager import BlockManager, hottest_prefixes
+from pagedkv.engine.request import Request
 from pagedkv.errors import bad_argument
 
-if TYPE_CHECKING:
-    from pagedkv.engine.request import Request
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSizes:
+    """What an engine was made with and never changes.
 
-# The engine's counters, frozen.
+    Attributes
+    ----------
+    block_size : int
+        Tokens of a block.
+    total_blocks : int
+        Blocks of the pool.
+    bytes_per_block : int
+        Of K and V; 0 where the runner does not say.
+    vocab_size : int
+        Token ids are below it.
+    max_model_len : int
+        Tokens of a prompt and its continuation.
+    max_num_seqs, max_batch_tokens : int
+        As of :class:`pagedkv.engine.LLM`.
+    """
+
+    block_size: int
+    total_blocks: int
+    bytes_per_block: int
+    vocab_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_batch_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

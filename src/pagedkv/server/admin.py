@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
 from pagedkv import __version__
-from pagedkv.engine.snapshot import NUM_PREFIXES, encode, hottest_prefixes
+from pagedkv.engine.snapshot import encode
 from pagedkv.server.auth import Client, Operator
 from pagedkv.server.live import Snapshots
 from pagedkv.server.state import Server, ServerState
@@ -241,5 +241,5 @@ async def _texts(server: ServerState) -> dict[int, str]:
     """Return the beginnings of the hottest prefixes, by their last blocks."""
     if server.model.tokenizer is None:
         return {}
-    prefixes = hottest_prefixes(server.engine.llm.core.runner.cache, NUM_PREFIXES, MAX_SHOWN_TOKENS)
+    prefixes = server.engine.hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
     return {prefix.block_id: await server.model.decode(prefix.token_ids) for prefix in prefixes}

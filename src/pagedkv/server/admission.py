@@ -1,4 +1,4 @@
-"""The gate: how many sequences the server lets in."""
+"""The admission: how many sequences the server lets in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pagedkv.server.errors import ApiError
 
 
-class Gate:
+class Admission:
     """Counts the sequences that are under way and turns away those beyond the limit.
 
     Parameters

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from pagedkv import __version__
 from pagedkv.server import admin, chat, completions, live, metrics, tokenize
-from pagedkv.server.admission import Gate
+from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
 from pagedkv.server.events import kv_events
-from pagedkv.server.limits import Limits, Probes
+from pagedkv.server.limits import HeadRequests, Limits
 from pagedkv.server.logs import RequestLog
 from pagedkv.server.model import ServedModel
-from pagedkv.server.openapi import complete_document
+from pagedkv.server.openapi import complete_openapi
 from pagedkv.server.state import ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
-
 
 # The routes of the server and what runs beside them: the one list that a new part is added to.
 
@@ -52,12 +49,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
+def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
     """Return the application that serves an engine; it shuts the engine down when it ends.
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : Engine
     config : ServerConfig, optional
 
     Returns
@@ -67,7 +64,9 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     """
     config = config or ServerConfig()
     model = ServedModel.of(engine, config)
-    state = ServerState(engine=engine, config=config, model=model, gate=Gate(model.max_num_seqs, config.max_queue))
+    state = ServerState(
+        engine=engine, config=config, model=model, admission=Admission(model.max_num_seqs, config.max_queue)
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -94,8 +93,8 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     install_error_handlers(app)
     for router in ROUTERS:
         app.include_router(router)
-    complete_document(app, has_keys=bool(config.api_keys))
-    app.add_middleware(Probes)
+    complete_openapi(app, has_keys=bool(config.api_keys))
+    app.add_middleware(HeadRequests)
     app.add_middleware(Limits, config=config)
     if config.allow_origins:
         app.add_middleware(

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from pagedkv.engine import RequestOutput
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Changes, Job, Piece, Pieces, Running, stream, whole
+from pagedkv.server.generation import Changes, Deltas, Generation, Job, TextDelta, stream, whole
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import answers_with_events
@@ -93,12 +93,12 @@ async def chat(
     server.model.check_name(body.model)
     _refuse_what_is_not_supported(body)
     answer = _Answer(body, server, request_id_of(request.scope))
-    running = Running.of(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
+    generation = Generation.of(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
     if body.stream:
-        return await stream(running, lambda changes: answer.chunks(changes, running))
-    async with running:
-        (output,) = await running.finished()
-        usage = running.usage()
+        return await stream(generation, lambda changes: answer.chunks(changes, generation))
+    async with generation:
+        (output,) = await generation.finished()
+        usage = generation.usage()
     return ChatCompletion.model_validate({**answer.frame, "choices": answer.choices(output), "usage": usage})
 
 
@@ -145,38 +145,38 @@ class _Answer:
 
     def choices(self, output: RequestOutput) -> list[dict[str, Any]]:
         """Return all answers."""
-        pieces = [(choice.index, whole(choice)) for choice in output.outputs]
+        deltas = [(choice.index, whole(choice)) for choice in output.outputs]
         return [
-            {**self._rest(index, piece), "message": {"role": "assistant", "content": piece.text}}
-            for index, piece in pieces
+            {**self._rest(index, delta), "message": {"role": "assistant", "content": delta.text}}
+            for index, delta in deltas
         ]
 
-    async def chunks(self, changes: Changes, running: Running) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, changes: Changes, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """Yield the objects of a stream."""
-        pieces = Pieces()
+        deltas = Deltas()
         usage = {"usage": None} if self._body.wants_usage else {}
         async for news in changes:
             for _, output in news:
                 for choice in output.outputs:
-                    piece = pieces.of(choice.index, choice)
-                    if piece is not None:
-                        yield {**self.frame, "choices": [self._chunk(choice.index, piece)], **usage}
+                    delta = deltas.of(choice.index, choice)
+                    if delta is not None:
+                        yield {**self.frame, "choices": [self._chunk(choice.index, delta)], **usage}
         if self._body.wants_usage:
-            yield {**self.frame, "choices": [], "usage": running.usage().model_dump()}
+            yield {**self.frame, "choices": [], "usage": generation.usage().model_dump()}
 
-    def _chunk(self, index: int, piece: Piece) -> dict[str, Any]:
-        delta = {"role": "assistant"} if piece.first else {}
-        return {**self._rest(index, piece), "delta": {**delta, "content": piece.text}}
+    def _chunk(self, index: int, delta: TextDelta) -> dict[str, Any]:
+        role = {"role": "assistant"} if delta.first else {}
+        return {**self._rest(index, delta), "delta": {**role, "content": delta.text}}
 
-    def _rest(self, index: int, piece: Piece) -> dict[str, Any]:
+    def _rest(self, index: int, delta: TextDelta) -> dict[str, Any]:
         return {
             "index": index,
-            "logprobs": self._logprobs(piece) if self._body.logprobs else None,
-            "finish_reason": piece.finish_reason,
-            "stop_reason": piece.stop_reason,
+            "logprobs": self._logprobs(delta) if self._body.logprobs else None,
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
 
-    def _logprobs(self, piece: Piece) -> dict[str, Any]:
+    def _logprobs(self, delta: TextDelta) -> dict[str, Any]:
         count = self._body.top_logprobs or 0
-        entries = zip(piece.token_ids, piece.logprobs or [], strict=False)
+        entries = zip(delta.token_ids, delta.logprobs or [], strict=False)
         return {"content": [self._tokens.chat_entry(token, likely, count) for token, likely in entries]}

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Changes, Job, Piece, Pieces, Running, stream, whole
+from pagedkv.server.generation import Changes, Deltas, Generation, Job, TextDelta, stream, whole
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
@@ -38,13 +38,13 @@ async def complete(
     server.model.check_name(body.model)
     _refuse_what_does_not_go_together(body)
     answer = await _prepare(body, request, server)
-    running = Running.of(body, request, server, caller, answer.jobs, answer.frame["id"])
+    generation = Generation.of(body, request, server, caller, answer.jobs, answer.frame["id"])
     if body.stream:
-        return await stream(running, lambda changes: answer.chunks(changes, running))
-    async with running:
-        outputs = await running.finished()
+        return await stream(generation, lambda changes: answer.chunks(changes, generation))
+    async with generation:
+        outputs = await generation.finished()
         return Completion.model_validate(
-            {**answer.frame, "choices": answer.choices(outputs), "usage": answer.usage(running)}
+            {**answer.frame, "choices": answer.choices(outputs), "usage": answer.usage(generation)}
         )
 
 
@@ -121,43 +121,43 @@ class _Answer:
             for index, choice in enumerate(_best(output.outputs, texts))
         ]
 
-    async def chunks(self, changes: Changes, running: Running) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(self, changes: Changes, generation: Generation) -> AsyncIterator[dict[str, Any]]:
         """Yield the objects of a stream."""
-        pieces, texts = Pieces(), self.body.texts
+        deltas, texts = Deltas(), self.body.texts
         usage = {"usage": None} if self.body.wants_usage else {}
         async for news in changes:
             for place, output in news:
                 for choice in output.outputs:
                     index = place * texts + choice.index
-                    piece = pieces.of(index, choice)
-                    if piece is not None:
-                        yield {**self.frame, "choices": [self._choice(index, piece, output)], **usage}
+                    delta = deltas.of(index, choice)
+                    if delta is not None:
+                        yield {**self.frame, "choices": [self._choice(index, delta, output)], **usage}
         if self.body.wants_usage:
-            yield {**self.frame, "choices": [], "usage": self.usage(running).model_dump()}
+            yield {**self.frame, "choices": [], "usage": self.usage(generation).model_dump()}
 
-    def usage(self, running: Running) -> Usage:
+    def usage(self, generation: Generation) -> Usage:
         """Return what it cost."""
-        usage = running.usage()
+        usage = generation.usage()
         if self.silent:
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
         return usage
 
-    def _choice(self, index: int, piece: Piece, output: RequestOutput) -> dict[str, Any]:
-        text = "" if self.silent else piece.text
-        if self.body.echo and piece.first:
+    def _choice(self, index: int, delta: TextDelta, output: RequestOutput) -> dict[str, Any]:
+        text = "" if self.silent else delta.text
+        if self.body.echo and delta.first:
             text = self.prompts[index // self.body.texts] + text
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(index, piece, output),
-            "finish_reason": "length" if self.silent and piece.finish_reason else piece.finish_reason,
-            "stop_reason": None if self.silent else piece.stop_reason,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(index, delta, output),
+            "finish_reason": "length" if self.silent and delta.finish_reason else delta.finish_reason,
+            "stop_reason": None if self.silent else delta.stop_reason,
         }
 
-    def _logprobs(self, index: int, piece: Piece, output: RequestOutput) -> dict[str, Any]:
-        tokens = [] if self.silent else list(piece.token_ids)
-        likely: list[Any] = [] if self.silent else list(piece.logprobs or [])
-        if self.body.echo and piece.first:
+    def _logprobs(self, index: int, delta: TextDelta, output: RequestOutput) -> dict[str, Any]:
+        tokens = [] if self.silent else list(delta.token_ids)
+        likely: list[Any] = [] if self.silent else list(delta.logprobs or [])
+        if self.body.echo and delta.first:
             tokens = [*output.prompt_token_ids, *tokens]
             likely = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *likely]
         offset = self.offsets.get(index, 0)

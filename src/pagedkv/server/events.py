@@ -208,7 +208,7 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
             publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
             logger.info("KV events at %s, replayed at %s", publisher.address, publisher.replay_address)
             takers.append(publisher.publish)
-        log = KvEventLog(state.engine.llm.core.runner.cache)
+        log = KvEventLog(state.engine)
         stack.callback(log.close)
         try:
             async with in_background(_pass_on(log, takers)):

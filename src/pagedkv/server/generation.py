@@ -1,4 +1,4 @@
-"""Running: the requests to the engine behind one HTTP request."""
+"""Generation: the requests to the engine behind one HTTP request."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Job:
     params: SamplingParams
 
 
-class Running:
+class Generation:
     """Runs the prompts of one HTTP request and hands out what is newest.
 
     Outputs are cumulative, so only the newest one of each prompt is kept: a client that reads slowly skips steps, the
@@ -51,8 +51,8 @@ class Running:
     request : Request
         Its body has been read.
     jobs : sequence of Job
-    name : str
-        The id of the answer; the engine calls its requests so.
+    request_id : str
+        The id of the answer; the engine calls its requests by it.
     priority : int
     salt : str
     session_id : str, optional
@@ -64,13 +64,13 @@ class Running:
         request: Request,
         jobs: Sequence[Job],
         *,
-        name: str,
+        request_id: str,
         priority: int = 0,
         salt: str = "",
         session_id: str | None = None,
     ) -> None:
         self.latest: list[RequestOutput | None] = [None] * len(jobs)
-        self._server, self._request, self._jobs, self._name = server, request, jobs, name
+        self._server, self._request, self._jobs, self._request_id = server, request, jobs, request_id
         self._priority, self._salt, self._session_id = priority, salt, session_id
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
@@ -87,20 +87,20 @@ class Running:
         server: ServerState,
         caller: Caller,
         jobs: Sequence[Job],
-        name: str,
-    ) -> Running:
+        request_id: str,
+    ) -> Generation:
         """Run `jobs` as body and headers ask for it, in the cache of the caller."""
         return cls(
             server,
             request,
             jobs,
-            name=name,
+            request_id=request_id,
             priority=body.priority or 0,
             salt=salt_of(caller, body.cache_salt),
             session_id=body.session_id or request.headers.get("x-session-id"),
         )
 
-    async def __aenter__(self) -> Running:
+    async def __aenter__(self) -> Generation:
         """Start.
 
         Raises
@@ -110,9 +110,9 @@ class Running:
         """
         if self._server.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
-        self._places.enter_context(self._server.gate.entered(sum(job.params.n for job in self._jobs)))
-        names = self._places.enter_context(self._server.names.taken(self._name, len(self._jobs)))
-        work = [self._pump(place, job, name) for place, (job, name) in enumerate(zip(self._jobs, names, strict=True))]
+        self._places.enter_context(self._server.admission.entered(sum(job.params.n for job in self._jobs)))
+        ids = self._places.enter_context(self._server.request_ids.taken(self._request_id, len(self._jobs)))
+        work = [self._pump(place, job, each) for place, (job, each) in enumerate(zip(self._jobs, ids, strict=True))]
         self._tasks = [asyncio.create_task(self._guarded(each)) for each in (*work, self._watch(), self._clock())]
         return self
 
@@ -122,7 +122,7 @@ class Running:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._places.close()
-        self._server.gate.took(time.perf_counter() - self._started)
+        self._server.admission.took(time.perf_counter() - self._started)
         self._take_notes()
 
     async def changes(self) -> Changes:
@@ -175,11 +175,11 @@ class Running:
                 self._error = error
             self._wake.set()
 
-    async def _pump(self, place: int, job: Job, name: str) -> None:
+    async def _pump(self, place: int, job: Job, request_id: str) -> None:
         last: RequestOutput | None = None
         reason = "aborted"
         try:
-            async with aclosing(self._start(job, name)) as outputs:
+            async with aclosing(self._start(job, request_id)) as outputs:
                 async for last in outputs:
                     _refuse_abort(last)
                     self.latest[place] = last
@@ -202,11 +202,11 @@ class Running:
             for observer in self._server.observers:
                 observer.ended(last, "timeout" if self._out_of_time else reason)
 
-    def _start(self, job: Job, name: str) -> AsyncGenerator[RequestOutput, None]:
+    def _start(self, job: Job, request_id: str) -> AsyncGenerator[RequestOutput, None]:
         outputs = self._server.engine.generate(
             job.token_ids,
             job.params,
-            request_id=name,
+            request_id=request_id,
             priority=self._priority,
             cache_salt=self._salt,
             session_id=self._session_id,
@@ -265,7 +265,7 @@ Ending = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TextDelta:
     """What is new in one text.
 
     Attributes
@@ -288,35 +288,35 @@ class Piece:
     first: bool = True
 
 
-class Pieces:
+class Deltas:
     """Tells for one text after the other what is new since it was asked last."""
 
     def __init__(self) -> None:
         self._told: dict[int, tuple[int, int]] = {}
         self._ended: set[int] = set()
 
-    def of(self, index: int, output: CompletionOutput) -> Piece | None:
+    def of(self, index: int, output: CompletionOutput) -> TextDelta | None:
         """Return what is new in the text of this index; None if there is nothing to tell."""
         if index in self._ended:
             return None
         characters, tokens = self._told.get(index, (0, 0))
-        piece = whole(output)
-        text, token_ids = piece.text[characters:], piece.token_ids[tokens:]
-        logprobs = None if piece.logprobs is None else piece.logprobs[tokens:]
-        if not (text or logprobs or piece.finish_reason):
+        delta = whole(output)
+        text, token_ids = delta.text[characters:], delta.token_ids[tokens:]
+        logprobs = None if delta.logprobs is None else delta.logprobs[tokens:]
+        if not (text or logprobs or delta.finish_reason):
             return None
         first = index not in self._told
-        # Tokens without text wait for the text that they become part of, so that a piece has both.
-        self._told[index] = (max(characters, len(piece.text)), len(piece.token_ids))
-        if piece.finish_reason:
+        # Tokens without text wait for the text that they become part of, so that a delta has both.
+        self._told[index] = (max(characters, len(delta.text)), len(delta.token_ids))
+        if delta.finish_reason:
             self._ended.add(index)
-        return Piece(text, token_ids, logprobs, piece.finish_reason, piece.stop_reason, first)
+        return TextDelta(text, token_ids, logprobs, delta.finish_reason, delta.stop_reason, first)
 
 
-def whole(output: CompletionOutput) -> Piece:
-    """Return a whole text as one piece."""
+def whole(output: CompletionOutput) -> TextDelta:
+    """Return a whole text as one delta."""
     ending = cast("Ending | None", output.finish_reason)
-    return Piece(output.text, tuple(output.token_ids), output.logprobs, ending, output.stop_reason)
+    return TextDelta(output.text, tuple(output.token_ids), output.logprobs, ending, output.stop_reason)
 
 
 # Server-sent events of a request that runs.
@@ -330,16 +330,16 @@ class EventStream(Response):
 
     Parameters
     ----------
-    running : Running
+    generation : Generation
         Entered; the stream leaves it.
     chunks : async iterator of dict
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, running: Running, chunks: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, generation: Generation, chunks: AsyncIterator[dict[str, Any]]) -> None:
         self.status_code, self.background, self.body = 200, None, b""
-        self._running, self._chunks = running, chunks
+        self._generation, self._chunks = generation, chunks
         self.init_headers(_HEADERS)
         del self.headers["content-length"]
 
@@ -354,7 +354,7 @@ class EventStream(Response):
         except ClientLeft:
             return
         finally:
-            await self._running.__aexit__()
+            await self._generation.__aexit__()
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
         try:
@@ -368,17 +368,17 @@ class EventStream(Response):
         yield DONE
 
 
-async def stream(running: Running, chunks_of: Callable[[Changes], AsyncIterator[dict[str, Any]]]) -> EventStream:
+async def stream(generation: Generation, chunks_of: Callable[[Changes], AsyncIterator[dict[str, Any]]]) -> EventStream:
     """Start what is to run and, once there is something to tell, return the stream of it.
 
     What goes wrong before that is raised, so that the client gets the right status.
     """
-    await running.__aenter__()
+    await generation.__aenter__()
     try:
-        changes = running.changes()
+        changes = generation.changes()
         first = await anext(changes)
     except BaseException:
-        await running.__aexit__()
+        await generation.__aexit__()
         raise
 
     async def all_changes() -> Changes:
@@ -386,4 +386,4 @@ async def stream(running: Running, chunks_of: Callable[[Changes], AsyncIterator[
         async for change in changes:
             yield change
 
-    return EventStream(running, chunks_of(all_changes()))
+    return EventStream(generation, chunks_of(all_changes()))

@@ -236,12 +236,12 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-# Probes: HEAD where GET answers at once, as load balancers and ``curl -I`` ask.
+# HeadRequests: HEAD where GET answers at once, as load balancers and ``curl -I`` ask.
 
 _PATHS = frozenset({"/", "/health", "/version", "/metrics", "/v1/models"})
 
 
-class Probes:
+class HeadRequests:
     """Middleware: answers HEAD as GET, without the body.
 
     Parameters

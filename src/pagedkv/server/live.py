@@ -9,20 +9,18 @@ import time
 from collections.abc import AsyncIterator
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response, StreamingResponse
 
+from pagedkv.engine import EngineSnapshot
 from pagedkv.engine.snapshot import pack_columns
 from pagedkv.server.auth import Operator
+from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine.snapshot import EngineSnapshot
-
 
 # SnapshotSource: one snapshot for all who look, never more of them than the engine hardly notices.
 
@@ -36,7 +34,7 @@ class SnapshotSource:
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : Engine
     interval : float
         Seconds between two snapshots, at least.
 
@@ -48,7 +46,7 @@ class SnapshotSource:
         Streams that are open.
     """
 
-    def __init__(self, engine: Any, interval: float = SHORTEST_INTERVAL) -> None:
+    def __init__(self, engine: Engine, interval: float = SHORTEST_INTERVAL) -> None:
         self._engine = engine
         self._shortest = interval
         self._next_at = 0.0
@@ -73,7 +71,7 @@ class SnapshotSource:
     async def _take(self) -> EngineSnapshot:
         started = time.monotonic()
         # Beside the event loop: a snapshot waits for the step that is being made.
-        snapshot: EngineSnapshot = await asyncio.to_thread(self._engine.snapshot)
+        snapshot = await asyncio.to_thread(self._engine.snapshot)
         self._next_at = started + max(self._shortest, snapshot.cost / SHARE_OF_TIME)
         self.taken += 1
         return snapshot

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
@@ -15,15 +18,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from pagedkv.engine.block_lives import BlockLives
+from pagedkv.engine import RequestOutput
 from pagedkv.server.auth import Operator
 from pagedkv.server.background import in_background
+from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import EngineStats, RequestOutput
-
 
 # The counters of the engine as metrics, read when somebody asks for them.
 
@@ -85,18 +85,18 @@ class EngineCounters(Collector):
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : Engine
     model : str
         The label ``model_name``.
     """
 
-    def __init__(self, engine: Any, model: str) -> None:
+    def __init__(self, engine: Engine, model: str) -> None:
         self._engine = engine
         self._labels = {"model_name": model, "engine": "0"}
 
     def collect(self) -> Iterable[Metric]:
         """Yield the metrics."""
-        stats: EngineStats = self._engine.stats()
+        stats = self._engine.stats()
         names, values = tuple(self._labels), tuple(self._labels.values())
         usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
         gauges = [(name, text, float(getattr(stats, field))) for name, text, field in _GAUGES]
@@ -115,6 +115,71 @@ class EngineCounters(Collector):
         sizes = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.blocks_total)}
         info.add_metric(values, sizes)
         yield info
+
+
+# How long cached blocks live, how long they idle before they are reclaimed, and how soon they are used again.
+
+Seconds = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LifeSamples:
+    """What was learned since the last look, in seconds.
+
+    Attributes
+    ----------
+    lifetimes : float64
+        Of blocks that can no longer be found: from being stored until then.
+    idle_before_evict : float64
+        Of the same blocks: from the last use until then.
+    reuse_gaps : float64
+        Between two uses of a block by different sequences.
+    """
+
+    lifetimes: Seconds
+    idle_before_evict: Seconds
+    reuse_gaps: Seconds
+
+
+class BlockLives:
+    """Follows a sample of the blocks by looking at them now and then; times are as exact as the looks are frequent.
+
+    Parameters
+    ----------
+    read_blocks : callable
+        Block ids to copies of their records.
+    total_blocks : int
+    most : int
+        Blocks in the sample, spread evenly over the pool.
+    """
+
+    def __init__(
+        self, read_blocks: Callable[[npt.NDArray[np.int64]], npt.NDArray[Any]], total_blocks: int, most: int = 1024
+    ) -> None:
+        self._read_blocks = read_blocks
+        self._ids = np.unique(np.linspace(0, max(0, total_blocks - 1), min(most, total_blocks), dtype=np.int64))
+        size = len(self._ids)
+        self._lives = np.zeros(size, bool)
+        self._created, self._last_access, self._uses = (np.zeros(size, np.int64) for _ in range(3))
+        self._born, self._touched = np.zeros(size), np.zeros(size)
+
+    def look(self, now: float) -> LifeSamples:
+        """Compare with the last look; `now` is in seconds of any steady clock."""
+        records = self._read_blocks(self._ids)
+        lives, created, uses = records["indexed"] != 0, records["created"], records["access_count"]
+        goes_on = self._lives & lives & (created == self._created)
+        ended, begun = self._lives & ~goes_on, lives & ~goes_on
+        reused = goes_on & (uses > self._uses)
+        samples = LifeSamples(
+            lifetimes=now - self._born[ended],
+            idle_before_evict=now - self._touched[ended],
+            reuse_gaps=now - self._touched[reused],
+        )
+        self._born[begun] = now
+        self._touched[begun | (goes_on & (records["last_access"] > self._last_access))] = now
+        self._lives = lives
+        self._created, self._uses, self._last_access = created, uses, records["last_access"]
+        return samples
 
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -173,7 +238,7 @@ class ServerMetrics:
             self._failed.labels(**self._labels, reason=reason)
         self._published = _Published(self._registry, state.config.vllm_metrics)
         self._progress: dict[str, tuple[float, int]] = {}
-        self.lives = BlockLives(state.engine.llm.core.runner.cache)
+        self.lives = BlockLives(state.engine.block_records, state.engine.sizes.total_blocks)
 
     def text(self) -> bytes:
         """Return all metrics in the text format."""

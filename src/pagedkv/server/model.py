@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
-
 
 T = TypeVar("T")
 
@@ -56,23 +53,19 @@ class ServedModel:
         self._threads = ThreadPoolExecutor(2, "pagedkv-tokenizer")
 
     @classmethod
-    def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
+    def of(cls, engine: Engine, config: ServerConfig) -> ServedModel:
         """Read it off an engine."""
-        core = engine.llm.core
-        cache = core.runner.cache
-        longest = cache.total_blocks * cache.block_size
-        if core.runner.max_positions is not None:
-            longest = min(longest, core.runner.max_positions)
-        prompt_limit = longest - 1
+        sizes = engine.sizes
+        prompt_limit = sizes.max_model_len - 1
         if config.max_prompt_tokens is not None:
             prompt_limit = min(prompt_limit, config.max_prompt_tokens)
         return cls(
             name=config.model_name,
-            tokenizer=core.tokenizer,
-            vocab_size=core.runner.vocab_size,
-            max_model_len=longest,
+            tokenizer=engine.tokenizer,
+            vocab_size=sizes.vocab_size,
+            max_model_len=sizes.max_model_len,
             max_prompt_tokens=prompt_limit,
-            max_num_seqs=core.scheduler.max_num_seqs,
+            max_num_seqs=sizes.max_num_seqs,
             chat_template=config.chat_template,
         )
 

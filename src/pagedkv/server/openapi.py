@@ -25,7 +25,7 @@ def answers_with_events(chunk: type[BaseModel]) -> dict[int | str, dict[str, Any
     }
 
 
-def complete_document(app: FastAPI, *, has_keys: bool) -> None:
+def complete_openapi(app: FastAPI, *, has_keys: bool) -> None:
     """Correct the OpenAPI document of an app.
 
     Parameters

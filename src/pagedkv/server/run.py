@@ -12,19 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
 
 import uvicorn
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engine import Engine
 from pagedkv.server.limits import SlowReaders, bounded_http, raise_file_limit
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 __all__ = ["listen", "make_server", "run", "show_logs"]
 
@@ -56,7 +53,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def run(
-    engine: AsyncEngine,
+    engine: Engine,
     config: ServerConfig,
     listener: socket.socket | None = None,
     *,
@@ -66,7 +63,7 @@ def run(
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : Engine
         Shut down at the end.
     config : ServerConfig
     listener : socket, optional
@@ -78,9 +75,7 @@ def run(
     make_server(engine, config, on_ready).run([listener or listen(config)])
 
 
-def make_server(
-    engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
-) -> uvicorn.Server:
+def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """Return the HTTP server of an engine, for whoever runs it in a thread of his own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
@@ -127,7 +122,7 @@ class _Server(uvicorn.Server):
         # told that the server goes; what is not done in time is told, too, and its answer is still delivered.
         self._state.draining = True
         deadline = time.monotonic() + self._state.config.drain_timeout
-        while self._state.gate.inside and time.monotonic() < deadline and not self.force_exit:
+        while self._state.admission.inside and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.05)
         await self._state.engine.shutdown(drain=False)
         await super().shutdown(sockets)

@@ -7,23 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import Annotated, Protocol
 
 from fastapi import Depends, Request
 
-from pagedkv.server.admission import Gate
+from pagedkv.engine import RequestOutput
+from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engine import Engine
 from pagedkv.server.model import ServedModel, TokenText
 
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine, RequestOutput
+# The engine's ids of requests: those of the answers, so that operators and clients speak of the same.
 
 
-# RequestNames: what the engine calls the requests, so that operators and clients speak of the same.
-
-
-class RequestNames:
-    """Hands out the ids of answers as names for the engine, each to one request at a time.
+class RequestIds:
+    """Hands out the ids of answers as ids for the engine, each to one request at a time.
 
     An id is the client's to choose (the header x-request-id), so it may come twice. What is appended here cannot be
     part of such an id: ``~2`` where it is in use already, ``/0``, ``/1`` … where a request has several prompts.
@@ -33,9 +31,9 @@ class RequestNames:
         self._used: set[str] = set()
 
     @contextmanager
-    def taken(self, name: str, prompts: int) -> Iterator[list[str]]:
-        """Hold a name for each prompt of a request for as long as the body runs."""
-        candidates = (name if turn == 1 else f"{name}~{turn}" for turn in count(1))
+    def taken(self, request_id: str, prompts: int) -> Iterator[list[str]]:
+        """Hold an id for each prompt of a request for as long as the body runs."""
+        candidates = (request_id if turn == 1 else f"{request_id}~{turn}" for turn in count(1))
         chosen = next(candidate for candidate in candidates if candidate not in self._used)
         self._used.add(chosen)
         try:
@@ -67,14 +65,14 @@ class ServerState:
 
     Attributes
     ----------
-    engine : AsyncEngine
+    engine : Engine
     config : ServerConfig
     model : ServedModel
         Tokenizer, limits and name of the model.
-    gate : Gate
+    admission : Admission
         Counts the sequences that are under way.
-    names : RequestNames
-        What the engine calls them.
+    request_ids : RequestIds
+        Those in use in the engine.
     observers : list of Observer
     tokens : TokenText
         Shows single tokens.
@@ -84,11 +82,11 @@ class ServerState:
         Seconds of ``time.time``.
     """
 
-    engine: AsyncEngine
+    engine: Engine
     config: ServerConfig
     model: ServedModel
-    gate: Gate
-    names: RequestNames = field(default_factory=RequestNames)
+    admission: Admission
+    request_ids: RequestIds = field(default_factory=RequestIds)
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
     tokens: TokenText = field(init=False)
