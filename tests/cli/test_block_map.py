@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
 import pytest
 from rich.console import Console
 
 from pagedkv import BlockManager, CacheSnapshot
-from pagedkv.cli.block_map import BlockMap, block_kinds
+from pagedkv.cli.block_map import BlockMap
+from pagedkv.control.types import ACTIVE, FREE
 
 
 def drawn(
@@ -75,6 +75,6 @@ def test_an_empty_pool_can_be_drawn():
 
 def test_kinds_follow_the_snapshot(pool):
     snapshot = pool.snapshot()
-    kinds = np.array(block_kinds(snapshot))
-    assert (kinds == 0).sum() == ((snapshot.ref_count == 1) & ~snapshot.pinned).sum() == 3
-    assert (kinds == 4).sum() + snapshot.cached.sum() + pool.used_block_count == pool.total_blocks
+    kinds = snapshot.kinds
+    assert (kinds == ACTIVE).sum() == ((snapshot.ref_count == 1) & ~snapshot.pinned).sum() == 3
+    assert (kinds == FREE).sum() + snapshot.cached.sum() + pool.used_block_count == pool.total_blocks

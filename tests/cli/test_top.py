@@ -33,7 +33,8 @@ from pagedkv.cli.top_data import (
     short_id,
 )
 from pagedkv.cli.top_screen import HelpScreen, TopApp
-from pagedkv.engine.snapshot import CACHED, FREE, KINDS, SHARED, encode
+from pagedkv.control.types import BLOCK_KINDS, CACHED, FREE, SHARED
+from pagedkv.engine.snapshot import encode
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +106,7 @@ def test_folding_takes_the_kind_of_most_blocks(snapshots, room):
     size = cells.blocks_per_cell
     assert len(cells.kinds) == -(-512 // size) <= max(room, 1)
     for place, kind in enumerate(cells.kinds.tolist()):
-        counts = np.bincount(snapshot.kinds[place * size : (place + 1) * size], minlength=len(KINDS))
+        counts = np.bincount(snapshot.kinds[place * size : (place + 1) * size], minlength=len(BLOCK_KINDS))
         assert counts[kind] == counts.max()
 
 

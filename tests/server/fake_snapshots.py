@@ -11,7 +11,6 @@ from typing import Any
 from fastapi import FastAPI
 
 from pagedkv import BlockManager, OutOfMemory
-from pagedkv.control.manager import hottest_prefixes, read_blocks
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, take_snapshot
 from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
@@ -104,10 +103,10 @@ class FakeEngine:
             self.running.remove(request)
 
     def block_records(self, block_ids: Any) -> Any:
-        return read_blocks(self.cache, block_ids)
+        return self.cache.block_records(block_ids)
 
     def hottest_prefixes(self, limit: int = 12, max_tokens: int = 0) -> Any:
-        return hottest_prefixes(self.cache, limit, max_tokens)
+        return self.cache.hottest_prefixes(limit, max_tokens)
 
     def stats(self) -> EngineStats:
         cache = self.cache

@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from pagedkv import BlockManager
-from pagedkv.control.manager import read_blocks
 from pagedkv.engine import (
     CompletionOutput,
     EngineSizes,
@@ -127,7 +126,7 @@ class FakeEngine:
         return 7
 
     def block_records(self, block_ids: Any) -> Any:
-        return read_blocks(self.cache, block_ids)
+        return self.cache.block_records(block_ids)
 
     def stats(self) -> EngineStats:
         return EngineStats(num_running=self.running)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import replace
-from functools import partial
 
 import httpx
 import pytest
@@ -13,7 +12,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.server.fake_snapshots import FakeEngine, app_around, server_state
 
 from pagedkv import BlockManager
-from pagedkv.control.manager import read_blocks
 from pagedkv.engine import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.server import metrics
 from pagedkv.server.metrics import VLLMS, BlockLives, ServerMetrics
@@ -150,7 +148,7 @@ def test_requests_that_fail_are_counted_apart(engine):
 def test_the_lives_of_blocks(engine):
     """Four blocks stored at 0 s: two are used again at 3 s, the others given up at 3 s and at 11 s."""
     cache = BlockManager(4, 4)
-    lives = BlockLives(partial(read_blocks, cache), 4)
+    lives = BlockLives(cache.block_records, 4)
     cache.allocate(1, list(range(16)))
     cache.commit(1)
     cache.free(1)

@@ -11,18 +11,8 @@ import pytest
 from tests.server.fake_snapshots import FakeEngine
 
 from pagedkv import BlockManager, InvalidOperation
-from pagedkv.engine.snapshot import (
-    ACTIVE,
-    CACHED,
-    FREE,
-    PINNED,
-    SHARED,
-    EngineStats,
-    decode,
-    encode,
-    hottest_prefixes,
-    take_snapshot,
-)
+from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED
+from pagedkv.engine.snapshot import EngineStats, decode, encode, take_snapshot
 from pagedkv.server.live import SnapshotSource
 
 
@@ -127,14 +117,14 @@ def test_hottest_prefixes_against_a_count_by_hand():
         cache.allocate(seq, tokens)
         cache.commit(seq)
         cache.free(seq)
-    found = hottest_prefixes(cache, 5, max_tokens=100)
+    found = cache.hottest_prefixes(5, max_tokens=100)
     assert [(p.num_tokens, p.uses, p.token_ids) for p in found] == [
         (12, 5, tuple(common)),
         (16, 2, tuple(longer)),
     ]
-    assert hottest_prefixes(cache, 1)[0].token_ids == ()
+    assert cache.hottest_prefixes(1)[0].token_ids == ()
     cache.clear_prefix_cache()
-    assert hottest_prefixes(cache) == ()
+    assert cache.hottest_prefixes() == ()
 
 
 def test_one_snapshot_serves_all_who_ask_at_once():

@@ -13,45 +13,24 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pagedkv.control.events import CacheSnapshot
 
-__all__ = ["BlockMap", "block_kinds"]
-
 
 @dataclass(frozen=True)
-class _Kind:
-    name: str
+class _Look:
     glyph: str
     plain: str  # where the terminal has no Unicode
     style: str
 
 
-_KINDS = (
-    _Kind("active", "█", "#", "green"),
-    _Kind("shared", "▓", "%", "bold magenta"),
-    _Kind("cached", "░", "o", "cyan"),
-    _Kind("pinned", "◆", "@", "bold yellow"),
-    _Kind("free", "·", ".", "dim"),
-)
-_ACTIVE, _SHARED, _CACHED, _PINNED, _FREE = range(5)
+# By the kind of a block, as the legend has them.
+_LOOKS = {
+    "active": _Look("█", "#", "green"),
+    "shared": _Look("▓", "%", "bold magenta"),
+    "cached": _Look("░", "o", "cyan"),
+    "pinned": _Look("◆", "@", "bold yellow"),
+    "free": _Look("·", ".", "dim"),
+}
 _GROUP = 8
 """Rows hold a multiple of so many cells where the width allows it."""
-
-
-def block_kinds(snapshot: CacheSnapshot) -> list[int]:
-    """Return the kind of every block, an index into the legend: active, shared, cached, pinned, free.
-
-    A pinned block counts as pinned whatever else it is; a block is shared where two or more sequences hold it.
-    """
-    kinds = []
-    for refs, cached, pinned in zip(
-        snapshot.ref_count.tolist(), snapshot.cached.tolist(), snapshot.pinned.tolist(), strict=True
-    ):
-        if pinned:
-            kinds.append(_PINNED)
-        elif refs:
-            kinds.append(_SHARED if refs > 1 else _ACTIVE)
-        else:
-            kinds.append(_CACHED if cached else _FREE)
-    return kinds
 
 
 @dataclass(frozen=True)
@@ -70,8 +49,10 @@ class BlockMap:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield a title, the rows and the legend."""
-        kinds = block_kinds(self.snapshot)
-        glyphs = [kind.plain if options.ascii_only else kind.glyph for kind in _KINDS]
+        from pagedkv.control.types import BLOCK_KINDS
+
+        kinds = [BLOCK_KINDS[kind] for kind in self.snapshot.kinds.tolist()]
+        glyphs = {kind: look.plain if options.ascii_only else look.glyph for kind, look in _LOOKS.items()}
         yield Text(
             f"{len(kinds):,} blocks of {self.snapshot.block_size} tokens", style="bold", no_wrap=True, overflow="crop"
         )
@@ -93,22 +74,22 @@ def _cells_per_row(room: int) -> int:
     return room // _GROUP * _GROUP if room >= _GROUP else max(room, 1)
 
 
-def _row(label: str, kinds: list[int], glyphs: list[str]) -> Text:
+def _row(label: str, kinds: list[str], glyphs: dict[str, str]) -> Text:
     row = Text.assemble((label, "dim"), no_wrap=True, overflow="crop")
     for kind, run in groupby(kinds):
-        row.append(glyphs[kind] * len(list(run)), style=_KINDS[kind].style)
+        row.append(glyphs[kind] * len(list(run)), style=_LOOKS[kind].style)
     return row
 
 
-def _counted(kinds: list[int]) -> str:
-    return ", ".join(f"{kinds.count(number):,} {kind.name}" for number, kind in enumerate(_KINDS) if number in kinds)
+def _counted(kinds: list[str]) -> str:
+    return ", ".join(f"{kinds.count(kind):,} {kind}" for kind in _LOOKS if kind in kinds)
 
 
-def _legend(kinds: list[int], glyphs: list[str], width: int) -> Iterator[Text]:
+def _legend(kinds: list[str], glyphs: dict[str, str], width: int) -> Iterator[Text]:
     """Yield as many entries a line as fit, none broken."""
     line = Text()
-    for number, kind in enumerate(_KINDS):
-        entry = Text.assemble((glyphs[number], kind.style), f" {kind.name} {kinds.count(number):,}")
+    for kind, look in _LOOKS.items():
+        entry = Text.assemble((glyphs[kind], look.style), f" {kind} {kinds.count(kind):,}")
         if line and len(line) + 2 + len(entry) > width:
             yield line
             line = Text()

@@ -110,10 +110,10 @@ def request_rows(
 
 def block_line(snapshot: EngineSnapshot, block: int) -> str:
     """Return what there is to say about a block."""
-    from pagedkv.engine.snapshot import FREE, KINDS
+    from pagedkv.control.types import BLOCK_KINDS, FREE
 
     kind, count = int(snapshot.kinds[block]), int(snapshot.ref_count[block])
-    said = [KINDS[kind]]
+    said = [BLOCK_KINDS[kind]]
     if count:
         said.append(f"held by {_holders(snapshot, block)}" if count == 1 else f"held {count:,} times")
     if count > 1:
@@ -164,7 +164,7 @@ def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCel
     """
     import numpy as np
 
-    from pagedkv.engine.snapshot import KINDS
+    from pagedkv.control.types import BLOCK_KINDS
 
     total = snapshot.total_blocks
     per_cell = max(1, -(-total // room))
@@ -173,8 +173,10 @@ def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCel
         kinds = snapshot.kinds.copy()
     else:
         cell = np.arange(total) // per_cell
-        counts = np.bincount(cell * len(KINDS) + snapshot.kinds, minlength=-(-total // per_cell) * len(KINDS))
-        kinds = counts.reshape(-1, len(KINDS)).argmax(1).astype(np.uint8)
+        counts = np.bincount(
+            cell * len(BLOCK_KINDS) + snapshot.kinds, minlength=-(-total // per_cell) * len(BLOCK_KINDS)
+        )
+        kinds = counts.reshape(-1, len(BLOCK_KINDS)).argmax(1).astype(np.uint8)
     if place is not None and snapshot.requests[place].blocks:
         mine = snapshot.blocks_of(place)
         own = kinds[mine // per_cell] if per_cell == 1 else snapshot.kinds[mine]

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from pagedkv.control.namespaces import Namespaces
 from pagedkv.control.state import State
-from pagedkv.control.types import BlockId, CacheStats, SequenceInfo
+from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED, BlockId, CacheStats, SequenceInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,20 @@ class CacheSnapshot:
     def total_blocks(self) -> int:
         """How many blocks the pool has."""
         return len(self.ref_count)
+
+    @property
+    def kinds(self) -> npt.NDArray[np.uint8]:
+        """What each block is, an index into ``control.types.BLOCK_KINDS``.
+
+        A pinned block, and every block of a pinned sequence, counts as pinned whatever else it is; a shared one is held
+        by two sequences or more.
+        """
+        pinned = self.pinned.copy()
+        for info in self.sequences:
+            if info.pinned:
+                pinned[info._table] = True  # as long as it lives it keeps all of its blocks
+        found = [pinned, self.ref_count > 1, self.ref_count == 1, self.cached]
+        return np.select(found, [PINNED, SHARED, ACTIVE, CACHED], FREE).astype(np.uint8)
 
 
 def _is_equal(a: object, b: object) -> bool:

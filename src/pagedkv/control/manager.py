@@ -31,7 +31,7 @@ from pagedkv.control.pool import available_blocks, unpin_block
 from pagedkv.control.protocol import EvictionStrategy, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
-from pagedkv.control.state import LIVE, MAX_PINS, PINNED, State, new_state, with_log, with_roots, with_wider_tables
+from pagedkv.control.state import LIVE, MAX_PINS, PINNED, new_state, with_log, with_roots, with_wider_tables
 from pagedkv.control.strategies import (
     MAX_PRIORITY,
     Priority,
@@ -40,7 +40,7 @@ from pagedkv.control.strategies import (
     is_scored_in_numpy,
     with_policy_of,
 )
-from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo
+from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo, hottest_prefixes
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 
 # The counters behind the fields of CacheStats, in their order.
@@ -662,6 +662,33 @@ class BlockManager:
                 tick=self._state.counter("tick"),
             )
 
+    def hottest_prefixes(self, limit: int = 8, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
+        """Rank the findable prefixes by the tokens that their reuse saved.
+
+        A prefix ends where its uses do: at a block that was used more often than each block that continues it. What it
+        saved is its length times its uses beyond the first.
+
+        Parameters
+        ----------
+        limit : int
+            The most prefixes.
+        max_tokens : int
+            The first so many token ids of each prefix are returned with it; 0 for none.
+
+        Returns
+        -------
+        tuple of HotPrefix
+            The best first; ties go to the lower block id.
+        """
+        with self._lock:
+            return hottest_prefixes(self._state, limit, max_tokens)
+
+    def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Return copies of the records of some blocks, with the fields of ``control.state.BLOCK``."""
+        with self._lock:
+            records: npt.NDArray[Any] = self._state.blocks[block_ids]
+            return records
+
     def check(self) -> None:
         """Verify every invariant of the cache, in time linear in the pool.
 
@@ -926,74 +953,3 @@ class BlockManager:
 
     def _block_values(self, block: int) -> Any:
         raise InvalidOperation("a BlockManager holds no values; use a PagedKvCache")
-
-
-# Which prefixes are worth the most to the cache right now.
-
-
-def hottest_prefixes(cache: BlockManager, limit: int = 8, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
-    """Rank the prefixes of the index by the tokens that their reuse saved.
-
-    A prefix ends where its uses do: at a block that was used more often than each block that continues it. What it
-    saved is its length times its uses beyond the first.
-
-    Parameters
-    ----------
-    cache : Inspection
-        A manager or a cache.
-    limit : int
-        The most prefixes.
-    max_tokens : int
-        The first so many token ids of each prefix are returned with it; 0 for none.
-
-    Returns
-    -------
-    tuple of HotPrefix
-        The best first; ties go to the lower block id.
-    """
-    with cache._lock:
-        state = cache._state
-        blocks = state.blocks
-        nodes = np.flatnonzero((blocks["indexed"] != 0) & (blocks["access_count"] > 1))
-        uses = blocks["access_count"][nodes].astype(np.int64)
-        parents = blocks["parent"][nodes]
-        follow = np.zeros(len(blocks), np.int64)
-        inner = parents >= 0
-        np.maximum.at(follow, parents[inner], uses[inner])
-        is_end = uses > follow[nodes]
-        ends, uses = nodes[is_end], uses[is_end]
-        saved = (uses - 1) * (blocks["depth"][ends].astype(np.int64) + 1)
-        best = np.argsort(-saved, kind="stable")[:limit]
-        return tuple(_prefix(state, int(ends[place]), max_tokens) for place in best)
-
-
-def _prefix(state: State, block: int, max_tokens: int) -> HotPrefix:
-    record, size = state.blocks[block], int(state.counters[0].block_size)
-    num_blocks = int(record.depth) + 1
-    return HotPrefix(
-        block_id=block,
-        num_blocks=num_blocks,
-        num_tokens=num_blocks * size,
-        uses=int(record.access_count),
-        ref_count=int(record.ref_count),
-        last_access=int(record.last_access),
-        token_ids=_head(state, block, size)[:max_tokens] if max_tokens else (),
-    )
-
-
-def _head(state: State, block: int, size: int) -> tuple[int, ...]:
-    chain = []
-    while block >= 0:
-        chain.append(block)
-        block = int(state.blocks[block].parent)
-    return tuple(token for b in reversed(chain) for token in state.contents[b * size : (b + 1) * size].tolist())
-
-
-# The records of a few blocks, copied: enough to learn how long blocks live without looking at all of them.
-
-
-def read_blocks(cache: BlockManager, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-    """Return copies of the records of some blocks, as `control.state.BLOCK` has them."""
-    with cache._lock:
-        records: npt.NDArray[Any] = cache._state.blocks[block_ids]
-        return records

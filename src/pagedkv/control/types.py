@@ -12,6 +12,10 @@ import numpy.typing as npt
 from pagedkv.control.state import State
 from pagedkv.errors import InvalidOperation, bad_argument
 
+BLOCK_KINDS = ("free", "active", "shared", "cached", "pinned")
+"""What a block is, by the number that stands for it wherever there is one entry a block."""
+FREE, ACTIVE, SHARED, CACHED, PINNED = range(5)
+
 
 class _Id(int):
     """A bounded int that prints with its letter."""
@@ -158,24 +162,59 @@ class HotPrefix:
     ----------
     block_id : int
         Its last block.
-    num_blocks, num_tokens : int
+    num_tokens : int
     uses : int
         Sequences that have held its last block since it was stored.
     ref_count : int
         Sequences that hold it now.
-    last_access : int
-        Tick.
+    age : int
+        Ticks since its last use.
     token_ids : tuple of int
         The prefix itself, or the head of it; empty where it was not asked for.
     """
 
     block_id: int
-    num_blocks: int
     num_tokens: int
     uses: int
     ref_count: int
-    last_access: int
+    age: int
     token_ids: tuple[int, ...] = ()
+
+
+def hottest_prefixes(state: State, limit: int, max_tokens: int) -> tuple[HotPrefix, ...]:
+    """Rank the prefixes of the index; see :meth:`pagedkv.BlockManager.hottest_prefixes`."""
+    blocks = state.blocks
+    nodes = np.flatnonzero((blocks["indexed"] != 0) & (blocks["access_count"] > 1))
+    uses = blocks["access_count"][nodes].astype(np.int64)
+    parents = blocks["parent"][nodes]
+    follow = np.zeros(len(blocks), np.int64)
+    inner = parents >= 0
+    np.maximum.at(follow, parents[inner], uses[inner])
+    is_end = uses > follow[nodes]
+    ends, uses = nodes[is_end], uses[is_end]
+    saved = (uses - 1) * (blocks["depth"][ends].astype(np.int64) + 1)
+    best = np.argsort(-saved, kind="stable")[:limit]
+    return tuple(_prefix(state, int(ends[place]), max_tokens) for place in best)
+
+
+def _prefix(state: State, block: int, max_tokens: int) -> HotPrefix:
+    record, size = state.blocks[block], state.counter("block_size")
+    return HotPrefix(
+        block_id=block,
+        num_tokens=(int(record.depth) + 1) * size,
+        uses=int(record.access_count),
+        ref_count=int(record.ref_count),
+        age=max(0, state.counter("tick") - int(record.last_access)),
+        token_ids=_head(state, block, size)[:max_tokens] if max_tokens else (),
+    )
+
+
+def _head(state: State, block: int, size: int) -> tuple[int, ...]:
+    chain = []
+    while block >= 0:
+        chain.append(block)
+        block = int(state.blocks[block].parent)
+    return tuple(token for b in reversed(chain) for token in state.contents[b * size : (b + 1) * size].tolist())
 
 
 class KvBlock:

@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.events import CacheEvent
-from pagedkv.control.manager import HotPrefix, hottest_prefixes, read_blocks
-from pagedkv.control.types import CacheStats
+from pagedkv.control.types import CacheStats, HotPrefix
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.request import RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
@@ -251,11 +250,11 @@ class AsyncEngine:
         max_tokens : int
             The first so many token ids of each are returned with it.
         """
-        return hottest_prefixes(self._core.runner.cache, limit, max_tokens)
+        return self._core.runner.cache.hottest_prefixes(limit, max_tokens)
 
     def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return copies of the records of some blocks, with the fields of the pool's own; never waits."""
-        return read_blocks(self._core.runner.cache, block_ids)
+        return self._core.runner.cache.block_records(block_ids)
 
     def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
         """Call back with every event of the cache, in the engine's thread; returns what ends it."""

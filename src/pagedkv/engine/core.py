@@ -16,7 +16,7 @@ from pagedkv.engine.sampler import Logprob, Sampler, SampleRow, random_seed, tok
 from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_fits
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import Writer
-from pagedkv.errors import InvalidLogits, OutOfMemory, bad_argument
+from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.validate import require_int
 
 # What a forward pass means for the branches in it: tokens are chosen, drafts kept or taken back, texts end.
@@ -366,7 +366,7 @@ class EngineCore:
             If requests are under way.
         """
         if self.has_work:
-            raise InvalidOperation(f"reset: expected no request under way, got {len(self._requests)}")
+            raise InvalidOperation(f"{len(self._requests)} requests are under way; reset() takes an engine at rest")
         self._count_from_zero()
         return self.clear_prefix_cache()
 

@@ -12,7 +12,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.manager import BlockManager, hottest_prefixes
+from pagedkv.control.manager import BlockManager
+from pagedkv.control.types import BLOCK_KINDS, FREE, HotPrefix
 from pagedkv.engine.request import Request
 from pagedkv.errors import bad_argument
 
@@ -115,10 +116,6 @@ class EngineStats:
 
 # What a snapshot of the engine holds.
 
-KINDS = ("free", "active", "shared", "cached", "pinned")
-"""What a block is, by the number that stands for it in ``EngineSnapshot.kinds``."""
-FREE, ACTIVE, SHARED, CACHED, PINNED = range(5)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestRecord:
@@ -151,17 +148,6 @@ class RequestRecord:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixRecord:
-    """A prefix that several requests have used, without its tokens; see `control.hot_prefixes.HotPrefix`."""
-
-    block_id: int
-    num_tokens: int
-    uses: int
-    ref_count: int
-    age: int
-
-
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EngineSnapshot:
     """All that a view shows; arrays have one entry a block and are never written again.
@@ -175,7 +161,7 @@ class EngineSnapshot:
     tick : int
         The cache's logical clock: it counts calls that use blocks.
     kinds : uint8 [num_blocks]
-        Index into `KINDS`. Pinned goes before all others; shared blocks are held by two sequences or more.
+        As of :attr:`pagedkv.CacheSnapshot.kinds`.
     ref_count : uint16 [num_blocks]
         Sequences that hold the block, at most 65,535.
     owner : int32 [num_blocks]
@@ -188,8 +174,8 @@ class EngineSnapshot:
         Running ones first.
     tables : int32 [total of the requests' blocks]
         The blocks of the first request, in order, then those of the second, …
-    prefixes : tuple of PrefixRecord
-        The hottest first.
+    prefixes : tuple of HotPrefix
+        The hottest first, without their tokens.
     stats : EngineStats
     clock : tuple of (int, float)
         When the cache was used: ticks, ascending, and how many seconds before `taken` each was.
@@ -208,7 +194,7 @@ class EngineSnapshot:
     age: npt.NDArray[np.uint32]
     tables: npt.NDArray[np.int32]
     requests: tuple[RequestRecord, ...] = ()
-    prefixes: tuple[PrefixRecord, ...] = ()
+    prefixes: tuple[HotPrefix, ...] = ()
     stats: EngineStats
     clock: tuple[tuple[int, float], ...] = ()
     cost: float = 0.0
@@ -232,8 +218,8 @@ class EngineSnapshot:
 
     def counts(self) -> dict[str, int]:
         """Return how many blocks there are of each kind."""
-        numbers = np.bincount(self.kinds, minlength=len(KINDS)).tolist()
-        return dict(zip(KINDS, numbers, strict=True))
+        numbers = np.bincount(self.kinds, minlength=len(BLOCK_KINDS)).tolist()
+        return dict(zip(BLOCK_KINDS, numbers, strict=True))
 
 
 # Snapshots as bytes: for the page, for ``/v1/cache/snapshot`` and for recorded files.
@@ -256,7 +242,7 @@ class _Frame(msgspec.Struct, kw_only=True):
     num_blocks: int
     columns: bytes
     requests: tuple[RequestRecord, ...]
-    prefixes: tuple[PrefixRecord, ...]
+    prefixes: tuple[HotPrefix, ...]
     stats: EngineStats
     clock: tuple[tuple[int, float], ...] = ()
 
@@ -334,7 +320,7 @@ def _columns(frame: _Frame) -> dict[str, Any]:
         arrays[name] = np.frombuffer(raw, kind, frame.num_blocks, place)
         place += arrays[name].nbytes
     arrays["tables"] = np.frombuffer(raw, _TABLE_ENTRY, entries, place)
-    ranges = {"kinds": len(KINDS), "owner": len(frame.requests), "tables": frame.num_blocks}
+    ranges = {"kinds": len(BLOCK_KINDS), "owner": len(frame.requests), "tables": frame.num_blocks}
     for name, end in ranges.items():
         if not _lies_below(arrays[name], end, -1 if name == "owner" else 0):
             raise bad_argument("data", f"{name} below {end}")
@@ -417,24 +403,8 @@ def take_snapshot(
     place_of = {branch.seq_id: place for place, (_, request) in enumerate(listed) for branch in request.branches}
     # One entry more than there are sequences: the owner −1 of a block without one finds −1.
     places = np.array([place_of.get(int(info.seq_id), -1) for info in frozen.sequences] + [-1], np.int32)
-    pinned = frozen.pinned.copy()
-    for info in frozen.sequences:
-        if info.pinned:
-            pinned[info._table] = True  # as long as it lives it keeps all of its blocks
-    kinds = np.select(
-        [pinned, frozen.ref_count > 1, frozen.ref_count == 1, frozen.cached], [PINNED, SHARED, ACTIVE, CACHED]
-    ).astype(np.uint8)
+    kinds = frozen.kinds
     age = np.where(kinds == FREE, 0, np.clip(frozen.tick - frozen.last_access, 0, 2**32 - 1))
-    prefixes = tuple(
-        PrefixRecord(
-            block_id=prefix.block_id,
-            num_tokens=prefix.num_tokens,
-            uses=prefix.uses,
-            ref_count=prefix.ref_count,
-            age=max(0, frozen.tick - prefix.last_access),
-        )
-        for prefix in hottest_prefixes(cache, NUM_PREFIXES)
-    )
     return EngineSnapshot(
         taken=time.time(),
         block_size=frozen.block_size,
@@ -447,7 +417,7 @@ def take_snapshot(
         age=age.astype(np.uint32),
         tables=np.concatenate([np.empty(0, np.int32), *(table for tables, _ in listed for table in tables)]),
         requests=tuple(_record(request, sum(map(len, tables)), now) for tables, request in listed),
-        prefixes=prefixes,
+        prefixes=cache.hottest_prefixes(NUM_PREFIXES),
         stats=stats,
         clock=clock.ago(now) if clock is not None else (),
         cost=time.monotonic() - now,

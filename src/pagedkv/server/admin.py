@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from pagedkv import __version__
 from pagedkv.engine.snapshot import encode
@@ -132,6 +132,8 @@ class Blocks(BaseModel):
 class CachedRequest(BaseModel):
     """A request that is under way."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     request_id: str
     state: str
     prompt_tokens: int
@@ -139,19 +141,21 @@ class CachedRequest(BaseModel):
     cached_tokens: int
     blocks: int
     priority: int
-    age_seconds: float
+    age_seconds: float = Field(validation_alias="age")
     num_preemptions: int
 
 
 class Prefix(BaseModel):
     """A prefix that several requests have used."""
 
+    model_config = ConfigDict(from_attributes=True)
+
     block_id: int = Field(description="Its last block.")
     num_tokens: int
     uses: int = Field(description="Sequences that have held it since it was stored.")
     ref_count: int = Field(description="Sequences that hold it now.")
-    age_ticks: int = Field(description="Calls of the cache since its last use.")
-    age_seconds: float | None = Field(description="Time since its last use, where it was noted.")
+    age_ticks: int = Field(validation_alias="age", description="Calls of the cache since its last use.")
+    age_seconds: float | None = Field(None, description="Time since its last use, where it was noted.")
     text: str | None = Field(None, description="Its beginning, where the operator lets it be shown.")
 
 
@@ -193,32 +197,13 @@ async def show_cache(
         usage=stats.blocks_used / total if total else 0.0,
         prefix_hit_rate=stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
         blocks=Blocks(**snapshot.counts()),
-        requests=[
-            CachedRequest(
-                request_id=r.request_id,
-                state=r.state,
-                prompt_tokens=r.prompt_tokens,
-                output_tokens=r.output_tokens,
-                cached_tokens=r.cached_tokens,
-                blocks=r.blocks,
-                priority=r.priority,
-                age_seconds=r.age,
-                num_preemptions=r.num_preemptions,
-            )
-            for r in snapshot.requests[:max_requests]
-        ],
+        requests=[CachedRequest.model_validate(record) for record in snapshot.requests[:max_requests]],
         num_requests=len(snapshot.requests),
         hottest_prefixes=[
-            Prefix(
-                block_id=p.block_id,
-                num_tokens=p.num_tokens,
-                uses=p.uses,
-                ref_count=p.ref_count,
-                age_ticks=p.age,
-                age_seconds=snapshot.seconds_since(p.age),
-                text=texts.get(p.block_id),
+            Prefix.model_validate(prefix).model_copy(
+                update={"age_seconds": snapshot.seconds_since(prefix.age), "text": texts.get(prefix.block_id)}
             )
-            for p in snapshot.prefixes
+            for prefix in snapshot.prefixes
         ],
         stats=dataclasses.asdict(stats),
     )

@@ -50,7 +50,7 @@ class Engine(Protocol):
     def snapshot(self) -> EngineSnapshot:
         """Return pool, requests and counters between two steps; waits for the present step."""
 
-    def hottest_prefixes(self, limit: int = ..., max_tokens: int = 0) -> Sequence[Any]:
+    def hottest_prefixes(self, limit: int = ..., max_tokens: int = 0) -> tuple[Any, ...]:
         """Return the prefixes whose reuse saved the most, with their first tokens."""
 
     def block_records(self, block_ids: Any) -> Any:
