@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import socket
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -76,6 +79,56 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("# ours\nalice\n\n  bob  \n")
     assert read_keys(keys) == ("alice", "bob") and read_keys(None) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("server.toml", 'port = 9000\napi_keys = ["a", "b"]\nblock_size = 8\nmax_queue = 3\nprefix_caching = false\n'),
+        (
+            "server.json",
+            '{"port": 9000, "api_keys": ["a", "b"], "block_size": 8, "max_queue": 3, "prefix_caching": false}',
+        ),
+    ],
+)
+def test_a_config_file_sets_what_no_option_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    import pagedkv.cli.serve as serve
+
+    taken: list[Any] = []
+    monkeypatch.setattr(serve, "run", lambda *arguments: taken.extend(arguments))
+    file = tmp_path / name
+    file.write_text(text)
+    result = CliRunner().invoke(app, ["serve", "--config", str(file), "--max-queue", "7"])
+    assert result.exit_code == 0, result.output
+    _, engine, config = taken
+    assert (engine.block_size, engine.prefix_caching, engine.max_num_seqs) == (8, False, 256)
+    assert (config.port, config.api_keys, config.max_queue, config.host) == (9000, ("a", "b"), 7, "127.0.0.1")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("prot = 1\n", "prot is no setting"),
+        ("port = \n", "cannot be read"),
+        ('port = "x"\n', "--port"),
+        ("max_body = 0\n", "--max-body: expected at least 1"),
+    ],
+)
+def test_a_config_file_that_makes_no_sense(tmp_path: Path, text: str, told: str) -> None:
+    file = tmp_path / "server.toml"
+    file.write_text(text)
+    assert told in failure("--config", str(file))
+
+
+def test_options_have_the_names_and_the_defaults_of_the_library() -> None:
+    from pagedkv.cli.serve import EngineOptions
+    from pagedkv.engine import LLM
+
+    library = inspect.signature(LLM).parameters
+    options = [each for each in fields(EngineOptions) if each.name not in ("device", "dtype")]
+    assert {each.name: each.default for each in options} == {each.name: library[each.name].default for each in options}
 
 
 def test_help_has_examples() -> None:

@@ -9,7 +9,7 @@ import pytest
 from tests.server.asgi import RawRequest, client_of, events_of
 from tests.server.fakes import FakeEngine
 
-from pagedkv.errors import EngineDead, InvalidOperation, RequestRefused
+from pagedkv.errors import EngineDead, RequestRefused, bad_argument
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -158,7 +158,7 @@ async def test_too_long_prompts_are_told_the_numbers() -> None:
     [
         (RequestRefused("it needs 9 blocks, there are 4"), 400, "9 blocks"),
         (RequestRefused("the queue is full", retry_after=7), 429, "queue"),
-        (InvalidOperation("priority: expected at most 2, got 5"), 400, "at most 2"),
+        (bad_argument("priority", "at most 2", "5"), 400, "at most 2"),
         (EngineDead("a step failed"), 503, "engine"),
         (RuntimeError("secret words"), 500, "foresee"),
     ],

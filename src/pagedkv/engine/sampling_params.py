@@ -143,7 +143,7 @@ class SamplingParams:
         """
         for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
             for token in ids:
-                require_int(f"{name}: token id", token, 0, vocab_size - 1)
+                require_int(name, token, 0, vocab_size - 1)
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(self, name) is not None:
                 require_int(name, getattr(self, name), 0, vocab_size)
@@ -189,7 +189,7 @@ class SamplingParams:
     def _check_collections(self) -> None:
         self._set("stop", _strings("stop", self.stop))
         ids = _items("stop_token_ids", self.stop_token_ids)
-        self._set("stop_token_ids", tuple(require_int("stop_token_ids: token id", i, 0, MOST_TOKENS) for i in ids))
+        self._set("stop_token_ids", tuple(require_int("stop_token_ids", i, 0, MOST_TOKENS) for i in ids))
         if self.logit_bias is not None:
             self._set("logit_bias", _biases(self.logit_bias))
         if self.streaming is not None:
@@ -204,7 +204,7 @@ class SamplingParams:
             raise bad_argument("n", f"at most beam_width = {beam_width}", f"{self.n}")
         for name, default in UNLIKE_BEAMS.items():
             if getattr(self, name) != default:
-                raise InvalidOperation(f"{name}: does not go with beam_width, got {getattr(self, name)!r}")
+                raise InvalidOperation(f"{name}: does not go with beam_width, got {getattr(self, name)!r}", name)
         if not self.greedy:
             raise bad_argument("temperature", "0 with beam_width", f"{self.temperature}")
 
@@ -243,7 +243,7 @@ def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise bad_argument("logit_bias", "a mapping of token ids to numbers", f"{value!r}")
     return {
-        require_int("logit_bias: token id", token, 0, MOST_TOKENS): _require_float(
+        require_int("logit_bias", token, 0, MOST_TOKENS): _require_float(
             f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS
         )
         for token, bias in value.items()

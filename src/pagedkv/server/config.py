@@ -1,62 +1,55 @@
-"""ServerConfig: what the operator decides."""
+"""ServerConfig: the settings of a server, each spelled once for the library, the command line and a config file."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pagedkv.errors import bad_argument
 
-__all__ = ["ServerConfig"]
-
 MIB = 1 << 20
+_MODEL, _KEYS, _LIMITS, _SHOW = "The model", "Who may call", "Limits", "What to show"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    group: str | None = None,
+    flag: str | None = None,
+    env: str | None = None,
+    shown: str | bool = True,
+    from_file: bool = False,
+) -> Any:
+    """Return a field of a dataclass that is also an option of a command.
+
+    Parameters
+    ----------
+    default : object
+    help : str
+        What it means, in a line.
+    group : str, optional
+        The panel of the help.
+    flag : str, optional
+        The option, where it is not the name of the field with dashes.
+    env : str, optional
+        A variable of the environment that sets it, too.
+    shown : str or bool
+        Whether the help shows the default, or as what.
+    from_file : bool
+        Whether the option names a file that holds the value.
+    """
+    told = {"help": help, "group": group, "flag": flag, "env": env, "shown": shown, "from_file": from_file}
+    return field(default=default, metadata=told)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """What the operator of a server decides. All limits hold for the whole server.
 
-    Parameters
-    ----------
-    model_name : str
-        The name of the model in the API.
-    host, port : str, int
-        Where it listens; port 0 takes a free one.
-    api_keys : tuple of str
-        Who may call. None: everybody may.
-    operator_keys : tuple of str
-        Who may also see and clear the cache. None: everybody who may call, unless several tenants are kept apart.
-    shared_cache : bool
-        Let the holders of different keys reuse each other's prefixes.
-    max_queue : int
-        Sequences that may wait beyond those that the engine runs at once; more are answered with 429.
-    max_body : int
-        Bytes of a request body.
-    max_prompt_tokens : int, optional
-        Tokens of a prompt; None: what the model and the pool allow.
-    max_prompts : int
-        Prompts of one request.
-    request_timeout, body_timeout, write_timeout : float
-        Seconds: for a whole request, for its body to arrive, and for a client to take what is sent to it.
-    max_connections : int
-        HTTP requests under way at a time.
-    drain_timeout : float
-        Seconds that running requests have after SIGTERM.
-    allow_origins : tuple of str
-        Origins of web pages that may call; ``"*"`` for all.
-    chat_template : str, optional
-        A Jinja template instead of the tokenizer's.
-    vllm_metrics : bool
-        Export the metrics under vLLM's names, too.
-    show_tokens : bool
-        Let the cache endpoints show token text.
-    record_events : Path, optional
-        Write the KV events to this file.
-    events_endpoint : str, optional
-        Publish the KV events over ZMQ here.
-    log_format : {"text", "json"}
+    Every field is an option of ``pagedkv serve`` and a key of its ``--config`` file.
 
     Raises
     ------
@@ -64,32 +57,56 @@ class ServerConfig:
         A value makes no sense.
     """
 
-    model_name: str = "default"
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    operator_keys: tuple[str, ...] = ()
-    shared_cache: bool = False
-    max_queue: int = 256
-    max_body: int = 8 * MIB
-    max_prompt_tokens: int | None = None
-    max_prompts: int = 1024
-    request_timeout: float = 600.0
-    body_timeout: float = 30.0
-    write_timeout: float = 30.0
-    max_connections: int = 1024
-    drain_timeout: float = 30.0
-    allow_origins: tuple[str, ...] = ()
-    chat_template: str | None = None
-    vllm_metrics: bool = False
-    show_tokens: bool = False
-    record_events: Path | None = None
-    events_endpoint: str | None = None
-    log_format: Literal["text", "json"] = "text"
+    host: str = setting("127.0.0.1", "The address to listen on; 0.0.0.0 for all.")
+    port: int = setting(8000, "0 takes a free one.", flag="--port,-p")
+    model_name: str | None = setting(
+        None, "The name of the model in the API.", flag="--served-model-name", group=_MODEL, shown="that of the folder"
+    )
+    chat_template: str | None = setting(
+        None, "A Jinja template instead of the tokenizer's.", group=_MODEL, shown=False, from_file=True
+    )
+    api_keys: tuple[str, ...] = setting(
+        (),
+        "A key that may call; give it again for more. Other users of the machine can see it.",
+        flag="--api-key",
+        env="PAGEDKV_API_KEYS",
+        group=_KEYS,
+        shown=False,
+    )
+    operator_keys: tuple[str, ...] = setting(
+        (),
+        "A key that may also see and clear the cache of all.",
+        flag="--operator-key",
+        env="PAGEDKV_OPERATOR_KEYS",
+        group=_KEYS,
+        shown=False,
+    )
+    shared_cache: bool = setting(False, "Let different keys reuse each other's prefixes.", group=_KEYS)
+    allow_origins: tuple[str, ...] = setting(
+        (), "A web origin whose pages may call; * for all.", flag="--allow-origin", group=_KEYS, shown=False
+    )
+    max_queue: int = setting(256, "Texts that may wait beside those that are written.", group=_LIMITS)
+    max_body: int = setting(8 * MIB, "Bytes of a request body.", group=_LIMITS)
+    max_prompt_tokens: int | None = setting(
+        None, "Tokens of a prompt.", group=_LIMITS, shown="what model and pool allow"
+    )
+    max_prompts: int = setting(1024, "Prompts of one request.", group=_LIMITS)
+    max_connections: int = setting(1024, "HTTP requests under way at a time.", group=_LIMITS)
+    request_timeout: float = setting(600.0, "Seconds that a request may take.", group=_LIMITS)
+    body_timeout: float = setting(30.0, "Seconds in which its body must arrive.", group=_LIMITS)
+    write_timeout: float = setting(30.0, "Seconds that a client may not read.", group=_LIMITS)
+    drain_timeout: float = setting(30.0, "Seconds that requests have after SIGTERM.", group=_LIMITS)
+    vllm_metrics: bool = setting(False, "Export the metrics under vLLM's names, too.", group=_SHOW)
+    record_events: Path | None = setting(None, "Write the KV events to this file.", group=_SHOW, shown=False)
+    events_endpoint: str | None = setting(
+        None, "Publish the KV events over ZMQ: tcp://*:5557", group=_SHOW, shown=False
+    )
+    show_tokens: bool = setting(False, "Show token text of prompts in /v1/cache.", group=_SHOW)
+    log_format: Literal["text", "json"] = setting("text", "text or json.", group=_SHOW)
 
     def __post_init__(self) -> None:
         _check_numbers(self)
-        if not self.model_name:
+        if self.model_name == "":
             raise bad_argument("model_name", "a name", "an empty text")
         for name in ("api_keys", "operator_keys"):
             if not all(getattr(self, name)):
@@ -100,18 +117,31 @@ class ServerConfig:
             raise bad_argument("log_format", "'text' or 'json'", f"{self.log_format!r}")
 
 
-_LEAST = {"port": 0, "max_queue": 0, "max_body": 1, "max_prompts": 1, "max_connections": 1, "drain_timeout": 0}
+_parameters = "".join(
+    f"\n    {each.name} : {each.type}\n        {each.metadata['help']}" for each in fields(ServerConfig)
+)
+ServerConfig.__doc__ = str(ServerConfig.__doc__).replace(
+    "    Raises\n", f"    Parameters\n    ----------{_parameters}\n\n    Raises\n"
+)
+
+_LEAST = {
+    "port": 0,
+    "max_queue": 0,
+    "max_body": 1,
+    "max_prompt_tokens": 1,
+    "max_prompts": 1,
+    "max_connections": 1,
+    "drain_timeout": 0,
+}
 
 
 def _check_numbers(config: ServerConfig) -> None:
     for name, least in _LEAST.items():
         value = getattr(config, name)
-        if not value >= least or math.isinf(value):
+        if value is not None and (not value >= least or math.isinf(value)):
             raise bad_argument(name, f"at least {least}", f"{value}")
     if config.port > 65535:
         raise bad_argument("port", "at most 65535", f"{config.port}")
-    if config.max_prompt_tokens is not None and config.max_prompt_tokens < 1:
-        raise bad_argument("max_prompt_tokens", "at least 1", f"{config.max_prompt_tokens}")
     for name in ("request_timeout", "body_timeout", "write_timeout"):
         value = getattr(config, name)
         if not 0 < value < math.inf:

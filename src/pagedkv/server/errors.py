@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,8 +114,7 @@ def api_error_of(error: BaseException) -> ApiError:
             return ApiError(429, error.reason, code="queue_full", retry_after=error.retry_after)
         return ApiError(400, error.reason, code="request_too_large")
     if isinstance(error, InvalidOperation):
-        named = re.match(r"(\w+)(:| expects) ", error.reason)
-        return ApiError(400, error.reason, param=named and named[1], code="invalid_value")
+        return ApiError(400, error.reason, param=error.argument, code="invalid_value")
     if isinstance(error, ClientLeft):
         return ApiError(499, "the client left", code="client_left")  # nobody reads it, but the log does
     if isinstance(error, EngineDead):

@@ -181,7 +181,7 @@ def require_events(config: ServerConfig) -> None:
             open(config.record_events, "ab").close()
         except OSError as error:
             reason = f"record_events: cannot write {config.record_events}: {error.strerror}"
-            raise InvalidOperation(reason) from None
+            raise InvalidOperation(reason, "record_events") from None
     if config.events_endpoint is not None:
 
         async def bind() -> None:

@@ -60,7 +60,7 @@ class ServedModel:
         if config.max_prompt_tokens is not None:
             prompt_limit = min(prompt_limit, config.max_prompt_tokens)
         return cls(
-            name=config.model_name,
+            name=config.model_name or "default",
             tokenizer=engine.tokenizer,
             vocab_size=sizes.vocab_size,
             max_model_len=sizes.max_model_len,

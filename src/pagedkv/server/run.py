@@ -48,7 +48,7 @@ def listen(config: ServerConfig) -> socket.socket:
             raise
     except OSError as error:
         reason = error.strerror or error
-        raise InvalidOperation(f"host: cannot listen on {config.host}:{config.port}: {reason}") from None
+        raise InvalidOperation(f"host: cannot listen on {config.host}:{config.port}: {reason}", "host") from None
     return listener
 
 
