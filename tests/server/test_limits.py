@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import pytest
 from tests.server.asgi import RawRequest, client_of, events_of, until
 from tests.server.fakes import STORY, FakeEngine, story_tokens
+from tests.server.local import thread
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server import ServerConfig, create_app
@@ -118,22 +124,14 @@ async def test_who_reads_slowly_holds_nobody_up_and_misses_nothing() -> None:
     assert sum(len(choice["logprobs"]["tokens"]) for choice in choices) == count
 
 
-async def test_who_does_not_read_at_all_is_cut_off() -> None:
-    class Transport:
-        aborted = False
-
-        def abort(self) -> None:
-            self.aborted = True
-
+async def test_who_does_not_read_at_all_loses_the_request() -> None:
     engine = FakeEngine(delay=0.01)
     inner = create_app(engine, ServerConfig(model_name="tiny"))  # type: ignore[arg-type]
     request = RawRequest(SlowReaders(inner, 0.05), URL, {"prompt": "a", "max_tokens": 200, "stream": True})
-    request.transport = Transport()  # type: ignore[attr-defined]
     task = request.start()
     await until(lambda: len(request.sent) > 2)
     request.may_send.clear()
     await asyncio.wait_for(task, 5)
-    assert request.transport.aborted  # type: ignore[attr-defined]
     assert [call.ended for call in engine.calls] == ["aborted"] and inner.state.server.admission.inside == 0
 
 
@@ -200,3 +198,45 @@ async def test_observers_see_every_request() -> None:
 def test_a_config_that_makes_no_sense_names_the_field(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidOperation, match=next(iter(wrong))):
         ServerConfig(**wrong)
+
+
+# Over real sockets.
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[Any]:
+    with thread(FakeEngine(), body_timeout=0.5, max_connections=5, max_body=1_000_000) as server:
+        yield server
+
+
+def connected(served: Any) -> socket.socket:
+    parts = urlsplit(served.url)
+    return socket.create_connection((parts.hostname or "", parts.port or 0), timeout=10)
+
+
+def test_connections_without_a_request_lock_nobody_out(served: Any) -> None:
+    with ExitStack() as stack:
+        for place in range(200):
+            idle = stack.enter_context(closing(connected(served)))
+            idle.sendall((b"", b"GET /health HTTP/1.1\r\nHost:")[place % 2])
+        for _ in range(5):
+            assert httpx.get(f"{served.url}/health").status_code == 200
+
+
+def test_what_is_no_http(served: Any) -> None:
+    with closing(connected(served)) as connection:
+        connection.sendall(b"\x16\x03\x01 hello\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400")
+
+
+def test_a_refused_body_is_read_on_so_that_the_client_sees_the_answer(served: Any) -> None:
+    for _ in range(5):
+        answer = httpx.post(f"{served.url}/v1/completions", json={"prompt": "x" * 3_000_000}, timeout=20)
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
+def test_a_large_body_is_no_large_head(served: Any) -> None:
+    with httpx.Client(timeout=20) as client:
+        for size in (60_000, 70_000, 200_000, 900_000):
+            answer = client.post(f"{served.url}/v1/completions", json={"prompt": "x = 1\n" * (size // 8)})
+            assert answer.json()["error"]["code"] == "context_length_exceeded"

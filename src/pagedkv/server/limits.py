@@ -1,14 +1,11 @@
-"""Limits that hold before a route is asked: how many requests, whose bodies, how large and how slow."""
+"""Limits on requests before a route is asked: how many at a time, whose bodies, how large, how slow to come and go."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from contextlib import suppress
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from pagedkv.server.auth import is_known
 from pagedkv.server.config import ServerConfig
@@ -110,11 +107,8 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-# Cutting off clients that do not take what is sent to them.
-
-
 class SlowReaders:
-    """Wraps an application right below the HTTP server: a message that is not taken in time ends the connection.
+    """Middleware right below the HTTP server: ends a request whose client does not take what is sent to it.
 
     Parameters
     ----------
@@ -131,112 +125,26 @@ class SlowReaders:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        cut = False
+        is_late = False
 
         async def bounded(message: Message) -> None:
-            nonlocal cut
-            if cut:
-                raise ClientLeft("the client does not read")
-            try:
-                async with asyncio.timeout(self._seconds):
-                    await send(message)
-            except TimeoutError:
-                cut = True
-                _transport_of(send).abort()
-                raise ClientLeft("the client does not read") from None
+            nonlocal is_late
+            if not is_late:
+                try:
+                    async with asyncio.timeout(self._seconds):
+                        return await send(message)
+                except TimeoutError:
+                    is_late = True
+            raise ClientLeft("the client does not read")
 
         try:
             await self._app(scope, receive, bounded)
         except Exception:
-            if not cut:
+            if not is_late:
                 raise
 
 
-class _NoTransport:
-    def abort(self) -> None:
-        """Leave the connection to its server."""
-
-
-def _transport_of(send: Any) -> Any:
-    # Closing a connection the polite way waits until its buffer is read, here for ever; ASGI has no word for more.
-    return getattr(getattr(send, "__self__", None), "transport", None) or _NoTransport()
-
-
-# Limits of a connection before there is a request: how many, how long a head, how slow.
-
-logger = logging.getLogger("pagedkv.server")
-
-MOST_HEAD_BYTES = 64 << 10
-IDLE_PER_REQUEST = 4  # connections for each request that may be under way; clients keep some open
-
-
-def bounded_http(config: ServerConfig) -> type[asyncio.Protocol]:
-    """Return uvicorn's HTTP protocol that cuts off connections whose request does not come or whose head has no end."""
-
-    class BoundedHttp(HttpToolsProtocol):
-        _in_head = True
-        _head_bytes = 0
-        _complete = 0  # messages
-        _patience: asyncio.TimerHandle | None = None
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > IDLE_PER_REQUEST * config.max_connections:
-                transport.abort()
-            else:
-                self._wait_for_head()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
-            super().connection_lost(exc)
-
-        def data_received(self, data: bytes) -> None:
-            if self._in_head and self._patience is None:
-                self._wait_for_head()
-            complete = self._complete
-            super().data_received(data)
-            if self._in_head and self._complete == complete:
-                self._head_bytes += len(data)
-                if self._head_bytes > MOST_HEAD_BYTES:
-                    self._cut("a head of more than 64 KiB")
-
-        def on_headers_complete(self) -> None:
-            self._in_head, self._head_bytes = False, 0
-            self._stop_waiting()
-            super().on_headers_complete()
-
-        def on_message_complete(self) -> None:
-            self._in_head = True
-            self._complete += 1
-            super().on_message_complete()
-
-        def _wait_for_head(self) -> None:
-            self._patience = self.loop.call_later(config.body_timeout, self._cut, "no request in time")
-
-        def _stop_waiting(self) -> None:
-            if self._patience is not None:
-                self._patience.cancel()
-                self._patience = None
-
-        def _cut(self, why: str) -> None:
-            logger.info("a connection was cut off: %s", why)
-            self.transport.abort()
-
-    return BoundedHttp
-
-
-def raise_file_limit() -> None:
-    """Let the process have as many sockets as the system allows; where there is no such limit, do nothing."""
-    try:
-        import resource
-    except ImportError:
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# HeadRequests: HEAD where GET answers at once, as load balancers and ``curl -I`` ask.
+# HEAD where GET answers at once, as load balancers and ``curl -I`` ask.
 
 _PATHS = frozenset({"/", "/health", "/version", "/metrics", "/v1/models"})
 

@@ -19,7 +19,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.engine import Engine
-from pagedkv.server.limits import SlowReaders, bounded_http, raise_file_limit
+from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
 
@@ -80,7 +80,6 @@ def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], Non
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),
-        http=bounded_http(config),
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
@@ -91,6 +90,17 @@ def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], Non
         lifespan="on",
     )
     return _Server(settings, app.state.server, on_ready)
+
+
+def raise_file_limit() -> None:
+    """Let the process have as many sockets as the system allows; where there is no such limit, do nothing."""
+    try:
+        import resource
+    except ImportError:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def show_logs(config: ServerConfig) -> None:
