@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pagedkv.cli.info import cuda_devices
+from pagedkv.machine import cuda_devices
 
 _SCRIPTS = Path(__file__).parents[1] / "scripts"
 

@@ -18,9 +18,9 @@ from rich.text import Text
 
 import pagedkv
 from pagedkv.cli.block_map import BlockMap
-from pagedkv.cli.info import physical_memory
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import Failure, library_notices, notes, threads_for
+from pagedkv.machine import physical_memory
 from pagedkv.models import shipped_model_path
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import threading
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -19,6 +18,7 @@ from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
+from pagedkv.machine import free_memory
 
 # A progress bar, where one is wanted.
 
@@ -80,34 +80,6 @@ def default_blocks(model: Any, block_size: int, max_num_seqs: int) -> Callable[[
         return max(LEAST, min(wanted, affordable, MOST))
 
     return count
-
-
-def free_memory(device: Any = None) -> int:
-    """Return how many bytes are free on a torch device, the machine's memory by default."""
-    if getattr(device, "type", "cpu") == "cuda":
-        import torch
-
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = [_free_of_machine(), *_free_of_group()]
-    return min(free)
-
-
-def _free_of_machine() -> int:
-    try:
-        fields = Path("/proc/meminfo").read_text().split()
-        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
-    except (OSError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _free_of_group() -> list[int]:
-    """Return what a container leaves, if it limits memory."""
-    try:
-        group = Path("/sys/fs/cgroup")
-        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
-        return [max(0, int(most) - int(used))]
-    except (OSError, ValueError):  # no limit reads "max"
-        return []
 
 
 def _longest(model: Any) -> int | None:

@@ -6,7 +6,6 @@ import copy
 import logging
 import math
 import multiprocessing
-import os
 import re
 import signal
 import tempfile
@@ -24,6 +23,7 @@ import numpy as np
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
+from pagedkv.machine import usable_cores
 from pagedkv.sim import OPTIMAL
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
 from pagedkv.sim.trace import Trace
@@ -466,8 +466,7 @@ def _cells(
 
 def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:
     if jobs is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jobs = cores if num_cells * num_accesses >= _WORTH_PROCESSES else 1
+        jobs = usable_cores() if num_cells * num_accesses >= _WORTH_PROCESSES else 1
     return max(1, min(require_int("jobs", jobs, 1, 2**16), num_cells))
 
 

@@ -1,0 +1,68 @@
+"""What this machine has: cores, memory, CUDA devices; torch is not loaded to find them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def physical_memory() -> int | None:
+    """Return the bytes of memory of the machine; None where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def free_memory(device: Any = None) -> int:
+    """Return how many bytes are free on a torch device, the machine's memory by default."""
+    if getattr(device, "type", "cpu") == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = [_free_of_machine(), *_free_of_group()]
+    return min(free)
+
+
+def _free_of_machine() -> int:
+    try:
+        fields = Path("/proc/meminfo").read_text().split()
+        return int(fields[fields.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
+        return (physical_memory() or 0) // 2
+
+
+def _free_of_group() -> list[int]:
+    """Return what a container leaves, if it limits memory."""
+    try:
+        group = Path("/sys/fs/cgroup")
+        most, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        return [max(0, int(most) - int(used))]
+    except (OSError, ValueError):  # no limit reads "max"
+        return []
+
+
+def cuda_devices() -> list[str]:
+    """Return the names of the GPUs; the driver itself is asked, as torch takes seconds to import."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return []
+    count, device, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(128)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return []
+    names = []
+    for number in range(count.value):
+        if driver.cuDeviceGet(ctypes.byref(device), number) or driver.cuDeviceGetName(name, len(name), device):
+            continue
+        names.append(name.value.decode(errors="replace"))
+    return names
