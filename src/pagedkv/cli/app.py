@@ -1,4 +1,4 @@
-"""The commands and their options. What a command needs is imported when it runs, so that ``--help`` is quick."""
+"""The command line application and its commands; what a command needs is imported when it runs."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pagedkv.cli.terminal import Failure, failures_in_one_line, notes, output
+from pagedkv.cli.terminal import DebugOption, Failure, JsonOption, failures_in_one_line, notes, output, print_json
 from pagedkv.errors import MissingExtra
 from pagedkv.format import duration
 
@@ -80,8 +79,8 @@ def warmup(
         ),
     ] = None,
     engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Scheduling, sampling and the server.")] = True,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
 ) -> None:
     """Compile; the help text is `EXAMPLES`."""
     with failures_in_one_line(debug):
@@ -99,7 +98,7 @@ def warmup(
             work["engine"] = use_engine
         report = compile_all(work)
         if json:
-            sys.stdout.write(msgspec.json.encode(report).decode() + "\n")
+            print_json(msgspec.json.encode(report))
         else:
             _print(report)
 
