@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import time
 import zlib
@@ -172,3 +173,30 @@ def test_snapshots_come_four_times_a_second_at_most(engine):
         return time.monotonic() - started
 
     assert asyncio.run(watch()) >= 0.7
+
+
+def test_one_snapshot_serves_all_who_ask_at_once():
+    engine = FakeEngine(64)
+
+    async def ask():
+        source = SnapshotSource(engine, interval=60)
+        first = await asyncio.gather(*(source.now() for _ in range(20)))
+        return {id(snapshot) for snapshot in first}, source.taken
+
+    seen, taken = asyncio.run(ask())
+    assert len(seen) == 1 and taken == 1 == engine.snapshots
+
+
+def test_a_costly_snapshot_is_taken_less_often():
+    engine = FakeEngine(64)
+    cheap = engine.snapshot
+    engine.snapshot = lambda: dataclasses.replace(cheap(), cost=3.0)
+
+    async def ask():
+        source = SnapshotSource(engine, interval=0.0)
+        await source.now()
+        await asyncio.sleep(0.01)
+        await source.now()
+        return source.taken
+
+    assert asyncio.run(ask()) == 1

@@ -1,4 +1,4 @@
-"""The commands and their options. What a command needs is imported when it runs, so that ``--help`` is quick."""
+"""The command line application and its commands; what a command needs is imported when it runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import bench, plan, replay, serve, top, trace
+from pagedkv.cli import bench, plan, replay, serve, top, trace, warmup
 from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, option, say_error
 
 __all__ = ["app"]
@@ -199,3 +199,4 @@ app.command(help=plan.EXAMPLES)(plan.plan)
 app.command(help=serve.EXAMPLES)(serve.serve)
 app.command(help=top.EXAMPLES)(top.top)
 app.command(help=bench.EXAMPLES)(bench.bench)
+app.command(help=warmup.EXAMPLES)(warmup.warmup)

@@ -1,4 +1,4 @@
-"""The pool as a map: one cell a block, drawn from a frozen snapshot."""
+"""Block map of a pool: one cell a block, drawn from a frozen snapshot."""
 
 from __future__ import annotations
 

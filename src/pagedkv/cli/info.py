@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -54,6 +55,8 @@ class Info(msgspec.Struct):
     backends : dict
         Attention backend to whether it can run here.
     shipped_model : ModelInfo or None
+    compiled_code : str or None
+        The directory that compiled kernels are kept in; None where they cannot be kept.
     """
 
     pagedkv: str
@@ -64,6 +67,7 @@ class Info(msgspec.Struct):
     cuda_devices: list[str]
     backends: dict[str, bool]
     shipped_model: ModelInfo | None
+    compiled_code: str | None
 
 
 def gather_info() -> Info:
@@ -78,6 +82,7 @@ def gather_info() -> Info:
         cuda_devices=devices,
         backends={name: _can_run(name, devices) for name in _BACKENDS},
         shipped_model=_shipped_model(),
+        compiled_code=_compiled_code(),
     )
 
 
@@ -105,6 +110,7 @@ def _lines(info: Info) -> list[tuple[str, str]]:
         ("device", ", ".join(info.cuda_devices) or "cpu (no CUDA device found)"),
         ("attention backends", ", ".join(f"{name}{'' if ok else ' (no)'}" for name, ok in info.backends.items())),
         ("shipped model", f"{model.path} ({model.megabytes:.1f} MB)" if model else "missing"),
+        ("compiled code", info.compiled_code or "not kept: no directory can be written to, see NUMBA_CACHE_DIR"),
     ]
 
 
@@ -120,6 +126,13 @@ def _can_run(backend: str, devices: list[str]) -> bool:
     if module.startswith("pagedkv.data.gpu") and not devices:
         return False
     return all(find_spec(name) for name in (*needs, module))
+
+
+def _compiled_code() -> str | None:
+    # In a process of its own, as Numba takes a moment to import and knows where it would write.
+    code = "from pagedkv.jit import cache_directory; print(cache_directory() or '')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def _shipped_model() -> ModelInfo | None:

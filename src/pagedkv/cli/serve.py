@@ -1,4 +1,4 @@
-"""``pagedkv serve``: load a model, warm it up, listen, and say how to call."""
+"""``pagedkv serve``: load a model, warm it up, listen, and print how to call it."""
 
 from __future__ import annotations
 
@@ -184,9 +184,6 @@ def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig
         table.add_row(label, Text(value, overflow="fold"))
     console.print(Panel(table, title="pagedkv serves", title_align="left", expand=False, border_style="green"))
     console.print(Text(example_curl(url, with_key=bool(keys)) + "\n"), soft_wrap=True)
-
-
-# What ``pagedkv serve`` reads from files before it starts.
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:

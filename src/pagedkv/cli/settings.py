@@ -1,4 +1,4 @@
-"""Options of a command from the fields of a dataclass, and from a config file."""
+"""Command options from the fields of a dataclass, and from a config file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a command fails: one clear line on stderr and exit code 2; a traceback only where it was asked for."""
+"""Terminal output of commands: consoles, errors in one line, shared options, progress bars."""
 
 from __future__ import annotations
 
@@ -20,11 +20,9 @@ from rich.text import Text
 
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError
 
-# Where things are printed: results to stdout, everything about them to stderr.
-
 
 class _Output(Console):
-    """Says that nobody reads on, where rich would end the process with an exit code of its own."""
+    """Raises BrokenPipeError, where rich would end the process with an exit code of its own."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, "nobody reads the output any more")

@@ -1,4 +1,4 @@
-"""``pagedkv top``: look at a server or at a recorded file, in the terminal."""
+"""``pagedkv top``: watch a server, or a recorded file, in the terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 
 from pagedkv.cli.terminal import Failure, failures_in_one_line
-
-__all__ = ["EXAMPLES", "top"]
 
 EXAMPLES = """Watch the block pool of a server in the terminal.
 

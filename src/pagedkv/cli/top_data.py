@@ -1,4 +1,4 @@
-"""The block map of ``pagedkv top``: two cells a character, as many blocks in a cell as must be."""
+"""Data of ``pagedkv top``: rows, rates, snapshot sources, and the block map widget."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from pagedkv.cli.terminal import Failure
+from pagedkv.format import duration
 
 if TYPE_CHECKING:
     import httpx
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, RequestRecord
 
 
-# What ``pagedkv top`` shows, as pure functions of a frozen snapshot: rows, lines, and the cells of the map.
+# Rows, lines and cells of the map, as pure functions of a frozen snapshot.
 
 FAINT = 8
 """Added to the kind of a cell that does not stand out while others do."""
@@ -58,13 +59,6 @@ class Column:
     value: Callable[[RequestRecord], Any]
     text: Callable[[Any], str] = "{:,}".format
     is_number: bool = True
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a few characters."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def short_id(request_id: str) -> str:
@@ -185,7 +179,7 @@ def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCel
     return MapCells(kinds, per_cell)
 
 
-# Rates and their course, from one snapshot to the next.
+# Rates, from one snapshot to the next.
 
 POINTS = 240
 RATE_SECONDS = 2.0
@@ -266,7 +260,7 @@ class History:
         return next((entry for entry in reversed(self._seen) if now - entry[0] >= seconds), self._seen[0])
 
 
-# Where ``pagedkv top`` gets its snapshots: a server, or a file that holds some.
+# Sources of snapshots: a server, or a recorded file.
 
 BIN_32 = 0xC6
 MAX_FRAME_BYTES = 2**30
@@ -423,7 +417,7 @@ class Recording:
 
 
 def _frames(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield (offset, bytes) of each snapshot; what a recording that was cut short left at the end is let go."""
+    """Yield (offset, bytes) of each snapshot; what a recording that was cut short left at the end is skipped."""
     try:
         total = path.stat().st_size
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The terminal view: widgets around the pure rows."""
+"""Screen of ``pagedkv top``: widgets around the pure rows."""
 
 from __future__ import annotations
 
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from pagedkv.engine.snapshot import EngineSnapshot
 
 
-# What the keys and the colours of ``pagedkv top`` mean.
-
 _KEYS = (
     ("Tab", "from the table to the map and back"),
     ("↑ ↓ ← →", "walk over the blocks, or the rows"),
@@ -51,8 +49,8 @@ _KINDS = (
     ("free", "holds nothing"),
     ("active", "held by one sequence"),
     ("shared", "held by several: a common prefix, a fork"),
-    ("cached", "held by nobody, still findable, first to be given up"),
-    ("pinned", "never given up"),
+    ("cached", "not held, still findable, first to be reclaimed"),
+    ("pinned", "never reclaimed"),
 )
 
 

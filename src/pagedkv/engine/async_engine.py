@@ -23,7 +23,7 @@ from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import EngineDead, PagedKvError
 
-# From the engine's thread to a coroutine: the latest output, never a queue that grows.
+# Outputs for coroutines: the latest one, never a queue that grows.
 
 News = RequestOutput | PagedKvError
 
@@ -78,7 +78,7 @@ def deliver(by_loop: Mapping[asyncio.AbstractEventLoop, Sequence[tuple[Stream, N
     Returns
     -------
     list of Stream
-        Those whose loop is closed: nobody will ever read them.
+        Those whose loop is closed: they are never read.
     """
     lost: list[Stream] = []
     for loop, news in by_loop.items():
@@ -334,7 +334,7 @@ class AsyncEngine:
                 if self._core.has_work:
                     self._deliver(self._core.step())
             self._end(EngineDead("it was shut down"), None)
-        except BaseException as error:  # whatever a model can raise: nobody may wait for ever
+        except BaseException as error:  # whatever a model can raise: no reader may wait for ever
             logger.exception("a step of the engine failed")
             self._end(EngineDead(f"a step failed: {type(error).__name__}: {error}"), error)
 

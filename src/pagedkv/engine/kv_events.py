@@ -1,4 +1,4 @@
-"""What is stored and removed, as batches in the format that vLLM publishes and that routers and our simulator read."""
+"""KV events as batches in the format that vLLM publishes and that routers and the simulator read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine at one moment, frozen: what the page, the terminal view and recorded files are drawn from."""
+"""Engine snapshots and counters: what the page, the terminal view and recorded files are drawn from."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ class EngineStats:
         Requests that came to their end, aborted ones not counted.
     aborted_requests : int
     prompt_tokens : int
-        Tokens of the prompts of all requests that were let in.
+        Tokens of the prompts of all requests that were admitted.
     generation_tokens : int
         Tokens generated.
     prefix_queries, prefix_hits : int
-        Prompt tokens looked up in the cache when a request was first let in, and those found.
+        Prompt tokens looked up in the cache when a request was first admitted, and those found.
     draft_tokens, accepted_tokens : int
         Tokens guessed by prompt lookup, and those that turned out right.
     blocks_total, blocks_used, blocks_cached, blocks_free : int
@@ -74,7 +74,7 @@ class EngineStats:
     evictions : int
         Sequences evicted by the cache itself.
     reclaimed : int
-        Cached blocks given up for a new use.
+        Cached blocks reclaimed for a new use.
     steps : int
         Forward passes.
     busy_seconds : float
@@ -112,9 +112,6 @@ class EngineStats:
     def bookkeeping_seconds(self) -> float:
         """Seconds of all steps outside of the model and the sampler."""
         return self.busy_seconds - self.forward_seconds - self.sampling_seconds
-
-
-# What a snapshot of the engine holds.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +164,7 @@ class EngineSnapshot:
     owner : int32 [num_blocks]
         Index into `requests` of one that holds the block, −1 if none does.
     depth : uint16 [num_blocks]
-        Blocks before it in its prefix, at most 65,535; 0 for blocks that nobody can find.
+        Blocks before it in its prefix, at most 65,535; 0 for blocks that cannot be found.
     age : uint32 [num_blocks]
         Ticks since its last use; 0 for a free block.
     requests : tuple of RequestRecord
@@ -210,7 +207,7 @@ class EngineSnapshot:
         return self.tables[start : start + self.requests[place].blocks]
 
     def seconds_since(self, age: int) -> float | None:
-        """Return how many seconds an age in ticks is, interpolated; None where nobody noted the time."""
+        """Return how many seconds an age in ticks is, interpolated; None where the time was not noted."""
         if not self.clock:
             return None
         ticks, seconds = zip(*self.clock, strict=True)
@@ -222,7 +219,7 @@ class EngineSnapshot:
         return dict(zip(BLOCK_KINDS, numbers, strict=True))
 
 
-# Snapshots as bytes: for the page, for ``/v1/cache/snapshot`` and for recorded files.
+# The wire format: for the page, ``/v1/cache/snapshot`` and recorded files.
 
 VERSION = 1
 MAX_BLOCKS = 2**31
@@ -342,7 +339,7 @@ def _lies_below(values: npt.NDArray[Any], end: int, least: int) -> bool:
     return not len(values) or (int(values.min()) >= least and int(values.max()) < end)
 
 
-# TickClock: when the ticks of a cache were, so that ages can be told in seconds.
+# Ticks of a cache to seconds.
 
 SECONDS_APART = 0.25
 MOST_POINTS = 128

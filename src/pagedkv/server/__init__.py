@@ -1,4 +1,4 @@
-"""The server: one engine behind the HTTP API that OpenAI's clients speak."""
+"""The HTTP server: one engine behind the API that OpenAI's clients speak."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is in the cache: blocks by state, the requests, the hottest prefixes."""
+"""Routes for operators: health, version, models, the cache, and clearing it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from pagedkv.engine.snapshot import encode
 from pagedkv.server.auth import Client, Operator
 from pagedkv.server.live import Snapshots
 from pagedkv.server.state import Server, ServerState
-
-# Is it alive, and which version is it?
 
 health_router = APIRouter(tags=["server"])
 
@@ -50,8 +48,6 @@ async def version() -> Version:
     return Version(version=__version__)
 
 
-# Which models there are: one.
-
 models_router = APIRouter(tags=["models"], dependencies=[Client])
 
 
@@ -66,7 +62,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them."""
+    """All models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -90,13 +86,11 @@ async def get_model(name: str, server: Server) -> Model:
     return _only_model(server)
 
 
-# Forgetting what is cached.
-
 clear_router = APIRouter(tags=["cache"], dependencies=[Operator])
 
 
 class Cleared(BaseModel):
-    """What was forgotten."""
+    """How much was cleared."""
 
     cleared_blocks: int = Field(description="Cached blocks that became free. Those in use stay.")
 
@@ -125,8 +119,8 @@ class Blocks(BaseModel):
     free: int
     active: int = Field(description="Held by one sequence.")
     shared: int = Field(description="Held by several sequences.")
-    cached: int = Field(description="Held by nobody, still findable.")
-    pinned: int = Field(description="Never given up, whoever holds them.")
+    cached: int = Field(description="Not held, still findable.")
+    pinned: int = Field(description="Never reclaimed.")
 
 
 class CachedRequest(BaseModel):

@@ -1,4 +1,4 @@
-"""The admission: how many sequences the server lets in."""
+"""Admission control: how many sequences may be under way at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""create_app: the routes, around one engine."""
+"""The ASGI application: ``create_app`` puts the routes around one engine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from pagedkv.server.logs import RequestLog
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import complete_openapi
 from pagedkv.server.state import ServerState
-
-# The routes of the server and what runs beside them: the one list that a new part is added to.
 
 ROUTERS: tuple[APIRouter, ...] = (
     admin.health_router,

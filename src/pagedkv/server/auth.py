@@ -1,4 +1,4 @@
-"""Who may call, and whose prefixes a call may reuse."""
+"""Authentication by API key, and the tenant whose prefixes a request may reuse."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server
-
-__all__ = ["Caller", "Client", "Operator", "caller_of", "is_known", "salt_of"]
 
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys, where it has any.")
 Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]

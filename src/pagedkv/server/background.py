@@ -1,4 +1,4 @@
-"""A task that runs beside the server."""
+"""Background tasks beside the server."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
-
-__all__ = ["in_background"]
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: answer a conversation."""
+"""Chat completions: ``/v1/chat/completions`` and chat templates."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import ChatChunk, ChatCompletion, ChatMessage, ChatRequest
 from pagedkv.server.state import Server, ServerState
 
-# From the messages of a chat to the text that the model goes on from.
-
 PLAIN_STOPS = ("\nuser:", "\nsystem:")
-"""Where an answer ends in the plain form: the model begins to speak for somebody else."""
+"""Where an answer ends in the plain form: the model begins to speak for another role."""
 
 
 def has_template(model: ServedModel) -> bool:

@@ -1,4 +1,4 @@
-"""``/v1/completions``: go on from prompts."""
+"""Text completions: ``/v1/completions``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
 from pagedkv.server.state import Server, ServerState
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["completions"])
 DEFAULT_MAX_TOKENS = 16

@@ -1,4 +1,4 @@
-"""ServerConfig: the settings of a server, each spelled once for the library, the command line and a config file."""
+"""Server configuration: each setting is spelled once for the library, the command line and a config file."""
 
 from __future__ import annotations
 

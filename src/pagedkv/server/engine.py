@@ -1,4 +1,4 @@
-"""What the server needs of an engine: a protocol, and the only object through which it reaches one."""
+"""The engine protocol: the one object through which the server reaches an engine."""
 
 from __future__ import annotations
 

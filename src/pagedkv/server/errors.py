@@ -1,4 +1,4 @@
-"""Every failure as the JSON object that OpenAI's clients expect."""
+"""Error responses: every failure as the JSON object that OpenAI's clients expect."""
 
 from __future__ import annotations
 
@@ -12,16 +12,6 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from pagedkv.errors import EngineDead, InvalidOperation, RequestRefused
-
-__all__ = [
-    "ApiError",
-    "ClientLeft",
-    "ErrorBody",
-    "ErrorResponse",
-    "api_error_of",
-    "error_response",
-    "install_error_handlers",
-]
 
 _TYPES = {
     400: "invalid_request_error",
@@ -54,7 +44,7 @@ class ErrorResponse(BaseModel):
 
 
 class ClientLeft(OSError):
-    """Nobody waits for the answer any more."""
+    """The client does not wait for the answer any more."""
 
 
 class ApiError(HTTPException):
@@ -106,7 +96,7 @@ def error_response(error: ApiError) -> JSONResponse:
 
 
 def api_error_of(error: BaseException) -> ApiError:
-    """Return how an error of the engine, or one that nobody foresaw, is answered."""
+    """Return how an error of the engine, or an unforeseen one, is answered."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestRefused):
@@ -116,7 +106,7 @@ def api_error_of(error: BaseException) -> ApiError:
     if isinstance(error, InvalidOperation):
         return ApiError(400, error.reason, param=error.argument, code="invalid_value")
     if isinstance(error, ClientLeft):
-        return ApiError(499, "the client left", code="client_left")  # nobody reads it, but the log does
+        return ApiError(499, "the client left", code="client_left")  # for the log
     if isinstance(error, EngineDead):
         return ApiError(503, "the engine has stopped", code="engine_dead")
     return ApiError(500, "the server met an error that it did not foresee", code="internal_error")

@@ -1,4 +1,4 @@
-"""KV events for others: over ZMQ as vLLM publishes them, and in a file that ``pagedkv replay`` reads."""
+"""KV events over ZMQ, as vLLM publishes them, and in a file that ``pagedkv replay`` reads."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.server.background import in_background
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.state import ServerState
-
-__all__ = ["EventPublisher", "EventRecorder", "kv_events", "replay_endpoint_of", "require_events"]
 
 logger = logging.getLogger("pagedkv")
 
@@ -103,7 +101,7 @@ class EventPublisher:
         self._context.destroy(linger=200)
 
     async def publish(self, payload: bytes) -> None:
-        """Send a batch to all who listen; nobody is waited for."""
+        """Send a batch to all subscribers, without waiting for any."""
         number = self._next
         self._next += 1
         self._kept.append((number, payload))

@@ -1,4 +1,4 @@
-"""Generation: the requests to the engine behind one HTTP request."""
+"""Generation: the engine requests of one HTTP request, their deltas, and the stream of server-sent events."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def _refuse_abort(output: RequestOutput) -> None:
         raise _aborted()
 
 
-# What is new in texts that are handed out as a whole again and again.
+# Deltas: what is new in texts that the engine hands out as a whole each time.
 
 Ending = Literal["stop", "length"]
 
@@ -319,7 +319,7 @@ def whole(output: CompletionOutput) -> TextDelta:
     return TextDelta(output.text, tuple(output.token_ids), output.logprobs, ending, output.stop_reason)
 
 
-# Server-sent events of a request that runs.
+# Server-sent events.
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 DONE = b"data: [DONE]\n\n"

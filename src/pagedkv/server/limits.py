@@ -1,4 +1,4 @@
-"""Limits on requests before a route is asked: how many at a time, whose bodies, how large, how slow to come and go."""
+"""Request limits: how many at a time, whose bodies, how large, how slow to arrive and to be read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Limits:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > config.max_body:
             return self._too_large()
-        # Every POST takes a key, and nobody's body is read before it is known who sends it.
+        # Every POST takes a key, and no body is read before its key is known.
         if scope["method"] == "POST" and not is_known(config, headers.get(b"authorization")):
             message = "expected the header Authorization: Bearer <key> with a key that the server knows"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **_CLOSE})
@@ -65,7 +65,7 @@ class Limits:
         return ApiError(413, message, code="body_too_large", headers=_CLOSE)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Count what comes, and do not wait for it for ever."""
+        """Count what comes, and wait for it until the deadline only."""
         total, complete = 0, False
         deadline = asyncio.get_running_loop().time() + self._config.body_timeout
 

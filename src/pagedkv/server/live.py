@@ -1,4 +1,4 @@
-"""The live page at ``/`` and the stream that it draws: server-sent events, one snapshot each."""
+"""Live snapshots: the page at ``/`` and the server-sent events that it draws."""
 
 from __future__ import annotations
 
@@ -22,15 +22,13 @@ from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
 
-# SnapshotSource: one snapshot for all who look, never more of them than the engine hardly notices.
-
 SHORTEST_INTERVAL = 0.25
 SHARE_OF_TIME = 0.02
 """Snapshots take at most this part of the time: a pool that takes 20 ms to copy is copied once a second."""
 
 
 class SnapshotSource:
-    """Takes snapshots of an engine when somebody asks, and gives the same one to all who ask at about the same time.
+    """Takes snapshots of an engine on demand, and gives the same one to all who ask at about the same time.
 
     Parameters
     ----------
@@ -144,7 +142,7 @@ async def page_file(name: str) -> Response:
     responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events without an end."}},
 )
 async def stream(server: Server, snapshots: Snapshots) -> StreamingResponse:
-    """Stream snapshots: at most four a second, fewer for a slow reader, none while nobody reads."""
+    """Stream snapshots: at most four a second, fewer for a slow reader, none without a reader."""
     if snapshots.watchers >= MAX_WATCHERS:
         raise ApiError(503, f"{MAX_WATCHERS} readers watch already", code="too_many_watchers", retry_after=5)
     return StreamingResponse(

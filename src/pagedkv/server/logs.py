@@ -1,4 +1,4 @@
-"""One line of log a request: who, what, how long, how many tokens; never a prompt nor a text."""
+"""Request log: one line each with who, what, how long and how many tokens; never a prompt nor a text."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pagedkv.server.errors import ApiError, api_error_of, error_response
-
-__all__ = ["JsonFormatter", "RequestLog", "note", "request_id_of"]
 
 logger = logging.getLogger("pagedkv.server")
 
@@ -39,7 +37,7 @@ def note(scope: Scope, **facts: Any) -> None:
 
 
 class RequestLog:
-    """Middleware: logs every request, names it in the header x-request-id, and answers what nobody foresaw with 500."""
+    """Middleware: logs every request, names it in the header x-request-id, and answers unforeseen errors with 500."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""``/metrics`` for Prometheus: names after vLLM's with the prefix ``pagedkv:``, and under ``vllm:`` where wished."""
+"""Prometheus metrics at ``/metrics``: vLLM's names with the prefix ``pagedkv:``, and ``vllm:`` where wanted."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ from pagedkv.server.background import in_background
 from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
-
-# The counters of the engine as metrics, read when somebody asks for them.
 
 OURS = "pagedkv:"
 
@@ -61,17 +59,17 @@ _GAUGES = (
     ("num_requests_running", "Requests that hold blocks", "num_running"),
     ("num_requests_waiting", "Requests that hold none yet", "num_waiting"),
     ("kv_blocks_used", "Blocks that requests hold", "blocks_used"),
-    ("kv_blocks_cached", "Blocks that nobody holds and that are still findable", "blocks_cached"),
+    ("kv_blocks_cached", "Blocks that no request holds and that are still findable", "blocks_cached"),
     ("kv_blocks_available", "Blocks that an allocation can have: free, or cached and not pinned", "blocks_free"),
 )
 _COUNTERS = (
-    ("prompt_tokens", "Tokens of prompts that were let in", "prompt_tokens"),
+    ("prompt_tokens", "Tokens of prompts that were admitted", "prompt_tokens"),
     ("generation_tokens", "Tokens that were written", "generation_tokens"),
     ("prefix_cache_queries", "Prompt tokens looked up in the cache", "prefix_queries"),
     ("prefix_cache_hits", "Prompt tokens found in it", "prefix_hits"),
     ("num_preemptions", "Texts that lost their blocks to others and were computed again", "num_preemptions"),
     ("evictions", "Sequences evicted by the cache", "evictions"),
-    ("blocks_reclaimed", "Cached blocks given up for a new use", "reclaimed"),
+    ("blocks_reclaimed", "Cached blocks reclaimed for a new use", "reclaimed"),
     ("engine_steps", "Forward passes", "steps"),
     ("engine_busy_seconds", "Time of all steps", "busy_seconds"),
     ("engine_bookkeeping_seconds", "Of it outside of the model and the sampler", "bookkeeping_seconds"),
@@ -117,7 +115,7 @@ class EngineCounters(Collector):
         yield info
 
 
-# How long cached blocks live, how long they idle before they are reclaimed, and how soon they are used again.
+# Lifetimes of cached blocks: how long they live, idle before they are reclaimed, and wait for their next use.
 
 Seconds = npt.NDArray[np.float64]
 
@@ -199,8 +197,8 @@ _HISTOGRAMS = {
     "request_time_per_output_token_seconds": ("Mean time between the tokens of a request", _NEXT_TOKEN),
     "request_prompt_tokens": ("Tokens of the prompt of a request", _TOKENS),
     "request_generation_tokens": ("Tokens that were written for a request", _TOKENS),
-    "kv_block_lifetime_seconds": ("From when a block is stored until it is given up, of a sample", _BLOCK_SECONDS),
-    "kv_block_idle_before_evict_seconds": ("From the last use of a block until it is given up", _BLOCK_SECONDS),
+    "kv_block_lifetime_seconds": ("From when a block is stored until it is reclaimed, of a sample", _BLOCK_SECONDS),
+    "kv_block_idle_before_evict_seconds": ("From the last use of a block until it is reclaimed", _BLOCK_SECONDS),
     "kv_block_reuse_gap_seconds": ("Between two uses of a block by different sequences", _BLOCK_SECONDS),
 }
 

@@ -1,4 +1,4 @@
-"""ServedModel: the model as the API sees it: name, limits, text to tokens and back."""
+"""The served model: name, limits, tokenizing and detokenizing."""
 
 from __future__ import annotations
 
@@ -161,8 +161,6 @@ class ServedModel:
     async def _beside(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, call)
 
-
-# TokenText: single tokens as text and as bytes.
 
 LEAST = -9999.0  # JSON has no infinity
 

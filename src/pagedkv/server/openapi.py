@@ -1,4 +1,4 @@
-"""The OpenAPI document: what FastAPI does not know by itself."""
+"""OpenAPI document: what FastAPI does not know by itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""run: listen, serve, and drain when SIGTERM or SIGINT comes."""
+"""HTTP server process: listen, serve, and drain on SIGTERM or SIGINT."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
 
-__all__ = ["listen", "make_server", "run", "show_logs"]
-
 BACKLOG = 2048
-SECONDS_FOR_LAST_WORDS = 5
+GRACE_SECONDS = 5
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -84,7 +82,7 @@ def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], Non
         access_log=False,
         backlog=BACKLOG,
         server_header=False,
-        timeout_graceful_shutdown=SECONDS_FOR_LAST_WORDS,
+        timeout_graceful_shutdown=GRACE_SECONDS,
         timeout_keep_alive=30,
         ws="none",
         lifespan="on",
@@ -128,7 +126,7 @@ class _Server(uvicorn.Server):
             self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # uvicorn's closes the door first. Before that what is under way comes to its end, while whoever else asks is
+        # uvicorn's closes the listener first. Before that what is under way comes to its end, while other clients are
         # told that the server goes; what is not done in time is told, too, and its answer is still delivered.
         self._state.draining = True
         deadline = time.monotonic() + self._state.config.drain_timeout

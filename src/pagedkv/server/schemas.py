@@ -1,4 +1,4 @@
-"""What completions and chat have in common: how to sample, and what it cost."""
+"""Request and response bodies of the API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Text = Annotated[str, StringConstraints(min_length=0)]
 
 
 class Body(BaseModel):
-    """A JSON object of a client: wrong types are refused, fields that nobody knows are ignored."""
+    """A JSON object of a client: wrong types are refused, unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
@@ -145,7 +145,7 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptTokensDetails
 
 
-# The bodies of ``/v1/chat/completions``.
+# Of ``/v1/chat/completions``.
 
 
 class TextPart(Body):
@@ -156,7 +156,7 @@ class TextPart(Body):
 
 
 class ChatMessage(Body):
-    """What somebody said."""
+    """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
@@ -279,7 +279,7 @@ class ChatChunk(BaseModel):
     usage: Usage | None = None
 
 
-# The bodies of ``/v1/completions``.
+# Of ``/v1/completions``.
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 Tokens = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]

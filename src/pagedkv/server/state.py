@@ -1,4 +1,4 @@
-"""ServerState: what the routes of one server share."""
+"""Server state that the routes share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.engine import Engine
 from pagedkv.server.model import ServedModel, TokenText
-
-# The engine's ids of requests: those of the answers, so that operators and clients speak of the same.
 
 
 class RequestIds:

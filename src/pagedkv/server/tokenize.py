@@ -1,4 +1,4 @@
-"""Text to tokens and back."""
+"""Tokenize and detokenize routes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from pagedkv.server.chat import encode_chat
 from pagedkv.server.errors import ApiError
 from pagedkv.server.schemas import Body, ChatMessage, Text, TokenId
 from pagedkv.server.state import Server
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["tokens"], dependencies=[Client])
 

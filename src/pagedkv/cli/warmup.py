@@ -1,0 +1,207 @@
+"""``pagedkv warmup``: compile the kernels ahead of the first call, and say where they are kept."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from pagedkv.cli.terminal import DebugOption, Failure, JsonOption, failures_in_one_line, notes, output, print_json
+from pagedkv.errors import MissingExtra
+from pagedkv.format import duration
+
+EXAMPLES = """Compile the kernels ahead, so that the first call does not.
+
+[bold]Examples[/bold]
+
+  pagedkv warmup
+
+  pagedkv warmup --strategy adaptive --dtype bfloat16
+
+  pagedkv warmup --no-engine --json
+
+  NUMBA_CACHE_DIR=/opt/kernels pagedkv warmup     (in an image; set it there for whoever runs, too)
+
+What is there already is not compiled again. The code is for this processor and this version of pagedkv.
+"""
+DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+
+
+class Part(msgspec.Struct):
+    """What was compiled for one use.
+
+    Attributes
+    ----------
+    name : str
+    functions : int
+        Compiled now; 0 where all were on the disk.
+    seconds : float
+    """
+
+    name: str
+    functions: int
+    seconds: float
+
+
+class Report(msgspec.Struct):
+    """What ``pagedkv warmup --json`` prints.
+
+    Attributes
+    ----------
+    directory : str or None
+        Where compiled code is kept; None where nothing can be kept.
+    parts : list of Part
+    """
+
+    directory: str | None
+    parts: list[Part]
+
+
+def warmup(
+    strategy: Annotated[
+        list[str] | None,
+        typer.Option("--strategy", "-s", help="Books of this strategy; again for more.", show_default="lru"),
+    ] = None,
+    dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dtype",
+            help="Attention over keys and values of this dtype; again for more: float32, bfloat16, float16, int8, fp8.",
+            show_default="float32, bfloat16",
+        ),
+    ] = None,
+    engine: Annotated[bool, typer.Option("--engine/--no-engine", help="Scheduling, sampling and the server.")] = True,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Compile; the help text is `EXAMPLES`."""
+    with failures_in_one_line(debug):
+        wanted = list(dtype or (("float32", "bfloat16") if find_spec("torch") else ()))
+        for name in wanted:
+            if name not in DTYPES:
+                raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {name}")
+        if wanted and find_spec("torch") is None:
+            raise MissingExtra("torch", "torch")
+        work: dict[str, Callable[[], None]] = {
+            f"books, {each}": partial(use_books, each) for each in strategy or ["lru"]
+        }
+        work |= {f"attention, {each}": partial(use_attention, each) for each in wanted}
+        if engine and find_spec("torch") and find_spec("transformers"):
+            work["engine"] = use_engine
+        report = compile_all(work)
+        if json:
+            print_json(msgspec.json.encode(report))
+        else:
+            _print(report)
+
+
+def compile_all(work: dict[str, Callable[[], None]]) -> Report:
+    """Run some work part by part, with a progress bar, and count what is compiled for it."""
+    from pagedkv.jit import cache_directory, watch_compiles
+
+    parts: list[Part] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _quiet(), Progress(*columns, TextColumn("{task.fields[now]}"), console=notes(), transient=True) as bar:
+        task = bar.add_task("", total=len(work), now="")
+        for name, use in work.items():
+            part, started = Part(name, 0, 0.0), time.perf_counter()
+            bar.update(task, description=name, now="")
+
+            def see(function: str, seconds: float, part: Part = part) -> None:
+                part.functions += 1
+                bar.update(task, now=f"{part.functions} functions, {function.rpartition('.')[2]}")
+
+            with watch_compiles(see):
+                use()
+            part.seconds = round(time.perf_counter() - started, 3)
+            parts.append(part)
+            bar.advance(task)
+    directory = cache_directory()
+    return Report(None if directory is None else str(directory), parts)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's own line about compiling away from the bar."""
+    logger = logging.getLogger("pagedkv")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _print(report: Report) -> None:
+    for part in report.parts:
+        count = f"{part.functions} functions compiled" if part.functions else "compiled before"
+        output().print(f"{part.name:<24} {count}, {duration(part.seconds)}", soft_wrap=True)
+    kept = report.directory or "nowhere: no directory can be written to, see NUMBA_CACHE_DIR"
+    output().print(f"kept in {kept}", soft_wrap=True)
+
+
+def use_books(strategy: str) -> None:
+    """Call everything that a BlockManager of this strategy compiles."""
+    from pagedkv import BlockManager
+
+    tokens = list(range(10))
+    manager = BlockManager(8, 4, strategy=strategy, on_full="evict")
+    manager.subscribe(lambda event: None)
+    manager.allocate(1, tokens)
+    manager.commit(manager.plan([1]))
+    manager.fork(1, 2)
+    manager.append(2, [5, 6])
+    manager.commit(manager.append_batch([1, 2], [7, 8]))
+    manager.append_batch([1, 2], counts=1)
+    manager.truncate(2, 9)
+    manager.pin(1)
+    manager.touch(2)
+    manager.match_prefix(tokens)
+    manager.free(1)
+    manager.unpin(1)
+    manager.allocate(3, tokens)
+    manager.allocate(4, 20)
+    manager.evict()
+    manager.allocate(5, 30)
+    manager.apply_streaming_llm(5, 2, 9)
+    manager.hottest_prefixes()
+    manager.clear_prefix_cache()
+    manager.check()
+
+
+def use_attention(dtype: str) -> None:
+    """Prefill and decode a sequence whose keys and values have this dtype."""
+    import torch
+
+    from pagedkv import PagedKvCache
+
+    of_queries = torch.bfloat16 if dtype in ("int8", "fp8") else getattr(torch, dtype)
+    cache = PagedKvCache(16, 16, num_kv_heads=2, head_dim=64, dtype=dtype)
+    cache.allocate(1, list(range(40)))
+    for plan in (cache.plan([1]), cache.append_batch([1], [7])):
+        count = len(plan.slot_mapping)
+        keys, queries = (torch.zeros(count, heads, 64, dtype=of_queries) for heads in (2, 4))
+        cache.write(0, keys, keys, plan)
+        cache.attend(0, queries, plan)
+        cache.commit(plan)
+
+
+def use_engine() -> None:
+    """Write a few tokens with the shipped model, greedily and sampled."""
+    from pagedkv.cli.loading import load_model
+    from pagedkv.engine import LLM, SamplingParams
+    from pagedkv.models import shipped_model_path
+
+    loaded = load_model(shipped_model_path(), "cpu")
+    llm = LLM(loaded.model, loaded.tokenizer, num_blocks=64)
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    sampled = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, top_k=40, seed=1, repetition_penalty=1.1)
+    llm.generate(["def fibonacci(n):", "import os"], [greedy, sampled])

@@ -1,0 +1,75 @@
+"""``pagedkv warmup``: what it compiles is on the disk afterwards, and is all that the first calls need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from tests.cli.commands import call
+
+from pagedkv.jit import cache_directory
+
+USE = """
+from pagedkv.jit import watch_compiles
+compiled = []
+with watch_compiles(lambda name, seconds: compiled.append(name)):
+    from pagedkv import BlockManager
+    manager = BlockManager(num_blocks=1000, block_size=16)
+    manager.allocate(1, list(range(100)))
+    manager.commit(manager.plan([1]))
+    manager.allocate(2, list(range(100)))
+    manager.append_batch([1, 2], [7, 8])
+    manager.free(1)
+    import torch
+    from pagedkv import PagedKvCache
+    cache = PagedKvCache(64, 16, 8, 128, dtype="bfloat16")
+    cache.allocate(1, 40)
+    q, k = torch.randn(1, 32, 128, dtype=torch.bfloat16), torch.randn(1, 8, 128, dtype=torch.bfloat16)
+    plan = cache.append_batch([1])
+    cache.write(0, k, k, plan)
+    cache.attend(0, q, plan)
+print(compiled)
+"""
+
+
+def test_what_was_compiled_once_is_not_compiled_again():
+    arguments = ("warmup", "--no-engine", "--dtype", "float32", "--json")
+    assert call(*arguments).exit_code == 0
+    told = json.loads(call(*arguments).stdout)
+    assert [(part["name"], part["functions"]) for part in told["parts"]] == [
+        ("books, lru", 0),
+        ("attention, float32", 0),
+    ]
+    assert told["directory"] == str(cache_directory())
+
+
+def test_for_people_it_says_where_the_code_is():
+    result = call("warmup", "--no-engine", "-s", "fifo", "--dtype", "float32")
+    assert result.exit_code == 0
+    assert "books, fifo" in result.stdout and f"kept in {cache_directory()}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [(["--dtype", "int4"], "--dtype: expected float32"), (["-s", "lru2"], "strategy: expected")],
+)
+def test_wrong_options_are_named(arguments, text):
+    result = call("warmup", "--no-engine", *arguments)
+    assert result.exit_code == 2 and text in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_the_first_calls_compile_nothing_after_it(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+
+    def run(*arguments):
+        done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    report = run("-c", "from pagedkv.cli import main; main()", "warmup", "--dtype", "bfloat16", "--json")
+    told = json.loads(report)
+    assert told["parts"][0]["functions"] > 0 and told["directory"].startswith(str(tmp_path))
+    assert run("-c", USE) == "[]"
