@@ -40,7 +40,7 @@ from pagedkv.data.simd import (
     tanh,
     zeros,
 )
-from pagedkv.jit import compiled
+from pagedkv.jit import called, compiled, inlined
 
 # What the CPU kernels are told: sizes, distances, rules; and how long their rows are.
 
@@ -116,7 +116,7 @@ AHEAD_BYTES = 8192
 """How far ahead of its use a row is asked for."""
 
 
-@compiled
+@inlined
 def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_bytes: int) -> tuple[int, int]:
     """Return how many tokens to visit per head, and how many tokens ahead to ask for rows.
 
@@ -127,7 +127,7 @@ def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_byt
     return (STEP if side_by_side else count), min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
 
 
-@compiled
+@inlined
 def score_tile(
     packed: Floats,
     num_heads: int,
@@ -154,7 +154,7 @@ def score_tile(
                 )
 
 
-@compiled
+@inlined
 def _score_keys(
     packed: Floats,
     at: int,
@@ -193,21 +193,21 @@ def _score_keys(
         store_half(scores, to + (i - first) * ROWS, sums(x0, x1, x2, x3, y0, y1, y2, y3))
 
 
-@compiled
+@called
 def rescale(scores: Floats, at: int, count: int, scales: Floats, scale_at: int) -> None:
     """Multiply the scores, or the weights, of four rows by the scale that each token's quantised numbers have."""
     for i in range(0, count * ROWS, LANES):
         store(scores, at + i, mul(load(scores, at + i), spread(scales, scale_at + i // ROWS)))
 
 
-@compiled
+@called
 def soft_cap(scores: Floats, at: int, count: int, cap: np.float32) -> None:
     """Turn scores, scaled by 1 / soft-cap, into soft-capped ones."""
     for i in range(at, at + count * ROWS, LANES):
         store(scores, i, mul(tanh(load(scores, i)), splat(cap)))
 
 
-@compiled
+@called
 def mask(
     scores: Floats,
     at: int,
@@ -231,7 +231,7 @@ def mask(
                 scores[at + i * ROWS + row] = NOTHING
 
 
-@compiled
+@inlined
 def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int) -> None:
     """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved."""
     before = load(partials, partial)
@@ -259,7 +259,7 @@ def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int,
                 store(partials, i, mul(load(partials, i), row_factor))
 
 
-@compiled
+@inlined
 def add_tile(
     partials: Floats,
     at: int,
@@ -287,7 +287,7 @@ def add_tile(
                 )
 
 
-@compiled
+@inlined
 def _add_values(
     partials: Floats,
     to: int,
@@ -342,7 +342,7 @@ SPLIT = 512
 """Positions of a work item: 2 MB of bfloat16 keys and values at 8 heads of 128."""
 
 
-@compiled
+@inlined
 def _first_position(seq_len: int, num_queries: int, window: int) -> int:
     """Return where to begin: at a tile's edge, so that the tiles of a query do not depend on the queries beside it."""
     return max(0, seq_len - num_queries - window + 1) // TILE * TILE
@@ -468,7 +468,7 @@ def attend_items(
             _combine(partials, some, first_query, num_queries, num_quads, sinks, out, shape, strides)
 
 
-@compiled
+@called
 def _locate(
     table: Array,
     hole: Array,
@@ -493,7 +493,7 @@ def _locate(
         value_at[i] = value_at[end - start - 1]
 
 
-@compiled
+@called
 def _gather_scales(
     pool: Floats,
     table: Array,
@@ -521,7 +521,7 @@ def _gather_scales(
             scales[to + head * SPLIT + i] = 0
 
 
-@compiled
+@called
 def _pack(
     queries: Array,
     first_query: int,
@@ -550,7 +550,7 @@ def _pack(
                 store(packed, to + i, mul(value, scale))
 
 
-@compiled
+@called
 def _clear(partials: Floats, at: int, count: int, size: int) -> None:
     for i in range(count):
         store(partials, at + i * size, splat(NOTHING))
@@ -558,7 +558,7 @@ def _clear(partials: Floats, at: int, count: int, size: int) -> None:
             store(partials, at + i * size + j, zeros())
 
 
-@compiled
+@called
 def _combine(
     partials: Floats,
     firsts: Ints,
