@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
+from pagedkv.validate import require_int
 
 MAX_COUNT = 2**62
 _SIGNED = 2**63
@@ -37,16 +38,6 @@ class BatchTokens(NamedTuple):
     known: bool
 
 
-def whole_number(name: str, value: Any, low: int = 0, high: int = MAX_COUNT) -> int:
-    """Return `value` as an int within [low, high]; anything else is InvalidOperation."""
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, (int, np.integer))):
-        raise bad_argument(name, "an int", f"{value!r}")
-    if not low <= value <= high:
-        limit = f"of at least {low}" if high == MAX_COUNT and value < low else f"in {low} … {high}"
-        raise bad_argument(name, f"an int {limit}", f"{value}")
-    return int(value)
-
-
 def fraction(name: str, value: Any) -> float:
     """Return `value` clamped to 0 … 1; NaN and what is no number is InvalidOperation."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)) or value != value:
@@ -56,7 +47,7 @@ def fraction(name: str, value: Any) -> float:
 
 def sequence_key(value: Any, name: str = "seq_id") -> int:
     """Return a sequence id as the signed 64-bit pattern that the arrays hold."""
-    key = whole_number(name, value, 0, 2 * _SIGNED - 1)
+    key = require_int(name, value, 0, 2 * _SIGNED - 1)
     return key if key < _SIGNED else key - 2 * _SIGNED
 
 
@@ -142,7 +133,7 @@ def parse_tokens(tokens: Any) -> Tokens:
     if is_count(tokens):
         if not isinstance(tokens, (int, float, np.number)):
             tokens = tokens.item()
-        return Tokens(whole_number("tokens", tokens), NO_IDS, False)
+        return Tokens(require_int("tokens", tokens), NO_IDS, False)
     ids = _id_array("tokens", tokens)
     return Tokens(len(ids), ids, True)
 
@@ -169,7 +160,7 @@ def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
 def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
     """Read one count for all, or a flat list of counts: int64 ``[n]``."""
     if is_count(counts):
-        return equal_counts(whole_number(name, counts, 0, MAX_COUNT // max(1, n)), n)
+        return equal_counts(require_int(name, counts, 0, MAX_COUNT // max(1, n)), n)
     if not _is_listing(counts):
         raise bad_argument(name, "a count, or one for each sequence", f"{counts!r}")
     return _listed_counts(name, counts, n)

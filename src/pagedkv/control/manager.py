@@ -20,7 +20,6 @@ from pagedkv.control.arguments import (
     sequence_key,
     sequence_keys,
     sequence_number,
-    whole_number,
 )
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, EventFeed
@@ -42,6 +41,7 @@ from pagedkv.control.strategies import (
 )
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo, hottest_prefixes
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
+from pagedkv.validate import require_int
 
 # The counters behind the fields of CacheStats, in their order.
 _STATS = "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split()
@@ -87,8 +87,8 @@ class BlockManager:
         prefix_caching: bool = True,
         on_full: str = "raise",
     ) -> None:
-        num_blocks = whole_number("num_blocks", num_blocks, 0, 2**31 - 2)
-        block_size = whole_number("block_size", block_size, 1, 2**31 - 1)
+        num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
+        block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         if on_full not in ("raise", "evict"):
             raise bad_argument("on_full", "'raise' or 'evict'", f"{on_full!r}")
         if not isinstance(prefix_caching, bool):
@@ -302,7 +302,7 @@ class BlockManager:
         with self._lock:
             row = self._row(key)
             record = self._state.sequence(row)
-            num_tokens = whole_number("num_tokens", num_tokens, 0, record.num_tokens)
+            num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
             if num_tokens < record.num_tokens:
                 hole = record.hole_len if num_tokens > record.hole_start else 0
                 self._score_before_release(row, (num_tokens + hole) // self.block_size)
@@ -372,7 +372,7 @@ class BlockManager:
             if num_tokens is None:
                 blocks = int(record.num_blocks)
             else:
-                num_tokens = whole_number("num_tokens", num_tokens, 0, int(record.num_tokens))
+                num_tokens = require_int("num_tokens", num_tokens, 0, int(record.num_tokens))
                 hole = int(record.hole_len) if num_tokens > record.hole_start else 0
                 blocks = -(-(num_tokens + hole) // self.block_size)
             record.pinned_blocks = blocks
@@ -464,8 +464,8 @@ class BlockManager:
             If window blocks that others share need private copies that do not fit.
         """
         key = sequence_key(seq_id)
-        sink = whole_number("sink_tokens", sink_tokens)
-        window = whole_number("window_tokens", window_tokens)
+        sink = require_int("sink_tokens", sink_tokens)
+        window = require_int("window_tokens", window_tokens)
         with self._lock:
             row = self._row(key)
             record = self._state.sequence(row)
@@ -632,7 +632,7 @@ class BlockManager:
         BlockNotFound
             If the pool has no such block.
         """
-        number = whole_number("block_id", block_id, 0, 2**32 - 1)
+        number = require_int("block_id", block_id, 0, 2**32 - 1)
         if number >= self.total_blocks:
             raise BlockNotFound(number)
         return KvBlock(self, number)
@@ -857,7 +857,7 @@ class BlockManager:
     def _checked_priority(self, priority: Any) -> int:
         strategy = self.eviction_strategy
         highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
-        return whole_number("priority", priority, 0, highest)
+        return require_int("priority", priority, 0, highest)
 
     def _copy(self, copies: Copies) -> None:
         """Note copies for the next plan; a cache with K and V makes them at once as well."""

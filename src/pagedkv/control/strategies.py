@@ -18,8 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
 from pagedkv.control import policies
 from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
 from pagedkv.control.learner import forget_notes, with_learner
@@ -28,6 +26,7 @@ from pagedkv.control.reclaim import PROBATION_SHARE
 from pagedkv.control.state import PolicyKernels, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.validate import require_int
 
 # Strategies by name: ``strategy="lru"``, the simulator and the command line look them up here.
 
@@ -146,11 +145,6 @@ def as_strategy(strategy: object) -> EvictionStrategy:
 MAX_PRIORITY = 2 ** (63 - policies.RECENCY_BITS) - 1
 
 
-def _require_int(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise bad_argument(name, f"an int in {low} … {high}", f"{value!r}")
-
-
 class _Recent:
     """Least recently used goes first: sequences, and blocks before anything else is known of them."""
 
@@ -217,7 +211,7 @@ class Priority(_Recent):
     levels: int
 
     def __post_init__(self) -> None:
-        _require_int("levels", self.levels, 1, MAX_PRIORITY + 1)
+        require_int("levels", self.levels, 1, MAX_PRIORITY + 1)
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
         """Score by priority, then by the last access."""
@@ -250,8 +244,8 @@ class StreamingLLM(_Recent):
     window_tokens: int
 
     def __post_init__(self) -> None:
-        _require_int("sink_tokens", self.sink_tokens, 0, 2**62)
-        _require_int("window_tokens", self.window_tokens, 0, 2**62)
+        require_int("sink_tokens", self.sink_tokens, 0, 2**62)
+        require_int("window_tokens", self.window_tokens, 0, 2**62)
 
     def __str__(self) -> str:
         return f"StreamingLLM(sink={self.sink_tokens}, window={self.window_tokens})"
@@ -271,7 +265,7 @@ class TTL(_Recent):
     ticks: int = 1000
 
     def __post_init__(self) -> None:
-        _require_int("ticks", self.ticks, 0, 2**32 - 1)
+        require_int("ticks", self.ticks, 0, 2**32 - 1)
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
         """Score by the tick at which the block expires."""

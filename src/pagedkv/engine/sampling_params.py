@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.validate import require_int
+from pagedkv.validate import require_flag, require_int, require_number
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: dividing by them says nothing else
 MOST_TOKENS = 2**31 - 1
@@ -116,8 +115,7 @@ class SamplingParams:
         self._check_floats()
         self._check_collections()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise bad_argument(name, "a bool", f"{getattr(self, name)!r}")
+            require_flag(name, getattr(self, name))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise bad_argument("min_tokens", f"at most max_tokens = {self.max_tokens}", f"{self.min_tokens}")
         if self.beam_width is not None:
@@ -181,7 +179,7 @@ class SamplingParams:
             "length_penalty": (-100.0, 100.0),
         }
         for name, (low, high) in bounds.items():
-            self._set(name, _require_float(name, getattr(self, name), low, high))
+            self._set(name, require_number(name, getattr(self, name), low, high))
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise bad_argument(name, "a number above 0", f"{getattr(self, name)}")
@@ -209,18 +207,6 @@ class SamplingParams:
             raise bad_argument("temperature", "0 with beam_width", f"{self.temperature}")
 
 
-def _require_float(name: str, value: object, low: float, high: float) -> float:
-    if isinstance(value, (bool, str, bytes)):
-        raise bad_argument(name, "a number", f"{value!r}")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        raise bad_argument(name, "a number", f"{value!r}") from None
-    if not (math.isfinite(number) and low <= number <= high):
-        raise bad_argument(name, f"a number in {low:g} … {high:g}", f"{value!r}")
-    return number
-
-
 def _items(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)):
         raise bad_argument(name, "a sequence of ints", f"{value!r}")
@@ -243,7 +229,7 @@ def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise bad_argument("logit_bias", "a mapping of token ids to numbers", f"{value!r}")
     return {
-        require_int("logit_bias", token, 0, MOST_TOKENS): _require_float(
+        require_int("logit_bias", token, 0, MOST_TOKENS): require_number(
             f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS
         )
         for token, bias in value.items()

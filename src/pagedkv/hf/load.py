@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pagedkv.control.arguments import whole_number
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
@@ -22,6 +21,7 @@ from pagedkv.hf.compat import has_changing_rope
 from pagedkv.hf.graphs import CudaRecorder
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
+from pagedkv.validate import require_int
 
 __all__ = ["load_runner"]
 
@@ -90,7 +90,7 @@ def load_runner(
     """
     if mode not in MODES:
         raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
-    whole_number("block_size", block_size, 1, 2**31 - 1)
+    require_int("block_size", block_size, 1, 2**31 - 1)
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
