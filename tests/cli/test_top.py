@@ -370,6 +370,18 @@ def test_snapshots_come_while_the_help_is_open():
     drive(source, script, interval=0.02)
 
 
+def test_a_snapshot_that_comes_while_the_view_is_left():
+    source = Live(FakeEngine(128))
+
+    async def script(app, pilot):
+        await app.query_one("#tiles").remove()
+        asked = source.asked
+        while source.asked < asked + 2:
+            await pilot.pause(0.02)
+
+    drive(source, script, interval=0.02)
+
+
 def test_no_server_at_all_ends_the_view_with_the_reason():
     source = Live(FakeEngine(16))
     source.trouble = Failure("no answer from http://test")

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 import pytest
-from tests.engine.fakes import FakeRunner, alone, request
+from tests.engine.fakes import VOCAB, FakeRunner, alone, request
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, AsyncEngine, EngineDead, RequestRefused, SamplingParams
@@ -202,6 +202,41 @@ def test_snapshots_and_clearing_come_between_steps():
         await task
         assert await engine.clear_prefix_cache() > 0
         assert engine.stats().blocks_cached == 0
+
+    run_with(test, runner=SlowRunner)
+
+
+def test_what_the_engine_shows_of_its_cache():
+    async def test(engine):
+        events = []
+        stop = engine.subscribe(events.append)
+        for last in (3, 4):
+            await collect(engine.generate([1] * 9 + [last], SamplingParams(max_tokens=2)))
+        stop()
+        cache = engine.llm.core.runner.cache
+        assert engine.cache_stats() == cache.stats and engine.cache_stats().prefix_hits == 1
+        hottest = engine.hottest_prefixes(max_tokens=5)
+        assert [(each.num_tokens, each.uses, each.token_ids) for each in hottest] == [(8, 2, (1,) * 5)]
+        stored = [int(event.block_id) for event in events]
+        assert len(stored) >= 2 and (engine.block_records(np.array(stored))["indexed"] == 1).all()
+        sizes = engine.sizes
+        assert (sizes.block_size, sizes.total_blocks, sizes.vocab_size) == (4, cache.total_blocks, VOCAB)
+        assert sizes.max_model_len == 4 * cache.total_blocks and sizes.bytes_per_block == 0
+
+    run_with(test)
+
+
+def test_reset_forgets_and_counts_from_zero():
+    async def test(engine):
+        fresh = engine.stats()
+        task = asyncio.ensure_future(collect(engine.generate([1] * 9, SamplingParams(max_tokens=60))))
+        await asyncio.sleep(0.03)
+        with pytest.raises(InvalidOperation, match="1 requests are under way"):
+            await engine.reset()
+        await task
+        assert engine.stats().steps and engine.stats().blocks_cached
+        assert await engine.reset() > 0
+        assert engine.stats() == fresh
 
     run_with(test, runner=SlowRunner)
 

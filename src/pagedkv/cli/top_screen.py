@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.css.query import NoMatches
 from textual.screen import ModalScreen
 from textual.widgets import DataTable, Footer, Input, Sparkline, Static
 from textual.worker import Worker, WorkerState
@@ -161,9 +163,13 @@ class TopApp(App[str | None]):
 
     def on_worker_state_changed(self, event: Worker.StateChanged) -> None:
         """Take what the source gave."""
-        if event.worker.group != "source" or not event.worker.is_finished or not self._view.children:
-            return  # without children the view is being left
+        if event.worker.group != "source" or not event.worker.is_finished:
+            return
         self._is_asking = False
+        with suppress(NoMatches):  # when the view is being left, its widgets go one by one
+            self._take(event)
+
+    def _take(self, event: Worker.StateChanged) -> None:
         if event.state is WorkerState.ERROR:
             self._fail(event.worker.error)
         elif event.state is WorkerState.SUCCESS:
