@@ -14,8 +14,6 @@ from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
 
-__all__ = ["PagedKvCache"]
-
 
 class PagedKvCache(BlockManager):
     """A paged KV cache that holds the real keys and values and attends over them.

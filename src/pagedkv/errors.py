@@ -21,22 +21,6 @@ Every error leaves the cache as it was before the call.
 
 from __future__ import annotations
 
-__all__ = [
-    "BlockNotFound",
-    "CorruptedState",
-    "EngineDead",
-    "InvalidLogits",
-    "InvalidOperation",
-    "MissingExtra",
-    "ModelConfigError",
-    "OutOfMemory",
-    "PagedKvError",
-    "ReplayFailed",
-    "RequestRefused",
-    "SequenceNotFound",
-    "TraceError",
-]
-
 
 class PagedKvError(Exception):
     """Base class of every error that pagedkv raises on purpose."""

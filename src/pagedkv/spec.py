@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pagedkv.errors import bad_argument
 from pagedkv.validate import require_choice, require_int
 
-__all__ = ["KvCacheSpec", "LayerSpec"]
-
 MAX_COUNT = 2**31 - 1
 """Block ids travel as int32."""
 

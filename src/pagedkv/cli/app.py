@@ -12,8 +12,6 @@ from typer.core import TyperGroup
 from pagedkv.cli import bench, plan, replay, serve, top, trace, warmup
 from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, option, say_error
 
-__all__ = ["app"]
-
 # typer brings its own copy of click or uses the installed one, by version; the exception tree is the same.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 

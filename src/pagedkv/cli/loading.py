@@ -13,8 +13,6 @@ from pagedkv.cli.terminal import Failure
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import KvCacheSpec
 
-__all__ = ["LoadedModel", "check_folder", "load_model", "torch_device"]
-
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -10,8 +10,6 @@ import numpy.typing as npt
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 
-__all__ = ["EvictionStrategy", "StrategyHooks"]
-
 Scores = npt.NDArray[np.int64]
 
 

@@ -23,8 +23,6 @@ from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import require_int
 
-__all__ = ["load_runner"]
-
 logger = logging.getLogger("pagedkv")
 
 MODES = ("auto", "ragged", "gather")
