@@ -162,6 +162,7 @@ def generate(
     json: Annotated[bool, option("--json", help="Print one JSON object, at the end.", panel=_OUTPUT)] = False,
     debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
+    """Write text; the help text is `_EXAMPLES`."""
     with failures_in_one_line(debug):
         from pagedkv.cli.generate import GenerateRequest
 

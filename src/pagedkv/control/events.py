@@ -128,7 +128,7 @@ class CacheSnapshot:
         pinned = self.pinned.copy()
         for info in self.sequences:
             if info.pinned:
-                pinned[info._table] = True  # as long as it lives it keeps all of its blocks
+                pinned[info.block_table] = True  # as long as it lives it keeps all of its blocks
         found = [pinned, self.ref_count > 1, self.ref_count == 1, self.cached]
         return np.select(found, [PINNED, SHARED, ACTIVE, CACHED], FREE).astype(np.uint8)
 

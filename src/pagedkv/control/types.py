@@ -108,6 +108,13 @@ class SequenceInfo:
         return block_ids_of(self._table.tolist())
 
     @property
+    def block_table(self) -> npt.NDArray[np.int32]:
+        """The same as a read-only array, int32 ``[num_blocks]``."""
+        table = self._table.view()
+        table.flags.writeable = False
+        return table
+
+    @property
     def num_blocks(self) -> int:
         """How many blocks the sequence has."""
         return len(self._table)

@@ -394,7 +394,7 @@ def take_snapshot(
     """
     now = time.monotonic()
     frozen = cache.snapshot()
-    held = {int(info.seq_id): info._table for info in frozen.sequences}
+    held = {int(info.seq_id): info.block_table for info in frozen.sequences}
     listed = [(_tables(request, held), request) for request in requests]
     listed.sort(key=lambda pair: not pair[0])
     place_of = {branch.seq_id: place for place, (_, request) in enumerate(listed) for branch in request.branches}
