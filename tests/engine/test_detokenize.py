@@ -189,6 +189,29 @@ def test_an_emoji_comes_out_whole(name):
     assert len(ids) > len(given_out)  # its bytes are several tokens
 
 
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n    return x\n", "naïve café — 東京 🚀🚀 ∑ \t\r\n", " leading", "", "🧑‍🚀" * 5]
+)
+def test_pieces_put_together_are_the_text(text):
+    tokenizer = tokenizer_of("shipped")
+    assert "".join(pieces(Detokenizer(tokenizer), encode(tokenizer, text))) == text
+
+
+def test_no_piece_ends_inside_of_a_character():
+    tokenizer = tokenizer_of("shipped")
+    ids = encode(tokenizer, "🚀東")
+    assert len(ids) > 2  # its characters take several tokens each, or this shows nothing
+    assert [piece for piece in pieces(Detokenizer(tokenizer), ids) if piece] == ["🚀", "東"]
+
+
+def test_bytes_that_are_no_text_come_out_at_the_end_as_the_decoder_shows_them():
+    tokenizer = tokenizer_of("shipped")
+    half = encode(tokenizer, "🚀")[:-1]
+    *before, last = pieces(Detokenizer(tokenizer), half)
+    assert before == [""] * len(half)
+    assert last == tokenizer.decode(half) != ""
+
+
 def test_a_prompt_that_ends_in_half_a_character():
     tokenizer = tokenizer_of("byte_level")
     ids = encode(tokenizer, "é")

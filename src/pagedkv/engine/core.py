@@ -296,6 +296,8 @@ class EngineCore:
         if request.params.stop and self.tokenizer is None:
             raise bad_argument("stop", "no strings, as the engine has no tokenizer")
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
+        if request.params.streaming is not None:
+            self.runner.require_streaming(*request.params.streaming)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed
         request.branches = [self.scheduler.new_branch(request)]

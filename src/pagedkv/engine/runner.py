@@ -45,6 +45,9 @@ class Runner(Protocol):
     def forward(self, plan: BatchPlan, token_ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> Any:
         """Compute K and V of the query tokens and return the logits of those wanted, float32 ``[k, vocab_size]``."""
 
+    def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
+        """Raise InvalidOperation if the model cannot keep only so many first and last tokens of a text."""
+
     def fork(self, src: int, dst: int) -> None:
         """Follow a fork of the cache."""
 

@@ -196,7 +196,7 @@ class SequenceStates:
         layers = stock_layers(config)
         self.paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
         if not self.paged:
-            raise bad_argument("model", "one with attention layers", f"{type(config).__name__}")
+            raise bad_argument("model", "a model with attention layers", f"{type(config).__name__}")
         self.is_empty = all(number in self.paged or is_stateless(layer) for number, layer in enumerate(layers))
         self._kept: dict[int, _Kept] = {}
 
@@ -419,6 +419,16 @@ class ModelRunner:
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
+
+    def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
+        """See that the model can keep only so many first and last tokens of a text.
+
+        Raises
+        ------
+        InvalidOperation
+            If it has no rotary positions that allow it, or a sliding window of its own that is shorter.
+        """
+        self._streaming.measure(sink_tokens, sink_tokens + window_tokens + 1)
 
     def fork(self, src: int, dst: int) -> None:
         """Go before ``cache.fork(src, dst)`` with what is kept outside of the blocks.

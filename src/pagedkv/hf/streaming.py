@@ -699,10 +699,17 @@ class RunnerStreams:
                     f"S{sequence_number(seq_id)}, which streams, to share no block and to have none in the "
                     "prefix index, as its keys move: allocate it by a count of tokens, and do not fork it",
                 )
-        self._measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))
+        self.measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))
         self._dropped[seq_id] = dropped
 
-    def _measure(self, num_sinks: int, num_visible: int) -> None:
+    def measure(self, num_sinks: int, num_visible: int) -> None:
+        """Measure the model's rotary positions for queries that see so many tokens, themselves included.
+
+        Raises
+        ------
+        InvalidOperation
+            If the model cannot stream.
+        """
         if num_visible > self._most_visible:
             limit = self._limit(num_sinks, num_visible - num_sinks)
             rotary = RotaryModel(self._model, num_visible, limit)
