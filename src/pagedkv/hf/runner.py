@@ -31,7 +31,7 @@ from pagedkv.hf.compat import (
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
-from pagedkv.hf.streaming import RunnerStreams
+from pagedkv.hf.rotary import RunnerStreams
 
 # The caches that a ModelRunner hands to a model for one forward pass: over a ragged batch, or over one sequence.
 #
