@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -203,78 +203,55 @@ class StreamedKeys:
             self._cache.storage.write_keys(layer, layer_keys, index)
 
 
-# A transformers model whose attention is ours for single forward passes, and whose positions were measured.
+# What a model does with positions: measured, not guessed from its name.
 
 ATTENTION = "pagedkv_streaming"
-"""Our attention function, and the keyword argument that carries the `Attender`. transformers makes no mask for it."""
+"""The attention function that measures, and the keyword argument that carries its notes. transformers makes no mask."""
 
 WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"})
 """Keyword arguments that change nothing in causal attention over a cache."""
 
 
 class LayerCall(NamedTuple):
-    """What one attention layer asks for: tensors [batch, heads, queries, head_dim], its scale and its options."""
+    """What one attention layer asks for when every token is alone: K and V [batch, heads, 1, dim], and its window."""
 
-    layer: int
-    query: Tensor
     key: Tensor
     value: Tensor
-    scale: float
     sliding_window: int | None
-    softcap: float | None
 
 
-class Attender(Protocol):
-    """Serves every attention layer of one forward pass."""
-
-    def attend(self, call: LayerCall) -> Tensor:
-        """Return Tensor [batch, queries, heads, v_head_dim]."""
-
-
-def _attention(
+def _note_call(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    attender: Attender | None = kwargs.pop(ATTENTION, None)
-    if attender is None:
+    """Note the keys of lone tokens. A token that sees itself alone gets its own value, whatever its position."""
+    calls: list[LayerCall] | None = kwargs.pop(ATTENTION, None)
+    if calls is None:
         raise InvalidOperation(f"attention {ATTENTION!r} works inside of a StreamingSession only")
-    call = LayerCall(
-        module.layer_idx, query, key, value, scaling, kwargs.pop("sliding_window", None), kwargs.pop("softcap", None)
-    )
+    if module.layer_idx != len(calls):
+        raise bad_argument("model", "layers that run in order", f"{module.layer_idx} for {len(calls)}")
+    calls.append(LayerCall(key, value, kwargs.pop("sliding_window", None)))
+    kwargs.pop("softcap", None)
     kwargs["attention_mask"] = attention_mask
     unknown = sorted(
         name for name, given in kwargs.items() if name not in WITHOUT_EFFECT and _asks_for_something(given)
     )
     if unknown:
         raise bad_argument("model", "plain attention", f"{', '.join(unknown)} in {type(module).__name__}")
-    return attender.attend(call), None
+    return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2), None
 
 
 def _asks_for_something(argument: Any) -> bool:
     return isinstance(argument, Tensor) or bool(argument)
 
 
-AttentionInterface.register(ATTENTION, _attention)
+AttentionInterface.register(ATTENTION, _note_call)
 
 
-class _Probe:
-    """Notes the keys of lone tokens. A token that sees itself alone gets its own value, whatever its position."""
+def measured_rope(model: Any, num_visible: int, last_position: int) -> Rope:
+    """Return the frequencies of a causal language model, after proving on its keys that it turns them so.
 
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
-
-    def attend(self, call: LayerCall) -> Tensor:
-        if call.layer != len(self.calls):
-            raise bad_argument("model", "layers that run in order", f"{call.layer} for {len(self.calls)}")
-        self.calls.append(call)
-        group = call.query.shape[1] // call.value.shape[1]
-        return call.value.repeat_interleave(group, 1).transpose(1, 2)
-
-
-class RotaryModel:
-    """A causal language model with rotary positions.
-
-    What the model does with positions is measured, not guessed from its name: the hidden states of a lone token do not
-    depend on where it stands, so its keys at two positions show, layer by layer, how they are turned.
+    The hidden states of a lone token do not depend on where it stands, so its keys at two positions show, layer by
+    layer, how they are turned.
 
     Parameters
     ----------
@@ -285,109 +262,68 @@ class RotaryModel:
     last_position : int
         The highest position that will be used.
 
-    Attributes
-    ----------
-    rope : Rope
-    num_layers, num_kv_heads, head_dim, v_head_dim, vocab_size : int
-
     Raises
     ------
     InvalidOperation
-        If the model cannot be served: no rotary positions, or others than ``Rope`` describes; layers of differing
-        shapes; a sliding window shorter than `num_visible`; attention that is not plain.
+        If the model cannot stream: no rotary positions, or others than ``Rope`` describes; layers of differing shapes;
+        a sliding window shorter than `num_visible`; attention that is not plain.
     """
-
-    def __init__(self, model: PreTrainedModel, num_visible: int, last_position: int) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise bad_argument("model", "a PreTrainedModel of transformers", f"{type(model).__name__}")
-        if model.training:
-            raise bad_argument("model", "eval mode, call model.eval() first")
-        self._model = model
-        rope_of(model)
-        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        near = self._probe(0)
-        # Read in between: frequencies that change with the length are those of short texts now, and were not before
-        # if the model had a long one.
-        self.rope: Rope = rope_of(model)
-        far = self._probe(last_position)
-        self.num_layers = len(far)
-        self._check_layers(far, num_visible)
-        for before, after in zip(near, far, strict=True):
-            self._check_turn(before, after, last_position)
-        self.num_kv_heads, self.head_dim = int(far[0].key.shape[1]), int(far[0].key.shape[3])
-        self.v_head_dim = int(far[0].value.shape[3])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self._model.device
-
-    def run(self, attender: Attender, ids: Tensor, positions: Tensor, logits_to_keep: int = 0) -> Tensor:
-        """Run the model with `attender` in all layers.
-
-        Parameters
-        ----------
-        attender : Attender
-        ids, positions : int64 Tensor [batch, n]
-        logits_to_keep : int
-            Only the logits of the last so many tokens; 0 for all.
-
-        Returns
-        -------
-        Tensor [batch, n or logits_to_keep, vocab_size]
-        """
-        with attention_by(ATTENTION, self._model.config):
-            output = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=logits_to_keep,
-                **{ATTENTION: attender},
-            )
-        logits: Tensor = output.logits
-        return logits
-
-    @torch.inference_mode()
-    def _probe(self, position: int) -> list[LayerCall]:
-        probe = _Probe()
-        ids = torch.arange(min(8, self.vocab_size), device=self.device)[:, None]
-        self.run(probe, ids, torch.full_like(ids, position))
-        return probe.calls
-
-    def _check_layers(self, calls: list[LayerCall], num_visible: int) -> None:
-        expected = self._model.config.get_text_config().num_hidden_layers
-        if len(calls) != expected:
-            raise bad_argument("model", f"{expected} layers with replaceable attention", f"{len(calls)}")
-        shapes = {(*call.key.shape[1:], call.value.shape[3]) for call in calls}
-        if len(shapes) > 1:
-            raise bad_argument("model", "layers of one shape", f"{sorted(shapes)}")
-        shortest = min((call.sliding_window for call in calls if call.sliding_window is not None), default=num_visible)
-        if shortest < num_visible:
-            raise bad_argument(
-                "window_tokens",
-                f"sinks, window and the token itself, {num_visible}, to fit into the model's own sliding window",
-                f"{shortest}",
-            )
-
-    def _check_turn(self, near: LayerCall, far: LayerCall, distance: int) -> None:
-        key, expected = near.key.transpose(1, 2), far.key.transpose(1, 2).float()
-        # Several times what rounding does to angles and elements, and far below what another convention gives.
-        tolerance = 0.01 if self.dtype == torch.float32 else 0.05
-        fits = 2 * len(self.rope.inv_freq) <= key.shape[-1]
-        if fits:
-            error = self.rope.turn(key, torch.tensor([distance])) - expected
-            fits = float(error.norm()) <= tolerance * float(expected.norm())
-        if not fits:
+    if not isinstance(model, PreTrainedModel):
+        raise bad_argument("model", "a PreTrainedModel of transformers", type(model).__name__)
+    if model.training:
+        raise bad_argument("model", "eval mode, call model.eval() first")
+    rope_of(model)
+    near = _lone_tokens(model, 0)
+    # Read in between: frequencies that change with the length are those of short texts now, and were not before if
+    # the model had a long one.
+    rope = rope_of(model)
+    far = _lone_tokens(model, last_position)
+    _check_layers(model, far, num_visible)
+    for layer, (before, after) in enumerate(zip(near, far, strict=True)):
+        if not _turns(rope, before.key, after.key, last_position):
             raise bad_argument(
                 "model",
                 "rotary positions that turn the halves of a head against each other",
-                f"other keys in layer {near.layer} of {type(self._model).__name__}",
+                f"other keys in layer {layer} of {type(model).__name__}",
             )
+    return rope
+
+
+@torch.inference_mode()
+def _lone_tokens(model: Any, position: int) -> list[LayerCall]:
+    """Run a few tokens, each as a text of its own at `position`."""
+    calls: list[LayerCall] = []
+    ids = torch.arange(min(8, model.get_input_embeddings().num_embeddings), device=model.device)[:, None]
+    with attention_by(ATTENTION, model.config):
+        model(input_ids=ids, position_ids=torch.full_like(ids, position), use_cache=False, **{ATTENTION: calls})
+    return calls
+
+
+def _check_layers(model: Any, calls: list[LayerCall], num_visible: int) -> None:
+    expected = model.config.get_text_config().num_hidden_layers
+    if len(calls) != expected:
+        raise bad_argument("model", f"{expected} layers with replaceable attention", f"{len(calls)}")
+    shapes = {(*call.key.shape[1:], call.value.shape[3]) for call in calls}
+    if len(shapes) > 1:
+        raise bad_argument("model", "layers of one shape", f"{sorted(shapes)}")
+    shortest = min((call.sliding_window for call in calls if call.sliding_window is not None), default=num_visible)
+    if shortest < num_visible:
+        raise bad_argument(
+            "window_tokens",
+            f"sinks, window and the token itself, {num_visible}, to fit into the model's own sliding window",
+            f"{shortest}",
+        )
+
+
+def _turns(rope: Rope, near: Tensor, far: Tensor, distance: int) -> bool:
+    """Tell whether `rope` turns the keys at position 0 into those at `distance`."""
+    if 2 * len(rope.inv_freq) > near.shape[-1]:
+        return False
+    # Several times what rounding does to angles and elements, and far below what another convention gives.
+    tolerance = 0.01 if near.dtype == torch.float32 else 0.05
+    expected = far.transpose(1, 2).float()
+    error = rope.turn(near.transpose(1, 2), torch.tensor([distance])) - expected
+    return float(error.norm()) <= tolerance * float(expected.norm())
 
 
 # The streaming sequences of a ModelRunner.
@@ -399,13 +335,18 @@ class RunnerStreams:
     Parameters
     ----------
     model : PreTrainedModel
-        It is measured when the first sequence streams: see :class:`RotaryModel`.
+        It is measured before the first sequence streams: see :func:`measured_rope`.
     cache : ModelKvCache
+
+    Attributes
+    ----------
+    keys : StreamedKeys or None
+        None before the model was measured.
     """
 
     def __init__(self, model: Any, cache: ModelKvCache) -> None:
         self._model, self._cache = model, cache
-        self._keys: StreamedKeys | None = None
+        self.keys: StreamedKeys | None = None
         self._dropped: dict[int, int] = {}  # of sequences whose blocks were looked at
         self._most_visible = 0  # tokens, for which the model was measured
 
@@ -419,8 +360,8 @@ class RunnerStreams:
         """
         for i in np.flatnonzero(plan.num_dropped).tolist():
             self._check(plan, i)
-        assert self._keys is not None  # made by the check of a first sequence
-        return self._keys.prepare(plan)
+        assert self.keys is not None  # made by the check of a first sequence
+        return self.keys.prepare(plan)
 
     def refuse_fork(self, src: int) -> None:
         """Refuse to share keys that move."""
@@ -429,8 +370,8 @@ class RunnerStreams:
 
     def release(self, seq_id: int) -> None:
         """Forget a sequence."""
-        if self._dropped.pop(seq_id, None) is not None and self._keys is not None:
-            self._keys.forget(seq_id)
+        if self._dropped.pop(seq_id, None) is not None and self.keys is not None:
+            self.keys.forget(seq_id)
 
     def _check(self, plan: BatchPlan, i: int) -> None:
         seq_id, dropped = int(plan.seq_ids[i]), int(plan.num_dropped[i])
@@ -456,11 +397,15 @@ class RunnerStreams:
             If the model cannot stream.
         """
         if num_visible > self._most_visible:
-            limit = self._limit(num_sinks, num_visible - num_sinks)
-            rotary = RotaryModel(self._model, num_visible, limit)
-            if self._keys is None:
-                self._keys = StreamedKeys(self._cache, rotary.rope, self._limit)
-            self._most_visible = num_visible
+            self.follow(
+                measured_rope(self._model, num_visible, self._limit(num_sinks, num_visible - num_sinks)), num_visible
+            )
+
+    def follow(self, rope: Rope, num_visible: int, rebase_at: int | None = None) -> None:
+        """Take what was measured already, and where positions are to start again if that is not the usual place."""
+        if self.keys is None:
+            self.keys = StreamedKeys(self._cache, rope, self._limit if rebase_at is None else lambda *_: rebase_at)
+        self._most_visible = num_visible
 
     def _limit(self, num_sinks: int, num_window: int) -> int:
         return rebase_limit(num_sinks, num_window, self._cache.storage.dtype)

@@ -342,6 +342,8 @@ class ModelRunner:
         The longest text that the model was made for, in tokens.
     reuses_prefixes : bool
         Whether all that a layer keeps is in blocks, and holds for longer texts too; if not, prefixes cannot be reused.
+    streams : RunnerStreams
+        The sequences that have dropped tokens.
     """
 
     def __init__(
@@ -361,7 +363,7 @@ class ModelRunner:
         self._gather = GatherWriter(cache, self.table)
         self._products = Products(model)
         self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
-        self._streaming = RunnerStreams(model, cache)
+        self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -414,7 +416,7 @@ class ModelRunner:
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = self._streaming.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
+        positions = self.streams.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
@@ -428,7 +430,7 @@ class ModelRunner:
         InvalidOperation
             If it has no rotary positions that allow it, or a sliding window of its own that is shorter.
         """
-        self._streaming.measure(sink_tokens, sink_tokens + window_tokens + 1)
+        self.streams.measure(sink_tokens, sink_tokens + window_tokens + 1)
 
     def fork(self, src: int, dst: int) -> None:
         """Go before ``cache.fork(src, dst)`` with what is kept outside of the blocks.
@@ -439,14 +441,14 @@ class ModelRunner:
             If `src` streams and has dropped tokens: its keys move, so they cannot be shared.
         """
         source, target = sequence_key(src), sequence_key(dst)
-        self._streaming.refuse_fork(source)
+        self.streams.refuse_fork(source)
         self._states.fork(source, target)
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
         key = sequence_key(seq_id)
         self._states.release(key)
-        self._streaming.release(key)
+        self.streams.release(key)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         graphs = self._graphs

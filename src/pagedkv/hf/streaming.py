@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagedkv.cache import PagedKvCache
-from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
-from pagedkv.hf.rotary import LayerCall, RotaryModel, StreamedKeys, rebase_limit
+from pagedkv.hf.load import load_runner
+from pagedkv.hf.rotary import measured_rope, rebase_limit
 from pagedkv.validate import require_int
 
 HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
@@ -29,21 +29,10 @@ def blocks_for_streaming(sink_tokens: int, window_tokens: int, block_size: int) 
     return -(-sink_tokens // block_size) - (-window_tokens // block_size) + 1
 
 
-class _Step:
-    """One forward pass over the blocks."""
-
-    def __init__(self, cache: PagedKvCache, plan: BatchPlan) -> None:
-        self._cache, self._plan = cache, plan
-
-    def attend(self, call: LayerCall) -> Tensor:
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key, call.value))
-        self._cache.write(call.layer, key, value, self._plan)
-        out: Tensor = self._cache.attend(call.layer, query, self._plan, scale=call.scale, softcap=call.softcap)
-        return out[None]
-
-
 class StreamingSession:
     """A language model that reads and writes text of any length in a fixed number of blocks.
+
+    One sequence of a :class:`pagedkv.hf.ModelRunner`, driven as the engine drives one of many.
 
     Every token sees at most ``sink_tokens + window_tokens`` earlier ones and itself. Feeding a text at once or token
     by token gives the same: it is prefilled in one pass until sinks and window are full, and read one token at a time
@@ -70,7 +59,8 @@ class StreamingSession:
     Raises
     ------
     InvalidOperation
-        If an argument is out of range, or the model cannot be served exactly (see :class:`RotaryModel`).
+        If an argument is out of range, or the model cannot be served exactly: see
+        :func:`pagedkv.hf.rotary.measured_rope`.
     OutOfMemory
         If `num_blocks` is too small.
     """
@@ -91,36 +81,34 @@ class StreamingSession:
         least = self._sink + 2 * self._window + 1
         dtype = getattr(model, "dtype", None) if dtype is None else dtype
         if rebase_at is None:
-            self._rebase_at = rebase_limit(self._sink, self._window, dtype)
-        else:
-            self._rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
+            rebase_at = rebase_limit(self._sink, self._window, dtype)
+        rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         needed = blocks_for_streaming(self._sink, self._window, block_size)
         num_blocks = needed if num_blocks is None else require_int("num_blocks", num_blocks, 0, 2**31 - 2)
         if num_blocks < needed:
             raise OutOfMemory(needed, num_blocks, f"{sink_tokens} sink and {window_tokens} window tokens")
-        self._model = RotaryModel(model, self._sink + self._window + 1, self._rebase_at - 1)
-        self._cache = PagedKvCache(
-            num_blocks,
-            block_size,
-            self._model.num_kv_heads,
-            self._model.head_dim,
-            num_layers=self._model.num_layers,
-            v_head_dim=self._model.v_head_dim,
-            dtype=dtype,
-            device=self._model.device,
+        visible = self._sink + self._window + 1
+        rope = measured_rope(model, visible, rebase_at - 1)
+        self._runner = load_runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_dtype=dtype,
             prefix_caching=False,
+            batch_invariant=False,
         )
+        self._runner.streams.follow(rope, visible, rebase_at)
         self.reset()
 
     def reset(self) -> None:
         """Forget the text and give its blocks back."""
-        if SEQ in self._cache:
-            self._cache.free(SEQ)
-        self._cache.allocate(SEQ, 0)
+        if SEQ in self.cache:
+            self.cache.free(SEQ)
+            self._runner.release(SEQ)
+        self.cache.allocate(SEQ, 0)
         self._held = 0
         self._num_dropped = 0
-        self._keys = StreamedKeys(self._cache, self._model.rope, lambda sinks, window: self._rebase_at)
         self._logits: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -132,7 +120,7 @@ class StreamingSession:
     @property
     def cache(self) -> PagedKvCache:
         """The pool; the text is its sequence 0."""
-        return self._cache
+        return self._runner.cache
 
     @property
     def num_tokens(self) -> int:
@@ -167,13 +155,12 @@ class StreamingSession:
         tokens = self._token_list("token_ids", token_ids)
         if not tokens:
             raise bad_argument("token_ids", "at least one token", "none")
-        ids = torch.tensor(tokens, device=self._model.device)
         rows: list[Tensor] = []
         start = 0
-        while start < len(ids):
+        while start < len(tokens):
             # As long as nothing is dropped, causal attention over a chunk is what single tokens would see.
             end = start + max(1, self._sink + self._window - self._held)
-            rows.append(self._step(ids[start:end], all_logits))
+            rows.append(self._step(tokens[start:end], all_logits))
             start = end
         self._logits = rows[-1][-1]
         return torch.cat(rows) if all_logits else self._logits
@@ -228,7 +215,7 @@ class StreamingSession:
         while limit is None or written < limit:
             if self._logits is None:
                 raise InvalidOperation("the session was reset while it generated")
-            token = require_int("sampler", sampler(self._logits), 0, self._model.vocab_size - 1)
+            token = require_int("sampler", sampler(self._logits), 0, self._runner.vocab_size - 1)
             self.feed((token,))
             written += 1
             yield token
@@ -239,28 +226,22 @@ class StreamingSession:
         tokens = given.tolist() if isinstance(given, Tensor) else given
         if not isinstance(tokens, Iterable):
             raise bad_argument(name, "token ids", f"{given!r}")
-        return [require_int(name, token, 0, self._model.vocab_size - 1) for token in tokens]
+        return [require_int(name, token, 0, self._runner.vocab_size - 1) for token in tokens]
 
-    # ---------------------------------------------------------------- one forward pass
-
-    @torch.inference_mode()
-    def _step(self, ids: Tensor, all_logits: bool) -> Tensor:
-        plan = self._cache.append_batch([SEQ], counts=len(ids))
+    def _step(self, tokens: list[int], all_logits: bool) -> Tensor:
+        plan = self.cache.append_batch([SEQ], counts=len(tokens))
         try:
-            positions = torch.from_numpy(self._keys.prepare(plan)).to(ids.device)
-            step = _Step(self._cache, plan)
-            logits = self._model.run(step, ids[None], positions[None], 0 if all_logits else 1)[0]
+            wanted = range(len(tokens)) if all_logits else [len(tokens) - 1]
+            logits = self._runner.forward(plan, tokens, wanted)
         except BaseException:
-            self._cache.truncate(SEQ, self._held)
+            self.cache.truncate(SEQ, self._held)
             raise
-        self._held += len(ids)
+        self.cache.commit(plan)
+        self._held += len(tokens)
         if self._held > self._sink + self._window:
-            self._slide()
-        return logits
-
-    def _slide(self) -> None:
-        self._num_dropped += self._cache.apply_streaming_llm(SEQ, self._sink, self._window)
-        self._held = self._sink + self._window
+            self._num_dropped += self.cache.apply_streaming_llm(SEQ, self._sink, self._window)
+            self._held = self._sink + self._window
+        return logits.to(self._runner.model.dtype)
 
 
 def _likeliest(logits: Tensor) -> int:
