@@ -102,7 +102,7 @@ def test_who_is_let_in_is_not_preempted_by_the_next_step():
     while core.has_work:
         before = set(core.scheduler.running)
         core.step()
-        assert all(branch in core.scheduler.running or branch.finish_reason for branch in fresh)
+        assert all(sequence in core.scheduler.running or sequence.finish_reason for sequence in fresh)
         fresh = set(core.scheduler.running) - before
     assert core.stats().num_preemptions > 0
 

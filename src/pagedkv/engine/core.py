@@ -10,20 +10,20 @@ from typing import Any
 
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
-from pagedkv.engine.request import Branch, CompletionOutput, Request, RequestMetrics, RequestOutput, prepare
+from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput, Sequence, prepare
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Logprob, Sampler, SampleRow, random_seed, token_logprobs
-from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_fits
+from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler, refuse_what_never_fits
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
-from pagedkv.engine.text import Writer
+from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.validate import require_int
 
-# What a forward pass means for the branches in it: tokens are chosen, drafts kept or taken back, texts end.
+# What a forward pass means for the sequences in it: tokens are chosen, drafts kept or taken back, texts end.
 
 
-class Outcome:
-    """Turns the logits of one batch into tokens, and these into the next state of its branches.
+class StepOutput:
+    """Turns the logits of one batch into tokens, and these into the next state of its sequences.
 
     Parameters
     ----------
@@ -35,31 +35,31 @@ class Outcome:
         self._batch, self._core = batch, core
         self._rows: list[Any] = []  # for the sampler
         self._places: list[int] = []  # of each row among the logits
-        self._first_row: list[int] = []  # of each part
+        self._first_row: list[int] = []  # of each chunk
         self._logprobs: Any = None
-        self._scored: list[tuple[Part, int]] = []  # whose prompts are scored, and the first place of their logits
+        self._scored: list[tuple[ScheduledChunk, int]] = []  # prompts, and the first place of their logits
         self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
         place = 0
-        for part in batch.parts:
+        for chunk in batch.chunks:
             self._first_row.append(len(self._rows))
-            if part.num_scored:
-                self._scored.append((part, place))
-                place += part.num_scored
-            if part.reaches_end:
-                self._expect(part, place)
-                place += 1 + len(part.drafts)
+            if chunk.num_scored:
+                self._scored.append((chunk, place))
+                place += chunk.num_scored
+            if chunk.reaches_end:
+                self._expect(chunk, place)
+                place += 1 + len(chunk.drafts)
 
-    def _expect(self, part: Part, place: int) -> None:
-        branch, request = part.branch, part.branch.request
+    def _expect(self, chunk: ScheduledChunk, place: int) -> None:
+        sequence, request = chunk.sequence, chunk.sequence.request
         if request.params.beam_width is not None:
-            self._beams.setdefault(request, []).append((branch.index, place))
+            self._beams.setdefault(request, []).append((sequence.index, place))
         else:
-            row = self._core.row_of(branch)
+            row = self._core.row_of(sequence)
             self._rows.append(row)
-            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unborn)]
-            self._rows += [row.ahead(part.drafts[: i + 1].tolist()) for i in range(len(part.drafts))]
-            self._places += [place] * (1 + request.num_unborn)
-            self._places += range(place + 1, place + 1 + len(part.drafts))
+            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unforked)]
+            self._rows += [row.ahead(chunk.drafts[: i + 1].tolist()) for i in range(len(chunk.drafts))]
+            self._places += [place] * (1 + request.num_unforked)
+            self._places += range(place + 1, place + 1 + len(chunk.drafts))
 
     def choose(self, logits: Any, sampler: Any) -> None:
         """Choose the tokens; nothing has changed if this fails."""
@@ -72,84 +72,84 @@ class Outcome:
             self._logprobs = result.logprobs
 
     def apply(self) -> list[Request]:
-        """Move every branch on; returns the requests that got tokens, in the order of arrival."""
+        """Move every sequence on; returns the requests that got tokens, in the order of arrival."""
         core, scheduler, cache = self._core, self._core.scheduler, self._core.runner.cache
         fresh: list[list[int]] = []
-        for part, place in self._scored:
-            logits = self._logits[place : place + part.num_scored]
-            request = part.branch.request
-            request.prompt_logprobs = [*(request.prompt_logprobs or ()), *_prompt_logprobs(part, logits)]
-        for part, first in zip(self._batch.parts, self._first_row, strict=True):
-            tokens = self._accepted(part, first)
+        for chunk, place in self._scored:
+            logits = self._logits[place : place + chunk.num_scored]
+            request = chunk.sequence.request
+            request.prompt_logprobs = [*(request.prompt_logprobs or ()), *_prompt_logprobs(chunk, logits)]
+        for chunk, first in zip(self._batch.chunks, self._first_row, strict=True):
+            tokens = self._accepted(chunk, first)
             fresh.append(tokens)
-            part.branch.computed += part.count
-            if len(part.drafts):
+            chunk.sequence.computed += chunk.count
+            if len(chunk.drafts):
                 right = len(tokens) - 1
-                core.count(draft_tokens=len(part.drafts), accepted_tokens=right)
-                part.branch.computed += right
-                cache.truncate(part.branch.seq_id, part.branch.held)
+                core.count(draft_tokens=len(chunk.drafts), accepted_tokens=right)
+                chunk.sequence.computed += right
+                cache.truncate(chunk.sequence.seq_id, chunk.sequence.held)
         cache.commit(self._batch.plan)
         touched: dict[Request, None] = {}
-        for part, first, tokens in zip(self._batch.parts, self._first_row, fresh, strict=True):
-            branch, request = part.branch, part.branch.request
+        for chunk, first, tokens in zip(self._batch.chunks, self._first_row, fresh, strict=True):
+            sequence, request = chunk.sequence, chunk.sequence.request
             if tokens:
                 touched[request] = None
-                for index in range(1, 1 + request.num_unborn):
-                    twin = scheduler.fork(branch, index)
+                for index in range(1, 1 + request.num_unforked):
+                    twin = scheduler.fork(sequence, index)
                     twin.row = self._rows[first + index]
-                    request.branches.append(twin)
-                request.num_unborn = 0
-                if len(tokens) > 1 and not len(part.drafts):
-                    for i, twin in enumerate(request.branches):
+                    request.sequences.append(twin)
+                request.num_unforked = 0
+                if len(tokens) > 1 and not len(chunk.drafts):
+                    for i, twin in enumerate(request.sequences):
                         self._write(twin, first + i, tokens[i : i + 1])
                 else:
-                    self._write(branch, first, tokens)
+                    self._write(sequence, first, tokens)
             if request.params.streaming is not None:
-                for streaming in request.branches:
+                for streaming in request.sequences:
                     self._slide(streaming)
         for request, beams in self._beams.items():
             touched[request] = None
             self._move_beams(request, beams)
         return sorted(touched, key=lambda request: request.number)
 
-    def _accepted(self, part: Part, first: int) -> list[int]:
-        """Return the tokens that follow a part: with drafts, those that were guessed right and the one behind."""
-        request = part.branch.request
-        if not part.reaches_end or request.params.beam_width is not None:
+    def _accepted(self, chunk: ScheduledChunk, first: int) -> list[int]:
+        """Return the tokens that follow a chunk: with drafts, those that were guessed right and the one behind."""
+        request = chunk.sequence.request
+        if not chunk.reaches_end or request.params.beam_width is not None:
             return []
-        if request.num_unborn:
-            return self._tokens[first : first + 1 + request.num_unborn]
+        if request.num_unforked:
+            return self._tokens[first : first + 1 + request.num_unforked]
         right = 0
-        for draft in part.drafts.tolist():
+        for draft in chunk.drafts.tolist():
             if self._tokens[first + right] != draft:
                 break
             right += 1
         return self._tokens[first : first + right + 1]
 
-    def _write(self, branch: Branch, first: int, tokens: list[int]) -> None:
-        core, request = self._core, branch.request
-        if branch.writer is None:
-            branch.writer = Writer(request, core.tokenizer, core.eos_token_ids)
+    def _write(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
+        core, request = self._core, sequence.request
+        if sequence.output_text is None:
+            sequence.output_text = OutputText(request, core.tokenizer, core.eos_token_ids)
         if request.first_token is None:
             request.first_token = time.monotonic()
         for i, token in enumerate(tokens):
-            branch.push(token)
-            branch.row.accept(token)
+            sequence.push(token)
+            sequence.row.accept(token)
             if self._logprobs is not None and request.params.logprobs is not None:
                 entries = self._logprobs[first + i]
-                branch.logprobs.append(entries)
-                branch.cumulative_logprob += entries[token].logprob
-            ending = branch.writer.add(token)
+                sequence.logprobs.append(entries)
+                sequence.cumulative_logprob += entries[token].logprob
+            ending = sequence.output_text.add(token)
             core.count(generation_tokens=1)
             if ending is not None:
-                branch.finish_reason, branch.stop_reason = ending
-                core.scheduler.drop(branch)
+                sequence.finish_reason, sequence.stop_reason = ending
+                core.scheduler.drop(sequence)
                 return
 
     def _move_beams(self, request: Request, beams: list[tuple[int, int]]) -> None:
         core = self._core
         if request.beams is None:
-            request.beams, request.num_unborn = begin_beams(request, core.eos_token_ids, core.tokenizer), 0
+            request.beams, request.num_unforked = begin_beams(request, core.eos_token_ids, core.tokenizer), 0
         if request.first_token is None:
             request.first_token = time.monotonic()
         core.count(
@@ -158,22 +158,22 @@ class Outcome:
             )
         )
 
-    def _slide(self, branch: Branch) -> None:
+    def _slide(self, sequence: Sequence) -> None:
         """Let a stream keep its sinks and its window only."""
-        sink, window = branch.request.params.streaming or (0, 0)
-        if not branch.is_running or branch.held <= sink + window:
+        sink, window = sequence.request.params.streaming or (0, 0)
+        if not sequence.is_running or sequence.held <= sink + window:
             return
         try:
-            branch.dropped += self._core.runner.cache.apply_streaming_llm(branch.seq_id, sink, window)
+            sequence.dropped += self._core.runner.cache.apply_streaming_llm(sequence.seq_id, sink, window)
         except OutOfMemory:  # forks share the window and there is no room for copies
-            self._core.scheduler.preempt(branch)
+            self._core.scheduler.preempt(sequence)
 
 
-def _prompt_logprobs(part: Part, logits: Any) -> list[dict[int, Logprob]]:
+def _prompt_logprobs(chunk: ScheduledChunk, logits: Any) -> list[dict[int, Logprob]]:
     """Return how likely each token of a prompt is that follows a scored one."""
-    branch, top = part.branch, part.branch.request.params.prompt_logprobs or 0
-    following = branch.ids[branch.computed + 1 : branch.computed + 1 + part.num_scored]
-    return token_logprobs(logits, following.tolist(), [top] * part.num_scored)
+    sequence, top = chunk.sequence, chunk.sequence.request.params.prompt_logprobs or 0
+    following = sequence.ids[sequence.computed + 1 : sequence.computed + 1 + chunk.num_scored]
+    return token_logprobs(logits, following.tolist(), [top] * chunk.num_scored)
 
 
 # Outputs of requests.
@@ -185,7 +185,7 @@ def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
         request_id=request.request_id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_tuple,
-        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.branches)],
+        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.sequences)],
         finished=request.is_finished,
         num_cached_tokens=request.num_cached_tokens,
         metrics=RequestMetrics(
@@ -199,16 +199,16 @@ def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
     )
 
 
-def _completion(branch: Branch) -> CompletionOutput:
-    wants_logprobs = branch.request.params.logprobs is not None
+def _completion(sequence: Sequence) -> CompletionOutput:
+    wants_logprobs = sequence.request.params.logprobs is not None
     return CompletionOutput(
-        index=branch.index,
-        text=branch.writer.text if branch.writer is not None else "",
-        token_ids=tuple(branch.output_ids),
-        finish_reason=branch.finish_reason,
-        stop_reason=branch.stop_reason,
-        logprobs=branch.logprobs.copy() if wants_logprobs else None,
-        cumulative_logprob=branch.cumulative_logprob if wants_logprobs else None,
+        index=sequence.index,
+        text=sequence.output_text.text if sequence.output_text is not None else "",
+        token_ids=tuple(sequence.output_ids),
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        logprobs=sequence.logprobs.copy() if wants_logprobs else None,
+        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
     )
 
 
@@ -300,7 +300,7 @@ class EngineCore:
             self.runner.require_streaming(*request.params.streaming)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed
-        request.branches = [self.scheduler.new_branch(request)]
+        request.sequences = [self.scheduler.new_sequence(request)]
         self._requests[request.request_id] = request
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -314,12 +314,12 @@ class EngineCore:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for branch in request.branches:
-            if branch.finish_reason is None:
-                self.scheduler.drop(branch)
-                branch.finish_reason = "abort"
-                if branch.writer is not None:
-                    branch.writer.close()
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.scheduler.drop(sequence)
+                sequence.finish_reason = "abort"
+                if sequence.output_text is not None:
+                    sequence.output_text.close()
         self._counts["aborted_requests"] += 1
         return self._ended(request, aborted=True)
 
@@ -333,7 +333,7 @@ class EngineCore:
         if batch is None:
             self._seconds["busy"] += time.perf_counter() - started
             return []
-        outcome = Outcome(batch, self)
+        outcome = StepOutput(batch, self)
         before = time.perf_counter()
         try:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
@@ -342,10 +342,10 @@ class EngineCore:
             chosen = time.perf_counter()
             moved = outcome.apply()
         except InvalidLogits as error:
-            self.scheduler.recall(batch.parts)
+            self.scheduler.recall(batch.chunks)
             return self._refused(error)
         except BaseException:
-            self.scheduler.recall(batch.parts)
+            self.scheduler.recall(batch.chunks)
             raise
         outputs = [self._reported(request) for request in moved]
         self._clock.mark(batch.plan.tick, time.monotonic())
@@ -387,7 +387,7 @@ class EngineCore:
         """Return the counters."""
         cache, scheduler, counted, before = self.runner.cache, self.scheduler, self.cache_stats(), self._cache_before
         requests = list(self._requests.values())  # a copy, as other threads may ask
-        running = sum(any(branch.is_running for branch in request.branches) for request in requests)
+        running = sum(any(sequence.is_running for sequence in request.sequences) for request in requests)
         return EngineStats(
             num_running=running,
             num_waiting=len(requests) - running,
@@ -417,19 +417,19 @@ class EngineCore:
         for name, amount in amounts.items():
             self._counts[name] += amount
 
-    def row_of(self, branch: Branch) -> SampleRow:
-        """Return what the sampler has to know of a branch."""
-        if branch.row is None:
-            request = branch.request
-            branch.row = SampleRow(
+    def row_of(self, sequence: Sequence) -> SampleRow:
+        """Return what the sampler has to know of a sequence."""
+        if sequence.row is None:
+            request = sequence.request
+            sequence.row = SampleRow(
                 request.request_id,
                 request.params,
                 request.prompt_token_ids,
                 seed=request.seed,
-                choice=branch.index,
+                choice=sequence.index,
                 end_ids=self.eos_token_ids,
             )
-        row: SampleRow = branch.row
+        row: SampleRow = sequence.row
         return row
 
     def _refused(self, error: InvalidLogits) -> list[RequestOutput]:
@@ -439,7 +439,7 @@ class EngineCore:
         return [output for output in outputs if output is not None]
 
     def _reported(self, request: Request) -> RequestOutput | None:
-        if all(branch.finish_reason is not None for branch in request.branches):
+        if all(sequence.finish_reason is not None for sequence in request.sequences):
             self._counts["finished_requests"] += 1
             return self._ended(request)
         # Beams may still change their minds about every word.

@@ -220,7 +220,7 @@ def end_ids_of(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int
     return own if request.params.ignore_eos else own | eos_token_ids
 
 
-class Writer:
+class OutputText:
     """Follows one text: tokens come in, text goes out, and it says when the text is over.
 
     Parameters
