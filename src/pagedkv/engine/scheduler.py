@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -154,10 +154,6 @@ def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
 
 
 # Who is let in: from the queue into the batch.
-
-if TYPE_CHECKING:
-    from pagedkv.engine.runner import Runner
-
 
 class Admission:
     """Takes sequences out of the queue of a scheduler, as budget, places and blocks allow."""
@@ -411,7 +407,7 @@ class Scheduler:
             if chunk.sequence.request.params.prompt_lookup and room > 0:
                 chunk.drafts = self._drafts(chunk.sequence, room)
                 room -= len(chunk.drafts)
-        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=lambda b: b.rank):
+        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=_rank):
             count = min(sequence.readable, room, streaming_room(sequence))
             if count > 0:
                 chunks.append(ScheduledChunk(sequence, count))
@@ -419,10 +415,10 @@ class Scheduler:
         return chunks
 
     def _drafts(self, sequence: Sequence, room: int) -> Ids:
-        params = sequence.request.params
+        request, params = sequence.request, sequence.request.params
         # The token that follows the drafts is chosen in the same pass.
-        most = min(params.prompt_lookup, room, sequence.request.max_tokens - len(sequence.output_ids) - 1)
-        if most <= 0 or params.streaming or not self.runner.reuses_prefixes or sequence.request.beams is not None:
+        most = min(params.prompt_lookup, room, request.max_tokens - len(sequence.output_ids) - 1)
+        if most <= 0 or params.streaming or request.num_unforked or not self.runner.reuses_prefixes:
             return NO_DRAFTS
         from pagedkv.engine.prompt_lookup import propose
 
