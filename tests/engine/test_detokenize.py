@@ -227,16 +227,6 @@ def test_a_long_text_keeps_a_short_window():
         assert len(detokenizer._window) < 8
 
 
-def test_copies_go_their_own_way():
-    tokenizer = tokenizer_of("byte_level")
-    first, second = encode(tokenizer, "é")
-    detokenizer = Detokenizer(tokenizer)
-    assert detokenizer.push(first) == ""
-    other = detokenizer.copy()
-    assert (other.push(second), detokenizer.flush()) == ("é", "\ufffd")
-    assert other.flush() == ""
-
-
 def test_a_tokenizer_without_backend():
     class Letters:
         def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:

@@ -70,14 +70,6 @@ def test_unsearched_pieces_pass_and_do_not_begin_a_stop():
     assert stopper.push("abc") == "" and stopper.matched == "abc"
 
 
-def test_copies_go_their_own_way():
-    stopper = StopStrings(["stop"])
-    stopper.push("st")
-    other = stopper.copy()
-    assert (other.push("op"), other.matched) == ("", "stop")
-    assert (stopper.push("ar"), stopper.matched) == ("star", None)
-
-
 @pytest.mark.parametrize("stop", ["a" * 50_000, "a" * 49_999 + "b"])
 def test_long_stop_strings_cost_no_more_than_the_text(stop):
     """Quadratic work would take minutes here; the suite's time limit is the judge."""
