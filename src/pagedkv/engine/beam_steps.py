@@ -1,18 +1,16 @@
-"""Beam search inside the engine: the rules choose, sequences are forked, continued and dropped after them."""
+"""Beam search in the scheduler: the rules choose, sequences are forked, continued and dropped after them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pagedkv.engine.beam import BeamRules, BeamState, best_texts, first_beam, next_beams
 from pagedkv.engine.request import CompletionOutput, Request, Sequence
+from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.text import Detokenizer, end_ids_of
-
-if TYPE_CHECKING:
-    from pagedkv.engine.scheduler import Scheduler
 
 
 @dataclass(slots=True)

@@ -1,11 +1,11 @@
-"""Requests, and the sequences that they grow: the state that the scheduler moves between waiting and running."""
+"""Requests, their sequences and their outputs: the state that the scheduler moves between waiting and running."""
 
 from __future__ import annotations
 
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,24 @@ from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import bad_argument
 from pagedkv.validate import require_int
 
-if TYPE_CHECKING:
-    from pagedkv.engine.sampler import Logprob
-
-
-# What the engine hands out: frozen, cumulative, free of references into the engine.
+# Outputs: frozen, cumulative, free of references into the engine.
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class Logprob(NamedTuple):
+    """How likely the model found a token.
+
+    Attributes
+    ----------
+    logprob : float
+        Natural logarithm of its probability under the raw logits: before penalties, biases and temperature.
+    rank : int
+        1 for the likeliest token; how many tokens are likelier, and one.
+    """
+
+    logprob: float
+    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

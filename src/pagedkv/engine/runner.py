@@ -1,4 +1,4 @@
-"""What the engine needs of a model runner."""
+"""The runner protocol: what the engine needs of a model over a cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
-
-__all__ = ["Runner"]
 
 
 class Runner(Protocol):

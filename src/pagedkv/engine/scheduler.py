@@ -1,12 +1,12 @@
-"""Who computes what in the next forward pass.
+"""The scheduler: which sequences the next forward pass computes, admission of waiting requests, preemption.
 
 Decoding sequences always take part, one token each. What is left of the token budget goes to prompts: first those that
-have begun, then those that wait, by priority and arrival. Nobody is let in whose blocks would have to be taken from
-somebody else at once, and nobody computes a prefix that another is computing right now: it waits for it instead.
+have begun, then those that wait, by priority and arrival. A request is not admitted if its blocks would have to be
+taken from a running one at once, nor while another request is computing a prefix that it can share.
 
 When running sequences outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
-strategy gives up first, but never the one whose turn it is before all others. So that one always makes progress,
-finishes, and leaves its place to the next. The victim's committed blocks stay findable until they are needed.
+strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
+its place to the next. The committed blocks of a preempted sequence stay findable until they are needed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pagedkv.engine.request import Request, Sequence, SequenceState, shares_pref
 from pagedkv.engine.runner import Runner
 from pagedkv.errors import OutOfMemory, RequestRefused
 
-# The queue of what waits for its turn: by priority, then by arrival.
+# The waiting queue: by priority, then by arrival.
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
@@ -58,7 +58,7 @@ class WaitingQueue:
         return iter(self._sequences)
 
 
-# What one forward pass computes: chunks of sequences, and whose logits are wanted.
+# A batch: chunks of sequences, and whose logits are wanted.
 
 Ids = npt.NDArray[np.int64]
 
@@ -153,7 +153,8 @@ def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
     return Batch(chunks, plan, np.concatenate([*tokens]), np.concatenate(wanted))
 
 
-# Who is let in: from the queue into the batch.
+# Admission of waiting requests.
+
 
 class Admission:
     """Takes sequences out of the queue of a scheduler, as budget, places and blocks allow."""
@@ -164,7 +165,7 @@ class Admission:
         self._shares_prefixes = shares_prefixes(scheduler.runner)
 
     def admit(self, budget: int) -> list[ScheduledChunk]:
-        """Let in who may compute up to `budget` tokens now; their blocks are allocated."""
+        """Admit sequences that compute up to `budget` tokens now; their blocks are allocated."""
         scheduler = self._scheduler
         if budget <= 0 or not len(scheduler.waiting):
             return []
@@ -208,7 +209,7 @@ class Admission:
         except OutOfMemory:
             if scheduler.running:
                 return 0
-            raise  # somebody else holds the pool
+            raise  # blocks outside of the engine fill the pool
         scheduler.waiting.remove(sequence)
         scheduler.running.append(sequence)
         sequence.state, sequence.awaits = SequenceState.RUNNING, None
@@ -263,7 +264,7 @@ class Admission:
 
 
 def _shares(sequence: Sequence) -> bool:
-    """A stream lets go of its middle, and the logits of a prompt must be computed: those start from nothing."""
+    """Whether equal prefixes may be used: not where tokens are dropped, nor where the logits of a prompt are wanted."""
     params = sequence.request.params
     return params.streaming is None and params.prompt_logprobs is None
 
@@ -338,7 +339,7 @@ class Scheduler:
     running : list of Sequence
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
-        Of all requests, when they were first let in.
+        Of all requests, when they were first admitted.
     """
 
     def __init__(self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int) -> None:
@@ -471,7 +472,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def recall(self, chunks: Iterable[ScheduledChunk]) -> None:
-        """Forget that `chunks` were laid out: their sequences wait again and are computed anew."""
+        """Undo `schedule()`: the sequences of `chunks` wait again and are computed anew."""
         for chunk in chunks:
             if chunk.sequence.state is SequenceState.RUNNING:
                 self.preempt(chunk.sequence)

@@ -275,7 +275,7 @@ class Products:
     Parameters
     ----------
     model : Module
-        Whose layers these are. Layers of other classes, and those whose ``forward`` somebody replaced, are left alone.
+        Whose layers these are. Layers of other classes, and those whose ``forward`` was replaced, are left alone.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -129,7 +129,7 @@ class StreamingSession:
 
     @property
     def num_dropped(self) -> int:
-        """How many tokens were given up."""
+        """How many tokens were dropped."""
         return self._num_dropped
 
     def feed(self, token_ids: Iterable[int] | Tensor, *, all_logits: bool = False) -> Tensor:
