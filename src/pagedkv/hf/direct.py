@@ -23,8 +23,6 @@ from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import AttentionInterface, AttentionMaskInterface, is_causal_mask
 
-__all__ = ["DIRECT", "PagedMask", "PagedStates", "attend_blocks", "paged_mask"]
-
 DIRECT = "pagedkv"
 """The name to give as ``attn_implementation``."""
 

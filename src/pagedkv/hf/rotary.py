@@ -19,7 +19,7 @@ from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.cache import ModelKvCache, visible_slots
 from pagedkv.hf.compat import AttentionInterface, attention_by
 
-# Rotary positions outside of the model: keys that move to another position after they were written.
+# Rope: the rotation itself, outside of the model.
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ def rope_of(model: Any) -> Rope:
     return Rope(found[0].inv_freq.detach().to("cpu", torch.float64, copy=True))
 
 
-# Keys of streaming sequences that move: rotary positions count inside the cache.
+# Streamed keys: rotary positions count inside the cache.
 #
 # Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Attention under RoPE depends
 # on distances only. So the window's keys stay as they were written, and only the few sinks move to where the window
@@ -203,7 +203,7 @@ class StreamedKeys:
             self._cache.storage.write_keys(layer, layer_keys, index)
 
 
-# What a model does with positions: measured, not guessed from its name.
+# Measuring: what a model does with positions is not guessed from its name.
 
 ATTENTION = "pagedkv_streaming"
 """The attention function that measures, and the keyword argument that carries its notes. transformers makes no mask."""

@@ -33,7 +33,7 @@ from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
 from pagedkv.hf.rotary import RunnerStreams
 
-# The caches that a ModelRunner hands to a model for one forward pass: over a ragged batch, or over one sequence.
+# Forward caches: what a ModelRunner hands to a model for one pass, over a ragged batch or over one sequence.
 #
 # transformers knows one way from a model to keys and values: ``Cache.update()``. Behind it stands a writer, which
 # knows the plan of the step.
@@ -167,10 +167,10 @@ class GatherWriter:
         return len(self._all) if layer in self._written else self._past
 
 
-# What recurrent and convolution layers keep of each sequence, outside of the blocks.
+# Recurrent states: what recurrent and convolution layers keep of each sequence, outside of the blocks.
 
 
-class SequenceStates:
+class RecurrentStates:
     """The stock cache layers of one model that are not paged, for each sequence.
 
     Parameters
@@ -260,14 +260,14 @@ class _Kept:
                 layer.crop(-count)
 
 
-# The matrix products of a model's linear layers by oneDNN, while an engine runs the model.
+# oneDNN: the matrix products of a model's linear layers, while a runner runs the model.
 #
 # For float32, torch hands them to MKL, which leaves the wide vectors of other makers' processors unused: on an AMD
 # processor with AVX-512, oneDNN multiplies twice as fast. Its results are also the same bits for every number of rows
 # but one, in any number of threads, where MKL's need four rows.
 
 
-class Products:
+class OneDnnLinears:
     """A context in which the plain linear layers of a model multiply by oneDNN, where that is worth it.
 
     The layers and their weights stay as they are; outside of the context the model is torch's own again.
@@ -314,6 +314,8 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+# The runner.
+
 Ids = npt.NDArray[np.int64]
 
 TILE = 4
@@ -354,15 +356,15 @@ class ModelRunner:
         self.vocab_size = int(self._text.vocab_size)
         limit = getattr(self._text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self._states = SequenceStates(model.config)
-        self.reuses_prefixes = self._states.is_empty and not has_changing_rope(model.config)
+        self._recurrent = RecurrentStates(model.config)
+        self.reuses_prefixes = self._recurrent.is_empty and not has_changing_rope(model.config)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
         self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
-        self._products = Products(model)
-        self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
+        self._linears = OneDnnLinears(model)
+        self._ragged_cache = forward_cache(self._recurrent.fresh(), self._recurrent.paged, self._ragged)
         self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
         accepted = inspect.signature(model.forward).parameters
@@ -442,12 +444,12 @@ class ModelRunner:
         """
         source, target = sequence_key(src), sequence_key(dst)
         self.streams.refuse_fork(source)
-        self._states.fork(source, target)
+        self._recurrent.fork(source, target)
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
         key = sequence_key(seq_id)
-        self._states.release(key)
+        self._recurrent.release(key)
         self.streams.release(key)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
@@ -465,7 +467,7 @@ class ModelRunner:
         """Return the logits of some rows of a batch, in the model's dtype; nothing here waits for the device."""
         self._ragged.plan = plan
         try:
-            with attention_by(DIRECT, self._text), self._products:
+            with attention_by(DIRECT, self._text), self._linears:
                 return self._run(self._ragged_cache, ids, positions, rows)
         finally:
             self._ragged.plan = None
@@ -477,8 +479,8 @@ class ModelRunner:
             first, last = int(cuts[i]), int(cuts[i + 1])
             if first == last:
                 continue
-            layers = self._states.layers(int(plan.seq_ids[i]), past, last - first)
-            cache = forward_cache(layers, self._states.paged, self._gather)
+            layers = self._recurrent.layers(int(plan.seq_ids[i]), past, last - first)
+            cache = forward_cache(layers, self._recurrent.paged, self._gather)
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
             tensors = (on_device(part, self.model.device) for part in parts)
