@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import msgspec
 import pytest
 import torch
 from tests.cli.commands import call
+from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.generate import GenerateReport
+from pagedkv.cli.generate import GenerateReport, written_by
+from pagedkv.engine import EngineCore, Request, SamplingParams
 from pagedkv.models import shipped_model_path
 
 PROMPT = "def fibonacci(n):\n    "
@@ -130,6 +134,23 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
+def test_what_is_no_option_is_as_the_folder_has_it(tmp_path, tokenizer):
+    folder = shutil.copytree(shipped_model_path(), tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("bfloat16", "float32"))  # penalties bring tokens close together
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    assert model.dtype == torch.float32
+    settings = folder / "generation_config.json"
+    given = json.loads(settings.read_text())
+    options = (PROMPT, "--model", folder, "--max-new-tokens", 24, "--temperature")
+    plain = stock(model, tokenizer, PROMPT, max_new_tokens=24)
+    penalised = stock(model, tokenizer, PROMPT, max_new_tokens=24, repetition_penalty=1.8)
+    settings.write_text(json.dumps(given | {"repetition_penalty": 1.8}))
+    assert report_of(*options, 0).token_ids == [penalised] != [plain]
+    settings.write_text(json.dumps(given | {"do_sample": True, "top_k": 1}))
+    assert report_of(*options, 3).token_ids == [plain]
+
+
 def test_a_small_model_runs_on_one_thread_and_leaves_torch_as_it_was(monkeypatch):
     from pagedkv.cli.terminal import threads_for
 
@@ -183,6 +204,44 @@ def test_text_goes_to_stdout_and_figures_to_stderr():
     assert table["blocks used"].startswith(f"{report.blocks.used} of {report.blocks.total} ")
     assert table["blocks shared"] == table["blocks copied"] == "0"
     assert "a contiguous cache: " in table["memory"] and float(table["tokens/s"].replace(",", "")) > 0
+
+
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, ids, **options):
+        return "".join(chr(97 + token) for token in ids)
+
+    def convert_tokens_to_ids(self, token):
+        return None
+
+
+def shown_of(stops=(), **params) -> tuple[list[str], list[int]]:
+    """Return the pieces of the first text as they are shown, and its tokens."""
+    core = EngineCore(FakeRunner(64), tokenizer=Letters(), eos_token_ids=stops)
+    request = Request(request_id="r", prompt_token_ids=[1, 2, 3], params=SamplingParams(**params))
+    core.add(request)
+    shown: list[str] = []
+    output = written_by(SimpleNamespace(core=core), request, shown.append, until_interrupted=False)
+    assert "".join(shown) == output.outputs[0].text
+    return shown, list(output.outputs[0].token_ids)
+
+
+def test_the_prompt_is_not_shown_and_the_first_text_is():
+    shown, tokens = shown_of(n=3, temperature=2.0, seed=1, max_tokens=6)
+    assert shown == [chr(97 + token) for token in tokens] and len(shown) == 6
+
+
+def test_drafted_tokens_are_shown_several_at_a_time():
+    one_by_one, tokens = shown_of(max_tokens=24)
+    several, same = shown_of(max_tokens=24, prompt_lookup=4)
+    assert same == tokens and "".join(several) == "".join(one_by_one) and len(several) < len(one_by_one)
+
+
+def test_nothing_is_shown_from_the_stop_token_on():
+    shown, tokens = shown_of(max_tokens=12, temperature=5.0, seed=3)
+    stop = next(place for place in range(4, 12) if tokens[place] not in tokens[:place])
+    assert shown_of([tokens[stop]], max_tokens=12, temperature=5.0, seed=3) == (shown[:stop], tokens[: stop + 1])
 
 
 def test_no_echo_leaves_the_prompt_out():

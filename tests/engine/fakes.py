@@ -64,6 +64,9 @@ class FakeRunner:
             rows.append(logits_of(cache.tokens[slots]))
         return torch.from_numpy(np.array(rows, np.float32).reshape(-1, VOCAB))
 
+    def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
+        pass
+
     def fork(self, src: int, dst: int) -> None:
         pass
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.engine.fakes import VOCAB, FakeRunner, engine, logits_of, request, run, tokens_of
+from tests.engine.fakes import VOCAB, FakeRunner, alone, engine, logits_of, request, run, tokens_of
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import RequestRefused
@@ -102,7 +102,7 @@ def test_who_is_let_in_is_not_preempted_by_the_next_step():
     while core.has_work:
         before = set(core.scheduler.running)
         core.step()
-        assert all(branch in core.scheduler.running or branch.finish_reason for branch in fresh)
+        assert all(sequence in core.scheduler.running or sequence.finish_reason for sequence in fresh)
         fresh = set(core.scheduler.running) - before
     assert core.stats().num_preemptions > 0
 
@@ -282,3 +282,15 @@ def test_interrupted_texts_go_on(monkeypatch):
     outputs = run(core)
     for name in "rs":
         assert tokens_of(outputs[name]) == [greedy([ord(name) % VOCAB] * 6, 9)]
+
+
+@pytest.mark.parametrize("max_batch_tokens", [4, 8, 512])
+def test_samples_get_no_drafts_before_they_are_forked(max_batch_tokens):
+    """The last token of the prompt is computed alone, like one of a text that is being written."""
+    prompt = [1, 2, 3, 1, 2, 3, 1, 2, 3]
+    wanted, found = (
+        request("r", prompt, n=2, temperature=1.0, seed=3, max_tokens=8, prompt_lookup=lookup) for lookup in (0, 3)
+    )
+    core = engine(max_batch_tokens=max_batch_tokens)
+    core.add(found)
+    assert tokens_of(run(core)["r"]) == alone(wanted)

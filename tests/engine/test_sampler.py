@@ -299,6 +299,32 @@ def test_other_dtypes_and_strides_give_what_float32_gives(dtype):
     assert sample(wide[:, ::2], rows) == expected
 
 
+def draws(count: int = 300, **options: Any) -> list[int]:
+    """Draw one text of four tokens, whose probabilities stay the same at every position."""
+    rows = []
+    for position in range(count):
+        rows.append(row_of(**({"temperature": 1.0} | options)))
+        rows[-1].position = position
+    return sample(torch.log(torch.tensor([[0.1, 0.5, 0.3, 0.1]])).expand(count, 4), rows)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    assert set(draws(temperature=0)) == {1}
+
+
+def test_the_same_seed_draws_the_same_and_another_one_does_not():
+    assert draws(seed=1) == draws(seed=1) != draws(seed=2)
+
+
+@pytest.mark.parametrize(("top_p", "drawn"), [(0.4, {1}), (0.5, {1}), (0.6, {1, 2}), (1.0, {0, 1, 2, 3})])
+def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p, drawn):
+    assert set(draws(top_p=top_p)) == drawn
+
+
+def test_a_low_temperature_sharpens():
+    assert draws(temperature=0.3).count(1) > draws(temperature=1.0).count(1) > draws(temperature=10.0).count(1)
+
+
 def test_seed_choice_and_position_each_make_another_stream():
     logits = torch.zeros(64, VOCAB)
 

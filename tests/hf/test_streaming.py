@@ -171,7 +171,7 @@ def test_every_step_equals_a_rebuild_at_cache_positions(make, block_size):
     for number, (token, want) in enumerate(zip(random_ids(300), rebuilt_logits(make, 300), strict=True)):
         torch.testing.assert_close(session.feed([token]).double(), want, atol=1e-4, rtol=0)
         assert session.cache.used_block_count <= blocks_for_streaming(SINKS, WINDOW, block_size)
-        bases.add(session._keys.base(0))
+        bases.add(session._runner.streams.keys.base(0))
         if number % 25 == 0:
             session.cache.check()
     assert session.num_tokens == 300
@@ -195,7 +195,7 @@ def test_the_shipped_model_equals_a_rebuild():
     session, oracle = StreamingSession(model, 4, 124), Oracle(model, 4, 124)
     for token in tokenizer(inspect.getsource(argparse))["input_ids"][:400]:
         torch.testing.assert_close(session.feed([token]).double(), oracle.step(token), atol=1e-4, rtol=0)
-    assert session._keys.base(0) > 0
+    assert session._runner.streams.keys.base(0) > 0
 
 
 def test_the_oracle_sees_sinks_that_stay_behind():
@@ -219,7 +219,7 @@ def test_positions_that_start_again_change_nothing(make):
     often = StreamingSession(model, SINKS, WINDOW, rebase_at=SINKS + 2 * WINDOW + 1)
     never = StreamingSession(model, SINKS, WINDOW, rebase_at=4096)
     torch.testing.assert_close(often.feed(ids, all_logits=True), never.feed(ids, all_logits=True), atol=2e-4, rtol=0)
-    assert never._keys.base(0) == 0 < often._keys.base(0)
+    assert never._runner.streams.keys.base(0) == 0 < often._runner.streams.keys.base(0)
 
 
 @pytest.mark.parametrize(

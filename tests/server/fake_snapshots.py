@@ -24,7 +24,7 @@ class FakeRequest:
 
     def __init__(self, number: int, prompt: list[int]) -> None:
         self.request_id = f"cmpl-{number:04d}"
-        self.branches = [SimpleNamespace(seq_id=number, output_ids=[])]
+        self.sequences = [SimpleNamespace(seq_id=number, output_ids=[])]
         self.prompt = prompt
         self.num_prompt_tokens = len(prompt)
         self.num_cached_tokens: int | None = None
@@ -78,28 +78,28 @@ class FakeEngine:
         while self.waiting and len(self.running) < self.at_once:
             request = self.waiting[0]
             try:
-                info = self.cache.allocate(request.branches[0].seq_id, request.prompt)
+                info = self.cache.allocate(request.sequences[0].seq_id, request.prompt)
             except OutOfMemory:
                 return
             self.running.append(self.waiting.pop(0))
-            self.cache.commit(request.branches[0].seq_id)
+            self.cache.commit(request.sequences[0].seq_id)
             request.num_cached_tokens = info.num_cached_tokens
             self.counts["prompt_tokens"] += len(request.prompt)
             self.counts["prefix_queries"] += len(request.prompt)
             self.counts["prefix_hits"] += info.num_cached_tokens
 
     def _write(self, request: FakeRequest) -> None:
-        branch = request.branches[0]
+        sequence = request.sequences[0]
         token = self.random.randrange(500)
         try:
-            self.cache.commit(self.cache.append_batch([branch.seq_id], [[token]]))
+            self.cache.commit(self.cache.append_batch([sequence.seq_id], [[token]]))
         except OutOfMemory:
             self.preemptions += 1
             request.wanted = 0
-        branch.output_ids.append(token)
+        sequence.output_ids.append(token)
         self.counts["generation_tokens"] += 1
-        if len(branch.output_ids) >= request.wanted:
-            self.cache.free(branch.seq_id)
+        if len(sequence.output_ids) >= request.wanted:
+            self.cache.free(sequence.seq_id)
             self.running.remove(request)
 
     def block_records(self, block_ids: Any) -> Any:

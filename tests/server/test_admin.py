@@ -136,7 +136,7 @@ def test_the_figures_are_the_caches_own(engine):
     }
     assert body["num_requests"] == len(body["requests"])
     for request, shown in zip(engine.running, body["requests"], strict=False):
-        assert shown["blocks"] == cache.get_sequence(request.branches[0].seq_id).num_blocks > 0
+        assert shown["blocks"] == cache.get_sequence(request.sequences[0].seq_id).num_blocks > 0
     hottest = body["hottest_prefixes"]
     assert hottest and hottest[0]["uses"] >= 2
     assert all(cache.block(p["block_id"]).state != "free" for p in hottest)

@@ -70,7 +70,7 @@ def test_blocks_are_sent_again_only_when_they_changed(engine):
 def test_a_quiet_engine_is_heard_now_and_then(engine, monkeypatch):
     monkeypatch.setattr(live, "SECONDS_BETWEEN_SIGNS", 0.05)
     for request in [*engine.running]:
-        engine.cache.free(request.branches[0].seq_id)
+        engine.cache.free(request.sequences[0].seq_id)
     engine.running.clear()
     engine.waiting.clear()
     first, second = asyncio.run(read(engine, 2, step=False))

@@ -163,33 +163,11 @@ def generate(
     debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
 ) -> None:
     """Write text; the help text is `_EXAMPLES`."""
+    options = {name: value for name, value in locals().items() if name != "debug"}
     with failures_in_one_line(debug):
-        from pagedkv.cli.generate import GenerateRequest
+        from pagedkv.cli.generate import GenerateRequest, run
 
-        request = GenerateRequest(
-            prompt=prompt,
-            model=model,
-            samples=samples,
-            beams=beams,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            device=device,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            kv_dtype=kv_dtype,
-            strategy=strategy,
-            stream=stream,
-            sink_tokens=sink_tokens,
-            window_tokens=window_tokens,
-            echo=echo and not json,
-            show_blocks=show_blocks,
-            json=json,
-        )
-        from pagedkv.cli.generate import run
-
-        run(request)
+        run(GenerateRequest(**{**options, "echo": echo and not json}))
 
 
 app.command(help=replay.EXAMPLES)(replay.replay)

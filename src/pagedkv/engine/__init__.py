@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.async_engine import AsyncEngine
     from pagedkv.engine.core import EngineCore
     from pagedkv.engine.llm import LLM
-    from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput
-    from pagedkv.engine.sampler import Logprob
+    from pagedkv.engine.request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput
     from pagedkv.engine.sampling_params import SamplingParams
     from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
     from pagedkv.errors import EngineDead, RequestRefused
@@ -41,7 +40,7 @@ _HOMES = {
     "EngineSnapshot": "pagedkv.engine.snapshot",
     "EngineStats": "pagedkv.engine.snapshot",
     "LLM": "pagedkv.engine.llm",
-    "Logprob": "pagedkv.engine.sampler",
+    "Logprob": "pagedkv.engine.request",
     "Request": "pagedkv.engine.request",
     "RequestMetrics": "pagedkv.engine.request",
     "RequestOutput": "pagedkv.engine.request",

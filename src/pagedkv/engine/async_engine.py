@@ -1,4 +1,4 @@
-"""AsyncEngine: the engine in a thread of its own, for coroutines of any event loop."""
+"""AsyncEngine: steps of the engine in a thread of its own, outputs streamed to coroutines of any event loop."""
 
 from __future__ import annotations
 

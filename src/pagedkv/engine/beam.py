@@ -18,8 +18,6 @@ from torch import Tensor
 
 from pagedkv.errors import bad_argument
 
-__all__ = ["BeamRules", "BeamState", "BeamText", "best_texts", "first_beam", "next_beams"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamRules:

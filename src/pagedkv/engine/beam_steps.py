@@ -1,18 +1,16 @@
-"""Beam search inside the engine: the rules choose, branches are forked, continued and dropped after them."""
+"""Beam search in the scheduler: the rules choose, sequences are forked, continued and dropped after them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from pagedkv.engine.beam import BeamRules, BeamState, best_texts, first_beam, next_beams
-from pagedkv.engine.request import Branch, CompletionOutput, Request
+from pagedkv.engine.request import CompletionOutput, Request, Sequence
+from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.text import Detokenizer, end_ids_of
-
-if TYPE_CHECKING:
-    from pagedkv.engine.scheduler import Scheduler
 
 
 @dataclass(slots=True)
@@ -49,7 +47,7 @@ def advance_beams(request: Request, logits: Any, scheduler: Scheduler) -> int:
     Parameters
     ----------
     request : Request
-        Its branches are the live beams, in the order of the rows.
+        Its sequences are the live beams, in the order of the rows.
     logits : float32 [live beams, vocab]
     scheduler : Scheduler
     """
@@ -59,27 +57,27 @@ def advance_beams(request: Request, logits: Any, scheduler: Scheduler) -> int:
         log_probs[:, list(beams.rules.end_ids)] = -torch.inf
     state = beams.state = next_beams(beams.state, log_probs, beams.rules)
     if state.done:
-        for branch in request.branches:
-            scheduler.drop(branch)
-            branch.finish_reason = "length"
+        for sequence in request.sequences:
+            scheduler.drop(sequence)
+            sequence.finish_reason = "length"
         return 1
-    request.branches = _descendants(request.branches, state.parents, scheduler)
-    for index, branch in enumerate(request.branches):
-        branch.index = index
-        branch.push(state.texts[index][-1])
+    request.sequences = _descendants(request.sequences, state.parents, scheduler)
+    for index, sequence in enumerate(request.sequences):
+        sequence.index = index
+        sequence.push(state.texts[index][-1])
     return len(state.texts)
 
 
-def _descendants(old: list[Branch], parents: tuple[int, ...], scheduler: Scheduler) -> list[Branch]:
-    """Return a branch for each parent: the parent itself for its first child, forks for the others."""
+def _descendants(old: list[Sequence], parents: tuple[int, ...], scheduler: Scheduler) -> list[Sequence]:
+    """Return a sequence for each parent: the parent itself for its first child, forks for the others."""
     taken: set[int] = set()
     new = []
     for index, parent in enumerate(parents):
         new.append(scheduler.fork(old[parent], index) if parent in taken else old[parent])
         taken.add(parent)
-    for place, branch in enumerate(old):
+    for place, sequence in enumerate(old):
         if place not in taken:
-            scheduler.drop(branch)
+            scheduler.drop(sequence)
     return new
 
 

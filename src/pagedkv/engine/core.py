@@ -1,4 +1,4 @@
-"""EngineCore: requests go in, one step after the other is made, outputs come out. Not for several threads at once."""
+"""The engine core: one step is schedule, forward pass, sampling, new state of the sequences, outputs."""
 
 from __future__ import annotations
 
@@ -10,213 +10,29 @@ from typing import Any
 
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
-from pagedkv.engine.request import Branch, CompletionOutput, Request, RequestMetrics, RequestOutput, prepare
+from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput, Sequence, prepare
 from pagedkv.engine.runner import Runner
-from pagedkv.engine.sampler import Logprob, Sampler, SampleRow, random_seed, token_logprobs
-from pagedkv.engine.scheduler import Batch, Part, Scheduler, refuse_what_never_fits
+from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
+from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler, refuse_what_never_fits
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
-from pagedkv.engine.text import Writer
+from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.validate import require_int
 
-# What a forward pass means for the branches in it: tokens are chosen, drafts kept or taken back, texts end.
-
-
-class Outcome:
-    """Turns the logits of one batch into tokens, and these into the next state of its branches.
-
-    Parameters
-    ----------
-    batch : Batch
-    core : EngineCore
-    """
-
-    def __init__(self, batch: Batch, core: EngineCore) -> None:
-        self._batch, self._core = batch, core
-        self._rows: list[Any] = []  # for the sampler
-        self._places: list[int] = []  # of each row among the logits
-        self._first_row: list[int] = []  # of each part
-        self._logprobs: Any = None
-        self._scored: list[tuple[Part, int]] = []  # whose prompts are scored, and the first place of their logits
-        self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
-        place = 0
-        for part in batch.parts:
-            self._first_row.append(len(self._rows))
-            if part.num_scored:
-                self._scored.append((part, place))
-                place += part.num_scored
-            if part.reaches_end:
-                self._expect(part, place)
-                place += 1 + len(part.drafts)
-
-    def _expect(self, part: Part, place: int) -> None:
-        branch, request = part.branch, part.branch.request
-        if request.params.beam_width is not None:
-            self._beams.setdefault(request, []).append((branch.index, place))
-        else:
-            row = self._core.row_of(branch)
-            self._rows.append(row)
-            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unborn)]
-            self._rows += [row.ahead(part.drafts[: i + 1].tolist()) for i in range(len(part.drafts))]
-            self._places += [place] * (1 + request.num_unborn)
-            self._places += range(place + 1, place + 1 + len(part.drafts))
-
-    def choose(self, logits: Any, sampler: Any) -> None:
-        """Choose the tokens; nothing has changed if this fails."""
-        self._logits = logits
-        if self._rows:
-            plain = len(self._places) == len(logits) and not self._beams and not self._scored
-            plain = plain and self._places == list(range(len(self._places)))
-            result = sampler.sample(logits if plain else logits[self._places], self._rows)
-            self._tokens: list[int] = result.token_ids.tolist()
-            self._logprobs = result.logprobs
-
-    def apply(self) -> list[Request]:
-        """Move every branch on; returns the requests that got tokens, in the order of arrival."""
-        core, scheduler, cache = self._core, self._core.scheduler, self._core.runner.cache
-        fresh: list[list[int]] = []
-        for part, place in self._scored:
-            logits = self._logits[place : place + part.num_scored]
-            request = part.branch.request
-            request.prompt_logprobs = [*(request.prompt_logprobs or ()), *_prompt_logprobs(part, logits)]
-        for part, first in zip(self._batch.parts, self._first_row, strict=True):
-            tokens = self._accepted(part, first)
-            fresh.append(tokens)
-            part.branch.computed += part.count
-            if len(part.drafts):
-                right = len(tokens) - 1
-                core.count(draft_tokens=len(part.drafts), accepted_tokens=right)
-                part.branch.computed += right
-                cache.truncate(part.branch.seq_id, part.branch.held)
-        cache.commit(self._batch.plan)
-        touched: dict[Request, None] = {}
-        for part, first, tokens in zip(self._batch.parts, self._first_row, fresh, strict=True):
-            branch, request = part.branch, part.branch.request
-            if tokens:
-                touched[request] = None
-                for index in range(1, 1 + request.num_unborn):
-                    twin = scheduler.fork(branch, index)
-                    twin.row = self._rows[first + index]
-                    request.branches.append(twin)
-                request.num_unborn = 0
-                if len(tokens) > 1 and not len(part.drafts):
-                    for i, twin in enumerate(request.branches):
-                        self._write(twin, first + i, tokens[i : i + 1])
-                else:
-                    self._write(branch, first, tokens)
-            if request.params.streaming is not None:
-                for streaming in request.branches:
-                    self._slide(streaming)
-        for request, beams in self._beams.items():
-            touched[request] = None
-            self._move_beams(request, beams)
-        return sorted(touched, key=lambda request: request.number)
-
-    def _accepted(self, part: Part, first: int) -> list[int]:
-        """Return the tokens that follow a part: with drafts, those that were guessed right and the one behind."""
-        request = part.branch.request
-        if not part.reaches_end or request.params.beam_width is not None:
-            return []
-        if request.num_unborn:
-            return self._tokens[first : first + 1 + request.num_unborn]
-        right = 0
-        for draft in part.drafts.tolist():
-            if self._tokens[first + right] != draft:
-                break
-            right += 1
-        return self._tokens[first : first + right + 1]
-
-    def _write(self, branch: Branch, first: int, tokens: list[int]) -> None:
-        core, request = self._core, branch.request
-        if branch.writer is None:
-            branch.writer = Writer(request, core.tokenizer, core.eos_token_ids)
-        if request.first_token is None:
-            request.first_token = time.monotonic()
-        for i, token in enumerate(tokens):
-            branch.push(token)
-            branch.row.accept(token)
-            if self._logprobs is not None and request.params.logprobs is not None:
-                entries = self._logprobs[first + i]
-                branch.logprobs.append(entries)
-                branch.cumulative_logprob += entries[token].logprob
-            ending = branch.writer.add(token)
-            core.count(generation_tokens=1)
-            if ending is not None:
-                branch.finish_reason, branch.stop_reason = ending
-                core.scheduler.drop(branch)
-                return
-
-    def _move_beams(self, request: Request, beams: list[tuple[int, int]]) -> None:
-        core = self._core
-        if request.beams is None:
-            request.beams, request.num_unborn = begin_beams(request, core.eos_token_ids, core.tokenizer), 0
-        if request.first_token is None:
-            request.first_token = time.monotonic()
-        core.count(
-            generation_tokens=advance_beams(
-                request, self._logits[[place for _, place in sorted(beams)]], core.scheduler
-            )
-        )
-
-    def _slide(self, branch: Branch) -> None:
-        """Let a stream keep its sinks and its window only."""
-        sink, window = branch.request.params.streaming or (0, 0)
-        if not branch.is_running or branch.held <= sink + window:
-            return
-        try:
-            branch.dropped += self._core.runner.cache.apply_streaming_llm(branch.seq_id, sink, window)
-        except OutOfMemory:  # forks share the window and there is no room for copies
-            self._core.scheduler.preempt(branch)
-
-
-def _prompt_logprobs(part: Part, logits: Any) -> list[dict[int, Logprob]]:
-    """Return how likely each token of a prompt is that follows a scored one."""
-    branch, top = part.branch, part.branch.request.params.prompt_logprobs or 0
-    following = branch.ids[branch.computed + 1 : branch.computed + 1 + part.num_scored]
-    return token_logprobs(logits, following.tolist(), [top] * part.num_scored)
-
-
-# Outputs of requests.
-
-
-def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
-    """Return what there is of a request."""
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        prompt_token_ids=request.prompt_tuple,
-        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.branches)],
-        finished=request.is_finished,
-        num_cached_tokens=request.num_cached_tokens,
-        metrics=RequestMetrics(
-            arrived=request.arrived,
-            first_scheduled=request.first_scheduled,
-            first_token=request.first_token,
-            finished=request.finished,
-            num_preemptions=request.num_preemptions,
-        ),
-        prompt_logprobs=request.prompt_logprobs,
-    )
-
-
-def _completion(branch: Branch) -> CompletionOutput:
-    wants_logprobs = branch.request.params.logprobs is not None
-    return CompletionOutput(
-        index=branch.index,
-        text=branch.writer.text if branch.writer is not None else "",
-        token_ids=tuple(branch.output_ids),
-        finish_reason=branch.finish_reason,
-        stop_reason=branch.stop_reason,
-        logprobs=branch.logprobs.copy() if wants_logprobs else None,
-        cumulative_logprob=branch.cumulative_logprob if wants_logprobs else None,
-    )
-
-
 logger = logging.getLogger("pagedkv")
+
+_COUNTED = (
+    "finished_requests",
+    "aborted_requests",
+    "generation_tokens",
+    "draft_tokens",
+    "accepted_tokens",
+    "steps",
+)
 
 
 class EngineCore:
-    """Continuous batching over one runner.
+    """Continuous batching over one runner. Not for several threads at once.
 
     Parameters
     ----------
@@ -296,9 +112,11 @@ class EngineCore:
         if request.params.stop and self.tokenizer is None:
             raise bad_argument("stop", "no strings, as the engine has no tokenizer")
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
+        if request.params.streaming is not None:
+            self.runner.require_streaming(*request.params.streaming)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed
-        request.branches = [self.scheduler.new_branch(request)]
+        request.sequences = [self.scheduler.new_sequence(request)]
         self._requests[request.request_id] = request
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -312,12 +130,12 @@ class EngineCore:
         request = self._requests.get(request_id)
         if request is None:
             return None
-        for branch in request.branches:
-            if branch.finish_reason is None:
-                self.scheduler.drop(branch)
-                branch.finish_reason = "abort"
-                if branch.writer is not None:
-                    branch.writer.close()
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                self.scheduler.drop(sequence)
+                sequence.finish_reason = "abort"
+                if sequence.output_text is not None:
+                    sequence.output_text.close()
         self._counts["aborted_requests"] += 1
         return self._ended(request, aborted=True)
 
@@ -331,27 +149,27 @@ class EngineCore:
         if batch is None:
             self._seconds["busy"] += time.perf_counter() - started
             return []
-        outcome = Outcome(batch, self)
-        before = time.perf_counter()
+        output = StepOutput(batch, self)
+        scheduled = time.perf_counter()
         try:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
-            outcome.choose(logits, self._sampler)
-            chosen = time.perf_counter()
-            moved = outcome.apply()
+            output.sample(logits, self._sampler)
+            sampled = time.perf_counter()
+            touched = output.apply()
         except InvalidLogits as error:
-            self.scheduler.recall(batch.parts)
+            self.scheduler.recall(batch.chunks)
             return self._refused(error)
         except BaseException:
-            self.scheduler.recall(batch.parts)
+            self.scheduler.recall(batch.chunks)
             raise
-        outputs = [self._reported(request) for request in moved]
+        reported = [self._reported(request) for request in touched]
         self._clock.mark(batch.plan.tick, time.monotonic())
         self._counts["steps"] += 1
-        self._seconds["forward"] += computed - before
-        self._seconds["sampling"] += chosen - computed
+        self._seconds["forward"] += computed - scheduled
+        self._seconds["sampling"] += sampled - computed
         self._seconds["busy"] += time.perf_counter() - started
-        return [output for output in outputs if output is not None]
+        return [output for output in reported if output is not None]
 
     def clear_prefix_cache(self) -> int:
         """Forget all prefixes; returns how many blocks became free. What runs goes on."""
@@ -385,7 +203,7 @@ class EngineCore:
         """Return the counters."""
         cache, scheduler, counted, before = self.runner.cache, self.scheduler, self.cache_stats(), self._cache_before
         requests = list(self._requests.values())  # a copy, as other threads may ask
-        running = sum(any(branch.is_running for branch in request.branches) for request in requests)
+        running = sum(any(sequence.is_running for sequence in request.sequences) for request in requests)
         return EngineStats(
             num_running=running,
             num_waiting=len(requests) - running,
@@ -415,19 +233,19 @@ class EngineCore:
         for name, amount in amounts.items():
             self._counts[name] += amount
 
-    def row_of(self, branch: Branch) -> SampleRow:
-        """Return what the sampler has to know of a branch."""
-        if branch.row is None:
-            request = branch.request
-            branch.row = SampleRow(
+    def row_of(self, sequence: Sequence) -> SampleRow:
+        """Return what the sampler has to know of a sequence."""
+        if sequence.row is None:
+            request = sequence.request
+            sequence.row = SampleRow(
                 request.request_id,
                 request.params,
                 request.prompt_token_ids,
                 seed=request.seed,
-                choice=branch.index,
+                choice=sequence.index,
                 end_ids=self.eos_token_ids,
             )
-        row: SampleRow = branch.row
+        row: SampleRow = sequence.row
         return row
 
     def _refused(self, error: InvalidLogits) -> list[RequestOutput]:
@@ -437,7 +255,7 @@ class EngineCore:
         return [output for output in outputs if output is not None]
 
     def _reported(self, request: Request) -> RequestOutput | None:
-        if all(branch.finish_reason is not None for branch in request.branches):
+        if all(sequence.finish_reason is not None for sequence in request.sequences):
             self._counts["finished_requests"] += 1
             return self._ended(request)
         # Beams may still change their minds about every word.
@@ -449,11 +267,194 @@ class EngineCore:
         return output_of(request, aborted=aborted)
 
 
-_COUNTED = (
-    "finished_requests",
-    "aborted_requests",
-    "generation_tokens",
-    "draft_tokens",
-    "accepted_tokens",
-    "steps",
-)
+# One step's output: which logits are whose, the tokens chosen from them, and what these do to the sequences.
+
+
+class StepOutput:
+    """Turns the logits of one batch into tokens, and these into the next state of its sequences.
+
+    Parameters
+    ----------
+    batch : Batch
+    core : EngineCore
+    """
+
+    def __init__(self, batch: Batch, core: EngineCore) -> None:
+        self._batch, self._core = batch, core
+        self._rows: list[SampleRow] = []  # for the sampler
+        self._places: list[int] = []  # of each row among the logits
+        self._first_row: list[int] = []  # of each chunk
+        self._tokens: list[int] = []  # of each row
+        self._logprobs: Any = None
+        self._scored: list[tuple[ScheduledChunk, int]] = []  # prompts, and the first place of their logits
+        self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
+        place = 0
+        for chunk in batch.chunks:
+            self._first_row.append(len(self._rows))
+            if chunk.num_scored:
+                self._scored.append((chunk, place))
+                place += chunk.num_scored
+            if chunk.reaches_end:
+                self._expect(chunk, place)
+                place += 1 + len(chunk.drafts)
+
+    def _expect(self, chunk: ScheduledChunk, place: int) -> None:
+        """Note whose logits stand at `place`: one row a sample that begins here, one more a draft."""
+        sequence, request, drafts = chunk.sequence, chunk.sequence.request, chunk.drafts.tolist()
+        if request.params.beam_width is not None:
+            self._beams.setdefault(request, []).append((sequence.index, place))
+            return
+        row = self._core.row_of(sequence)
+        self._rows += [row, *(row.ahead((), choice) for choice in range(1, 1 + request.num_unforked))]
+        self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
+        self._places += [place] * (1 + request.num_unforked)
+        self._places += range(place + 1, place + 1 + len(drafts))
+
+    def sample(self, logits: Any, sampler: Any) -> None:
+        """Choose a token for every row; nothing has changed if this fails."""
+        self._logits = logits
+        if self._rows:
+            all_in_order = self._places == list(range(len(logits)))
+            result = sampler.sample(logits if all_in_order else logits[self._places], self._rows)
+            self._tokens, self._logprobs = result.token_ids.tolist(), result.logprobs
+
+    def apply(self) -> list[Request]:
+        """Move every sequence on; returns the requests that got tokens, in the order of arrival."""
+        for chunk, place in self._scored:
+            self._score_prompt(chunk, place)
+        accepted = [self._accepted(*each) for each in zip(self._batch.chunks, self._first_row, strict=True)]
+        for chunk, tokens in zip(self._batch.chunks, accepted, strict=True):
+            self._advance(chunk, len(tokens))
+        self._core.runner.cache.commit(self._batch.plan)
+        touched = dict.fromkeys(self._beams)
+        for chunk, first, tokens in zip(self._batch.chunks, self._first_row, accepted, strict=True):
+            if tokens:
+                touched[chunk.sequence.request] = None
+                self._extend(chunk.sequence, first, tokens)
+            if chunk.sequence.request.params.streaming is not None:
+                self._slide(chunk.sequence.request)
+        for request, beams in self._beams.items():
+            self._advance_beams(request, sorted(beams))
+        return sorted(touched, key=lambda request: request.number)
+
+    def _score_prompt(self, chunk: ScheduledChunk, place: int) -> None:
+        """Note how likely each token of a prompt is that follows a scored one."""
+        sequence, request = chunk.sequence, chunk.sequence.request
+        following = sequence.ids[sequence.computed + 1 : sequence.computed + 1 + chunk.num_scored].tolist()
+        logits, top = self._logits[place : place + chunk.num_scored], request.params.prompt_logprobs or 0
+        scored = token_logprobs(logits, following, [top] * chunk.num_scored)
+        request.prompt_logprobs = [*(request.prompt_logprobs or ()), *scored]
+
+    def _accepted(self, chunk: ScheduledChunk, first: int) -> list[int]:
+        """Return the tokens that follow a chunk: one a sample that begins here, or the right drafts and one more."""
+        request = chunk.sequence.request
+        if not chunk.reaches_end or request.params.beam_width is not None:
+            return []
+        if request.num_unforked:
+            return self._tokens[first : first + 1 + request.num_unforked]
+        right = 0
+        for draft in chunk.drafts.tolist():
+            if self._tokens[first + right] != draft:
+                break
+            right += 1
+        return self._tokens[first : first + right + 1]
+
+    def _advance(self, chunk: ScheduledChunk, num_accepted: int) -> None:
+        """Count what was computed, and take back the drafts that were wrong."""
+        sequence = chunk.sequence
+        sequence.computed += chunk.count
+        if len(chunk.drafts):
+            right = num_accepted - 1
+            self._core.count(draft_tokens=len(chunk.drafts), accepted_tokens=right)
+            sequence.computed += right
+            self._core.runner.cache.truncate(sequence.seq_id, sequence.held)
+
+    def _extend(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
+        """Add tokens to a text; samples that begin here are forked first, and each gets one of them."""
+        request = sequence.request
+        if not request.num_unforked:
+            self._write(sequence, first, tokens)
+            return
+        for index in range(1, 1 + request.num_unforked):
+            sample = self._core.scheduler.fork(sequence, index)
+            sample.row = self._rows[first + index]
+            request.sequences.append(sample)
+        request.num_unforked = 0
+        for i, sample in enumerate(request.sequences):
+            self._write(sample, first + i, tokens[i : i + 1])
+
+    def _write(self, sequence: Sequence, first: int, tokens: list[int]) -> None:
+        """Add tokens to one text, up to the one that ends it."""
+        core, request = self._core, sequence.request
+        if sequence.output_text is None:
+            sequence.output_text = OutputText(request, core.tokenizer, core.eos_token_ids)
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        for i, token in enumerate(tokens):
+            sequence.push(token)
+            sequence.row.accept(token)
+            if self._logprobs is not None and request.params.logprobs is not None:
+                entries = self._logprobs[first + i]
+                sequence.logprobs.append(entries)
+                sequence.cumulative_logprob += entries[token].logprob
+            ending = sequence.output_text.add(token)
+            core.count(generation_tokens=1)
+            if ending is not None:
+                sequence.finish_reason, sequence.stop_reason = ending
+                core.scheduler.drop(sequence)
+                return
+
+    def _advance_beams(self, request: Request, beams: list[tuple[int, int]]) -> None:
+        core = self._core
+        if request.beams is None:
+            request.beams, request.num_unforked = begin_beams(request, core.eos_token_ids, core.tokenizer), 0
+        if request.first_token is None:
+            request.first_token = time.monotonic()
+        logits = self._logits[[place for _, place in beams]]
+        core.count(generation_tokens=advance_beams(request, logits, core.scheduler))
+
+    def _slide(self, request: Request) -> None:
+        """Drop what lies between the sinks and the window of a text without end."""
+        sink, window = request.params.streaming or (0, 0)
+        for sequence in request.sequences:
+            if sequence.is_running and sequence.held > sink + window:
+                try:
+                    sequence.dropped += self._core.runner.cache.apply_streaming_llm(sequence.seq_id, sink, window)
+                except OutOfMemory:  # forks share the window and there is no room for copies
+                    self._core.scheduler.preempt(sequence)
+
+
+# Outputs of requests.
+
+
+def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
+    """Return what there is of a request."""
+    return RequestOutput(
+        request_id=request.request_id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_tuple,
+        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.sequences)],
+        finished=request.is_finished,
+        num_cached_tokens=request.num_cached_tokens,
+        metrics=RequestMetrics(
+            arrived=request.arrived,
+            first_scheduled=request.first_scheduled,
+            first_token=request.first_token,
+            finished=request.finished,
+            num_preemptions=request.num_preemptions,
+        ),
+        prompt_logprobs=request.prompt_logprobs,
+    )
+
+
+def _completion(sequence: Sequence) -> CompletionOutput:
+    wants_logprobs = sequence.request.params.logprobs is not None
+    return CompletionOutput(
+        index=sequence.index,
+        text=sequence.output_text.text if sequence.output_text is not None else "",
+        token_ids=tuple(sequence.output_ids),
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+        logprobs=sequence.logprobs.copy() if wants_logprobs else None,
+        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
+    )

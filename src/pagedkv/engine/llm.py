@@ -1,14 +1,14 @@
-"""LLM: texts for a list of prompts, all in one batch."""
+"""LLM: offline generation for a list of prompts, all in one batch."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from pagedkv.control.protocol import EvictionStrategy
@@ -20,45 +20,7 @@ from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
 from pagedkv.machine import free_memory
 
-# A progress bar, where one is wanted.
-
-
-class Progress:
-    """Shows how many of `total` requests are done.
-
-    Parameters
-    ----------
-    total : int
-    show : bool
-        Nothing is shown, or loaded, if not.
-    """
-
-    def __init__(self, total: int, show: bool) -> None:
-        self._total, self._show = total, show
-        self._bar: Any = None
-        self._task: Any = None
-
-    def __enter__(self) -> Progress:
-        if self._show:
-            from rich.progress import MofNCompleteColumn, TimeElapsedColumn
-            from rich.progress import Progress as Bar
-
-            self._bar = Bar(*Bar.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._task = self._bar.add_task("requests", total=self._total)
-            self._bar.start()
-        return self
-
-    def advance(self) -> None:
-        """Count one more."""
-        if self._bar is not None:
-            self._bar.advance(self._task)
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-# How large a pool is where nobody says.
+# The size of the pool by default.
 
 SHARE = 4  # of the free memory the pool takes one part in so many
 LEAST = 64
@@ -120,7 +82,7 @@ class LLM:
     max_num_seqs : int
         Most texts that are written at once.
     strategy : str or EvictionStrategy
-        Which cached blocks, and which running texts, are given up first.
+        Which cached blocks are reclaimed first, and which running texts preempted.
     prefix_caching : bool
         Whether the K and V of equal prefixes are used again.
     eviction_threshold : float
@@ -237,11 +199,11 @@ class LLM:
         try:
             for request in requests:
                 self.core.add(request)
-            with Progress(len(requests), progress) as bar:
+            with _progress_bar(len(requests)) if progress else nullcontext(lambda: None) as advance:
                 while len(done) < len(requests):
                     for output in self.core.step():
                         done[output.request_id] = output
-                        bar.advance()
+                        advance()
         except BaseException:
             for request in requests:
                 self.core.abort(request.request_id)
@@ -309,6 +271,16 @@ class LLM:
             raise bad_argument("prompts", "token ids, as the engine has no tokenizer", "a str")
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` requests are done; yields what counts one more."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn()) as bar:
+        task = bar.add_task("requests", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _listed(prompts: Any) -> list[Any]:

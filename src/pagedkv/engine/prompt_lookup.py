@@ -1,4 +1,4 @@
-"""Prompt lookup: what came after these words the last time is likely to come again.
+"""Prompt lookup decoding: draft tokens from an earlier place in the text.
 
 Source: Saxena 2023, "Prompt Lookup Decoding". Every draft is checked by the model, so the text stays the same.
 """

@@ -1,11 +1,11 @@
-"""Requests, and the branches that they grow: the state that the scheduler moves between waiting and running."""
+"""Requests, their sequences and their outputs: the state that the scheduler moves between waiting and running."""
 
 from __future__ import annotations
 
 import enum
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,24 @@ from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import bad_argument
 from pagedkv.validate import require_int
 
-if TYPE_CHECKING:
-    from pagedkv.engine.sampler import Logprob
-
-
-# What the engine hands out: frozen, cumulative, free of references into the engine.
+# Outputs: frozen, cumulative, free of references into the engine.
 
 FinishReason = Literal["stop", "length", "abort"]
+
+
+class Logprob(NamedTuple):
+    """How likely the model found a token.
+
+    Attributes
+    ----------
+    logprob : float
+        Natural logarithm of its probability under the raw logits: before penalties, biases and temperature.
+    rank : int
+        1 for the likeliest token; how many tokens are likelier, and one.
+    """
+
+    logprob: float
+    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +124,8 @@ Ids = npt.NDArray[np.int64]
 FIRST_CAPACITY = 256
 
 
-class State(enum.Enum):
-    """Where a branch is. A preempted one waits again."""
+class SequenceState(enum.Enum):
+    """Where a sequence is. A preempted one waits again."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -147,10 +158,10 @@ class Request:
 
     Attributes
     ----------
-    branches : list of Branch
+    sequences : list of Sequence
         The texts that are being written: one, ``n`` after the prompt is computed, or the live beams.
-    num_unborn : int
-        Branches that will be forked off once the prompt is computed.
+    num_unforked : int
+        Sequences that will be forked off once the prompt is computed.
     """
 
     request_id: str
@@ -166,10 +177,10 @@ class Request:
     number: int = 0
     seed: int = 0
     max_tokens: int = 0
-    branches: list[Branch] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     beams: Any = None
     prompt_tuple: tuple[int, ...] = ()
-    num_unborn: int = 0
+    num_unforked: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     prompt_logprobs: list[Any] | None = None
@@ -183,9 +194,9 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
-    def num_branches(self) -> int:
-        """How many branches it has, or will have once its prompt is computed."""
-        return max(len(self.branches), self.params.beam_width or self.params.n)
+    def num_sequences(self) -> int:
+        """How many sequences it has, or will have once its prompt is computed."""
+        return max(len(self.sequences), self.params.beam_width or self.params.n)
 
     @property
     def is_finished(self) -> bool:
@@ -193,11 +204,11 @@ class Request:
         return self.finished is not None
 
 
-class Branch:
+class Sequence:
     """The prompt of a request and one text that continues it; while it runs it owns a sequence of the cache.
 
     ``ids[:length]`` are its tokens, ``ids[:computed]`` those whose K and V are written. The rest is what the next
-    forward passes compute: a prompt, a prompt with a reply where the branch was preempted, or the newest token.
+    forward passes compute: a prompt, a prompt with a reply where the sequence was preempted, or the newest token.
 
     Parameters
     ----------
@@ -224,7 +235,7 @@ class Branch:
         "seq_id",
         "state",
         "stop_reason",
-        "writer",
+        "output_text",
     )
 
     def __init__(self, request: Request, index: int, seq_id: int) -> None:
@@ -235,14 +246,14 @@ class Branch:
         self.output_ids: list[int] = []
         self.computed = 0
         self.dropped = 0  # of the computed tokens, those that streaming gave up
-        self.state = State.WAITING
-        self.awaits: tuple[Branch, int] | None = None  # who computes its prefix, and how many tokens of it
+        self.state = SequenceState.WAITING
+        self.awaits: tuple[Sequence, int] | None = None  # who computes its prefix, and how many tokens of it
         self.logprobs: list[Any] = []
         self.cumulative_logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.row: Any = None  # what the sampler has to know
-        self.writer: Any = None  # what turns tokens into text and finds the stops
+        self.output_text: Any = None  # what turns tokens into text and finds the stops
 
     @property
     def ids(self) -> Ids:
@@ -252,7 +263,7 @@ class Branch:
     @property
     def is_running(self) -> bool:
         """Whether it holds blocks."""
-        return self.state is State.RUNNING
+        return self.state is SequenceState.RUNNING
 
     @property
     def pending(self) -> int:
@@ -286,9 +297,9 @@ class Branch:
         self.length += 1
         self.output_ids.append(token)
 
-    def twin(self, index: int, seq_id: int) -> Branch:
-        """Return a branch that has read and written the same so far, without a writer and a row."""
-        other = Branch(self.request, index, seq_id)
+    def twin(self, index: int, seq_id: int) -> Sequence:
+        """Return a sequence that has read and written the same so far, without an output text and a row."""
+        other = Sequence(self.request, index, seq_id)
         other._ids = self._ids.copy()
         other.length, other.computed, other.dropped = self.length, self.computed, self.dropped
         other.output_ids = self.output_ids.copy()
@@ -324,7 +335,7 @@ def prepare(request: Request, runner: Runner) -> None:
     most = request.params.max_tokens
     request.max_tokens = _most_tokens(request, runner) if most is None else most
     request.prompt_logprobs = None if request.params.prompt_logprobs is None else [None]
-    request.num_unborn = request.num_branches - 1
+    request.num_unforked = request.num_sequences - 1
 
 
 def _checked_ids(given: Any, vocab_size: int) -> Any:

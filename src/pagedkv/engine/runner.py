@@ -1,4 +1,4 @@
-"""What the engine needs of a model runner."""
+"""The runner protocol: what the engine needs of a model over a cache."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy.typing as npt
 
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
-
-__all__ = ["Runner"]
 
 
 class Runner(Protocol):
@@ -44,6 +42,9 @@ class Runner(Protocol):
 
     def forward(self, plan: BatchPlan, token_ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> Any:
         """Compute K and V of the query tokens and return the logits of those wanted, float32 ``[k, vocab_size]``."""
+
+    def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
+        """Raise InvalidOperation if the model cannot keep only so many first and last tokens of a text."""
 
     def fork(self, src: int, dst: int) -> None:
         """Follow a fork of the cache."""

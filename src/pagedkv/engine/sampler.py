@@ -1,4 +1,4 @@
-"""The sampler: logits of a step in, one token a row out; what a row gets does not depend on the rows beside it."""
+"""Sampling: logits of a step in, one token a row out; what a row gets does not depend on the rows beside it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,19 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.engine.request import Logprob
 from pagedkv.engine.sampling_kernels import draw, first_of, uniforms
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.errors import InvalidLogits, bad_argument
 from pagedkv.jit import compiled
 
 # Log probabilities of chosen and of likeliest tokens, of the raw distribution.
-
-
-class Logprob(NamedTuple):
-    """How likely the model found a token.
-
-    Attributes
-    ----------
-    logprob : float
-        Natural logarithm of its probability under the raw logits: before penalties, biases and temperature.
-    rank : int
-        1 for the likeliest token; how many tokens are likelier, and one.
-    """
-
-    logprob: float
-    rank: int
 
 
 def token_logprobs(logits: Tensor, token_ids: Sequence[int], top: Sequence[int]) -> list[dict[int, Logprob]]:
@@ -96,7 +81,7 @@ def _entries(
     return entries
 
 
-# What a text has said already, counted as it grows, and the penalties for saying it again.
+# Repetition, frequency and presence penalties: the tokens of a text, counted as it grows.
 
 FIRST_CAPACITY = 64
 
@@ -260,7 +245,7 @@ class SampleResult:
     ----------
     token_ids : int64 [k]
     logprobs : list of dict, or None
-        k of token id to :class:`Logprob` for rows that asked, None for those that did not; None if nobody did.
+        k of token id to :class:`Logprob` for rows that asked, None for those that did not; None if none did.
     """
 
     token_ids: Ids

@@ -1,12 +1,12 @@
-"""Who computes what in the next forward pass.
+"""The scheduler: which sequences the next forward pass computes, admission of waiting requests, preemption.
 
-Decoding branches always take part, one token each. What is left of the token budget goes to prompts: first those that
-have begun, then those that wait, by priority and arrival. Nobody is let in whose blocks would have to be taken from
-somebody else at once, and nobody computes a prefix that another is computing right now: it waits for it instead.
+Decoding sequences always take part, one token each. What is left of the token budget goes to prompts: first those that
+have begun, then those that wait, by priority and arrival. A request is not admitted if its blocks would have to be
+taken from a running one at once, nor while another request is computing a prefix that it can share.
 
-When running branches outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
-strategy gives up first, but never the one whose turn it is before all others. So that one always makes progress,
-finishes, and leaves its place to the next. The victim's committed blocks stay findable until they are needed.
+When running sequences outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
+strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
+its place to the next. The committed blocks of a preempted sequence stay findable until they are needed.
 """
 
 from __future__ import annotations
@@ -14,65 +14,65 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.plan import BatchPlan
-from pagedkv.engine.request import Branch, Request, State, shares_prefixes
+from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes
 from pagedkv.engine.runner import Runner
 from pagedkv.errors import OutOfMemory, RequestRefused
 
-# The queue of what waits for its turn: by priority, then by arrival.
+# The waiting queue: by priority, then by arrival.
 
 
-def _rank(branch: Branch) -> tuple[int, int, int]:
-    return branch.rank
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank
 
 
 class WaitingQueue:
-    """Branches in the order of their rank. A preempted branch keeps its rank: it goes before whoever came later."""
+    """Sequences in the order of their rank. A preempted sequence keeps its rank: it goes before whoever came later."""
 
     def __init__(self) -> None:
-        self._branches: list[Branch] = []
+        self._sequences: list[Sequence] = []
 
-    def add(self, branch: Branch) -> None:
-        """Put a branch in its place, O(log n) comparisons."""
-        insort(self._branches, branch, key=_rank)
+    def add(self, sequence: Sequence) -> None:
+        """Put a sequence in its place, O(log n) comparisons."""
+        insort(self._sequences, sequence, key=_rank)
 
-    def remove(self, branch: Branch) -> None:
-        """Take a branch out."""
-        place = bisect_left(self._branches, branch.rank, key=_rank)
-        while self._branches[place] is not branch:
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out."""
+        place = bisect_left(self._sequences, sequence.rank, key=_rank)
+        while self._sequences[place] is not sequence:
             place += 1
-        del self._branches[place]
+        del self._sequences[place]
 
     def __len__(self) -> int:
-        return len(self._branches)
+        return len(self._sequences)
 
-    def __iter__(self) -> Iterator[Branch]:
-        return iter(self._branches)
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
 
 
-# What one forward pass computes: parts of branches, and whose logits are wanted.
+# A batch: chunks of sequences, and whose logits are wanted.
 
 Ids = npt.NDArray[np.int64]
 
 NO_DRAFTS: Ids = np.empty(0, np.int64)
 
 
-class Part:
-    """The tokens of one branch that a forward pass computes.
+class ScheduledChunk:
+    """The tokens of one sequence that a forward pass computes.
 
     Parameters
     ----------
-    branch : Branch
+    sequence : Sequence
     count : int
-        Tokens of the branch, from ``branch.computed`` on.
+        Tokens of the sequence, from ``sequence.computed`` on.
 
     Attributes
     ----------
@@ -84,16 +84,16 @@ class Part:
         Tokens at its beginning whose logits tell how likely the next tokens of the prompt are.
     """
 
-    __slots__ = ("branch", "count", "drafts", "num_scored", "reaches_end")
+    __slots__ = ("sequence", "count", "drafts", "num_scored", "reaches_end")
 
-    def __init__(self, branch: Branch, count: int) -> None:
-        self.branch, self.count = branch, count
+    def __init__(self, sequence: Sequence, count: int) -> None:
+        self.sequence, self.count = sequence, count
         self.drafts = NO_DRAFTS
-        self.reaches_end = count == branch.pending
-        request = branch.request
+        self.reaches_end = count == sequence.pending
+        request = sequence.request
         self.num_scored = 0
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
-            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - branch.computed))
+            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - sequence.computed))
 
     @property
     def num_query_tokens(self) -> int:
@@ -103,8 +103,8 @@ class Part:
     @property
     def query_ids(self) -> Ids:
         """The tokens that go through the model."""
-        branch = self.branch
-        ids = branch.ids[branch.computed : branch.computed + self.count]
+        sequence = self.sequence
+        ids = sequence.ids[sequence.computed : sequence.computed + self.count]
         return np.concatenate([ids, self.drafts]) if len(self.drafts) else ids
 
     def wanted(self, start: int) -> Ids:
@@ -121,102 +121,99 @@ class Batch:
 
     Attributes
     ----------
-    parts : sequence of Part
+    chunks : list of ScheduledChunk
         In the order of the plan.
     plan : BatchPlan
     token_ids : int64 [total_tokens]
     wanted : int64 [k]
-        Places in `token_ids` of the query tokens whose logits are wanted: part by part, those that are scored, then,
-        if it reaches the end of its branch, its last token and its drafts.
+        Places in `token_ids` of the query tokens whose logits are wanted: chunk by chunk, those that are scored, then,
+        if it reaches the end of its sequence, its last token and its drafts.
     """
 
-    parts: Sequence[Part]
+    chunks: list[ScheduledChunk]
     plan: BatchPlan
     token_ids: Ids
     wanted: Ids
 
 
-def query_tokens(parts: Sequence[Part]) -> Any:
-    """Return the token ids of all parts as ``append_batch`` takes them; most often one each: a flat array then."""
-    if all(part.num_query_tokens == 1 for part in parts):
-        return np.array([part.branch.token(part.branch.computed) for part in parts])
-    return [part.query_ids for part in parts]
+def query_tokens(chunks: list[ScheduledChunk]) -> Any:
+    """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""
+    if all(chunk.num_query_tokens == 1 for chunk in chunks):
+        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks])
+    return [chunk.query_ids for chunk in chunks]
 
 
-def make_batch(parts: Sequence[Part], plan: BatchPlan) -> Batch:
-    """Lay out the forward pass of `parts`, which `plan` has in the same order."""
-    tokens = query_tokens(parts)
-    if isinstance(tokens, np.ndarray) and not any(part.num_scored for part in parts):
-        return Batch(parts, plan, tokens, np.flatnonzero([part.reaches_end for part in parts]))
+def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
+    """Lay out the forward pass of `chunks`, which `plan` has in the same order."""
+    tokens = query_tokens(chunks)
+    if isinstance(tokens, np.ndarray) and not any(chunk.num_scored for chunk in chunks):
+        return Batch(chunks, plan, tokens, np.flatnonzero([chunk.reaches_end for chunk in chunks]))
     starts = plan.cu_seqlens_q.tolist()
-    wanted = [part.wanted(start) for part, start in zip(parts, starts, strict=False)]
-    return Batch(parts, plan, np.concatenate([*tokens]), np.concatenate(wanted))
+    wanted = [chunk.wanted(start) for chunk, start in zip(chunks, starts, strict=False)]
+    return Batch(chunks, plan, np.concatenate([*tokens]), np.concatenate(wanted))
 
 
-# Who is let in: from the queue into the batch.
-
-if TYPE_CHECKING:
-    from pagedkv.engine.runner import Runner
+# Admission of waiting requests.
 
 
 class Admission:
-    """Takes branches out of the queue of a scheduler, as budget, places and blocks allow."""
+    """Takes sequences out of the queue of a scheduler, as budget, places and blocks allow."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._cache = scheduler.cache
         self._shares_prefixes = shares_prefixes(scheduler.runner)
 
-    def admit(self, budget: int) -> list[Part]:
-        """Let in who may compute up to `budget` tokens now; their blocks are allocated."""
+    def admit(self, budget: int) -> list[ScheduledChunk]:
+        """Admit sequences that compute up to `budget` tokens now; their blocks are allocated."""
         scheduler = self._scheduler
         if budget <= 0 or not len(scheduler.waiting):
             return []
-        admitted: list[Part] = []
-        places = scheduler.max_num_seqs - sum(branch.request.num_unborn + 1 for branch in scheduler.running)
+        admitted: list[ScheduledChunk] = []
+        places = scheduler.max_num_seqs - sum(sequence.request.num_unforked + 1 for sequence in scheduler.running)
         promised = sum(map(self._promised, scheduler.running))
         passed_over = 0
-        for branch in list(islice(scheduler.waiting, 2 * scheduler.max_num_seqs + 2)):
-            places -= 1 + branch.request.num_unborn
+        for sequence in list(islice(scheduler.waiting, 2 * scheduler.max_num_seqs + 2)):
+            places -= 1 + sequence.request.num_unforked
             if budget <= 0 or passed_over > scheduler.max_num_seqs or (places < 0 and scheduler.running):
                 break
-            if self._awaits_prefix(branch):
-                places += 1 + branch.request.num_unborn
+            if self._awaits_prefix(sequence):
+                places += 1 + sequence.request.num_unforked
                 passed_over += 1
                 continue
-            count = self._enter(branch, budget, promised)
+            count = self._enter(sequence, budget, promised)
             if count == 0:
                 break
-            admitted.append(Part(branch, count))
-            promised += self._promised(branch)
+            admitted.append(ScheduledChunk(sequence, count))
+            promised += self._promised(sequence)
             budget -= count
         return admitted
 
-    def _enter(self, branch: Branch, budget: int, promised: int) -> int:
-        """Give a branch its sequence, with as many tokens as it computes now; 0 if there is no room."""
-        scheduler, request = self._scheduler, branch.request
+    def _enter(self, sequence: Sequence, budget: int, promised: int) -> int:
+        """Allocate a sequence, with as many tokens as it computes now; 0 if there is no room."""
+        scheduler, request = self._scheduler, sequence.request
         alone = all(other.request is request for other in scheduler.running)
-        if not alone and self._needed(branch) + promised > self._cache.free_block_count:
+        if not alone and self._needed(sequence) + promised > self._cache.free_block_count:
             return 0
-        cached = self._matched(branch)
-        tokens = min(cached + budget, branch.readable)
+        cached = self._matched(sequence)
+        tokens = min(cached + budget, sequence.readable)
         if request.params.streaming is not None:
             tokens = max(1, min(tokens, sum(request.params.streaming)))
         try:
             info = self._cache.allocate(
-                branch.seq_id,
-                branch.ids[:tokens] if _shares(branch) else tokens,
+                sequence.seq_id,
+                sequence.ids[:tokens] if _shares(sequence) else tokens,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
             )
         except OutOfMemory:
             if scheduler.running:
                 return 0
-            raise  # somebody else holds the pool
-        scheduler.waiting.remove(branch)
-        scheduler.running.append(branch)
-        branch.state, branch.awaits = State.RUNNING, None
-        branch.computed = info.num_cached_tokens
+            raise  # blocks outside of the engine fill the pool
+        scheduler.waiting.remove(sequence)
+        scheduler.running.append(sequence)
+        sequence.state, sequence.awaits = SequenceState.RUNNING, None
+        sequence.computed = info.num_cached_tokens
         if request.first_scheduled is None:
             request.first_scheduled = time.monotonic()
             request.num_cached_tokens = info.num_cached_tokens
@@ -224,51 +221,51 @@ class Admission:
             scheduler.num_cached_tokens += info.num_cached_tokens
         return tokens - info.num_cached_tokens
 
-    def _matched(self, branch: Branch) -> int:
-        return self._cache.match_prefix(branch.ids, branch.request.cache_salt) if _shares(branch) else 0
+    def _matched(self, sequence: Sequence) -> int:
+        return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if _shares(sequence) else 0
 
-    def _needed(self, branch: Branch) -> int:
+    def _needed(self, sequence: Sequence) -> int:
         """Return the blocks that it takes until it decodes, its copies of a shared last block included."""
-        size, more = self._cache.block_size, branch.request.num_unborn + 1
-        if branch.request.params.streaming is not None:
-            return _streaming_blocks(branch.length, branch.request.params.streaming, size) + more
-        tokens = branch.ids if _shares(branch) else branch.length
-        return self._cache.blocks_to_allocate(tokens, branch.request.cache_salt) + more
+        size, more = self._cache.block_size, sequence.request.num_unforked + 1
+        if sequence.request.params.streaming is not None:
+            return _streaming_blocks(sequence.length, sequence.request.params.streaming, size) + more
+        tokens = sequence.ids if _shares(sequence) else sequence.length
+        return self._cache.blocks_to_allocate(tokens, sequence.request.cache_salt) + more
 
-    def _promised(self, branch: Branch) -> int:
-        """Return the blocks that a running branch takes for the rest of its prompt, and one for what it writes."""
+    def _promised(self, sequence: Sequence) -> int:
+        """Return the blocks that a running sequence takes for the rest of its prompt, and one for what it writes."""
         size = self._cache.block_size
-        length = branch.length - branch.dropped
-        if branch.request.params.streaming is not None:
-            length = min(length, sum(branch.request.params.streaming) + size)
-        return max(0, -(-length // size) + (-branch.held // size)) + branch.request.num_unborn + 1
+        length = sequence.length - sequence.dropped
+        if sequence.request.params.streaming is not None:
+            length = min(length, sum(sequence.request.params.streaming) + size)
+        return max(0, -(-length // size) + (-sequence.held // size)) + sequence.request.num_unforked + 1
 
-    def _awaits_prefix(self, branch: Branch) -> bool:
-        """Tell whether another branch is computing a longer prefix of this one than the cache has."""
-        if branch.awaits is not None:
-            other, until = branch.awaits
-            if other.state is State.RUNNING and other.computed < until:
+    def _awaits_prefix(self, sequence: Sequence) -> bool:
+        """Tell whether another sequence is computing a longer prefix of this one than the cache has."""
+        if sequence.awaits is not None:
+            other, until = sequence.awaits
+            if other.state is SequenceState.RUNNING and other.computed < until:
                 return True
-            branch.awaits = None
-        if not self._shares_prefixes or not _shares(branch):
+            sequence.awaits = None
+        if not self._shares_prefixes or not _shares(sequence):
             return False
         size, cached = self._cache.block_size, -1
         for other in self._scheduler.running:
-            if other.pending <= 1 or other.request.cache_salt != branch.request.cache_salt or not _shares(other):
+            if other.pending <= 1 or other.request.cache_salt != sequence.request.cache_salt or not _shares(other):
                 continue
-            common = min(_common_prefix(branch.ids, other.ids), branch.length - 1) // size * size
+            common = min(_common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
             if common <= other.computed:
                 continue
-            cached = self._matched(branch) if cached < 0 else cached
+            cached = self._matched(sequence) if cached < 0 else cached
             if common > cached:
-                branch.awaits = (other, common)
+                sequence.awaits = (other, common)
                 return True
         return False
 
 
-def _shares(branch: Branch) -> bool:
-    """A stream lets go of its middle, and the logits of a prompt must be computed: those start from nothing."""
-    params = branch.request.params
+def _shares(sequence: Sequence) -> bool:
+    """Whether equal prefixes may be used: not where tokens are dropped, nor where the logits of a prompt are wanted."""
+    params = sequence.request.params
     return params.streaming is None and params.prompt_logprobs is None
 
 
@@ -318,38 +315,38 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int) 
         positions = min(positions, sum(request.params.streaming) + 1)
     if runner.max_positions is not None and positions > runner.max_positions:
         raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}")
-    if request.num_branches > max_num_seqs:
-        raise RequestRefused(f"{request.num_branches} texts at once exceed max_num_seqs = {max_num_seqs}")
+    if request.num_sequences > max_num_seqs:
+        raise RequestRefused(f"{request.num_sequences} texts at once exceed max_num_seqs = {max_num_seqs}")
 
 
 NEWEST_SEQ_ID = 2**62
 
 
 class Scheduler:
-    """Holds the branches that wait and those that run, and lays out one batch after the other.
+    """Holds the sequences that wait and those that run, and lays out one batch after the other.
 
     Parameters
     ----------
     runner : Runner
     max_batch_tokens : int
-        Query tokens of a forward pass; decoding branches take part even beyond that.
+        Query tokens of a forward pass; decoding sequences take part even beyond that.
     max_num_seqs : int
-        Branches that run at once.
+        Sequences that run at once.
 
     Attributes
     ----------
     waiting : WaitingQueue
-    running : list of Branch
+    running : list of Sequence
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
-        Of all requests, when they were first let in.
+        Of all requests, when they were first admitted.
     """
 
     def __init__(self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int) -> None:
         self.runner, self.cache = runner, runner.cache
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
         self.waiting = WaitingQueue()
-        self.running: list[Branch] = []
+        self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -357,113 +354,116 @@ class Scheduler:
         # Downwards: strategies break ties by id, and among equals the newest should go first.
         self._seq_ids = itertools.count(NEWEST_SEQ_ID, -1)
 
-    def new_branch(self, request: Request, index: int = 0) -> Branch:
-        """Return a branch of a request, which waits for its turn."""
-        branch = Branch(request, index, next(self._seq_ids))
-        self.waiting.add(branch)
-        return branch
+    def new_sequence(self, request: Request, index: int = 0) -> Sequence:
+        """Return a sequence of a request, which waits for its turn."""
+        sequence = Sequence(request, index, next(self._seq_ids))
+        self.waiting.add(sequence)
+        return sequence
 
-    def fork(self, branch: Branch, index: int) -> Branch:
-        """Return a running twin of a running branch; both share every block until one of them writes."""
-        twin = branch.twin(index, next(self._seq_ids))
-        self.cache.fork(branch.seq_id, twin.seq_id)
-        self.runner.fork(branch.seq_id, twin.seq_id)
+    def fork(self, sequence: Sequence, index: int) -> Sequence:
+        """Return a running twin of a running sequence; both share every block until one of them writes."""
+        twin = sequence.twin(index, next(self._seq_ids))
+        self.cache.fork(sequence.seq_id, twin.seq_id)
+        self.runner.fork(sequence.seq_id, twin.seq_id)
         self.running.append(twin)
         return twin
 
-    def drop(self, branch: Branch) -> None:
-        """Take a branch out, wherever it is; its blocks are free at once."""
-        if branch.state is State.RUNNING:
-            self._release(branch)
-        elif branch.state is State.WAITING:
-            self.waiting.remove(branch)
-        branch.state = State.FINISHED
+    def drop(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is; its blocks are free at once."""
+        if sequence.state is SequenceState.RUNNING:
+            self._release(sequence)
+        elif sequence.state is SequenceState.WAITING:
+            self.waiting.remove(sequence)
+        sequence.state = SequenceState.FINISHED
 
     def schedule(self) -> Batch | None:
         """Lay out the next forward pass and make room for it; None if there is nothing to compute."""
-        parts = self._continued()
+        chunks = self._continued()
         before = self.num_preemptions
-        parts, plan = self._grow(parts)
+        chunks, plan = self._grow(chunks)
         if self.num_preemptions == before:
-            used = sum(part.num_query_tokens for part in parts)
+            used = sum(chunk.num_query_tokens for chunk in chunks)
             try:
                 admitted = self._admission.admit(self.max_batch_tokens - used)
             except BaseException:  # a strategy of the user's, for instance; what has grown will not be computed
-                self.recall(parts)
+                self.recall(chunks)
                 raise
             if admitted:
-                parts += admitted
-                plan = self.cache.plan([part.branch.seq_id for part in parts], [p.num_query_tokens for p in parts])
+                chunks += admitted
+                plan = self.cache.plan(
+                    [chunk.sequence.seq_id for chunk in chunks], [p.num_query_tokens for p in chunks]
+                )
         if plan is None:
             if self.running and self.num_preemptions == before:
                 self._resolve_stall()
             return None
-        return make_batch(parts, plan)
+        return make_batch(chunks, plan)
 
-    def _continued(self) -> list[Part]:
-        """Return the parts of what runs: all that decode, then prompts in the order of their rank."""
-        parts = [Part(branch, 1) for branch in self.running if branch.pending == 1 and _is_ready(branch)]
-        room = self.max_batch_tokens - len(parts)
-        for part in parts:
-            if part.branch.request.params.prompt_lookup and room > 0:
-                part.drafts = self._drafts(part.branch, room)
-                room -= len(part.drafts)
-        for branch in sorted((branch for branch in self.running if branch.pending > 1), key=lambda b: b.rank):
-            count = min(branch.readable, room, streaming_room(branch))
+    def _continued(self) -> list[ScheduledChunk]:
+        """Return the chunks of what runs: all that decode, then prompts in the order of their rank."""
+        decoding = [sequence for sequence in self.running if sequence.pending == 1 and _is_ready(sequence)]
+        chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
+        room = self.max_batch_tokens - len(chunks)
+        for chunk in chunks:
+            if chunk.sequence.request.params.prompt_lookup and room > 0:
+                chunk.drafts = self._drafts(chunk.sequence, room)
+                room -= len(chunk.drafts)
+        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=_rank):
+            count = min(sequence.readable, room, streaming_room(sequence))
             if count > 0:
-                parts.append(Part(branch, count))
+                chunks.append(ScheduledChunk(sequence, count))
                 room -= count
-        return parts
+        return chunks
 
-    def _drafts(self, branch: Branch, room: int) -> Ids:
-        params = branch.request.params
+    def _drafts(self, sequence: Sequence, room: int) -> Ids:
+        request, params = sequence.request, sequence.request.params
         # The token that follows the drafts is chosen in the same pass.
-        most = min(params.prompt_lookup, room, branch.request.max_tokens - len(branch.output_ids) - 1)
-        if most <= 0 or params.streaming or not self.runner.reuses_prefixes or branch.request.beams is not None:
+        most = min(params.prompt_lookup, room, request.max_tokens - len(sequence.output_ids) - 1)
+        if most <= 0 or params.streaming or request.num_unforked or not self.runner.reuses_prefixes:
             return NO_DRAFTS
         from pagedkv.engine.prompt_lookup import propose
 
-        return propose(branch.ids, most)
+        return propose(sequence.ids, most)
 
-    def _grow(self, parts: list[Part]) -> tuple[list[Part], BatchPlan | None]:
-        """Make room for the new tokens of `parts`; drafts, then victims, go if there is too little."""
-        while parts:
+    def _grow(self, chunks: list[ScheduledChunk]) -> tuple[list[ScheduledChunk], BatchPlan | None]:
+        """Make room for the new tokens of `chunks`; drafts, then victims, go if there is too little."""
+        while chunks:
             try:
-                plan = self.cache.append_batch([part.branch.seq_id for part in parts], query_tokens(parts))
-                return parts, plan
+                plan = self.cache.append_batch([chunk.sequence.seq_id for chunk in chunks], query_tokens(chunks))
+                return chunks, plan
             except OutOfMemory:
-                if any(len(part.drafts) for part in parts):
-                    for part in parts:
-                        part.drafts = NO_DRAFTS
+                if any(len(chunk.drafts) for chunk in chunks):
+                    for chunk in chunks:
+                        chunk.drafts = NO_DRAFTS
                     continue
                 victim = self._victim()
                 if victim is None:
                     raise
                 self.preempt(victim)
-                parts = [part for part in parts if part.branch.state is State.RUNNING]
-        return parts, None
+                chunks = [chunk for chunk in chunks if chunk.sequence.state is SequenceState.RUNNING]
+        return chunks, None
 
-    def _victim(self) -> Branch | None:
-        first = min(self.running, key=lambda branch: branch.rank)
-        candidates = [branch for branch in self.running if not _belong_together(branch, first)]
+    def _victim(self) -> Sequence | None:
+        first = min(self.running, key=lambda sequence: sequence.rank)
+        candidates = [sequence for sequence in self.running if not _belong_together(sequence, first)]
         if not candidates:
             return None
-        lowest = min(branch.request.priority for branch in candidates)
-        candidates = [branch for branch in candidates if branch.request.priority == lowest]
+        lowest = min(sequence.request.priority for sequence in candidates)
+        candidates = [sequence for sequence in candidates if sequence.request.priority == lowest]
         # To compute an endless text again takes longest, and it holds few blocks.
-        candidates = [branch for branch in candidates if not branch.request.params.streaming] or candidates
-        by_id = {branch.seq_id: branch for branch in candidates}
+        candidates = [sequence for sequence in candidates if not sequence.request.params.streaming] or candidates
+        by_id = {sequence.seq_id: sequence for sequence in candidates}
         target = self.cache.select_eviction_target(spared=set(self.cache.sequence_ids) - by_id.keys())
         return None if target is None else by_id[int(target)]
 
-    def preempt(self, branch: Branch) -> None:
-        """Take the blocks of a branch, and of its fellow beams; it waits, and is computed again later."""
-        request = branch.request
-        together: Iterable[Branch] = [branch] if request.beams is None else list(request.branches)
+    def preempt(self, sequence: Sequence) -> None:
+        """Take the blocks of a sequence, and of its fellow beams; it waits, and is computed again later."""
+        request = sequence.request
+        together: Iterable[Sequence] = [sequence] if request.beams is None else list(request.sequences)
         for each in together:
-            if each.state is State.RUNNING:
+            if each.state is SequenceState.RUNNING:
                 self._release(each)
-                each.state = State.WAITING
+                each.state = SequenceState.WAITING
                 each.computed = each.dropped = 0
                 self.waiting.add(each)
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
@@ -471,16 +471,16 @@ class Scheduler:
         request.num_preemptions += 1
         self.num_preemptions += 1
 
-    def recall(self, parts: Iterable[Part]) -> None:
-        """Forget that `parts` were laid out: their branches wait again and are computed anew."""
-        for part in parts:
-            if part.branch.state is State.RUNNING:
-                self.preempt(part.branch)
+    def recall(self, chunks: Iterable[ScheduledChunk]) -> None:
+        """Undo `schedule()`: the sequences of `chunks` wait again and are computed anew."""
+        for chunk in chunks:
+            if chunk.sequence.state is SequenceState.RUNNING:
+                self.preempt(chunk.sequence)
 
-    def _release(self, branch: Branch) -> None:
-        self.running.remove(branch)
-        self.cache.free(branch.seq_id)
-        self.runner.release(branch.seq_id)
+    def _release(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.cache.free(sequence.seq_id)
+        self.runner.release(sequence.seq_id)
 
     def _resolve_stall(self) -> None:
         """Take blocks from beams that wait for fellows, which may need them.
@@ -491,17 +491,17 @@ class Scheduler:
         self.preempt(self._victim() or self.running[0])
 
 
-def streaming_room(branch: Branch) -> int:
-    """Return how many tokens the branch may read at once: each sees at most sinks and window, and itself."""
-    streaming = branch.request.params.streaming
-    return branch.length if streaming is None else max(1, sum(streaming) - branch.held)
+def streaming_room(sequence: Sequence) -> int:
+    """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
+    streaming = sequence.request.params.streaming
+    return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
 
 
-def _belong_together(one: Branch, other: Branch) -> bool:
+def _belong_together(one: Sequence, other: Sequence) -> bool:
     return one is other or (one.request is other.request and one.request.beams is not None)
 
 
-def _is_ready(branch: Branch) -> bool:
+def _is_ready(sequence: Sequence) -> bool:
     """Beams are compared with each other, so they choose their next tokens in one step."""
-    request = branch.request
-    return request.beams is None or all(b.state is State.RUNNING and b.pending == 1 for b in request.branches)
+    request = sequence.request
+    return request.beams is None or all(b.state is SequenceState.RUNNING and b.pending == 1 for b in request.sequences)

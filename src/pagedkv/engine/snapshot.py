@@ -397,7 +397,7 @@ def take_snapshot(
     held = {int(info.seq_id): info.block_table for info in frozen.sequences}
     listed = [(_tables(request, held), request) for request in requests]
     listed.sort(key=lambda pair: not pair[0])
-    place_of = {branch.seq_id: place for place, (_, request) in enumerate(listed) for branch in request.branches}
+    place_of = {sequence.seq_id: place for place, (_, request) in enumerate(listed) for sequence in request.sequences}
     # One entry more than there are sequences: the owner −1 of a block without one finds −1.
     places = np.array([place_of.get(int(info.seq_id), -1) for info in frozen.sequences] + [-1], np.int32)
     kinds = frozen.kinds
@@ -422,7 +422,7 @@ def take_snapshot(
 
 
 def _tables(request: Request, held: dict[int, npt.NDArray[np.int32]]) -> list[npt.NDArray[np.int32]]:
-    return [held[branch.seq_id] for branch in request.branches if branch.seq_id in held]
+    return [held[sequence.seq_id] for sequence in request.sequences if sequence.seq_id in held]
 
 
 def _record(request: Request, blocks: int, now: float) -> RequestRecord:
@@ -430,7 +430,7 @@ def _record(request: Request, blocks: int, now: float) -> RequestRecord:
         request_id=request.request_id,
         state="running" if blocks else "waiting",
         prompt_tokens=request.num_prompt_tokens,
-        output_tokens=sum(len(branch.output_ids) for branch in request.branches),
+        output_tokens=sum(len(sequence.output_ids) for sequence in request.sequences),
         cached_tokens=request.num_cached_tokens or 0,
         blocks=blocks,
         priority=request.priority,

@@ -1,4 +1,4 @@
-"""Text from tokens, one at a time: what is said stays said, and no half character is ever shown."""
+"""Detokenizing and stop strings: text from tokens, one at a time; no half character is shown, nothing is taken back."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ class Detokenizer:
     Only the few last tokens are decoded: those whose text is not yet out, and those before which gave the last piece,
     as context. Held back are a character whose bytes are not all there, and byte tokens (``<0xE2>``, as SentencePiece
     has them) until the next other token: an invalid byte turns the whole run of them into replacement characters.
+    ``tokenizers.decoders.DecodeStream`` knows no end of a text, so it loses what is held back there, and it raises, or
+    gives another text than ``decode``, where such a run is invalid: half of all random texts of a Llama 2 tokenizer.
 
     Parameters
     ----------
@@ -65,14 +67,6 @@ class Detokenizer:
     def flush(self) -> str:
         """Return what is held back: the text ends here."""
         return self._show(self._decode(self._window))
-
-    def copy(self) -> Detokenizer:
-        """Return one that has seen the same tokens."""
-        other = object.__new__(Detokenizer)
-        for name in Detokenizer.__slots__:
-            setattr(other, name, getattr(self, name))
-        other._window = self._window.copy()
-        return other
 
     def _show(self, text: str) -> str:
         """Return what the text has beyond what is shown; only a prompt that ends in half a character may differ."""
@@ -114,7 +108,7 @@ def _byte_ids(tokenizer: Any) -> frozenset[int]:
     return known
 
 
-# Stop strings in a text that comes in pieces.
+# Stop strings.
 
 
 class StopStrings:
@@ -123,7 +117,9 @@ class StopStrings:
     The first is the one that ends first; of those that end at the same place the longest. So the result does not
     depend on how the text is cut into pieces. What may yet turn out to be the beginning of a stop string is held back.
     Takes a constant time a character on average, whatever the stop strings are (Knuth, Morris and Pratt 1977, "Fast
-    Pattern Matching in Strings").
+    Pattern Matching in Strings"). Stop strings come from clients: with ``str.find`` in the tail of the text, a usual
+    piece would take a fifth of the time, but a piece against a stop string of 200,000 letters up to 0.2 s, growing with
+    the square of its length.
 
     Parameters
     ----------
@@ -177,14 +173,6 @@ class StopStrings:
         held, self._held = self._held, ""
         return held
 
-    def copy(self) -> StopStrings:
-        """Return one that has seen the same text."""
-        other = object.__new__(StopStrings)
-        for name in StopStrings.__slots__:
-            setattr(other, name, getattr(self, name))
-        other._reached = self._reached.copy()
-        return other
-
     def _advance(self, character: str) -> str | None:
         longest: str | None = None
         for which, stop in enumerate(self._stops):
@@ -209,7 +197,7 @@ def _borders(stop: str) -> list[int]:
     return borders
 
 
-# From tokens to text, and when to stop.
+# The text of one sequence, and when it ends.
 
 Ending = tuple[FinishReason, int | str | None]
 
@@ -220,8 +208,8 @@ def end_ids_of(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int
     return own if request.params.ignore_eos else own | eos_token_ids
 
 
-class Writer:
-    """Follows one text: tokens come in, text goes out, and it says when the text is over.
+class OutputText:
+    """The text of one sequence: takes its tokens and tells when it ends.
 
     Parameters
     ----------
@@ -268,7 +256,7 @@ class Writer:
         return ("length", None) if matched is None else ("stop", matched)
 
     def close(self) -> None:
-        """Let go of what is held back: nothing more comes."""
+        """Release what is held back: nothing more comes."""
         if self._detokenizer is not None:
             self._say(self._detokenizer.flush())
         if self._stops is not None:

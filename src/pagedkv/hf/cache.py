@@ -424,7 +424,7 @@ class PagedCache(Cache):
     block_size : int
         Tokens per block.
     strategy : str or EvictionStrategy
-        Which cached blocks are given up first.
+        Which cached blocks are reclaimed first.
     cache_salt : str
         What was stored under another salt is never reused.
     dtype : str or torch.dtype, optional

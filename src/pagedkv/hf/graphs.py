@@ -22,8 +22,6 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.gpu_plan import DevicePlan
 
-__all__ = ["CudaRecorder", "DecodeGraphs", "Record", "bucket_of", "on_device"]
-
 logger = logging.getLogger("pagedkv")
 
 Ids = npt.NDArray[np.int64]

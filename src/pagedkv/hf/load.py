@@ -19,7 +19,7 @@ from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.hf.cache import ModelKvCache
 from pagedkv.hf.compat import has_changing_rope
 from pagedkv.hf.graphs import CudaRecorder
-from pagedkv.hf.runner import ModelRunner
+from pagedkv.hf.runner import ModelRunner, RecurrentStates
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import require_int
 
@@ -96,6 +96,7 @@ def load_runner(
     if cuda_graphs:
         _require_graphs(model, mode)
     model.train(False)
+    RecurrentStates(model.config)  # refuses a model without attention layers, whatever the mode
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
     proved = _prove(model, mode, block_size, None if is_quantised else kv_dtype)

@@ -31,9 +31,9 @@ from pagedkv.hf.compat import (
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
-from pagedkv.hf.streaming import RunnerStreams
+from pagedkv.hf.rotary import RunnerStreams
 
-# The caches that a ModelRunner hands to a model for one forward pass: over a ragged batch, or over one sequence.
+# Forward caches: what a ModelRunner hands to a model for one pass, over a ragged batch or over one sequence.
 #
 # transformers knows one way from a model to keys and values: ``Cache.update()``. Behind it stands a writer, which
 # knows the plan of the step.
@@ -167,10 +167,10 @@ class GatherWriter:
         return len(self._all) if layer in self._written else self._past
 
 
-# What recurrent and convolution layers keep of each sequence, outside of the blocks.
+# Recurrent states: what recurrent and convolution layers keep of each sequence, outside of the blocks.
 
 
-class SequenceStates:
+class RecurrentStates:
     """The stock cache layers of one model that are not paged, for each sequence.
 
     Parameters
@@ -196,7 +196,7 @@ class SequenceStates:
         layers = stock_layers(config)
         self.paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
         if not self.paged:
-            raise bad_argument("model", "one with attention layers", f"{type(config).__name__}")
+            raise bad_argument("model", "a model with attention layers", f"{type(config).__name__}")
         self.is_empty = all(number in self.paged or is_stateless(layer) for number, layer in enumerate(layers))
         self._kept: dict[int, _Kept] = {}
 
@@ -260,14 +260,14 @@ class _Kept:
                 layer.crop(-count)
 
 
-# The matrix products of a model's linear layers by oneDNN, while an engine runs the model.
+# oneDNN: the matrix products of a model's linear layers, while a runner runs the model.
 #
 # For float32, torch hands them to MKL, which leaves the wide vectors of other makers' processors unused: on an AMD
 # processor with AVX-512, oneDNN multiplies twice as fast. Its results are also the same bits for every number of rows
 # but one, in any number of threads, where MKL's need four rows.
 
 
-class Products:
+class OneDnnLinears:
     """A context in which the plain linear layers of a model multiply by oneDNN, where that is worth it.
 
     The layers and their weights stay as they are; outside of the context the model is torch's own again.
@@ -275,7 +275,7 @@ class Products:
     Parameters
     ----------
     model : Module
-        Whose layers these are. Layers of other classes, and those whose ``forward`` somebody replaced, are left alone.
+        Whose layers these are. Layers of other classes, and those whose ``forward`` was replaced, are left alone.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -314,6 +314,8 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+# The runner.
+
 Ids = npt.NDArray[np.int64]
 
 TILE = 4
@@ -342,6 +344,8 @@ class ModelRunner:
         The longest text that the model was made for, in tokens.
     reuses_prefixes : bool
         Whether all that a layer keeps is in blocks, and holds for longer texts too; if not, prefixes cannot be reused.
+    streams : RunnerStreams
+        The sequences that have dropped tokens.
     """
 
     def __init__(
@@ -352,16 +356,16 @@ class ModelRunner:
         self.vocab_size = int(self._text.vocab_size)
         limit = getattr(self._text, "max_position_embeddings", None)
         self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
-        self._states = SequenceStates(model.config)
-        self.reuses_prefixes = self._states.is_empty and not has_changing_rope(model.config)
+        self._recurrent = RecurrentStates(model.config)
+        self.reuses_prefixes = self._recurrent.is_empty and not has_changing_rope(model.config)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
         self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
-        self._products = Products(model)
-        self._ragged_cache = forward_cache(self._states.fresh(), self._states.paged, self._ragged)
-        self._streaming = RunnerStreams(model, cache)
+        self._linears = OneDnnLinears(model)
+        self._ragged_cache = forward_cache(self._recurrent.fresh(), self._recurrent.paged, self._ragged)
+        self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
@@ -414,11 +418,21 @@ class ModelRunner:
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = self._streaming.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
+        positions = self.streams.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
+
+    def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
+        """See that the model can keep only so many first and last tokens of a text.
+
+        Raises
+        ------
+        InvalidOperation
+            If it has no rotary positions that allow it, or a sliding window of its own that is shorter.
+        """
+        self.streams.measure(sink_tokens, sink_tokens + window_tokens + 1)
 
     def fork(self, src: int, dst: int) -> None:
         """Go before ``cache.fork(src, dst)`` with what is kept outside of the blocks.
@@ -429,14 +443,14 @@ class ModelRunner:
             If `src` streams and has dropped tokens: its keys move, so they cannot be shared.
         """
         source, target = sequence_key(src), sequence_key(dst)
-        self._streaming.refuse_fork(source)
-        self._states.fork(source, target)
+        self.streams.refuse_fork(source)
+        self._recurrent.fork(source, target)
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
         key = sequence_key(seq_id)
-        self._states.release(key)
-        self._streaming.release(key)
+        self._recurrent.release(key)
+        self.streams.release(key)
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         graphs = self._graphs
@@ -453,7 +467,7 @@ class ModelRunner:
         """Return the logits of some rows of a batch, in the model's dtype; nothing here waits for the device."""
         self._ragged.plan = plan
         try:
-            with attention_by(DIRECT, self._text), self._products:
+            with attention_by(DIRECT, self._text), self._linears:
                 return self._run(self._ragged_cache, ids, positions, rows)
         finally:
             self._ragged.plan = None
@@ -465,8 +479,8 @@ class ModelRunner:
             first, last = int(cuts[i]), int(cuts[i + 1])
             if first == last:
                 continue
-            layers = self._states.layers(int(plan.seq_ids[i]), past, last - first)
-            cache = forward_cache(layers, self._states.paged, self._gather)
+            layers = self._recurrent.layers(int(plan.seq_ids[i]), past, last - first)
+            cache = forward_cache(layers, self._recurrent.paged, self._gather)
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
             tensors = (on_device(part, self.model.device) for part in parts)

@@ -1,402 +1,24 @@
-"""Endless text in a fixed number of blocks: attention sinks and a sliding window.
+"""StreamingSession: endless text in a fixed number of blocks, by attention sinks and a sliding window.
 
 Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". A token sees the first tokens of
 the text (the sinks), the last ones (the window) and itself, and rotary positions are those *inside the cache*: the
-sinks stand right before the window, however much text was dropped between them.
-
-How keys come to stand there is told in :mod:`pagedkv.hf.streaming`.
+sinks stand right before the window, however much text was dropped between them (:mod:`pagedkv.hf.rotary`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pagedkv.cache import PagedKvCache
-from pagedkv.control.arguments import sequence_number
-from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
-from pagedkv.hf.cache import ModelKvCache, visible_slots
-from pagedkv.hf.compat import AttentionInterface, attention_by
+from pagedkv.hf.load import load_runner
+from pagedkv.hf.rotary import measured_rope, rebase_limit
 from pagedkv.validate import require_int
-
-# Rotary positions outside of the model: keys that move to another position after they were written.
-
-
-@dataclass(frozen=True, eq=False)
-class Rope:
-    """The frequencies with which a model turns its queries and keys.
-
-    Pair ``i`` of a head is elements ``i`` and ``i + r / 2`` of its first ``r`` elements (the "rotate half" convention);
-    elements from ``r`` on are not turned. Turning keeps lengths, so a factor that the model puts on its cosines and
-    sines (``attention_scaling``) stays in the keys as it is, and nothing here needs to know it.
-
-    Source: Su et al. 2021, "RoFormer", section 3.2.2.
-
-    Attributes
-    ----------
-    inv_freq : float64 Tensor [r / 2]
-        Radians per position, on the CPU.
-    """
-
-    inv_freq: Tensor
-
-    def turn(self, keys: Tensor, steps: Tensor) -> Tensor:
-        """Move keys by whole positions, backwards where negative.
-
-        Angles are taken in float64, so a long way costs no accuracy.
-
-        Parameters
-        ----------
-        keys : Tensor [..., n, num_kv_heads, head_dim]
-        steps : int64 Tensor [n]
-
-        Returns
-        -------
-        float32 Tensor [..., n, num_kv_heads, head_dim]
-        """
-        angles = steps.to(torch.float64)[:, None, None] * self.inv_freq
-        cos, sin = angles.cos().to(keys.device, torch.float32), angles.sin().to(keys.device, torch.float32)
-        half = len(self.inv_freq)
-        keys = keys.float()
-        first, second, rest = keys[..., :half], keys[..., half : 2 * half], keys[..., 2 * half :]
-        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), -1)
-
-
-def rope_of(model: Any) -> Rope:
-    """Read the frequencies of a transformers model.
-
-    Raises
-    ------
-    InvalidOperation
-        If the model does not have exactly one rotary embedding: it has other positions, or differing ones.
-    """
-    found = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
-    if len(found) != 1 or not isinstance(getattr(found[0], "inv_freq", None), Tensor):
-        raise InvalidOperation(
-            f"model: expected one rotary embedding for all layers, got {len(found)} in {type(model).__name__}"
-            if len(found) != 1
-            else f"model: expected a rotary embedding with one inv_freq, got {type(found[0]).__name__}"
-        )
-    return Rope(found[0].inv_freq.detach().to("cpu", torch.float64, copy=True))
-
-
-# Keys of streaming sequences that move: rotary positions count inside the cache.
-#
-# Source: Xiao et al. 2023, "Efficient Streaming Language Models with Attention Sinks". Attention under RoPE depends
-# on distances only. So the window's keys stay as they were written, and only the few sinks move to where the window
-# now begins: their keys are kept unrotated in float32 and turned afresh from there, so no error builds up, however
-# coarse the dtype of the blocks is. What that dtype costs when a sink is first written is in the kept keys for good.
-
-HALF_REBASE_AT = 4096  # angles are good to 0.0002 radians there, cosines in bfloat16 to 0.002
-
-Ints = npt.NDArray[np.int64]
-
-
-def rebase_limit(sink_tokens: int, window_tokens: int, dtype: torch.dtype | str) -> int:
-    """Return the position that streaming with sinks and window should stay below.
-
-    It is the least for float32, where small positions mean exact angles, else higher, as each key that is turned back
-    is rounded anew.
-    """
-    least = sink_tokens + 2 * window_tokens + 1
-    return least if "float32" in str(dtype) else max(HALF_REBASE_AT, least)
-
-
-@dataclass(slots=True)
-class _Stream:
-    """The unrotated keys of the sinks [layers, sinks, heads, head_dim], and where things stand."""
-
-    sinks: Tensor
-    base: int = 0  # how many dropped tokens rotary positions leave out
-    offset: int = -1  # of the sinks' positions; -1 before they are placed
-
-
-class StreamedKeys:
-    """Puts the keys of streaming sequences where the next forward pass must find them.
-
-    Parameters
-    ----------
-    cache : PagedKvCache
-        The blocks of a sink may belong to one sequence only, as its keys change.
-    rope : Rope
-    limit : callable
-        Given the sink and the window tokens of a sequence, the position that it should stay below.
-    """
-
-    def __init__(self, cache: PagedKvCache, rope: Rope, limit: Callable[[int, int], int]) -> None:
-        self._cache, self._rope, self._limit = cache, rope, limit
-        self._streams: dict[int, _Stream] = {}
-
-    def base(self, seq_id: int) -> int:
-        """Return how many dropped tokens the rotary positions of a sequence leave out."""
-        stream = self._streams.get(seq_id)
-        return 0 if stream is None else stream.base
-
-    def forget(self, seq_id: int) -> None:
-        """Forget a sequence."""
-        self._streams.pop(seq_id, None)
-
-    def prepare(self, plan: BatchPlan) -> Ints:
-        """Move keys for the forward pass of a plan.
-
-        Returns
-        -------
-        int64 [total_tokens]
-            The rotary position of each query token.
-        """
-        streaming = np.flatnonzero(plan.num_dropped)
-        positions = plan.text_positions
-        moved = []
-        for i in streaming.tolist():
-            first, last = plan.cu_seqlens_q[i : i + 2].tolist()
-            if first == last:
-                continue
-            slots = visible_slots(plan, self._cache.block_size, slice(i, i + 1))
-            stream, is_moved = self._turn(plan, i, slots, int(positions[last - 1]), last - first)
-            positions[first:last] -= stream.base
-            if is_moved and stream.sinks.shape[1]:
-                moved.append((stream, slots[: stream.sinks.shape[1]]))
-        if moved:
-            self._place(moved)
-        return positions
-
-    def _turn(self, plan: BatchPlan, i: int, slots: Ints, last: int, num_new: int) -> tuple[_Stream, bool]:
-        """Return the stream of a sequence, rebased if it is time, and whether its sinks have to move."""
-        seq_id, dropped, num_sinks = int(plan.seq_ids[i]), int(plan.num_dropped[i]), int(plan.holes[i, 0])
-        stream = self._streams.get(seq_id)
-        if stream is None:
-            # Its first drop: the sinks still stand at their own positions.
-            keys = self._rope.turn(self._read(slots[:num_sinks]), -torch.arange(num_sinks))
-            stream = self._streams[seq_id] = _Stream(keys)
-        num_held = len(slots) - num_new
-        if last - stream.base >= self._limit(num_sinks, num_held - num_sinks):
-            self._rebase(stream, dropped, slots[num_sinks:num_held])
-        before, stream.offset = stream.offset, dropped - stream.base
-        return stream, before != stream.offset
-
-    def _rebase(self, stream: _Stream, dropped: int, window: Ints) -> None:
-        """Start again from small positions.
-
-        A model takes angles in float32, and position times frequency is off by up to 2⁻²⁴ of itself: 0.0002 radians at
-        position 4096, 0.06 at a million. So positions must not grow with the text. When they reach the limit, all of
-        the window's keys are turned back by one angle, taken in float64. A key lives for ``window_tokens`` tokens and
-        rebases are further apart than that, so it is turned back at most once.
-        """
-        steps = torch.full((len(window),), stream.base - dropped)
-        self._write(self._rope.turn(self._read(window), steps), window)
-        stream.base = dropped
-
-    def _place(self, moved: list[tuple[_Stream, Ints]]) -> None:
-        """Turn sinks to where their windows begin: each dropped token has moved it one further."""
-        steps = [torch.arange(stream.sinks.shape[1]) + stream.offset for stream, _ in moved]
-        keys = self._rope.turn(torch.cat([stream.sinks for stream, _ in moved], 1), torch.cat(steps))
-        self._write(keys, np.concatenate([slots for _, slots in moved]))
-
-    def _read(self, slots: Ints) -> Tensor:
-        storage = self._cache.storage
-        index = storage.slot_index(slots)
-        return torch.stack([storage.gather(layer, index)[0] for layer in range(storage.num_layers)])
-
-    def _write(self, keys: Tensor, slots: Ints) -> None:
-        index = self._cache.storage.slot_index(slots)
-        for layer, layer_keys in enumerate(keys):
-            self._cache.storage.write_keys(layer, layer_keys, index)
-
-
-# A transformers model whose attention is ours for single forward passes, and whose positions were measured.
-
-ATTENTION = "pagedkv_streaming"
-"""Our attention function, and the keyword argument that carries the `Attender`. transformers makes no mask for it."""
-
-WITHOUT_EFFECT = frozenset({"position_ids", "use_cache", "is_causal", "output_attentions", "cache_position"})
-"""Keyword arguments that change nothing in causal attention over a cache."""
-
-
-class LayerCall(NamedTuple):
-    """What one attention layer asks for: tensors [batch, heads, queries, head_dim], its scale and its options."""
-
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-
-
-class Attender(Protocol):
-    """Serves every attention layer of one forward pass."""
-
-    def attend(self, call: LayerCall) -> Tensor:
-        """Return Tensor [batch, queries, heads, v_head_dim]."""
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
-) -> tuple[Tensor, None]:
-    attender: Attender | None = kwargs.pop(ATTENTION, None)
-    if attender is None:
-        raise InvalidOperation(f"attention {ATTENTION!r} works inside of a StreamingSession only")
-    call = LayerCall(
-        module.layer_idx, query, key, value, scaling, kwargs.pop("sliding_window", None), kwargs.pop("softcap", None)
-    )
-    kwargs["attention_mask"] = attention_mask
-    unknown = sorted(
-        name for name, given in kwargs.items() if name not in WITHOUT_EFFECT and _asks_for_something(given)
-    )
-    if unknown:
-        raise bad_argument("model", "plain attention", f"{', '.join(unknown)} in {type(module).__name__}")
-    return attender.attend(call), None
-
-
-def _asks_for_something(argument: Any) -> bool:
-    return isinstance(argument, Tensor) or bool(argument)
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-class _Probe:
-    """Notes the keys of lone tokens. A token that sees itself alone gets its own value, whatever its position."""
-
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
-
-    def attend(self, call: LayerCall) -> Tensor:
-        if call.layer != len(self.calls):
-            raise bad_argument("model", "layers that run in order", f"{call.layer} for {len(self.calls)}")
-        self.calls.append(call)
-        group = call.query.shape[1] // call.value.shape[1]
-        return call.value.repeat_interleave(group, 1).transpose(1, 2)
-
-
-class RotaryModel:
-    """A causal language model with rotary positions.
-
-    What the model does with positions is measured, not guessed from its name: the hidden states of a lone token do not
-    depend on where it stands, so its keys at two positions show, layer by layer, how they are turned.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        In eval mode.
-    num_visible : int
-        Tokens that a query will see at most, itself included.
-    last_position : int
-        The highest position that will be used.
-
-    Attributes
-    ----------
-    rope : Rope
-    num_layers, num_kv_heads, head_dim, v_head_dim, vocab_size : int
-
-    Raises
-    ------
-    InvalidOperation
-        If the model cannot be served: no rotary positions, or others than ``Rope`` describes; layers of differing
-        shapes; a sliding window shorter than `num_visible`; attention that is not plain.
-    """
-
-    def __init__(self, model: PreTrainedModel, num_visible: int, last_position: int) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise bad_argument("model", "a PreTrainedModel of transformers", f"{type(model).__name__}")
-        if model.training:
-            raise bad_argument("model", "eval mode, call model.eval() first")
-        self._model = model
-        rope_of(model)
-        self.vocab_size = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-        near = self._probe(0)
-        # Read in between: frequencies that change with the length are those of short texts now, and were not before
-        # if the model had a long one.
-        self.rope: Rope = rope_of(model)
-        far = self._probe(last_position)
-        self.num_layers = len(far)
-        self._check_layers(far, num_visible)
-        for before, after in zip(near, far, strict=True):
-            self._check_turn(before, after, last_position)
-        self.num_kv_heads, self.head_dim = int(far[0].key.shape[1]), int(far[0].key.shape[3])
-        self.v_head_dim = int(far[0].value.shape[3])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self._model.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model lives."""
-        return self._model.device
-
-    def run(self, attender: Attender, ids: Tensor, positions: Tensor, logits_to_keep: int = 0) -> Tensor:
-        """Run the model with `attender` in all layers.
-
-        Parameters
-        ----------
-        attender : Attender
-        ids, positions : int64 Tensor [batch, n]
-        logits_to_keep : int
-            Only the logits of the last so many tokens; 0 for all.
-
-        Returns
-        -------
-        Tensor [batch, n or logits_to_keep, vocab_size]
-        """
-        with attention_by(ATTENTION, self._model.config):
-            output = self._model(
-                input_ids=ids,
-                position_ids=positions,
-                use_cache=False,
-                logits_to_keep=logits_to_keep,
-                **{ATTENTION: attender},
-            )
-        logits: Tensor = output.logits
-        return logits
-
-    @torch.inference_mode()
-    def _probe(self, position: int) -> list[LayerCall]:
-        probe = _Probe()
-        ids = torch.arange(min(8, self.vocab_size), device=self.device)[:, None]
-        self.run(probe, ids, torch.full_like(ids, position))
-        return probe.calls
-
-    def _check_layers(self, calls: list[LayerCall], num_visible: int) -> None:
-        expected = self._model.config.get_text_config().num_hidden_layers
-        if len(calls) != expected:
-            raise bad_argument("model", f"{expected} layers with replaceable attention", f"{len(calls)}")
-        shapes = {(*call.key.shape[1:], call.value.shape[3]) for call in calls}
-        if len(shapes) > 1:
-            raise bad_argument("model", "layers of one shape", f"{sorted(shapes)}")
-        shortest = min((call.sliding_window for call in calls if call.sliding_window is not None), default=num_visible)
-        if shortest < num_visible:
-            raise bad_argument(
-                "window_tokens",
-                f"sinks, window and the token itself, {num_visible}, to fit into the model's own sliding window",
-                f"{shortest}",
-            )
-
-    def _check_turn(self, near: LayerCall, far: LayerCall, distance: int) -> None:
-        key, expected = near.key.transpose(1, 2), far.key.transpose(1, 2).float()
-        # Several times what rounding does to angles and elements, and far below what another convention gives.
-        tolerance = 0.01 if self.dtype == torch.float32 else 0.05
-        fits = 2 * len(self.rope.inv_freq) <= key.shape[-1]
-        if fits:
-            error = self.rope.turn(key, torch.tensor([distance])) - expected
-            fits = float(error.norm()) <= tolerance * float(expected.norm())
-        if not fits:
-            raise bad_argument(
-                "model",
-                "rotary positions that turn the halves of a head against each other",
-                f"other keys in layer {near.layer} of {type(self._model).__name__}",
-            )
-
 
 HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
 SEQ = 0
@@ -407,21 +29,10 @@ def blocks_for_streaming(sink_tokens: int, window_tokens: int, block_size: int) 
     return -(-sink_tokens // block_size) - (-window_tokens // block_size) + 1
 
 
-class _Step:
-    """One forward pass over the blocks."""
-
-    def __init__(self, cache: PagedKvCache, plan: BatchPlan) -> None:
-        self._cache, self._plan = cache, plan
-
-    def attend(self, call: LayerCall) -> Tensor:
-        query, key, value = (tensor[0].transpose(0, 1) for tensor in (call.query, call.key, call.value))
-        self._cache.write(call.layer, key, value, self._plan)
-        out: Tensor = self._cache.attend(call.layer, query, self._plan, scale=call.scale, softcap=call.softcap)
-        return out[None]
-
-
 class StreamingSession:
     """A language model that reads and writes text of any length in a fixed number of blocks.
+
+    One sequence of a :class:`pagedkv.hf.ModelRunner`, driven as the engine drives one of many.
 
     Every token sees at most ``sink_tokens + window_tokens`` earlier ones and itself. Feeding a text at once or token
     by token gives the same: it is prefilled in one pass until sinks and window are full, and read one token at a time
@@ -448,7 +59,8 @@ class StreamingSession:
     Raises
     ------
     InvalidOperation
-        If an argument is out of range, or the model cannot be served exactly (see :class:`RotaryModel`).
+        If an argument is out of range, or the model cannot be served exactly: see
+        :func:`pagedkv.hf.rotary.measured_rope`.
     OutOfMemory
         If `num_blocks` is too small.
     """
@@ -469,36 +81,34 @@ class StreamingSession:
         least = self._sink + 2 * self._window + 1
         dtype = getattr(model, "dtype", None) if dtype is None else dtype
         if rebase_at is None:
-            self._rebase_at = rebase_limit(self._sink, self._window, dtype)
-        else:
-            self._rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
+            rebase_at = rebase_limit(self._sink, self._window, dtype)
+        rebase_at = require_int("rebase_at", rebase_at, least, max(least, HIGHEST_REBASE_AT))
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         needed = blocks_for_streaming(self._sink, self._window, block_size)
         num_blocks = needed if num_blocks is None else require_int("num_blocks", num_blocks, 0, 2**31 - 2)
         if num_blocks < needed:
             raise OutOfMemory(needed, num_blocks, f"{sink_tokens} sink and {window_tokens} window tokens")
-        self._model = RotaryModel(model, self._sink + self._window + 1, self._rebase_at - 1)
-        self._cache = PagedKvCache(
-            num_blocks,
-            block_size,
-            self._model.num_kv_heads,
-            self._model.head_dim,
-            num_layers=self._model.num_layers,
-            v_head_dim=self._model.v_head_dim,
-            dtype=dtype,
-            device=self._model.device,
+        visible = self._sink + self._window + 1
+        rope = measured_rope(model, visible, rebase_at - 1)
+        self._runner = load_runner(
+            model,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            kv_dtype=dtype,
             prefix_caching=False,
+            batch_invariant=False,
         )
+        self._runner.streams.follow(rope, visible, rebase_at)
         self.reset()
 
     def reset(self) -> None:
         """Forget the text and give its blocks back."""
-        if SEQ in self._cache:
-            self._cache.free(SEQ)
-        self._cache.allocate(SEQ, 0)
+        if SEQ in self.cache:
+            self.cache.free(SEQ)
+            self._runner.release(SEQ)
+        self.cache.allocate(SEQ, 0)
         self._held = 0
         self._num_dropped = 0
-        self._keys = StreamedKeys(self._cache, self._model.rope, lambda sinks, window: self._rebase_at)
         self._logits: Tensor | None = None
 
     def __repr__(self) -> str:
@@ -510,7 +120,7 @@ class StreamingSession:
     @property
     def cache(self) -> PagedKvCache:
         """The pool; the text is its sequence 0."""
-        return self._cache
+        return self._runner.cache
 
     @property
     def num_tokens(self) -> int:
@@ -519,7 +129,7 @@ class StreamingSession:
 
     @property
     def num_dropped(self) -> int:
-        """How many tokens were given up."""
+        """How many tokens were dropped."""
         return self._num_dropped
 
     def feed(self, token_ids: Iterable[int] | Tensor, *, all_logits: bool = False) -> Tensor:
@@ -545,13 +155,12 @@ class StreamingSession:
         tokens = self._token_list("token_ids", token_ids)
         if not tokens:
             raise bad_argument("token_ids", "at least one token", "none")
-        ids = torch.tensor(tokens, device=self._model.device)
         rows: list[Tensor] = []
         start = 0
-        while start < len(ids):
+        while start < len(tokens):
             # As long as nothing is dropped, causal attention over a chunk is what single tokens would see.
             end = start + max(1, self._sink + self._window - self._held)
-            rows.append(self._step(ids[start:end], all_logits))
+            rows.append(self._step(tokens[start:end], all_logits))
             start = end
         self._logits = rows[-1][-1]
         return torch.cat(rows) if all_logits else self._logits
@@ -606,7 +215,7 @@ class StreamingSession:
         while limit is None or written < limit:
             if self._logits is None:
                 raise InvalidOperation("the session was reset while it generated")
-            token = require_int("sampler", sampler(self._logits), 0, self._model.vocab_size - 1)
+            token = require_int("sampler", sampler(self._logits), 0, self._runner.vocab_size - 1)
             self.feed((token,))
             written += 1
             yield token
@@ -617,98 +226,23 @@ class StreamingSession:
         tokens = given.tolist() if isinstance(given, Tensor) else given
         if not isinstance(tokens, Iterable):
             raise bad_argument(name, "token ids", f"{given!r}")
-        return [require_int(name, token, 0, self._model.vocab_size - 1) for token in tokens]
+        return [require_int(name, token, 0, self._runner.vocab_size - 1) for token in tokens]
 
-    # ---------------------------------------------------------------- one forward pass
-
-    @torch.inference_mode()
-    def _step(self, ids: Tensor, all_logits: bool) -> Tensor:
-        plan = self._cache.append_batch([SEQ], counts=len(ids))
+    def _step(self, tokens: list[int], all_logits: bool) -> Tensor:
+        plan = self.cache.append_batch([SEQ], counts=len(tokens))
         try:
-            positions = torch.from_numpy(self._keys.prepare(plan)).to(ids.device)
-            step = _Step(self._cache, plan)
-            logits = self._model.run(step, ids[None], positions[None], 0 if all_logits else 1)[0]
+            wanted = range(len(tokens)) if all_logits else [len(tokens) - 1]
+            logits = self._runner.forward(plan, tokens, wanted)
         except BaseException:
-            self._cache.truncate(SEQ, self._held)
+            self.cache.truncate(SEQ, self._held)
             raise
-        self._held += len(ids)
+        self.cache.commit(plan)
+        self._held += len(tokens)
         if self._held > self._sink + self._window:
-            self._slide()
-        return logits
-
-    def _slide(self) -> None:
-        self._num_dropped += self._cache.apply_streaming_llm(SEQ, self._sink, self._window)
-        self._held = self._sink + self._window
+            self._num_dropped += self.cache.apply_streaming_llm(SEQ, self._sink, self._window)
+            self._held = self._sink + self._window
+        return logits.to(self._runner.model.dtype)
 
 
 def _likeliest(logits: Tensor) -> int:
     return int(logits.argmax())
-
-
-# The streaming sequences of a ModelRunner.
-
-
-class RunnerStreams:
-    """Sequences that ``cache.apply_streaming_llm()`` has cut, among others that are whole.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        It is measured when the first sequence streams: see :class:`RotaryModel`.
-    cache : ModelKvCache
-    """
-
-    def __init__(self, model: Any, cache: ModelKvCache) -> None:
-        self._model, self._cache = model, cache
-        self._keys: StreamedKeys | None = None
-        self._dropped: dict[int, int] = {}  # of sequences whose blocks were looked at
-        self._most_visible = 0  # tokens, for which the model was measured
-
-    def positions(self, plan: BatchPlan) -> Ints:
-        """Move keys for the forward pass of a plan and return the rotary position of each query token.
-
-        Raises
-        ------
-        InvalidOperation
-            If the model cannot stream, or the blocks of a sequence are not its own.
-        """
-        for i in np.flatnonzero(plan.num_dropped).tolist():
-            self._check(plan, i)
-        assert self._keys is not None  # made by the check of a first sequence
-        return self._keys.prepare(plan)
-
-    def refuse_fork(self, src: int) -> None:
-        """Refuse to share keys that move."""
-        if src in self._dropped:
-            raise bad_argument("src", "a sequence that has not dropped tokens", f"S{sequence_number(src)}")
-
-    def release(self, seq_id: int) -> None:
-        """Forget a sequence."""
-        if self._dropped.pop(seq_id, None) is not None and self._keys is not None:
-            self._keys.forget(seq_id)
-
-    def _check(self, plan: BatchPlan, i: int) -> None:
-        seq_id, dropped = int(plan.seq_ids[i]), int(plan.num_dropped[i])
-        if dropped < self._dropped.get(seq_id, 0):  # another sequence of the same id
-            self.release(seq_id)
-        if seq_id not in self._dropped:
-            used = -(-int(plan.seq_lens[i] + plan.holes[i, 1] - plan.holes[i, 0]) // self._cache.block_size)
-            if not self._cache.are_private(plan.block_tables[i, :used].astype(np.int64)):
-                raise bad_argument(
-                    "plan",
-                    f"S{sequence_number(seq_id)}, which streams, to share no block and to have none in the "
-                    "prefix index, as its keys move: allocate it by a count of tokens, and do not fork it",
-                )
-        self._measure(int(plan.holes[i, 0]), int(plan.seq_lens[i]))
-        self._dropped[seq_id] = dropped
-
-    def _measure(self, num_sinks: int, num_visible: int) -> None:
-        if num_visible > self._most_visible:
-            limit = self._limit(num_sinks, num_visible - num_sinks)
-            rotary = RotaryModel(self._model, num_visible, limit)
-            if self._keys is None:
-                self._keys = StreamedKeys(self._cache, rotary.rope, self._limit)
-            self._most_visible = num_visible
-
-    def _limit(self, num_sinks: int, num_window: int) -> int:
-        return rebase_limit(num_sinks, num_window, self._cache.storage.dtype)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pagedkv.engine.text import Detokenizer
+from pagedkv.engine.text import Detokenizer, StopStrings
 from pagedkv.models import shipped_model_path
 
 CORPUS = [
@@ -189,6 +189,29 @@ def test_an_emoji_comes_out_whole(name):
     assert len(ids) > len(given_out)  # its bytes are several tokens
 
 
+@pytest.mark.parametrize(
+    "text", ["def f(x):\n    return x\n", "naïve café — 東京 🚀🚀 ∑ \t\r\n", " leading", "", "🧑‍🚀" * 5]
+)
+def test_pieces_put_together_are_the_text(text):
+    tokenizer = tokenizer_of("shipped")
+    assert "".join(pieces(Detokenizer(tokenizer), encode(tokenizer, text))) == text
+
+
+def test_no_piece_ends_inside_of_a_character():
+    tokenizer = tokenizer_of("shipped")
+    ids = encode(tokenizer, "🚀東")
+    assert len(ids) > 2  # its characters take several tokens each, or this shows nothing
+    assert [piece for piece in pieces(Detokenizer(tokenizer), ids) if piece] == ["🚀", "東"]
+
+
+def test_bytes_that_are_no_text_come_out_at_the_end_as_the_decoder_shows_them():
+    tokenizer = tokenizer_of("shipped")
+    half = encode(tokenizer, "🚀")[:-1]
+    *before, last = pieces(Detokenizer(tokenizer), half)
+    assert before == [""] * len(half)
+    assert last == tokenizer.decode(half) != ""
+
+
 def test_a_prompt_that_ends_in_half_a_character():
     tokenizer = tokenizer_of("byte_level")
     ids = encode(tokenizer, "é")
@@ -204,16 +227,6 @@ def test_a_long_text_keeps_a_short_window():
         assert len(detokenizer._window) < 8
 
 
-def test_copies_go_their_own_way():
-    tokenizer = tokenizer_of("byte_level")
-    first, second = encode(tokenizer, "é")
-    detokenizer = Detokenizer(tokenizer)
-    assert detokenizer.push(first) == ""
-    other = detokenizer.copy()
-    assert (other.push(second), detokenizer.flush()) == ("é", "\ufffd")
-    assert other.flush() == ""
-
-
 def test_a_tokenizer_without_backend():
     class Letters:
         def decode(self, ids: list[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool) -> str:
@@ -225,3 +238,79 @@ def test_a_tokenizer_without_backend():
 
     assert pieces(Detokenizer(Letters(), [80]), [97, 0, 98]) == ["a", "", "b", ""]
     assert pieces(Detokenizer(Letters(), skip_special_tokens=False), [97, 0]) == ["a", "\0", ""]
+
+
+# ---------------------------------------------------------------- stop strings
+
+
+stop_texts = st.text(alphabet="ab c", max_size=40)
+stop_lists = st.lists(st.text(alphabet="ab c", min_size=1, max_size=6), min_size=1, max_size=4)
+
+
+def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
+    """Where the first stop string ends, and which it is; by looking at every end."""
+    for end in range(len(text) + 1):
+        here = [stop for stop in stops if text[:end].endswith(stop)]
+        if here:
+            return end, max(here, key=len)
+    return None
+
+
+def pieces_of(text: str, cuts: list[int]) -> list[str]:
+    edges = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
+    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+
+
+@given(stop_texts, stop_lists, st.lists(st.integers(0, 40), max_size=10), st.booleans())
+@example("aab", ["ab", "aab"], [1, 2], False)
+@example("ababac", ["abac", "bab"], [3], True)
+def test_streamed_pieces_are_the_text_up_to_the_first_stop(text, stops, cuts, include):
+    found = first_stop(text, stops)
+    if found is None:
+        expected = text
+    else:
+        expected = text[: found[0] if include else found[0] - len(found[1])]
+    stopper, shown = StopStrings(stops, include=include), ""
+    for piece in pieces_of(text, cuts):
+        shown += stopper.push(piece)
+        assert expected.startswith(shown)
+        if stopper.matched is not None:
+            break
+    assert shown + stopper.flush() == expected
+    assert stopper.matched == (found[1] if found else None)
+
+
+@given(stop_texts, stop_lists)
+def test_what_is_held_back_is_exactly_what_may_begin_a_stop(text, stops):
+    stopper, shown = StopStrings(stops), ""
+    for place, character in enumerate(text):
+        shown += stopper.push(character)
+        if stopper.matched is not None:
+            return
+        seen = text[: place + 1]
+        held = max(n for stop in stops for n in range(len(stop)) if seen.endswith(stop[:n]))
+        assert shown == seen[: len(seen) - held]
+
+
+def test_a_stop_across_pieces():
+    stopper = StopStrings(["</s>"])
+    assert [stopper.push(piece) for piece in ("hello<", "/", "b></", "s> gone")] == ["hello", "", "</b>", ""]
+    assert stopper.matched == "</s>"
+    assert stopper.push("more") == "" and stopper.flush() == ""
+
+
+def test_unsearched_pieces_pass_and_do_not_begin_a_stop():
+    stopper = StopStrings(["abc"])
+    assert stopper.push("xa") == "x"
+    assert stopper.push("b", search=False) == "ab"
+    assert stopper.push("c") == "c" and stopper.matched is None
+    assert stopper.push("abc") == "" and stopper.matched == "abc"
+
+
+@pytest.mark.parametrize("stop", ["a" * 50_000, "a" * 49_999 + "b"])
+def test_long_stop_strings_cost_no_more_than_the_text(stop):
+    """Quadratic work would take minutes here; the suite's time limit is the judge."""
+    stopper, shown = StopStrings([stop]), ""
+    for _ in range(49_999):
+        shown += stopper.push("a")
+    assert (shown, stopper.push("c")) == ("", "a" * 49_999 + "c")
