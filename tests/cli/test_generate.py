@@ -244,6 +244,30 @@ def test_nothing_is_shown_from_the_stop_token_on():
     assert shown_of([tokens[stop]], max_tokens=12, temperature=5.0, seed=3) == (shown[:stop], tokens[: stop + 1])
 
 
+@pytest.mark.parametrize("endless", [True, False])
+def test_ctrl_c_ends_a_text_without_end_and_leaves_nothing_behind(endless):
+    core = EngineCore(FakeRunner(16), tokenizer=Letters())
+    params = SamplingParams(max_tokens=None, streaming=(2, 8)) if endless else SamplingParams(max_tokens=50)
+    request = Request(request_id="r", prompt_token_ids=[1, 2, 3], params=params)
+    core.add(request)
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        if len(shown) == 30:
+            raise KeyboardInterrupt
+
+    llm = SimpleNamespace(core=core)
+    if endless:
+        output = written_by(llm, request, show, until_interrupted=True)
+        assert len(output.outputs[0].token_ids) == 30 and output.outputs[0].text == "".join(shown)
+        assert core.runner.cache.used_block_count == 0 and not core.has_work
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            written_by(llm, request, show, until_interrupted=False)
+        assert len(shown) == 30
+
+
 def test_no_echo_leaves_the_prompt_out():
     report = report_of(PROMPT, "--max-new-tokens", 12)
     result = call("generate", PROMPT, "--max-new-tokens", 12, "--no-echo")

@@ -208,9 +208,9 @@ def run(options: GenerateRequest) -> None:
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
         screen = Screen(prompt if options.echo else "", options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model), screen:
-            written = write(options, loaded, ids, screen.show)
-            screen.finish([text.text for text in written.output.outputs])
-    report = report_of(options, prompt, written)
+            output, pool, seconds = write(options, loaded, ids, screen.show)
+            screen.finish([text.text for text in output.outputs])
+    report = report_of(options, prompt, output, pool, seconds)
     if options.json:
         print_json(report)
     else:
@@ -218,7 +218,7 @@ def run(options: GenerateRequest) -> None:
         print_table(report, console)
     if options.show_blocks:
         console.print()
-        console.print(BlockMap(written.fullest))
+        console.print(BlockMap(pool.fullest))
 
 
 def _check_length(options: GenerateRequest, loaded: LoadedModel, prompt_tokens: int) -> None:
@@ -276,31 +276,16 @@ class PoolWatch:
         return logits
 
 
-@dataclass(frozen=True)
-class Written:
-    """What came of a call.
-
-    Attributes
-    ----------
-    output : RequestOutput
-    fullest : CacheSnapshot
-        The pool in the step that held most blocks.
-    stats : CacheStats
-        Of the whole run.
-    block_bytes : int
-        Of K and V of a block, over all layers.
-    seconds : float
-    """
-
-    output: RequestOutput
-    fullest: CacheSnapshot
-    stats: Any
-    block_bytes: int
-    seconds: float
-
-
-def write(options: GenerateRequest, loaded: LoadedModel, ids: list[int], show: Callable[[str], None]) -> Written:
+def write(
+    options: GenerateRequest, loaded: LoadedModel, ids: list[int], show: Callable[[str], None]
+) -> tuple[RequestOutput, PoolWatch, float]:
     """Write the text, the samples or the best of the beams; `show` gets the first text piece by piece.
+
+    Returns
+    -------
+    output : RequestOutput
+    pool : PoolWatch
+    seconds : float
 
     Raises
     ------
@@ -330,7 +315,7 @@ def write(options: GenerateRequest, loaded: LoadedModel, ids: list[int], show: C
     limit = options.token_limit
     if limit and any(text.finish_reason == "length" and len(text.token_ids) < limit for text in output.outputs):
         raise _pool_is_full(options, len(ids))
-    return Written(output, pool.fullest, runner.cache.stats, runner.cache.block_memory_bytes, seconds)
+    return output, pool, seconds
 
 
 def _added(llm: LLM, ids: list[int], params: SamplingParams, options: GenerateRequest) -> Request:
@@ -341,7 +326,9 @@ def _added(llm: LLM, ids: list[int], params: SamplingParams, options: GenerateRe
     try:
         llm.core.add(request)
     except RequestRefused:
-        if options.beams > 1 or options.stream:
+        if options.stream:
+            raise
+        if options.beams > 1:
             raise _pool_is_full(options, len(ids)) from None
         request = llm.request(ids, replace(params, max_tokens=None))
         llm.core.add(request)
@@ -352,26 +339,25 @@ def written_by(llm: LLM, request: Request, show: Callable[[str], None], until_in
     """Step until the request is done, or until Ctrl-C, and return its last output; `show` gets the first text."""
     output: RequestOutput | None = None
     shown = 0
-    while output is None or not output.finished:
-        try:
+
+    def show_new(text: str) -> None:
+        nonlocal shown
+        piece, shown = text[shown:], len(text)  # before it is shown: Ctrl-C must not bring it twice
+        if piece:
+            show(piece)
+
+    try:
+        while output is None or not output.finished:
             for output in llm.core.step():
-                shown = _show_new(output, shown, show)
-        except KeyboardInterrupt:
-            if not until_interrupted:
-                raise
-            output = llm.core.abort(request.request_id) or output
-            if output is None:
-                raise
-            _show_new(output, shown, show)
-            break
+                show_new(output.outputs[0].text)
+    except KeyboardInterrupt:
+        if not until_interrupted:
+            raise
+        output = llm.core.abort(request.request_id) or output
+        if output is None:
+            raise
+        show_new(output.outputs[0].text)
     return output
-
-
-def _show_new(output: RequestOutput, shown: int, show: Callable[[str], None]) -> int:
-    text = output.outputs[0].text
-    if len(text) > shown:
-        show(text[shown:])
-    return len(text)
 
 
 def _params(options: GenerateRequest, folder: Any) -> SamplingParams:
@@ -498,10 +484,11 @@ class GenerateReport(msgspec.Struct):
     tokens_per_second: float
 
 
-def report_of(options: GenerateRequest, prompt: str, written: Written) -> GenerateReport:
+def report_of(
+    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, seconds: float
+) -> GenerateReport:
     """Return the figures of a run."""
-    output, pool, stats = written.output, written.fullest, written.stats
-    texts = output.outputs
+    texts, fullest, cache = output.outputs, pool.fullest, pool.cache
     prompt_tokens, new_tokens = len(output.prompt_token_ids), sum(len(text.token_ids) for text in texts)
     longest = prompt_tokens + (options.token_limit or new_tokens)
     kept = options.sinks + options.window if options.stream else longest
@@ -516,20 +503,20 @@ def report_of(options: GenerateRequest, prompt: str, written: Written) -> Genera
         new_tokens=new_tokens,
         dropped_tokens=max(0, prompt_tokens + new_tokens - kept) if options.stream else 0,
         blocks=BlockUse(
-            used=int((pool.ref_count > 0).sum()),
-            shared=int((pool.ref_count > 1).sum()),
-            copied=stats.blocks_copied,
-            cached=int(pool.cached.sum()),
-            peak=stats.peak_blocks_used,
-            total=pool.total_blocks,
-            block_size=pool.block_size,
+            used=int((fullest.ref_count > 0).sum()),
+            shared=int((fullest.ref_count > 1).sum()),
+            copied=cache.stats.blocks_copied,
+            cached=int(fullest.cached.sum()),
+            peak=cache.stats.peak_blocks_used,
+            total=cache.total_blocks,
+            block_size=cache.block_size,
         ),
         memory=MemoryUse(
-            paged=stats.peak_blocks_used * written.block_bytes,
-            contiguous=options.rows * longest * written.block_bytes // pool.block_size,
+            paged=cache.stats.peak_blocks_used * cache.block_memory_bytes,
+            contiguous=options.rows * longest * cache.block_memory_bytes // cache.block_size,
         ),
-        seconds=written.seconds,
-        tokens_per_second=new_tokens / written.seconds if written.seconds else 0.0,
+        seconds=seconds,
+        tokens_per_second=new_tokens / seconds if seconds else 0.0,
     )
 
 
