@@ -16,16 +16,16 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from pagedkv import CacheSnapshot, InvalidOperation, parse_strategy
 from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import Failure, library_notices, notes, threads_for
-from pagedkv.errors import RequestRefused
+from pagedkv.errors import InvalidOperation, RequestRefused
 from pagedkv.format import format_bytes
 from pagedkv.machine import physical_memory
 from pagedkv.models import shipped_model_path
 
 if TYPE_CHECKING:
+    from pagedkv import CacheSnapshot
     from pagedkv.engine import LLM, Request, RequestOutput, SamplingParams
 
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
@@ -82,6 +82,8 @@ class GenerateRequest:
             raise Failure(f"--temperature: expected a number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise Failure(f"--top-p: expected a number above 0 and at most 1, got {self.top_p}")
+        from pagedkv import parse_strategy
+
         try:
             parse_strategy(self.strategy)
         except InvalidOperation as error:
