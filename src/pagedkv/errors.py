@@ -21,9 +21,18 @@ Every error leaves the cache as it was before the call.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PagedKvError(Exception):
     """Base class of every error that pagedkv raises on purpose."""
+
+    def __reduce__(self) -> Any:
+        # Made anew of what its constructor takes, which are its attributes: Exception would pass the message.
+        code = getattr(type(self).__init__, "__code__", None)
+        if code is None:
+            return super().__reduce__()
+        return type(self), tuple(getattr(self, name) for name in code.co_varnames[1 : code.co_argcount])
 
     def __str__(self) -> str:
         # KeyError would show the repr of its argument.
@@ -48,9 +57,6 @@ class OutOfMemory(PagedKvError, MemoryError):
         self.available = available
         self.hint = hint
 
-    def __reduce__(self) -> tuple[type, tuple[int, int, str]]:
-        return type(self), (self.requested, self.available, self.hint)
-
 
 class SequenceNotFound(PagedKvError, KeyError):
     """No live sequence has this id.
@@ -64,9 +70,6 @@ class SequenceNotFound(PagedKvError, KeyError):
         super().__init__(f"Sequence not found: S{int(seq_id)}")
         self.seq_id = seq_id
 
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return type(self), (self.seq_id,)
-
 
 class BlockNotFound(PagedKvError, KeyError):
     """No block of the pool has this id.
@@ -79,9 +82,6 @@ class BlockNotFound(PagedKvError, KeyError):
     def __init__(self, block_id: int) -> None:
         super().__init__(f"Block not found: B{int(block_id)}")
         self.block_id = block_id
-
-    def __reduce__(self) -> tuple[type, tuple[int]]:
-        return type(self), (self.block_id,)
 
 
 class InvalidOperation(PagedKvError, ValueError):
@@ -98,9 +98,6 @@ class InvalidOperation(PagedKvError, ValueError):
         super().__init__(f"Invalid operation: {reason}")
         self.reason = reason
         self.argument = argument
-
-    def __reduce__(self) -> tuple[type, tuple[str, str | None]]:
-        return type(self), (self.reason, self.argument)
 
 
 def bad_argument(argument: str, expected: str, got: str | None = None) -> InvalidOperation:
@@ -122,9 +119,6 @@ class MissingExtra(PagedKvError, ImportError):
         self.module = module
         self.extra = extra
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (self.module, self.extra)
-
 
 class ModelConfigError(PagedKvError, ValueError):
     """A model's config cannot be read, or a field of it is missing or makes no sense.
@@ -145,9 +139,6 @@ class ModelConfigError(PagedKvError, ValueError):
         self.field = field
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.source, self.field, self.reason)
-
 
 class ReplayFailed(PagedKvError, RuntimeError):
     """One replay of a sweep failed.
@@ -167,9 +158,6 @@ class ReplayFailed(PagedKvError, RuntimeError):
         self.blocks = blocks
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
-        return type(self), (self.strategy, self.blocks, self.reason)
-
 
 class RequestRefused(PagedKvError, ValueError):
     """The engine will not take a request: it can never fit, or the queue is full.
@@ -187,9 +175,6 @@ class RequestRefused(PagedKvError, ValueError):
         self.reason = reason
         self.retry_after = retry_after
 
-    def __reduce__(self) -> tuple[type, tuple[str, float | None]]:
-        return type(self), (self.reason, self.retry_after)
-
 
 class EngineDead(PagedKvError, RuntimeError):
     """A step of the engine failed, or it was shut down: it takes no more requests.
@@ -203,9 +188,6 @@ class EngineDead(PagedKvError, RuntimeError):
     def __init__(self, reason: str) -> None:
         super().__init__(f"The engine has stopped: {reason}")
         self.reason = reason
-
-    def __reduce__(self) -> tuple[type, tuple[str]]:
-        return type(self), (self.reason,)
 
 
 class InvalidLogits(PagedKvError, ArithmeticError):
@@ -221,9 +203,6 @@ class InvalidLogits(PagedKvError, ArithmeticError):
         names = ", ".join(request_ids)
         super().__init__(f"logits: expected finite numbers or -inf, got NaN, +inf or only -inf for request {names}")
         self.request_ids = request_ids
-
-    def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:
-        return type(self), (self.request_ids,)
 
 
 class TraceError(PagedKvError, ValueError):
@@ -247,9 +226,6 @@ class TraceError(PagedKvError, ValueError):
         self.line = line
         self.reason = reason
         self.place = place
-
-    def __reduce__(self) -> tuple[type, tuple[str, int | None, str, str]]:
-        return type(self), (self.file, self.line, self.reason, self.place)
 
 
 class CorruptedState(PagedKvError, AssertionError):

@@ -17,8 +17,7 @@ from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, models, overload, register_jitable, register_model
 from numba.np.arrayobj import make_array, populate_array
 
-from pagedkv.compiling import manage, watch_compiles
-from pagedkv.kernel_cache import cache_directory
+from pagedkv.kernel_cache import cache_directory, manage, watch_compiles
 
 __all__ = [
     "borrowed",

@@ -1,4 +1,4 @@
-"""Disk cache of compiled kernels: the digest of their sources, the directory, the files, the lock between processes.
+"""Disk cache of compiled kernels: digest of their sources, files, the lock between processes, the progress line.
 
 Numba's own disk cache watches the file of a function alone, while a kernel holds code and constants of many files.
 Here the name of a cached entry has a digest of all sources that can end in machine code, so that a change in any of
@@ -15,25 +15,32 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import glob
 import hashlib
 import logging
+import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import llvmlite  # type: ignore[import-untyped]
 import numba
 from numba.core import caching, config
+from numba.core.compiler import CompileResult
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.serialize import dumps
 
 logger = logging.getLogger("pagedkv")
+
+Watcher = Callable[[str, float], None]
+Stamps = dict[Path, tuple[int, int]]
 
 _PACKAGE = Path(__file__).parent
 # Of this many states of the sources code is kept on disk, so that going back to another branch compiles nothing.
@@ -51,7 +58,7 @@ _SETTINGS = (
     "NUMBA_SLP_VECTORIZE",
 )
 
-_KERNEL_FILE = re.compile(rb"^[ \t]*(?:from|import)[ \t]+(?:numba|pagedkv\.jit)\b", re.MULTILINE)
+_KERNEL_FILE = re.compile(rb"^(?:from|import)[ \t]+(?:numba|pagedkv\.jit)\b", re.MULTILINE)
 # Each begins with a fixed word, which is found several times faster than the begin of a line.
 _FROM_IMPORT = re.compile(rb"from[ \t]+(pagedkv[\w.]*)[ \t]+import[ \t]+(\([^)]*\)|[^\n]*)")
 _IMPORT = re.compile(rb"import[ \t]+(pagedkv[\w.]*)")
@@ -61,35 +68,11 @@ _ENTRY_NAME = re.compile(r"-([0-9a-f]{16})-[0-9a-f]{16}\.nbc")
 # The sources
 
 
-class _Sources(NamedTuple):
-    """The state of the kernels' sources when the first kernel was defined: what this process has imported."""
-
-    digest: str
-    stamps: dict[Path, tuple[int, int]]
-
-    def are_unchanged(self) -> bool:
-        """Whether a new process would find the same; if not, it must not find what this one compiles."""
-        try:
-            return all(_stamp(path) == stamp for path, stamp in self.stamps.items())
-        except OSError:
-            return False
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size
-
-
 def kernel_files(package: Path = _PACKAGE) -> dict[str, Path]:
-    """Return the files that compiled code can come from, by module name.
+    """Return the files of a package that compiled code can come from, by module name.
 
     These are all files that import Numba or the decorators of `pagedkv.jit`, and what they import from the package, and
     so on: a constant that a kernel uses stands in one of them. They are found by reading every file of the package.
-
-    Parameters
-    ----------
-    package : Path
-        The folder of the package; another one than this for a copy.
     """
     paths = {}
     for path in package.rglob("*.py"):
@@ -120,59 +103,102 @@ def _imported(text: bytes) -> Iterator[str]:
             yield f"{origin.decode()}.{word.decode()}"
 
 
+def _stamps_of(files: Iterable[Path]) -> Stamps:
+    """Return time and size of files, without those that are gone."""
+    found = {path: path.stat() for path in files if path.exists()}
+    return {path: (stat.st_mtime_ns, stat.st_size) for path, stat in found.items()}
+
+
 @functools.cache
-def _sources() -> _Sources:
+def _sources() -> tuple[str, Stamps]:
+    """Return digest and stamps of the sources when the first kernel was defined: what this process has imported."""
     files = kernel_files()
-    stamps = {path: _stamp(path) for path in files.values()}
+    stamps = _stamps_of(files.values())
     settings = [f"{name}={os.environ.get(name, '')}" for name in _SETTINGS]
     digest = hashlib.sha256("\n".join([numba.__version__, llvmlite.__version__, *settings]).encode())
     for name, path in files.items():
         digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return _Sources(digest.hexdigest()[:16], stamps)
+    return digest.hexdigest()[:16], stamps
+
+
+def _are_sources_unchanged() -> bool:
+    """Tell whether a new process would find the same; if not, it must not find what this one compiles."""
+    stamps = _sources()[1]
+    return _stamps_of(stamps) == stamps
 
 
 def kernel_digest() -> str:
     """Return the digest of the kernels' sources, of the compiler's version and of its settings, in the file names."""
-    return _sources().digest
+    return _sources()[0]
 
 
-# Where
+# The files
 
 
-class _NowhereLocator(caching.InTreeCacheLocator):
-    """Stands where no directory can be written to."""
+class _Files:
+    """The files of a function's code: one for each signature and processor, named after all that it depends on.
 
-    def ensure_cache_path(self) -> None:
-        raise PermissionError(f"{self.get_cache_path()} cannot be written to")
-
-
-class _Locator:
-    """Numba's choice of a directory, the same one for all kernels of the package.
-
-    That is ``NUMBA_CACHE_DIR`` if it is set, else ``__pycache__`` in the package, else the user's cache directory: the
-    first that can be written to.
+    New code goes to the first directory that can be written to of ``NUMBA_CACHE_DIR``, if it is set, ``__pycache__`` in
+    the package, and the user's cache directory. Code that was shipped is found in the first two even where Numba would
+    not look for it, as it cannot write there.
     """
 
-    @classmethod
-    def from_function(cls, function: Callable[..., Any], file: str) -> Any:
-        home = _home(file)
-        for locator in caching.CompileResultCacheImpl._locator_classes:
-            found = locator.from_function(function, home)
-            if found is not None:
-                return found
-        return _NowhereLocator(function, home)
+    def __init__(self, function: Callable[..., Any]) -> None:
+        file = function.__code__.co_filename
+        home = __file__ if _PACKAGE in Path(file).parents else file  # one directory for all kernels of the package
+        writable = (kind.from_function(function, home) for kind in caching.CacheImpl._locator_classes)
+        chosen = next(filter(None, writable), None)
+        shipped: list[Any] = [caching.InTreeCacheLocator(function, home)]
+        if config.CACHE_DIR:
+            shipped.insert(0, caching.UserProvidedCacheLocator(function, home))
+        place = chosen or shipped[-1]
+        self.directory: str | None = chosen.get_cache_path() if chosen else None
+        self._readable = dict.fromkeys(locator.get_cache_path() for locator in [place, *shipped])
+        self._stamp = place.get_source_stamp()
+        name = re.sub("[<>]", "", f"{function.__module__}.{function.__qualname__}".removeprefix("pagedkv."))
+        python = f"py{sys.version_info[0]}{sys.version_info[1]}{getattr(sys, 'abiflags', '')}"
+        self._base = f"{name}-{place.get_disambiguator()}.{python}-{kernel_digest()}"
+
+    def _name(self, key: object) -> str:
+        return f"{self._base}-{hashlib.sha256(repr((self._stamp, key)).encode()).hexdigest()[:16]}.nbc"
+
+    def load(self, key: object, target: Any) -> Any:
+        """Return the code that was saved under the key, or None; a damaged file counts as none and is soon replaced."""
+        for directory in self._readable:
+            try:
+                saved_key, data = pickle.loads(Path(directory, self._name(key)).read_bytes())
+                if saved_key == key:
+                    return CompileResult._rebuild(target, *data)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                logger.debug("pagedkv: cannot use the kept code in %s: %r", self._name(key), error)
+        return None
+
+    def save(self, key: object, code: Any) -> None:
+        """Keep new code, unless it depends on this process, or the sources changed since this process imported them."""
+        if self.directory is None or code.library.has_dynamic_globals or not _are_sources_unchanged():
+            return
+        temporary = Path(self.directory, f"{self._name(key)}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(dumps((key, code._reduce())))
+            temporary.replace(Path(self.directory, self._name(key)))
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        _remove_old_states(self.directory)
+
+    def lock(self, key: object) -> EntryLock | None:
+        """Return the lock of an entry, or None where nothing is kept."""
+        return EntryLock(self.directory, self._name(key)) if self.directory else None
 
 
-def _home(file: str) -> str:
-    return __file__ if _PACKAGE in Path(file).parents else file
-
-
-def _readable_directories(function: Callable[..., Any]) -> Iterator[str]:
-    """Yield where code may lie that was shipped, and that Numba would not look at unless it can write there."""
-    home = _home(function.__code__.co_filename)
-    if config.CACHE_DIR:
-        yield caching.UserProvidedCacheLocator(function, home).get_cache_path()
-    yield caching.InTreeCacheLocator(function, home).get_cache_path()
+def _files_of(function: Callable[..., Any]) -> _Files | None:
+    """Return the files of a function, or None if it has no source file."""
+    try:
+        return _Files(function)
+    except OSError:
+        return None
 
 
 def cache_directory() -> Path | None:
@@ -181,69 +207,8 @@ def cache_directory() -> Path | None:
     Set ``NUMBA_CACHE_DIR`` to choose another one. None means that no directory can be written to, or that
     ``NUMBA_DISABLE_JIT`` is set and nothing is compiled.
     """
-    if config.DISABLE_JIT:
-        return None
-    cache = disk_cache(cache_directory)
-    return None if cache is None or cache.directory is None else Path(cache.directory)
-
-
-# The files
-
-
-class _Implementation(caching.CompileResultCacheImpl):
-    _locator_classes: Any = [_Locator]
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._module = str(function.__module__).removeprefix("pagedkv.")
-        self._qualname = function.__qualname__
-        super().__init__(function)
-
-    def get_filename_base(self, fullname: str, abiflags: str) -> str:
-        base = super().get_filename_base(f"{self._module}.{self._qualname}", abiflags)
-        return f"{base}-{kernel_digest()}"
-
-
-class _Entries:
-    """The files of a function: one for each signature and processor, named after all that it depends on."""
-
-    def __init__(self, base: str, stamp: object, directories: list[str], is_writable: bool) -> None:
-        self.base = base
-        self.stamp = stamp
-        self.directories = directories
-        self.is_writable = is_writable
-
-    def name(self, key: object) -> str:
-        identity = hashlib.sha256(repr((self.stamp, key)).encode()).hexdigest()
-        return f"{self.base}-{identity[:16]}.nbc"
-
-    def load(self, key: object) -> Any:
-        """Return what was saved under the key, or None; a damaged file counts as none and is soon replaced."""
-        for directory in self.directories:
-            try:
-                saved_key, data = pickle.loads(Path(directory, self.name(key)).read_bytes())
-            except FileNotFoundError:
-                continue
-            except Exception as error:
-                logger.debug("pagedkv: cannot load %s: %r", self.name(key), error)
-                continue
-            if saved_key == key:
-                return data
-        return None
-
-    def save(self, key: object, data: Any) -> None:
-        directory, name = self.directories[0], self.name(key)
-        temporary = Path(directory, f"{name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(dumps((key, data)))
-            temporary.replace(Path(directory, name))
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        _remove_old_states(directory)
-
-    def remove(self) -> None:
-        for path in Path(self.directories[0]).glob(f"{glob.escape(self.base)}-*.nbc"):
-            path.unlink(missing_ok=True)
+    files = None if config.DISABLE_JIT else _files_of(cache_directory)
+    return None if files is None or files.directory is None else Path(files.directory)
 
 
 @functools.cache
@@ -252,73 +217,17 @@ def _remove_old_states(directory: str) -> None:
 
     A process that looks for a file that is just removed compiles it again.
     """
-    newest: dict[str, float] = {}
-    files: dict[str, list[Path]] = {}
-    for path in Path(directory).iterdir():
-        match = _ENTRY_NAME.search(path.name)
-        if match:
-            with contextlib.suppress(OSError):
-                digest = match[1]
-                newest[digest] = max(newest.get(digest, 0.0), path.stat().st_mtime)
-                files.setdefault(digest, []).append(path)
-    newest[kernel_digest()] = float("inf")
-    for digest in sorted(newest, key=lambda digest: newest[digest])[:-_KEPT_STATES]:
-        for path in files[digest]:
+    paths = list(Path(directory).iterdir())
+    found = [(match[1], path) for path in paths if (match := _ENTRY_NAME.search(path.name))]
+    newest = {kernel_digest(): math.inf}
+    for digest, path in found:
+        with contextlib.suppress(OSError):
+            newest[digest] = max(newest.get(digest, 0.0), path.stat().st_mtime)
+    kept = sorted(newest, key=newest.__getitem__)[-_KEPT_STATES:]
+    for digest, path in found:
+        if digest not in kept:
             with contextlib.suppress(OSError):
                 path.unlink()
-
-
-class DiskCache(caching.FunctionCache):
-    """Numba's cache of one function, with the names, the files and the lock of this module."""
-
-    _impl_class = _Implementation
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        locator = self._impl.locator
-        writable = [] if isinstance(locator, _NowhereLocator) else [locator.get_cache_path()]
-        readable = [path for path in _readable_directories(function) if path not in writable]
-        self._entries = self._cache_file = _Entries(
-            self._impl.filename_base, locator.get_source_stamp(), writable + readable, bool(writable)
-        )
-
-    @property
-    def directory(self) -> str | None:
-        """Where new code is kept; None if nowhere."""
-        return self._entries.directories[0] if self._entries.is_writable else None
-
-    def flush(self) -> None:
-        """Remove what is kept."""
-        if self._entries.is_writable:
-            self._entries.remove()
-
-    def load_overload(self, signature: Any, target: Any) -> Any:
-        """Return the code for a signature, or None if there is none that can be used."""
-        try:
-            return super().load_overload(signature, target)
-        except Exception as error:
-            logger.debug("pagedkv: cannot use the kept code of %s: %r", self._name, error)
-            return None
-
-    def save_overload(self, signature: Any, data: Any) -> None:
-        """Keep new code, unless the sources changed since this process imported them."""
-        if self._entries.is_writable and _sources().are_unchanged():
-            super().save_overload(signature, data)
-
-    def lock(self, signature: Any, target: Any) -> EntryLock | None:
-        """Return the lock of an entry, or None where nothing is kept."""
-        if self.directory is None:
-            return None
-        name = self._entries.name(self._index_key(signature, target.codegen()))
-        return EntryLock(_lock_file(self.directory), int(hashlib.sha256(name.encode()).hexdigest(), 16) % _LOCK_BYTES)
-
-
-def disk_cache(function: Callable[..., Any]) -> DiskCache | None:
-    """Return the cache of a function, or None if it has no source file, or no place in those that the user chose."""
-    try:
-        return DiskCache(function)
-    except (OSError, RuntimeError):
-        return None
 
 
 # The lock
@@ -327,22 +236,15 @@ def disk_cache(function: Callable[..., Any]) -> DiskCache | None:
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock_byte(file: int, place: int) -> None:
+    def _set_lock(file: int, place: int, *, held: bool) -> None:
         os.lseek(file, place, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-
-    def _unlock_byte(file: int, place: int) -> None:
-        os.lseek(file, place, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
+        msvcrt.locking(file, msvcrt.LK_NBLCK if held else msvcrt.LK_UNLCK, 1)
 
 else:
     import fcntl
 
-    def _lock_byte(file: int, place: int) -> None:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-
-    def _unlock_byte(file: int, place: int) -> None:
-        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)
+    def _set_lock(file: int, place: int, *, held: bool) -> None:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB if held else fcntl.LOCK_UN, 1, place)
 
 
 @functools.cache
@@ -361,36 +263,219 @@ class EntryLock:
     work it counts as taken: every process compiles for itself.
     """
 
-    def __init__(self, file: int | None, place: int) -> None:
-        self.file = file
-        self.place = place
-        self.is_held = False
+    def __init__(self, directory: str, name: str) -> None:
+        self._file = _lock_file(directory)
+        self._place = int(hashlib.sha256(name.encode()).hexdigest(), 16) % _LOCK_BYTES
+        self._is_held = False
 
     def wait(self, on_wait: Callable[[], None]) -> bool:
         """Take the lock, calling back again and again meanwhile; return False after waiting for too long."""
         end = time.monotonic() + _WAIT_SECONDS
-        while not self._try():
-            if time.monotonic() > end:
-                return False
+        while self._file is not None:
+            try:
+                _set_lock(self._file, self._place, held=True)
+                self._is_held = True
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() > end:
+                    return False
+            except OSError:
+                break
             on_wait()
             time.sleep(0.05)
         return True
 
-    def _try(self) -> bool:
-        if self.file is None:
-            return True
-        try:
-            _lock_byte(self.file, self.place)
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError:
-            return True
-        self.is_held = True
-        return True
-
     def release(self) -> None:
         """Let another process go on; does nothing if the lock is not held."""
-        if self.is_held and self.file is not None:
-            self.is_held = False
+        if self._is_held and self._file is not None:
+            self._is_held = False
             with contextlib.suppress(OSError):
-                _unlock_byte(self.file, self.place)
+                _set_lock(self._file, self._place, held=False)
+
+
+# The compiles
+
+
+class _Progress:
+    """One line in the log for each thing that takes time; on a terminal, a line that counts and is then cleared."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._width = 0
+        self._said: set[str] = set()
+
+    def compile(self, name: str, directory: str | None) -> None:
+        kept = f" (kept in {directory})" if directory else ""
+        once = f"pagedkv: compiling its kernels; this happens once, the result is kept in {directory}"
+        self._show(
+            f"pagedkv: compiling its kernels, once: {self.count} done, now {name}{kept}", once if directory else ""
+        )
+
+    def wait(self) -> None:
+        """Say that another process compiles; called again and again."""
+        text = "pagedkv: waiting for another process that compiles its kernels"
+        self._show(text, text)
+
+    def warn_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.clear()
+            logger.warning("%s", text)
+
+    def _show(self, on_terminal: str, in_log: str) -> None:
+        if _is_terminal():
+            text = on_terminal[: shutil.get_terminal_size().columns - 1]
+            self._write("\r" + text.ljust(self._width))
+            self._width = len(text)
+        elif in_log:
+            self.warn_once(in_log)
+
+    def clear(self) -> None:
+        if self._width:
+            self._write("\r" + " " * self._width + "\r")
+            self._width = 0
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # no stream, or a closed one
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+
+def _is_terminal() -> bool:
+    with contextlib.suppress(AttributeError, ValueError):
+        return logger.isEnabledFor(logging.WARNING) and sys.stderr.isatty()
+    return False
+
+
+_progress = _Progress()
+_watchers: list[Watcher] = []
+
+
+@contextlib.contextmanager
+def watch_compiles(callback: Watcher) -> Iterator[None]:
+    """Call back after every function that pagedkv compiles meanwhile, in any thread.
+
+    Parameters
+    ----------
+    callback : callable
+        Is given the function's name with its module, and the seconds that it took; those of the functions that were
+        compiled within it are counted again in it. What is loaded from disk is not reported.
+    """
+    _watchers.append(callback)
+    try:
+        yield
+    finally:
+        _watchers.remove(callback)
+
+
+@dataclass
+class _Compile:
+    """A function that is being compiled: it was not on the disk."""
+
+    name: str
+    directory: str | None
+    lock: EntryLock | None
+    start: float = 0.0
+    is_done: bool = False
+
+
+# The compiles that are going on, each within the one before it; guarded by Numba's compiler lock.
+_running: list[_Compile] = []
+
+
+class _KernelCache(caching.NullCache):
+    """What Numba asks for a function's code before it compiles, and gives it to afterwards."""
+
+    def __init__(self, function: Callable[..., Any], on_disk: bool) -> None:
+        self._py_func = function
+        self._name = f"{function.__module__}.{function.__qualname__}"
+        self._on_disk = on_disk
+
+    @functools.cached_property
+    def _files(self) -> _Files | None:
+        return _files_of(self._py_func) if self._on_disk else None
+
+    @property
+    def cache_path(self) -> str | None:
+        return self._files.directory if self._files else None
+
+    def _key(self, signature: Any, codegen: Any) -> object:
+        return caching.FunctionCache._index_key(self, signature, codegen)  # type: ignore[arg-type]
+
+    def load_overload(self, signature: Any, target: Any) -> Any:
+        target.refresh()
+        files, lock = self._files, None
+        if files:
+            key = self._key(signature, target.codegen())
+            found = files.load(key, target)
+            if found is not None:
+                return found
+            lock = files.lock(key)
+        # The code of a function without files of its own is kept in that of its callers.
+        directory = _running[-1].directory if _running and not self._on_disk else self.cache_path
+        this = _Compile(self._name, directory, lock)
+        _running.append(this)
+        if files and lock:
+            if not lock.wait(_progress.wait):
+                _progress.warn_once("pagedkv: waited too long for another process, compiling its kernels here too")
+            # Saved while this process waited, or between its first look and its turn.
+            found = files.load(key, target)
+            if found is not None:
+                _end()
+                return found
+        if self._on_disk and self.cache_path is None:
+            _progress.warn_once(
+                "pagedkv: compiling its kernels in every process, as no directory to keep them in can be written to; "
+                "NUMBA_CACHE_DIR names one"
+            )
+        this.start = time.perf_counter()
+        _progress.compile(this.name, this.directory)
+        return None
+
+    def save_overload(self, signature: Any, code: Any) -> None:
+        if self._files:
+            try:
+                self._files.save(self._key(signature, code.codegen), code)
+            except OSError as error:
+                _progress.warn_once(f"pagedkv: its compiled kernels cannot be kept: {error}")
+        if _running:
+            _running[-1].is_done = True
+
+
+def _end() -> None:
+    """End the innermost compile, which failed or was not needed unless it is done."""
+    ended = _running.pop()
+    if ended.lock:
+        ended.lock.release()
+    if ended.is_done:
+        _progress.count += 1
+    if _running:
+        _progress.compile(_running[-1].name, _running[-1].directory)
+    else:
+        _progress.clear()
+    if ended.is_done:
+        for watcher in list(_watchers):
+            watcher(ended.name, time.perf_counter() - ended.start)
+
+
+def manage(dispatcher: Any, *, on_disk: bool) -> None:
+    """Give a function of Numba, without a cache or signatures of its own, this module's cache.
+
+    Its code is kept in files of its own (`on_disk`), or within the code of the functions that call it.
+    """
+    kernel_digest()  # of the sources that are being imported
+    dispatcher._cache = _KernelCache(dispatcher.py_func, on_disk)
+    compile_it = dispatcher.compile
+
+    @functools.wraps(compile_it)
+    def compile(signature: Any) -> Any:
+        # A failed compile saves nothing: only here is it known that it has ended.
+        with global_compiler_lock:
+            depth = len(_running)
+            try:
+                return compile_it(signature)
+            finally:
+                while len(_running) > depth:
+                    _end()
+
+    dispatcher.compile = compile

@@ -41,23 +41,24 @@ import numpy.typing as npt
 from pagedkv.errors import OutOfMemory
 from pagedkv.jit import packed
 
+
+def record(**fields: str) -> np.dtype[Any]:
+    """Return the dtype of records with these fields."""
+    return np.dtype((np.record, list(fields.items())))
+
+
 # What strategies remember beyond the records of blocks.
 
-POLICY = np.dtype(
-    (
-        np.record,
-        [
-            ("clock", "i8"),  # S3-FIFO, SIEVE: blocks stored so far
-            ("lap", "i8"),  # SIEVE: of the hand, and where in it the hand is
-            ("hand", "i8"),
-            ("inflation", "i8"),  # GDSF: what was evicted last was worth
-            ("ticks", "i8"),  # TTL: its parameter
-            ("evicted", "i8"),  # blocks that were remembered as ghosts so far
-        ],
-    )
+POLICY = record(
+    clock="i8",  # S3-FIFO, SIEVE: blocks stored so far
+    lap="i8",  # SIEVE: of the hand, and where in it the hand is
+    hand="i8",
+    inflation="i8",  # GDSF: what was evicted last was worth
+    ticks="i8",  # TTL: its parameter
+    evicted="i8",  # blocks that were remembered as ghosts so far
 )
 
-GHOST = np.dtype((np.record, [("prefix_hash", "i8"), ("next", "i8")]))
+GHOST = record(prefix_hash="i8", next="i8")
 """An evicted block, in a ring and in a hash chain: ``next`` is 1 + place in the ring."""
 
 # The records of the adaptive strategy: a note on every block and ghost, and all that it has learned.
@@ -78,90 +79,65 @@ GHOST_SET = 4
 SHADOW_ROOM = 1024
 SHADOW_HEADS = 4 * SHADOW_ROOM
 
-NOTE = np.dtype(
-    (
-        np.record,
-        [
-            ("released", "i8"),  # when its last user had gone, in stored blocks
-            ("mark", "u4"),  # a part of its prefix hash
-            ("uses", "u2"),  # before it was last evicted, too
-            ("kind", "i1"),  # 1 + its class while it is cached or a ghost, else 0
-            ("is_sampled", "u1"),
-        ],
-    )
+NOTE = record(
+    released="i8",  # when its last user had gone, in stored blocks
+    mark="u4",  # a part of its prefix hash
+    uses="u2",  # before it was last evicted, too
+    kind="i1",  # 1 + its class while it is cached or a ghost, else 0
+    is_sampled="u1",
 )
 
-LEARNER = np.dtype(
-    (
-        np.record,
-        [
-            ("clock", "i8"),  # blocks stored so far
-            ("accesses", "i8"),  # blocks released so far
-            ("next_lesson", "i8"),  # by the clock
-            ("next_duel", "i8"),  # by the accesses
-            ("lessons", "i8"),
-            ("rules", "i8"),  # 1 while the learned order rules
-            ("share", "i8"),  # of the requests whose blocks have the long times to live, out of SHARES
-            ("sample_mask", "i8"),
-            ("room", "i8"),  # of a shadow cache
-            ("entries", "i8"),  # of the shadows that were ever used
-            ("free_entry", "i8"),
-            ("oldest", "i8"),  # in the LRU shadow
-            ("newest", "i8"),
-            ("lru_size", "i8"),
-            ("heap_size", "i8"),
-            ("stores", "f8"),  # of late: blocks stored, blocks released, requests
-            ("releases", "f8"),
-            ("requests", "f8"),
-            ("lead", "f8"),  # in hits of the learned order's shadow,
-            ("seen", "f8"),  # out of so many sampled accesses
-            ("request_lead", "f8"),  # in this request,
-            ("variance", "f8"),  # and the sum of the squares of that
-        ],
-    )
+LEARNER = record(
+    clock="i8",  # blocks stored so far
+    accesses="i8",  # blocks released so far
+    next_lesson="i8",  # by the clock
+    next_duel="i8",  # by the accesses
+    lessons="i8",
+    rules="i8",  # 1 while the learned order rules
+    share="i8",  # of the requests whose blocks have the long times to live, out of SHARES
+    sample_mask="i8",
+    room="i8",  # of a shadow cache
+    entries="i8",  # of the shadows that were ever used
+    free_entry="i8",
+    oldest="i8",  # in the LRU shadow
+    newest="i8",
+    lru_size="i8",
+    heap_size="i8",
+    stores="f8",  # of late: blocks stored, blocks released, requests
+    releases="f8",
+    requests="f8",
+    lead="f8",  # in hits of the learned order's shadow,
+    seen="f8",  # out of so many sampled accesses
+    request_lead="f8",  # in this request,
+    variance="f8",  # and the sum of the squares of that
 )
 
-CLASS = np.dtype(
-    (
-        np.record,
-        [
-            ("released", "f8"),  # blocks released of late
-            ("short", "i8"),  # time to live; of a share of the requests the blocks have the long one
-            ("long", "i8"),
-            ("trial", "i8"),
-        ],
-    )
+CLASS = record(
+    released="f8",  # blocks released of late
+    short="i8",  # time to live; of a share of the requests the blocks have the long one
+    long="i8",
+    trial="i8",
 )
 
-AGE = np.dtype(
-    (
-        np.record,
-        [
-            ("reused", "f8"),  # so many blocks at this age,
-            ("censored", "f8"),  # ghosts forgotten before that,
-            ("waiting", "f8"),  # blocks not reused so far
-            ("hazard", "f8"),  # chance of a reuse; of all classes together in the row behind the last
-            ("hits", "f8"),  # what a block brings and takes up to this age
-            ("space", "f8"),
-        ],
-    )
+AGE = record(
+    reused="f8",  # so many blocks at this age,
+    censored="f8",  # ghosts forgotten before that,
+    waiting="f8",  # blocks not reused so far
+    hazard="f8",  # chance of a reuse; of all classes together in the row behind the last
+    hits="f8",  # what a block brings and takes up to this age
+    space="f8",
 )
 
-SHADOW = np.dtype(
-    (
-        np.record,
-        [
-            ("prefix_hash", "i8"),
-            ("rank", "i8"),
-            ("released", "i8"),
-            ("older", "i4"),  # neighbours in the list of the LRU shadow
-            ("newer", "i4"),
-            ("next", "i4"),  # of its hash chain, or the next free entry
-            ("heap_pos", "i4"),  # in the expiry shadow
-            ("kind", "i4"),
-            ("is_in_lru", "i4"),
-        ],
-    )
+SHADOW = record(
+    prefix_hash="i8",
+    rank="i8",
+    released="i8",
+    older="i4",  # neighbours in the list of the LRU shadow
+    newer="i4",
+    next="i4",  # of its hash chain, or the next free entry
+    heap_pos="i4",  # in the expiry shadow
+    kind="i4",
+    is_in_lru="i4",
 )
 
 
@@ -189,55 +165,45 @@ def new_learner(exists: bool) -> Learner:
     )
 
 
-BLOCK = np.dtype(
-    (
-        np.record,
-        [
-            ("score", "i8"),
-            ("last_access", "i8"),
-            ("created", "i8"),
-            ("ref_count", "i4"),
-            ("num_tokens", "i4"),
-            ("parent", "i4"),  # a block id, or -1 - namespace for the first block of a prefix
-            ("num_children", "i4"),
-            ("depth", "i4"),
-            ("access_count", "i4"),
-            ("priority", "i4"),
-            ("heap_pos", "i4"),
-            ("hash_next", "i4"),
-            ("pins", "u2"),
-            ("indexed", "i1"),  # while the block is a node of the prefix trie: 1 + the queue it waits in
-            ("recent_hits", "u1"),  # since it was stored or given a second chance, at most 255
-        ],
-    )
+BLOCK = record(
+    score="i8",
+    last_access="i8",
+    created="i8",
+    ref_count="i4",
+    num_tokens="i4",
+    parent="i4",  # a block id, or -1 - namespace for the first block of a prefix
+    num_children="i4",
+    depth="i4",
+    access_count="i4",
+    priority="i4",
+    heap_pos="i4",
+    hash_next="i4",
+    pins="u2",
+    indexed="i1",  # while the block is a node of the prefix trie: 1 + the queue it waits in
+    recent_hits="u1",  # since it was stored or given a second chance, at most 255
 )
 
-SEQUENCE = np.dtype(
-    (
-        np.record,
-        [
-            ("seq_id", "i8"),
-            ("num_tokens", "i8"),  # visible tokens
-            ("num_committed", "i8"),  # leading visible tokens whose K and V are written
-            ("num_known", "i8"),  # leading visible tokens whose ids are known
-            ("num_cached", "i8"),
-            ("num_dropped", "i8"),  # tokens that streaming dropped
-            ("last_access", "i8"),
-            ("access_count", "i8"),
-            ("created", "i8"),
-            ("epoch", "i8"),  # plans made before this tick are stale
-            ("stamp", "i8"),  # the last batch that named this sequence
-            ("ranked", "i8"),  # the valid entry in the eviction order
-            ("num_blocks", "i4"),
-            ("num_indexed", "i4"),  # leading blocks that are trie nodes, each the parent of the next
-            ("priority", "i4"),
-            ("namespace", "i4"),
-            ("hole_start", "i4"),  # in slots of the table: [hole_start, hole_start + hole_len) is dropped
-            ("hole_len", "i4"),
-            ("pinned_blocks", "i4"),
-            ("marks", "i4"),
-        ],
-    )
+SEQUENCE = record(
+    seq_id="i8",
+    num_tokens="i8",  # visible tokens
+    num_committed="i8",  # leading visible tokens whose K and V are written
+    num_known="i8",  # leading visible tokens whose ids are known
+    num_cached="i8",
+    num_dropped="i8",  # tokens that streaming dropped
+    last_access="i8",
+    access_count="i8",
+    created="i8",
+    epoch="i8",  # plans made before this tick are stale
+    stamp="i8",  # the last batch that named this sequence
+    ranked="i8",  # the valid entry in the eviction order
+    num_blocks="i4",
+    num_indexed="i4",  # leading blocks that are trie nodes, each the parent of the next
+    priority="i4",
+    namespace="i4",
+    hole_start="i4",  # in slots of the table: [hole_start, hole_start + hole_len) is dropped
+    hole_len="i4",
+    pinned_blocks="i4",
+    marks="i4",
 )
 
 LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
@@ -248,18 +214,13 @@ MAIN, PROBATION = 0, 1
 
 MAX_PINS = np.iinfo(np.uint16).max
 
-COUNTERS = np.dtype(
-    (
-        np.record,
-        [
-            (name, "i8")
-            for name in (
-                "num_blocks block_size prefix_caching whole_hits seed tick stamp "
-                "fresh free_top used cached pinned heap_size probation_heap_size probation "
-                "num_sequences rows_used free_row num_dirty logging log_len "
-                "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied"
-            ).split()
-        ],
+COUNTERS = record(
+    **dict.fromkeys(
+        "num_blocks block_size prefix_caching whole_hits seed tick stamp "
+        "fresh free_top used cached pinned heap_size probation_heap_size probation "
+        "num_sequences rows_used free_row num_dirty logging log_len "
+        "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split(),
+        "i8",
     )
 )
 

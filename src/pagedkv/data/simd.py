@@ -5,37 +5,270 @@ one value is one AVX-512 register (two of AVX2, four of NEON), and the few funct
 with it. bfloat16, float16 and float8_e4m3fn have no NumPy type that Numba knows: they come as their bit patterns,
 **uint16 for bfloat16, int16 for float16 and uint8 for float8_e4m3fn**, and are widened as they are loaded, as int8 is.
 
-Indices are trusted: nothing checks them and nothing wraps around. What stands here is plain Python over NumPy arrays,
-for ``NUMBA_DISABLE_JIT=1``: slow, and the same. Else each function is the intrinsic of its name in
-:mod:`pagedkv.data.simd_llvm`, where it is documented.
+Indices are trusted: nothing checks them and nothing wraps around. The bodies of the functions are plain Python over
+NumPy arrays, for ``NUMBA_DISABLE_JIT=1``: slow, and the same. Compiled, each is what its decorator builds of LLVM.
 """
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import numpy.typing as npt
-
-from pagedkv.data import simd_llvm
-
-# ruff: noqa: D103 - each function is documented in simd_llvm
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
 
 Lanes = npt.NDArray[np.float32]
 Array = npt.NDArray[Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
+Build = Callable[..., Any]
 
-LANES: int = simd_llvm.LANES
-ROWS: int = simd_llvm.ROWS
+LANES = 16
+ROWS = 4
 """Query rows that are worked on together; lane ``i`` belongs to row ``i % ROWS`` where lanes hold scores."""
 
+FLOAT, HALF, INT, SHORT = ir.FloatType(), ir.HalfType(), ir.IntType(32), ir.IntType(16)
+VECTOR, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
+HALVES, SHORTS = ir.VectorType(HALF, LANES), ir.VectorType(SHORT, LANES)
 
-def _intrinsic(twin: Function) -> Function:
-    """Return the intrinsic of the same name, or where nothing is compiled the function itself."""
-    found: Function = twin if numba.config.DISABLE_JIT else getattr(simd_llvm, twin.__name__)  # type: ignore[attr-defined]
-    return found
+
+class LanesType(types.Type):
+    """The Numba type."""
+
+    def __init__(self) -> None:
+        super().__init__(name="Lanes")
+
+
+@register_model(LanesType)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, VECTOR)
+
+
+lanes = LanesType()
+
+
+# How a function is compiled.
+
+
+def _typed(typing: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Make a function the intrinsic of the signature and code that `typing` gives for the types of its arguments."""
+
+    def replace(plain: Function) -> Function:
+        if numba.config.DISABLE_JIT:
+            return plain
+
+        def define(context: Any, *kinds: Any) -> Any:
+            return typing(*kinds)
+
+        names = ["context", *inspect.signature(plain).parameters]
+        parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+        define.__signature__ = inspect.Signature(parameters)
+        define.__name__, define.__doc__ = plain.__name__, plain.__doc__
+        return intrinsic(define)  # type: ignore[return-value]
+
+    return replace
+
+
+def _of_lanes(build: Build, result: Any = lanes) -> Callable[[Function], Function]:
+    """Compile a function of lanes to ``build(builder, *values)``."""
+    return _typed(
+        lambda *kinds: (
+            result(*[lanes] * len(kinds)),
+            lambda context, builder, signature, args: build(builder, *args),
+        )
+    )
+
+
+def _at_index(build: Build, result: Any, *others: Any) -> Callable[[Function], Function]:
+    """Compile a function of an array, an index and more to ``build(builder, dtype, address, *more)``."""
+
+    def typing(array: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(array)(context, builder, args[0]).data
+            built = build(builder, array.dtype, builder.gep(data, [args[1]], inbounds=True), *args[2:])
+            return context.get_dummy_value() if result == types.void else built
+
+        return result(array, types.int64, *others), generate
+
+    return _typed(typing)
+
+
+# What is built of LLVM.
+
+
+def _every(number: float) -> Any:
+    return ir.Constant(VECTOR, [number] * LANES)
+
+
+def _every_int(number: int, kind: Any = INTS) -> Any:
+    return ir.Constant(kind, [number] * LANES)
+
+
+def _llvm(builder: Any, name: str, *args: Any) -> Any:
+    """Call an LLVM intrinsic whose arguments and result are vectors."""
+    kind = ir.FunctionType(VECTOR, [VECTOR] * len(args))
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.{name}.v{LANES}f32"), args)
+
+
+def _shuffled(builder: Any, x: Any, y: Any, order: Any) -> Any:
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(INT, len(order)), list(order)))
+
+
+def _spread(builder: Any, scalar: Any, kind: Any) -> Any:
+    """Return a vector of one number."""
+    undefined = ir.Constant(kind, ir.Undefined)
+    return builder.shuffle_vector(builder.insert_element(undefined, scalar, INT(0)), undefined, _every_int(0))
+
+
+def _greater_of(builder: Any, x: Any, y: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+
+def _widened_bits(builder: Any, bits: Any, dtype: Any) -> Any:
+    if dtype == types.float32:
+        return bits
+    if dtype == types.int8:
+        return builder.sitofp(builder.sext(bits, INTS), VECTOR)
+    if dtype == types.uint8:
+        return _from_e4m3(builder, bits)
+    if dtype == types.uint16:
+        return builder.bitcast(builder.shl(builder.zext(bits, INTS), _every_int(16)), VECTOR)
+    return builder.fpext(builder.bitcast(bits, HALVES), VECTOR)
+
+
+def _from_e4m3(builder: Any, bits: Any) -> Any:
+    """Widen by way of float16, whose exponent has one bit more and is greater by 8; NaN comes out as a number."""
+    places = builder.shl(builder.sext(bits, SHORTS), _every_int(7, SHORTS))
+    half = builder.and_(places, _every_int(0xBFFF, SHORTS))  # the sign was extended into the exponent
+    return builder.fmul(builder.fpext(builder.bitcast(half, HALVES), VECTOR), _every(256.0))
+
+
+def _vector_at(builder: Any, address: Any, count: int) -> Any:
+    return builder.bitcast(address, ir.VectorType(address.type.pointee, count).as_pointer())
+
+
+def _read(builder: Any, dtype: Any, address: Any, count: int) -> Any:
+    bits = builder.load(_vector_at(builder, address, count))
+    bits.align = dtype.bitwidth // 8
+    return bits
+
+
+def _read_part(builder: Any, dtype: Any, address: Any, count: Any) -> Any:
+    """Return the first `count` numbers and zeros behind; nothing else is read."""
+    pointer = _vector_at(builder, address, LANES)
+    kind, width = pointer.type.pointee, dtype.bitwidth
+    mask = builder.icmp_unsigned(
+        "<", ir.Constant(INTS, list(range(LANES))), _spread(builder, builder.trunc(count, INT), INTS)
+    )
+    name = f"llvm.masked.load.v{LANES}{'f32' if width == 32 else f'i{width}'}.p0"
+    signature = ir.FunctionType(kind, [pointer.type, INT, mask.type, kind])
+    function = cgutils.get_or_insert_function(builder.module, signature, name)
+    return builder.call(function, [pointer, INT(width // 8), mask, ir.Constant(kind, None)])
+
+
+def _write(builder: Any, address: Any, vector: Any) -> None:
+    builder.store(vector, builder.bitcast(address, vector.type.as_pointer())).align = 4
+
+
+def _prefetch(builder: Any, dtype: Any, address: Any) -> None:
+    pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # to read, keep in all levels, data
+
+
+def _any_greater(builder: Any, x: Any, y: Any) -> Any:
+    bits = builder.bitcast(builder.fcmp_ordered(">", x, y), ir.IntType(LANES))
+    return builder.icmp_unsigned("!=", bits, ir.IntType(LANES)(0))
+
+
+def _narrowed_to(builder: Any, dtype: Any, number: Any) -> Any:
+    if dtype == types.float32:
+        return number
+    if dtype == types.int16:
+        return builder.bitcast(builder.fptrunc(number, HALF), SHORT)
+    bits = builder.bitcast(number, INT)
+    high = builder.lshr(bits, INT(16))
+    nearest = builder.add(builder.add(bits, INT(0x7FFF)), builder.and_(high, INT(1)))  # ties to even
+    is_nan = builder.fcmp_unordered("uno", number, number)
+    return builder.trunc(builder.select(is_nan, INT(0x7FC0), builder.lshr(nearest, INT(16))), SHORT)
+
+
+def _pair_sums(builder: Any, x: Any, y: Any) -> Any:
+    """Return the sums of neighbours: those of x in the first half, those of y in the second."""
+    evens = _shuffled(builder, x, y, range(0, 2 * LANES, 2))
+    odds = _shuffled(builder, x, y, range(1, 2 * LANES, 2))
+    return builder.fadd(evens, odds)
+
+
+def _sums(builder: Any, *parts: Any) -> Any:
+    while len(parts) > 1:
+        parts = tuple(_pair_sums(builder, *pair) for pair in zip(parts[::2], parts[1::2], strict=True))
+    return _pair_sums(builder, parts[0], parts[0])
+
+
+def _by_row(builder: Any, x: Any, combine: Build) -> Any:
+    """Combine all lanes of one row; each of them gets the result."""
+    step = ROWS
+    while step < LANES:
+        x = combine(x, _shuffled(builder, x, x, [(i + step) % LANES for i in range(LANES)]))
+        step *= 2
+    return x
+
+
+def _polynomial(builder: Any, x: Any, coefficients: list[float]) -> Any:
+    result = _every(coefficients[-1])
+    for coefficient in coefficients[-2::-1]:
+        result = _llvm(builder, "fma", result, x, _every(coefficient))
+    return result
+
+
+def _exp2(builder: Any, x: Any) -> Any:
+    """2 ** x for x <= 0: the Taylor series over -½ … ½, then the exponent's bits. Below 2 ** -126 it is 0."""
+    low = _every(-126.0)
+    bounded = builder.select(builder.fcmp_ordered(">", x, low), x, low)
+    whole = _llvm(builder, "floor", builder.fadd(bounded, _every(0.5)))
+    result = _polynomial(builder, builder.fsub(bounded, whole), _TAYLOR)
+    exponent = builder.shl(builder.fptosi(whole, INTS), _every_int(23))
+    result = builder.bitcast(builder.add(builder.bitcast(result, INTS), exponent), VECTOR)
+    result = builder.select(builder.fcmp_ordered("<", x, low), _every(0.0), result)
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
+
+
+_TAYLOR = [float(np.float32(math.log(2) ** k / math.factorial(k))) for k in range(8)]
+_SMALL = 0.625
+
+
+def _fitted_tanh() -> list[float]:
+    """Return c with tanh(x) = x + x³(c₀ + c₁x² + …) for |x| <= _SMALL: the other formula would lose digits there."""
+    squares = (np.polynomial.chebyshev.chebpts1(64) + 1) / 2 * _SMALL**2
+    x = np.sqrt(squares)
+    fit = np.polynomial.Polynomial.fit(squares, (np.tanh(x) / x - 1) / squares, 5)
+    return [float(np.float32(c)) for c in fit.convert().coef]
+
+
+_TANH = _fitted_tanh()
+
+
+def _tanh(builder: Any, x: Any) -> Any:
+    square = builder.fmul(x, x)
+    small = _polynomial(builder, square, _TANH)
+    small = _llvm(builder, "fma", builder.fmul(small, square), x, x)
+    size = _llvm(builder, "fabs", x)
+    power = _exp2(builder, builder.fmul(size, _every(-2.0 / math.log(2))))
+    large = builder.fdiv(builder.fsub(_every(1.0), power), builder.fadd(_every(1.0), power))
+    large = _llvm(builder, "copysign", large, x)
+    return builder.select(builder.fcmp_unordered("<", size, _every(_SMALL)), small, large)
+
+
+# The functions.
 
 
 def _widened(bits: Array) -> Lanes:
@@ -51,110 +284,149 @@ def _widened(bits: Array) -> Lanes:
     return bits.copy()
 
 
-@_intrinsic
+@_at_index(lambda builder, dtype, at: _widened_bits(builder, _read(builder, dtype, at, LANES), dtype), lanes)
 def load(array: Array, index: int) -> Lanes:
+    """Return ``array[index : index + LANES]`` as float32."""
     return _widened(array[index : index + LANES])
 
 
-@_intrinsic
+@_at_index(
+    lambda builder, dtype, at, count: _widened_bits(builder, _read_part(builder, dtype, at, count), dtype),
+    lanes,
+    types.int64,
+)
 def load_part(array: Array, index: int, count: int) -> Lanes:
+    """Return ``array[index : index + count]`` as float32 and zeros behind; nothing else is read."""
     result = np.zeros(LANES, np.float32)
     result[:count] = _widened(array[index : index + count])
     return result
 
 
-@_intrinsic
+def _read_spread(builder: Any, dtype: Any, address: Any) -> Any:
+    some = _read(builder, dtype, address, LANES // ROWS)
+    return _shuffled(builder, some, some, [lane // ROWS for lane in range(LANES)])
+
+
+@_at_index(_read_spread, lanes)
 def spread(array: Array, index: int) -> Lanes:
+    """Return ``array[index : index + LANES / ROWS]``, float32, each number in the lanes of all rows."""
     return np.repeat(array[index : index + LANES // ROWS], ROWS)
 
 
-@_intrinsic
+@_at_index(lambda builder, dtype, at, value: _write(builder, at, value), types.void, lanes)
 def store(array: Array, index: int, value: Lanes) -> None:
+    """Write all lanes to ``array[index:]``, float32."""
     array[index : index + LANES] = value
 
 
-@_intrinsic
+@_at_index(
+    lambda builder, dtype, at, value: _write(builder, at, _shuffled(builder, value, value, range(8))),
+    types.void,
+    lanes,
+)
 def store_half(array: Array, index: int, value: Lanes) -> None:
+    """Write the first eight lanes to ``array[index:]``, float32."""
     array[index : index + 8] = value[:8]
 
 
-@_intrinsic
+@_at_index(_prefetch, types.void)
 def prefetch(array: Array, index: int) -> None:
+    """Ask for the cache line of ``array[index]``, which may lie anywhere."""
     return
 
 
-@_intrinsic
+@_of_lanes(lambda builder: _every(0.0))
 def zeros() -> Lanes:
+    """Return zeros."""
     return np.zeros(LANES, np.float32)
 
 
-@_intrinsic
+@_typed(lambda _: (lanes(types.float32), lambda context, builder, sig, args: _spread(builder, args[0], VECTOR)))
 def splat(number: float | np.floating[Any]) -> Lanes:
+    """Return one float32 in every lane."""
     return np.full(LANES, number, np.float32)
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x, y, z: _llvm(builder, "fma", x, y, z))
 def fma(x: Lanes, y: Lanes, z: Lanes) -> Lanes:
+    """Return ``x * y + z``, rounded once."""
     return (x.astype(np.float64) * y + z).astype(np.float32)
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x, y: builder.fadd(x, y))
 def add(x: Lanes, y: Lanes) -> Lanes:
+    """Return ``x + y``."""
     return x + y
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x, y: builder.fsub(x, y))
 def sub(x: Lanes, y: Lanes) -> Lanes:
+    """Return ``x - y``."""
     return x - y
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x, y: builder.fmul(x, y))
 def mul(x: Lanes, y: Lanes) -> Lanes:
+    """Return ``x * y``."""
     return x * y
 
 
-@_intrinsic
+@_of_lanes(_greater_of)
 def maximum(x: Lanes, y: Lanes) -> Lanes:
+    """Return the greater of each; ``y`` where ``x`` is NaN."""
     return np.where(x > y, x, y)
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x: builder.select(builder.fcmp_ordered("==", x, _every(-math.inf)), _every(0.0), x))
 def finite_or_zero(x: Lanes) -> Lanes:
+    """Return x, with 0 in place of -inf."""
     return np.where(x == -np.inf, np.float32(0), x)
 
 
-@_intrinsic
+@_of_lanes(_any_greater, types.boolean)
 def any_greater(x: Lanes, y: Lanes) -> bool:
+    """Tell whether any lane of x is greater than that of y."""
     return bool((x > y).any())
 
 
-@_intrinsic
-def sums(*values: Lanes) -> Lanes:
-    return np.resize(np.array([value.sum() for value in values], np.float32), LANES)
+@_of_lanes(_sums)
+def sums(a: Lanes, b: Lanes, c: Lanes, d: Lanes, e: Lanes, f: Lanes, g: Lanes, h: Lanes) -> Lanes:
+    """Return the sum over all lanes of each of eight values, in the first eight lanes."""
+    return np.resize(np.array([value.sum() for value in (a, b, c, d, e, f, g, h)], np.float32), LANES)
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x: _by_row(builder, x, lambda a, b: _greater_of(builder, a, b)))
 def maximum_by_row(x: Lanes) -> Lanes:
+    """Return the maximum of each row in all of the row's lanes."""
     return np.tile(np.fmax.reduce(x.reshape(-1, ROWS)), LANES // ROWS)
 
 
-@_intrinsic
+@_of_lanes(lambda builder, x: _by_row(builder, x, builder.fadd))
 def sum_by_row(x: Lanes) -> Lanes:
+    """Return the sum of each row in all of the row's lanes."""
     return np.tile(x.reshape(-1, ROWS).sum(axis=0), LANES // ROWS)
 
 
-@_intrinsic
+@_of_lanes(_exp2)
 def exp2(x: Lanes) -> Lanes:
+    """Return 2 ** x for x <= 0, to float32's precision."""
     return np.where(x < -126, np.float32(0), np.exp2(x))
 
 
-@_intrinsic
+@_of_lanes(_tanh)
 def tanh(x: Lanes) -> Lanes:
+    """Return tanh(x), to float32's precision."""
     return np.tanh(x)
 
 
-@_intrinsic
+@_typed(
+    lambda number, array: (
+        array.dtype(types.float32, array),
+        lambda context, builder, signature, args: _narrowed_to(builder, array.dtype, args[0]),
+    )
+)
 def narrowed(number: float | np.floating[Any], array: Array) -> Any:
+    """Return a float32 as an element of ``array``: itself, or the bits of the nearest bfloat16 or float16."""
     if array.dtype == np.int16:
         return np.float32(number).astype(np.float16).view(np.int16)
     if array.dtype == np.uint16:
@@ -165,7 +437,13 @@ def narrowed(number: float | np.floating[Any], array: Array) -> Any:
     return np.float32(number)
 
 
-@_intrinsic
+@_at_index(
+    lambda builder, dtype, at, amount: builder.atomic_rmw("add", at, amount, "acq_rel"), types.int64, types.int64
+)
 def fetch_add(counters: Array, index: int, amount: int) -> int:
+    """Add to ``counters[index]`` as one step for all threads and return what it was.
+
+    What a thread wrote before is seen by every thread that adds later.
+    """
     counters[index] += amount
     return int(counters[index]) - amount
