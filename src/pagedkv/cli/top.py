@@ -1,14 +1,27 @@
-"""``pagedkv top``: watch a server, or a recorded file, in the terminal."""
+"""``pagedkv top``: watch a server, or a recorded file, in the terminal; rows, rates and snapshot sources."""
 
 from __future__ import annotations
 
+import struct
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Protocol
 
 import typer
 
 from pagedkv.cli.terminal import Failure, failures_in_one_line
+from pagedkv.format import duration
+
+if TYPE_CHECKING:
+    import httpx
+    import numpy as np
+    import numpy.typing as npt
+
+    from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, RequestRecord
+
 
 EXAMPLES = """Watch the block pool of a server in the terminal.
 
@@ -64,7 +77,6 @@ def watch(target: str, api_key: str | None, interval: float, record: Path | None
     Failure
         There is nothing to show.
     """
-    from pagedkv.cli.top_data import Recording, open_source
     from pagedkv.cli.top_screen import TopApp
 
     source = open_source(target, api_key)
@@ -77,3 +89,419 @@ def watch(target: str, api_key: str | None, interval: float, record: Path | None
             recording.close()
     if trouble:
         raise Failure(trouble)
+
+
+# Rows, lines and cells of the map, as pure functions of a frozen snapshot.
+
+FAINT = 8
+"""Added to the kind of a cell that does not stand out while others do."""
+MAX_HOLDERS = 4
+SHORT = 24
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table of requests.
+
+    Attributes
+    ----------
+    name, title : str
+    value : callable
+        RequestRecord to what it is sorted by.
+    text : callable
+        The value to what is shown.
+    is_number : bool
+        Numbers stand to the right, and the largest comes first.
+    """
+
+    name: str
+    title: str
+    value: Callable[[RequestRecord], Any]
+    text: Callable[[Any], str] = "{:,}".format
+    is_number: bool = True
+
+
+def short_id(request_id: str) -> str:
+    """Return as much of an id as tells it from others."""
+    return request_id if len(request_id) <= SHORT else f"{request_id[: SHORT - 1]}…"
+
+
+COLUMNS = (
+    Column("request", "Request", lambda r: r.request_id, str, False),
+    Column("state", "State", lambda r: r.state, str, False),
+    Column("prompt", "Prompt", lambda r: r.prompt_tokens),
+    Column("cached", "Cached", lambda r: r.cached_tokens),
+    Column("written", "Written", lambda r: r.output_tokens),
+    Column("blocks", "Blocks", lambda r: r.blocks),
+    Column("priority", "Priority", lambda r: r.priority),
+    Column("preempted", "Preempted", lambda r: r.num_preemptions),
+    Column("age", "Age", lambda r: r.age, duration),
+)
+
+
+def request_rows(
+    snapshot: EngineSnapshot, sort: str = "age", is_reversed: bool = False, wanted: str = ""
+) -> list[tuple[str, ...]]:
+    """Return one row a request, a text for each of `COLUMNS`.
+
+    Parameters
+    ----------
+    snapshot : EngineSnapshot
+    sort : str
+        Name of a column; texts ascend, numbers descend. Ties go by request id.
+    is_reversed : bool
+        The other way round.
+    wanted : str
+        Only requests that have this in their id or state.
+    """
+    column = next(column for column in COLUMNS if column.name == sort)
+    wanted = wanted.casefold()
+    chosen = [r for r in snapshot.requests if wanted in r.request_id.casefold() or wanted in r.state]
+    chosen.sort(key=lambda r: r.request_id)
+    chosen.sort(key=column.value, reverse=column.is_number != is_reversed)
+    return [tuple(each.text(each.value(record)) for each in COLUMNS) for record in chosen]
+
+
+def block_line(snapshot: EngineSnapshot, block: int) -> str:
+    """Return what there is to say about a block."""
+    from pagedkv.control.types import BLOCK_KINDS, FREE
+
+    kind, count = int(snapshot.kinds[block]), int(snapshot.ref_count[block])
+    said = [BLOCK_KINDS[kind]]
+    if count:
+        said.append(f"held by {_holders(snapshot, block)}" if count == 1 else f"held {count:,} times")
+    if count > 1:
+        said.append(f"by {_holders(snapshot, block)}")
+    if kind != FREE:
+        said += [f"depth {snapshot.depth[block]:,}", _last_use(snapshot, int(snapshot.age[block]))]
+    return f"Block {block:,}: {', '.join(said)}".replace(" times, by", " times by")
+
+
+def _last_use(snapshot: EngineSnapshot, age: int) -> str:
+    seconds = snapshot.seconds_since(age)
+    if seconds is not None:
+        return f"last used {duration(seconds)} ago"
+    return f"last used {age:,} ticks ago" if age else "used right now"
+
+
+def _holders(snapshot: EngineSnapshot, block: int) -> str:
+    names = [short_id(r.request_id) for place, r in enumerate(snapshot.requests) if block in snapshot.blocks_of(place)]
+    shown = ", ".join(names[:MAX_HOLDERS]) or "a request that ended"
+    return shown if len(names) <= MAX_HOLDERS else f"{shown} and {len(names) - MAX_HOLDERS} more"
+
+
+@dataclass(frozen=True, eq=False)
+class MapCells:
+    """The pool, folded into as many cells as a terminal has room for.
+
+    Attributes
+    ----------
+    kinds : uint8 [num_cells]
+        The kind that most blocks of a cell have, `FAINT` added where the cell does not stand out.
+    blocks_per_cell : int
+    """
+
+    kinds: npt.NDArray[np.uint8]
+    blocks_per_cell: int
+
+
+def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCells:
+    """Fold the pool into at most `room` cells, equally many blocks in each but the last.
+
+    Parameters
+    ----------
+    snapshot : EngineSnapshot
+    room : int
+        At least 1.
+    near : str, optional
+        The request whose blocks stand out.
+    """
+    import numpy as np
+
+    from pagedkv.control.types import BLOCK_KINDS
+
+    total = snapshot.total_blocks
+    per_cell = max(1, -(-total // room))
+    place = next((i for i, r in enumerate(snapshot.requests) if r.request_id == near), None)
+    if per_cell == 1:
+        kinds = snapshot.kinds.copy()
+    else:
+        cell = np.arange(total) // per_cell
+        counts = np.bincount(
+            cell * len(BLOCK_KINDS) + snapshot.kinds, minlength=-(-total // per_cell) * len(BLOCK_KINDS)
+        )
+        kinds = counts.reshape(-1, len(BLOCK_KINDS)).argmax(1).astype(np.uint8)
+    if place is not None and snapshot.requests[place].blocks:
+        mine = snapshot.blocks_of(place)
+        own = kinds[mine // per_cell] if per_cell == 1 else snapshot.kinds[mine]
+        kinds = kinds + np.uint8(FAINT)
+        kinds[mine // per_cell] = own
+    return MapCells(kinds, per_cell)
+
+
+# Rates, from one snapshot to the next.
+
+POINTS = 240
+RATE_SECONDS = 2.0
+HIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the tiles show.
+
+    Attributes
+    ----------
+    usage, hit_rate : float
+        Fractions.
+    running, waiting : int
+        Requests.
+    tokens_per_second, reclaimed_per_second : float
+        Over the last two seconds or so.
+    preemptions : int
+    """
+
+    usage: float
+    running: int
+    waiting: int
+    hit_rate: float
+    tokens_per_second: float
+    reclaimed_per_second: float
+    preemptions: int
+
+
+class History:
+    """The snapshots' counters, as far back as the figures need."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, EngineStats]] = deque()
+        self.figures: deque[Figures] = deque(maxlen=POINTS)
+
+    def add(self, snapshot: EngineSnapshot) -> Figures:
+        """Take a snapshot and return the figures; one from before the last begins a new history."""
+        if self._seen and snapshot.taken < self._seen[-1][0]:
+            self._seen.clear()
+            self.figures.clear()
+        self._seen.append((snapshot.taken, snapshot.stats))
+        while len(self._seen) > 2 and snapshot.taken - self._seen[1][0] >= HIT_SECONDS:
+            self._seen.popleft()
+        figures = self._figures(snapshot)
+        self.figures.append(figures)
+        return figures
+
+    def course(self, name: str) -> list[float]:
+        """Return a figure over time, the newest last."""
+        return [float(getattr(figures, name)) for figures in self.figures]
+
+    def _figures(self, snapshot: EngineSnapshot) -> Figures:
+        stats = snapshot.stats
+        then, before = self._since(RATE_SECONDS)
+        seconds = max(snapshot.taken - then, 1e-9)
+        return Figures(
+            usage=stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0,
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            hit_rate=self._hit_rate(stats),
+            tokens_per_second=max(0, stats.generation_tokens - before.generation_tokens) / seconds,
+            reclaimed_per_second=max(0, stats.reclaimed - before.reclaimed) / seconds,
+            preemptions=stats.num_preemptions,
+        )
+
+    def _hit_rate(self, stats: EngineStats) -> float:
+        _, before = self._since(HIT_SECONDS)
+        asked = stats.prefix_queries - before.prefix_queries
+        if asked > 0:
+            return (stats.prefix_hits - before.prefix_hits) / asked
+        return stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0
+
+    def _since(self, seconds: float) -> tuple[float, EngineStats]:
+        """Return the newest counters that are at least so old, or the oldest there are."""
+        now = self._seen[-1][0]
+        return next((entry for entry in reversed(self._seen) if now - entry[0] >= seconds), self._seen[0])
+
+
+# Sources of snapshots: a server, or a recorded file.
+
+BIN_32 = 0xC6
+MAX_FRAME_BYTES = 2**30
+TIMEOUT = 10.0
+
+
+class Source(Protocol):
+    """Gives snapshots, one a call.
+
+    Attributes
+    ----------
+    name : str
+    is_live : bool
+        Whether the next snapshot is a new one of a running engine.
+    """
+
+    name: str
+    is_live: bool
+
+    def next(self) -> EngineSnapshot | None:
+        """Return the next snapshot; None after the last one."""
+
+    def close(self) -> None:
+        """Give back what is open."""
+
+
+class ServerSource:
+    """Asks a server.
+
+    Parameters
+    ----------
+    address : str
+        ``http://host:port``, a path before ``/v1`` included.
+    key : str, optional
+        The API key.
+    transport : httpx.BaseTransport, optional
+        Something else than the network.
+    """
+
+    is_live = True
+
+    def __init__(self, address: str, key: str | None = None, transport: httpx.BaseTransport | None = None) -> None:
+        import httpx
+
+        self.name = address
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._client = httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT, transport=transport)
+
+    def next(self) -> EngineSnapshot:
+        """Return a snapshot of now.
+
+        Raises
+        ------
+        Failure
+            There is no server, or it wants another key.
+        """
+        import httpx
+
+        from pagedkv.engine.snapshot import decode
+
+        try:
+            answer = self._client.get("v1/cache/snapshot")
+        except httpx.HTTPError as error:
+            raise Failure(f"no answer from {self.name}: {error}") from None
+        if answer.status_code in (401, 403):
+            raise Failure(f"{self.name} wants an operator's key: --api-key, or PAGEDKV_API_KEY in the environment")
+        if answer.status_code != 200:
+            raise Failure(f"{self.name} answered {answer.status_code}: is it a pagedkv server?")
+        return decode(answer.content)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+class SnapshotFile:
+    """Reads the snapshots of a file in order: one of ``--record``, or a single one of ``/v1/cache/snapshot``.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    Failure
+        There is no snapshot in it.
+    """
+
+    is_live = False
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+        self._frames = [*_frames(path)]
+        if not self._frames:
+            raise Failure(f"{path}: there is no snapshot in it")
+        self._place = -1
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    @property
+    def place(self) -> int:
+        """Which snapshot was given last."""
+        return self._place
+
+    def next(self) -> EngineSnapshot | None:
+        """Return the next snapshot; None after the last one."""
+        return self.step(1)
+
+    def step(self, by: int) -> EngineSnapshot | None:
+        """Return the snapshot so many places on or back; None beyond the ends."""
+        from pagedkv.engine.snapshot import decode
+
+        place = self._place + by
+        if not 0 <= place < len(self._frames):
+            return None
+        self._place = place
+        start, size = self._frames[place]
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return decode(file.read(size))
+
+    def close(self) -> None:
+        """Nothing is open between two reads."""
+
+
+class Recording:
+    """Appends snapshots to a file.
+
+    Parameters
+    ----------
+    path : Path
+        Begun anew.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file: BinaryIO = path.open("wb")
+        except OSError as error:
+            raise Failure(f"{path}: cannot be written: {error.strerror}") from None
+
+    def add(self, snapshot: EngineSnapshot) -> None:
+        """Append a snapshot, complete at once."""
+        from pagedkv.engine.snapshot import encode
+
+        data = encode(snapshot)
+        self._file.write(struct.pack(">BI", BIN_32, len(data)) + data)
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _frames(path: Path) -> Iterator[tuple[int, int]]:
+    """Yield (offset, bytes) of each snapshot; what a recording that was cut short left at the end is skipped."""
+    try:
+        total = path.stat().st_size
+        with path.open("rb") as file:
+            place, first = 0, file.read(1)
+            if first and first[0] != BIN_32:
+                yield 0, total
+                return
+            while place + 5 <= total:
+                file.seek(place)
+                kind, size = struct.unpack(">BI", file.read(5))
+                if kind != BIN_32 or size > MAX_FRAME_BYTES:
+                    raise Failure(f"{path}: no snapshot begins at byte {place:,}")
+                if place + 5 + size <= total:
+                    yield place + 5, size
+                place += 5 + size
+    except OSError as error:
+        raise Failure(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def open_source(target: str, key: str | None = None) -> Source:
+    """Return the source that a word of the command line means: an address, or else a file."""
+    if target.startswith(("http://", "https://")):
+        return ServerSource(target, key)
+    path = Path(target)
+    if not path.exists() and (target.startswith("localhost") or ":" in target):
+        return ServerSource(f"http://{target}", key)
+    return SnapshotFile(path)
