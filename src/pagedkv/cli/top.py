@@ -8,11 +8,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from pagedkv.cli.terminal import Failure, failures_in_one_line
+from pagedkv.cli.terminal import DebugOption, Failure, failures_in_one_line
 from pagedkv.format import duration
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ DEFAULT_SERVER = "http://127.0.0.1:8000"
 
 def top(
     target: Annotated[
-        str, typer.Argument(metavar="[URL|FILE]", help="A server, or a file of snapshots.", show_default=True)
+        str, typer.Argument(metavar="[URL|FILE]", help="A server, or a file of snapshots.")
     ] = DEFAULT_SERVER,
     api_key: Annotated[
         str | None, typer.Option("--api-key", envvar="PAGEDKV_API_KEY", help="For a server that wants one.")
@@ -53,7 +53,7 @@ def top(
     record: Annotated[
         Path | None, typer.Option("--record", help="Write every snapshot to a file that this command reads.")
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Watch; the help text is `EXAMPLES`."""
     with failures_in_one_line(debug):
@@ -70,13 +70,7 @@ def top(
 
 
 def watch(target: str, api_key: str | None, interval: float, record: Path | None) -> None:
-    """Run the view until the user leaves.
-
-    Raises
-    ------
-    Failure
-        There is nothing to show.
-    """
+    """Run the view until the user leaves; `Failure` where there is nothing to show."""
     from pagedkv.cli.top_screen import TopApp
 
     source = open_source(target, api_key)
@@ -101,21 +95,12 @@ SHORT = 24
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the table of requests.
+    """A column of the table of requests: what it is sorted by, and the text that is shown of it.
 
-    Attributes
-    ----------
-    name, title : str
-    value : callable
-        RequestRecord to what it is sorted by.
-    text : callable
-        The value to what is shown.
-    is_number : bool
-        Numbers stand to the right, and the largest comes first.
+    Numbers stand to the right, and the largest comes first.
     """
 
     name: str
-    title: str
     value: Callable[[RequestRecord], Any]
     text: Callable[[Any], str] = "{:,}".format
     is_number: bool = True
@@ -127,32 +112,24 @@ def short_id(request_id: str) -> str:
 
 
 COLUMNS = (
-    Column("request", "Request", lambda r: r.request_id, str, False),
-    Column("state", "State", lambda r: r.state, str, False),
-    Column("prompt", "Prompt", lambda r: r.prompt_tokens),
-    Column("cached", "Cached", lambda r: r.cached_tokens),
-    Column("written", "Written", lambda r: r.output_tokens),
-    Column("blocks", "Blocks", lambda r: r.blocks),
-    Column("priority", "Priority", lambda r: r.priority),
-    Column("preempted", "Preempted", lambda r: r.num_preemptions),
-    Column("age", "Age", lambda r: r.age, duration),
+    Column("request", lambda r: r.request_id, str, False),
+    Column("state", lambda r: r.state, str, False),
+    Column("prompt", lambda r: r.prompt_tokens),
+    Column("cached", lambda r: r.cached_tokens),
+    Column("written", lambda r: r.output_tokens),
+    Column("blocks", lambda r: r.blocks),
+    Column("priority", lambda r: r.priority),
+    Column("preempted", lambda r: r.num_preemptions),
+    Column("age", lambda r: r.age, duration),
 )
 
 
 def request_rows(
     snapshot: EngineSnapshot, sort: str = "age", is_reversed: bool = False, wanted: str = ""
 ) -> list[tuple[str, ...]]:
-    """Return one row a request, a text for each of `COLUMNS`.
+    """Return one row a request that has `wanted` in its id or state, a text for each of `COLUMNS`.
 
-    Parameters
-    ----------
-    snapshot : EngineSnapshot
-    sort : str
-        Name of a column; texts ascend, numbers descend. Ties go by request id.
-    is_reversed : bool
-        The other way round.
-    wanted : str
-        Only requests that have this in their id or state.
+    They are sorted by the column that `sort` names, texts up and numbers down; ties go by request id.
     """
     column = next(column for column in COLUMNS if column.name == sort)
     wanted = wanted.casefold()
@@ -169,12 +146,11 @@ def block_line(snapshot: EngineSnapshot, block: int) -> str:
     kind, count = int(snapshot.kinds[block]), int(snapshot.ref_count[block])
     said = [BLOCK_KINDS[kind]]
     if count:
-        said.append(f"held by {_holders(snapshot, block)}" if count == 1 else f"held {count:,} times")
-    if count > 1:
-        said.append(f"by {_holders(snapshot, block)}")
+        times = "" if count == 1 else f"{count:,} times "
+        said.append(f"held {times}by {_holders(snapshot, block)}")
     if kind != FREE:
         said += [f"depth {snapshot.depth[block]:,}", _last_use(snapshot, int(snapshot.age[block]))]
-    return f"Block {block:,}: {', '.join(said)}".replace(" times, by", " times by")
+    return f"Block {block:,}: {', '.join(said)}"
 
 
 def _last_use(snapshot: EngineSnapshot, age: int) -> str:
@@ -194,48 +170,32 @@ def _holders(snapshot: EngineSnapshot, block: int) -> str:
 class MapCells:
     """The pool, folded into as many cells as a terminal has room for.
 
-    Attributes
-    ----------
-    kinds : uint8 [num_cells]
-        The kind that most blocks of a cell have, `FAINT` added where the cell does not stand out.
-    blocks_per_cell : int
+    A cell has the kind that most of its blocks have, `FAINT` added where it does not stand out.
     """
 
-    kinds: npt.NDArray[np.uint8]
+    kinds: npt.NDArray[np.uint8]  # [num_cells]
     blocks_per_cell: int
 
 
 def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCells:
     """Fold the pool into at most `room` cells, equally many blocks in each but the last.
 
-    Parameters
-    ----------
-    snapshot : EngineSnapshot
-    room : int
-        At least 1.
-    near : str, optional
-        The request whose blocks stand out.
+    The blocks of the request that `near` names stand out.
     """
     import numpy as np
 
     from pagedkv.control.types import BLOCK_KINDS
 
-    total = snapshot.total_blocks
-    per_cell = max(1, -(-total // room))
+    per_cell = max(1, -(-snapshot.total_blocks // room))
+    num_cells, num_kinds = -(-snapshot.total_blocks // per_cell), len(BLOCK_KINDS)
+    cell = np.arange(snapshot.total_blocks) // per_cell
+    counts = np.bincount(cell * num_kinds + snapshot.kinds, minlength=num_cells * num_kinds)
+    kinds = counts.reshape(num_cells, num_kinds).argmax(1).astype(np.uint8)
     place = next((i for i, r in enumerate(snapshot.requests) if r.request_id == near), None)
-    if per_cell == 1:
-        kinds = snapshot.kinds.copy()
-    else:
-        cell = np.arange(total) // per_cell
-        counts = np.bincount(
-            cell * len(BLOCK_KINDS) + snapshot.kinds, minlength=-(-total // per_cell) * len(BLOCK_KINDS)
-        )
-        kinds = counts.reshape(-1, len(BLOCK_KINDS)).argmax(1).astype(np.uint8)
     if place is not None and snapshot.requests[place].blocks:
         mine = snapshot.blocks_of(place)
-        own = kinds[mine // per_cell] if per_cell == 1 else snapshot.kinds[mine]
-        kinds = kinds + np.uint8(FAINT)
-        kinds[mine // per_cell] = own
+        kinds += np.uint8(FAINT)
+        kinds[mine // per_cell] = snapshot.kinds[mine]
     return MapCells(kinds, per_cell)
 
 
@@ -248,18 +208,7 @@ HIT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Figures:
-    """What the tiles show.
-
-    Attributes
-    ----------
-    usage, hit_rate : float
-        Fractions.
-    running, waiting : int
-        Requests.
-    tokens_per_second, reclaimed_per_second : float
-        Over the last two seconds or so.
-    preemptions : int
-    """
+    """What the tiles show: fractions, requests, and rates over the last two seconds or so."""
 
     usage: float
     running: int
@@ -322,43 +271,12 @@ class History:
 
 # Sources of snapshots: a server, or a recorded file.
 
-BIN_32 = 0xC6
 MAX_FRAME_BYTES = 2**30
 TIMEOUT = 10.0
 
 
-class Source(Protocol):
-    """Gives snapshots, one a call.
-
-    Attributes
-    ----------
-    name : str
-    is_live : bool
-        Whether the next snapshot is a new one of a running engine.
-    """
-
-    name: str
-    is_live: bool
-
-    def next(self) -> EngineSnapshot | None:
-        """Return the next snapshot; None after the last one."""
-
-    def close(self) -> None:
-        """Give back what is open."""
-
-
 class ServerSource:
-    """Asks a server.
-
-    Parameters
-    ----------
-    address : str
-        ``http://host:port``, a path before ``/v1`` included.
-    key : str, optional
-        The API key.
-    transport : httpx.BaseTransport, optional
-        Something else than the network.
-    """
+    """Asks a server at ``http://host:port``, a path before ``/v1`` included, with an API key if one is given."""
 
     is_live = True
 
@@ -370,13 +288,7 @@ class ServerSource:
         self._client = httpx.Client(base_url=address, headers=headers, timeout=TIMEOUT, transport=transport)
 
     def next(self) -> EngineSnapshot:
-        """Return a snapshot of now.
-
-        Raises
-        ------
-        Failure
-            There is no server, or it wants another key.
-        """
+        """Return a snapshot of now; `Failure` where there is no server, or it wants another key."""
         import httpx
 
         from pagedkv.engine.snapshot import decode
@@ -397,35 +309,20 @@ class ServerSource:
 
 
 class SnapshotFile:
-    """Reads the snapshots of a file in order: one of ``--record``, or a single one of ``/v1/cache/snapshot``.
-
-    Parameters
-    ----------
-    path : Path
-
-    Raises
-    ------
-    Failure
-        There is no snapshot in it.
-    """
+    """Reads the snapshots of a file in order: one of ``--record``, or a single one of ``/v1/cache/snapshot``."""
 
     is_live = False
 
     def __init__(self, path: Path) -> None:
         self.name = str(path)
+        self.place = -1  # of the snapshot that was given last
         self._path = path
         self._frames = [*_frames(path)]
         if not self._frames:
             raise Failure(f"{path}: there is no snapshot in it")
-        self._place = -1
 
     def __len__(self) -> int:
         return len(self._frames)
-
-    @property
-    def place(self) -> int:
-        """Which snapshot was given last."""
-        return self._place
 
     def next(self) -> EngineSnapshot | None:
         """Return the next snapshot; None after the last one."""
@@ -435,10 +332,10 @@ class SnapshotFile:
         """Return the snapshot so many places on or back; None beyond the ends."""
         from pagedkv.engine.snapshot import decode
 
-        place = self._place + by
+        place = self.place + by
         if not 0 <= place < len(self._frames):
             return None
-        self._place = place
+        self.place = place
         start, size = self._frames[place]
         with self._path.open("rb") as file:
             file.seek(start)
@@ -449,13 +346,7 @@ class SnapshotFile:
 
 
 class Recording:
-    """Appends snapshots to a file.
-
-    Parameters
-    ----------
-    path : Path
-        Begun anew.
-    """
+    """Appends snapshots to a file that is begun anew."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -465,6 +356,7 @@ class Recording:
 
     def add(self, snapshot: EngineSnapshot) -> None:
         """Append a snapshot, complete at once."""
+        from pagedkv.control.events import BIN_32
         from pagedkv.engine.snapshot import encode
 
         data = encode(snapshot)
@@ -478,6 +370,8 @@ class Recording:
 
 def _frames(path: Path) -> Iterator[tuple[int, int]]:
     """Yield (offset, bytes) of each snapshot; what a recording that was cut short left at the end is skipped."""
+    from pagedkv.control.events import BIN_32
+
     try:
         total = path.stat().st_size
         with path.open("rb") as file:
@@ -495,6 +389,9 @@ def _frames(path: Path) -> Iterator[tuple[int, int]]:
                 place += 5 + size
     except OSError as error:
         raise Failure(f"{path}: cannot be read: {error.strerror}") from None
+
+
+Source = ServerSource | SnapshotFile
 
 
 def open_source(target: str, key: str | None = None) -> Source:

@@ -92,9 +92,7 @@ class BlockMapView(Widget, can_focus=True):
     class Folded(Message):
         """A cell stands for another number of blocks."""
 
-    def __init__(self, id: str | None = None) -> None:
-        super().__init__(id=id)
-        self._cells: MapCells | None = None
+    _cells: MapCells | None = None
 
     @property
     def cell(self) -> str:
@@ -113,24 +111,13 @@ class BlockMapView(Widget, can_focus=True):
         """How many blocks a cell stands for."""
         return self._cells.blocks_per_cell if self._cells else 1
 
-    def watch_snapshot(self) -> None:
-        """Fold the new snapshot."""
-        self._fold()
-
-    def watch_near(self) -> None:
-        """Let other blocks stand out."""
-        self._fold()
-
     def watch_cursor(self) -> None:
         """Draw the cursor elsewhere."""
         self.refresh()
         self.post_message(self.Walked(self.cursor))
 
     def on_resize(self) -> None:
-        """Fold into the new room."""
-        self._fold()
-
-    def _fold(self) -> None:
+        """Fold the pool into the room that there is."""
         if self.snapshot is None or not self.size.height:
             return
         before = self.blocks_per_cell
@@ -139,6 +126,8 @@ class BlockMapView(Widget, can_focus=True):
         self.refresh()
         if self.blocks_per_cell != before:
             self.post_message(self.Folded())
+
+    watch_snapshot = watch_near = on_resize
 
     def render_line(self, y: int) -> Strip:
         """Draw a row of cells as one line, or two where room is scarce."""
@@ -175,19 +164,15 @@ class BlockMapView(Widget, can_focus=True):
         if self.snapshot is not None:
             self._move(block % max(1, self.snapshot.total_blocks))
 
-    def on_mouse_move(self, event: events.MouseMove) -> None:
+    def on_mouse_move(self, event: events.MouseEvent) -> None:
         """Follow the mouse."""
-        self._point(event.x, event.y)
-
-    def on_click(self, event: events.Click) -> None:
-        """Point at a cell."""
-        self._point(event.x, event.y)
-
-    def _point(self, x: int, y: int) -> None:
+        x, y = event.x, event.y
         place = y * self.columns + x // len(self.cell) if self.cell else 2 * y * self.columns + x
         block = place * self.blocks_per_cell
         if self.snapshot is not None and 0 <= block < self.snapshot.total_blocks:
             self.cursor = block
+
+    on_click = on_mouse_move
 
 
 _KEYS = (
@@ -246,16 +231,7 @@ _TILES: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
 
 
 class TopApp(App[str | None]):
-    """The pool, the requests and the rates of a source, several times a second.
-
-    Parameters
-    ----------
-    source : Source
-    interval : float
-        Seconds between two snapshots.
-    recording : Recording, optional
-        Takes every snapshot that is shown.
-    """
+    """The pool, the requests and the rates of a source, every `interval` seconds; a recording takes what is shown."""
 
     CSS_PATH = "top.tcss"
     TITLE = "pagedkv top"
@@ -305,7 +281,7 @@ class TopApp(App[str | None]):
         self._view = self.screen  # the help may lie above it while snapshots come
         table = self._view.query_one(DataTable)
         for column in COLUMNS:
-            table.add_column(column.title, key=column.name)
+            table.add_column(column.name.capitalize(), key=column.name)
         self._view.query_one("#filter").display = False
         table.focus()
         self.set_interval(self.interval, self.ask)
@@ -389,10 +365,11 @@ class TopApp(App[str | None]):
             return
         table = self._view.query_one(DataTable)
         rows = request_rows(self.snapshot, self.sort, self.is_reversed, self.wanted)
-        for column in COLUMNS:
+        for column, head in zip(COLUMNS, table.ordered_columns, strict=True):
             mark = ("▲" if self.is_reversed == column.is_number else "▼") if column.name == self.sort else ""
-            head = table.columns[next(key for key in table.columns if key.value == column.name)]
-            head.label = Text(f"{column.title} {mark}".strip(), justify="right" if column.is_number else "left")
+            head.label = Text(
+                f"{column.name.capitalize()} {mark}".strip(), justify="right" if column.is_number else "left"
+            )
         chosen, offset = self._chosen(), table.scroll_offset
         table.clear()
         for row in rows:
@@ -411,13 +388,9 @@ class TopApp(App[str | None]):
         return table.coordinate_to_cell_key((table.cursor_row, 0)).row_key.value  # type: ignore[arg-type]
 
     def _draw_block(self, block: int) -> None:
-        snapshot = self.snapshot
-        is_there = snapshot is not None and 0 <= block < snapshot.total_blocks
-        line = (
-            block_line(snapshot, block)
-            if snapshot is not None and is_there
-            else "Tab to the map and walk with the arrow keys"
-        )
+        snapshot, line = self.snapshot, "Tab to the map and walk with the arrow keys"
+        if snapshot is not None and 0 <= block < snapshot.total_blocks:
+            line = block_line(snapshot, block)
         self._view.query_one("#block", Static).update(line)
 
     def on_block_map_view_folded(self) -> None:
