@@ -17,10 +17,9 @@ from tests.server.fake_snapshots import FakeEngine
 from textual.widgets import DataTable, Input, Static
 
 from pagedkv.cli.terminal import Failure
-from pagedkv.cli.top_data import (
+from pagedkv.cli.top import (
     COLUMNS,
     FAINT,
-    BlockMapView,
     History,
     Recording,
     ServerSource,
@@ -31,7 +30,7 @@ from pagedkv.cli.top_data import (
     request_rows,
     short_id,
 )
-from pagedkv.cli.top_screen import HelpScreen, TopApp
+from pagedkv.cli.top_screen import BlockMapView, HelpScreen, TopApp
 from pagedkv.control.types import BLOCK_KINDS, CACHED, FREE, SHARED
 from pagedkv.engine.snapshot import encode
 from pagedkv.format import duration

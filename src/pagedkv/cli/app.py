@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from pagedkv.cli import bench, plan, replay, serve, top, trace, warmup
-from pagedkv.cli.terminal import FAILED, INTERRUPTED, failures_in_one_line, option, say_error
+from pagedkv.cli.terminal import FAILED, INTERRUPTED, DebugOption, JsonOption, failures_in_one_line, option, say_error
 
 # typer brings its own copy of click or uses the installed one, by version; the exception tree is the same.
 _UsageError: type[Any] = typer.BadParameter.__mro__[1]
@@ -19,18 +18,10 @@ _UsageError: type[Any] = typer.BadParameter.__mro__[1]
 class _OneLineErrors(TyperGroup):
     """A command group that reports a wrong call in one line instead of a panel."""
 
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Run and end the process, as it would, but say one line where it would draw a panel."""
         try:
-            code = super().main(args, prog_name, complete_var, False, windows_expand_args, **extra)
+            code = super().main(*args, **extra | {"standalone_mode": False})
         except _UsageError as error:
             command = error.ctx.command_path if error.ctx else "pagedkv"
             say_error(f"{error.format_message()} (see {command} --help)")
@@ -72,12 +63,8 @@ def pagedkv(
         typer.echo(context.get_help())
 
 
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
-DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-
-
 @app.command()
-def info(json: JsonFlag = False, debug: DebugFlag = False) -> None:
+def info(json: JsonOption = False, debug: DebugOption = False) -> None:
     """Show versions, cores, device, attention backends and the shipped model."""
     with failures_in_one_line(debug):
         from pagedkv.cli.info import print_info
@@ -107,6 +94,7 @@ The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
 
 @app.command(help=_EXAMPLES)
 def generate(
+    context: typer.Context,
     prompt: Annotated[str, typer.Argument(help="The text to go on from; [bold]-[/bold] reads it from stdin.")],
     model: Annotated[
         str | None,
@@ -160,14 +148,14 @@ def generate(
     echo: Annotated[bool, option("--echo/--no-echo", help="Print the prompt before the text.", panel=_OUTPUT)] = True,
     show_blocks: Annotated[bool, option("--show-blocks", help="Draw the pool, a cell a block.", panel=_OUTPUT)] = False,
     json: Annotated[bool, option("--json", help="Print one JSON object, at the end.", panel=_OUTPUT)] = False,
-    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_OUTPUT)] = False,
+    debug: DebugOption = False,
 ) -> None:
-    """Write text; the help text is `_EXAMPLES`."""
-    options = {name: value for name, value in locals().items() if name != "debug"}
+    """Gather the options and write; the help text is `_EXAMPLES`."""
     with failures_in_one_line(debug):
         from pagedkv.cli.generate import GenerateRequest, run
 
-        run(GenerateRequest(**{**options, "echo": echo and not json}))
+        given = {name: value for name, value in context.params.items() if name != "debug"}
+        run(GenerateRequest(**given | {"echo": echo and not json}))
 
 
 app.command(help=replay.EXAMPLES)(replay.replay)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,8 +16,20 @@ from rich.table import Table
 
 from pagedkv.cli.info import Info, gather_info
 from pagedkv.cli.loading import torch_device
-from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, output
+from pagedkv.cli.terminal import (
+    DebugOption,
+    Failure,
+    JsonOption,
+    failures_in_one_line,
+    from_options,
+    library_notices,
+    notes,
+    options_from,
+    output,
+    print_json,
+)
 from pagedkv.format import digits
+from pagedkv.server.config import setting
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import require_choice, require_int, require_number
 
@@ -37,42 +47,41 @@ _REPLAYED = 1_000_000
 _REPLAYED_BY = ("lru", "adaptive")
 
 
-@dataclass(frozen=True)
-class BenchRequest:
-    """What was asked for, by the names of the parameters of `bench`."""
+_BOOKS, _ATTENTION, _HOW = "The books", "Attention", "How"
 
-    parts: tuple[str, ...]
-    sequences: int
-    prompt: int
-    batch: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    dtypes: tuple[str, ...]
-    device: str
-    context: int
-    block_size: int
-    seconds: float
-    json: bool
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRequest:
+    """The options of ``pagedkv bench``."""
+
+    sequences: int = setting(256, "Running sequences, of --context tokens each, in a step.", group=_BOOKS)
+    prompt: int = setting(32768, "Tokens of a prompt that is found cached.", group=_BOOKS)
+    batch: int = setting(16, "Sequences that decode together.", group=_ATTENTION)
+    q_heads: int = setting(32, "Query heads.", group=_ATTENTION)
+    kv_heads: int = setting(8, "Heads of keys and values.", group=_ATTENTION)
+    head_dim: int = setting(128, "Elements of a head.", group=_ATTENTION)
+    dtypes: str = setting(
+        "float32,bfloat16,float16,int8", "Of keys and values: float32, bfloat16, float16, int8, fp8.", group=_ATTENTION
+    )
+    device: str = setting("cpu", "A torch device: cpu, cuda, cuda:1.", group=_ATTENTION)
+    context: int = setting(1024, "Tokens of every sequence.", group=_HOW)
+    block_size: int = setting(16, "Tokens per block.", group=_HOW)
+    seconds: float = setting(1.0, "Time for every figure.", group=_HOW)
+
+    @property
+    def kv_dtypes(self) -> list[str]:
+        """The dtypes one by one."""
+        return [name.strip() for name in self.dtypes.split(",") if name.strip()]
 
 
 class Figure(msgspec.Struct, frozen=True):
-    """One line of the table.
-
-    Attributes
-    ----------
-    part : str
-    name : str
-    value : float
-    unit : str
-    note : str
-    """
+    """One line of the table."""
 
     part: str
     name: str
     value: float
     unit: str
-    note: str = ""
+    note: str
 
 
 class BenchResult(msgspec.Struct, frozen=True):
@@ -82,26 +91,18 @@ class BenchResult(msgspec.Struct, frozen=True):
     figures: list[Figure]
 
 
-def run(request: BenchRequest) -> None:
-    """Measure, and print each part as soon as it is known.
-
-    Raises
-    ------
-    PagedKvError
-        Whatever is wrong with the options, or a part needs what is not installed.
-    """
-    parts = _parts(request)
+def run(parts: list[str], request: BenchRequest, as_json: bool) -> None:
+    """Measure, and print each part as soon as it is known."""
     console = notes()
     figures: list[Figure] = []
     for part in parts:
         with library_notices(console), console.status(f"measuring: {part}"):
             found = list(_MEASURES[part](request))
         figures += found
-        if not request.json:
+        if not as_json:
             output().print(_table(part, found))
-    if request.json:
-        result = msgspec.json.encode(BenchResult(gather_info(), figures))
-        sys.stdout.write(msgspec.json.format(result, indent=2).decode() + "\n")
+    if as_json:
+        print_json(BenchResult(gather_info(), figures), indent=2)
 
 
 def median_seconds(calls: Sequence[Callable[[], object]], seconds: float) -> list[float]:
@@ -124,8 +125,7 @@ def _books(request: BenchRequest) -> Iterator[Figure]:
 
     from pagedkv.control.manager import BlockManager
 
-    size, context = request.block_size, request.context
-    steps = 512
+    size, context, steps = request.block_size, request.context, 512
     room = request.sequences * (-(-(context + steps) // size) + 1)
     manager = BlockManager(room, size)
     ids = np.arange(request.sequences)
@@ -177,58 +177,49 @@ def _replay(request: BenchRequest) -> Iterator[Figure]:
         yield Figure("replay", strategy, trace.num_accesses / seconds / 1e6, "M/s", note)
 
 
-def _parts(request: BenchRequest) -> list[str]:
+def _parts(asked: list[str], request: BenchRequest) -> list[str]:
     """Return what is to be measured, after everything that could be wrong was looked at."""
-    for name in request.parts:
+    for name in asked:
         require_choice("parts", name, _MEASURES)
-    for field in dataclasses.fields(request):
-        given = getattr(request, field.name)
+    for name, given in asdict(request).items():
         if type(given) is int:
-            require_int(field.name, given, 1)
+            require_int(name, given, 1)
     require_number("seconds", request.seconds, 0, above=True)
     if request.q_heads % request.kv_heads:
         raise Failure(f"--q-heads: expected a multiple of --kv-heads {request.kv_heads}, got {request.q_heads}")
-    if not request.dtypes:
+    if not request.kv_dtypes:
         raise Failure("--dtypes: expected names such as bfloat16,int8, got none")
-    for dtype in request.dtypes:
+    for dtype in request.kv_dtypes:
         KvCacheSpec(1, request.block_size, request.kv_heads, request.head_dim, dtype=dtype)
-    if request.parts:
-        return list(dict.fromkeys(request.parts))
-    return [part for part in _MEASURES if part != "attention" or find_spec("torch")]
+    return list(dict.fromkeys(asked)) or [part for part in _MEASURES if part != "attention" or find_spec("torch")]
 
 
 def _table(part: str, figures: list[Figure]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, title=part, title_justify="left", show_header=False)
-    table.add_column("what", overflow="fold")
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("unit", no_wrap=True)
-    table.add_column("note", style="dim", overflow="fold")
+    table.add_column(overflow="fold")
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
     for figure in figures:
         table.add_row(figure.name, digits(figure.value), figure.unit, figure.note)
     return table
 
 
-# The attention part of ``pagedkv bench``: decoding and prefill over blocks, beside torch's fused attention.
+# Attention: decoding and prefill over blocks, beside torch's fused attention.
 
 _COPIED_BYTES = 1 << 28
 
 
-def measure(request: BenchRequest) -> Iterator[Figure]:
-    """Measure every dtype; memory is read from the pool, which is larger than most caches of a processor.
-
-    Raises
-    ------
-    InvalidOperation
-        For a dtype or a device that there is not.
-    """
+def _attention(request: BenchRequest) -> Iterator[Figure]:
+    """Measure every dtype; memory is read from the pool, which is larger than most caches of a processor."""
     import torch
 
     device = torch_device(request.device)
     with torch.no_grad():
         yield _copy(device, request.seconds)
-        for dtype in request.dtypes:
+        for dtype in request.kv_dtypes:
             yield from _decode(request, dtype, device)
-        for dtype in request.dtypes:
+        for dtype in request.kv_dtypes:
             yield _prefill(request, dtype, device)
 
 
@@ -259,7 +250,8 @@ def _decode(request: BenchRequest, dtype: str, device: torch.device) -> Iterator
     read = cache.spec.bytes_per_token * count * context
     note = f"{count} × {context:,} tokens; reads {read / ours / 1e9:.1f} GB/s of K and V"
     yield Figure("attention", f"decode, {dtype}", ours * 1e3, "ms", note)
-    note = f"so much longer takes torch's attention over {_name(queries.dtype)} K and V in one piece"
+    working = str(queries.dtype).removeprefix("torch.")
+    note = f"so much longer takes torch's attention over {working} K and V in one piece"
     yield Figure("attention", "", theirs / ours, "×", note)
 
 
@@ -323,18 +315,12 @@ def _where(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 _MEASURES: dict[str, Callable[[BenchRequest], Iterator[Figure]]] = {
     "books": _books,
-    "attention": measure,
+    "attention": _attention,
     "replay": _replay,
 }
 
-
-# The options of ``pagedkv bench``; what it needs is imported when it runs.
 
 EXAMPLES = """Measure pagedkv on this machine: the books, attention over blocks, and the replay of a trace.
 
@@ -351,38 +337,20 @@ EXAMPLES = """Measure pagedkv on this machine: the books, attention over blocks,
 Every figure is the median of as many calls as fit into --seconds; compare them within one run only.
 """
 
-_BOOKS, _ATTENTION, _HOW = "The books", "Attention", "How"
 
-
+@options_from(BenchRequest)
 def bench(
     called: typer.Context,
     parts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PART]…", help="books, attention, replay; without any, all that can run here."),
     ] = None,
-    sequences: Annotated[
-        int, option("--sequences", help="Running sequences, of --context tokens each, in a step.", panel=_BOOKS)
-    ] = 256,
-    prompt: Annotated[int, option("--prompt", help="Tokens of a prompt that is found cached.", panel=_BOOKS)] = 32768,
-    batch: Annotated[int, option("--batch", help="Sequences that decode together.", panel=_ATTENTION)] = 16,
-    q_heads: Annotated[int, option("--q-heads", help="Query heads.", panel=_ATTENTION)] = 32,
-    kv_heads: Annotated[int, option("--kv-heads", help="Heads of keys and values.", panel=_ATTENTION)] = 8,
-    head_dim: Annotated[int, option("--head-dim", help="Elements of a head.", panel=_ATTENTION)] = 128,
-    dtypes: Annotated[
-        str,
-        option("--dtypes", help="Of keys and values: float32, bfloat16, float16, int8, fp8.", panel=_ATTENTION),
-    ] = "float32,bfloat16,float16,int8",
-    device: Annotated[str, option("--device", help="A torch device: cpu, cuda, cuda:1.", panel=_ATTENTION)] = "cpu",
-    context: Annotated[int, option("--context", help="Tokens of every sequence.", panel=_HOW)] = 1024,
-    block_size: Annotated[int, option("--block-size", help="Tokens per block.", panel=_HOW)] = 16,
-    seconds: Annotated[float, option("--seconds", help="Time for every figure.", panel=_HOW)] = 1.0,
-    json: Annotated[bool, option("--json", help="Print one JSON object instead.", panel=_HOW)] = False,
-    debug: Annotated[bool, option("--debug", help="Show the traceback of an error.", panel=_HOW)] = False,
+    *,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+    **options: Any,
 ) -> None:
-    """Check the options and run."""
+    """Check the options and run; the help text is `EXAMPLES`."""
     with failures_in_one_line(debug, called):
-        fields = {field.name for field in dataclasses.fields(BenchRequest)}
-        given = {name: value for name, value in called.params.items() if name in fields}
-        given["parts"] = tuple(parts or ())
-        given["dtypes"] = tuple(name.strip() for name in dtypes.split(",") if name.strip())
-        run(BenchRequest(**given))
+        request = from_options(BenchRequest, options)
+        run(_parts(parts or [], request), request, as_json=json)

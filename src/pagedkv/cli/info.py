@@ -9,10 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import msgspec
-from rich.table import Table
 
 from pagedkv import __version__
-from pagedkv.cli.terminal import output
+from pagedkv.cli.terminal import facts_table, output, print_json
 from pagedkv.machine import cuda_devices, usable_cores
 from pagedkv.models import shipped_model_path
 
@@ -27,14 +26,7 @@ _MISSING = "not installed"
 
 
 class ModelInfo(msgspec.Struct):
-    """A model folder.
-
-    Attributes
-    ----------
-    path : str
-    megabytes : float
-        Of all its files, in 10⁶ bytes.
-    """
+    """A model folder, with the size of all its files in 10⁶ bytes."""
 
     path: str
     megabytes: float
@@ -43,20 +35,8 @@ class ModelInfo(msgspec.Struct):
 class Info(msgspec.Struct):
     """What ``pagedkv info --json`` prints.
 
-    Attributes
-    ----------
-    pagedkv, python, platform : str
-    packages : dict
-        Package to version; None where it is not installed.
-    cores : int
-        Cores that this process may use.
-    cuda_devices : list of str
-        Names of the GPUs that the CUDA driver reports.
-    backends : dict
-        Attention backend to whether it can run here.
-    shipped_model : ModelInfo or None
-    compiled_code : str or None
-        The directory that compiled kernels are kept in; None where they cannot be kept.
+    A package has no version where it is not installed, and a backend is there where it can run. There is no directory
+    of compiled code where kernels cannot be kept.
     """
 
     pagedkv: str
@@ -90,14 +70,9 @@ def print_info(as_json: bool) -> None:
     """Print the table, or the JSON object, to stdout."""
     info = gather_info()
     if as_json:
-        sys.stdout.write(msgspec.json.format(msgspec.json.encode(info), indent=2).decode() + "\n")
-        return
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for name, value in _lines(info):
-        table.add_row(name, value)
-    output().print(table, soft_wrap=True)
+        print_json(info, indent=2)
+    else:
+        output().print(facts_table(_lines(info)), soft_wrap=True)
 
 
 def _lines(info: Info) -> list[tuple[str, str]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pagedkv.cli.terminal import (
@@ -25,6 +25,7 @@ from pagedkv.cli.terminal import (
     SkipBadOption,
     TraceArgument,
     command_line,
+    facts_table,
     failures_in_one_line,
     notes,
     option,
@@ -39,7 +40,7 @@ from pagedkv.sim import OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.model_shape import ModelShape
-    from pagedkv.sim.plan_types import Level, Line, Memory, Plan, Size
+    from pagedkv.sim.plan_types import Memory, Plan, Size
 
 
 _UNITS = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgtp", start=1)}
@@ -48,13 +49,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]i?b)\s*", re.IGNORECASE)
 
 
 def parse_size(option: str, text: str) -> int:
-    """Return the bytes that ``"40GiB"`` (2³⁰) or ``"80GB"`` (10⁹) stands for.
-
-    Raises
-    ------
-    Failure
-        It is no size.
-    """
+    """Return the bytes that ``"40GiB"`` (2³⁰) or ``"80GB"`` (10⁹) stands for; `Failure` where it is no size."""
     match = _SIZE.fullmatch(text)
     size = int(float(match[1]) * _UNITS[match[2].lower()]) if match and len(match[1]) < 20 else 0
     if not 0 < size < 2**62:
@@ -165,7 +160,7 @@ def plan(
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(
-                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar("reading")
             )
             made = planner.plan(
                 read,
@@ -175,7 +170,7 @@ def plan(
                 strategies=names,
                 hardware=hardware,
                 jobs=jobs,
-                progress=bar.shows("replaying"),
+                progress=bar("replaying"),
             )
         if read.num_skipped:
             console.print(f"{read.num_skipped:,} broken lines skipped", style="yellow")
@@ -186,9 +181,9 @@ def plan(
 
             write_file("--html", html, plan_report(made, read, command=command_line(context)))
         if json:
-            print_json(msgspec.json.encode(plan_facts(made)))
+            print_json(_plan_facts(made))
         else:
-            print_screen(made, output())
+            _print_screen(made, output())
 
 
 # What ``pagedkv plan`` shows: one screen, or one JSON object.
@@ -196,9 +191,9 @@ def plan(
 _COLORS = {"nothing": "yellow", "capacity": "cyan", "strategy": "magenta", "enough": "green"}
 
 
-def print_screen(plan: Plan, console: Console) -> None:
+def _print_screen(plan: Plan, console: Console) -> None:
     """Show the plan."""
-    _print_pairs(console, _given(plan))
+    console.print(facts_table(_given(plan)))
     if plan.levels:
         console.print()
         console.print(_level_table(plan))
@@ -206,48 +201,29 @@ def print_screen(plan: Plan, console: Console) -> None:
         console.print()
         console.print(_memory_table(plan, plan.memory))
     console.print()
-    _print_pairs(console, _around(plan))
+    console.print(facts_table(_around(plan)))
     console.print()
     console.print(
         Panel(Text(plan.verdict.text), title="verdict", title_align="left", border_style=_COLORS[plan.verdict.kind])
     )
 
 
-def _print_pairs(console: Console, pairs: Iterator[tuple[str, str]]) -> None:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in pairs:
-        table.add_row(name, Text(value))
-    console.print(table)
-
-
 def _given(plan: Plan) -> Iterator[tuple[str, str]]:
-    yield (
-        "trace",
-        (
-            f"{plan.trace_name}: {plan.requests:,} requests in {duration(plan.span_seconds)}, "
-            f"{short(plan.tokens, giga='B')} prompt tokens, "
-            f"{plan.distinct_blocks:,} blocks of {plan.block_tokens} tokens"
-        ),
-    )
+    requests = f"{plan.requests:,} requests in {duration(plan.span_seconds)}"
+    blocks = f"{plan.distinct_blocks:,} blocks of {plan.block_tokens} tokens"
+    yield "trace", f"{plan.trace_name}: {requests}, {short(plan.tokens, giga='B')} prompt tokens, {blocks}"
     yield "model", _model(plan.model)
     size = f"{format_bytes(plan.model.bytes_per_token)} per token, {format_bytes(plan.bytes_per_block)} per block"
     if plan.model.window_bytes_per_sequence:
         size += f", and {format_bytes(plan.model.window_bytes_per_sequence)} for the windows of a running request"
     yield "KV cache", f"{size}, in {plan.model.kv_dtype}"
-    yield (
-        "attainable",
-        (
-            f"{percent(plan.attainable)} of the blocks, {percent(plan.attainable_tokens)} of the prompt tokens: "
-            "what a cache without a limit finds"
-        ),
-    )
+    found = f"{percent(plan.attainable)} of the blocks, {percent(plan.attainable_tokens)} of the prompt tokens"
+    yield "attainable", f"{found}: what a cache without a limit finds"
 
 
 def _model(model: ModelShape) -> str:
-    parts = [f"{model.num_layers_of('full')} full"]
-    parts += [f"{count} {word}" for word, count in _other_layers(model) if count]
+    others = ("windowed", model.num_layers_of("window")), ("without attention", model.num_layers_of("none"))
+    parts = [f"{model.num_layers_of('full')} full", *(f"{count} {word}" for word, count in others if count)]
     layers = f"{model.num_layers} layers" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
     weights = f"{short(model.parameters.total, giga='B')} parameters"
     if model.parameters.active != model.parameters.total:
@@ -255,15 +231,13 @@ def _model(model: ModelShape) -> str:
     return f"{model.name}: {layers}, {weights}"
 
 
-def _other_layers(model: ModelShape) -> tuple[tuple[str, int], ...]:
-    return ("windowed", model.num_layers_of("window")), ("without attention", model.num_layers_of("none"))
+def _figures(title: str, *headings: Column | str) -> Table:
+    return Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
 
 
 def _level_table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="Memory for a share of that", title_justify="left")
-    table.add_column("share", justify="right")
-    for name in ("hit ratio", "LRU", "best strategy", "the optimum", "prefill saved"):
-        table.add_column(name, justify="right")
+    names = ("share", "hit ratio", "LRU", "best strategy", "the optimum", "prefill saved")
+    table = _figures("Memory for a share of that", *(Column(name, justify="right") for name in names))
     for level in plan.levels:
         is_target = level is plan.at_target
         table.add_row(
@@ -281,10 +255,8 @@ def _level_table(plan: Plan) -> Table:
 def _memory_table(plan: Plan, memory: Memory) -> Table:
     tokens = short(memory.blocks * plan.block_tokens, giga="B")
     title = f"With {format_bytes(memory.bytes)}: {memory.blocks:,} blocks, {tokens} tokens"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("strategy")
-    for name in ("hit ratio", "by token", "of attainable", "prefill saved"):
-        table.add_column(name, justify="right")
+    names = ("hit ratio", "by token", "of attainable", "prefill saved")
+    table = _figures(title, "strategy", *(Column(name, justify="right") for name in names))
     for size in (memory.optimum, *memory.all):
         table.add_row(
             "the optimum" if size.strategy == OPTIMAL else size.strategy,
@@ -298,39 +270,32 @@ def _memory_table(plan: Plan, memory: Memory) -> Table:
 
 
 def _around(plan: Plan) -> Iterator[tuple[str, str]]:
-    rate = plan.hardware
-    yield (
-        "prefill",
-        (
-            f"{flops(plan.prefill_flops)} without a cache, {duration(plan.prefill_seconds)} at "
-            f"{rate.tflops:g} TFLOP/s × {rate.mfu:g}"
-        ),
-    )
-    load = plan.load
+    load, rate = plan.load, f"{plan.hardware.tflops:g} TFLOP/s × {plan.hardware.mfu:g}"
+    yield "prefill", f"{flops(plan.prefill_flops)} without a cache, {duration(plan.prefill_seconds)} at {rate}"
     if plan.at_target:
         left = load.prefill_load - load.prefill_load_saved
-        yield (
-            "replicas",
-            f"{load.prefill_load:.2f} kept busy by prefill, {left:.2f} at {share(plan.target)} of the attainable",
-        )
+        busy = f"{load.prefill_load:.2f} kept busy by prefill"
+        yield "replicas", f"{busy}, {left:.2f} at {share(plan.target)} of the attainable"
+    size = format_bytes(load.peak_blocks * plan.bytes_per_block + load.window_bytes)
+    requests = f"{load.mean_requests:,.1f} requests at a time, {load.peak_requests:,} at the peak"
+    blocks = f"{load.mean_blocks:,.0f} blocks, {load.peak_blocks:,} at the peak ({size})"
     counted = "" if load.shared else ", shared ones counted for each"
-    yield (
-        "running",
-        (
-            f"{load.mean_requests:,.1f} requests at a time, {load.peak_requests:,} at the peak; they alone hold "
-            f"{load.mean_blocks:,.0f} blocks, {load.peak_blocks:,} at the peak "
-            f"({format_bytes(load.peak_blocks * plan.bytes_per_block + load.window_bytes)}){counted}"
-        ),
-    )
+    yield "running", f"{requests}; they alone hold {blocks}{counted}"
     if plan.knee:
         yield "knee of LRU", f"{format_bytes(plan.knee.bytes)} for {percent(plan.knee.share)} of the attainable"
     for note in plan.notes:
         yield "note", note
 
 
-def plan_facts(plan: Plan) -> dict[str, Any]:
+_TOLD_AS_IT_IS = (
+    *("hardware", "target", "attainable", "attainable_tokens", "attainable_blocks", "prefill_flops", "prefill_seconds"),
+    *("levels", "at_target", "knee", "memory", "load", "verdict", "strategies", "notes"),
+)
+
+
+def _plan_facts(plan: Plan) -> dict[str, Any]:
     """Return the plan as plain values, for JSON."""
-    model, load, verdict = plan.model, plan.load, plan.verdict
+    model = plan.model
     return {
         "trace": {
             "name": plan.trace_name,
@@ -354,42 +319,28 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             "parameters": model.parameters.total,
             "active_parameters": model.parameters.active,
         },
-        "hardware": msgspec.to_builtins(plan.hardware),
-        "target": plan.target,
-        "attainable": plan.attainable,
-        "attainable_tokens": plan.attainable_tokens,
-        "attainable_blocks": plan.attainable_blocks,
-        "prefill_flops": plan.prefill_flops,
-        "prefill_seconds": plan.prefill_seconds,
-        "levels": [_level_facts(level) for level in plan.levels],
-        "at_target": _level_facts(plan.at_target) if plan.at_target else None,
-        "knee": _size_facts(plan.knee) if plan.knee else None,
-        "memory": _memory_facts(plan.memory) if plan.memory else None,
-        "load": msgspec.to_builtins(load),
-        "verdict": msgspec.to_builtins(verdict),
-        "strategies": list(plan.strategies),
-        "notes": list(plan.notes),
-        "curves": [_line_facts(line) for line in plan.lines],
+        **{name: _plain(getattr(plan, name)) for name in _TOLD_AS_IT_IS},
+        "curves": [
+            {
+                "strategy": line.name,
+                "blocks": line.blocks.tolist(),
+                "bytes": line.bytes.tolist(),
+                "hit_ratio": line.hit_ratio.tolist(),
+                "token_hit_ratio": line.token_hit_ratio.tolist(),
+            }
+            for line in plan.lines
+        ],
     }
 
 
-def _level_facts(level: Level) -> dict[str, Any]:
-    sizes = {name: _size_facts(getattr(level, name)) for name in ("lru", "best", "optimum")}
-    return {"share": level.share, **sizes}
-
-
-def _memory_facts(memory: Memory) -> dict[str, Any]:
-    sizes = {name: _size_facts(getattr(memory, name)) for name in ("lru", "best", "optimum")}
-    return {"bytes": memory.bytes, "blocks": memory.blocks, **sizes, "all": [_size_facts(size) for size in memory.all]}
-
-
-def _size_facts(size: Size) -> dict[str, Any]:
-    return {**msgspec.to_builtins(size), "gib": size.gib}
-
-
-def _line_facts(line: Line) -> dict[str, Any]:
-    arrays = {name: getattr(line, name).tolist() for name in ("blocks", "bytes", "hit_ratio", "token_hit_ratio")}
-    return {"strategy": line.name, **arrays}
+def _plain(value: Any) -> Any:
+    """Return a part of a plan as JSON has it; a size tells its GiB, too."""
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    if not is_dataclass(value):
+        return value
+    facts = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return facts | {"gib": value.gib} if hasattr(value, "gib") else facts
 
 
 def _saved(size: Size) -> str:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import msgspec
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pagedkv.cli.terminal import (
@@ -207,26 +208,26 @@ def replay(
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(
-                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar("reading")
             )
             if read.num_skipped:
                 console.print(f"{read.num_skipped:,} broken records skipped", style="yellow")
             if not read.num_requests:
                 raise Failure(f"TRACE: expected requests, {trace} has none")
             capacities = parse_capacities(blocks, read.num_distinct) if read.has_content else [1]
-            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, progress=bar.shows("replaying"))
+            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, progress=bar("replaying"))
             lru = lru_curve(read) if curve or (html is not None and timing is None) else None
         if html is not None:
             from pagedkv.sim.report import replay_report
 
             write_file("--html", html, replay_report(read, results, curve=lru, command=command_line(context)))
         if csv is not None:
-            write_csv(results, timing is not None, csv)
+            _write_csv(results, timing is not None, csv)
         shown = lru if curve else None
         if json:
-            print_json(msgspec.json.encode(replay_facts(read, results, shown, timing)))
+            print_json(_replay_facts(read, results, shown, timing))
         elif csv != "-":
-            print_tables(read, results, shown, timing, output())
+            _print_tables(read, results, shown, timing, output())
 
 
 # Replays as tables: a column for every capacity, a row for every strategy under each measure.
@@ -239,23 +240,12 @@ Cells = dict[tuple[str, int], "ReplayResult"]
 
 @dataclass(frozen=True)
 class _Measure:
-    """One group of rows.
-
-    Attributes
-    ----------
-    title : str
-    value : callable
-        (cells, strategy, blocks) to the number; None where there is none.
-    form : str
-        How the number is written.
-    marks_best : bool
-        Whether the highest of a column is marked; the optimum is a bound and does not compete.
-    """
+    """One group of rows: a number, or None, for a strategy and blocks of some cells, and the form it is written in."""
 
     title: str
     value: Callable[[Cells, str, int], float | None]
     form: str
-    marks_best: bool = False
+    marks_best: bool = False  # in each column; the optimum is a bound and does not compete
 
 
 def closed_gap(cells: Cells, strategy: str, blocks: int) -> float | None:
@@ -284,7 +274,7 @@ _IN_TIME = (
 _SPEED = _Measure("million block accesses per second", _speed, ".1f")
 
 
-def cell_tables(results: Sequence[ReplayResult], timed: bool, width: int) -> Iterator[Table]:
+def _cell_tables(results: Sequence[ReplayResult], timed: bool, width: int) -> Iterator[Table | Text]:
     """Lay out the results, in as many tables beneath each other as the width of the terminal asks for."""
     cells: Cells = {(result.strategy, result.blocks): result for result in results}
     strategies = list(dict.fromkeys(result.strategy for result in results))
@@ -293,16 +283,13 @@ def cell_tables(results: Sequence[ReplayResult], timed: bool, width: int) -> Ite
     per_table = max(1, (width - names) // _COLUMN_WIDTH)
     measures = [*_ALWAYS, *(_IN_TIME if timed else ()), _SPEED]
     for first in range(0, len(capacities), per_table):
-        yield _table(cells, strategies, capacities[first : first + per_table], measures)
+        yield _cell_table(cells, strategies, capacities[first : first + per_table], measures)
     if any(_best(cells, strategies, blocks, _ALWAYS[0]) is not None for blocks in capacities):
-        yield _note(f"{BEST} the best of its column, the optimum left out")
+        yield Text(f"{BEST} the best of its column, the optimum left out", style="dim")
 
 
-def _table(cells: Cells, strategies: list[str], capacities: list[int], measures: Sequence[_Measure]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold")
-    table.add_column("blocks")
-    for blocks in capacities:
-        table.add_column(f"{blocks:,}", justify="right", no_wrap=True)
+def _cell_table(cells: Cells, strategies: list[str], capacities: list[int], measures: Sequence[_Measure]) -> Table:
+    table = _table("blocks", *(Column(f"{blocks:,}", justify="right", no_wrap=True) for blocks in capacities))
     for measure in measures:
         rows = [(name, [measure.value(cells, name, blocks) for blocks in capacities]) for name in strategies]
         rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
@@ -311,8 +298,21 @@ def _table(cells: Cells, strategies: list[str], capacities: list[int], measures:
         table.add_row(Text(measure.title, style="dim italic"))
         best = [_best(cells, strategies, blocks, measure) for blocks in capacities]
         for name, values in rows:
-            table.add_row(Text(f"  {name}"), *map(_written, values, best, [(name, measure)] * len(values)))
+            rivals = [None] * len(values) if name == OPTIMAL else best
+            table.add_row(Text(f"  {name}"), *map(partial(_written, measure), values, rivals))
     return table
+
+
+def _table(*headings: Column | str, title: str | None = None) -> Table:
+    return Table(
+        *headings,
+        box=None,
+        padding=(0, 2, 0, 0),
+        show_edge=False,
+        header_style="bold",
+        title=title,
+        title_justify="left",
+    )
 
 
 def _best(cells: Cells, strategies: list[str], blocks: int, measure: _Measure) -> float | None:
@@ -322,28 +322,18 @@ def _best(cells: Cells, strategies: list[str], blocks: int, measure: _Measure) -
     return max(values) if measure.marks_best and len(values) > 1 else None
 
 
-def _written(value: float | None, best: float | None, place: tuple[str, _Measure]) -> Text:
-    name, measure = place
+def _written(measure: _Measure, value: float | None, best: float | None) -> Text:
     if value is None:
         return Text("-")
     text = format(value, measure.form)
-    if best is not None and value == best and name != OPTIMAL:
+    if value == best:
         return Text(f"{text} {BEST}", style="bold")
     return Text(f"{text}  " if measure.marks_best else text)
 
 
-def _note(text: str) -> Table:
-    note = Table.grid()
-    note.add_row(Text(text, style="dim"))
-    return note
-
-
-def curve_table(curve: CurveFacts) -> Table:
-    """Show the LRU curve, a row for each capacity."""
-    table = Table(box=None, padding=(0, 2, 0, 0), show_edge=False, header_style="bold", title="the exact LRU curve")
-    table.title_justify = "left"
-    for heading in ("blocks", "hit ratio", "token hit ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def _curve_table(curve: CurveFacts) -> Table:
+    headings = [Column(name, justify="right", no_wrap=True) for name in ("blocks", "hit ratio", "token hit ratio")]
+    table = _table(*headings, title="the exact LRU curve")
     for blocks, ratio, token_ratio in zip(curve.blocks, curve.hit_ratio, curve.token_hit_ratio, strict=True):
         table.add_row(f"{blocks:,}", f"{ratio:.2%}", f"{token_ratio:.2%}")
     return table
@@ -355,23 +345,7 @@ _POINTS_PER_DOUBLING = 8
 
 
 class CellFacts(msgspec.Struct):
-    """One replay.
-
-    Attributes
-    ----------
-    strategy : str
-        As it was asked for.
-    blocks : int
-        Capacity.
-    accesses, hit_blocks : int
-        Blocks that requests touched, and those found.
-    hit_ratio, token_hit_ratio : float
-    reclaimed : int
-        Blocks reclaimed.
-    seconds : float
-    preempted, refused : int
-        With ``--timed`` only.
-    """
+    """One replay; `preempted` and `refused` with ``--timed`` only."""
 
     strategy: str
     blocks: int
@@ -386,17 +360,7 @@ class CellFacts(msgspec.Struct):
 
 
 class TraceFacts(msgspec.Struct):
-    """The trace that was replayed.
-
-    Attributes
-    ----------
-    name, format : str
-    block_tokens, requests, accesses, distinct_blocks, tokens : int
-    attainable_hit_ratio : float
-        Of a cache without a limit.
-    skipped, reordered : int
-        Broken lines left out, and requests whose time lay before the one above them.
-    """
+    """The trace that was replayed; `attainable_hit_ratio` is that of a cache without a limit."""
 
     name: str
     format: str
@@ -411,13 +375,7 @@ class TraceFacts(msgspec.Struct):
 
 
 class CurveFacts(msgspec.Struct):
-    """The exact LRU curve at some capacities, those of the cells among them.
-
-    Attributes
-    ----------
-    blocks : list of int
-    hit_ratio, token_hit_ratio : list of float
-    """
+    """The exact LRU curve at some capacities, those of the cells among them."""
 
     blocks: list[int]
     hit_ratio: list[float]
@@ -425,18 +383,7 @@ class CurveFacts(msgspec.Struct):
 
 
 class ReplayFacts(msgspec.Struct):
-    """What ``pagedkv replay --json`` prints.
-
-    Attributes
-    ----------
-    cells : list of CellFacts
-        Strategy by strategy, capacity by capacity, in the order asked for.
-    trace : TraceFacts
-    timing : dict
-        The rates, with ``--timed`` only.
-    curve : CurveFacts
-        With ``--curve`` only.
-    """
+    """What ``pagedkv replay --json`` prints; `timing` with ``--timed`` only, `curve` with ``--curve`` only."""
 
     cells: list[CellFacts]
     trace: TraceFacts
@@ -444,10 +391,9 @@ class ReplayFacts(msgspec.Struct):
     curve: CurveFacts | msgspec.UnsetType = msgspec.UNSET
 
 
-def replay_facts(
+def _replay_facts(
     trace: Trace, results: Sequence[ReplayResult], curve: HitCurve | None, timing: Timing | None
 ) -> ReplayFacts:
-    """Return what ``--json`` prints."""
     facts = ReplayFacts(_cells(results, timing is not None), _trace(trace))
     if timing is not None:
         facts.timing = msgspec.to_builtins(timing)
@@ -456,7 +402,7 @@ def replay_facts(
     return facts
 
 
-def print_tables(
+def _print_tables(
     trace: Trace,
     results: Sequence[ReplayResult],
     curve: HitCurve | None,
@@ -472,13 +418,13 @@ def print_tables(
         ),
         soft_wrap=True,
     )
-    for table in cell_tables(results, timing is not None, console.width):
+    for table in _cell_tables(results, timing is not None, console.width):
         console.print(table)
     if curve is not None:
-        console.print(curve_table(_curve(curve, [result.blocks for result in results], 1)))
+        console.print(_curve_table(_curve(curve, [result.blocks for result in results], 1)))
 
 
-def write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
+def _write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
     """Write a line for every cell to a file, or to stdout for ``-``."""
     text = io.StringIO(newline="")
     rows = [msgspec.to_builtins(cell) for cell in _cells(results, timed)]
@@ -492,21 +438,11 @@ def write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
 
 
 def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:
-    return [
-        CellFacts(
-            strategy=result.strategy,
-            blocks=result.blocks,
-            accesses=result.accesses,
-            hit_blocks=result.hit_blocks,
-            hit_ratio=result.hit_ratio,
-            token_hit_ratio=result.token_hit_ratio,
-            reclaimed=result.reclaimed,
-            seconds=result.seconds,
-            preempted=result.preempted if timed else msgspec.UNSET,
-            refused=result.refused if timed else msgspec.UNSET,
-        )
-        for result in results
-    ]
+    cells = [msgspec.convert(result, CellFacts, from_attributes=True) for result in results]
+    if not timed:
+        for cell in cells:
+            cell.preempted = cell.refused = msgspec.UNSET
+    return cells
 
 
 def _trace(trace: Trace) -> TraceFacts:

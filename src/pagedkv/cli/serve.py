@@ -4,23 +4,33 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.panel import Panel
-from rich.table import Table
 from rich.text import Text
 
 from pagedkv.cli.generate import require_kv_dtype
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
-from pagedkv.cli.settings import config_option, flag_of, from_options, options_from, read_text
-from pagedkv.cli.terminal import Failure, failures_in_one_line, library_notices, notes, option, threads_for
-from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.cli.terminal import (
+    DebugOption,
+    Failure,
+    config_option,
+    facts_table,
+    failures_in_one_line,
+    from_options,
+    library_notices,
+    notes,
+    option,
+    options_from,
+    read_text,
+    threads_for,
+)
+from pagedkv.errors import MissingExtra
 from pagedkv.models import shipped_model_path
 from pagedkv.server.config import ServerConfig, setting
 
@@ -28,7 +38,6 @@ if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
 
-T = TypeVar("T")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODEL, _POOL, _KEYS = "The model", "The pool and the batch", "Who may call"
 
@@ -80,6 +89,7 @@ requests end.
 
 @options_from(EngineOptions, ServerConfig)
 def serve(
+    context: typer.Context,
     model: Annotated[
         Path | None,
         typer.Argument(help="A Hugging Face model folder.", show_default="the shipped model"),
@@ -88,11 +98,12 @@ def serve(
     api_key_file: Annotated[
         Path | None, option("--api-key-file", help="A file with one key a line.", default=False, panel=_KEYS)
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    *,
+    debug: DebugOption = False,
     **options: Any,
 ) -> None:
     """Gather the options and serve; the help text is `EXAMPLES`."""
-    with failures_in_one_line(debug):
+    with failures_in_one_line(debug, context):
         folder = model or shipped_model_path()
         options["api_keys"] = (*options["api_keys"], *read_keys(api_key_file))
         options["model_name"] = options["model_name"] or folder.resolve().name or "model"
@@ -101,26 +112,20 @@ def serve(
                 raise MissingExtra(module, "serve")
         engine_options = from_options(EngineOptions, options)
         check_folder(folder)
-        run(folder, engine_options, _as_options(lambda: from_options(ServerConfig, options)))
+        run(folder, engine_options, from_options(ServerConfig, options))
 
 
 def run(folder: Path, options: EngineOptions, config: ServerConfig) -> None:
-    """Serve the model of a folder until a signal comes.
-
-    Raises
-    ------
-    Failure
-        An option makes no sense, or the model cannot be loaded.
-    """
+    """Serve the model of a folder until a signal comes."""
     from pagedkv.server.events import require_events
     from pagedkv.server.run import listen, run, show_logs
 
-    _as_options(lambda: require_events(config))
+    require_events(config)
     console = notes()
-    with _as_options(lambda: listen(config)) as listener:
+    with listen(config) as listener:
         with library_notices(console), console.status("loading the model"):
             loaded = load_model(folder, options.device)
-            engine = _as_options(lambda: _engine(options, loaded))
+            engine = _engine(options, loaded)
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with threads_for(loaded.model):
             with library_notices(console), console.status("warming up"):
@@ -140,17 +145,6 @@ def _engine(options: EngineOptions, loaded: LoadedModel) -> AsyncEngine:
 
         model = model.to(getattr(torch, dtype))
     return AsyncEngine(LLM(model, loaded.tokenizer, **given))
-
-
-def _as_options(call: Callable[[], T]) -> T:
-    """Say an error of an argument as one of the option of that name."""
-    try:
-        return call()
-    except InvalidOperation as error:
-        if error.argument is None:
-            raise
-        flag = flag_of(error.argument, EngineOptions, ServerConfig)
-        raise Failure(flag + error.reason.removeprefix(error.argument)) from None
 
 
 def _shown(host: str) -> str:
@@ -178,22 +172,13 @@ def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig
         "blocks": f"{sizes.total_blocks:,} of {sizes.block_size} tokens, {megabytes:,.1f} MB of K and V",
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
     }
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    for label, value in facts.items():
-        table.add_row(label, Text(value, overflow="fold"))
+    table = facts_table(facts.items())
     console.print(Panel(table, title="pagedkv serves", title_align="left", expand=False, border_style="green"))
     console.print(Text(example_curl(url, with_key=bool(keys)) + "\n"), soft_wrap=True)
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:
-    """Return the keys of a file, one a line; empty lines and lines that begin with # do not count.
-
-    Raises
-    ------
-    Failure
-        It cannot be read, or holds no key.
-    """
+    """Return the keys of a file, one a line; empty lines and lines that begin with # do not count."""
     text = read_text("--api-key-file", path)
     if text is None:
         return ()

@@ -1,24 +1,32 @@
-"""Terminal output of commands: consoles, errors in one line, shared options, progress bars."""
+"""Terminal input and output of commands: consoles, errors in one line, options, config file, progress bars."""
 
 from __future__ import annotations
 
 import errno
+import inspect
+import json
 import logging
 import os
 import shlex
 import sys
+import tomllib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import Field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import msgspec
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
 from rich.text import Text
 
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError
+
+Settings = TypeVar("Settings")
 
 
 class _Output(Console):
@@ -83,19 +91,9 @@ def say_error(message: str) -> None:
 
 @contextmanager
 def failures_in_one_line(debug: bool, context: typer.Context | None = None) -> Iterator[None]:
-    """Turn every failure of the body into a line and an exit code.
+    """Turn every failure of the body into a line and an exit code: 2, 130 after Ctrl-C, 141 where nobody reads on.
 
-    Parameters
-    ----------
-    debug : bool
-        Print the traceback before the line.
-    context : typer.Context, optional
-        Of the command: an argument that the library refuses is then called by the option that carries it.
-
-    Raises
-    ------
-    typer.Exit
-        With 2 after an error, 130 after Ctrl-C, 141 where nobody reads the output any more.
+    With the context of the command, an argument that the library refuses is called by the option that carries it.
     """
     try:
         yield
@@ -140,7 +138,7 @@ def _let_go_of_stdout() -> None:
 # How every command declares an option: with its help, in a panel.
 
 
-def option(*names: str, help: str, panel: str, default: str | bool = True, env: str | None = None) -> Any:
+def option(*names: str, help: str, panel: str | None = None, default: str | bool = True, env: str | None = None) -> Any:
     """Return an option of these names; `default` is whether, or as what, the help shows the default."""
     return typer.Option(*names, help=help, rich_help_panel=panel, show_default=default, envvar=env)
 
@@ -195,67 +193,151 @@ def command_line(context: typer.Context) -> str:
     return shlex.join([*words, "--html", str(context.params["html"])])
 
 
-# What commands write: JSON on stdout, files.
+# Options from the fields of a dataclass, which pagedkv.server.config.setting makes, and from a config file.
 
 
-def print_json(encoded: bytes) -> None:
-    """Write one line of JSON to stdout, in UTF-8 whatever the terminal has."""
+def options_from(*settings: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of some dataclasses; they reach its ``**options`` by their names.
+
+    The help shows them before the parameters of the command that are keyword-only.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        *own, _ = inspect.signature(command, eval_str=True).parameters.values()
+        made = [_parameter(each, get_type_hints(kind)[each.name]) for kind in settings for each in fields(kind)]
+        first = [each for each in own if each.kind is not each.KEYWORD_ONLY]
+        last = [each for each in own if each.kind is each.KEYWORD_ONLY]
+        command.__signature__ = inspect.Signature([*first, *made, *last])  # type: ignore[attr-defined]
+        return command
+
+    return decorate
+
+
+def _names(setting: Field[Any]) -> list[str]:
+    return str(setting.metadata["flag"] or "--" + setting.name.replace("_", "-")).split(",")
+
+
+def _parameter(setting: Field[Any], hint: Any) -> inspect.Parameter:
+    told, names, default = setting.metadata, _names(setting), setting.default
+    if default is True:
+        names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
+    if told["from_file"]:
+        hint = Path | None
+    elif get_origin(hint) is tuple:
+        hint, default = list[str], []
+    elif get_origin(hint) is Literal:
+        hint = type(get_args(hint)[0])
+    made = option(*names, help=told["help"], panel=told["group"], default=told["shown"], env=told["env"])
+    return inspect.Parameter(
+        setting.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, made]
+    )
+
+
+def from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
+    """Return the dataclass that the options of a command make; `Failure` where a file of them cannot be read."""
+    given = {}
+    for each in fields(kind):  # type: ignore[arg-type]
+        value = options[each.name]
+        if each.metadata["from_file"]:
+            value = read_text(_names(each)[0], value)
+        given[each.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**given)
+
+
+def config_option() -> Any:
+    """Return an option that names a file whose keys set the defaults of all others."""
+    return typer.Option(
+        "--config",
+        help="A TOML or JSON file with any of the settings, by the names of the library; options go before it.",
+        show_default=False,
+        is_eager=True,
+        callback=_take_defaults,
+    )
+
+
+def _take_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    if path is None:
+        return None
+    try:
+        text = read_text("--config", path) or ""
+        given = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except Failure as error:
+        raise typer.BadParameter(str(error)) from None
+    except ValueError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error}") from None
+    known = {str(each.name) for each in context.command.params} - {"config", "debug"}
+    if not isinstance(given, dict):
+        raise typer.BadParameter(f"{path}: expected settings by their names")
+    if unknown := sorted(given.keys() - known):
+        raise typer.BadParameter(f"{path}: {unknown[0]} is no setting; expected {', '.join(sorted(known))}")
+    context.default_map = given
+    return path
+
+
+# What commands read and write: JSON on stdout, tables, files.
+
+
+def read_text(flag: str, path: Path | None) -> str | None:
+    """Return the text of a file that an option names, None without one; `Failure` where it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"{flag}: cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def print_json(value: Any, indent: int = -1) -> None:
+    """Write a value to stdout as JSON, in UTF-8 whatever the terminal has; on one line if it is not indented."""
     sys.stdout.flush()
-    sys.stdout.buffer.write(encoded + b"\n")
+    sys.stdout.buffer.write(msgspec.json.format(msgspec.json.encode(value), indent=indent) + b"\n")
     sys.stdout.buffer.flush()
 
 
-def require_writable(option: str, file: Path | None) -> None:
-    """Find out now, not after minutes of work, that a file cannot be written.
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Return a table of names and what belongs to each."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, fact in facts:
+        table.add_row(name, Text(fact))
+    return table
 
-    Raises
-    ------
-    Failure
-        It is a folder, or its folder is missing.
-    """
+
+def require_writable(option: str, file: Path | None) -> None:
+    """Raise `Failure` now, not after minutes of work, where a file is a folder or its folder is missing."""
     if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
         raise Failure(f"{option}: expected a file in a folder that exists, got {file}")
 
 
 def write_file(option: str, file: Path, text: str) -> None:
-    """Write a whole file.
-
-    Raises
-    ------
-    Failure
-        It cannot be written.
-    """
+    """Write a whole file, or raise `Failure`."""
     try:
         file.write_text(text, encoding="utf-8", newline="")
     except OSError as error:
         raise Failure(f"{option} cannot write {file}: {error.strerror or error}") from error
 
 
-class ProgressBar:
-    """One bar on a terminal that says what is done at the moment; elsewhere it shows nothing."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._task = progress.add_task("", total=None, visible=False)
-
-    def shows(self, what: str) -> Callable[[int, int], None]:
-        """Return a callback that is told how much is done, of how much."""
-
-        def show(done: int, asked: int) -> None:
-            self._progress.update(self._task, description=what, completed=done, total=asked or None, visible=True)
-
-        return show
-
-
 @contextmanager
-def progress_bar(console: Console) -> Iterator[ProgressBar]:
-    """Show a bar for as long as the body runs, and the messages of the library above it."""
+def progress_bar(console: Console) -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Show a bar for as long as the body runs, on a terminal only, and the messages of the library above it.
+
+    Yields a function from what is done at the moment to a callback that is told how much of it, of how much.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     with (
         library_notices(console),
         Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
     ):
-        yield ProgressBar(progress)
+        task = progress.add_task("", total=None, visible=False)
+
+        def shows(what: str) -> Callable[[int, int], None]:
+            def show(done: int, asked: int) -> None:
+                progress.update(task, description=what, completed=done, total=asked or None, visible=True)
+
+            return show
+
+        yield shows
 
 
 # How many threads torch gets: more than one is a loss where the work of a layer is small.

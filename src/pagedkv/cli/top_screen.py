@@ -1,30 +1,40 @@
-"""Screen of ``pagedkv top``: widgets around the pure rows."""
+"""Screen of ``pagedkv top``: the block map widget, tiles and the table of requests."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rich.segment import Segment
+from rich.style import Style
 from rich.text import Text
+from textual import events
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, Vertical, VerticalScroll
 from textual.css.query import NoMatches
+from textual.message import Message
+from textual.reactive import reactive
 from textual.screen import ModalScreen
+from textual.strip import Strip
+from textual.widget import Widget
 from textual.widgets import DataTable, Footer, Input, Sparkline, Static
 from textual.worker import Worker, WorkerState
 
-from pagedkv.cli.top_data import (
-    COLOURS,
+from pagedkv.cli.top import (
     COLUMNS,
-    BlockMapView,
+    FAINT,
     Figures,
     History,
+    MapCells,
     Recording,
     SnapshotFile,
     Source,
     block_line,
+    fold,
     request_rows,
     short_id,
 )
@@ -32,6 +42,137 @@ from pagedkv.errors import PagedKvError
 
 if TYPE_CHECKING:
     from pagedkv.engine.snapshot import EngineSnapshot
+
+
+COLOURS = ("#2b3850", "#4a9ff5", "#c084fc", "#1f9e90", "#fbbf24")
+"""Of free, active, shared, cached and pinned blocks."""
+_FAINT = ("#1a222f", "#22405f", "#4a3763", "#173f42", "#5d4a1c")
+_CURSOR, _NOTHING = 100, 101
+_UPPER_HALF = "▀"
+_CELLS = ("■ ", "■")
+"""A block as a line of its own draws it, the roomiest first; where both are too wide, two blocks share a character."""
+
+
+@lru_cache(maxsize=1024)
+def _style(upper: int, lower: int) -> Style:
+    return Style(color=_colour(upper), bgcolor=_colour(lower) if lower != _NOTHING else None)
+
+
+def _colour(kind: int) -> str:
+    if kind == _CURSOR:
+        return "#ffffff"
+    if kind == _NOTHING:
+        return "default"
+    return _FAINT[kind - FAINT] if kind >= FAINT else COLOURS[kind]
+
+
+class BlockMapView(Widget, can_focus=True):
+    """Draws a snapshot and lets a cursor walk over its blocks."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "walk(-1, 0)", "Walk", show=False),
+        Binding("right", "walk(1, 0)", "Walk", show=False),
+        Binding("up", "walk(0, -1)", "Walk", show=False),
+        Binding("down", "walk(0, 1)", "Walk", show=False),
+        Binding("home", "jump(0)", "First", show=False),
+        Binding("end", "jump(-1)", "Last", show=False),
+    ]
+
+    snapshot: reactive[EngineSnapshot | None] = reactive(None, init=False)
+    near: reactive[str | None] = reactive(None, init=False)
+    cursor: reactive[int] = reactive(-1, init=False)
+
+    class Walked(Message):
+        """The cursor stands on another block."""
+
+        def __init__(self, block: int) -> None:
+            super().__init__()
+            self.block = block
+
+    class Folded(Message):
+        """A cell stands for another number of blocks."""
+
+    _cells: MapCells | None = None
+
+    @property
+    def cell(self) -> str:
+        """The text of a cell; empty where a character shows two cells, one above the other."""
+        total = self.snapshot.total_blocks if self.snapshot is not None else 0
+        fitting = (text for text in _CELLS if total <= self.size.width // len(text) * self.size.height)
+        return next(fitting, "")
+
+    @property
+    def columns(self) -> int:
+        """Cells in a row."""
+        return max(1, self.size.width // max(1, len(self.cell)))
+
+    @property
+    def blocks_per_cell(self) -> int:
+        """How many blocks a cell stands for."""
+        return self._cells.blocks_per_cell if self._cells else 1
+
+    def watch_cursor(self) -> None:
+        """Draw the cursor elsewhere."""
+        self.refresh()
+        self.post_message(self.Walked(self.cursor))
+
+    def on_resize(self) -> None:
+        """Fold the pool into the room that there is."""
+        if self.snapshot is None or not self.size.height:
+            return
+        before = self.blocks_per_cell
+        rows = self.size.height if self.cell else 2 * self.size.height
+        self._cells = fold(self.snapshot, self.columns * rows, self.near)
+        self.refresh()
+        if self.blocks_per_cell != before:
+            self.post_message(self.Folded())
+
+    watch_snapshot = watch_near = on_resize
+
+    def render_line(self, y: int) -> Strip:
+        """Draw a row of cells as one line, or two where room is scarce."""
+        segments = [] if self._cells is None else self._segments(y)
+        return Strip(segments).adjust_cell_length(self.size.width).apply_style(self.rich_style)
+
+    def _segments(self, y: int) -> list[Segment]:
+        if cell := self.cell:
+            runs = [(kind, len(list(run))) for kind, run in groupby(self._row(y))]
+            return [Segment(cell * count, _style(kind, _NOTHING)) for kind, count in runs if kind != _NOTHING]
+        pairs = groupby(zip(self._row(2 * y), self._row(2 * y + 1), strict=True))
+        return [Segment(_UPPER_HALF * len(list(run)), _style(*pair)) for pair, run in pairs if pair[0] != _NOTHING]
+
+    def _row(self, row: int) -> list[int]:
+        assert self._cells is not None
+        start = row * self.columns
+        kinds: list[int] = self._cells.kinds[start : start + self.columns].tolist()
+        place = self.cursor // self._cells.blocks_per_cell - start
+        if self.cursor >= 0 and 0 <= place < len(kinds):
+            kinds[place] = _CURSOR
+        return kinds + [_NOTHING] * (self.columns - len(kinds))
+
+    def _move(self, block: int) -> None:
+        if self.snapshot is not None and self.snapshot.total_blocks:
+            self.cursor = min(max(0, block), self.snapshot.total_blocks - 1)
+
+    def action_walk(self, right: int, down: int) -> None:
+        """Move the cursor by cells."""
+        step = (right + down * self.columns) * self.blocks_per_cell
+        self._move(0 if self.cursor < 0 else self.cursor + step)
+
+    def action_jump(self, block: int) -> None:
+        """Move the cursor to the first or the last block."""
+        if self.snapshot is not None:
+            self._move(block % max(1, self.snapshot.total_blocks))
+
+    def on_mouse_move(self, event: events.MouseEvent) -> None:
+        """Follow the mouse."""
+        x, y = event.x, event.y
+        place = y * self.columns + x // len(self.cell) if self.cell else 2 * y * self.columns + x
+        block = place * self.blocks_per_cell
+        if self.snapshot is not None and 0 <= block < self.snapshot.total_blocks:
+            self.cursor = block
+
+    on_click = on_mouse_move
 
 
 _KEYS = (
@@ -90,16 +231,7 @@ _TILES: tuple[tuple[str, str, Callable[[Figures], str]], ...] = (
 
 
 class TopApp(App[str | None]):
-    """The pool, the requests and the rates of a source, several times a second.
-
-    Parameters
-    ----------
-    source : Source
-    interval : float
-        Seconds between two snapshots.
-    recording : Recording, optional
-        Takes every snapshot that is shown.
-    """
+    """The pool, the requests and the rates of a source, every `interval` seconds; a recording takes what is shown."""
 
     CSS_PATH = "top.tcss"
     TITLE = "pagedkv top"
@@ -149,7 +281,7 @@ class TopApp(App[str | None]):
         self._view = self.screen  # the help may lie above it while snapshots come
         table = self._view.query_one(DataTable)
         for column in COLUMNS:
-            table.add_column(column.title, key=column.name)
+            table.add_column(column.name.capitalize(), key=column.name)
         self._view.query_one("#filter").display = False
         table.focus()
         self.set_interval(self.interval, self.ask)
@@ -233,10 +365,11 @@ class TopApp(App[str | None]):
             return
         table = self._view.query_one(DataTable)
         rows = request_rows(self.snapshot, self.sort, self.is_reversed, self.wanted)
-        for column in COLUMNS:
+        for column, head in zip(COLUMNS, table.ordered_columns, strict=True):
             mark = ("▲" if self.is_reversed == column.is_number else "▼") if column.name == self.sort else ""
-            head = table.columns[next(key for key in table.columns if key.value == column.name)]
-            head.label = Text(f"{column.title} {mark}".strip(), justify="right" if column.is_number else "left")
+            head.label = Text(
+                f"{column.name.capitalize()} {mark}".strip(), justify="right" if column.is_number else "left"
+            )
         chosen, offset = self._chosen(), table.scroll_offset
         table.clear()
         for row in rows:
@@ -255,13 +388,9 @@ class TopApp(App[str | None]):
         return table.coordinate_to_cell_key((table.cursor_row, 0)).row_key.value  # type: ignore[arg-type]
 
     def _draw_block(self, block: int) -> None:
-        snapshot = self.snapshot
-        is_there = snapshot is not None and 0 <= block < snapshot.total_blocks
-        line = (
-            block_line(snapshot, block)
-            if snapshot is not None and is_there
-            else "Tab to the map and walk with the arrow keys"
-        )
+        snapshot, line = self.snapshot, "Tab to the map and walk with the arrow keys"
+        if snapshot is not None and 0 <= block < snapshot.total_blocks:
+            line = block_line(snapshot, block)
         self._view.query_one("#block", Static).update(line)
 
     def on_block_map_view_folded(self) -> None:

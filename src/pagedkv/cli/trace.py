@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import msgspec
 import typer
 from rich import box
 from rich.console import Console
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperCommand
 
@@ -24,6 +23,7 @@ from pagedkv.cli.terminal import (
     JsonOption,
     SkipBadOption,
     TraceArgument,
+    facts_table,
     failures_in_one_line,
     library_notices,
     notes,
@@ -87,7 +87,7 @@ class _WithParameters(TyperCommand):
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
-        print_parameters()
+        _print_parameters()
 
 
 @app.command(help=_DESCRIBE)
@@ -107,11 +107,11 @@ def describe(
 
         with progress_bar(notes()) as bar:
             read = read_trace(
-                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar.shows("reading")
+                trace, format=format, block_tokens=block_tokens, skip_bad=skip_bad, progress=bar("reading")
             )
             description = trace_stats.describe(read)
         if json:
-            print_json(msgspec.json.encode(description))
+            print_json(description)
         else:
             show(description, output())
 
@@ -170,11 +170,11 @@ def synth(
             write_trace(trace, path)
         except OSError as error:
             raise Failure(f"--output {path} cannot be written: {error.strerror or error}") from error
-        written = Written.of(trace, path, kind, seed)
+        written = _written(trace, path, kind, seed)
         if json:
-            print_json(msgspec.json.encode(written))
+            print_json(written)
         else:
-            console.print(written.in_words(), style="dim", soft_wrap=True, markup=False)
+            console.print(_WRITTEN.format(**written), style="dim", soft_wrap=True, markup=False)
 
 
 # ``pagedkv trace describe``: the figures of a trace as a screen, or as JSON.
@@ -189,7 +189,7 @@ def show(description: Description, console: Console) -> None:
     title.append(f"  {description.format}, blocks of {description.block_tokens:,} tokens", style="dim")
     console.print(title, soft_wrap=True)
     console.print()
-    console.print(_facts(_overview(description)))
+    console.print(facts_table(_overview(description)))
     rows = [("input tokens", description.input_tokens), ("output tokens", description.output_tokens)]
     _section(console, "Lengths", _distributions(rows))
     if description.content is None:
@@ -218,7 +218,7 @@ def _show_content(content: ContentFigures, description: Description, console: Co
         ("hit ratio by token", f"{content.token_hit_ratio:.1%}  {of_tokens}"),
         ("different blocks", f"{content.distinct_blocks:,}, {content.used_once:.1%} of them used once"),
     ]
-    _section(console, "With a cache without a limit", _facts(facts))
+    _section(console, "With a cache without a limit", facts_table(facts))
     _section(console, "Working set (different blocks touched)", _working_sets(content))
     gaps = [("seconds", content.gap_seconds), ("blocks accessed", content.gap_accesses)]
     _section(console, "From one use of a block to its next", _distributions(gaps))
@@ -233,22 +233,11 @@ def _section(console: Console, title: str, body: Table) -> None:
     console.print(Padding(body, (0, 0, 0, 2), expand=False))
 
 
-def _facts(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, value)
-    return table
-
-
 def _columns(*names: str) -> Table:
     """Return a table with a name on the left and figures on the right."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column(names[0], style="dim")
-    for name in names[1:]:
-        table.add_column(name, justify="right")
-    return table
+    first, *figures = names
+    headings = [Column(first, style="dim"), *(Column(name, justify="right") for name in figures)]
+    return Table(*headings, box=None, padding=(0, 2, 0, 0), header_style="dim")
 
 
 def _distributions(rows: list[tuple[str, Figures]]) -> Table:
@@ -293,51 +282,26 @@ def _hottest(content: ContentFigures) -> Table:
     return table
 
 
-# ``pagedkv trace synth``: make up a trace and write it.
+# ``pagedkv trace synth``: what was written, and the parameters of ``--set``.
+
+_WRITTEN = (
+    "{path}: {requests:,} requests of {sessions:,} sessions, {accesses:,} block accesses, "
+    "{distinct_blocks:,} different blocks of {block_tokens} tokens"
+)
 
 
-class Written(msgspec.Struct):
-    """What ``pagedkv trace synth --json`` prints.
-
-    Attributes
-    ----------
-    path, kind : str
-    seed, block_tokens : int
-    requests, sessions, accesses, distinct_blocks : int
-    span_seconds : float
-    """
-
-    path: str
-    kind: str
-    seed: int
-    block_tokens: int
-    requests: int
-    sessions: int
-    accesses: int
-    distinct_blocks: int
-    span_seconds: float
-
-    @classmethod
-    def of(cls, trace: Trace, path: Path, kind: str, seed: int) -> Written:
-        """Return what was written of a trace."""
-        return cls(
-            path=str(path),
-            kind=kind,
-            seed=seed,
-            block_tokens=trace.block_tokens,
-            requests=trace.num_requests,
-            sessions=int(trace.sessions.max()) + 1,
-            accesses=trace.num_accesses,
-            distinct_blocks=trace.num_distinct,
-            span_seconds=float(trace.times[-1]),
-        )
-
-    def in_words(self) -> str:
-        """Return it as one line."""
-        return (
-            f"{self.path}: {self.requests:,} requests of {self.sessions:,} sessions, {self.accesses:,} block accesses, "
-            f"{self.distinct_blocks:,} different blocks of {self.block_tokens} tokens"
-        )
+def _written(trace: Trace, path: Path, kind: str, seed: int) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "kind": kind,
+        "seed": seed,
+        "block_tokens": trace.block_tokens,
+        "requests": trace.num_requests,
+        "sessions": int(trace.sessions.max()) + 1,
+        "accesses": trace.num_accesses,
+        "distinct_blocks": trace.num_distinct,
+        "span_seconds": float(trace.times[-1]),
+    }
 
 
 def _parameter(text: str) -> tuple[str, Any]:
@@ -357,8 +321,6 @@ def _parameter(text: str) -> tuple[str, Any]:
         raise Failure(f"--set {name}: expected a number, got {value!r}") from None
     return name, int(number) if number.is_integer() else number
 
-
-# The parameters of synthetic traffic, as a table under the help of ``pagedkv trace synth``.
 
 MEANINGS = {
     "rate": "requests per second",
@@ -394,15 +356,12 @@ MEANINGS = {
 _SPREAD = "its spread"
 
 
-def print_parameters() -> None:
+def _print_parameters() -> None:
     """Print name, meaning and the value of each kind; ``mixed`` takes those of the three."""
     from pagedkv.sim.traffic import TRAFFIC, Traffic
 
-    table = Table(title="Parameters for --set", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("name")
-    table.add_column("meaning", style="dim")
-    for kind in TRAFFIC:
-        table.add_column(kind, justify="right")
+    headings = [Column("name"), Column("meaning", style="dim"), *(Column(kind, justify="right") for kind in TRAFFIC)]
+    table = Table(*headings, title="Parameters for --set", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     for field in fields(Traffic):
         name = "(--rate)" if field.name == "rate" else field.name
         values = [getattr(traffic, field.name) for traffic in TRAFFIC.values()]

@@ -36,15 +36,7 @@ DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 
 class Part(msgspec.Struct):
-    """What was compiled for one use.
-
-    Attributes
-    ----------
-    name : str
-    functions : int
-        Compiled now; 0 where all were on the disk.
-    seconds : float
-    """
+    """What was compiled for one use: no functions where all were on the disk."""
 
     name: str
     functions: int
@@ -52,14 +44,7 @@ class Part(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """What ``pagedkv warmup --json`` prints.
-
-    Attributes
-    ----------
-    directory : str or None
-        Where compiled code is kept; None where nothing can be kept.
-    parts : list of Part
-    """
+    """What ``pagedkv warmup --json`` prints; there is no directory where nothing can be kept."""
 
     directory: str | None
     parts: list[Part]
@@ -98,7 +83,7 @@ def warmup(
             work["engine"] = use_engine
         report = compile_all(work)
         if json:
-            print_json(msgspec.json.encode(report))
+            print_json(report)
         else:
             _print(report)
 
