@@ -450,3 +450,25 @@ def test_without_compiling_the_functions_are_plain_python(tmp_path: Path) -> Non
     code = KERNEL.replace("held(inner(number))", "inner(number)")
     (tmp_path / "kernel.py").write_text(code)
     assert run("import kernel; kernel.run()", tmp_path, NUMBA_DISABLE_JIT="1") == "[50, [], 0]\n"
+
+
+PARTS = """
+from pagedkv.jit import compiled
+
+@compiled
+def part(number):
+    return number + 1
+
+@compiled
+def whole(number):
+    return 2 * part(number)
+"""
+
+
+@pytest.mark.parametrize("calls", [("whole", "part"), ("part", "whole"), ("whole", "part", "whole", "part")])
+def test_a_kernel_is_kept_apart_for_python_and_as_a_part_of_others(tmp_path: Path, calls: tuple[str, ...]) -> None:
+    """One has no wrapper for Python: called from there it would jump to nowhere."""
+    (tmp_path / "parts.py").write_text(PARTS)
+    for call in calls:
+        printed = run(f"import parts; print(parts.{call}(20))", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
+        assert printed.splitlines()[0] == {"part": "21", "whole": "42"}[call]

@@ -386,8 +386,9 @@ _running: list[_Compile] = []
 class _KernelCache(caching.NullCache):
     """What Numba asks for a function's code before it compiles, and gives it to afterwards."""
 
-    def __init__(self, function: Callable[..., Any], on_disk: bool) -> None:
+    def __init__(self, function: Callable[..., Any], options: object, on_disk: bool) -> None:
         self._py_func = function
+        self._options = options
         self._name = f"{function.__module__}.{function.__qualname__}"
         self._on_disk = on_disk
 
@@ -400,7 +401,8 @@ class _KernelCache(caching.NullCache):
         return self._files.directory if self._files else None
 
     def _key(self, signature: Any, codegen: Any) -> object:
-        return caching.FunctionCache._index_key(self, signature, codegen)  # type: ignore[arg-type]
+        # With the options: one function is compiled for Python, and otherwise for the kernels that it is a part of.
+        return caching.FunctionCache._index_key(self, signature, codegen), self._options  # type: ignore[arg-type]
 
     def load_overload(self, signature: Any, target: Any) -> Any:
         target.refresh()
@@ -464,7 +466,8 @@ def manage(dispatcher: Any, *, on_disk: bool) -> None:
     Its code is kept in files of its own (`on_disk`), or within the code of the functions that call it.
     """
     kernel_digest()  # of the sources that are being imported
-    dispatcher._cache = _KernelCache(dispatcher.py_func, on_disk)
+    options = tuple(sorted(dispatcher.targetoptions.items()))
+    dispatcher._cache = _KernelCache(dispatcher.py_func, options, on_disk)
     compile_it = dispatcher.compile
 
     @functools.wraps(compile_it)
