@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pagedkv.format import count, digits, percent, share
-from pagedkv.sim import LRU
+from pagedkv.sim.baselines import LRU
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pagedkv.format import count
-from pagedkv.sim import LRU, OPTIMAL
+from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report.html import format_bytes, round_count, short

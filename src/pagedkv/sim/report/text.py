@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagedkv.format import count, percent, points, share
-from pagedkv.sim import LRU, OPTIMAL
+from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.charts import section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
