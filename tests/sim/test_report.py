@@ -121,6 +121,11 @@ def test_every_chart_has_two_sizes_and_tells_what_it_shows(full_report):
                     assert 0 <= float(shape.get(name, 0)) <= limit
 
 
+def test_what_rows_are_sorted_by_is_a_number(full_report):
+    values = [cell.get("data-value") for cell in parsed(full_report).iter() if "data-value" in cell.attrib]
+    assert len(values) > 50 and all(np.isfinite(float(value)) for value in values)
+
+
 def test_the_tables_hold_the_results_to_the_last_digit():
     trace = some_trace()
     results = some_results(trace)

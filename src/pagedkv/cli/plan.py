@@ -36,7 +36,7 @@ from pagedkv.cli.terminal import (
     write_file,
 )
 from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
-from pagedkv.sim import OPTIMAL
+from pagedkv.sim.baselines import OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.model_shape import ModelShape

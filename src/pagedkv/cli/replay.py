@@ -41,7 +41,7 @@ from pagedkv.cli.terminal import (
     write_file,
 )
 from pagedkv.errors import InvalidOperation
-from pagedkv.sim import LRU, OPTIMAL
+from pagedkv.sim.baselines import LRU, OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from pagedkv.sim.trace import Trace, write_trace
     from pagedkv.sim.trace_stats import describe
 
-LRU, OPTIMAL = "lru", "optimal"
-"""What everything is compared with, and the bound of it all: as strategies are named here."""
-
 __all__ = [
     "HitCurve",
     "ReplayResult",

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Trace, require_content
 from pagedkv.validate import require_int, require_number
 
 # Hits against capacity, as a step function.
@@ -99,17 +99,6 @@ def knee(curve: HitCurve, *, tokens: bool = False) -> int:
     across = (reach - reach[0]) / (reach[-1] - reach[0])
     above = (gain - gain[0]) / (gain[-1] - gain[0]) - across
     return int(capacity[len(above) - 1 - np.argmax(above[::-1])])
-
-
-def require_content(trace: Trace) -> None:
-    """Refuse a trace of lengths only.
-
-    Raises
-    ------
-    InvalidOperation
-    """
-    if not trace.has_content:
-        raise InvalidOperation(f"trace {trace.name!r} ({trace.format}) carries lengths only: hits need content ids")
 
 
 # Exact LRU hits at every capacity in one pass (Mattson et al. 1970, "Evaluation techniques for storage hierarchies").

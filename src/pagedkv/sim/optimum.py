@@ -20,16 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.jit import compiled
-from pagedkv.sim import OPTIMAL
-from pagedkv.sim.curves import HitCurve, require_content
-from pagedkv.sim.replayer import ReplayResult
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.baselines import OPTIMAL
+from pagedkv.sim.curves import HitCurve
+from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
+from pagedkv.sim.trace import Trace, require_content
 from pagedkv.validate import require_int
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
-
-MAX_BLOCKS = 2**31 - 2
 
 _NEVER = -1
 

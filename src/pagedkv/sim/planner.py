@@ -12,13 +12,13 @@ import numpy.typing as npt
 from pagedkv.control.strategies import strategy_names
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.format import format_bytes, percent, share
-from pagedkv.sim import LRU, OPTIMAL
-from pagedkv.sim.curves import HitCurve, knee, lru_curve, require_content
+from pagedkv.sim.baselines import LRU, OPTIMAL
+from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
 from pagedkv.sim.sweeps import sweep
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What runs at the same time: the blocks that requests hold while they are served.

@@ -10,9 +10,8 @@ import numpy as np
 
 from pagedkv.errors import TraceError
 from pagedkv.sim.collect import Collector, TooManyBlocks
-from pagedkv.sim.readers.azure import AzureReader
 from pagedkv.sim.readers.base import Reader
-from pagedkv.sim.readers.burstgpt import BurstGptReader
+from pagedkv.sim.readers.csv_lengths import AzureReader, BurstGptReader
 from pagedkv.sim.readers.kv_events import KvEventsReader
 from pagedkv.sim.readers.mooncake import MooncakeReader
 from pagedkv.sim.readers.qwen import QwenReader
@@ -76,16 +75,10 @@ def _of_csv(line: bytes) -> str | None:
 
 logger = logging.getLogger("pagedkv")
 
-_READERS: tuple[type[Reader], ...] = (
-    MooncakeReader,
-    QwenReader,
-    WekaReader,
-    BurstGptReader,
-    AzureReader,
-    KvEventsReader,
-    TokensReader,
-)
-FORMATS: dict[str, type[Reader]] = {reader.name: reader for reader in _READERS}
+FORMATS: dict[str, type[Reader]] = {
+    reader.name: reader
+    for reader in (MooncakeReader, QwenReader, WekaReader, BurstGptReader, AzureReader, KvEventsReader, TokensReader)
+}
 """Every format that can be read, by the name that `read_trace` takes."""
 
 _SESSION_FILES = ("*.json", "*.jsonl", "*.json.gz", "*.jsonl.gz")

@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.errors import InvalidOperation
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Trace, require_content
 from pagedkv.validate import require_int, require_number
 
 # What one replay found: one cell of the table strategies × capacities.
@@ -234,8 +233,7 @@ def replay(
         If the trace carries lengths only, `blocks` is out of range, or the strategy is unknown or returns something
         else than scores.
     """
-    if not trace.has_content:
-        raise InvalidOperation(f"trace {trace.name!r} ({trace.format}) carries lengths only: hits need content ids")
+    require_content(trace)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
     # A pool larger than the trace ever fills finds the same hits in less memory.
     most = trace.num_distinct if timing is None else most_blocks(trace)

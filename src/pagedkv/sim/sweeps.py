@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,13 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
-from pagedkv.sim import OPTIMAL
+from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Trace, require_content
 from pagedkv.validate import require_int
+
+Progress = Callable[[int, int], None]
+Outcomes = Iterator[tuple[int, ReplayResult]]  # the place of a cell, and what its replay found
 
 _FEW_REQUESTS, _FEW_BLOCKS = 2, 64
 _MODULE_AND_CLASS = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)\s*")
@@ -35,48 +38,24 @@ _MODULE_AND_CLASS = re.compile(r"\s*([A-Za-z_][\w.]*):([A-Za-z_][\w.]*)\s*")
 
 @dataclass(frozen=True)
 class Cell:
-    """One replay that is asked for. It is sent to other processes, so a strategy must be picklable there.
+    """One replay that is asked for. It is sent to other processes, so a strategy must be picklable there."""
 
-    Attributes
-    ----------
-    name : str
-        The strategy as it was asked for.
-    strategy : EvictionStrategy or None
-        None for the optimum.
-    blocks : int
-    timing : Timing or None
-    """
-
-    name: str
-    strategy: EvictionStrategy | None
+    name: str  # the strategy as it was asked for
+    strategy: EvictionStrategy | None  # None for the optimum
     blocks: int
     timing: Timing | None = None
 
-    def replay(self, trace: Trace) -> ReplayResult:
-        """Replay with a strategy of its own, so that what it learned in another cell plays no part.
-
-        Raises
-        ------
-        ReplayFailed
-            Whatever went wrong.
-        """
-        return self._replay(trace, self.blocks)
-
     def try_out(self, trace: Trace) -> None:
-        """Replay the first requests: everything is compiled afterwards, and a strategy that cannot work has failed.
-
-        Raises
-        ------
-        ReplayFailed
-            Whatever went wrong.
-        """
+        """Replay the first requests: everything is compiled afterwards, and a strategy that cannot work has failed."""
         few = trace.slice(0, min(_FEW_REQUESTS, trace.num_requests))
         for name, array in vars(few).items():
             if isinstance(array, np.ndarray) and not getattr(trace, name).flags.writeable:
                 array.flags.writeable = False  # read-only arrays are another type to the compiler
-        self._replay(few, min(_FEW_BLOCKS, self.blocks))
+        self.replay(few, min(_FEW_BLOCKS, self.blocks))
 
-    def _replay(self, trace: Trace, blocks: int) -> ReplayResult:
+    def replay(self, trace: Trace, blocks: int | None = None) -> ReplayResult:
+        """Replay with a strategy of its own, so that what it learned in another cell plays no part."""
+        blocks = self.blocks if blocks is None else blocks
         try:
             if self.strategy is None:
                 from pagedkv.sim.optimum import optimal
@@ -97,25 +76,13 @@ class Cell:
 
 
 def try_out(trace: Trace, cells: Sequence[Cell]) -> None:
-    """Try every strategy once: what they need is compiled here, and nothing is started for one that cannot work.
-
-    Raises
-    ------
-    ReplayFailed
-        Whatever went wrong.
-    """
+    """Try every strategy once: what they need is compiled here, and nothing is started for one that cannot work."""
     for cell in {cell.name: cell for cell in reversed(cells)}.values():
         cell.try_out(trace)
 
 
 def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrategy | None]:
-    """Return what a strategy is called and the strategy; None for the optimum.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is neither ``"optimal"``, a registered name, ``module:Class`` nor a strategy object.
-    """
+    """Return what a strategy is called and the strategy; None for the optimum."""
     if not isinstance(strategy, str):
         has_a_name = type(strategy).__str__ is not object.__str__
         return str(strategy) if has_a_name else type(strategy).__name__, as_strategy(strategy)
@@ -131,13 +98,7 @@ def named_strategy(strategy: str | EvictionStrategy) -> tuple[str, EvictionStrat
 
 
 def imported_strategy(text: str) -> EvictionStrategy:
-    """Import ``module:Class`` and make one without arguments.
-
-    Raises
-    ------
-    InvalidOperation
-        If it cannot be imported or made, or is no strategy.
-    """
+    """Import ``module:Class`` and make one without arguments."""
     match = _MODULE_AND_CLASS.fullmatch(text)
     if match is None:
         raise InvalidOperation(f"a strategy's class: expected module:Class, got {text!r}")
@@ -149,12 +110,8 @@ def imported_strategy(text: str) -> EvictionStrategy:
         raise InvalidOperation(f"strategy {text!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise InvalidOperation(f"strategy {text!r}: expected a class, got {found!r}")
-    return _made(found, text)
-
-
-def _made(factory: Callable[[], object], text: str) -> EvictionStrategy:
     try:
-        made = factory()
+        made = found()
     except Exception as error:
         raise InvalidOperation(
             f"strategy {text!r} cannot be made without arguments: {type(error).__name__}: {error}"
@@ -174,18 +131,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 def parse_capacities(text: str, num_distinct: int) -> list[int]:
     """Return the capacities in the order they are named, each once.
 
-    Parameters
-    ----------
-    text : str
-        Separated by commas: blocks, with ``k``, ``m`` or ``g`` for thousands, millions, thousand millions; a
-        percentage of the distinct blocks, rounded up; ``auto`` for eight sizes that double up to all distinct blocks.
-    num_distinct : int
-        Distinct blocks of the trace.
-
-    Raises
-    ------
-    InvalidOperation
-        If a capacity is none of these, or has no block at all.
+    They are separated by commas: blocks, with ``k``, ``m`` or ``g`` for thousands, millions, thousand millions; a
+    percentage of the distinct blocks, rounded up; ``auto`` for eight sizes that double up to all distinct blocks.
     """
     capacities: list[int] = []
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -224,19 +171,8 @@ def _capacity(part: str, num_distinct: int) -> int:
 _context = multiprocessing.get_context("spawn")
 
 
-def run_in_processes(folder: Path, cells: Sequence[Cell], jobs: int) -> Iterator[tuple[int, ReplayResult]]:
-    """Replay every cell, `jobs` at a time, over the trace that was saved in `folder`.
-
-    Yields
-    ------
-    place, result : int, ReplayResult
-        As they are done.
-
-    Raises
-    ------
-    ReplayFailed
-        As soon as one cell failed, or the process that replayed it died.
-    """
+def run_in_processes(folder: Path, cells: Sequence[Cell], jobs: int) -> Outcomes:
+    """Replay every cell, `jobs` at a time, over the trace saved in `folder`; yields places and results as they come."""
     left = iter(enumerate(cells))
     workers: list[_Worker] = []
     try:
@@ -260,18 +196,11 @@ def run_in_processes(folder: Path, cells: Sequence[Cell], jobs: int) -> Iterator
             worker.end()
 
 
-@dataclass(frozen=True)
-class Failed:
-    """What a failed cell sends home in place of a result: errors and their tracebacks do not travel well.
-
-    Attributes
-    ----------
-    reason, details : str
-        One line, and the traceback.
-    """
+class Failed(NamedTuple):
+    """What a failed cell sends home in place of a result: errors and their tracebacks do not travel well."""
 
     reason: str
-    details: str
+    details: str  # the traceback
 
 
 def outcome_of(trace: Trace, cell: Cell) -> ReplayResult | Failed:
@@ -284,13 +213,7 @@ def outcome_of(trace: Trace, cell: Cell) -> ReplayResult | Failed:
 
 
 def result_of(cell: Cell, outcome: ReplayResult | Failed) -> ReplayResult:
-    """Return the result that came home.
-
-    Raises
-    ------
-    ReplayFailed
-        If none did.
-    """
+    """Return the result that came home, or raise the failure that came in its place."""
     if isinstance(outcome, ReplayResult):
         return outcome
     failure = cell.failure(outcome.reason)
@@ -370,14 +293,6 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# Many replays of one trace: every strategy at every capacity, in parallel processes or as Ray tasks.
-#
-# The results come in the order that was asked for, and nothing in them but the seconds depends on how many processes
-# computed them.
-
-Progress = Callable[[int, int], None]
-Outcomes = Iterator[tuple[int, ReplayResult]]
-
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
 
@@ -417,7 +332,8 @@ def sweep(
     Returns
     -------
     list of ReplayResult
-        Strategy by strategy in the order asked for, within it capacity by capacity.
+        Strategy by strategy in the order asked for, within it capacity by capacity. Nothing in them but the seconds
+        depends on how many processes computed them.
 
     Raises
     ------
@@ -430,7 +346,7 @@ def sweep(
     """
     cells = _cells(trace, strategies, blocks, timing)
     if ray:
-        return _collected(connected().run(trace, cells), len(cells), progress)
+        return _collected(_run_on_ray(_connected_ray(), trace, cells), len(cells), progress)
     jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
     if jobs == 1:
         try_out(trace, cells)
@@ -444,13 +360,7 @@ def sweep(
 def _cells(
     trace: Trace, strategies: Sequence[str | EvictionStrategy], blocks: Sequence[int], timing: Timing | None
 ) -> list[Cell]:
-    if not trace.has_content:
-        raise bad_argument(
-            "trace",
-            "the content of its blocks",
-            f"{trace.name!r}: the format {trace.format} carries lengths only, "
-            "and what is found again cannot be told from lengths",
-        )
+    require_content(trace)
     for name, values in (("strategies", strategies), ("blocks", blocks)):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence | np.ndarray):
             raise bad_argument(name, "a sequence", f"{values!r}")
@@ -479,62 +389,28 @@ def _collected(outcomes: Outcomes, asked: int, progress: Progress | None) -> lis
     return [results[place] for place in range(asked)]
 
 
-# The cells of a sweep as tasks of a Ray cluster.
+def _run_on_ray(ray: Any, trace: Trace, cells: Sequence[Cell]) -> Outcomes:
+    """Replay every cell as a task of one core; the trace is put into the object store once."""
+    task = ray.remote(num_cpus=1)(outcome_of)
+    shared = ray.put(trace)
+    try_out(ray.get(shared), cells)  # the read-only arrays that the tasks will see, without a copy
+    running = {task.remote(shared, cell): place for place, cell in enumerate(cells)}
+    try:
+        while running:
+            (done, *_), _ = ray.wait(list(running), num_returns=1)
+            place = running.pop(done)
+            try:
+                outcome = ray.get(done)
+            except Exception as error:  # the worker died, or could not import the strategy
+                raise cells[place].failure(error) from error
+            yield place, result_of(cells[place], outcome)
+    finally:
+        for left in running:
+            ray.cancel(left, force=True)
 
 
-class Cluster:
-    """A Ray cluster that this process is connected to.
-
-    Parameters
-    ----------
-    ray : module
-    """
-
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-
-    def run(self, trace: Trace, cells: Sequence[Cell]) -> Iterator[tuple[int, ReplayResult]]:
-        """Replay every cell as a task of one core; the trace is put into the object store once.
-
-        Yields
-        ------
-        place, result : int, ReplayResult
-            As they are done.
-
-        Raises
-        ------
-        ReplayFailed
-            As soon as one cell failed, or Ray lost it.
-        """
-        ray = self._ray
-        task = ray.remote(num_cpus=1)(outcome_of)
-        shared = ray.put(trace)
-        try_out(ray.get(shared), cells)  # the read-only arrays that the tasks will see, without a copy
-        running = {task.remote(shared, cell): place for place, cell in enumerate(cells)}
-        try:
-            while running:
-                (done, *_), _ = ray.wait(list(running), num_returns=1)
-                place = running.pop(done)
-                try:
-                    outcome = ray.get(done)
-                except Exception as error:  # the worker died, or could not import the strategy
-                    raise cells[place].failure(error) from error
-                yield place, result_of(cells[place], outcome)
-        finally:
-            for left in running:
-                ray.cancel(left, force=True)
-
-
-def connected() -> Cluster:
-    """Connect to the running cluster, unless this process is connected already.
-
-    Raises
-    ------
-    MissingExtra
-        If Ray is not installed.
-    InvalidOperation
-        If no cluster can be had; it says what Ray said.
-    """
+def _connected_ray() -> Any:
+    """Return the module Ray, connected to the running cluster."""
     try:
         ray: Any = import_module("ray")
     except ModuleNotFoundError as error:
@@ -550,4 +426,4 @@ def connected() -> Cluster:
                 "a running cluster (ray start --head starts one, RAY_ADDRESS names one)",
                 f"{type(error).__name__}: {error}",
             ) from error
-    return Cluster(ray)
+    return ray

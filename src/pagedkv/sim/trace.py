@@ -19,6 +19,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.errors import bad_argument
+
 NO_PARENT = -1
 NO_SESSION = -1
 
@@ -140,6 +142,13 @@ class Trace:
             if field.name not in values:
                 values[field.name] = np.load(folder / f"{field.name}.npy", mmap_mode="c")
         return cls(**values)
+
+
+def require_content(trace: Trace) -> None:
+    """Refuse a trace of lengths only."""
+    if not trace.has_content:
+        got = f"{trace.name!r}: the format {trace.format} carries lengths only, which do not tell what is found again"
+        raise bad_argument("trace", "the content of its blocks", got)
 
 
 # Write a trace as Mooncake JSONL, so that whatever can be read can be converted.

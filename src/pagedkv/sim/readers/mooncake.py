@@ -33,6 +33,9 @@ class _Line(msgspec.Struct, gc=False):
     block_size: int | None = None
 
 
+_decode = msgspec.json.Decoder(_Line).decode
+
+
 class MooncakeReader(LineReader):
     """One request a line, timestamps in milliseconds, 512 tokens a block."""
 
@@ -42,14 +45,13 @@ class MooncakeReader(LineReader):
 
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         super().__init__(collector, block_tokens)
-        self._decode = msgspec.json.Decoder(_Line).decode
         self._last_time: dict[Id | None, float] = {}
         self._has_delays = False
         self._is_first = True
 
     def add(self, text: bytes) -> None:
         """Take one line."""
-        line = self._decode(text)
+        line = _decode(text)
         inputs = first_given("input_length", line.input_length, line.input_tokens)
         outputs = first_given("output_length", line.output_length, line.output_tokens)
         ids = line.hash_ids

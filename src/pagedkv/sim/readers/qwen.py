@@ -24,6 +24,9 @@ class _Line(msgspec.Struct, gc=False):
     parent_chat_id: Id | None = None
 
 
+_decode = msgspec.json.Decoder(_Line).decode
+
+
 class QwenReader(LineReader):
     """One request a line, timestamps in seconds, 16 tokens a block."""
 
@@ -31,12 +34,11 @@ class QwenReader(LineReader):
 
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         super().__init__(collector, block_tokens)
-        self._decode = msgspec.json.Decoder(_Line).decode
         self._roots: dict[Id, Id] = {}
 
     def add(self, text: bytes) -> None:
         """Take one line."""
-        line = self._decode(text)
+        line = _decode(text)
         parent = line.parent_chat_id
         root = line.chat_id if parent in NO_CHAT or parent is None else self._roots.get(parent, parent)
         self._collector.add(line.timestamp, line.input_length, line.output_length, root, line.hash_ids)

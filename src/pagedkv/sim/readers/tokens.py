@@ -11,7 +11,6 @@ from array import array
 
 import msgspec
 
-from pagedkv.sim.collect import Collector
 from pagedkv.sim.readers.base import Id, LineReader
 from pagedkv.sim.source import BadRecord
 
@@ -26,18 +25,17 @@ class _Line(msgspec.Struct, gc=False):
     session_id: Id | None = None
 
 
+_decode = msgspec.json.Decoder(_Line).decode
+
+
 class TokensReader(LineReader):
     """One request a line, timestamps in seconds, its tokens instead of block ids."""
 
     name = "tokens"
 
-    def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
-        super().__init__(collector, block_tokens)
-        self._decode = msgspec.json.Decoder(_Line).decode
-
     def add(self, text: bytes) -> None:
         """Take one line."""
-        line = self._decode(text)
+        line = _decode(text)
         try:
             tokens = array(INT, line.token_ids)
         except OverflowError:

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import msgspec
 
 from pagedkv.sim.collect import Collector
-from pagedkv.sim.readers.base import Id, Reader
-from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
+from pagedkv.sim.readers.base import Id, Reader, first_given
+from pagedkv.sim.source import BAD_RECORD, Source, reason_of
 
 MAX_DOCUMENT_BYTES = 256 * 2**20
 HEAD_BYTES = 2**16
@@ -36,6 +36,10 @@ class _Session(msgspec.Struct, gc=False):
     hash_id_scope: str = "local"
 
 
+_decode = msgspec.json.Decoder(_Session).decode
+_decode_ids = msgspec.json.Decoder(list[Id]).decode
+
+
 class WekaReader(Reader):
     """Sessions with nested sub-agents, times in seconds, 64 tokens a block."""
 
@@ -45,8 +49,6 @@ class WekaReader(Reader):
 
     def __init__(self, collector: Collector, block_tokens: int | None = None) -> None:
         super().__init__(collector, block_tokens)
-        self._decode = msgspec.json.Decoder(_Session).decode
-        self._decode_ids = msgspec.json.Decoder(list[Id]).decode
         self._num_sessions = 0
 
     def read(self, source: Source) -> None:
@@ -54,7 +56,7 @@ class WekaReader(Reader):
         documents = source.lines(MAX_DOCUMENT_BYTES) if _one_a_line(source) else source.whole(MAX_DOCUMENT_BYTES)
         for number, text in documents:
             try:
-                session = self._decode(text)
+                session = _decode(text)
                 self._file_says(session.block_size)
             except BAD_RECORD as error:
                 source.bad(number, reason_of(error))
@@ -73,12 +75,8 @@ class WekaReader(Reader):
                 source.bad(place, reason_of(error), "request")
 
     def _add_request(self, request: _Request, session: tuple[int, Id | None], root: int) -> None:
-        if request.t is None:
-            raise BadRecord("t is missing")
-        if request.inputs is None:
-            raise BadRecord("in is missing")
-        ids = self._decode_ids(request.hash_ids)
-        self._collector.add(request.t, request.inputs, request.out, session, ids, root)
+        time, inputs = first_given("t", request.t), first_given("in", request.inputs)
+        self._collector.add(time, inputs, request.out, session, _decode_ids(request.hash_ids), root)
 
 
 def _one_a_line(source: Source) -> bool:

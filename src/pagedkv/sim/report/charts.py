@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pagedkv.format import count, digits, percent, share
-from pagedkv.sim import LRU
+from pagedkv.sim.baselines import LRU
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts
@@ -70,20 +72,15 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
 
 def time_ticks(low: float, high: float, most: int = 8) -> list[float]:
     """Return seconds, minutes, hours and days between `low` and `high` for a log axis."""
-    return _thinned([tick for tick in _TIMES if low * 0.999 <= tick <= high * 1.001], most)
+    ticks = [tick for tick in _TIMES if low * 0.999 <= tick <= high * 1.001]
+    return ticks[:: max(1, math.ceil(len(ticks) / most))]
 
 
 def even_time_ticks(high: float, most: int = 7) -> list[float]:
     """Return times from 0 to at most `high` in equal steps that a clock would have."""
-    step = next((step for step in _EVEN_TIMES if high <= step * most), None)
-    if step is None:
-        step = 86400 * math.ceil(high / 86400 / most)
+    days = 86400 * math.ceil(high / 86400 / most)
+    step = next((step for step in _EVEN_TIMES if high <= step * most), days)
     return [float(step * i) for i in range(int(high / step) + 1)]
-
-
-def _thinned(ticks: Sequence[float], most: int) -> list[float]:
-    every = max(1, math.ceil(len(ticks) / most))
-    return list(ticks[::every])
 
 
 Format = Callable[[float], str]
@@ -98,24 +95,14 @@ class Frame:
     width: float
     height: float
     right_margin: float
-    left_margin: float = 46.0
-    top_margin: float = 46.0
+    left: float = 46.0
+    top: float = 46.0
     bottom_margin: float = 44.0
-
-    @property
-    def left(self) -> float:
-        """Where the plotting area begins."""
-        return self.left_margin
 
     @property
     def right(self) -> float:
         """Where the plotting area ends."""
         return self.width - self.right_margin
-
-    @property
-    def top(self) -> float:
-        """The upper end of the plotting area."""
-        return self.top_margin
 
     @property
     def bottom(self) -> float:
@@ -143,31 +130,19 @@ class Frame:
 
 WIDE = Frame("wide", 860, 380, right_margin=140)
 WIDE_BARE = Frame("wide", 860, 340, right_margin=24)
-NARROW = Frame("narrow", 360, 290, right_margin=22, left_margin=46)
+NARROW = Frame("narrow", 360, 290, right_margin=22)
 
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """One line of a chart.
-
-    Attributes
-    ----------
-    name : str
-    look : str
-        The CSS class that gives colour and dashes.
-    xs, ys : sequence of float
-    tips : sequence of str
-        What hovering over a point says; a line without tips has no dots.
-    is_labelled : bool
-        Whether the name stands at the end of the line.
-    """
+    """One line of a chart."""
 
     name: str
-    look: str
+    look: str  # the CSS class that gives colour and dashes
     xs: Sequence[float]
     ys: Sequence[float]
-    tips: Sequence[str] = ()
-    is_labelled: bool = True
+    tips: Sequence[str] = ()  # what hovering over a point says; a line without tips has no dots
+    is_labelled: bool = True  # whether the name stands at the end of the line
 
     def clipped(self, low: float) -> Series:
         """Return the line from the value `low` of the horizontal axis on."""
@@ -222,23 +197,45 @@ def bars(
     """Draw a bar from edge to edge for every height."""
     for left, right, height, tip in zip(edges[:-1], edges[1:], heights, tips, strict=True):
         if height > 0:
-            x, y = across(left), up(height)
+            x = across(left)
             width = max(across(right) - x - 1.0, 0.5)
-            tall = max(up(0) - y, 1.0)
-            yield tag(
-                "rect", tag("title", tip), class_=f"bar {look}", x=x + 0.5, y=up(0) - tall, width=width, height=tall
-            )
+            tall = max(up(0) - up(height), 1.0)
+            box = {"x": x + 0.5, "y": up(0) - tall, "width": width, "height": tall}
+            yield tag("rect", tag("title", tip), class_=f"bar {look}", **box)
 
 
 def upright(frame: Frame, across: Scale, value: float, name: str, row: int = 0) -> Iterator[Markup]:
     """Mark a value of the horizontal axis by a line with its name above the plotting area."""
-    x = across(value)
-    y = frame.top - 19 + 14 * row
-    is_late = x > (frame.left + frame.right) / 2
+    x, y = across(value), frame.top - 19 + 14 * row
+    shift, anchor = (-5, "end") if x > (frame.left + frame.right) / 2 else (5, "start")
     yield tag("line", class_="mark", x1=x, x2=x, y1=y - 8, y2=frame.bottom)
-    yield tag(
-        "text", name, class_="note", x=x - 5 if is_late else x + 5, y=y, text_anchor="end" if is_late else "start"
-    )
+    yield tag("text", name, class_="note", x=x + shift, y=y, text_anchor=anchor)
+
+
+def ratio_lines(frame: Frame, across: Scale, lines: Sequence[Series], *axis: Markup) -> Iterator[Markup]:
+    """Draw lines of hit ratios with their grid and their names; `axis` lies beneath them."""
+    up, drawn = ratio_grid(frame, max(max(series.ys) for series in lines))
+    yield from drawn
+    yield from axis
+    for series in lines:
+        yield from line(series, across, up)
+    yield from label_ends(frame, lines, across, up)
+
+
+def histogram(
+    frame: Frame,
+    across: Scale,
+    edges: facts.Floats,
+    heights: npt.NDArray[Any],
+    tips: Sequence[str],
+    write: Format,
+    title: str,
+) -> Iterator[Markup]:
+    """Draw bars with their grid; `write` and `title` are those of the vertical axis."""
+    ticks = linear_ticks(float(heights.max()))
+    up = frame.up(ticks[-1])
+    yield from grid(frame, up, ticks, write, title)
+    yield from bars(across, up, list(edges), list(heights), tips, "b1")
 
 
 def label_ends(frame: Frame, lines: Sequence[Series], across: Scale, up: Scale) -> Iterator[Markup]:
@@ -274,6 +271,7 @@ def _cut(name: str, most: int = 16) -> str:
 # A chart with all that belongs to it: heading, two drawings (desktop, phone), legend, the figures as a table.
 
 Cell = object
+"""Text, markup, or (text, number to sort by)."""
 
 
 def section(key: str, heading: str, *content: object) -> Markup:
@@ -281,17 +279,24 @@ def section(key: str, heading: str, *content: object) -> Markup:
     return tag("section", tag("h2", heading, id=f"{key}-heading"), *content, id=key, aria_labelledby=f"{key}-heading")
 
 
-def figure(
+def chart_section(
     key: str,
-    title: str,
-    description: str,
+    heading: str,
+    lede: str,
     draw: Callable[[Frame], Iterable[Markup]],
     *below: object,
+    title: str,
+    description: str | None = None,
+    lines: Sequence[Series] = (),
     frames: Sequence[Frame] = (WIDE, NARROW),
 ) -> Markup:
-    """Return the drawings of a chart, one a frame; the style sheet shows the one that fits the screen."""
-    drawings = [_drawing(f"{key}-{frame.name}", title, description, frame, draw) for frame in frames]
-    return tag("figure", *drawings, *below)
+    """Return a chart as one card: what it shows, the names of its lines, a drawing for each frame, what lies below.
+
+    The style sheet shows the drawing that fits the screen.
+    """
+    drawings = [_drawing(f"{key}-chart-{frame.name}", title, description or lede, frame, draw) for frame in frames]
+    names = legend(lines) if lines else None
+    return section(key, heading, tag("p", lede, class_="lede"), names, tag("figure", *drawings), *below)
 
 
 def _drawing(key: str, title: str, description: str, frame: Frame, draw: Callable[[Frame], Iterable[Markup]]) -> Markup:
@@ -308,21 +313,6 @@ def _drawing(key: str, title: str, description: str, frame: Frame, draw: Callabl
     )
 
 
-def chart_section(
-    key: str,
-    heading: str,
-    lede: object,
-    drawing: Markup,
-    figures: Markup | None,
-    *below: object,
-    lines: Sequence[Series] = (),
-) -> Markup:
-    """Return a chart as one card: what it shows, the names of its lines, the drawing, its figures as a table."""
-    return section(
-        key, heading, tag("p", lede, class_="lede"), legend(lines) if lines else None, drawing, figures, *below
-    )
-
-
 def legend(lines: Sequence[Series]) -> Markup:
     """Return the names of the lines, each behind a piece of the line."""
     return tag("ul", *(tag("li", _swatch(line), line.name) for line in lines), class_="legend")
@@ -336,21 +326,9 @@ def _swatch(line: Series) -> Markup:
 
 
 def table(
-    caption: str, heads: Sequence[object], rows: Sequence[Sequence[Cell]], *, is_folded: bool = False, class_: str = ""
+    caption: str, heads: Sequence[object], rows: Iterable[Sequence[Cell]], *, is_folded: bool = False, class_: str = ""
 ) -> Markup:
-    """Return a table that scrolls sideways when it is wider than the screen.
-
-    Parameters
-    ----------
-    caption : str
-    heads : sequence
-        One per column; the first column names the row.
-    rows : sequence of sequences
-        A cell is text, markup, or (text, number to sort by).
-    is_folded : bool
-        Show it on demand.
-    class_ : str
-    """
+    """Return a table whose first column names the row; it scrolls sideways, and is shown on demand if folded."""
     head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in heads)))
     body = tag("tbody", *(tag("tr", *(_cell(cell, i) for i, cell in enumerate(row))) for row in rows))
     whole = tag("table", tag("caption", caption, class_="sr" if is_folded else None), head, body, class_=class_ or None)
@@ -360,15 +338,29 @@ def table(
 
 def _cell(cell: Cell, column: int) -> Markup:
     shown, value = cell if isinstance(cell, tuple) else (cell, None)
-    data = f"{value!r}" if isinstance(value, int | float) else None
-    if column == 0:
-        return tag("th", shown, scope="row", data_value=data)
-    return tag("td", shown, data_value=data)
+    data = None if value is None else f"{value}"
+    return tag("td", shown, data_value=data) if column else tag("th", shown, scope="row", data_value=data)
 
 
-def ratio_cell(hits: float, accesses: float) -> tuple[str, float]:
-    """Return a share as a cell; a dash where there was nothing to find."""
-    return (percent(hits / accesses), float(hits / accesses)) if accesses else ("–", -1.0)
+def column_table(caption: str, *columns: tuple[str, Iterable[Cell]]) -> Markup:
+    """Return a folded table from its columns, each a head and the cells below it."""
+    heads, cells = zip(*columns, strict=True)
+    return table(caption, heads, zip(*cells, strict=True), is_folded=True)
+
+
+def counts(numbers: Iterable[float]) -> list[Cell]:
+    """Return whole numbers as cells."""
+    return [(count(number), int(number)) for number in numbers]
+
+
+def ratios(values: Iterable[float]) -> list[Cell]:
+    """Return ratios as cells."""
+    return [(percent(value), float(value)) for value in values]
+
+
+def shares_found(hits: Iterable[float], accesses: Iterable[float]) -> list[Cell]:
+    """Return hit ratios as cells; a dash where there was nothing to find."""
+    return [(percent(n / of), float(n / of)) if of else ("–", -1.0) for n, of in zip(hits, accesses, strict=True)]
 
 
 # The hit ratio against the size of the cache.
@@ -382,43 +374,52 @@ def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
     if not lines:
         return section("curve", "Hit ratio against size", tag("p", "Nothing was replayed.", class_="quiet-text"))
     title = "Hit ratio against the size of the cache"
-    description = f"{len(lines)} lines. A cache without a limit finds {percent(evidence.attainable)} of the blocks."
     lede = (
         "Share of the touched blocks that lie in the longest cached prefix of their request. "
         "The size is drawn on a log scale: each step to the right multiplies it."
     )
-    drawing = figure("curve-chart", title, description, lambda frame: _draw(evidence, lines[::-1], frame))
-    figures = _curve_table(evidence, evidence.curve) if evidence.curve is not None else None
-    return chart_section("curve", title, lede, drawing, figures, below, lines=lines)
-
-
-def _lines(evidence: Evidence) -> list[Series]:
-    lines = []
-    if evidence.curve is not None and evidence.curve.attainable:
-        lines.append(_curve_line(evidence, evidence.curve))
-    for name in evidence.points:
-        points, look = evidence.points[name], evidence.looks[name]
-        if not points.blocks or (name == LRU and lines and evidence.curve is not None):
-            continue
-        sizes = zip(points.blocks, points.ratios, strict=True)
-        tips = [f"{shown_name(name)}, {evidence.size(blocks)}: {percent(ratio)}" for blocks, ratio in sizes]
-        xs = [_place(evidence, blocks) for blocks in points.blocks]
-        lines.append(Series(shown_name(name), look, xs, points.ratios, tips, is_labelled=look != "quiet"))
-    return sorted(lines, key=_rank)
-
-
-def _curve_line(evidence: Evidence, curve: HitCurve) -> Series:
-    """Return LRU's curve at no more sizes than a chart has pixels."""
-    last = float(curve.blocks[-1])
-    sizes = np.unique(np.geomspace(1, max(last, 2), 300).astype(np.int64))
-    return Series(
-        LRU, "c1 curve", [_place(evidence, float(size)) for size in sizes], [float(y) for y in curve.at(sizes)]
+    return chart_section(
+        "curve",
+        title,
+        lede,
+        lambda frame: _draw(evidence, lines[::-1], frame),
+        _curve_table(evidence, evidence.curve) if evidence.curve is not None else None,
+        below,
+        title=title,
+        description=f"{len(lines)} lines. A cache without a limit finds {percent(evidence.attainable)} of the blocks.",
+        lines=lines,
     )
 
 
-def _rank(line: Series) -> int:
-    """Place LRU and the optimum first in the legend, and on top of the others in the drawing."""
-    return ("c1", "ink", "c2", "c3", "c4", "quiet").index(line.look.split()[0])
+def _lines(evidence: Evidence) -> list[Series]:
+    """Return the lines, LRU and the optimum first in the legend, and so on top of the others in the drawing."""
+    lines = []
+    if evidence.curve is not None and evidence.curve.attainable:
+        # At no more sizes than a chart has pixels.
+        sizes = np.unique(np.geomspace(1, max(float(evidence.curve.blocks[-1]), 2), 300).astype(np.int64))
+        lines.append(_line_at(evidence, LRU, "c1 curve", sizes.tolist(), evidence.curve.at(sizes).tolist()))
+    has_curve = bool(lines)
+    for name, points in evidence.points.items():
+        if points.blocks and not (name == LRU and has_curve):
+            look = evidence.looks[name]
+            made = _line_at(evidence, shown_name(name), look, points.blocks, points.ratios, has_tips=True)
+            lines.append(replace(made, is_labelled=look != "quiet"))
+    ranks = ("c1", "ink", "c2", "c3", "c4", "quiet")
+    return sorted(lines, key=lambda line: ranks.index(line.look.split()[0]))
+
+
+def _line_at(
+    evidence: Evidence,
+    name: str,
+    look: str,
+    blocks: Sequence[int],
+    hit_ratios: Sequence[float],
+    *,
+    has_tips: bool = False,
+) -> Series:
+    sizes = zip(blocks, hit_ratios, strict=True) if has_tips else ()
+    tips = [f"{name}, {evidence.size(size)}: {percent(ratio)}" for size, ratio in sizes]
+    return Series(name, look, [_place(evidence, size) for size in blocks], hit_ratios, tips)
 
 
 def _place(evidence: Evidence, blocks: float) -> float:
@@ -436,13 +437,16 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
     yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
     limit = f"no limit {percent(evidence.attainable)}"
     yield tag("text", limit, class_="note soft", x=frame.left + 6, y=up(evidence.attainable) - 6)
-    yield from _marks(evidence, frame, across)
+    marks = [("knee", evidence.knee), (evidence.chosen_name, evidence.chosen_blocks)]
+    for row, (name, blocks) in enumerate((name, blocks) for name, blocks in marks if blocks):
+        yield from upright(frame, across, _place(evidence, blocks), f"{name} {evidence.sized(blocks)}", row)
     for series in lines:
         yield from line(series.clipped(low), across, up)
     if evidence.curve is not None:
-        yield from dots(
-            _curve_points(evidence, evidence.curve, _steps(evidence.curve, (1, 1.5, 2, 3, 5, 7))), across, up
-        )
+        # Points on LRU's curve that tell their figures when they are pointed at.
+        sizes = _steps(evidence.curve, (1, 1.5, 2, 3, 5, 7))
+        at_sizes = [evidence.curve.at(size) for size in sizes]
+        yield from dots(_line_at(evidence, LRU, "c1 ghost", sizes, at_sizes, has_tips=True), across, up)
     yield from label_ends(frame, lines, across, up)
 
 
@@ -458,13 +462,6 @@ def _ends(evidence: Evidence, lines: list[Series]) -> tuple[float, float]:
     return (low / 1.15, high * 1.15) if high > low else (low / 2, high * 2)
 
 
-def _marks(evidence: Evidence, frame: Frame, across: Scale) -> Iterator[Markup]:
-    marks = [("knee", evidence.knee), (evidence.chosen_name, evidence.chosen_blocks)]
-    for row, (name, blocks) in enumerate((name, blocks) for name, blocks in marks if blocks):
-        value = _place(evidence, blocks)
-        yield from upright(frame, across, value, f"{name} {evidence.sized(blocks)}", row)
-
-
 def _steps(curve: HitCurve, factors: Sequence[float]) -> list[int]:
     """Return round capacities over the whole curve: every power of ten times every factor, and the last."""
     last = int(curve.blocks[-1])
@@ -472,22 +469,17 @@ def _steps(curve: HitCurve, factors: Sequence[float]) -> list[int]:
     return sorted(size for size in sizes | {last} if 0 < size <= last)
 
 
-def _curve_points(evidence: Evidence, curve: HitCurve, sizes: list[int]) -> Series:
-    """Return points on the curve that tell their figures when they are pointed at."""
-    ratios = [curve.at(size) for size in sizes]
-    tips = [f"lru, {evidence.size(size)}: {percent(ratio)}" for size, ratio in zip(sizes, ratios, strict=True)]
-    return Series("", "c1 ghost", [_place(evidence, size) for size in sizes], ratios, tips)
-
-
 def _curve_table(evidence: Evidence, curve: HitCurve) -> Markup:
-    rows = []
-    for size in _steps(curve, (1, 2, 5)):
-        ratio = curve.at(size)
-        part = ratio / evidence.attainable if evidence.attainable else 0.0
-        memory = [(evidence.sized(size), size)] if evidence.bytes_per_block else []
-        rows.append([(count(size), size), *memory, (percent(ratio), ratio), (percent(part), part)])
-    heads = ["blocks", *(["memory"] if evidence.bytes_per_block else []), "hit ratio", "of the attainable"]
-    return table("The figures of LRU’s curve", heads, rows, is_folded=True)
+    sizes = _steps(curve, (1, 2, 5))
+    found = [curve.at(size) for size in sizes]
+    memory = [("memory", [(evidence.sized(size), size) for size in sizes])] if evidence.bytes_per_block else []
+    return column_table(
+        "The figures of LRU’s curve",
+        ("blocks", counts(sizes)),
+        *memory,
+        ("hit ratio", ratios(found)),
+        ("of the attainable", ratios(ratio / evidence.attainable if ratio else 0.0 for ratio in found)),
+    )
 
 
 def _tick(value: float) -> str:
@@ -504,31 +496,34 @@ def depth_section(evidence: Evidence) -> Markup | None:
     if not cells or not len(depths[0].accesses):
         return None
     edges = _depth_edges(len(depths[0].accesses))
+    bins = list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
     touched = np.add.reduceat(depths[0].accesses, edges[:-1])
     found = [np.add.reduceat(depth.hit_blocks, edges[:-1]) for depth in depths]
-    names = [_depths(int(low), int(high)) for low, high in zip(edges[:-1], edges[1:], strict=True)]
-    places = [float((low + 1) * high) ** 0.5 for low, high in zip(edges[:-1], edges[1:], strict=True)]
+    names = [
+        f"block {count(high)}" if high == low + 1 else f"blocks {count(low + 1)} to {count(high)}" for low, high in bins
+    ]
+    places = [float((low + 1) * high) ** 0.5 for low, high in bins]
     lines = []
     for cell, hits in zip(cells, found, strict=True):
-        ratios = list(hits / touched)
-        name = shown_name(cell.strategy)
-        tips = [f"{name}, {where}: {percent(ratio)}" for where, ratio in zip(names, ratios, strict=True)]
-        lines.append(Series(name, evidence.looks[cell.strategy], places, ratios, tips))
-    heads = ["depth", "blocks touched", *(line.name for line in lines)]
-    rows = [
-        [
-            (name, int(edges[i])),
-            (count(touched[i]), int(touched[i])),
-            *(ratio_cell(hits[i], touched[i]) for hits in found),
-        ]
-        for i, name in enumerate(names)
-    ]
-    title = f"Hit ratio by depth in the prompt, {evidence.where}"
-    unit = f"depth in the prompt, blocks of {count(evidence.trace.block_tokens)} tokens"
-    lede = f"How often the block at a depth was found, {evidence.where}; block 1 is the first of a prompt."
-    drawing = figure("depth-chart", title, f"{len(names)} depths.", lambda frame: _draw_depths(frame, lines, unit))
-    figures = table("The figures by depth", heads, rows, is_folded=True)
-    return chart_section("depth", "Hits by depth", lede, drawing, figures, lines=lines)
+        name, found_there = shown_name(cell.strategy), list(hits / touched)
+        tips = [f"{name}, {where}: {percent(ratio)}" for where, ratio in zip(names, found_there, strict=True)]
+        lines.append(Series(name, evidence.looks[cell.strategy], places, found_there, tips))
+    figures = column_table(
+        "The figures by depth",
+        ("depth", list(zip(names, edges[:-1].tolist(), strict=True))),
+        ("blocks touched", counts(touched)),
+        *((line.name, shares_found(hits, touched)) for line, hits in zip(lines, found, strict=True)),
+    )
+    return chart_section(
+        "depth",
+        "Hits by depth",
+        f"How often the block at a depth was found, {evidence.where}; block 1 is the first of a prompt.",
+        lambda frame: _draw_depths(evidence, frame, lines),
+        figures,
+        title=f"Hit ratio by depth in the prompt, {evidence.where}",
+        description=f"{len(names)} depths.",
+        lines=lines,
+    )
 
 
 def _depth_edges(deepest: int) -> facts.Ints:
@@ -538,19 +533,12 @@ def _depth_edges(deepest: int) -> facts.Ints:
     return np.append(inner[inner < deepest], deepest).astype(np.int64)
 
 
-def _depths(low: int, high: int) -> str:
-    return f"block {count(high)}" if high == low + 1 else f"blocks {count(low + 1)} to {count(high)}"
-
-
-def _draw_depths(frame: Frame, lines: Sequence[Series], unit: str) -> Iterator[Markup]:
+def _draw_depths(evidence: Evidence, frame: Frame, lines: Sequence[Series]) -> Iterator[Markup]:
+    unit = f"depth in the prompt, blocks of {count(evidence.trace.block_tokens)} tokens"
     deepest = max(lines[0].xs[-1], 2.0)
     across = frame.across(1.0, deepest, is_log=True)
-    up, drawn = ratio_grid(frame, max(max(series.ys) for series in lines))
-    yield from drawn
-    yield from floor(frame, across, log_ticks(1.0, deepest, frame.most_ticks), short, unit)
-    for series in lines:
-        yield from line(series, across, up)
-    yield from label_ends(frame, lines, across, up)
+    axis = floor(frame, across, log_ticks(1.0, deepest, frame.most_ticks), short, unit)
+    return ratio_lines(frame, across, lines, *axis)
 
 
 # How long a block waits for its next use.
@@ -564,55 +552,42 @@ def gap_section(evidence: Evidence) -> Markup | None:
     gaps = facts.reuse_gaps(evidence.trace, _GAP_EDGES)
     if not gaps.total:
         return None
-    coarse = facts.Gaps(gaps.edges[::4], gaps.counts.reshape(-1, 4).sum(axis=1))
-    filled = np.flatnonzero(coarse.counts)
+    coarse, edges = gaps.counts.reshape(-1, 4).sum(axis=1), gaps.edges[::4]
+    filled = np.flatnonzero(coarse)
     first, last = int(filled[0]), int(filled[-1]) + 1
-    shown = facts.Gaps(coarse.edges[first : last + 1], coarse.counts[first:last])
+    shown, edges = coarse[first:last], edges[first : last + 1]
     half, most = gaps.quantile(0.5), gaps.quantile(0.9)
-    lede = (
+    bounds = [rough_duration(edge) for edge in edges.tolist()]
+    names = [f"{low} to {high}" for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    if first == 0:
+        names[0] = f"less than {bounds[1]}"
+    parts = shown / gaps.total
+    tips = [f"{name}: {percent(part)} of the reuses" for name, part in zip(names, parts, strict=True)]
+    return chart_section(
+        "gaps",
+        "How long a block waits for its next use",
         f"{round_count(gaps.total)} uses of a block that was used before. "
         f"Half of them come within {rough_duration(half)}, "
-        f"nine of ten within {rough_duration(most)}: so long a block has to be kept to be found."
-    )
-    names = [
-        f"{rough_duration(float(low))} to {rough_duration(float(high))}"
-        for low, high in zip(shown.edges[:-1], shown.edges[1:], strict=True)
-    ]
-    if first == 0:
-        names[0] = f"less than {rough_duration(float(shown.edges[1]))}"
-    tips = [
-        f"{name}: {percent(number / gaps.total)} of the reuses"
-        for name, number in zip(names, shown.counts, strict=True)
-    ]
-    running = shown.counts.cumsum() / gaps.total
-    rows = [
-        [
-            (name, float(low)),
-            (count(n), int(n)),
-            (percent(n / gaps.total), n / gaps.total),
-            (percent(upto), float(upto)),
-        ]
-        for name, low, n, upto in zip(names, shown.edges[:-1], shown.counts, running, strict=True)
-    ]
-    drawing = figure(
-        "gap-chart",
-        "Time until a block is used again",
-        lede,
-        lambda frame: _draw_gaps(frame, shown, tips, half, most),
+        f"nine of ten within {rough_duration(most)}: so long a block has to be kept to be found.",
+        lambda frame: _draw_gaps(frame, edges, parts, tips, half, most),
+        column_table(
+            "The figures of reuse gaps",
+            ("time since the last use", list(zip(names, edges[:-1].tolist(), strict=True))),
+            ("reuses", counts(shown)),
+            ("share", ratios(parts)),
+            ("up to here", ratios(shown.cumsum() / gaps.total)),
+        ),
+        title="Time until a block is used again",
         frames=(WIDE_BARE, NARROW),
     )
-    heads = ["time since the last use", "reuses", "share", "up to here"]
-    figures = table("The figures of reuse gaps", heads, rows, is_folded=True)
-    return chart_section("gaps", "How long a block waits for its next use", lede, drawing, figures)
 
 
-def _draw_gaps(frame: Frame, gaps: facts.Gaps, tips: Sequence[str], half: float, most: float) -> Iterator[Markup]:
-    low, high = float(gaps.edges[0]), float(gaps.edges[-1])
+def _draw_gaps(
+    frame: Frame, edges: facts.Floats, parts: facts.Floats, tips: Sequence[str], half: float, most: float
+) -> Iterator[Markup]:
+    low, high = float(edges[0]), float(edges[-1])
     across = frame.across(low, high, is_log=True)
-    ticks = linear_ticks(float(gaps.counts.max()) / gaps.total)
-    up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, share, "share of the reuses")
-    yield from bars(across, up, list(gaps.edges), list(gaps.counts / gaps.total), tips, "b1")
+    yield from histogram(frame, across, edges, parts, tips, share, "share of the reuses")
     shorter = [low] if low == _GAP_EDGES[0] else []
     times = [tick for tick in time_ticks(low, high, frame.most_ticks) if tick > low]
     yield from floor(frame, across, [*shorter, *times], _gap_tick, "time since the last use")
@@ -630,12 +605,12 @@ def _gap_tick(seconds: float) -> str:
 
 def session_section(evidence: Evidence) -> Markup | None:
     """Return the distribution of the hit ratio over sessions, or over requests where the trace names no sessions."""
-    cells = evidence.detailed[:1]
-    if not cells:
+    if not evidence.detailed:
         return None
-    shares, what = facts.per_session(evidence.trace, cells[0].hits), "session"
+    best = evidence.detailed[0]
+    shares, what = facts.per_session(evidence.trace, best.hits), "session"
     if not len(shares.accesses):
-        shares, what = facts.per_request(evidence.trace, cells[0].hits), "request"
+        shares, what = facts.per_request(evidence.trace, best.hits), "request"
     if not len(shares.accesses):
         return None
     edges = np.linspace(0, 1, 21)
@@ -643,34 +618,30 @@ def session_section(evidence: Evidence) -> Markup | None:
     numbers = np.histogram(shares.ratios, edges)[0]
     names = [f"{100 * low:.0f} to {100 * high:.0f}%" for low, high in zip(edges[:-1], edges[1:], strict=True)]
     tips = [f"{count(number)} {what}s with {name}" for number, name in zip(numbers, names, strict=True)]
-    total = len(shares.accesses)
-    median = float(np.median(shares.ratios))
+    total, median = len(shares.accesses), float(np.median(shares.ratios))
     missing = "" if what == "session" else "The trace names no sessions, so every request stands for itself. "
-    lede = (
-        f"{missing}{cells[0].strategy} {evidence.where}: half of {count(total)} {what}s find at least "
-        f"{percent(median)} of their blocks; {percent(float((shares.hit_blocks == 0).mean()))} find none."
-    )
-    rows = [
-        [(name, float(low)), (count(number), int(number)), (percent(number / total), number / total)]
-        for name, low, number in zip(names, edges[:-1], numbers, strict=True)
-    ]
-    drawing = figure(
-        "session-chart",
-        f"Distribution of the hit ratio over {what}s",
-        lede,
-        lambda frame: _draw_shares(frame, numbers, tips, median, what),
+    return chart_section(
+        "sessions",
+        f"Hit ratio per {what}",
+        f"{missing}{best.strategy} {evidence.where}: half of {count(total)} {what}s find at least "
+        f"{percent(median)} of their blocks; {percent(float((shares.hit_blocks == 0).mean()))} find none.",
+        lambda frame: _draw_shares(frame, edges, numbers, tips, median, what),
+        column_table(
+            f"The figures per {what}",
+            ("hit ratio", list(zip(names, edges[:-1].tolist(), strict=True))),
+            (f"{what}s", counts(numbers)),
+            ("share", ratios(numbers / total)),
+        ),
+        title=f"Distribution of the hit ratio over {what}s",
         frames=(WIDE_BARE, NARROW),
     )
-    figures = table(f"The figures per {what}", ["hit ratio", f"{what}s", "share"], rows, is_folded=True)
-    return chart_section("sessions", f"Hit ratio per {what}", lede, drawing, figures)
 
 
-def _draw_shares(frame: Frame, numbers: facts.Ints, tips: Sequence[str], median: float, what: str) -> Iterator[Markup]:
+def _draw_shares(
+    frame: Frame, edges: facts.Floats, numbers: facts.Ints, tips: Sequence[str], median: float, what: str
+) -> Iterator[Markup]:
     across = frame.across(0.0, 1.0)
-    ticks = linear_ticks(float(numbers.max()))
-    up = frame.up(ticks[-1])
-    yield from grid(frame, up, ticks, short, f"{what}s")
-    yield from bars(across, up, list(np.linspace(0, 1, 21)), list(numbers), tips, "b1")
+    yield from histogram(frame, across, edges, numbers, tips, short, f"{what}s")
     yield from floor(frame, across, [0.0, 0.2, 0.4, 0.6, 0.8, 1.0], share, "hit ratio")
     yield from upright(frame, across, median, f"median {percent(median)}")
 
@@ -687,53 +658,49 @@ def time_section(evidence: Evidence) -> Markup | None:
     first = windows[0]
     starts: facts.Floats = np.arange(len(first.accesses), dtype=np.float64) * first.seconds
     lines = [_time_line(evidence, cell, window, starts) for cell, window in zip(cells, windows, strict=True)]
-    title = f"Hits over time, {evidence.where}"
-    heads = ["from", "requests", "blocks", *(line.name for line in lines)]
-    rows = [
-        [
-            (duration(start), float(start)),
-            (count(first.requests[i]), int(first.requests[i])),
-            (count(first.accesses[i]), int(first.accesses[i])),
-            *(ratio_cell(window.hit_blocks[i], window.accesses[i]) for window in windows),
-        ]
-        for i, start in enumerate(starts)
-    ]
-    lede = f"Windows of {duration(first.seconds)}, {evidence.where}. Below: the blocks touched."
-    drawing = figure("time-chart", title, f"{len(starts)} windows.", lambda frame: _draw_time(frame, lines, first))
-    figures = table("The figures over time", heads, rows, is_folded=True)
-    return chart_section("time", "Hits over time", lede, drawing, figures, lines=lines)
+    hits = (shares_found(window.hit_blocks, window.accesses) for window in windows)
+    return chart_section(
+        "time",
+        "Hits over time",
+        f"Windows of {duration(first.seconds)}, {evidence.where}. Below: the blocks touched.",
+        lambda frame: _draw_time(frame, lines, first),
+        column_table(
+            "The figures over time",
+            ("from", [(duration(start), start) for start in starts.tolist()]),
+            ("requests", counts(first.requests)),
+            ("blocks", counts(first.accesses)),
+            *zip((line.name for line in lines), hits, strict=True),
+        ),
+        title=f"Hits over time, {evidence.where}",
+        description=f"{len(starts)} windows.",
+        lines=lines,
+    )
 
 
 def _time_line(evidence: Evidence, cell: ReplayResult, window: facts.Windows, starts: facts.Floats) -> Series:
     some = window.accesses > 0
-    ratios = window.hit_blocks[some] / window.accesses[some]
-    middles = starts[some] + window.seconds / 2
+    found = list(window.hit_blocks[some] / window.accesses[some])
     name = shown_name(cell.strategy)
     tips = [
-        f"{name}, from {duration(start)} on: {percent(ratio)}"
-        for start, ratio in zip(starts[some], ratios, strict=True)
+        f"{name}, from {duration(start)} on: {percent(ratio)}" for start, ratio in zip(starts[some], found, strict=True)
     ]
-    return Series(name, f"{evidence.looks[cell.strategy]} fine", list(middles), list(ratios), tips)
+    look = f"{evidence.looks[cell.strategy]} fine"
+    return Series(name, look, list(starts[some] + window.seconds / 2), found, tips)
 
 
 def _draw_time(frame: Frame, lines: Sequence[Series], windows: facts.Windows) -> Iterator[Markup]:
-    end = len(windows.accesses) * windows.seconds
-    across = frame.across(0.0, end)
-    split = frame.bottom - 62
-    upper = Frame(frame.name, frame.width, split, frame.right_margin, frame.left_margin, frame.top_margin, 0)
-    up, drawn = ratio_grid(upper, max(max(series.ys) for series in lines))
-    yield from drawn
-    for series in lines:
-        yield from line(series, across, up)
-    yield from label_ends(upper, lines, across, up)
-    most = int(windows.accesses.max())
-    lower = Frame(frame.name, frame.width, frame.height, frame.right_margin, frame.left_margin, split + 16)
     edges = [i * windows.seconds for i in range(len(windows.accesses) + 1)]
+    across = frame.across(0.0, edges[-1])
+    split = frame.bottom - 62
+    yield from ratio_lines(replace(frame, height=split, bottom_margin=0), across, lines)
+    most = int(windows.accesses.max())
+    lower = replace(frame, top=split + 16)
     tips = [
-        f"from {duration(edges[i])} on: {count(windows.accesses[i])} blocks of {count(windows.requests[i])} requests"
-        for i in range(len(windows.accesses))
+        f"from {duration(start)} on: {count(blocks)} blocks of {count(requests)} requests"
+        for start, blocks, requests in zip(edges[:-1], windows.accesses, windows.requests, strict=True)
     ]
     yield from bars(across, lower.up(most), edges, list(windows.accesses), tips, "muted")
     yield tag("text", short(most), class_="tick", x=frame.left - 7, y=lower.top + 9, text_anchor="end")
     yield tag("text", "blocks", class_="tick", x=0.0, y=lower.bottom)
-    yield from floor(frame, across, even_time_ticks(end, frame.most_ticks), duration, "time since the first request")
+    ticks = even_time_ticks(edges[-1], frame.most_ticks)
+    yield from floor(frame, across, ticks, duration, "time since the first request")

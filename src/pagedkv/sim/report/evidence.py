@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from pagedkv.format import count
-from pagedkv.sim import LRU, OPTIMAL
+from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report.html import format_bytes, round_count, short
@@ -33,36 +33,17 @@ class Points:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A trace and what replays of it found.
-
-    Attributes
-    ----------
-    trace : Trace
-    results : sequence of ReplayResult
-        The optimum among them, under its name ``"optimal"``.
-    curve : HitCurve, optional
-        Of LRU.
-    lines : tuple of Points, optional
-        What the curve chart shows beside LRU's curve; the results by default.
-    bytes_per_block : float, optional
-        Of the model at hand: sizes are then told in GiB.
-    extra_bytes : float
-        What a cache of any size needs on top.
-    chosen_blocks, knee_blocks : int, optional
-        Sizes to mark. The knee is found on the curve where it is not given.
-    chosen_name : str
-        What the mark of the chosen size says.
-    """
+    """A trace and what replays of it found."""
 
     trace: Trace
-    results: Sequence[ReplayResult]
-    curve: HitCurve | None = None
-    lines: tuple[Points, ...] | None = None
-    bytes_per_block: float | None = None
-    extra_bytes: float = 0.0
-    chosen_blocks: int | None = None
-    knee_blocks: int | None = None
+    results: Sequence[ReplayResult]  # the optimum among them
+    curve: HitCurve | None = None  # of LRU
+    lines: tuple[Points, ...] | None = None  # what the curve chart shows beside it; the results by default
+    bytes_per_block: float | None = None  # of the model at hand: sizes are then told in GiB
+    extra_bytes: float = 0.0  # what a cache of any size needs on top
+    chosen_blocks: int | None = None  # a size to mark, by this name
     chosen_name: str = "chosen"
+    knee_blocks: int | None = None  # a size to mark; found on the curve where it is not given
 
     @cached_property
     def attainable(self) -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,16 +19,8 @@ _CHUNK = 1 << 22
 """Accesses that `reuse_gaps` looks at together, so that its memory does not grow with the trace."""
 
 
-@dataclass(frozen=True, eq=False)
-class Windows:
-    """Blocks touched and found in windows of equal width.
-
-    Attributes
-    ----------
-    seconds : float
-        The width of a window; window w begins at ``w * seconds``.
-    requests, accesses, hit_blocks : int64 [num_windows]
-    """
+class Windows(NamedTuple):
+    """Requests, blocks touched and blocks found in windows of time; window w begins at ``w * seconds``."""
 
     seconds: float
     requests: Ints
@@ -37,28 +28,8 @@ class Windows:
     hit_blocks: Ints
 
 
-@dataclass(frozen=True, eq=False)
-class Depths:
-    """How often the block at a depth (0 is the first of a prompt) was touched, and found.
-
-    Attributes
-    ----------
-    accesses, hit_blocks : int64 [longest request in blocks]
-    """
-
-    accesses: Ints
-    hit_blocks: Ints
-
-
-@dataclass(frozen=True, eq=False)
-class Shares:
-    """Blocks touched and found by every session, or by every request.
-
-    Attributes
-    ----------
-    accesses, hit_blocks : int64 [n]
-        Only those that touched a block at all.
-    """
+class Hits(NamedTuple):
+    """Blocks touched and found at every depth (0 is the first block of a prompt), or by every session or request."""
 
     accesses: Ints
     hit_blocks: Ints
@@ -69,18 +40,10 @@ class Shares:
         return self.hit_blocks / self.accesses
 
 
-@dataclass(frozen=True, eq=False)
-class Gaps:
-    """A histogram of the time between two uses of one block.
+class Gaps(NamedTuple):
+    """A histogram of the time between two uses of one block."""
 
-    Attributes
-    ----------
-    edges : float64 [num_bins + 1]
-        Seconds. The first bin also takes what is shorter, the last what is longer.
-    counts : int64 [num_bins]
-    """
-
-    edges: Floats
+    edges: Floats  # [num_bins + 1], seconds; the first bin also takes what is shorter, the last what is longer
     counts: Ints
 
     @property
@@ -104,22 +67,10 @@ def window_seconds(span: float, most: int = 60) -> float:
 
 
 def per_window(trace: Trace, hits: npt.NDArray[Any], seconds: float | None = None) -> Windows:
-    """Count blocks touched and found in windows of time.
-
-    Parameters
-    ----------
-    trace : Trace
-    hits : int [num_requests]
-        Blocks found by every request.
-    seconds : float, optional
-        Width of a window; a round number that gives at most 60 windows by default.
-    """
-    if not trace.num_requests:
-        empty = np.zeros(0, np.int64)
-        return Windows(seconds or 1.0, empty, empty, empty)
-    width = seconds or window_seconds(float(trace.times[-1]))
+    """Count blocks touched and found in windows of `seconds`: by default a round number, for at most 60 windows."""
+    width = seconds or window_seconds(float(trace.times.max(initial=0.0)))
     window = (np.asarray(trace.times) / width).astype(np.int64)
-    num_windows = int(window[-1]) + 1
+    num_windows = int(window.max(initial=-1)) + 1
     return Windows(
         width,
         np.bincount(window, minlength=num_windows),
@@ -128,14 +79,14 @@ def per_window(trace: Trace, hits: npt.NDArray[Any], seconds: float | None = Non
     )
 
 
-def per_depth(trace: Trace, hits: npt.NDArray[Any]) -> Depths:
+def per_depth(trace: Trace, hits: npt.NDArray[Any]) -> Hits:
     """Count by depth how often a block was touched, and found; a request finds its first ``hits[i]`` blocks."""
     lengths = np.diff(trace.offsets)
     deepest = int(lengths.max(initial=0))
-    return Depths(longer_than(lengths, deepest), longer_than(hits, deepest))
+    return Hits(longer_than(lengths, deepest), longer_than(hits, deepest))
 
 
-def per_session(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
+def per_session(trace: Trace, hits: npt.NDArray[Any]) -> Hits:
     """Count blocks touched and found by every session; requests outside of any session do not count."""
     inside = np.asarray(trace.sessions) >= 0
     numbers = trace.sessions[inside]
@@ -144,20 +95,13 @@ def per_session(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
     return _touched(accesses, _sums(numbers, hits[inside], num_sessions))
 
 
-def per_request(trace: Trace, hits: npt.NDArray[Any]) -> Shares:
+def per_request(trace: Trace, hits: npt.NDArray[Any]) -> Hits:
     """Take every request for itself."""
     return _touched(np.diff(trace.offsets).astype(np.int64), hits.astype(np.int64))
 
 
 def reuse_gaps(trace: Trace, edges: Floats) -> Gaps:
-    """Count how long after its last use a block is used again.
-
-    Parameters
-    ----------
-    trace : Trace
-    edges : float64 [num_bins + 1]
-        Seconds, ascending; a gap g falls into the bin with ``edges[b] <= g < edges[b + 1]``.
-    """
+    """Count how long after its last use a block is used again; gap g is in the bin ``edges[b] <= g < edges[b + 1]``."""
     counts = np.zeros(len(edges) - 1, np.int64)
     last_use = np.full(trace.num_distinct, np.nan)
     for first, last in _chunks(trace):
@@ -173,8 +117,7 @@ def _chunks(trace: Trace) -> Iterator[tuple[int, int]]:
     """Cut the requests into runs ``[first, last)`` of about `_CHUNK` accesses, at least one request each."""
     first = 0
     while first < trace.num_requests:
-        last = int(np.searchsorted(trace.offsets, trace.offsets[first] + _CHUNK, side="right")) - 1
-        last = max(last, first + 1)
+        last = max(int(np.searchsorted(trace.offsets, trace.offsets[first] + _CHUNK, side="right")) - 1, first + 1)
         yield first, last
         first = last
 
@@ -202,6 +145,6 @@ def _sums(groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int) -
     return np.bincount(groups, weights=values, minlength=num_groups).astype(np.int64)
 
 
-def _touched(accesses: Ints, hit_blocks: Ints) -> Shares:
+def _touched(accesses: Ints, hit_blocks: Ints) -> Hits:
     some = accesses > 0
-    return Shares(accesses[some], hit_blocks[some])
+    return Hits(accesses[some], hit_blocks[some])

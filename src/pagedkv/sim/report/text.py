@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from pagedkv.format import count, percent, points, share
-from pagedkv.sim import LRU, OPTIMAL
+from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.plan_types import Level, Plan, Size
-from pagedkv.sim.report.charts import section, table
+from pagedkv.sim.report.charts import counts, ratios, section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
 from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, tag
 from pagedkv.sim.trace import Trace
@@ -68,8 +70,16 @@ def headline(evidence: Evidence) -> Markup:
         size = evidence.sized(evidence.knee) if evidence.bytes_per_block else count(evidence.knee)
         note = f"{count(evidence.knee)} blocks" if evidence.bytes_per_block else "blocks, under LRU"
         tiles.append(("Knee", size, note))
+    return _tiles(tiles)
+
+
+def _tiles(tiles: Iterable[tuple[str, str, str]]) -> Markup:
     items = (tag("div", tag("dt", name), tag("dd", figure, tag("small", note))) for name, figure, note in tiles)
     return tag("dl", *items, class_="tiles")
+
+
+def _pairs(pairs: Iterable[tuple[str, object]], look: str) -> Markup:
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_=look)
 
 
 def results_section(evidence: Evidence) -> Markup | None:
@@ -121,14 +131,12 @@ def every_replay(evidence: Evidence) -> Markup:
     rows = [
         [
             result.strategy,
-            (count(result.blocks), result.blocks),
-            (count(result.hit_blocks), result.hit_blocks),
-            (count(result.accesses), result.accesses),
+            *counts((result.blocks, result.hit_blocks, result.accesses)),
             (f"{result.hit_ratio:.6f}", result.hit_ratio),
             (f"{result.token_hit_ratio:.6f}", result.token_hit_ratio),
-            (count(result.reclaimed), result.reclaimed),
+            *counts([result.reclaimed]),
             (f"{result.seconds:.3f}", result.seconds),
-            *([(count(n), n) for n in (result.preempted, result.refused)] if is_timed else []),
+            *counts((result.preempted, result.refused) if is_timed else ()),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
@@ -159,14 +167,12 @@ def trace_section(evidence: Evidence) -> Markup:
         rows.append(("Bad lines skipped", count(trace.num_skipped)))
     if trace.num_reordered:
         rows.append(("Requests put in order of time", count(trace.num_reordered)))
-    items = (tag("div", tag("dt", name), tag("dd", value)) for name, value in rows)
-    return section("trace", "The traffic", tag("dl", *items, class_="facts"))
+    return section("trace", "The traffic", _pairs(rows, "facts"))
 
 
 def method_section(evidence: Evidence, command: str | None, version: str) -> Markup:
     """Return how the figures came about, and what the words mean."""
     seconds = sum(result.seconds for result in evidence.results)
-    terms = (tag("div", tag("dt", name), tag("dd", meaning)) for name, meaning in _DEFINITIONS)
     return section(
         "method",
         "How this was computed",
@@ -178,7 +184,7 @@ def method_section(evidence: Evidence, command: str | None, version: str) -> Mar
             "Counts are exact: the same trace gives the same figures.",
         ),
         tag("pre", tag("code", command), class_="scroll", tabindex="0") if command else None,
-        tag("dl", *terms, class_="terms"),
+        _pairs(_DEFINITIONS, "terms"),
     )
 
 
@@ -230,16 +236,15 @@ def plan_headline(plan: Plan) -> Markup:
         tiles.append(("Prefill saved", percent(saved), f"{rough_duration(level.best.seconds_saved)} of computing"))
     if plan.memory:
         tiles.append(("Given", format_bytes(plan.memory.bytes), f"hit ratio {percent(plan.memory.best.hit_ratio)}"))
-    items = (tag("div", tag("dt", name), tag("dd", figure, tag("small", note))) for name, figure, note in tiles)
-    return tag("dl", *items, class_="tiles")
+    return _tiles(tiles)
 
 
 def levels_section(plan: Plan) -> Markup | None:
     """Return the table of what every share of the attainable hit ratio costs."""
     if not plan.levels:
         return None
-    heads = ["of the attainable", "hit ratio", "LRU", "best strategy", "least possible", "prefill saved"]
     rows = [_level(plan, level) for level in plan.levels]
+    heads = ["of the attainable", "hit ratio", "LRU", "best strategy", "least possible", "prefill saved"]
     return section(
         "levels",
         "What each level costs",
@@ -271,23 +276,19 @@ def memory_section(plan: Plan) -> Markup | None:
     """Return what the given memory gives under every strategy."""
     if plan.memory is None:
         return None
-    sizes = (plan.memory.optimum, *plan.memory.all)
     rows = [
         [
             shown_name(size.strategy),
-            (percent(size.hit_ratio), size.hit_ratio),
-            (percent(size.token_hit_ratio), size.token_hit_ratio),
-            (percent(size.share), size.share),
+            *ratios((size.hit_ratio, size.token_hit_ratio, size.share)),
             (rough_duration(size.seconds_saved), size.seconds_saved),
         ]
-        for size in sizes
+        for size in (plan.memory.optimum, *plan.memory.all)
     ]
     heads = ["strategy", "hit ratio", "by tokens", "of the attainable", "prefill saved"]
-    lede = f"{count(plan.memory.blocks)} blocks fit."
     return section(
         "memory",
         f"With {format_bytes(plan.memory.bytes)}",
-        tag("p", lede, class_="lede"),
+        tag("p", f"{count(plan.memory.blocks)} blocks fit.", class_="lede"),
         table("The given memory", heads, rows),
     )
 
@@ -309,8 +310,7 @@ def load_section(plan: Plan) -> Markup:
         ("Replicas for prefill", f"{load.prefill_load:.2f} busy without a cache"),
         ("A cache at the target saves", f"{load.prefill_load_saved:.2f} of them"),
     ]
-    items = (tag("div", tag("dt", name), tag("dd", value)) for name, value in rows)
-    return section("load", "The model and the load", tag("dl", *items, class_="facts"))
+    return section("load", "The model and the load", _pairs(rows, "facts"))
 
 
 def notes(plan: Plan) -> Markup | None:
