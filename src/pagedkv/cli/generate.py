@@ -93,7 +93,7 @@ class GenerateRequest:
         shown="as the model",
         group=_POOL,
     )
-    strategy: str = setting("lru", "What is given up first: lru, lfu, fifo, longest_first, …", group=_POOL)
+    strategy: str = setting("lru", "What is evicted first: lru, lfu, fifo, longest_first, …", group=_POOL)
     stream: bool = setting(False, "Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", group=_STREAM)
     sink_tokens: int | None = setting(None, "First tokens that are kept.", shown="4", group=_STREAM)
     window_tokens: int | None = setting(None, "Last tokens that are kept.", shown="508", group=_STREAM)
