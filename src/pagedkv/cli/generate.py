@@ -5,24 +5,34 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
-from rich.console import Console
+import typer
 from rich.status import Status
-from rich.table import Table
-from rich.text import Text
 
 from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
-from pagedkv.cli.terminal import Failure, library_notices, notes, threads_for
-from pagedkv.errors import InvalidOperation, RequestRefused
+from pagedkv.cli.terminal import (
+    DebugOption,
+    Failure,
+    facts_table,
+    failures_in_one_line,
+    from_options,
+    library_notices,
+    notes,
+    options_from,
+    print_json,
+    threads_for,
+)
+from pagedkv.errors import RequestRefused
 from pagedkv.format import format_bytes
 from pagedkv.machine import physical_memory
 from pagedkv.models import shipped_model_path
+from pagedkv.server.config import setting
 
 if TYPE_CHECKING:
     from pagedkv import CacheSnapshot
@@ -34,35 +44,62 @@ CHUNK = 512  # prompt tokens of a forward pass
 _MAX_COUNT = 2**31 - 2
 
 
-@dataclass(frozen=True)
-class GenerateRequest:
-    """The options of ``pagedkv generate``, checked before anything heavy is loaded; None was not given.
+EXAMPLES = """Write text with a language model whose keys and values live in paged blocks.
 
-    Raises
-    ------
-    Failure
-        An option is out of range or does not go with another one; the text names it.
-    """
+[bold]Examples[/bold]
+
+  pagedkv generate "def fibonacci(n):"
+
+  pagedkv generate "class Stack:" -n 3 --show-blocks
+
+  pagedkv generate "import os" --beams 4 --json
+
+  cat prompt.txt | pagedkv generate - --model ./my-model --temperature 0
+
+  pagedkv generate "def main():" --stream --window-tokens 508
+
+The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
+"""
+
+_SAMPLING, _POOL, _STREAM, _OUTPUT = "What to write", "The pool", "Without end", "What to show"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """The options of ``pagedkv generate``, checked before anything heavy is loaded; None was not given."""
 
     prompt: str
-    model: str | None = None
-    samples: int = 1
-    beams: int = 1
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float = 1.0
-    seed: int = 0
-    device: str = "cpu"
-    kv_dtype: str | None = None
-    block_size: int = 16
-    num_blocks: int | None = None
-    strategy: str = "lru"
-    stream: bool = False
-    sink_tokens: int | None = None
-    window_tokens: int | None = None
-    echo: bool = True
-    show_blocks: bool = False
-    json: bool = False
+    model: str | None = setting(
+        None, "A Hugging Face model folder.", flag="--model,-m", shown="the shipped model", group=_SAMPLING
+    )
+    samples: int = setting(
+        1, "Samples written in parallel; they share the prompt's blocks.", flag="-n", group=_SAMPLING
+    )
+    beams: int = setting(1, "Beam search with so many beams.", group=_SAMPLING)
+    max_new_tokens: int | None = setting(
+        None, "Stop after so many tokens.", shown="128; none with --stream", group=_SAMPLING
+    )
+    temperature: float | None = setting(
+        None, "0 takes the likeliest token.", shown="0.7; 0 with --beams", group=_SAMPLING
+    )
+    top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", group=_SAMPLING)
+    seed: int = setting(0, "The same seed writes the same text.", group=_SAMPLING)
+    device: str = setting("cpu", "A torch device: cpu, cuda, cuda:1.", group=_SAMPLING)
+    block_size: int = setting(16, "Tokens per block.", group=_POOL)
+    num_blocks: int | None = setting(None, "Blocks of the pool.", shown="what the call can need", group=_POOL)
+    kv_dtype: str | None = setting(
+        None,
+        "Of keys and values: float32, bfloat16, float16; int8 or fp8 halve the memory of the last two.",
+        shown="as the model",
+        group=_POOL,
+    )
+    strategy: str = setting("lru", "What is evicted first: lru, lfu, fifo, longest_first, …", group=_POOL)
+    stream: bool = setting(False, "Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", group=_STREAM)
+    sink_tokens: int | None = setting(None, "First tokens that are kept.", shown="4", group=_STREAM)
+    window_tokens: int | None = setting(None, "Last tokens that are kept.", shown="508", group=_STREAM)
+    echo: bool = setting(True, "Print the prompt before the text.", group=_OUTPUT)
+    show_blocks: bool = setting(False, "Draw the pool, a cell a block.", group=_OUTPUT)
+    json: bool = setting(False, "Print one JSON object, at the end.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
         self._check_ranges()
@@ -84,10 +121,7 @@ class GenerateRequest:
             raise Failure(f"--top-p: expected a number above 0 and at most 1, got {self.top_p}")
         from pagedkv import parse_strategy
 
-        try:
-            parse_strategy(self.strategy)
-        except InvalidOperation as error:
-            raise Failure(f"--{error.reason}") from None
+        parse_strategy(self.strategy)
 
     def _check_pairs(self) -> None:
         if self.beams > 1 and self.samples > 1:
@@ -128,13 +162,7 @@ class GenerateRequest:
         return 508 if self.window_tokens is None else self.window_tokens
 
     def read_prompt(self) -> str:
-        """Return the prompt, from stdin if it is ``-``.
-
-        Raises
-        ------
-        Failure
-            It is empty, or no UTF-8.
-        """
+        """Return the prompt, from stdin if it is ``-``; `Failure` where it is empty, or no UTF-8."""
         try:
             text = sys.stdin.read() if self.prompt == "-" else self.prompt
             text.encode()
@@ -155,10 +183,7 @@ class GenerateRequest:
     def pool_size(self, prompt_tokens: int) -> int:
         """Return ``--num-blocks``, or what this call can need at most.
 
-        Raises
-        ------
-        Failure
-            The pool does not even hold the prompt, or sinks and window.
+        `Failure` where the pool does not even hold the prompt, or sinks and window.
         """
         if self.stream:
             from pagedkv.hf.streaming import blocks_for_streaming
@@ -190,14 +215,21 @@ def _require_count(name: str, value: int | None, low: int, high: int = _MAX_COUN
         raise Failure(f"{name}: expected an integer in {low} … {high}, got {value}")
 
 
-def run(options: GenerateRequest) -> None:
-    """Do what was asked for: text to stdout as it comes, then the figures.
+@options_from(GenerateRequest)
+def generate(
+    context: typer.Context,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; [bold]-[/bold] reads it from stdin.")],
+    *,
+    debug: DebugOption = False,
+    **options: Any,
+) -> None:
+    """Gather the options and write; the help text is `EXAMPLES`."""
+    with failures_in_one_line(debug, context):
+        run(from_options(GenerateRequest, {**options, "prompt": prompt}))
 
-    Raises
-    ------
-    Failure
-        It cannot be done; the text says what to change.
-    """
+
+def run(options: GenerateRequest) -> None:
+    """Do what was asked for: text to stdout as it comes, then the figures."""
     check_folder(options.model_path)
     prompt = options.read_prompt()
     console = notes()
@@ -217,7 +249,7 @@ def run(options: GenerateRequest) -> None:
         print_json(report)
     else:
         console.print()
-        print_table(report, console)
+        console.print(facts_table(facts_of(report)))
     if options.show_blocks:
         console.print()
         console.print(BlockMap(pool.fullest))
@@ -283,16 +315,7 @@ def write(
 ) -> tuple[RequestOutput, PoolWatch, float]:
     """Write the text, the samples or the best of the beams; `show` gets the first text piece by piece.
 
-    Returns
-    -------
-    output : RequestOutput
-    pool : PoolWatch
-    seconds : float
-
-    Raises
-    ------
-    Failure
-        The pool was too small, or the model gave no numbers.
+    Returns the output, the pool and the seconds; `Failure` where the pool is too small, or the model gives no numbers.
     """
     from pagedkv.engine import LLM
     from pagedkv.hf import load_runner
@@ -406,83 +429,39 @@ def _pool_is_full(options: GenerateRequest, prompt_tokens: int) -> Failure:
 
 
 class BlockUse(msgspec.Struct):
-    """The pool in the step that held most blocks.
+    """The pool in the step that held most blocks."""
 
-    Attributes
-    ----------
-    used : int
-        Blocks that texts hold.
-    shared : int
-        Used blocks that two or more texts hold.
-    copied : int
-        Blocks copied because a shared one was written to, over the whole run.
-    cached : int
-        Findable blocks that no text holds.
-    peak : int
-        Most blocks used at a time, between two steps as well.
-    total : int
-        Size of the pool.
-    block_size : int
-        Tokens per block.
-    """
-
-    used: int
-    shared: int
-    copied: int
-    cached: int
-    peak: int
+    used: int  # that texts hold
+    shared: int  # that two or more texts hold
+    copied: int  # because a shared one was written to, over the whole run
+    cached: int  # findable ones that no text holds
+    peak: int  # most used at a time, between two steps as well
     total: int
     block_size: int
 
 
 class MemoryUse(msgspec.Struct):
-    """K and V in bytes.
+    """K and V in bytes."""
 
-    Attributes
-    ----------
-    paged : int
-        The blocks at the peak.
-    contiguous : int
-        One contiguous cache per text, with room for prompt and longest continuation.
-    """
-
-    paged: int
-    contiguous: int
+    paged: int  # the blocks at the peak
+    contiguous: int  # one contiguous cache per text, with room for prompt and longest continuation
 
 
 class GenerateReport(msgspec.Struct):
-    """What ``pagedkv generate --json`` prints.
-
-    Attributes
-    ----------
-    model, prompt : str
-    seed : int
-    texts : list of str
-        The continuations, without the prompt.
-    token_ids : list of list of int
-        Their new tokens, the end-of-text token included.
-    prompt_tokens, cached_tokens, new_tokens : int
-        Tokens of the prompt; those of them whose K and V were found in the cache; new tokens of all texts.
-    dropped_tokens : int
-        Tokens of the text that sinks and window of ``--stream`` no longer hold.
-    blocks : BlockUse
-    memory : MemoryUse
-    seconds, tokens_per_second : float
-        Of generation, reading the prompt included and loading the model left out.
-    """
+    """What ``pagedkv generate --json`` prints."""
 
     model: str
     prompt: str
     seed: int
-    texts: list[str]
-    token_ids: list[list[int]]
+    texts: list[str]  # the continuations, without the prompt
+    token_ids: list[list[int]]  # their new tokens, the end-of-text token included
     prompt_tokens: int
-    cached_tokens: int
-    new_tokens: int
-    dropped_tokens: int
+    cached_tokens: int  # of the prompt, whose K and V were found in the cache
+    new_tokens: int  # of all texts
+    dropped_tokens: int  # of the text, which sinks and window of --stream no longer hold
     blocks: BlockUse
     memory: MemoryUse
-    seconds: float
+    seconds: float  # of generation, reading the prompt included and loading the model left out
     tokens_per_second: float
 
 
@@ -522,51 +501,27 @@ def report_of(
     )
 
 
-def print_json(report: GenerateReport) -> None:
-    """Write the report to stdout as one line of JSON, in UTF-8 whatever the terminal has."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
-    sys.stdout.buffer.flush()
-
-
-def print_table(report: GenerateReport, console: Console) -> None:
-    """Show the figures of a run."""
+def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
+    """Yield the figures of a run as they are shown."""
     blocks, memory = report.blocks, report.memory
     ratio = f" ({memory.contiguous / memory.paged:.1f}×)" if memory.paged else ""
-    lines = {
-        "prompt tokens": f"{report.prompt_tokens:,}",
-        "cached tokens": f"{report.cached_tokens:,}",
-        "new tokens": f"{report.new_tokens:,}",
-        "dropped tokens": f"{report.dropped_tokens:,}" if report.dropped_tokens else "",
-        "blocks used": f"{blocks.used:,} of {blocks.total:,} ({blocks.block_size} tokens each), "
-        f"{blocks.peak:,} at peak",
-        "blocks shared": f"{blocks.shared:,}",
-        "blocks copied": f"{blocks.copied:,}",
-        "memory": f"{format_bytes(memory.paged)}; a contiguous cache: {format_bytes(memory.contiguous)}{ratio}",
-        "tokens/s": f"{report.tokens_per_second:,.1f}",
-    }
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim")
-    table.add_column()
-    for name, value in lines.items():
-        if value:
-            table.add_row(name, Text(value))
-    console.print(table)
+    yield "prompt tokens", f"{report.prompt_tokens:,}"
+    yield "cached tokens", f"{report.cached_tokens:,}"
+    yield "new tokens", f"{report.new_tokens:,}"
+    if report.dropped_tokens:
+        yield "dropped tokens", f"{report.dropped_tokens:,}"
+    sizes = f"{blocks.used:,} of {blocks.total:,} ({blocks.block_size} tokens each)"
+    yield "blocks used", f"{sizes}, {blocks.peak:,} at peak"
+    yield "blocks shared", f"{blocks.shared:,}"
+    yield "blocks copied", f"{blocks.copied:,}"
+    yield "memory", f"{format_bytes(memory.paged)}; a contiguous cache: {format_bytes(memory.contiguous)}{ratio}"
+    yield "tokens/s", f"{report.tokens_per_second:,.1f}"
 
 
 class Screen:
     """The text on stdout, the first sample live and the others when they are done; a spinner on stderr until then.
 
-    Parameters
-    ----------
-    prompt : str
-        Printed before each text; "" for nothing.
-    samples : int
-        How many texts will come.
-    status : rich.status.Status
-        The spinner, which says what is done meanwhile.
-    silent : bool
-        Show no text at all, only how far it is.
+    The prompt is printed before each text. A silent screen shows no text at all, only how far it is.
     """
 
     def __init__(self, prompt: str, samples: int, status: Status, silent: bool) -> None:

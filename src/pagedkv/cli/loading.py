@@ -16,26 +16,13 @@ from pagedkv.spec import KvCacheSpec
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with its tokenizer.
+    """A model with its tokenizer."""
 
-    Attributes
-    ----------
-    model : transformers.PreTrainedModel
-        In evaluation mode, in the dtype of its folder.
-    tokenizer : transformers.PreTrainedTokenizerBase
-    """
-
-    model: Any
-    tokenizer: Any
+    model: Any  # transformers.PreTrainedModel in evaluation mode, in the dtype of its folder
+    tokenizer: Any  # transformers.PreTrainedTokenizerBase
 
     def encode(self, prompt: str) -> list[int]:
-        """Return the token ids of a prompt.
-
-        Raises
-        ------
-        Failure
-            There are none, or the model has no embedding for one of them.
-        """
+        """Return the token ids of a prompt; `Failure` where there are none, or the model has no embedding for one."""
         ids: list[int] = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise Failure("the prompt has no tokens")
@@ -66,13 +53,7 @@ class LoadedModel:
 
 
 def check_folder(path: Path) -> None:
-    """See that a folder can be a model, before anything heavy is imported.
-
-    Raises
-    ------
-    Failure
-        It is missing, is no folder, or has no readable ``config.json`` or no weights.
-    """
+    """Raise `Failure` where a folder cannot be a model, before anything heavy is imported."""
     if not path.exists():
         raise Failure(f"--model: there is no folder {path}")
     if not path.is_dir():
@@ -91,19 +72,7 @@ def check_folder(path: Path) -> None:
 
 
 def load_model(path: Path, device: str) -> LoadedModel:
-    """Load a checked folder.
-
-    Parameters
-    ----------
-    path : Path
-    device : str
-        A torch device.
-
-    Raises
-    ------
-    Failure
-        A part of it is broken or missing, or there is no such device.
-    """
+    """Load a checked folder; `Failure` where a part of it is broken or missing, or there is no such device."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import_module("torch")  # first: where it is missing, transformers goes on without it and prints advice
     transformers: Any = import_module("transformers")

@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
+from pagedkv.cli.replay import require_strategies, split_names
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,
@@ -55,21 +56,6 @@ def parse_size(option: str, text: str) -> int:
     if not 0 < size < 2**62:
         raise Failure(f"{option}: expected a size such as 40GiB or 80GB, got {text[:40]!r}")
     return size
-
-
-def _strategies(text: str | None) -> list[str] | None:
-    from pagedkv.cli.replay import search_folder_at_hand, split_names
-    from pagedkv.sim.sweeps import named_strategy
-
-    if text is None:
-        return None
-    names = split_names(text)
-    if not names:
-        raise Failure(f"--strategies: expected names such as lru,s3fifo, got {text!r}")
-    search_folder_at_hand(names)
-    for name in names:
-        named_strategy(name)
-    return names
 
 
 # The options of ``pagedkv plan``. What the command needs is imported when it runs.
@@ -154,7 +140,10 @@ def plan(
 
         planner.checked_share(target)  # before the trace is read, which may take minutes
         size = None if memory is None else parse_size("--memory", memory)
-        names, hardware = _strategies(strategies), Hardware(tflops, mfu, decode_tokens_per_second)
+        names = None if strategies is None else split_names(strategies)
+        if names is not None:
+            require_strategies(names)
+        hardware = Hardware(tflops, mfu, decode_tokens_per_second)
         require_writable("--html", html)
         shape = read_model(model, kv_dtype=kv_dtype, window_as_full=window_as_full)
         console = notes()

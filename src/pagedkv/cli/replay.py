@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -56,7 +56,7 @@ _FOLDED = {LRU, OPTIMAL, _ALL}
 
 
 def split_names(text: str) -> list[str]:
-    """Split strategies at the commas, but not at those between the arguments of one: ``a,b:x=1,y=2,c``."""
+    """Split ``--strategies`` at the commas, but not at those between the arguments of one: ``a,b:x=1,y=2,c``."""
     names: list[str] = []
     for part in text.split(","):
         is_argument = re.match(r"\s*\w+\s*=", part) or (names and names[-1].count("(") > names[-1].count(")"))
@@ -68,33 +68,33 @@ def split_names(text: str) -> list[str]:
 
 
 def _strategies(text: str | None, strategy_from: list[str], timed: bool) -> list[str]:
-    """Return every strategy that is asked for, once; those that do not exist fail before the trace is read."""
+    """Return every strategy that is asked for, once."""
+    names = [*_ONLINE, *([] if timed else [OPTIMAL])] if text is None else split_names(text)
+    if timed and {OPTIMAL, _ALL} & set(names):
+        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
+    names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
+    require_strategies(names, strategy_from)
+    return list(dict.fromkeys([*names, *strategy_from]))
+
+
+def require_strategies(names: list[str], strategy_from: Sequence[str] = ()) -> None:
+    """Find out before the trace is read, which may take minutes, that a strategy does not exist.
+
+    ``module:Class`` may name a module in the folder at hand, as ``python -m`` would find it.
+    """
     from pagedkv.sim.sweeps import imported_strategy, named_strategy
 
-    if text is None:
-        names = list(_ONLINE) if timed else [*_ONLINE, OPTIMAL]
-    else:
-        names = split_names(text)
-        if not names:
-            raise Failure(f"--strategies: expected names such as lru,fifo,optimal, got {text!r}")
-        if timed and {OPTIMAL, _ALL} & set(names):
-            raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
-        names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
-    search_folder_at_hand([*names, *strategy_from])
+    if not names:
+        raise Failure("--strategies: expected names such as lru,s3fifo, got none")
+    is_asked = any(":" in name and "=" not in name for name in (*names, *strategy_from))  # no "priority:levels=3"
+    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
     for name in names:
         named_strategy(name)
     for name in strategy_from:
         if name.endswith(".py") or ".py:" in name:
             raise Failure(f"--strategy-from: expected module:Class, not a file, got {name!r}")
         imported_strategy(name)
-    return list(dict.fromkeys([*names, *strategy_from]))
-
-
-def search_folder_at_hand(strategies: Iterable[str]) -> None:
-    """Let ``module:Class`` name a module in the folder at hand, as ``python -m`` would find it."""
-    is_asked = any(":" in name and "=" not in name for name in strategies)  # no "priority:levels=3"
-    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
 
 
 def _all_strategies() -> list[str]:

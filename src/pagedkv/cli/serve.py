@@ -17,9 +17,9 @@ from rich.text import Text
 from pagedkv.cli.generate import require_kv_dtype
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import (
+    ConfigOption,
     DebugOption,
     Failure,
-    config_option,
     facts_table,
     failures_in_one_line,
     from_options,
@@ -94,7 +94,7 @@ def serve(
         Path | None,
         typer.Argument(help="A Hugging Face model folder.", show_default="the shipped model"),
     ] = None,
-    config: Annotated[Path | None, config_option()] = None,
+    config: ConfigOption = None,
     api_key_file: Annotated[
         Path | None, option("--api-key-file", help="A file with one key a line.", default=False, panel=_KEYS)
     ] = None,

@@ -204,10 +204,11 @@ def options_from(*settings: type[Any]) -> Callable[[Callable[..., None]], Callab
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
-        made = [_parameter(each, get_type_hints(kind)[each.name]) for kind in settings for each in fields(kind)]
-        first = [each for each in own if each.kind is not each.KEYWORD_ONLY]
-        last = [each for each in own if each.kind is each.KEYWORD_ONLY]
-        command.__signature__ = inspect.Signature([*first, *made, *last])  # type: ignore[attr-defined]
+        hints = {kind: get_type_hints(kind) for kind in settings}
+        made = [_parameter(each, hints[kind][each.name]) for kind in settings for each in fields(kind) if each.metadata]
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            sorted([*made, *own], key=lambda each: each.kind)
+        )
         return command
 
     return decorate
@@ -238,21 +239,10 @@ def from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
     given = {}
     for each in fields(kind):  # type: ignore[arg-type]
         value = options[each.name]
-        if each.metadata["from_file"]:
+        if each.metadata.get("from_file"):
             value = read_text(_names(each)[0], value)
         given[each.name] = tuple(value) if isinstance(value, list) else value
     return kind(**given)
-
-
-def config_option() -> Any:
-    """Return an option that names a file whose keys set the defaults of all others."""
-    return typer.Option(
-        "--config",
-        help="A TOML or JSON file with any of the settings, by the names of the library; options go before it.",
-        show_default=False,
-        is_eager=True,
-        callback=_take_defaults,
-    )
 
 
 def _take_defaults(context: typer.Context, path: Path | None) -> Path | None:
@@ -272,6 +262,18 @@ def _take_defaults(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(f"{path}: {unknown[0]} is no setting; expected {', '.join(sorted(known))}")
     context.default_map = given
     return path
+
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A TOML or JSON file with any of the settings, by the names of the library; options go before it.",
+        show_default=False,
+        is_eager=True,
+        callback=_take_defaults,
+    ),
+]
 
 
 # What commands read and write: JSON on stdout, tables, files.
