@@ -59,13 +59,7 @@ def hooks_of(strategy: EvictionStrategy) -> frozenset[str]:
 
 
 def checked_scores(strategy: EvictionStrategy, method: str, scores: object, count: int) -> Scores:
-    """Return the scores as int64, or say what is wrong with them.
-
-    Raises
-    ------
-    InvalidOperation
-        If they are no integers or not one for each record.
-    """
+    """Return the scores as int64; InvalidOperation if they are no integers or not one for each record."""
     array = np.asarray(scores)
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise InvalidOperation(

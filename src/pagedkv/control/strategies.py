@@ -124,13 +124,7 @@ def parse_strategy(text: str) -> EvictionStrategy:
 
 
 def as_strategy(strategy: object) -> EvictionStrategy:
-    """Return `strategy` itself, or the one that the text names; refuse what cannot score.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is neither a name nor an object with the two scoring methods.
-    """
+    """Return `strategy` itself, or the one that the text names; refuse what has not the two scoring methods."""
     if isinstance(strategy, str):
         return parse_strategy(strategy)
     if isinstance(strategy, type) or not isinstance(strategy, EvictionStrategy):
