@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.namespaces import Namespaces
+from pagedkv.control.prefix import Namespaces
 from pagedkv.control.state import State
 from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED, BlockId, CacheStats, SequenceInfo
 

@@ -23,11 +23,10 @@ from pagedkv.control.arguments import (
 )
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, EventFeed
-from pagedkv.control.hooks import Hooks, block_view
-from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import available_blocks, unpin_block
-from pagedkv.control.protocol import EvictionStrategy, checked_scores
+from pagedkv.control.prefix import Namespaces, name_of
+from pagedkv.control.protocol import EvictionStrategy, Hooks, block_view, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, new_state, with_log, with_roots, with_wider_tables
