@@ -15,13 +15,7 @@ _LONGEST = 80
 
 
 def require_int(name: str, value: object, low: int = 0, high: int = MAX_INT) -> int:
-    """Return `value` as an int in ``low … high``; any integer type will do, a bool or a float will not.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is something else; `argument` is `name`.
-    """
+    """Return `value` as an int in ``low … high``; any integer type will do, a bool or a float will not."""
     if type(value) is int and low <= value <= high:
         return value
     if isinstance(value, bool):
@@ -41,15 +35,7 @@ def require_number(
 ) -> float:
     """Return `value` as a finite float in ``low … high``; text, a bool or NaN will not do.
 
-    Parameters
-    ----------
-    above : bool
-        Whether `low` itself is too low.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is something else; `argument` is `name`.
+    With `above`, `low` itself is too low.
     """
     if isinstance(value, (bool, str, bytes, bytearray)):
         raise bad_argument(name, "a number", shown(value))
@@ -73,13 +59,7 @@ def _limits(low: float, high: float, above: bool) -> str:
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> str:
-    """Return `value` if it is one of `choices`.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is not; `argument` is `name`.
-    """
+    """Return `value` if it is one of `choices`."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
         raise bad_argument(name, f"one of {', '.join(choices)}", shown(value))
@@ -87,13 +67,7 @@ def require_choice(name: str, value: object, choices: Iterable[str]) -> str:
 
 
 def require_flag(name: str, value: object) -> bool:
-    """Return `value` if it is True or False.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is not; `argument` is `name`.
-    """
+    """Return `value` if it is True or False."""
     if not isinstance(value, bool):
         raise bad_argument(name, "a bool", shown(value))
     return value

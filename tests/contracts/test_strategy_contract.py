@@ -31,7 +31,7 @@ from pagedkv import (
     parse_strategy,
     register_strategy,
 )
-from pagedkv.control.hooks import block_view
+from pagedkv.control.protocol import block_view
 from pagedkv.jit import borrowed
 
 STRATEGIES = [

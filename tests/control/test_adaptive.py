@@ -13,7 +13,7 @@ from tests.sim.traces import AGENTS, CHAT, real_trace
 
 from pagedkv import Adaptive, BlockManager, CorruptedState
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.control.namespaces import name_of
+from pagedkv.control.prefix import name_of
 from pagedkv.sim import synthesize
 
 LEARNED = 3_993

@@ -14,6 +14,7 @@ from tests.contracts.attention_cases import TOLERANCE, Shape, make_case
 from pagedkv import InvalidOperation, KvCacheSpec, KvStorage, LayerSpec, MissingExtra, PagedKvCache, paged_attention
 from pagedkv.data import attention, gpu, gpu_device
 from pagedkv.data.gpu_plan import DevicePlan
+from pagedkv.data.quantised import GREATEST
 
 pytest.importorskip("triton")
 
@@ -98,7 +99,7 @@ def test_block_copies_equal_torchs(v_head_dim, copies, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_quantised_writes(dtype, layout):
     """A number is its quantised one times the scale of its token and head; half goes to even."""
-    limit = gpu_kernels.QUANTISED_MAX[dtype]
+    limit = GREATEST[dtype]
     new_keys, new_values = tokens(5, V_DIM)
     new_keys[1, 2] = 0
     new_keys[2, 0, :4] = torch.tensor([limit, 2.5, -0.5, 3.5])

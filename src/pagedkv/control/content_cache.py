@@ -124,18 +124,6 @@ class ContentCache(BlockManager):
     All of a BlockManager's calls work, with ids in place of token ids and a block size of 1; but where a model must
     compute the last token of a prompt again, a trace counts every block that was found, the last one too. `run` serves
     many requests in one call.
-
-    Parameters
-    ----------
-    num_blocks : int
-        Capacity.
-    strategy : str or EvictionStrategy
-        What is evicted first.
-
-    Raises
-    ------
-    InvalidOperation
-        If an argument is out of range.
     """
 
     def __init__(self, num_blocks: int, strategy: str | EvictionStrategy = "lru") -> None:
@@ -158,11 +146,6 @@ class ContentCache(BlockManager):
         -------
         int32 [num_requests]
             How many leading blocks of each request were found.
-
-        Raises
-        ------
-        InvalidOperation
-            If the arrays do not fit together, or the strategy returns something else than scores.
         """
         ids = _flat("ids", ids, (np.int32, np.int64))
         offsets = _flat("offsets", offsets, (np.int64,))

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.namespaces import Namespaces
+from pagedkv.control.prefix import Namespaces
 from pagedkv.control.state import State
 from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED, BlockId, CacheStats, SequenceInfo
 
@@ -233,18 +233,9 @@ def batch_bytes(batch: Any) -> bytes:
 
 
 def append_event_batch(file: BinaryIO, batch: Any) -> None:
-    """Append one batch of events, in one write.
+    """Append one batch in one write: ``[ts, events, data_parallel_rank]``, or the payload as it was published.
 
-    Parameters
-    ----------
-    file : binary file, open for writing
-    batch : bytes or object
-        The payload as it was published, or what msgspec encodes: ``[ts, events, data_parallel_rank]``.
-
-    Raises
-    ------
-    ValueError
-        The batch is larger than `MAX_BATCH_BYTES`, which readers refuse; nothing was written.
+    One larger than `MAX_BATCH_BYTES` is a ValueError, as readers refuse it; nothing is written then.
     """
     payload = batch_bytes(batch)
     if len(payload) > MAX_BATCH_BYTES:

@@ -23,11 +23,10 @@ from pagedkv.control.arguments import (
 )
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, EventFeed
-from pagedkv.control.hooks import Hooks, block_view
-from pagedkv.control.namespaces import Namespaces, name_of
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import available_blocks, unpin_block
-from pagedkv.control.protocol import EvictionStrategy, checked_scores
+from pagedkv.control.prefix import Namespaces, name_of
+from pagedkv.control.protocol import EvictionStrategy, Hooks, block_view, checked_scores
 from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
 from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
 from pagedkv.control.state import LIVE, MAX_PINS, PINNED, new_state, with_log, with_roots, with_wider_tables
@@ -41,7 +40,7 @@ from pagedkv.control.strategies import (
 )
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo, hottest_prefixes
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
-from pagedkv.validate import require_int
+from pagedkv.validate import require_choice, require_flag, require_int
 
 # The counters behind the fields of CacheStats, in their order.
 _STATS = "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split()
@@ -89,14 +88,10 @@ class BlockManager:
     ) -> None:
         num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
-        if on_full not in ("raise", "evict"):
-            raise bad_argument("on_full", "'raise' or 'evict'", f"{on_full!r}")
-        if not isinstance(prefix_caching, bool):
-            raise bad_argument("prefix_caching", "a bool", f"{prefix_caching!r}")
-        threshold = fraction("eviction_threshold", eviction_threshold)
+        self._on_full = require_choice("on_full", on_full, ("raise", "evict"))
+        require_flag("prefix_caching", prefix_caching)
+        self._eviction_threshold = fraction("eviction_threshold", eviction_threshold)
         self._strategy = as_strategy(strategy)
-        self._eviction_threshold = threshold
-        self._on_full = on_full
         self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching), self._strategy)
         self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
@@ -179,7 +174,7 @@ class BlockManager:
         count, ids, known = parse_tokens(tokens)
         with self._lock:
             self._grow(np.array([key]), np.array([count]), ids, known)
-            info = self._info(self._row(key))
+            info = self._info(self._row(seq_id))
             self._publish()
             return info
 
@@ -277,13 +272,12 @@ class BlockManager:
         InvalidOperation
             If `dst` exists.
         """
-        src_key, dst_key = sequence_key(src, "src"), sequence_key(dst, "dst")
         with self._lock:
-            row = self._row(src_key)
+            row, key = self._row(src, "src"), sequence_key(dst, "dst")
             while True:
-                status, twin = sequences.fork_row(self._state.packed, row, dst_key)
+                status, twin = sequences.fork_row(self._state.packed, row, key)
                 if status == sequences.OK:
-                    self._wide_ids |= dst_key < 0
+                    self._wide_ids |= key < 0
                     return self._info(twin)
                 if status == sequences.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
@@ -298,9 +292,8 @@ class BlockManager:
         InvalidOperation
             If the sequence has fewer tokens.
         """
-        key = sequence_key(seq_id)
         with self._lock:
-            row = self._row(key)
+            row = self._row(seq_id)
             record = self._state.sequence(row)
             num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
             if num_tokens < record.num_tokens:
@@ -319,9 +312,8 @@ class BlockManager:
         InvalidOperation
             If the sequence is pinned and a block of it has 65,535 pins of freed sequences already.
         """
-        key = sequence_key(seq_id)
         with self._lock:
-            self._free_row(self._row(key))
+            self._free_row(self._row(seq_id))
 
     def touch(self, seq_id: int) -> SequenceInfo:
         """Count an access.
@@ -330,9 +322,8 @@ class BlockManager:
         ------
         SequenceNotFound
         """
-        key = sequence_key(seq_id)
         with self._lock:
-            row = self._row(key)
+            row = self._row(seq_id)
             self._state.counters[0].tick += 1
             sequences.touch_row(self._state.packed, row)
             return self._info(row)
@@ -346,10 +337,9 @@ class BlockManager:
         InvalidOperation
             If the strategy has no such level.
         """
-        key = sequence_key(seq_id)
         priority = self._checked_priority(priority)
         with self._lock:
-            row = self._row(key)
+            row = self._row(seq_id)
             self._state.sequences[row].priority = priority
             sequences.mark_dirty(self._state.packed, row)
             return self._info(row)
@@ -365,9 +355,8 @@ class BlockManager:
         InvalidOperation
             If the sequence has fewer tokens.
         """
-        key = sequence_key(seq_id)
         with self._lock:
-            row = self._row(key)
+            row = self._row(seq_id)
             record = self._state.sequences[row]
             if num_tokens is None:
                 blocks = int(record.num_blocks)
@@ -463,11 +452,10 @@ class BlockManager:
         OutOfMemory
             If window blocks that others share need private copies that do not fit.
         """
-        key = sequence_key(seq_id)
         sink = require_int("sink_tokens", sink_tokens)
         window = require_int("window_tokens", window_tokens)
         with self._lock:
-            row = self._row(key)
+            row = self._row(seq_id)
             record = self._state.sequence(row)
             if record.num_tokens <= sink + window:
                 return 0
@@ -622,7 +610,7 @@ class BlockManager:
         SequenceNotFound
         """
         with self._lock:
-            return self._info(self._row(sequence_key(seq_id)))
+            return self._info(self._row(seq_id))
 
     def block(self, block_id: int) -> KvBlock:
         """Return a live view of a block.
@@ -768,7 +756,7 @@ class BlockManager:
         if status == sequences.NEEDS_ROWS:
             self._state = sequences.with_more_rows(self._state)
         elif status == sequences.NEEDS_WIDTH:
-            self._widen_tables(a)
+            self._state = with_wider_tables(self._state, a)
         elif self._on_full == "raise" or not fits_after_evicting(
             self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
         ):
@@ -892,10 +880,10 @@ class BlockManager:
     def _report_lines(self) -> list[str]:
         return []
 
-    def _row(self, key: int) -> int:
-        row = int(sequences.find_row(self._state.packed, key))
+    def _row(self, seq_id: int, name: str = "seq_id") -> int:
+        row = int(sequences.find_row(self._state.packed, sequence_key(seq_id, name)))
         if row < 0:
-            raise SequenceNotFound(sequence_number(key))
+            raise SequenceNotFound(int(seq_id))
         return row
 
     def _seq_id(self, row: int) -> SeqId:
@@ -921,7 +909,7 @@ class BlockManager:
             access_count=record.access_count,
             priority=record.priority,
             pinned=bool(record.marks & PINNED),
-            _table=self._state.tables[row, : record.num_blocks].copy(),
+            _blocks=self._state.tables[row, : record.num_blocks].tobytes(),
         )
 
     def _enter_namespace(self, cache_salt: str) -> int:
@@ -932,9 +920,6 @@ class BlockManager:
                 self._state = with_roots(self._state, number + 1)
             self._state.roots[number, 3] = name_of(cache_salt)
         return number
-
-    def _widen_tables(self, width: int) -> None:
-        self._state = with_wider_tables(self._state, width)
 
     def _publish(self, event: CacheEvent | None = None) -> None:
         try:

@@ -296,10 +296,7 @@ def power_of_two(at_least: int) -> int:
 def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int = 64, width: int = 64) -> State:
     """Make the state of an empty pool; memory is committed only as blocks are used.
 
-    Raises
-    ------
-    OutOfMemory
-        If even the addresses for so many blocks and tokens cannot be had.
+    It is OutOfMemory if even the addresses for so many blocks and tokens cannot be had.
     """
     try:
         return _empty_state(num_blocks, block_size, prefix_caching, rows, width)

@@ -16,7 +16,8 @@ import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from operator import attrgetter
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pagedkv.control import policies
 from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
@@ -124,13 +125,7 @@ def parse_strategy(text: str) -> EvictionStrategy:
 
 
 def as_strategy(strategy: object) -> EvictionStrategy:
-    """Return `strategy` itself, or the one that the text names; refuse what cannot score.
-
-    Raises
-    ------
-    InvalidOperation
-        If it is neither a name nor an object with the two scoring methods.
-    """
+    """Return `strategy` itself, or the one that the text names; refuse what has not the two scoring methods."""
     if isinstance(strategy, str):
         return parse_strategy(strategy)
     if isinstance(strategy, type) or not isinstance(strategy, EvictionStrategy):
@@ -145,16 +140,21 @@ def as_strategy(strategy: object) -> EvictionStrategy:
 MAX_PRIORITY = 2 ** (63 - policies.RECENCY_BITS) - 1
 
 
-class _Recent:
-    """Least recently used goes first: sequences, and blocks before anything else is known of them."""
+class _BuiltIn:
+    """Least recently used goes first, unless a strategy names other scores."""
+
+    _sequence_score: ClassVar[Any] = attrgetter("last_access")
+    _block_score: ClassVar[Any] = attrgetter("last_access")
 
     def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the last access."""
-        return sequences.last_access
+        """Score sequences."""
+        scores: Scores = type(self)._sequence_score(sequences)
+        return scores
 
     def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the last use."""
-        return blocks.last_access
+        """Score blocks, before any price or second chance."""
+        scores: Scores = type(self)._block_score(blocks)
+        return scores
 
     def __str__(self) -> str:
         return next(base.__name__ for base in type(self).__mro__ if base.__module__ == __name__)
@@ -162,44 +162,31 @@ class _Recent:
 
 @register_strategy("lru")
 @dataclass(frozen=True)
-class LRU(_Recent):
+class LRU(_BuiltIn):
     """Least recently used goes first."""
 
 
 @register_strategy("lfu")
 @dataclass(frozen=True)
-class LFU(_Recent):
+class LFU(_BuiltIn):
     """Least frequently used goes first; among blocks of equal use the oldest."""
 
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the number of accesses."""
-        return sequences.access_count
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the number of sequences that used the block, then by recency."""
-        scores: Scores = policies.by_frequency(blocks)
-        return scores
+    _sequence_score = attrgetter("access_count")
+    _block_score = staticmethod(policies.by_frequency)
 
 
 @register_strategy("longest_first")
 @dataclass(frozen=True)
-class LongestFirst(_Recent):
+class LongestFirst(_BuiltIn):
     """The longest sequence goes first; of blocks the deepest, among equals the oldest."""
 
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the number of tokens, negated."""
-        scores: Scores = -sequences.num_tokens
-        return scores
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by depth, negated, then by recency."""
-        scores: Scores = policies.by_depth(blocks)
-        return scores
+    _sequence_score = staticmethod(lambda sequences: -sequences.num_tokens)
+    _block_score = staticmethod(policies.by_depth)
 
 
 @register_strategy("priority")
 @dataclass(frozen=True)
-class Priority(_Recent):
+class Priority(_BuiltIn):
     """The lowest priority goes first, among equals the least recently used.
 
     Parameters
@@ -210,18 +197,11 @@ class Priority(_Recent):
 
     levels: int
 
+    _sequence_score = staticmethod(policies.by_priority)
+    _block_score = staticmethod(policies.by_priority)
+
     def __post_init__(self) -> None:
         require_int("levels", self.levels, 1, MAX_PRIORITY + 1)
-
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by priority, then by the last access."""
-        scores: Scores = policies.by_priority(sequences)
-        return scores
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the highest priority that used the block, then by recency."""
-        scores: Scores = policies.by_priority(blocks)
-        return scores
 
     def __str__(self) -> str:
         return f"Priority({self.levels})"
@@ -229,7 +209,7 @@ class Priority(_Recent):
 
 @register_strategy("streaming_llm")
 @dataclass(frozen=True)
-class StreamingLLM(_Recent):
+class StreamingLLM(_BuiltIn):
     """Least recently used goes first; sequences keep sinks and a window (Xiao et al. 2023, section 3.2).
 
     Parameters
@@ -253,7 +233,7 @@ class StreamingLLM(_Recent):
 
 @register_strategy("ttl")
 @dataclass(frozen=True)
-class TTL(_Recent):
+class TTL(_BuiltIn):
     """Least recently used goes first, but what a sequence with a priority used lives longer: a pin that expires.
 
     Parameters
@@ -276,58 +256,50 @@ class TTL(_Recent):
         return f"TTL(ticks={self.ticks})"
 
 
-class _Queue(_Recent):
-    """Blocks go first in, first out, before any second chance."""
-
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by the tick at which the block was filled."""
-        return blocks.created
-
-
 @register_strategy("fifo")
 @dataclass(frozen=True)
-class FIFO(_Queue):
+class FIFO(_BuiltIn):
     """First in, first out: use does not matter."""
 
-    def score_sequences(self, sequences: SequenceView, now: int) -> Scores:
-        """Score by the tick of the allocation."""
-        return sequences.created
+    _sequence_score = attrgetter("created")
+    _block_score = attrgetter("created")
 
 
 @register_strategy("s3fifo")
 @dataclass(frozen=True)
-class S3FIFO(_Queue):
+class S3FIFO(_BuiltIn):
     """Three FIFO queues: a tenth for newcomers, the rest for what proved itself, and a memory of what was evicted.
 
     A newcomer with two hits is promoted, one without goes; if it comes back soon, it enters as proven. A proven block
     is evicted when it comes first without a hit since. Source: Yang et al., SOSP 2023, algorithm 1.
     """
 
+    _block_score = attrgetter("created")
+
 
 @register_strategy("sieve")
 @dataclass(frozen=True)
-class SIEVE(_Queue):
+class SIEVE(_BuiltIn):
     """FIFO in which a block that was hit is passed over once. Source: Zhang et al., NSDI 2024, algorithm 1."""
+
+    _block_score = attrgetter("created")
 
 
 @register_strategy("gdsf")
 @dataclass(frozen=True)
-class GDSF(_Recent):
+class GDSF(_BuiltIn):
     """Greedy-Dual: uses times the cost of computing a block again, above a price that rises with what was evicted.
 
     The cost grows with the depth of the block in its prefix: attention reads all that precedes it. Source: Cherkasova,
     HPL-98-69R1, 1998, with equal sizes.
     """
 
-    def score_blocks(self, blocks: BlockView, now: int) -> Scores:
-        """Score by uses times cost, without the price."""
-        scores: Scores = policies.by_cost(blocks)
-        return scores
+    _block_score = staticmethod(policies.by_cost)
 
 
 @register_strategy("adaptive")
 @dataclass(frozen=True)
-class Adaptive(_Recent):
+class Adaptive(_BuiltIn):
     """What will be used again within the time that room lasts is kept; there is nothing to tune.
 
     Blocks fall into classes by how often they were used and by whether they end a prefix. For each class the ages at

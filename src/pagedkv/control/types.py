@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.state import State
-from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.errors import InvalidOperation
+from pagedkv.validate import require_int
 
 BLOCK_KINDS = ("free", "active", "shared", "cached", "pinned")
 """What a block is, by the number that stands for it wherever there is one entry a block."""
@@ -26,11 +27,7 @@ class _Id(int):
     _limit = 0
 
     def __new__(cls, value: Any) -> _Id:
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise bad_argument(cls.__name__, "an int", f"{value!r}")
-        if not 0 <= value < cls._limit:
-            raise bad_argument(cls.__name__, f"an int in 0 … {cls._limit - 1}", f"{value}")
-        return super().__new__(cls, value)
+        return super().__new__(cls, require_int(cls.__name__, value, 0, cls._limit - 1))
 
     def __str__(self) -> str:
         return f"{self._letter}{int(self)}"
@@ -92,32 +89,22 @@ class SequenceInfo:
     access_count: int
     priority: int
     pinned: bool
-    _table: npt.NDArray[np.int32] = field(repr=False, compare=False)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SequenceInfo):
-            return NotImplemented
-        return self._values() == other._values()
-
-    def _values(self) -> tuple[object, ...]:
-        return (*(getattr(self, part.name) for part in fields(self) if part.compare), self._table.tobytes())
+    _blocks: bytes = field(repr=False)  # of int32
 
     @property
     def block_ids(self) -> tuple[BlockId, ...]:
         """The blocks of the sequence, in order."""
-        return block_ids_of(self._table.tolist())
+        return block_ids_of(self.block_table.tolist())
 
     @property
     def block_table(self) -> npt.NDArray[np.int32]:
         """The same as a read-only array, int32 ``[num_blocks]``."""
-        table = self._table.view()
-        table.flags.writeable = False
-        return table
+        return np.frombuffer(self._blocks, np.int32)
 
     @property
     def num_blocks(self) -> int:
         """How many blocks the sequence has."""
-        return len(self._table)
+        return len(self._blocks) // np.dtype(np.int32).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +16,13 @@ from pagedkv.errors import bad_argument
 from pagedkv.validate import require_choice
 
 BACKENDS = {
-    "cpu": "pagedkv.data.cpu",
-    "cpu_invariant": "pagedkv.data.batch_invariant",
-    "flashinfer": "pagedkv.data.gpu_flashinfer",
-    "reference": "pagedkv.data.reference",
-    "triton": "pagedkv.data.gpu",
+    "cpu": "pagedkv.data.cpu:attend",
+    "cpu_invariant": "pagedkv.data.cpu:attend_batch_invariant",
+    "flashinfer": "pagedkv.data.gpu_flashinfer:attend",
+    "reference": "pagedkv.data.reference:attend",
+    "triton": "pagedkv.data.gpu:attend",
 }
-"""The module of each backend; its ``attend(call)`` fills ``call.out``. Loaded when it is first used."""
+"""The function of each backend, which fills ``call.out``. Its module is loaded when it is first used."""
 
 
 def paged_attention(
@@ -152,5 +152,5 @@ def _fastest_for(call: AttentionCall) -> str:
 
 @functools.cache
 def _backend(name: str) -> Callable[[AttentionCall], None]:
-    attend: Callable[[AttentionCall], None] = importlib.import_module(BACKENDS[name]).attend
+    attend: Callable[[AttentionCall], None] = pkgutil.resolve_name(BACKENDS[name])
     return attend

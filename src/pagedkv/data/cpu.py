@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numba
@@ -22,6 +23,7 @@ from pagedkv.data.call import AttentionCall
 from pagedkv.data.cpu_kernels import Rules, Shape, Strides, attend_items, partial_size, plan_items
 from pagedkv.data.quantised import dequantised
 from pagedkv.errors import InvalidOperation
+from pagedkv.spec import MAX_COUNT
 
 FEW_QUERIES = 32
 """Up to this many query tokens of a sequence are served from the blocks in place. With more, gathering the blocks and
@@ -240,6 +242,40 @@ def _products(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor
         total += torch.exp(sinks - top)
     result = (scores @ values.float()).view(num_kv_heads, group, q_len, v_head_dim) / total
     return result.permute(2, 0, 1, 3).reshape(q_len, num_q_heads, v_head_dim)
+
+
+# Batch-invariant attention: a result depends on a query and what it sees alone, to the last bit.
+#
+# Torch's matrix products change their order of additions with the number of rows, the decode kernels do not. So long
+# prompts are cut into pieces that the kernels take, each of them a sequence that ends earlier.
+
+
+def attend_batch_invariant(call: AttentionCall) -> None:
+    """Fill ``call.out``."""
+    attend(_in_pieces(call) if call.causal else call, few_queries=MAX_COUNT)
+
+
+def _in_pieces(call: AttentionCall) -> AttentionCall:
+    """Cut the query tokens of each sequence into pieces of at most ``FEW_QUERIES``."""
+    batch = call.host_batch
+    if len(call.queries) <= FEW_QUERIES:
+        return call
+    counts = np.diff(batch.cu_seqlens_q)
+    num_pieces = -(-counts // FEW_QUERIES)
+    if (num_pieces <= 1).all():
+        return call
+    rows = np.repeat(np.arange(len(counts)), num_pieces)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+    ends = np.minimum((place + 1) * FEW_QUERIES, counts[rows])  # in query tokens of the sequence
+    starts = np.append(batch.cu_seqlens_q[rows] + place * FEW_QUERIES, batch.cu_seqlens_q[-1])
+    pieces = replace(
+        batch,
+        block_tables=batch.block_tables[rows],
+        seq_lens=(batch.seq_lens[rows] - counts[rows] + ends).astype(np.int32),
+        cu_seqlens_q=starts.astype(np.int32),
+        holes=batch.holes[rows],
+    )
+    return replace(call, batch=pieces, into=call.out)
 
 
 # Threads: a kernel runs in torch's own.

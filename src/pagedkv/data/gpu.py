@@ -36,11 +36,6 @@ def attend(call: AttentionCall) -> None:
 
     With the batch of a ``DevicePlan`` the call may be captured in a CUDA graph; replayed, it reads the plan that was
     loaded last.
-
-    Raises
-    ------
-    InvalidOperation
-        The device lacks the dtype, or a CUDA graph of a batch that is on the host is being captured.
     """
     _require_dtypes(call)
     if len(call.queries):

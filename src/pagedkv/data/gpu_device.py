@@ -186,14 +186,9 @@ def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
 
 
 def num_splits(num_programs: int, longest: int, config: Config, heads: Heads, device: Device) -> int:
-    """Return among how many programs the keys of the longest sequence are split.
+    """Return among how many programs the keys of the longest sequence, which sees `longest` of them, are split.
 
-    Parameters
-    ----------
-    num_programs : int
-        Sequences times kv heads, if every sequence were as long as the longest: the programs without splitting.
-    longest : int
-        Keys that a sequence may see.
+    Without splitting there are `num_programs`: sequences times kv heads, if every sequence were as long as the longest.
     """
     worthwhile = longest // (config.tile_n * TILES_PER_SPLIT)
     resident = min(MOST_PROGRAMS_PER_CORE, device.shared_bytes // shared_bytes(config, heads, device))
@@ -250,15 +245,7 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def require_runnable(name: str, device: torch.device) -> None:
-    """Refuse a device that the kernels cannot run on.
-
-    Raises
-    ------
-    MissingExtra
-        Triton is not installed.
-    InvalidOperation
-        Neither a CUDA device nor the interpreter.
-    """
+    """Refuse a device that the kernels cannot run on: neither CUDA nor the interpreter; or Triton is not installed."""
     if device.type == "cuda" and not is_interpreted():
         return
     if not is_interpreted():
@@ -270,15 +257,7 @@ def require_runnable(name: str, device: torch.device) -> None:
 
 
 def uses_triton(backend: str, device: torch.device) -> bool:
-    """Tell whether a storage on this device moves its memory by Triton's kernels.
-
-    Raises
-    ------
-    MissingExtra
-        The backend is ``"triton"`` and it is not installed.
-    InvalidOperation
-        It cannot use the device, or there is no such backend.
-    """
+    """Tell whether a storage on this device moves its memory by Triton's kernels; refuse a backend that cannot."""
     require_choice("backend", backend, ("auto", "torch", "triton"))
     if backend == "triton":
         require_runnable("device", device)

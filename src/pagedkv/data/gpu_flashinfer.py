@@ -27,22 +27,10 @@ _kept = threading.local()
 def csr_arrays(
     block_tables: Int32Array, seq_lens: Int32Array, block_size: int
 ) -> tuple[Int32Array, Int32Array, Int32Array]:
-    """Return the blocks of a batch as FlashInfer wants them: compressed rows.
+    """Return the blocks of a batch as FlashInfer wants them, compressed rows: indptr, indices and last_page_len.
 
-    Parameters
-    ----------
-    block_tables : int32 [n, max_blocks]
-    seq_lens : int32 [n]
-    block_size : int
-
-    Returns
-    -------
-    indptr : int32 [n + 1]
-        Sequence ``i`` owns ``indices[indptr[i] : indptr[i + 1]]``.
-    indices : int32 [indptr[n]]
-        Block ids.
-    last_page_len : int32 [n]
-        Tokens in the last block of each sequence, 1 to block_size; 0 for an empty sequence.
+    Sequence ``i`` owns the blocks ``indices[indptr[i] : indptr[i + 1]]``, with ``last_page_len[i]`` tokens in the last
+    one: 1 to block_size, or 0 for an empty sequence.
     """
     counts = -(-seq_lens.astype(np.int64) // block_size)
     indptr = np.zeros(len(seq_lens) + 1, np.int32)
@@ -54,16 +42,7 @@ def csr_arrays(
 
 
 def attend(call: AttentionCall) -> None:
-    """Fill ``call.out``.
-
-    Raises
-    ------
-    MissingExtra
-        FlashInfer is not installed.
-    InvalidOperation
-        The call is not on a CUDA device, or needs what FlashInfer's kernel does not do: sink logits, holes, quantised
-        keys, queries of another dtype, a CUDA graph around host arrays.
-    """
+    """Fill ``call.out``; InvalidOperation where FlashInfer's kernel does not do what the call needs."""
     try:
         import flashinfer
     except ImportError as error:
@@ -80,14 +59,14 @@ def attend(call: AttentionCall) -> None:
 
 def _require_known(call: AttentionCall) -> None:
     """Refuse every call that FlashInfer would answer with something else."""
-    batch = call.host_batch
+    batch, queries = call.host_batch, call.queries
     has_hole = (batch.holes[:, 1] > batch.holes[:, 0]) & (batch.holes[:, 0] < batch.seq_lens)
     faults = {
-        f"queries: expected a tensor on a CUDA device, got one on {call.queries.device}": not _is_on_gpu(call),
-        f"queries: expected {call.keys.dtype} as keys, got {call.queries.dtype}": call.queries.dtype != call.keys.dtype,
+        f"queries: expected a tensor on a CUDA device, got one on {queries.device}": not _is_on_gpu(call),
+        f"queries: expected {call.keys.dtype} as keys, got {queries.dtype}": queries.dtype != call.keys.dtype,
         "sinks: expected none": call.sinks is not None,
         "holes: expected none": bool(has_hole.any()),
-        "block_tables: expected no CUDA graph to be captured": is_capturing(call.queries.device),
+        "block_tables: expected no CUDA graph to be captured": is_capturing(queries.device),
         "window: expected causal attention": call.window is not None and not call.causal,
     }
     for fault, is_there in faults.items():

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pagedkv.data.gpu_device import is_interpreted, power_of_two
+from pagedkv.data.quantised import GREATEST
 
 # What happens in one tile of keys, as functions that the compiler puts into the kernels.
 #
@@ -428,8 +429,6 @@ def combine_splits(
 
 # Moving keys and values on the device: new tokens into their slots, whole blocks to other blocks.
 
-QUANTISED_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""The greatest number of a quantised dtype: what a token's greatest element in a head becomes."""
 _TILE = 2048
 _CHUNK = 2048
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -542,23 +541,14 @@ def write_tokens(
 ) -> None:
     """Write the keys and values of tokens into their slots, in one launch and without waiting for the device.
 
-    Everything is on one device and was checked before.
-
-    Parameters
-    ----------
-    keys, values : Tensor [num_blocks, block_size, num_kv_heads, dim]
-        Of any strides but the last, which is 1: an HND pool is shown transposed.
-    new_keys, new_values : Tensor [n, num_kv_heads, dim]
-        Floating; cast, or quantised where the pool is int8 or float8_e4m3fn.
-    slots : int64 [n]
-        ``block_id * block_size + offset``; negative ones are left out.
-    key_scales, value_scales : float32 [num_blocks, block_size, num_kv_heads], optional
-        Receive what the quantised numbers have to be multiplied by.
+    Everything is on one device and was checked before: pools ``[num_blocks, block_size, num_kv_heads, dim]`` of any
+    strides but the last, which is 1 (an HND pool is shown transposed), scales without the last dimension, tokens ``[n,
+    num_kv_heads, dim]``, which are cast or quantised, and int64 slots, of which negative ones are left out.
     """
     if not len(slots):
         return
     if is_interpreted():  # it cuts numbers off where a device rounds
-        dtype = torch.float32 if keys.dtype in QUANTISED_MAX else keys.dtype
+        dtype = torch.float32 if keys.dtype in GREATEST else keys.dtype
         new_keys, new_values = new_keys.to(dtype), new_values.to(dtype)
     _, block_size, num_heads, head_dim = keys.shape
     v_head_dim = values.shape[3]
@@ -585,7 +575,7 @@ def write_tokens(
             TILE_H=tile_h,
             TILE_D=tile_d,
             TILE_DV=tile_dv,
-            LIMIT=QUANTISED_MAX.get(keys.dtype, 0.0),
+            LIMIT=GREATEST.get(keys.dtype, 0.0),
             IS_INTEGER=keys.dtype == torch.int8,
             enable_fp_fusion=False,  # what is added to round must not be fused
         )
@@ -618,12 +608,8 @@ def _copy_words(
 def copy_blocks(tensors: tuple[Tensor, ...], pairs: np.ndarray[Any, Any]) -> None:
     """Copy blocks over all layers as if all at once: every source is read before any block is written.
 
-    Parameters
-    ----------
-    tensors : tuple of Tensor [layers, sides, num_blocks, …]
-        Contiguous.
-    pairs : int64 [k, 2]
-        (source, destination), checked; on the host, so that it is known whether a block is both.
+    The tensors are contiguous, ``[layers, sides, num_blocks, …]``. The pairs (source, destination), int64 ``[k, 2]``,
+    were checked and are on the host, so that it is known whether a block is both.
     """
     if not len(pairs):
         return

@@ -128,13 +128,7 @@ class DevicePlan:
         return self
 
     def check_device_arrays(self) -> None:
-        """Check what is in the buffers, waiting for the device.
-
-        Raises
-        ------
-        InvalidOperation
-            They hold what no plan of this pool can hold.
-        """
+        """Check that the buffers hold what a plan of this pool can hold, waiting for the device."""
         batch = self.batch
         on_device = batch.block_tables, batch.seq_lens, batch.cu_seqlens_q, batch.holes
         try:
@@ -196,11 +190,7 @@ def uploaded(call: AttentionCall) -> DeviceBatch:
     """Return the arrays of a checked call on its device.
 
     All layers of a step use the same arrays: the copy that this thread made last is used again where they are equal.
-
-    Raises
-    ------
-    InvalidOperation
-        A CUDA graph is being captured: it would replay these very arrays for ever.
+    While a CUDA graph is captured they are refused, as it would replay these very arrays for ever.
     """
     device = call.queries.device
     arrays = call.host_batch.arrays

@@ -34,18 +34,7 @@ _unmeasured: dict[str, Config] = {}
 
 
 def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> None:
-    """Launch a call with the best configuration that is known, or where the device has no room for it, a smaller one.
-
-    Parameters
-    ----------
-    heads, call, run, work
-        As in :func:`config_for`.
-
-    Raises
-    ------
-    InvalidOperation
-        The device has no room for any.
-    """
+    """Launch a call as `config_for` says, or where the device has no room for that, with a smaller configuration."""
     config = config_for(heads, call, run, work)
     try:
         run(config)
@@ -66,16 +55,9 @@ def run_best(heads: Heads, call: AttentionCall, run: Callable[[Config], None], w
 
 
 def config_for(heads: Heads, call: AttentionCall, run: Callable[[Config], None], work: int) -> Config:
-    """Return the configuration for a call.
+    """Return the configuration for a call, which `run` launches, perhaps several times.
 
-    Parameters
-    ----------
-    heads : Heads
-    call : AttentionCall
-    run : callable
-        Launches the call with a configuration; may be called several times.
-    work : int
-        Keys that are read, of all query tiles together, in tokens; 0 where the host does not know.
+    `work` is how many keys are read, of all query tiles together, in tokens; 0 where the host does not know.
     """
     device = call.queries.device
     configs = candidates(heads, device_of(device))

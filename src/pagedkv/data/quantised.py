@@ -25,28 +25,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def quantised(name: str, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantise tokens.
+    """Return tokens ``[n, heads, dim]``, the argument `name`, as contiguous numbers and scales, float32 ``[n, heads]``.
 
-    Parameters
-    ----------
-    name : str
-        Of the argument that they are.
-    tokens : floating Tensor [n, heads, dim]
-    dtype : torch.dtype
-        int8 or float8_e4m3fn.
-
-    Returns
-    -------
-    numbers : Tensor [n, heads, dim]
-        Contiguous.
-    scales : float32 Tensor [n, heads]
-        An element is its number times the scale; 0 where a head is all zeros.
-
-    Raises
-    ------
-    InvalidOperation
-        A token holds NaN or an infinity (or more than float32 can). On an accelerator that is not looked for, as the
-        host would have to wait.
+    An element is its number times the scale; that is 0 where a head is all zeros. NaN or an infinity (or more than
+    float32 can hold) is refused; on an accelerator that is not looked for, as the host would have to wait.
     """
     greatest = GREATEST[dtype]
     elements = tokens.to(torch.float32)
@@ -70,15 +52,7 @@ def checked_scales(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the scales as ``[num_blocks, block_size, num_kv_heads]``, None where keys and values are not quantised.
 
-    Parameters
-    ----------
-    keys, values : Tensor [num_blocks, block_size, num_kv_heads, dim]
-    key_scales, value_scales : float32 Tensor, in the given layout
-
-    Raises
-    ------
-    InvalidOperation
-        They do not fit, or are missing, or are given for keys that are not quantised.
+    They are given in `layout`, while keys and values are ``[num_blocks, block_size, num_kv_heads, dim]``.
     """
     if keys.dtype not in GREATEST:
         for name, scales in (("key_scales", key_scales), ("value_scales", value_scales)):
