@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx
 from browser import Browser, is_installed
 
-from pagedkv.cli.top import ServerSource
+from pagedkv.cli.top_data import ServerSource
 from pagedkv.cli.top_screen import TopApp
 from pagedkv.engine import LLM, AsyncEngine
 from pagedkv.models import shipped_model_path

@@ -17,7 +17,7 @@ from tests.server.fake_snapshots import FakeEngine
 from textual.widgets import DataTable, Input, Static
 
 from pagedkv.cli.terminal import Failure
-from pagedkv.cli.top import (
+from pagedkv.cli.top_data import (
     COLUMNS,
     FAINT,
     History,

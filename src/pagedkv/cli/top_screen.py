@@ -24,7 +24,7 @@ from textual.widget import Widget
 from textual.widgets import DataTable, Footer, Input, Sparkline, Static
 from textual.worker import Worker, WorkerState
 
-from pagedkv.cli.top import (
+from pagedkv.cli.top_data import (
     COLUMNS,
     FAINT,
     Figures,
