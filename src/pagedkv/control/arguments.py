@@ -11,9 +11,8 @@ import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
-from pagedkv.validate import require_int
+from pagedkv.validate import MAX_INT, require_int
 
-MAX_COUNT = 2**62
 _SIGNED = 2**63
 
 NO_IDS = np.empty(0, np.int64)
@@ -160,22 +159,18 @@ def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
 def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
     """Read one count for all, or a flat list of counts: int64 ``[n]``."""
     if is_count(counts):
-        return equal_counts(require_int(name, counts, 0, MAX_COUNT // max(1, n)), n)
+        return equal_counts(require_int(name, counts, 0, MAX_INT // max(1, n)), n)
     if not _is_listing(counts):
         raise bad_argument(name, "a count, or one for each sequence", f"{counts!r}")
-    return _listed_counts(name, counts, n)
+    _require_length(len(counts), n, name)
+    listed = _id_array(name, counts, what="counts")
+    if len(listed) and listed.max() > MAX_INT // n:  # so that their sum is a count too
+        raise bad_argument(name, f"counts of at most {MAX_INT // n}", f"{listed.max()}")
+    return listed
 
 
 def _is_listing(values: Any) -> bool:
     return hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
-
-
-def _listed_counts(name: str, listed: Any, n: int) -> npt.NDArray[np.int64]:
-    _require_length(len(listed), n, name)
-    counts = _id_array(name, listed, what="counts")
-    if len(counts) and counts.max() > MAX_COUNT // n:  # so that their sum is a count too
-        raise bad_argument(name, f"counts of at most {MAX_COUNT // n}", f"{counts.max()}")
-    return counts
 
 
 def _parse_lists(lists: Sequence[Any]) -> BatchTokens:

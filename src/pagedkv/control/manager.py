@@ -272,8 +272,9 @@ class BlockManager:
         InvalidOperation
             If `dst` exists.
         """
+        key = sequence_key(dst, "dst")
         with self._lock:
-            row, key = self._row(src, "src"), sequence_key(dst, "dst")
+            row = self._row(src, "src")
             while True:
                 status, twin = sequences.fork_row(self._state.packed, row, key)
                 if status == sequences.OK:

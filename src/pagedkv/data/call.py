@@ -204,22 +204,9 @@ class AttentionCall:
     """One call of attention: made of what ``paged_attention`` takes, checked as it is made; a backend fills ``out``.
 
     The names and meanings are those of ``paged_attention``, made uniform: ``keys`` and ``values`` are always shown as
-    ``[num_blocks, block_size, num_kv_heads, dim]`` and their scales likewise, whatever the layout, and no tensor
-    carries a gradient.
-
-    Parameters
-    ----------
-    batch : Batch or DeviceBatch
-        The latter is what a ``DevicePlan`` holds.
-    layout : {"NHD", "HND"}
-        Of keys, values and scales as they are given.
-    into : Tensor, optional
-        The memory of ``out``; else it is made, of zeros where a ``DeviceBatch`` may have fewer tokens than queries.
-
-    Raises
-    ------
-    InvalidOperation
-        That names the argument, what was expected and what came.
+    ``[num_blocks, block_size, num_kv_heads, dim]`` and their scales likewise, whatever the layout they came in, and no
+    tensor carries a gradient. ``out`` is ``into`` where that is given, and of zeros where a ``DeviceBatch``, which a
+    ``DevicePlan`` holds, may have fewer tokens than queries.
     """
 
     queries: Tensor

@@ -117,13 +117,9 @@ class Pool:
         for wide in self.wide:
             wide.index_copy_(2, destinations, wide.index_select(2, sources))
 
-    def sides(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return keys and values of a layer, ``[num_blocks, *block]`` each."""
-        return self.tensors[0][layer, 0], self.tensors[-1][layer, -1]
-
     def layer(self, layer: int, is_hnd: bool) -> tuple[LayerSide, LayerSide]:
         """Return keys and values of a layer with their scales."""
-        keys, values = self.sides(layer)
+        keys, values = self.tensors[0][layer, 0], self.tensors[-1][layer, -1]
         key_scales, value_scales = self.scales[0][layer] if self.scales else (None, None)
         return LayerSide.over(keys, key_scales, is_hnd), LayerSide.over(values, value_scales, is_hnd)
 
