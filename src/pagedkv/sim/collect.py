@@ -8,6 +8,7 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Hashable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,7 +17,9 @@ import numpy.typing as npt
 
 from pagedkv.jit import compiled, mix64
 from pagedkv.sim.source import BadRecord
-from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
+from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Floats, Int32s, Int64s, Trace
+
+Array = npt.NDArray[Any]
 
 # Arrays that grow chunk by chunk, and move to disk when all together pass a size.
 
@@ -26,10 +29,10 @@ class _Column:
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self.dtype = np.dtype(dtype)
-        self.chunks: list[npt.NDArray[Any]] = []
+        self.chunks: list[Array] = []
         self.file: BinaryIO | None = None
 
-    def extend(self, chunk: npt.NDArray[Any]) -> None:
+    def extend(self, chunk: Array) -> None:
         if self.file is None:
             self.chunks.append(chunk)
         else:
@@ -41,7 +44,7 @@ class _Column:
             chunk.tofile(self.file)
         self.chunks.clear()
 
-    def finish(self) -> npt.NDArray[Any]:
+    def finish(self) -> Array:
         if self.file is None:
             chunks, self.chunks = self.chunks, []
             return np.concatenate([np.zeros(0, self.dtype), *chunks])
@@ -52,28 +55,15 @@ class _Column:
 
 
 class Columns:
-    """Several growing arrays that stay in memory up to a size and go to a temporary folder beyond it.
-
-    Parameters
-    ----------
-    dtypes : dict
-        Name and type of every column.
-    memory_bytes : int
-        What all columns together may take before they move to disk.
-
-    Attributes
-    ----------
-    folder : Path or None
-        Where they lie, once they have moved. Whoever takes the arrays removes it: `close`.
-    """
+    """Growing arrays that stay in memory up to `memory_bytes` together and go to a temporary folder beyond that."""
 
     def __init__(self, dtypes: dict[str, type[np.generic]], memory_bytes: int) -> None:
-        self.folder: Path | None = None
+        self.folder: Path | None = None  # whoever takes the arrays removes it: `close`
         self._columns = {name: _Column(dtype) for name, dtype in dtypes.items()}
         self._memory_bytes = memory_bytes
         self._held = 0
 
-    def extend(self, **chunks: npt.NDArray[Any]) -> None:
+    def extend(self, **chunks: Array) -> None:
         """Append to columns; the arrays are kept, not copied."""
         for name, chunk in chunks.items():
             self._columns[name].extend(chunk)
@@ -83,11 +73,11 @@ class Columns:
             for name, column in self._columns.items():
                 column.move_to(self.folder / f"{name}.bin")
 
-    def finish(self) -> dict[str, npt.NDArray[Any]]:
+    def finish(self) -> dict[str, Array]:
         """Return the arrays, in memory or mapped; nothing can be appended afterwards."""
         return {name: column.finish() for name, column in self._columns.items()}
 
-    def empty(self, name: str, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def empty(self, name: str, like: Array) -> Array:
         """Return an array of the same size and kind: in memory, or mapped from a new file."""
         if self.folder is None or len(like) == 0:
             return np.empty_like(like)
@@ -104,7 +94,6 @@ class Columns:
 
 # Bring requests into another order, and number their blocks anew by first appearance.
 
-Array = npt.NDArray[Any]
 UNSEEN = -1
 
 
@@ -123,31 +112,11 @@ def _reorder(order: Array, starts: Array, counts: Array, ids: Array, moved: Arra
             place += 1
 
 
-def reorder_ids(
-    order: npt.NDArray[np.int64],
-    counts: npt.NDArray[np.int64],
-    ids: npt.NDArray[np.int32],
-    parents: npt.NDArray[np.int32],
-    moved: npt.NDArray[np.int32],
-) -> npt.NDArray[np.int32]:
-    """Write the blocks of every request, in the new order and with new numbers, to `moved`.
+def reorder_ids(order: Int64s, counts: Int64s, ids: Int32s, parents: Int32s, moved: Int32s) -> Int32s:
+    """Write the blocks of every request, in the new order and with new numbers, to `moved`; return the new parents.
 
-    Parameters
-    ----------
-    order : int64 [num_requests]
-        The old places of the requests, in their new order.
-    counts : int64 [num_requests]
-        Blocks of every request, in the old order.
-    ids : int32 [num_accesses]
-    parents : int32 [num_distinct]
-        Every block occurs in `ids`; a negative number is a root.
-    moved : int32 [num_accesses]
-        Where the result goes.
-
-    Returns
-    -------
-    int32 [num_distinct]
-        The parents in the new numbers; roots stay as they are.
+    `order` holds the old places of the requests in their new order, `counts` the blocks of every request in the old
+    one. Every block occurs in `ids`; a negative parent is a root and stays as it is.
     """
     rank = np.full(len(parents), UNSEEN, np.int32)
     firsts = np.empty(len(parents), np.int32)
@@ -158,7 +127,7 @@ def reorder_ids(
     return renumbered
 
 
-def renumber_sessions(sessions: npt.NDArray[np.int64]) -> None:
+def renumber_sessions(sessions: Int64s) -> None:
     """Number sessions anew in the order of their first appearance, in place; −1 stays −1."""
     seen, firsts, places = np.unique(sessions, return_index=True, return_inverse=True)
     has_number = seen >= 0
@@ -224,22 +193,16 @@ class TooManyBlocks(Exception):
 
 
 class Interner:
-    """A growing set of blocks, numbered in the order of their first appearance.
-
-    Attributes
-    ----------
-    count : int
-        Different blocks so far.
-    """
+    """A growing set of blocks, numbered in the order of their first appearance."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0  # different blocks so far
         self._raws = np.empty(FIRST_SLOTS, np.uint64)
         self._parents = np.empty(FIRST_SLOTS, np.int32)
         self._table = np.full(FIRST_SLOTS, EMPTY, np.int32)
 
     @property
-    def parents(self) -> npt.NDArray[np.int32]:
+    def parents(self) -> Int32s:
         """Of every block the block before it, or the (negative) root that its request named."""
         return self._parents[: self.count]
 
@@ -248,23 +211,10 @@ class Interner:
         """Memory of the tables."""
         return self._raws.nbytes + self._parents.nbytes + self._table.nbytes
 
-    def intern(
-        self, raw_ids: npt.NDArray[np.int64], offsets: npt.NDArray[np.int64], roots: npt.NDArray[np.int32]
-    ) -> npt.NDArray[np.int32]:
-        """Return the dense ids of a batch of requests.
+    def intern(self, raw_ids: Int64s, offsets: Int64s, roots: Int32s) -> Int32s:
+        """Return the dense ids of requests, each behind its (negative) root; nothing has changed where it raises.
 
-        Parameters
-        ----------
-        raw_ids : int64 [num_blocks]
-        offsets : int64 [num_requests + 1]
-            Request i owns ``raw_ids[offsets[i] : offsets[i + 1]]``.
-        roots : int32 [num_requests]
-            What stands before the first block: a negative number; requests with different roots share no block.
-
-        Raises
-        ------
-        TooManyBlocks
-            Nothing has changed then.
+        Request i owns ``raw_ids[offsets[i] : offsets[i + 1]]``. Requests with different roots share no block.
         """
         needed = self.count + len(raw_ids)
         if needed > MAX_DISTINCT:
@@ -315,22 +265,12 @@ _COLUMNS: dict[str, type[np.generic]] = {
 class Collector:
     """Takes the requests of a trace one by one, in the order of the file.
 
-    Parameters
-    ----------
-    in_order : bool
-        Whether the format promises ascending timestamps; then requests that break the promise are counted.
-    ticks_per_second : int
-        The unit of the timestamps: 1000 for milliseconds.
-
-    Attributes
-    ----------
-    in_order : bool
-        A reader that learns better on the way says so here.
+    Where timestamps are expected to ascend, `in_order`, the requests that break the promise are counted.
     """
 
     def __init__(self, *, in_order: bool = True, ticks_per_second: int = 1) -> None:
         self._ticks_per_second = ticks_per_second
-        self.in_order = in_order
+        self.in_order = in_order  # a reader that learns better on the way says so here
         self._columns = Columns(_COLUMNS, SPILL_BYTES)
         self._interner = Interner()
         self._names: dict[Hashable, int] = {}
@@ -351,32 +291,19 @@ class Collector:
         input_tokens: int,
         output_tokens: int,
         session: Hashable = None,
-        ids: Sequence[Any] | npt.NDArray[np.int64] = (),
+        ids: Sequence[Any] | Int64s = (),
         root: int = NO_PARENT,
     ) -> None:
-        """Take one request; nothing of it is kept when it is refused.
+        """Take one request; nothing of it is kept when it is refused with a `BadRecord`.
 
-        Parameters
-        ----------
-        time : float
-            In ticks, from any beginning.
-        session : hashable, optional
-            Whatever names the session in the file.
-        ids : sequence of int, str or bytes, or int64 [num_blocks]
-            Raw ids of the blocks, the root's first; an array holds what `number` returned for them.
-        root : int
-            Requests with different (negative) roots share nothing.
-
-        Raises
-        ------
-        BadRecord
+        The time is in ticks, from any beginning. Ids are ints, strings or bytes, the root's first; an array holds what
+        `number` returned for them. Requests with different (negative) roots share nothing.
         """
         if not -LIMIT < time < LIMIT:
             raise BadRecord(f"timestamp: expected a finite number below 2**53, got {time}")
-        if not 0 <= input_tokens < LIMIT:
-            raise BadRecord(f"input length: expected 0 … 2**53 - 1, got {input_tokens}")
-        if not 0 <= output_tokens < LIMIT:
-            raise BadRecord(f"output length: expected 0 … 2**53 - 1, got {output_tokens}")
+        for name, tokens in (("input", input_tokens), ("output", output_tokens)):
+            if not 0 <= tokens < LIMIT:
+                raise BadRecord(f"{name} length: expected 0 … 2**53 - 1, got {tokens}")
         raw_ids = self._numbers(ids)
         self._times.append(time)
         self._lengths.extend((input_tokens, output_tokens, self.session(session)))
@@ -386,16 +313,14 @@ class Collector:
         if len(self._raw_ids) >= BATCH or len(self._times) >= BATCH:
             self._flush()
 
-    def _numbers(self, ids: Sequence[Any] | npt.NDArray[np.int64]) -> array[int]:
+    def _numbers(self, ids: Sequence[Any] | Int64s) -> array[int]:
         if isinstance(ids, np.ndarray):
             return array("q", ids.tobytes())
-        try:
+        with suppress(TypeError, OverflowError):  # not all of them are numbers, or some are too large
             numbers = array("q", ids)
-        except (TypeError, OverflowError):
-            return array("q", [self.number(name) for name in ids])
-        if len(numbers) and min(numbers) < LOWEST_NUMBER:
-            return array("q", [self.number(name) for name in ids])
-        return numbers
+            if min(numbers, default=0) >= LOWEST_NUMBER:
+                return numbers
+        return array("q", [self.number(name) for name in ids])
 
     def number(self, name: Hashable) -> int:
         """Return the number of an id: itself, or one from a range that no such number lies in."""
@@ -404,19 +329,15 @@ class Collector:
         return self._names.setdefault(name, FIRST_NAME + len(self._names))
 
     def _flush(self) -> None:
-        counts = np.frombuffer(self._counts, np.int64)
-        offsets = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        lengths = np.frombuffer(self._lengths, np.int64).reshape(-1, 3)
+        counts, raw_ids = np.frombuffer(self._counts, np.int64), np.frombuffer(self._raw_ids, np.int64)
+        inputs, outputs, sessions = np.frombuffer(self._lengths, np.int64).reshape(-1, 3).T.copy()
         self._columns.extend(
             times=np.frombuffer(self._times, np.float64),
-            input_tokens=lengths[:, 0].copy(),
-            output_tokens=lengths[:, 1].copy(),
-            sessions=lengths[:, 2].copy(),
+            input_tokens=inputs,
+            output_tokens=outputs,
+            sessions=sessions,
             counts=counts,
-            ids=self._interner.intern(
-                np.frombuffer(self._raw_ids, np.int64), offsets, np.frombuffer(self._roots, np.int32)
-            ),
+            ids=self._interner.intern(raw_ids, _offsets(counts), np.frombuffer(self._roots, np.int32)),
         )
         self._clear()
 
@@ -425,13 +346,7 @@ class Collector:
         self._columns.close()
 
     def finish(self, *, name: str, format: str, block_tokens: int, has_content: bool, num_skipped: int) -> Trace:
-        """Return the trace, sorted by time, from second 0 on.
-
-        Raises
-        ------
-        BadRecord
-            There is no request.
-        """
+        """Return the trace, sorted by time, from second 0 on; a `BadRecord` where there is no request."""
         if self._times:
             self._flush()
         arrays = self._columns.finish()
@@ -443,9 +358,7 @@ class Collector:
         if np.any(times[1:] < times[:-1]):
             num_reordered = self._late(times, name)
             parents = self._sort(arrays, parents)
-        counts = arrays.pop("counts")
-        offsets = np.zeros(len(counts) + 1, np.int64)
-        np.cumsum(counts, out=offsets[1:])
+        offsets = _offsets(arrays.pop("counts"))
         arrays["times"] -= arrays["times"][0]
         arrays["times"] /= self._ticks_per_second
         trace = Trace(
@@ -463,14 +376,14 @@ class Collector:
             weakref.finalize(trace, shutil.rmtree, self._columns.folder, ignore_errors=True)
         return trace
 
-    def _late(self, times: npt.NDArray[np.float64], name: str) -> int:
+    def _late(self, times: Floats, name: str) -> int:
         if not self.in_order:
             return 0
         late = int(np.count_nonzero(times < np.maximum.accumulate(times)))
         logger.warning("%s: %d of %d timestamps go backwards; the requests were sorted", name, late, len(times))
         return late
 
-    def _sort(self, arrays: dict[str, npt.NDArray[Any]], parents: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    def _sort(self, arrays: dict[str, Array], parents: Int32s) -> Int32s:
         """Sort the requests by time, equal times in the order of the file; return the parents in new numbers."""
         order = np.argsort(arrays["times"], kind="stable")
         moved = self._columns.empty("moved_ids", arrays["ids"])
@@ -480,3 +393,7 @@ class Collector:
             arrays[column][:] = arrays[column][order]
         renumber_sessions(arrays["sessions"])
         return parents
+
+
+def _offsets(counts: Int64s) -> Int64s:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])

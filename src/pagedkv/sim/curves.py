@@ -10,12 +10,10 @@ import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.jit import compiled
-from pagedkv.sim.trace import Trace, require_content
+from pagedkv.sim.trace import Floats, Int32s, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number
 
 # Hits against capacity, as a step function.
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class HitCurve:
         Blocks touched, and input tokens, of the whole trace.
     """
 
-    blocks: npt.NDArray[np.int64]
+    blocks: Int64s
     hit_blocks: npt.NDArray[Any]
     hit_tokens: npt.NDArray[Any]
     accesses: int
@@ -121,9 +119,6 @@ def knee(curve: HitCurve, *, tokens: bool = False) -> int:
 # Last uses of a block: no request yet, and a block that a sample leaves out.
 NEVER, SKIPPED = -1, -2
 _END = -3
-
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 
 # At most one slot for each block holds any, so twice as many are squeezed at most every num_blocks requests.
 _FEWEST_SLOTS = 4
@@ -239,20 +234,10 @@ def _add_gains(
 def stack_gains(trace: Trace, last_use: Int32s, num_blocks: int) -> tuple[Int64s, tuple[int, int]]:
     """Find the place in the LRU stack of every block that is used again.
 
-    Parameters
-    ----------
-    trace : Trace
-    last_use : int32 [num_distinct]
-        NEVER for the blocks to follow, SKIPPED for those to overlook. Is overwritten.
-    num_blocks : int
-        Blocks to follow.
-
-    Returns
-    -------
-    gains : int64 [2, num_blocks + 2]
-        The running sum of row 0 is the hits that a capacity has more than the one below it, of row 1 the input tokens.
-    (accesses, tokens) : int
-        Accesses to the blocks that were followed, and the input tokens that they stand for.
+    `last_use` says NEVER for the `num_blocks` blocks to follow, SKIPPED for those to overlook; it is overwritten.
+    Returns the gains, int64 [2, num_blocks + 2], and the accesses to the blocks followed with the input tokens that
+    they stand for. The running sum of row 0 is the hits that a capacity has more than the one below it, of row 1 the
+    input tokens.
     """
     gains = np.zeros((2, num_blocks + 2), np.int64)
     slots = max(_FEWEST_SLOTS, min(trace.num_requests, 2 * num_blocks))
@@ -349,7 +334,7 @@ def _threshold(hashes: npt.NDArray[np.uint32], rate: float | None, max_blocks: i
     return round(require_number("rate", rate, 0, 1, above=True) * _HASHES)
 
 
-def _scaled(trace: Trace, gains: npt.NDArray[np.int64], found: tuple[int, int], rate: float) -> HitCurve:
+def _scaled(trace: Trace, gains: Int64s, found: tuple[int, int], rate: float) -> HitCurve:
     """Return the curve of the whole trace, given the gains of the sample, its accesses and its tokens."""
     accesses, tokens = trace.num_accesses, trace.num_tokens
     in_blocks = trace.hit_tokens(np.diff(trace.offsets))

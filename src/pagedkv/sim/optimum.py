@@ -14,39 +14,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.jit import compiled
 from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
-from pagedkv.sim.trace import Trace, require_content
+from pagedkv.sim.trace import Int32s, Int64s, Trace, require_content
 from pagedkv.validate import require_int
-
-Int32s = npt.NDArray[np.int32]
-Int64s = npt.NDArray[np.int64]
 
 _NEVER = -1
 
 
-@dataclass(frozen=True)
-class _Runs:
-    """The blocks of every request that are used again, in runs.
-
-    Attributes
-    ----------
-    offsets : int64 [num_requests + 1]
-        The runs of request i are ``[offsets[i], offsets[i + 1])``.
-    comeback, blocks : int32 [num_runs]
-        The request that uses the run again, and how long it is.
-    """
+class _Runs(NamedTuple):
+    """The blocks of every request that are used again, in runs; request i has ``[offsets[i], offsets[i + 1])``."""
 
     offsets: Int64s
-    comeback: Int32s
-    blocks: Int32s
+    comeback: Int32s  # the request that uses the run again
+    blocks: Int32s  # how long it is
 
 
 @compiled

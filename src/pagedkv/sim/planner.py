@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from pagedkv.control.strategies import strategy_names
 from pagedkv.errors import InvalidOperation, bad_argument
@@ -17,8 +17,8 @@ from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
-from pagedkv.sim.sweeps import sweep
-from pagedkv.sim.trace import Trace, require_content
+from pagedkv.sim.sweeps import Progress, sweep
+from pagedkv.sim.trace import Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What runs at the same time: the blocks that requests hold while they are served.
@@ -26,22 +26,9 @@ from pagedkv.validate import require_int, require_number, shown
 _COUNT_SHARED_UP_TO = 20_000_000
 """Accesses: the count sorts them all."""
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
-
-def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware, flops_saved: float = 0.0) -> Load:
-    """Estimate how many requests run at a time and how many blocks they hold.
-
-    Parameters
-    ----------
-    trace : Trace
-        With at least one request.
-    model : ModelShape
-    hardware : Hardware
-    flops_saved : float
-        Prefill FLOPs that a cache saves over the trace.
-    """
+def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware) -> Load:
+    """Estimate how many requests run at a time and how many blocks they hold, over at least one request."""
     flops = model.prefill_flops(trace.input_tokens)
     start = np.asarray(trace.times, np.float64)
     end = start + flops / hardware.flops_per_second + trace.output_tokens / hardware.decode_tokens_per_second
@@ -63,7 +50,7 @@ def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware, flops_sav
         peak_blocks=_peak(begins, ends, blocks),
         shared=shared,
         prefill_load=float(flops.sum()) / hardware.flops_per_second / span,
-        prefill_load_saved=flops_saved / hardware.flops_per_second / span,
+        prefill_load_saved=0.0,
         window_bytes=peak_requests * model.window_bytes_per_sequence,
     )
 
@@ -86,7 +73,7 @@ def _held_blocks(trace: Trace, start: Floats, end: Floats) -> tuple[Floats, Floa
     return begins[firsts], held_until[lasts]
 
 
-def _peak(begins: Floats, ends: Floats, blocks: Ints) -> int:
+def _peak(begins: Floats, ends: Floats, blocks: Int64s) -> int:
     """Return the most that is held at a time; what ends at a moment is gone before anything begins."""
     times = np.concatenate([ends, begins])
     changes = np.concatenate([-blocks, blocks])
@@ -103,20 +90,11 @@ _WORTH_PROCESSES = 1_000_000_000
 """Block accesses of one round of replays; less is done in this process before others have started and compiled."""
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """What one replay found.
-
-    Attributes
-    ----------
-    result : ReplayResult
-        Without the hits of every request, except where `Search.keep` asked for them.
-    flops_saved : float
-        Prefill FLOPs of the tokens that were found.
-    """
+class Found(NamedTuple):
+    """What one replay found; with the hits of every request only where `Search.keep` asked for them."""
 
     result: ReplayResult
-    flops_saved: float
+    flops_saved: float  # prefill FLOPs of the tokens that were found
 
     @property
     def hit_blocks(self) -> int:
@@ -125,21 +103,9 @@ class Found:
 
 
 class Search:
-    """Replays of one trace, each done once.
+    """Replays of one trace, each done once; by default other processes are started for large traces only."""
 
-    Parameters
-    ----------
-    trace : Trace
-    model : ModelShape
-    jobs : int or None
-        Processes, as in `sweep`; by default others are started for large traces only.
-    progress : callable, optional
-        Called with (cells done, cells asked for) of the sweep that runs.
-    """
-
-    def __init__(
-        self, trace: Trace, model: ModelShape, jobs: int | None, progress: Callable[[int, int], None] | None = None
-    ) -> None:
+    def __init__(self, trace: Trace, model: ModelShape, jobs: int | None, progress: Progress | None) -> None:
         self.trace = trace
         self._model = model
         self._jobs = jobs
@@ -155,9 +121,8 @@ class Search:
             groups.setdefault(missing, []).append(name)
         for missing, names in groups.items():
             if missing:
-                for result in sweep(
-                    self.trace, names, missing, jobs=self._jobs_for(names, missing), progress=self._progress
-                ):
+                jobs = self._jobs_for(names, missing)
+                for result in sweep(self.trace, names, missing, jobs=jobs, progress=self._progress):
                     self._found[result.strategy, result.blocks] = self._summary(result)
 
     def at(self, strategy: str, blocks: int) -> Found:
@@ -168,7 +133,7 @@ class Search:
     def keep(self, strategies: Iterable[str], blocks: int) -> None:
         """Replay once more and keep the hits of every request."""
         for result in sweep(self.trace, list(dict.fromkeys(strategies)), [blocks], jobs=1):
-            self._found[result.strategy, blocks] = replace(self._summary(result), result=result)
+            self._found[result.strategy, blocks] = self._summary(result)._replace(result=result)
 
     @property
     def results(self) -> tuple[ReplayResult, ...]:
@@ -191,18 +156,8 @@ class Search:
         return low + share * (high - low)
 
     def smallest(self, strategy: str, hits: int, enough: int) -> int:
-        """Return a capacity that finds `hits` blocks, and below which, within 1%, too few are found.
+        """Return a capacity that finds `hits` blocks, and below which, within 1%, too few are found; `enough` does.
 
-        Parameters
-        ----------
-        strategy : str
-        hits : int
-            Blocks to find, at least 1.
-        enough : int
-            A capacity that is known to find them.
-
-        Notes
-        -----
         More capacity may find less under a strategy that is no stack algorithm (Mattson et al. 1970); what is returned
         was replayed and does find `hits` all the same.
         """
@@ -269,13 +224,7 @@ def nothing_to_reuse(attainable: float) -> Verdict:
 def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Size, Size]) -> Verdict:
     """Judge traffic for which no memory was given: by what LRU needs for the target, and what the optimum does.
 
-    Parameters
-    ----------
-    attainable, target : float
-    level : Level
-        Of the target.
-    sizes : tuple of Size
-        LRU, the best strategy and the optimum at the optimum's capacity.
+    `sizes` are LRU, the best strategy and the optimum, all at the optimum's capacity.
     """
     if attainable < NOTHING:
         return nothing_to_reuse(attainable)
@@ -379,12 +328,8 @@ def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
     least = load.window_bytes + block
     if memory < least:
         windows = f" and {format_bytes(load.window_bytes)} for windowed layers" if load.window_bytes else ""
-        raise bad_argument(
-            "memory",
-            f"at least {format_bytes(least)}: {format_bytes(block)} for one block of {trace.block_tokens} "
-            f"tokens{windows}; "
-            f"got {format_bytes(memory)}",
-        )
+        needs = f"{format_bytes(block)} for one block of {trace.block_tokens} tokens{windows}"
+        raise bad_argument("memory", f"at least {format_bytes(least)}: {needs}; got {format_bytes(memory)}")
     return min((memory - load.window_bytes) // block, MAX_BLOCKS)
 
 
@@ -459,24 +404,26 @@ def plan(
     return _Planner(trace, model, hardware, wanted, names, curve, search, load).made(memory, fitting)
 
 
+@dataclass(frozen=True, eq=False)
 class _Planner:
     """The steps of a plan, around what they all need."""
 
-    def __init__(
-        self,
-        trace: Trace,
-        model: ModelShape,
-        hardware: Hardware,
-        target: float,
-        names: tuple[str, ...],
-        curve: HitCurve,
-        search: Search,
-        load: Load,
-    ) -> None:
-        self.trace, self.model, self.hardware, self.target = trace, model, hardware, target
-        self.names, self.curve, self.search, self.load = names, curve, search, load
-        self.bytes_per_block = trace.block_tokens * model.bytes_per_token
-        self.attainable_hits = int(curve.hit_blocks[-1])
+    trace: Trace
+    model: ModelShape
+    hardware: Hardware
+    target: float
+    names: tuple[str, ...]
+    curve: HitCurve
+    search: Search
+    load: Load
+
+    @property
+    def bytes_per_block(self) -> int:
+        return self.trace.block_tokens * self.model.bytes_per_token
+
+    @property
+    def attainable_hits(self) -> int:
+        return int(self.curve.hit_blocks[-1])
 
     def made(self, memory: int | None, fitting: int | None) -> Plan:
         """Return the plan; `fitting` blocks go into `memory` bytes."""
@@ -489,7 +436,8 @@ class _Planner:
             best = given.best if given else at_target.best if at_target else None
             self.search.keep([LRU, best.strategy if best else LRU, OPTIMAL], shown)
         trace, flops = self.trace, float(self.model.prefill_flops(self.trace.input_tokens).sum())
-        saved = at_target.best.seconds_saved if at_target else 0.0
+        seconds = flops / self.hardware.flops_per_second
+        saved = self.load.prefill_load * at_target.best.seconds_saved / max(seconds, 1e-300) if at_target else 0.0
         bend = knee(self.curve)
         return Plan(
             trace_name=trace.name,
@@ -508,15 +456,13 @@ class _Planner:
             attainable_tokens=self.curve.token_attainable,
             attainable_blocks=smallest_lru(self.curve, self.attainable_hits) if self.attainable_hits else 0,
             prefill_flops=flops,
-            prefill_seconds=flops / self.hardware.flops_per_second,
+            prefill_seconds=seconds,
             levels=levels,
             at_target=at_target,
             knee=self.size(LRU, bend) if bend else None,
             memory=given,
             lines=self.lines(),
-            load=replace(
-                self.load, prefill_load_saved=self.load.prefill_load * saved / max(self._seconds(flops), 1e-300)
-            ),
+            load=replace(self.load, prefill_load_saved=saved),
             verdict=verdict,
             strategies=self.names,
             notes=self.notes(shown),
@@ -574,25 +520,22 @@ class _Planner:
             token_hit_ratio=found.result.token_hit_ratio,
             share=found.hit_blocks / self.attainable_hits if self.attainable_hits else 0.0,
             flops_saved=found.flops_saved,
-            seconds_saved=self._seconds(found.flops_saved),
+            seconds_saved=found.flops_saved / self.hardware.flops_per_second,
         )
 
     def lines(self) -> tuple[Line, ...]:
         """Return the curves to draw: LRU, the optimum, the other strategies."""
-        first = 1 if self.curve.blocks[0] == 0 else 0
-        places = _thinned(len(self.curve.blocks) - first) + first
-        exact = self._line(
-            LRU, self.curve.blocks[places], self.curve.hit_ratio[places], self.curve.token_hit_ratio[places]
-        )
+        curve, places = self.curve, 1 + _thinned(len(self.curve.blocks) - 1)  # without the capacity 0
+        exact = self._line(LRU, curve.blocks[places], curve.hit_ratio[places], curve.token_hit_ratio[places])
         return (exact, *(self._replayed(name) for name in (OPTIMAL, *self.names) if name != LRU))
 
     def _replayed(self, name: str) -> Line:
-        blocks = self.search.capacities(name)
-        results = [self.search.at(name, count).result for count in blocks]
-        ratios = ([result.hit_ratio for result in results], [result.token_hit_ratio for result in results])
-        return self._line(name, np.array(blocks, np.int64), *(np.array(values, np.float64) for values in ratios))
+        results = [self.search.at(name, blocks).result for blocks in self.search.capacities(name)]
+        found = [(result.blocks, result.hit_ratio, result.token_hit_ratio) for result in results]
+        blocks, hits, tokens = np.array(found, np.float64).reshape(-1, 3).T.copy()
+        return self._line(name, blocks.astype(np.int64), hits, tokens)
 
-    def _line(self, name: str, blocks: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> Line:
+    def _line(self, name: str, blocks: Int64s, hits: Floats, tokens: Floats) -> Line:
         sizes = blocks * np.int64(self.bytes_per_block) + np.int64(self.load.window_bytes)
         return Line(name, blocks, sizes, hits, tokens)
 
@@ -614,12 +557,9 @@ class _Planner:
             notes.append(f"the scales of {self.model.kv_dtype} are not counted")
         return tuple(notes)
 
-    def _seconds(self, flops: float) -> float:
-        return flops / self.hardware.flops_per_second
 
-
-def _thinned(count: int) -> np.ndarray:
+def _thinned(count: int) -> Int64s:
     """Return at most 400 places of `count`, the first and the last among them, evenly in their logarithm."""
     if count <= _MAX_POINTS:
-        return np.arange(count)
+        return np.arange(count, dtype=np.int64)
     return np.unique(np.round(np.geomspace(1, count, _MAX_POINTS)).astype(np.int64)) - 1

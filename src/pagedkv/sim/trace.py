@@ -21,6 +21,10 @@ import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 
+Floats = npt.NDArray[np.float64]
+Int32s = npt.NDArray[np.int32]
+Int64s = npt.NDArray[np.int64]
+
 NO_PARENT = -1
 NO_SESSION = -1
 
@@ -53,13 +57,13 @@ class Trace:
     name: str
     format: str
     block_tokens: int
-    times: npt.NDArray[np.float64]
-    input_tokens: npt.NDArray[np.int64]
-    output_tokens: npt.NDArray[np.int64]
-    sessions: npt.NDArray[np.int64]
-    offsets: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int32]
-    parents: npt.NDArray[np.int32]
+    times: Floats
+    input_tokens: Int64s
+    output_tokens: Int64s
+    sessions: Int64s
+    offsets: Int64s
+    ids: Int32s
+    parents: Int32s
     has_content: bool = True
     num_skipped: int = 0
     num_reordered: int = 0
@@ -198,20 +202,10 @@ def _requests(trace: Trace) -> Iterator[dict[str, Any]]:
     for first in range(0, trace.num_requests, CHUNK):
         part = slice(first, first + CHUNK)
         offsets = trace.offsets[first : first + CHUNK + 1].tolist()
-        columns = (
-            trace.times[part],
-            trace.input_tokens[part],
-            trace.output_tokens[part],
-            trace.sessions[part],
-        )
-        for place, (time, inputs, outputs, session) in enumerate(
-            zip(*(column.tolist() for column in columns), strict=True)
-        ):
-            request = {
-                "timestamp": _milliseconds(time),
-                "input_length": inputs,
-                "output_length": outputs,
-            }
+        columns = (trace.times, trace.input_tokens, trace.output_tokens, trace.sessions)
+        rows = zip(*(column[part].tolist() for column in columns), strict=True)
+        for place, (time, inputs, outputs, session) in enumerate(rows):
+            request = {"timestamp": _milliseconds(time), "input_length": inputs, "output_length": outputs}
             if trace.has_content:
                 request["hash_ids"] = trace.ids[offsets[place] : offsets[place + 1]].tolist()
             if session != NO_SESSION:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
-from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Trace
+from pagedkv.sim.trace import NO_PARENT, NO_SESSION, Floats, Int32s, Int64s, Trace
 
 # One pass over the blocks of a trace: what was seen before, how long ago, and how many blocks a window touches.
 
@@ -18,40 +18,21 @@ NOT_YET = -1
 
 
 class Passage(NamedTuple):
-    """What the pass found.
+    """What the pass found."""
 
-    Attributes
-    ----------
-    hits : int32 [num_requests]
-        Blocks of each request that a cache without a limit would have found.
-    uses : int32 [num_distinct]
-        How often each block is accessed.
-    gap_accesses : int64 [num_gaps]
-        From each use of a block to its next: accesses, 1 where the next access is to the same block.
-    gap_seconds : float64 [num_gaps]
-        The same in seconds.
-    window_sums, window_peaks : int64 [num_windows]
-        Distinct blocks per window: their sum over the windows that the trace fills wholly, and the most in any.
-    """
-
-    hits: npt.NDArray[np.int32]
-    uses: npt.NDArray[np.int32]
-    gap_accesses: npt.NDArray[np.int64]
-    gap_seconds: npt.NDArray[np.float64]
-    window_sums: npt.NDArray[np.int64]
-    window_peaks: npt.NDArray[np.int64]
+    hits: Int32s  # [num_requests]: blocks of each that a cache without a limit would have found
+    uses: Int32s  # [num_distinct]: how often each block is accessed
+    gap_accesses: Int64s  # [num_gaps]: from each use of a block to its next, 1 if the next access is to the same block
+    gap_seconds: Floats  # [num_gaps]: the same in seconds
+    window_sums: Int64s  # [num_windows]: distinct blocks, summed over the windows that the trace fills wholly
+    window_peaks: Int64s  # [num_windows]: the most in any
 
 
-def walk_through(trace: Trace, windows: npt.NDArray[np.float64], whole: npt.NDArray[np.float64]) -> Passage:
+def walk_through(trace: Trace, windows: Floats, whole: Floats) -> Passage:
     """Walk through a trace once, in O(num_accesses) time and memory.
 
-    Parameters
-    ----------
-    trace : Trace
-    windows : float64 [num_windows]
-        Lengths of tumbling windows in seconds; the first begins with the first request.
-    whole : float64 [num_windows]
-        How many windows of each length count for the sum.
+    `windows` are lengths of tumbling windows in seconds, the first from the first request on; so many of each as
+    `whole` says count for the sum.
     """
     uses = np.bincount(trace.ids, minlength=trace.num_distinct).astype(np.int32)
     num_gaps = trace.num_accesses - int(np.count_nonzero(uses))
@@ -71,13 +52,13 @@ def walk_through(trace: Trace, windows: npt.NDArray[np.float64], whole: npt.NDAr
 
 @compiled
 def _walk(
-    ids: npt.NDArray[np.int32],
-    offsets: npt.NDArray[np.int64],
-    times: npt.NDArray[np.float64],
-    windows: npt.NDArray[np.float64],
-    whole: npt.NDArray[np.float64],
-    last_place: npt.NDArray[np.int64],
-    last_request: npt.NDArray[np.int64],
+    ids: Int32s,
+    offsets: Int64s,
+    times: Floats,
+    windows: Floats,
+    whole: Floats,
+    last_place: Int64s,
+    last_request: Int64s,
     found: Passage,
 ) -> None:
     number = np.zeros(len(windows))  # of the window that lasts
@@ -113,43 +94,26 @@ def _walk(
 
 
 @compiled
-def _close_window(
-    w: int, number: float, whole: npt.NDArray[np.float64], distinct: npt.NDArray[np.int64], found: Passage
-) -> None:
+def _close_window(w: int, number: float, whole: Floats, distinct: Int64s, found: Passage) -> None:
     if number < whole[w]:
         found.window_sums[w] += distinct[w]
     found.window_peaks[w] = max(found.window_peaks[w], distinct[w])
     distinct[w] = 0
 
 
-def heavy_chains(
-    parents: npt.NDArray[np.int32], uses: npt.NDArray[np.int32]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def heavy_chains(parents: Int32s, uses: Int32s) -> tuple[Int32s, Int32s]:
     """Cut the tree of prefixes into chains: a chain goes on as long as more than half of its requests share it.
 
-    Returns
-    -------
-    last : int32 [num_chains]
-        The deepest block of each chain. Chains come in the order of their first blocks.
-    depths : int32 [num_chains]
-        Blocks from the root to there.
+    Returns the deepest block of each chain, in the order of their first blocks, and how deep it lies from the root.
     """
-    depths = np.empty(len(parents), np.int32)
-    heads = np.empty(len(parents), np.int32)
-    last = np.empty(len(parents), np.int32)
+    depths, heads, last = np.empty((3, len(parents)), np.int32)
     _cut(parents, uses, depths, heads, last)
     ends = last[heads == np.arange(len(parents), dtype=np.int32)]
     return ends, depths[ends]
 
 
 @compiled
-def _cut(
-    parents: npt.NDArray[np.int32],
-    uses: npt.NDArray[np.int32],
-    depths: npt.NDArray[np.int32],
-    heads: npt.NDArray[np.int32],
-    last: npt.NDArray[np.int32],
-) -> None:
+def _cut(parents: Int32s, uses: Int32s, depths: Int32s, heads: Int32s, last: Int32s) -> None:
     # A parent's id is smaller than its children's, and at most one child has more than half of a head's uses.
     for block in range(len(parents)):
         parent = parents[block]
@@ -327,12 +291,13 @@ def describe(trace: Trace) -> Description:
 
 
 def _content(trace: Trace) -> ContentFigures:
-    span = float(trace.times[-1])
     windows = np.array(WINDOWS)
-    whole = np.maximum(np.floor(span / windows), 1.0)
+    whole = np.maximum(np.floor(float(trace.times[-1]) / windows), 1.0)
     found = walk_through(trace, windows, whole)
     lengths = np.diff(trace.offsets)
     deepest = int(lengths.max(initial=0))
+    columns = (windows, whole, found.window_sums, found.window_peaks)
+    sets = zip(*(column.tolist() for column in columns), strict=True)
     hit_blocks, hit_tokens = int(found.hits.sum(dtype=np.int64)), trace.hit_tokens(found.hits)
     return ContentFigures(
         accesses=trace.num_accesses,
@@ -345,10 +310,7 @@ def _content(trace: Trace) -> ContentFigures:
         gap_seconds=_figures(found.gap_seconds),
         gap_accesses=_figures(found.gap_accesses),
         working_sets=tuple(
-            WorkingSet(seconds, int(count), int(total) / count, int(peak))
-            for seconds, count, total, peak in zip(
-                WINDOWS, whole.tolist(), found.window_sums, found.window_peaks, strict=True
-            )
+            WorkingSet(seconds, int(count), total / count, peak) for seconds, count, total, peak in sets
         ),
         depth_accesses=tuple(longer_than(lengths, deepest).tolist()),
         depth_hits=tuple(longer_than(found.hits, deepest).tolist()),
@@ -360,7 +322,7 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _figures(values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Figures:
+def _figures(values: Int64s | Floats) -> Figures:
     """Describe values; the array is reordered."""
     count = len(values)
     if not count:
@@ -371,7 +333,7 @@ def _figures(values: npt.NDArray[np.int64] | npt.NDArray[np.float64]) -> Figures
     return Figures(count, float(values.mean()), p50, p90, p99, maximum)
 
 
-def longer_than(lengths: npt.NDArray[np.integer], deepest: int) -> npt.NDArray[np.int64]:
+def longer_than(lengths: npt.NDArray[np.integer], deepest: int) -> Int64s:
     """Return for every depth below `deepest` how many of the lengths reach beyond it."""
     shorter = np.bincount(lengths, minlength=deepest + 1).cumsum()
     return (len(lengths) - shorter[:deepest]).astype(np.int64)

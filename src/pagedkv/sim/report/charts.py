@@ -17,6 +17,7 @@ from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts
 from pagedkv.sim.report.evidence import Evidence, shown_name
 from pagedkv.sim.report.html import Markup, duration, rough_duration, round_count, short, tag
+from pagedkv.sim.trace import Floats, Int64s
 
 # Where a value lies on an axis, and which values the axis names.
 
@@ -225,7 +226,7 @@ def ratio_lines(frame: Frame, across: Scale, lines: Sequence[Series], *axis: Mar
 def histogram(
     frame: Frame,
     across: Scale,
-    edges: facts.Floats,
+    edges: Floats,
     heights: npt.NDArray[Any],
     tips: Sequence[str],
     write: Format,
@@ -526,7 +527,7 @@ def depth_section(evidence: Evidence) -> Markup | None:
     )
 
 
-def _depth_edges(deepest: int) -> facts.Ints:
+def _depth_edges(deepest: int) -> Int64s:
     """Return where the bins of depths begin, and the end: single blocks first, then ever wider bins."""
     wide = np.geomspace(8, max(deepest, 9), max(2, int(12 * np.log10(max(deepest, 9) / 8)) + 1)).astype(np.int64)
     inner = np.union1d(np.arange(8), wide)
@@ -583,7 +584,7 @@ def gap_section(evidence: Evidence) -> Markup | None:
 
 
 def _draw_gaps(
-    frame: Frame, edges: facts.Floats, parts: facts.Floats, tips: Sequence[str], half: float, most: float
+    frame: Frame, edges: Floats, parts: Floats, tips: Sequence[str], half: float, most: float
 ) -> Iterator[Markup]:
     low, high = float(edges[0]), float(edges[-1])
     across = frame.across(low, high, is_log=True)
@@ -638,7 +639,7 @@ def session_section(evidence: Evidence) -> Markup | None:
 
 
 def _draw_shares(
-    frame: Frame, edges: facts.Floats, numbers: facts.Ints, tips: Sequence[str], median: float, what: str
+    frame: Frame, edges: Floats, numbers: Int64s, tips: Sequence[str], median: float, what: str
 ) -> Iterator[Markup]:
     across = frame.across(0.0, 1.0)
     yield from histogram(frame, across, edges, numbers, tips, short, f"{what}s")
@@ -656,7 +657,7 @@ def time_section(evidence: Evidence) -> Markup | None:
         return None
     windows = [facts.per_window(evidence.trace, cell.hits) for cell in cells]
     first = windows[0]
-    starts: facts.Floats = np.arange(len(first.accesses), dtype=np.float64) * first.seconds
+    starts: Floats = np.arange(len(first.accesses), dtype=np.float64) * first.seconds
     lines = [_time_line(evidence, cell, window, starts) for cell, window in zip(cells, windows, strict=True)]
     hits = (shares_found(window.hit_blocks, window.accesses) for window in windows)
     return chart_section(
@@ -677,7 +678,7 @@ def time_section(evidence: Evidence) -> Markup | None:
     )
 
 
-def _time_line(evidence: Evidence, cell: ReplayResult, window: facts.Windows, starts: facts.Floats) -> Series:
+def _time_line(evidence: Evidence, cell: ReplayResult, window: facts.Windows, starts: Floats) -> Series:
     some = window.accesses > 0
     found = list(window.hit_blocks[some] / window.accesses[some])
     name = shown_name(cell.strategy)

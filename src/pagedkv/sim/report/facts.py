@@ -8,11 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Floats, Int64s, Trace
 from pagedkv.sim.trace_stats import longer_than
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 _WIDTHS = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 86400)
 _CHUNK = 1 << 22
@@ -23,16 +20,16 @@ class Windows(NamedTuple):
     """Requests, blocks touched and blocks found in windows of time; window w begins at ``w * seconds``."""
 
     seconds: float
-    requests: Ints
-    accesses: Ints
-    hit_blocks: Ints
+    requests: Int64s
+    accesses: Int64s
+    hit_blocks: Int64s
 
 
 class Hits(NamedTuple):
     """Blocks touched and found at every depth (0 is the first block of a prompt), or by every session or request."""
 
-    accesses: Ints
-    hit_blocks: Ints
+    accesses: Int64s
+    hit_blocks: Int64s
 
     @property
     def ratios(self) -> Floats:
@@ -44,7 +41,7 @@ class Gaps(NamedTuple):
     """A histogram of the time between two uses of one block."""
 
     edges: Floats  # [num_bins + 1], seconds; the first bin also takes what is shorter, the last what is longer
-    counts: Ints
+    counts: Int64s
 
     @property
     def total(self) -> int:
@@ -140,11 +137,11 @@ def _gaps_of_chunk(ids: npt.NDArray[Any], times: Floats, last_use: Floats) -> Fl
     return again
 
 
-def _sums(groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int) -> Ints:
+def _sums(groups: npt.NDArray[Any], values: npt.NDArray[Any], num_groups: int) -> Int64s:
     # bincount adds float64: exact below 2**53, far beyond any count of blocks.
     return np.bincount(groups, weights=values, minlength=num_groups).astype(np.int64)
 
 
-def _touched(accesses: Ints, hit_blocks: Ints) -> Hits:
+def _touched(accesses: Int64s, hit_blocks: Int64s) -> Hits:
     some = accesses > 0
     return Hits(accesses[some], hit_blocks[some])
