@@ -14,6 +14,7 @@ from pagedkv.errors import ModelConfigError
 _PRESETS = Path(__file__).resolve().parent / "presets"
 _MAX_BYTES = 16 * 2**20
 _MAX_COUNT = 2**31 - 1
+_OUTSIDE = ("dtype", "torch_dtype", "tie_word_embeddings")  # of a nested config, where that is silent
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
 # What published configs leave to the defaults of their family.
 _FAMILY_DEFAULTS = {
@@ -22,14 +23,9 @@ _FAMILY_DEFAULTS = {
 
 
 class ConfigFields:
-    """The fields of a config, typed: a wrong or missing one is a `ModelConfigError` that names it.
+    """The fields of a config, typed: a wrong or missing one is a `ModelConfigError` that names it and the `source`.
 
-    Parameters
-    ----------
-    values : mapping
-        As read from JSON; null counts as missing.
-    source : str
-        Named in errors.
+    The values are as read from JSON; null counts as missing.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
@@ -116,34 +112,27 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_config(model: str | Path | Mapping[str, Any]) -> tuple[str, ConfigFields]:
-    """Read the config of a language model.
+    """Return a short name and the fields of a language model: those of the text part of a multimodal config.
 
-    Parameters
-    ----------
-    model : str, Path or mapping
-        A preset's name, a ``config.json``, a folder with one, JSON text that begins with ``{``, or the config itself.
-
-    Returns
-    -------
-    str, ConfigFields
-        A short name, and the fields of the language model: those of the text part where a multimodal config nests it.
-
-    Raises
-    ------
-    ModelConfigError
-        Nothing is found there, or what is found is not a JSON object.
+    A model is a preset's name, a ``config.json``, a folder with one, JSON text that begins with ``{``, or the config.
     """
+    text, source, name = str(model), "inline JSON", ""
     if isinstance(model, Mapping):
-        return _named(dict(model), "inline JSON")
-    text = str(model)
-    if text.lstrip().startswith("{"):
-        return _named(_decoded(text.encode(), "inline JSON"), "inline JSON")
-    if text in preset_names():
-        return text, _language_part(_decoded((_PRESETS / f"{text}.json").read_bytes(), text), text)
-    return _from_file(Path(text))
+        values = dict(model)
+    elif text.lstrip().startswith("{"):
+        values = _decoded(text.encode(), source)
+    elif text in preset_names():
+        source = name = text
+        values = _decoded((_PRESETS / f"{text}.json").read_bytes(), source)
+    else:
+        file, raw = _read(Path(text))
+        source, values = str(file), _decoded(raw, str(file))
+        name = file.resolve().parent.name if file.name == "config.json" else file.stem
+    fields = _language_part(values, source)
+    return name or fields.model_type or "model", fields
 
 
-def _from_file(path: Path) -> tuple[str, ConfigFields]:
+def _read(path: Path) -> tuple[Path, bytes]:
     try:
         file = path / "config.json" if path.is_dir() else path
         with file.open("rb") as stream:
@@ -156,13 +145,7 @@ def _from_file(path: Path) -> tuple[str, ConfigFields]:
         ) from None
     if len(raw) > _MAX_BYTES:
         raise ModelConfigError(str(file), "", f"expected a config of at most {_MAX_BYTES >> 20} MiB, this is larger")
-    name = file.resolve().parent.name if file.name == "config.json" else file.stem
-    return name, _language_part(_decoded(raw, str(file)), str(file))
-
-
-def _named(values: dict[str, Any], source: str) -> tuple[str, ConfigFields]:
-    fields = _language_part(values, source)
-    return fields.model_type or "model", fields
+    return file, raw
 
 
 def _decoded(raw: bytes, source: str) -> dict[str, Any]:
@@ -180,13 +163,11 @@ def _language_part(values: dict[str, Any], source: str) -> ConfigFields:
     for name in _NESTED:
         inner = values.get(name)
         if isinstance(inner, dict):
-            outer: dict[str, Any] = {
-                key: values[key] for key in ("dtype", "torch_dtype", "tie_word_embeddings") if key in values
-            }
+            outer: dict[str, Any] = {k: values[k] for k in _OUTSIDE if k in values}
             stated: dict[str, Any] = {key: value for key, value in inner.items() if value is not None}
             return _language_part({**outer, **stated}, source)
-    family = values.get("model_type")
-    return ConfigFields({**(_FAMILY_DEFAULTS.get(family, {}) if isinstance(family, str) else {}), **values}, source)
+    defaults: dict[str, Any] = _FAMILY_DEFAULTS.get(str(values.get("model_type")), {})
+    return ConfigFields({**defaults, **values}, source)
 
 
 def _shown(value: object) -> str:
@@ -214,6 +195,13 @@ _WINDOW_PATTERN = {
 }
 _WINDOW_ON_REQUEST = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "smollm3")
 _LINEAR_INTERVAL = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 4)
+_WINDOW_FIELDS = (
+    "sliding_window",
+    "attention_chunk_size",
+    "window_size",
+    "attention_window_size",
+    "sliding_window_size",
+)
 _MAX_LAYERS = 10_000
 
 
@@ -315,7 +303,7 @@ def layer_shapes(config: ConfigFields) -> tuple[LayerShape, ...]:
     """Return the shape of every decoder layer."""
     count, heads = num_layers_of(config), read_heads(config)
     kinds = _kinds(config, count)
-    window = _window_tokens(config) if _WINDOW in kinds else None
+    window = config.integer(*_WINDOW_FIELDS) if _WINDOW in kinds else None
     last_with_own = count - config.integer("num_kv_shared_layers", default=0, low=0)
     full = _global_heads(config, heads)
     shapes = []
@@ -336,11 +324,6 @@ def _global_heads(config: ConfigFields, heads: Heads) -> Heads:
         return heads
     kv_heads = config.integer("num_global_key_value_heads", default=heads.num_kv_heads)
     return replace(heads, num_kv_heads=kv_heads, head_dim=head_dim, v_head_dim=head_dim)
-
-
-def _window_tokens(config: ConfigFields) -> int:
-    names = ("sliding_window", "attention_chunk_size", "window_size", "attention_window_size", "sliding_window_size")
-    return config.integer(*names)
 
 
 def _kinds(config: ConfigFields, count: int) -> list[str]:
@@ -434,9 +417,8 @@ def _chunked_kinds(config: ConfigFields, count: int) -> list[str] | None:
 
 def _windowed_kinds(config: ConfigFields, count: int) -> list[str] | None:
     family = config.model_type
-    if "sliding_window" not in config:
-        return None
-    if not config.flag("use_sliding_window", default=family not in _WINDOW_ON_REQUEST):
+    on_request = family in _WINDOW_ON_REQUEST
+    if "sliding_window" not in config or not config.flag("use_sliding_window", default=not on_request):
         return None
     if "max_window_layers" in config:
         first = config.integer("max_window_layers", low=0)

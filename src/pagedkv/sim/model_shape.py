@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.sim.model_config import (
-    ConfigFields,
-    Heads,
-    LayerShape,
-    layer_shapes,
-    load_config,
-    read_heads,
-)
+from pagedkv.sim.model_config import ConfigFields, Heads, LayerShape, layer_shapes, load_config, read_heads
 from pagedkv.validate import require_choice
 
 # How many weights a model has, and how many of them one token meets.
@@ -31,6 +24,7 @@ _TIED = frozenset(
     "gpt2 gpt_bigcode gpt_neo opt bloom falcon mpt gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text cohere "
     "cohere2 recurrent_gemma starcoder2".split()
 )
+_DENSE = tuple("intermediate_size_mlp intermediate_size n_inner ffn_hidden_size ffn_dim ffn_intermediate_size".split())
 _CHOSEN = ("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts")
 
 
@@ -138,19 +132,11 @@ def _shared_size(config: ConfigFields, expert_size: int) -> int:
 
 
 def _dense_size(config: ConfigFields, hidden: int) -> int:
-    names = (
-        "intermediate_size_mlp",
-        "intermediate_size",
-        "n_inner",
-        "ffn_hidden_size",
-        "ffn_dim",
-        "ffn_intermediate_size",
-    )
-    name, value = config.first(names)
+    name, value = config.first(_DENSE)
     if isinstance(value, list):
         sizes = [config.checked(name, size) for size in value] or [4 * hidden]
         return sum(sizes) // len(sizes)
-    return config.integer(*names, default=4 * hidden)
+    return config.integer(*_DENSE, default=4 * hidden)
 
 
 def _is_sparse(config: ConfigFields, layer: int) -> bool:

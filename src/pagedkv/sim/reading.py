@@ -39,38 +39,21 @@ _CSV_COLUMNS = ((b"contexttokens", "azure"), (b"request tokens", "burstgpt"))
 
 
 def detect(head: bytes) -> str | None:
-    """Return the name of the format, or None.
-
-    Parameters
-    ----------
-    head : bytes
-        The first `HEAD_BYTES` of the file, unpacked.
-    """
-    if head and _begins_msgpack(head[0]):
+    """Return the name of the format by the first `HEAD_BYTES` of the file, unpacked, or None."""
+    # An array, a map or a frame of events: no text begins so.
+    if head and (0x80 <= head[0] <= 0x9F or head[0] in (0x00, 0xC4, 0xC5, 0xC6, 0xDC, 0xDD, 0xDE, 0xDF)):
         return "kv-events"
     text = head.lstrip()
     if text.startswith(b"{") and any(key in text for key in _WEKA_KEYS):
         return "weka"
     # A broken line at the beginning must not hide the rest.
     for line in text.split(b"\n")[:MAX_LINES]:
-        found = _of_json(line) if line.lstrip().startswith(b"{") else _of_csv(line)
+        is_json = line.lstrip().startswith(b"{")
+        words, line = (_JSON_KEYS, line) if is_json else (_CSV_COLUMNS, line.lower())
+        found = next((name for word, name in words if word in line), None)
         if found is not None:
             return found
     return None
-
-
-def _begins_msgpack(first: int) -> bool:
-    """Tell whether a batch of events may begin with this byte: an array, a map or a frame; no text begins so."""
-    return 0x80 <= first <= 0x9F or first in (0x00, 0xC4, 0xC5, 0xC6, 0xDC, 0xDD, 0xDE, 0xDF)
-
-
-def _of_json(line: bytes) -> str | None:
-    return next((name for key, name in _JSON_KEYS if key in line), None)
-
-
-def _of_csv(line: bytes) -> str | None:
-    lowered = line.lower()
-    return next((name for column, name in _CSV_COLUMNS if column in lowered), None)
 
 
 logger = logging.getLogger("pagedkv")
@@ -133,7 +116,7 @@ def read_trace(
         block_tokens = require_int("block_tokens", block_tokens, 1, 2**31 - 1)
     path = Path(path)
     with seekable(path) as file:
-        kind = FORMATS[format or _detected(file, str(path))]
+        kind = FORMATS[format or detect_format(file, str(path))]
         collector = Collector(in_order=kind.in_order, ticks_per_second=kind.ticks_per_second)
         sources = [
             Source(part, str(path) if part == file else None, skip_bad=skip_bad, progress=progress)
@@ -146,23 +129,13 @@ def read_trace(
             raise
 
 
-def detect_format(path: str | PathLike[str]) -> str:
-    """Return the name of the format of a trace, a file or a folder.
-
-    Raises
-    ------
-    TraceError
-        The file cannot be read, or its format is not known.
-    """
-    return _detected(Path(path), str(path))
-
-
-def _detected(path: Path, name: str) -> str:
+def detect_format(path: Path, name: str | None = None) -> str:
+    """Return the name of the format of a trace, a file or a folder; errors call it `name`."""
     if path.is_dir():
         return WekaReader.name
     found = detect(Source(path, name).head(HEAD_BYTES))
     if found is None:
-        raise TraceError(name, None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
+        raise TraceError(name or str(path), None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
     return found
 
 

@@ -49,13 +49,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def seekable(path: Path) -> Iterator[Path]:
-    """Yield a file that can be read more than once: the path itself, or a copy of what comes through a pipe.
-
-    Raises
-    ------
-    TraceError
-        The pipe cannot be read, or the disk is full.
-    """
+    """Yield a file that can be read more than once: the path itself, or a copy of what comes through a pipe."""
     if not path.is_fifo():
         yield path
         return
@@ -81,22 +75,7 @@ def _opened_pipe(path: Path) -> BinaryIO:
 
 
 class Source:
-    """One file of a trace.
-
-    Parameters
-    ----------
-    path : Path
-    name : str, optional
-        What errors call it; the path by default.
-    skip_bad : bool
-        Whether broken records are counted instead of raised.
-    progress : callable, optional
-        Called now and then with (bytes read, bytes in all) of the file as it lies on disk.
-
-    Attributes
-    ----------
-    num_skipped : int
-    """
+    """One file of a trace, which errors call `name`; with `skip_bad` broken records are counted instead of raised."""
 
     def __init__(
         self, path: Path, name: str | None = None, *, skip_bad: bool = False, progress: Progress | None = None
@@ -117,10 +96,7 @@ class Source:
     def open(self) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         """Open the file; yields (what to read, the file on disk beneath it).
 
-        Raises
-        ------
-        TraceError
-            Whatever goes wrong with the file, while it is opened or while it is read.
+        Whatever goes wrong with the file, while it is opened or while it is read, is a `TraceError`.
         """
         try:
             with self.path.open("rb", buffering=BUFFER_BYTES) as raw:

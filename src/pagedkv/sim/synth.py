@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.jit import compiled, mix64
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.trace import Floats, Int32s, Int64s, Trace
 from pagedkv.sim.traffic import KINDS, TRAFFIC, Traffic, changed, subagents_of
 from pagedkv.validate import require_choice, require_int
 
@@ -96,59 +96,49 @@ SESSION = np.dtype(
         ("waiting", np.int64),  # sub-agents that have not ended
     ]
 )
-COUNTERS = ("requests", "accesses", "distinct", "sessions", "events", "free", "known")
-"""Places in `Stage.counters`, in this order."""
+NUM_COUNTERS = 7
+REQUESTS, ACCESSES, DISTINCT, SESSIONS, EVENTS, FREE, KNOWN = range(NUM_COUNTERS)  # of Stage.counters
 
 _PARAMETERS = np.dtype([(name, np.float64) for name in asdict(Traffic())])
 _FIRST_SLOTS, _FIRST_KNOWN = 1024, 4096
 
 
 class Stage(NamedTuple):
-    """All state of the generator.
+    """All state of the generator."""
 
-    Attributes
-    ----------
-    traffic : structured [num_kinds]
-        The fields of `Traffic` as float64; the last kind are sub-agents.
-    session_pause : float64 [num_kinds]
-        Mean seconds between two sessions of a kind; infinite where none is wanted.
-    arrivals : float64 [num_kinds]
-        When the next session of each kind begins.
-    chance, salt : uint64 [1]
-    counters : int64 [len(COUNTERS)]
-    event_times, event_slots : float64 and int32 [num_slots]
-        A binary heap: when each live session that does not wait sends its next request.
-    sessions : SESSION [num_slots]
-    free_slots : int32 [num_slots]
-    known_paths, known_places : uint64 and int64 [a power of two]
-        Open-addressing table: a prefix of prompt and documents, and where a request that begins with it lies.
-    paths, drawn : uint64 and int64
-        Scratch: the prefixes of one opening, and its documents.
-    times, input_tokens, output_tokens, numbers, ends, ids, parents
-        The trace.
-    """
+    traffic: npt.NDArray[np.void]  # [num_kinds], the fields of `Traffic` as float64; the last kind are sub-agents
+    session_pause: Floats  # [num_kinds], mean seconds between two sessions; infinite where none is wanted
+    arrivals: Floats  # [num_kinds], when the next session of each kind begins
+    chance: State
+    salt: State
+    counters: Int64s  # [NUM_COUNTERS]
+    event_times: Floats  # [num_slots], a binary heap: when each live session that does not wait sends its next request
+    event_slots: Int32s
+    sessions: npt.NDArray[np.void]  # SESSION [num_slots]
+    free_slots: Int32s  # [num_slots]
+    known_paths: npt.NDArray[np.uint64]  # [a power of two], open addressing: a prefix of prompt and documents
+    known_places: Int64s  # where a request that begins with it lies
+    paths: npt.NDArray[np.uint64]  # scratch: the prefixes of one opening
+    drawn: Int64s  # scratch: its documents
+    # The trace.
+    times: Floats
+    input_tokens: Int64s
+    output_tokens: Int64s
+    numbers: Int64s
+    ends: Int64s
+    ids: Int32s
+    parents: Int32s
 
-    traffic: npt.NDArray[np.void]
-    session_pause: npt.NDArray[np.float64]
-    arrivals: npt.NDArray[np.float64]
-    chance: npt.NDArray[np.uint64]
-    salt: npt.NDArray[np.uint64]
-    counters: npt.NDArray[np.int64]
-    event_times: npt.NDArray[np.float64]
-    event_slots: npt.NDArray[np.int32]
-    sessions: npt.NDArray[np.void]
-    free_slots: npt.NDArray[np.int32]
-    known_paths: npt.NDArray[np.uint64]
-    known_places: npt.NDArray[np.int64]
-    paths: npt.NDArray[np.uint64]
-    drawn: npt.NDArray[np.int64]
-    times: npt.NDArray[np.float64]
-    input_tokens: npt.NDArray[np.int64]
-    output_tokens: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-    ids: npt.NDArray[np.int32]
-    parents: npt.NDArray[np.int32]
+
+_GROW_TOGETHER = {
+    "requests": ("times", "input_tokens", "output_tokens", "numbers", "ends"),
+    "ids": ("ids",),
+    "parents": ("parents",),
+    "slots": ("event_times", "event_slots", "sessions", "free_slots"),
+    "known": ("known_paths", "known_places"),
+}
+FULL = ("", *_GROW_TOGETHER)
+"""What `act` lacks room for, by what it returns."""
 
 
 def empty_stage(
@@ -158,8 +148,8 @@ def empty_stage(
     traffic = np.array([tuple(asdict(kind).values()) for kind in kinds], _PARAMETERS)
     pause = np.array(session_pause)
     slots = max(_FIRST_SLOTS, 2 * int(traffic["subagents"].max()))
-    counters = np.zeros(len(COUNTERS), np.int64)
-    counters[COUNTERS.index("free")] = slots
+    counters = np.zeros(NUM_COUNTERS, np.int64)
+    counters[FREE] = slots
     num_parts = 2 + int(traffic["documents_per_request"].max())
     return Stage(
         traffic=traffic,
@@ -171,7 +161,7 @@ def empty_stage(
         event_times=np.empty(slots),
         event_slots=np.empty(slots, np.int32),
         sessions=np.zeros(slots, SESSION),
-        free_slots=np.arange(slots - 1, -1, -1, dtype=np.int32),
+        free_slots=np.arange(slots, dtype=np.int32),
         known_paths=np.zeros(_FIRST_KNOWN, np.uint64),
         known_places=np.full(_FIRST_KNOWN, -1, np.int64),
         paths=np.empty(num_parts, np.uint64),
@@ -187,54 +177,34 @@ def empty_stage(
 
 
 def grown(stage: Stage, full: str, most_blocks: int) -> Stage:
-    """Return the stage with more room for ``"requests"``, ``"ids"``, ``"parents"``, ``"slots"`` or ``"known"`` paths.
-
-    Raises
-    ------
-    InvalidOperation
-        When the trace would have more blocks than 32-bit ids can name.
-    """
-    if full == "requests":
-        names = ("times", "input_tokens", "output_tokens", "numbers", "ends")
-        longer: dict[str, Any] = {name: _longer(getattr(stage, name)) for name in names}
-        return stage._replace(**longer)
+    """Return the stage with more room for what is full, a key of `_GROW_TOGETHER`."""
+    names = _GROW_TOGETHER[full]
+    before = len(getattr(stage, names[0]))
+    if full in ("slots", "known"):
+        length = 2 * before
+    else:
+        length = before + max(before // 2, 1 if full == "requests" else most_blocks)
+    if full == "parents":
+        if before >= MAX_BLOCKS:
+            what = f"the trace would have more than {MAX_BLOCKS} different blocks"
+            raise InvalidOperation(f"{what}: ask for less traffic")
+        length = min(length, MAX_BLOCKS)
+    longer: dict[str, Any] = {name: _longer(getattr(stage, name), length) for name in names}
+    larger = stage._replace(**longer)
     if full == "slots":
-        return _with_more_slots(stage)
+        free = stage.counters[FREE]
+        larger.free_slots[free : free + before] = np.arange(before, length)
+        stage.counters[FREE] += before
     if full == "known":
-        return _with_larger_table(stage)
-    array: npt.NDArray[Any] = getattr(stage, full)
-    if full == "parents" and len(array) >= MAX_BLOCKS:
-        raise InvalidOperation(f"the trace would have more than {MAX_BLOCKS} different blocks: ask for less traffic")
-    longer = {full: _longer(array, most_blocks, MAX_BLOCKS if full == "parents" else None)}
-    return stage._replace(**longer)
+        larger.known_places[:] = -1
+        enter_again(larger, stage)
+    return larger
 
 
-def _longer(array: npt.NDArray[Any], least: int = 0, most: int | None = None) -> npt.NDArray[Any]:
-    length = len(array) + max(len(array) // 2, least, 1)
-    longer = np.zeros(length if most is None else min(length, most), array.dtype)
+def _longer(array: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    longer = np.zeros(length, array.dtype)
     longer[: len(array)] = array
     return longer
-
-
-def _with_more_slots(stage: Stage) -> Stage:
-    before = len(stage.sessions)
-    free = int(stage.counters[COUNTERS.index("free")])
-    free_slots = np.empty(2 * before, np.int32)
-    free_slots[:before] = np.arange(2 * before - 1, before - 1, -1)
-    free_slots[before : before + free] = stage.free_slots[:free]
-    stage.counters[COUNTERS.index("free")] = free + before
-    return stage._replace(
-        free_slots=free_slots,
-        event_times=np.concatenate([stage.event_times, np.empty(before)]),
-        event_slots=np.concatenate([stage.event_slots, np.empty(before, np.int32)]),
-        sessions=np.concatenate([stage.sessions, np.zeros(before, SESSION)]),
-    )
-
-
-def _with_larger_table(stage: Stage) -> Stage:
-    """Double the table; whoever has the paths must enter them again."""
-    size = 2 * len(stage.known_paths)
-    return stage._replace(known_paths=np.zeros(size, np.uint64), known_places=np.full(size, -1, np.int64))
 
 
 # The generator's loop: whose turn is it, what does the request consist of, when is the next one.
@@ -245,11 +215,7 @@ def _with_larger_table(stage: Stage) -> Stage:
 # A request repeats the blocks that its session had, so it is a copy from an earlier place of the trace, and new
 # blocks behind that. No session keeps blocks of its own.
 
-REQUESTS, ACCESSES, DISTINCT, SESSIONS, EVENTS, FREE, KNOWN = range(7)  # of Stage.counters
 DONE = 0
-FULL = ("", "requests", "ids", "parents", "slots", "known")
-"""What `act` lacks room for, by what it returns."""
-
 _DOCUMENT = np.uint64(1 << 62)  # keeps the numbers of documents apart from those of prompts
 _ONE = np.uint64(1)
 _LARGEST = float(1 << 40)
@@ -577,7 +543,8 @@ def synthesize(
     try:
         stage = empty_stage(kinds, pauses, seed, room, 0 if accesses is None else most_accesses, most_blocks)
         most_slots = 1 + max(traffic.subagents for traffic in kinds)
-        stage = _play(stage, block_tokens, most_requests, most_accesses, most_blocks, most_slots)
+        while full := act(stage, block_tokens, most_requests, most_accesses, most_blocks, most_slots):
+            stage = grown(stage, FULL[full], most_blocks)
         return _trace(stage, f"{kind} (seed {seed})", block_tokens)
     except MemoryError:
         raise InvalidOperation("the trace does not fit into this machine's memory: ask for less traffic") from None
@@ -602,24 +569,12 @@ def _requests_of(traffic: Traffic) -> float:
     return traffic.turns + (traffic.turns - 1) * helpers
 
 
-def _play(stage: Stage, block_tokens: int, requests: int, accesses: int, most_blocks: int, most_slots: int) -> Stage:
-    while (full := act(stage, block_tokens, requests, accesses, most_blocks, most_slots)) != DONE:
-        before = stage
-        stage = grown(stage, FULL[full], most_blocks)
-        if FULL[full] == "known":
-            enter_again(stage, before)
-    return stage
-
-
 def _trace(stage: Stage, name: str, block_tokens: int) -> Trace:
-    count = dict(zip(COUNTERS, stage.counters.tolist(), strict=True))
-    requests = count["requests"]
+    requests, accesses, distinct = stage.counters[[REQUESTS, ACCESSES, DISTINCT]].tolist()
     times = stage.times[:requests]
     times -= times[0]
     np.floor(times * 1000.0, out=times)
     times /= 1000.0
-    offsets = np.zeros(requests + 1, np.int64)
-    offsets[1:] = stage.ends[:requests]
     return Trace(
         name=name,
         format="synthetic",
@@ -628,7 +583,7 @@ def _trace(stage: Stage, name: str, block_tokens: int) -> Trace:
         input_tokens=stage.input_tokens[:requests],
         output_tokens=stage.output_tokens[:requests],
         sessions=stage.numbers[:requests],
-        offsets=offsets,
-        ids=stage.ids[: count["accesses"]],
-        parents=stage.parents[: count["distinct"]],
+        offsets=np.concatenate([np.zeros(1, np.int64), stage.ends[:requests]]),
+        ids=stage.ids[:accesses],
+        parents=stage.parents[:distinct],
     )

@@ -11,9 +11,6 @@ from pagedkv.validate import require_int, require_number
 MAX_TOKENS = 1 << 30
 MAX_COUNT = 1 << 40
 MAX_NUMBER = 1e12
-SHARES = ("idle_share", "subagent_share")
-AT_LEAST_ONE = ("system_prompts", "max_tokens", "subagents")
-RATES = (1e-6, 1e9)
 
 
 @dataclass(frozen=True)
@@ -169,14 +166,13 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
         if name not in known:
             raise InvalidOperation(f"traffic has no parameter {name!r}; it has {', '.join(known)}")
         if known[name] == "int":
-            require_int(name, value, *map(int, _range(name, whole=True)))
+            require_int(name, value, *map(int, _range(name)))
         else:
-            require_number(name, value, *_range(name, whole=False))
+            require_number(name, value, *_range(name))
     after = replace(traffic, **changes)
     if after.documents and after.documents_per_request > after.documents:
-        raise bad_argument(
-            "documents_per_request", f"at most the {after.documents} documents", f"{after.documents_per_request}"
-        )
+        wanted = f"at most the {after.documents} documents"
+        raise bad_argument("documents_per_request", wanted, f"{after.documents_per_request}")
     return after
 
 
@@ -192,19 +188,24 @@ def subagents_of(traffic: Traffic) -> Traffic:
     )
 
 
-def _range(name: str, whole: bool) -> tuple[float, float]:
-    if name == "rate":
-        return RATES
-    if name in SHARES:
-        return 0, 1
-    if name.endswith("_spread"):
-        return 0, 5
-    if name.endswith("_zipf"):
-        return 0, 5
-    if name.endswith("turns"):
-        return 1, MAX_NUMBER
-    if name.endswith("_tokens"):
-        return (1 if name == "max_tokens" else 0), MAX_TOKENS
-    if name == "documents_per_request":
-        return 0, 1000
-    return (1 if name in AT_LEAST_ONE else 0), 1000 if name == "subagents" else MAX_COUNT if whole else MAX_NUMBER
+_RANGES: dict[str, tuple[float, float]] = {
+    "rate": (1e-6, 1e9),
+    "idle_share": (0, 1),
+    "subagent_share": (0, 1),
+    "max_tokens": (1, MAX_TOKENS),
+    "system_prompts": (1, MAX_COUNT),
+    "documents": (0, MAX_COUNT),
+    "documents_per_request": (0, 1000),
+    "subagents": (1, 1000),
+}
+_RANGES_BY_ENDING: dict[str, tuple[float, float]] = {
+    "_spread": (0, 5),
+    "_zipf": (0, 5),
+    "turns": (1, MAX_NUMBER),
+    "_tokens": (0, MAX_TOKENS),
+    "_seconds": (0, MAX_NUMBER),
+}
+
+
+def _range(name: str) -> tuple[float, float]:
+    return _RANGES.get(name) or next(limits for end, limits in _RANGES_BY_ENDING.items() if name.endswith(end))

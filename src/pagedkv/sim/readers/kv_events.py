@@ -98,12 +98,7 @@ def _extent(data: Array, width: Array, fixed: Array, size: Array, values: Array)
 
 
 def extent(data: npt.NDArray[np.uint8]) -> int:
-    """Return how many bytes the first msgpack value takes, or `INCOMPLETE`, or `INVALID` for what no value begins with.
-
-    Parameters
-    ----------
-    data : uint8 [num_bytes]
-    """
+    """Return how many bytes the first msgpack value takes, or `INCOMPLETE`, or `INVALID` where none begins."""
     return int(_extent(data, _WIDTH, _FIXED, _BYTES, _VALUES))
 
 
@@ -119,18 +114,10 @@ _LENGTH_FIELD = 4
 
 
 def read_event_batches(pieces: Iterable[bytes]) -> Iterator[memoryview | BadRecord]:
-    """Cut a stream into batches; every one is a complete msgpack value, and what is not is returned as an error.
+    """Cut a stream into batches; every one is a complete msgpack value, and what is not is yielded as an error.
 
-    Parameters
-    ----------
-    pieces : iterable of bytes
-        The file, cut anywhere.
-
-    Yields
-    ------
-    memoryview or BadRecord
-        Valid until the next one is asked for. After an error inside a frame the next frame follows; after an error in a
-        bare stream nothing can follow.
+    A batch is valid until the next one is asked for. After an error inside a frame the next frame follows; after an
+    error in a bare stream nothing can follow.
     """
     pieces = iter(pieces)
     buffer, place, is_all = b"", 0, False

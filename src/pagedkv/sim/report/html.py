@@ -44,16 +44,10 @@ def join(parts: Iterable[object], between: str = "") -> Markup:
 
 
 def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """Return an element.
+    """Return an element; what is not `Markup` in it is escaped, and a child that is ``None`` is left out.
 
-    Parameters
-    ----------
-    name : str
-    *children : object
-        Content, escaped where it is not `Markup`. ``None`` is left out.
-    **attributes : object
-        ``class_`` is class, ``data_value`` is data-value. Numbers are rounded to 0.01, what is ``None`` or ``False``
-        is left out, ``True`` gives the attribute its own name.
+    The attribute ``class_`` is class, ``data_value`` is data-value. Numbers are rounded to 0.01, what is ``None`` or
+    ``False`` is left out, ``True`` gives the attribute its own name.
     """
     given = ((key, value) for key, value in attributes.items() if value is not None and value is not False)
     written = "".join(_attribute(key, value) for key, value in given)
