@@ -1,9 +1,9 @@
 """What a first start costs: processor time of fresh processes on a cold cache of compiled code, and on a warm one.
 
-Each measurement is a process of its own. "Cold" is an empty directory for compiled code, "warm" is that directory when
-the same steps run once more. A step counts what comes on top of the steps before it in the same process; imports of
-torch and transformers, which are not ours, are left out. Processor time, of all threads: a busy machine hardly changes
-it.
+Each measurement is a process of its own, over a copy of the package: code that lies beside the installed one would be
+loaded. "Cold" is such a copy and an empty directory for compiled code, "warm" is the same when the steps run once more.
+A step counts what comes on top of the steps before it in the same process; imports of torch and transformers, which are
+not ours, are left out. Processor time, of all threads: a busy machine hardly changes it.
 
     python benchmarks/cold_start.py [--json FILE]
 """
@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import pagedkv
+
+PACKAGE = Path(pagedkv.__file__).parent
 Row = dict[str, Any]
 
 BEGIN = """
@@ -100,7 +104,8 @@ step("first sampled LLM.generate")
 
 def measured(code: str, directory: str) -> dict[str, float]:
     """Run code in a fresh process; return the processor seconds of each step."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": directory, "TOKENIZERS_PARALLELISM": "false"}
+    kept = str(Path(directory, "kernels"))
+    environment = {**os.environ, "NUMBA_CACHE_DIR": kept, "PYTHONPATH": directory, "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, "-c", BEGIN + code + END], env=environment, capture_output=True, text=True, check=True
     )
@@ -131,6 +136,7 @@ def rows() -> list[Row]:
     found: list[Row] = []
     for part, code in PARTS.items():
         with tempfile.TemporaryDirectory() as directory:
+            shutil.copytree(PACKAGE, Path(directory, "pagedkv"), ignore=shutil.ignore_patterns("__pycache__"))
             cold, warm = (measured(code, directory) for _ in range(2))
         for name, seconds in cold.items():
             if COUNTED[part] and not name.startswith(COUNTED[part]):
