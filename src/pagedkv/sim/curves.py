@@ -241,17 +241,9 @@ def stack_gains(trace: Trace, last_use: Int32s, num_blocks: int) -> tuple[Int64s
     """
     gains = np.zeros((2, num_blocks + 2), np.int64)
     slots = max(_FEWEST_SLOTS, min(trace.num_requests, 2 * num_blocks))
-    found = _add_gains(
-        np.asarray(trace.ids),
-        np.asarray(trace.offsets),
-        np.asarray(trace.input_tokens),
-        trace.block_tokens,
-        last_use,
-        np.zeros(slots, np.int32),
-        gains[0],
-        gains[1],
-    )
-    return gains, found
+    ids, offsets, tokens = np.asarray(trace.ids), np.asarray(trace.offsets), np.asarray(trace.input_tokens)
+    held = np.zeros(slots, np.int32)
+    return gains, _add_gains(ids, offsets, tokens, trace.block_tokens, last_use, held, gains[0], gains[1])
 
 
 # The LRU curve from a sample of the blocks: SHARDS (Waldspurger et al., FAST'15), for traces of billions of accesses.

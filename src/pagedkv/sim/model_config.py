@@ -116,10 +116,10 @@ def load_config(model: str | Path | Mapping[str, Any]) -> tuple[str, ConfigField
 
     A model is a preset's name, a ``config.json``, a folder with one, JSON text that begins with ``{``, or the config.
     """
-    text, source, name = str(model), "inline JSON", ""
+    source, name = "inline JSON", ""
     if isinstance(model, Mapping):
         values = dict(model)
-    elif text.lstrip().startswith("{"):
+    elif (text := str(model)).lstrip().startswith("{"):
         values = _decoded(text.encode(), source)
     elif text in preset_names():
         source = name = text
@@ -195,12 +195,8 @@ _WINDOW_PATTERN = {
 }
 _WINDOW_ON_REQUEST = ("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl_text", "qwen2_5_vl_text", "smollm3")
 _LINEAR_INTERVAL = dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), 4)
-_WINDOW_FIELDS = (
-    "sliding_window",
-    "attention_chunk_size",
-    "window_size",
-    "attention_window_size",
-    "sliding_window_size",
+_WINDOW_FIELDS = tuple(
+    "sliding_window attention_chunk_size window_size attention_window_size sliding_window_size".split()
 )
 _MAX_LAYERS = 10_000
 
@@ -230,21 +226,14 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Heads:
-    """The heads of an attention layer.
-
-    Attributes
-    ----------
-    hidden_size, num_q_heads, num_kv_heads, head_dim, v_head_dim : int
-    latent : int
-        Elements that multi-head latent attention keeps per token instead of K and V; 0 elsewhere.
-    """
+    """The heads of an attention layer."""
 
     hidden_size: int
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     v_head_dim: int
-    latent: int = 0
+    latent: int = 0  # elements that multi-head latent attention keeps per token instead of K and V
 
     @property
     def elements_per_token(self) -> int:

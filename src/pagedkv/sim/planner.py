@@ -333,12 +333,6 @@ def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
     return min((memory - load.window_bytes) // block, MAX_BLOCKS)
 
 
-def check_sizes(trace: Trace, model: ModelShape, load: Load) -> None:
-    """Refuse a model whose cache of this trace would be larger than any memory."""
-    if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
-        raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
-
-
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the attainable hit ratio that every plan prices."""
 
@@ -397,7 +391,8 @@ def plan(
         raise bad_argument("trace", "at least one request with a block", f"{trace.name!r} with none")
     wanted, names, hardware = checked_share(target), checked_names(strategies), hardware or Hardware()
     load = estimate_load(trace, model, hardware)
-    check_sizes(trace, model, load)
+    if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
+        raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
     fitting = None if memory is None else blocks_in(memory, trace, model, load)
     curve = lru_curve(trace)
     search = Search(trace, model, jobs, progress)

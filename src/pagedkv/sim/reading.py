@@ -122,11 +122,24 @@ def read_trace(
             Source(part, str(path) if part == file else None, skip_bad=skip_bad, progress=progress)
             for part in _files(file)
         ]
+        reader = kind(collector, block_tokens)
         try:
-            return _read(path, sources, kind(collector, block_tokens), collector)
-        except BaseException:
+            for source in sources:
+                reader.read(source)
+            trace = collector.finish(
+                name=path.name,
+                format=reader.name,
+                block_tokens=reader.block_tokens,
+                has_content=reader.has_content,
+                num_skipped=sum(source.num_skipped for source in sources),
+            )
+        except BaseException as error:
             collector.close()
+            if isinstance(error, (BadRecord, TooManyBlocks, OSError)):  # no request, no more numbers, no room on disk
+                raise TraceError(str(path), None, str(error)) from error
             raise
+    _doubt_block_tokens(trace)
+    return trace
 
 
 def detect_format(path: Path, name: str | None = None) -> str:
@@ -137,23 +150,6 @@ def detect_format(path: Path, name: str | None = None) -> str:
     if found is None:
         raise TraceError(name or str(path), None, f"the format is not recognised; name it: {', '.join(FORMATS)}")
     return found
-
-
-def _read(path: Path, sources: list[Source], reader: Reader, collector: Collector) -> Trace:
-    try:
-        for source in sources:
-            reader.read(source)
-        trace = collector.finish(
-            name=path.name,
-            format=reader.name,
-            block_tokens=reader.block_tokens,
-            has_content=reader.has_content,
-            num_skipped=sum(source.num_skipped for source in sources),
-        )
-    except (BadRecord, TooManyBlocks, OSError) as error:  # no request, no more numbers, no room on the disk
-        raise TraceError(str(path), None, str(error)) from error
-    _doubt_block_tokens(trace)
-    return trace
 
 
 def _files(path: Path) -> list[Path]:

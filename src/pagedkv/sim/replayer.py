@@ -121,11 +121,6 @@ def _output_blocks(trace: Trace) -> npt.NDArray[np.int64]:
     return -(-trace.output_tokens // trace.block_tokens)
 
 
-def most_blocks(trace: Trace) -> int:
-    """Return how many blocks hold all requests at once, none of them shared."""
-    return trace.num_accesses + int(_output_blocks(trace).sum())
-
-
 class _Service:
     """The requests that run, those that wait, and when what happens next."""
 
@@ -236,7 +231,7 @@ def replay(
     require_content(trace)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
     # A pool larger than the trace ever fills finds the same hits in less memory.
-    most = trace.num_distinct if timing is None else most_blocks(trace)
+    most = trace.num_distinct if timing is None else trace.num_accesses + int(_output_blocks(trace).sum())
     cache = ContentCache(min(blocks, max(1, most)), strategy)
     if timing is not None:
         return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing), blocks=blocks)

@@ -181,14 +181,8 @@ def _take(pieces: Iterator[bytes], size: int) -> bytes:
 
 
 PIECE_BYTES = 2**20
-BLOCK_HASHES, PARENT, _, BLOCK_SIZE, _, MEDIUM, _, _, GROUP = range(1, 10)
-FIELDS = {
-    "block_hashes": BLOCK_HASHES,
-    "parent_block_hash": PARENT,
-    "block_size": BLOCK_SIZE,
-    "medium": MEDIUM,
-    "group_idx": GROUP,
-}
+# Where a positional event has what is read of it.
+FIELDS = {"block_hashes": 1, "parent_block_hash": 2, "block_size": 4, "medium": 6, "group_idx": 9}
 NO_NODE = -1
 MAX_ACCESSES = 2**31 - 1
 """Blocks of all requests together: every event repeats its chain, so a small file can stand for a trace without end."""

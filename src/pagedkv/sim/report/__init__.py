@@ -66,7 +66,7 @@ def replay_report(
         results_section(evidence),
         *_details(evidence),
         trace_section(evidence),
-        method_section(evidence, command, _version()),
+        method_section(evidence, command),
     )
     return _document(trace, verdict(evidence), None, sections)
 
@@ -98,7 +98,7 @@ def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
         text.load_section(plan),
         trace_section(evidence),
         text.notes(plan),
-        method_section(evidence, command, _version()),
+        method_section(evidence, command),
     )
     return _document(trace, text.answer(plan), plan.verdict.text, sections)
 
@@ -117,9 +117,3 @@ def _document(trace: Trace, sentence: str, explanation: str | None, sections: Se
         tag("p", tag("bdi", trace.name), f" · {count(trace.num_requests)} requests in {span}", class_="sub"),
     )
     return page(f"{trace.name}: {sentence}", header, tag("main", *sections))
-
-
-def _version() -> str:
-    from pagedkv import __version__
-
-    return __version__

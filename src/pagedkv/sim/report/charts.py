@@ -84,6 +84,7 @@ def even_time_ticks(high: float, most: int = 7) -> list[float]:
     return [float(step * i) for i in range(int(high / step) + 1)]
 
 
+Array = npt.NDArray[Any]
 Format = Callable[[float], str]
 _LINE_HEIGHT = 15.0
 
@@ -109,11 +110,6 @@ class Frame:
     def bottom(self) -> float:
         """The lower end of the plotting area."""
         return self.height - self.bottom_margin
-
-    @property
-    def has_end_labels(self) -> bool:
-        """Whether there is room for names to the right of the lines."""
-        return self.right_margin > 60
 
     @property
     def most_ticks(self) -> int:
@@ -224,13 +220,7 @@ def ratio_lines(frame: Frame, across: Scale, lines: Sequence[Series], *axis: Mar
 
 
 def histogram(
-    frame: Frame,
-    across: Scale,
-    edges: Floats,
-    heights: npt.NDArray[Any],
-    tips: Sequence[str],
-    write: Format,
-    title: str,
+    frame: Frame, across: Scale, edges: Floats, heights: Array, tips: Sequence[str], write: Format, title: str
 ) -> Iterator[Markup]:
     """Draw bars with their grid; `write` and `title` are those of the vertical axis."""
     ticks = linear_ticks(float(heights.max()))
@@ -241,7 +231,7 @@ def histogram(
 
 def label_ends(frame: Frame, lines: Sequence[Series], across: Scale, up: Scale) -> Iterator[Markup]:
     """Write the names of lines beside their last points, moved apart where they would cover each other."""
-    if not frame.has_end_labels:
+    if frame.right_margin <= 60:  # no room
         return
     ends = sorted((up(s.ys[-1]), across(s.xs[-1]), s.look, s.name) for s in lines if s.is_labelled and len(s.xs))
     heights = _apart([end[0] for end in ends], frame.top + 4, frame.bottom)
@@ -398,29 +388,21 @@ def _lines(evidence: Evidence) -> list[Series]:
     if evidence.curve is not None and evidence.curve.attainable:
         # At no more sizes than a chart has pixels.
         sizes = np.unique(np.geomspace(1, max(float(evidence.curve.blocks[-1]), 2), 300).astype(np.int64))
-        lines.append(_line_at(evidence, LRU, "c1 curve", sizes.tolist(), evidence.curve.at(sizes).tolist()))
+        places = [_place(evidence, size) for size in sizes.tolist()]
+        lines.append(Series(LRU, "c1 curve", places, evidence.curve.at(sizes).tolist()))
     has_curve = bool(lines)
     for name, points in evidence.points.items():
         if points.blocks and not (name == LRU and has_curve):
             look = evidence.looks[name]
-            made = _line_at(evidence, shown_name(name), look, points.blocks, points.ratios, has_tips=True)
-            lines.append(replace(made, is_labelled=look != "quiet"))
+            lines.append(_with_tips(evidence, shown_name(name), look, points.blocks, points.ratios))
     ranks = ("c1", "ink", "c2", "c3", "c4", "quiet")
     return sorted(lines, key=lambda line: ranks.index(line.look.split()[0]))
 
 
-def _line_at(
-    evidence: Evidence,
-    name: str,
-    look: str,
-    blocks: Sequence[int],
-    hit_ratios: Sequence[float],
-    *,
-    has_tips: bool = False,
-) -> Series:
-    sizes = zip(blocks, hit_ratios, strict=True) if has_tips else ()
-    tips = [f"{name}, {evidence.size(size)}: {percent(ratio)}" for size, ratio in sizes]
-    return Series(name, look, [_place(evidence, size) for size in blocks], hit_ratios, tips)
+def _with_tips(evidence: Evidence, name: str, look: str, sizes: Sequence[int], found: Sequence[float]) -> Series:
+    tips = [f"{name}, {evidence.size(size)}: {percent(ratio)}" for size, ratio in zip(sizes, found, strict=True)]
+    places = [_place(evidence, size) for size in sizes]
+    return Series(name, look, places, found, tips, is_labelled=look != "quiet")
 
 
 def _place(evidence: Evidence, blocks: float) -> float:
@@ -447,7 +429,7 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
         # Points on LRU's curve that tell their figures when they are pointed at.
         sizes = _steps(evidence.curve, (1, 1.5, 2, 3, 5, 7))
         at_sizes = [evidence.curve.at(size) for size in sizes]
-        yield from dots(_line_at(evidence, LRU, "c1 ghost", sizes, at_sizes, has_tips=True), across, up)
+        yield from dots(_with_tips(evidence, LRU, "c1 ghost", sizes, at_sizes), across, up)
     yield from label_ends(frame, lines, across, up)
 
 

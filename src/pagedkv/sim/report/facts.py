@@ -57,10 +57,8 @@ class Gaps(NamedTuple):
 
 def window_seconds(span: float, most: int = 60) -> float:
     """Return the smallest round width, in seconds, that cuts `span` into at most `most` windows."""
-    for width in _WIDTHS:
-        if span < width * most:
-            return float(width)
-    return float(86400 * (int(span / (86400 * most)) + 1))
+    days = 86400 * (int(span / (86400 * most)) + 1)
+    return float(next((width for width in _WIDTHS if span < width * most), days))
 
 
 def per_window(trace: Trace, hits: npt.NDArray[Any], seconds: float | None = None) -> Windows:

@@ -23,10 +23,7 @@ _DEFINITIONS = (
     ),
     ("no limit", "what a cache that never evicts a block would find: every use of a block but its first"),
     ("best possible", "Belady’s optimum that respects prefixes: it knows the future and evicts what is needed last"),
-    (
-        "knee",
-        "where LRU’s curve, over the logarithm of the size, lies farthest above the line between its ends",
-    ),
+    ("knee", "where LRU’s curve, over the logarithm of the size, lies farthest above the line between its ends"),
     ("reuse gap", "the time between two requests in a row that touch one block"),
 )
 
@@ -170,15 +167,17 @@ def trace_section(evidence: Evidence) -> Markup:
     return section("trace", "The traffic", _pairs(rows, "facts"))
 
 
-def method_section(evidence: Evidence, command: str | None, version: str) -> Markup:
+def method_section(evidence: Evidence, command: str | None) -> Markup:
     """Return how the figures came about, and what the words mean."""
-    seconds = sum(result.seconds for result in evidence.results)
+    from pagedkv import __version__
+
+    seconds, requests = sum(result.seconds for result in evidence.results), count(evidence.trace.num_requests)
     return section(
         "method",
         "How this was computed",
         tag(
             "p",
-            f"By pagedkv {version}: {len(evidence.results)} replays of {count(evidence.trace.num_requests)} requests, ",
+            f"By pagedkv {__version__}: {len(evidence.results)} replays of {requests} requests, ",
             f"{duration(seconds)} on one core, all but the optimum through the block manager that serves models. ",
             "After a request all its blocks are cached, the partly filled last one too. ",
             "Counts are exact: the same trace gives the same figures.",
@@ -193,16 +192,12 @@ def method_section(evidence: Evidence, command: str | None, version: str) -> Mar
 
 def evidence_of(plan: Plan, trace: Trace) -> Evidence:
     """Return the plan's replays as what the charts are drawn from."""
-    lines = (
-        Points(line.name, tuple(line.blocks.tolist()), tuple(line.hit_ratio.tolist()))
-        for line in plan.lines
-        if line.name != LRU
-    )
+    lines = (line for line in plan.lines if line.name != LRU)
     return Evidence(
         trace,
         plan.runs,
         plan.curve,
-        lines=tuple(lines),
+        lines=tuple(Points(line.name, tuple(line.blocks.tolist()), tuple(line.hit_ratio.tolist())) for line in lines),
         bytes_per_block=plan.bytes_per_block,
         extra_bytes=plan.load.window_bytes,
         chosen_blocks=plan.shown_blocks,
