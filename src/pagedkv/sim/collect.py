@@ -8,7 +8,6 @@ import tempfile
 import weakref
 from array import array
 from collections.abc import Hashable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -301,9 +300,10 @@ class Collector:
         """
         if not -LIMIT < time < LIMIT:
             raise BadRecord(f"timestamp: expected a finite number below 2**53, got {time}")
-        for name, tokens in (("input", input_tokens), ("output", output_tokens)):
-            if not 0 <= tokens < LIMIT:
-                raise BadRecord(f"{name} length: expected 0 … 2**53 - 1, got {tokens}")
+        if not 0 <= input_tokens < LIMIT:
+            raise BadRecord(f"input length: expected 0 … 2**53 - 1, got {input_tokens}")
+        if not 0 <= output_tokens < LIMIT:
+            raise BadRecord(f"output length: expected 0 … 2**53 - 1, got {output_tokens}")
         raw_ids = self._numbers(ids)
         self._times.append(time)
         self._lengths.extend((input_tokens, output_tokens, self.session(session)))
@@ -316,10 +316,12 @@ class Collector:
     def _numbers(self, ids: Sequence[Any] | Int64s) -> array[int]:
         if isinstance(ids, np.ndarray):
             return array("q", ids.tobytes())
-        with suppress(TypeError, OverflowError):  # not all of them are numbers, or some are too large
+        try:
             numbers = array("q", ids)
-            if min(numbers, default=0) >= LOWEST_NUMBER:
+            if not numbers or min(numbers) >= LOWEST_NUMBER:
                 return numbers
+        except (TypeError, OverflowError):  # not all of them are numbers, or some are too large
+            pass
         return array("q", [self.number(name) for name in ids])
 
     def number(self, name: Hashable) -> int:
