@@ -10,7 +10,8 @@ from pagedkv.validate import require_choice, require_int
 MAX_COUNT = 2**31 - 1
 """Block ids travel as int32."""
 
-_DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
+"""Bytes of one element of K or V, by dtype."""
 _QUANTISED = ("int8", "fp8")
 _TORCH_NAMES = {"float8_e4m3fn": "fp8"}
 _SCALE_BYTES = 4
@@ -20,7 +21,7 @@ _LAYOUTS = ("NHD", "HND")
 def _dtype_name(dtype: object) -> str:
     # torch writes its dtypes as "torch.float16"; reading the name keeps torch out of this module.
     name = str(dtype).removeprefix("torch.")
-    return require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(_DTYPE_BYTES))
+    return require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(DTYPE_BYTES))
 
 
 @dataclass(frozen=True, init=False)
@@ -139,7 +140,7 @@ class KvCacheSpec:
     @property
     def dtype_bytes(self) -> int:
         """Bytes of one element."""
-        return _DTYPE_BYTES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def layer_specs(self) -> tuple[LayerSpec, ...]:

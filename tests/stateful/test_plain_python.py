@@ -23,7 +23,11 @@ for machine in (BooksAlone, WithTensors):
 
 def test_every_public_call_as_plain_python():
     here = Path(__file__).parents[2]
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "1", "PYTHONPATH": str(here)}
+    environment = {
+        **os.environ,
+        "NUMBA_DISABLE_JIT": "1",
+        "PYTHONPATH": os.pathsep.join([str(here / "src"), str(here)]),
+    }
     command = [sys.executable, "-W", "error", "-c", SCRIPT]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]

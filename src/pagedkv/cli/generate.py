@@ -15,7 +15,7 @@ import typer
 from rich.status import Status
 
 from pagedkv.cli.block_map import BlockMap
-from pagedkv.cli.loading import LoadedModel, check_folder, load_model
+from pagedkv.cli.loading import KV_DTYPES, LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import (
     DebugOption,
     Failure,
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from pagedkv import CacheSnapshot
     from pagedkv.engine import LLM, Request, RequestOutput, SamplingParams
 
-KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 CHUNK = 512  # prompt tokens of a forward pass
 
 _MAX_COUNT = 2**31 - 2

@@ -13,6 +13,9 @@ from pagedkv.cli.terminal import Failure
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import KvCacheSpec
 
+# Of keys and values in the cache, the most exact first.
+KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+
 
 @dataclass(frozen=True)
 class LoadedModel:

@@ -14,6 +14,7 @@ import msgspec
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from pagedkv.cli.loading import KV_DTYPES
 from pagedkv.cli.terminal import DebugOption, Failure, JsonOption, failures_in_one_line, notes, output, print_json
 from pagedkv.errors import MissingExtra
 from pagedkv.format import duration
@@ -32,7 +33,6 @@ EXAMPLES = """Compile the kernels ahead, so that the first call does not.
 
 What is there already is not compiled again. The code is for this processor and this version of pagedkv.
 """
-DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
 
 
 class Part(msgspec.Struct):
@@ -71,8 +71,8 @@ def warmup(
     with failures_in_one_line(debug):
         wanted = list(dtype or (("float32", "bfloat16") if find_spec("torch") else ()))
         for name in wanted:
-            if name not in DTYPES:
-                raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {name}")
+            if name not in KV_DTYPES:
+                raise Failure(f"--dtype: expected {', '.join(KV_DTYPES)}, got {name}")
         if wanted and find_spec("torch") is None:
             raise MissingExtra("torch", "torch")
         work: dict[str, Callable[[], None]] = {

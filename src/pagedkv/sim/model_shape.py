@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.sim.model_config import ConfigFields, Heads, LayerShape, layer_shapes, load_config, read_heads
+from pagedkv.spec import DTYPE_BYTES
 from pagedkv.validate import require_choice
 
 # How many weights a model has, and how many of them one token meets.
@@ -156,9 +157,6 @@ def _is_sparse(config: ConfigFields, layer: int) -> bool:
     return (layer + 1) % step == 0
 
 
-KV_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
-"""Bytes of one element of K or V."""
-
 _SAME_DTYPE = {"half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32"}
 _SAME_DTYPE |= dict.fromkeys(("fp8_e4m3", "fp8_e5m2", "float8_e4m3fn", "float8_e5m2", "float8"), "fp8")
 
@@ -171,7 +169,7 @@ class ModelShape:
     ----------
     name, model_type : str
     kv_dtype : str
-        One of `KV_DTYPES`. The scales of int8 and fp8 are not counted.
+        One of `pagedkv.spec.DTYPE_BYTES`. The scales of int8 and fp8 are not counted.
     layers : tuple of LayerShape
     parameters : Parameters
     window_as_full : bool
@@ -203,7 +201,7 @@ class ModelShape:
         """Bytes that the windowed layers of one running sequence take at most, whatever its length."""
         if self.window_as_full:
             return 0
-        return sum(layer.elements_per_token * (layer.window or 0) for layer in self.layers) * KV_DTYPES[self.kv_dtype]
+        return sum(layer.elements_per_token * (layer.window or 0) for layer in self.layers) * DTYPE_BYTES[self.kv_dtype]
 
     @property
     def num_layers(self) -> int:
@@ -246,7 +244,7 @@ class ModelShape:
         return np.asarray(flops, np.float64)
 
     def _bytes(self, layers: Iterable[LayerShape]) -> int:
-        return sum(layer.elements_per_token for layer in layers) * KV_DTYPES[self.kv_dtype]
+        return sum(layer.elements_per_token for layer in layers) * DTYPE_BYTES[self.kv_dtype]
 
 
 def read_model(
@@ -259,7 +257,7 @@ def read_model(
     model : str, Path or mapping
         A preset's name (`preset_names`), a ``config.json``, a folder with one, JSON text, or the config as a dict.
     kv_dtype : str, optional
-        Element type of the cache, where it is not that of the config: one of `KV_DTYPES`.
+        Element type of the cache, where it is not that of the config: one of `pagedkv.spec.DTYPE_BYTES`.
     window_as_full : bool
         Count windowed layers like those that keep every token. A model with nothing but windowed layers is always
         counted so.
@@ -273,7 +271,7 @@ def read_model(
     ModelConfigError
         The config cannot be read, or a field is missing or makes no sense; the text names it.
     InvalidOperation
-        `kv_dtype` is not one of `KV_DTYPES`.
+        `kv_dtype` is not one of them.
 
     Examples
     --------
@@ -299,13 +297,13 @@ def read_model(
 
 def _dtype(config: ConfigFields, wanted: str | None, notes: list[str]) -> str:
     if wanted is not None:
-        return require_choice("kv_dtype", _SAME_DTYPE.get(str(wanted), str(wanted)), KV_DTYPES)
+        return require_choice("kv_dtype", _SAME_DTYPE.get(str(wanted), str(wanted)), DTYPE_BYTES)
     field = "dtype" if "dtype" in config else "torch_dtype"
     stated = config.text(field, default="").removeprefix("torch.")
     if stated in ("", "auto"):
         notes.append("the config states no dtype: bfloat16 is assumed")
         return "bfloat16"
     name = _SAME_DTYPE.get(stated, stated)
-    if name not in KV_DTYPES:
-        raise config.error(field, f"expected one of {', '.join(KV_DTYPES)}, got {stated!r}")
+    if name not in DTYPE_BYTES:
+        raise config.error(field, f"expected one of {', '.join(DTYPE_BYTES)}, got {stated!r}")
     return name
