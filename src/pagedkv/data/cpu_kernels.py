@@ -400,8 +400,8 @@ def attend_items(
     queries: Array,
     keys: Array,
     values: Array,
-    key_scales: Floats,
-    value_scales: Floats,
+    key_scales: Floats | None,
+    value_scales: Floats | None,
     out: Array,
     sinks: Floats,
     block_tables: Array,
@@ -415,8 +415,8 @@ def attend_items(
     """Work on items, each for ``1 / num_parts`` of the kv heads, until none is left. Runs in every thread.
 
     ``counters[0]`` counts the parts of items that were taken; ``counters[1 + i]`` those of sequence i that are done.
-    Without scales keys and values are what they are. With them a key's scale multiplies its scores, and a value's scale
-    its weight, once for all elements.
+    Without scales keys and values are what they are, and nothing for scales is compiled. With them a key's scale
+    multiplies its scores, and a value's scale its weight, once for all elements.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
     size = partial_size(shape.v_head_dim)
@@ -424,8 +424,7 @@ def attend_items(
     scores = np.empty(heads * most_quads * ROWS * TILE, np.float32)
     key_at = np.empty(SPLIT + 2 * TILE, np.int64)
     value_at = np.empty(SPLIT + 2 * TILE, np.int64)
-    is_quantised = len(key_scales) > 0
-    scales = np.empty(2 * heads * SPLIT if is_quantised else 0, np.float32)
+    scales = np.empty(0 if key_scales is None else 2 * heads * SPLIT, np.float32)
     while True:
         work = fetch_add(counters, 0, 1)
         if work >= len(items) * num_parts:
@@ -439,7 +438,7 @@ def attend_items(
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
         at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
-        if is_quantised:
+        if key_scales is not None:
             table, hole, half = block_tables[sequence], holes[sequence], heads * SPLIT
             _gather_scales(key_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0)
             _gather_scales(value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, half)
@@ -452,14 +451,14 @@ def attend_items(
             for quad in range(num_heads * num_quads):
                 at_score = quad * ROWS * TILE
                 scale_at = quad // num_quads * SPLIT + tile
-                if is_quantised:
+                if key_scales is not None:
                     rescale(scores, at_score, count, scales, scale_at)
                 if rules.cap > 0:
                     soft_cap(scores, at_score, count, rules.cap)
                 first_row = quad % num_quads * ROWS
                 mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
                 softmax(scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim)
-                if is_quantised:
+                if key_scales is not None:
                     rescale(scores, at_score, count, scales, heads * SPLIT + scale_at)
             add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
         num_works = (first_item[sequence + 1] - first_item[sequence]) * num_parts
