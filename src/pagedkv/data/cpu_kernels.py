@@ -31,6 +31,7 @@ from pagedkv.data.simd import (
     narrowed,
     prefetch,
     splat,
+    splat_at,
     spread,
     store,
     store_half,
@@ -253,7 +254,7 @@ def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int,
         factors = np.empty(LANES, np.float32)
         store(factors, 0, factor)
         for row in range(ROWS):
-            row_factor = splat(factors[row])
+            row_factor = splat_at(factors, row)
             begin = partial + 2 * LANES + row * width
             for i in range(begin, begin + width, LANES):
                 store(partials, i, mul(load(partials, i), row_factor))
@@ -305,10 +306,25 @@ def _add_values(
     width = padded(dim)
     for i in range(first, first + count, STEP):
         w = weights + (i - first) * ROWS
-        w0, x0, y0, z0 = splat(scores[w]), splat(scores[w + 4]), splat(scores[w + 8]), splat(scores[w + 12])
-        w1, x1, y1, z1 = splat(scores[w + 1]), splat(scores[w + 5]), splat(scores[w + 9]), splat(scores[w + 13])
-        w2, x2, y2, z2 = splat(scores[w + 2]), splat(scores[w + 6]), splat(scores[w + 10]), splat(scores[w + 14])
-        w3, x3, y3, z3 = splat(scores[w + 3]), splat(scores[w + 7]), splat(scores[w + 11]), splat(scores[w + 15])
+        w0, x0, y0, z0 = splat_at(scores, w), splat_at(scores, w + 4), splat_at(scores, w + 8), splat_at(scores, w + 12)
+        w1, x1, y1, z1 = (
+            splat_at(scores, w + 1),
+            splat_at(scores, w + 5),
+            splat_at(scores, w + 9),
+            splat_at(scores, w + 13),
+        )
+        w2, x2, y2, z2 = (
+            splat_at(scores, w + 2),
+            splat_at(scores, w + 6),
+            splat_at(scores, w + 10),
+            splat_at(scores, w + 14),
+        )
+        w3, x3, y3, z3 = (
+            splat_at(scores, w + 3),
+            splat_at(scores, w + 7),
+            splat_at(scores, w + 11),
+            splat_at(scores, w + 15),
+        )
         at_w, at_x = value_at[i] + head_at, value_at[i + 1] + head_at
         at_y, at_z = value_at[i + 2] + head_at, value_at[i + 3] + head_at
         ahead_w, ahead_x = value_at[i + ahead] + head_at, value_at[i + 1 + ahead] + head_at
@@ -325,17 +341,28 @@ def _add_values(
             prefetch(values, ahead_y + d)
             prefetch(values, ahead_z + d)
             at = to + d
-            row = fma(x0, value_x, fma(w0, value_w, load(partials, at)))
-            store(partials, at, fma(z0, value_z, fma(y0, value_y, row)))
-            at += width
-            row = fma(x1, value_x, fma(w1, value_w, load(partials, at)))
-            store(partials, at, fma(z1, value_z, fma(y1, value_y, row)))
-            at += width
-            row = fma(x2, value_x, fma(w2, value_w, load(partials, at)))
-            store(partials, at, fma(z2, value_z, fma(y2, value_y, row)))
-            at += width
-            row = fma(x3, value_x, fma(w3, value_w, load(partials, at)))
-            store(partials, at, fma(z3, value_z, fma(y3, value_y, row)))
+            _add_row(partials, at, w0, x0, y0, z0, value_w, value_x, value_y, value_z)
+            _add_row(partials, at + width, w1, x1, y1, z1, value_w, value_x, value_y, value_z)
+            _add_row(partials, at + 2 * width, w2, x2, y2, z2, value_w, value_x, value_y, value_z)
+            _add_row(partials, at + 3 * width, w3, x3, y3, z3, value_w, value_x, value_y, value_z)
+
+
+@inlined
+def _add_row(
+    partials: Floats,
+    at: int,
+    w: Any,
+    x: Any,
+    y: Any,
+    z: Any,
+    value_w: Any,
+    value_x: Any,
+    value_y: Any,
+    value_z: Any,
+) -> None:
+    """Add four weighted values to the lanes of one row."""
+    row = fma(x, value_x, fma(w, value_w, load(partials, at)))
+    store(partials, at, fma(z, value_z, fma(y, value_y, row)))
 
 
 SPLIT = 512
@@ -438,7 +465,7 @@ def attend_items(
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
         at = (partial + first_head * num_quads) * size
         _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
-        if key_scales is not None:
+        if key_scales is not None and value_scales is not None:
             table, hole, half = block_tables[sequence], holes[sequence], heads * SPLIT
             _gather_scales(key_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0)
             _gather_scales(value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, half)
@@ -590,7 +617,7 @@ def _combine(
             total = fma(load(partials, at + LANES), share, total)
             store(shares, 0, share)
             for row in range(ROWS):
-                row_share = splat(shares[row])
+                row_share = splat_at(shares, row)
                 for d in range(row * width, (row + 1) * width, LANES):
                     store(result, d, fma(row_share, load(partials, at + 2 * LANES + d), load(result, d)))
         store(shares, 0, total)

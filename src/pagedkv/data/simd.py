@@ -335,6 +335,12 @@ def prefetch(array: Array, index: int) -> None:
     return
 
 
+@_at_index(lambda builder, dtype, at: _spread(builder, builder.load(at), VECTOR), lanes)
+def splat_at(array: Array, index: int) -> Lanes:
+    """Return ``array[index]``, float32, in every lane."""
+    return np.full(LANES, array[index], np.float32)
+
+
 @_of_lanes(lambda builder: _every(0.0))
 def zeros() -> Lanes:
     """Return zeros."""
