@@ -101,26 +101,27 @@ class GenerateRequest:
     json: bool = setting(False, "Print one JSON object, at the end.", group=_OUTPUT)
 
     def __post_init__(self) -> None:
-        self._check_ranges()
-        self._check_pairs()
+        from pagedkv import parse_strategy
 
-    def _check_ranges(self) -> None:
         require_kv_dtype(self.kv_dtype)
-        _require_count("-n", self.samples, 1)
-        _require_count("--beams", self.beams, 1)
-        _require_count("--max-new-tokens", self.max_new_tokens, 1)
-        _require_count("--seed", self.seed, 0, 2**63 - 1)
-        _require_count("--block-size", self.block_size, 1)
-        _require_count("--num-blocks", self.num_blocks, 1)
-        _require_count("--sink-tokens", self.sink_tokens, 0)
-        _require_count("--window-tokens", self.window_tokens, 1)
+        for flag, value, low, high in (
+            ("-n", self.samples, 1, _MAX_COUNT),
+            ("--beams", self.beams, 1, _MAX_COUNT),
+            ("--max-new-tokens", self.max_new_tokens, 1, _MAX_COUNT),
+            ("--seed", self.seed, 0, 2**63 - 1),
+            ("--block-size", self.block_size, 1, _MAX_COUNT),
+            ("--num-blocks", self.num_blocks, 1, _MAX_COUNT),
+            ("--sink-tokens", self.sink_tokens, 0, _MAX_COUNT),
+            ("--window-tokens", self.window_tokens, 1, _MAX_COUNT),
+        ):
+            if value is not None and not low <= value <= high:
+                raise Failure(f"{flag}: expected an integer in {low} … {high}, got {value}")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise Failure(f"--temperature: expected a number of at least 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise Failure(f"--top-p: expected a number above 0 and at most 1, got {self.top_p}")
-        from pagedkv import parse_strategy
-
         parse_strategy(self.strategy)
+        self._check_pairs()
 
     def _check_pairs(self) -> None:
         if self.beams > 1 and self.samples > 1:
@@ -209,11 +210,6 @@ def require_kv_dtype(name: str | None) -> None:
         raise Failure(f"--kv-dtype: expected {', '.join(KV_DTYPES)}, got {name}")
 
 
-def _require_count(name: str, value: int | None, low: int, high: int = _MAX_COUNT) -> None:
-    if value is not None and not low <= value <= high:
-        raise Failure(f"{name}: expected an integer in {low} … {high}, got {value}")
-
-
 @options_from(GenerateRequest)
 def generate(
     context: typer.Context,
@@ -237,11 +233,11 @@ def run(options: GenerateRequest) -> None:
             loaded = load_model(options.model_path, options.device)
         ids = loaded.encode(prompt)
         _check_length(options, loaded, len(ids))
-        _check_memory(options, loaded, len(ids))
+        blocks = options.pool_size(len(ids))
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
         screen = Screen(prompt if options.echo else "", options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model), screen:
-            output, pool, seconds = write(options, loaded, ids, screen.show)
+            output, pool, seconds = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
     report = report_of(options, prompt, output, pool, seconds)
     if options.json:
@@ -255,7 +251,9 @@ def run(options: GenerateRequest) -> None:
 
 
 def _check_length(options: GenerateRequest, loaded: LoadedModel, prompt_tokens: int) -> None:
-    limit = loaded.max_positions
+    from pagedkv.hf.compat import longest_text
+
+    limit = longest_text(loaded.model.config)
     if limit is None:
         return
     if options.stream:
@@ -271,16 +269,15 @@ def _check_length(options: GenerateRequest, loaded: LoadedModel, prompt_tokens: 
         )
 
 
-def _check_memory(options: GenerateRequest, loaded: LoadedModel, prompt_tokens: int) -> None:
+def _checked_pool(options: GenerateRequest, blocks: int, bytes_per_block: int, on_cpu: bool) -> int:
     """Refuse a pool beyond all memory: the system would grant it, and end the process when it is used."""
-    blocks = options.pool_size(prompt_tokens)
-    needed = blocks * options.block_size * loaded.bytes_per_token(options.kv_dtype)
-    available = physical_memory()
-    if available is not None and needed > available and loaded.model.device.type == "cpu":
+    needed, available = blocks * bytes_per_block, physical_memory()
+    if on_cpu and available is not None and needed > available:
         raise Failure(
             f"a pool of {blocks} blocks of {options.block_size} tokens takes {needed / 1e9:,.1f} GB, this machine has "
             f"{available / 1e9:,.1f}: lower --num-blocks, -n or --max-new-tokens"
         )
+    return blocks
 
 
 # Writing: one request to an engine of its own.
@@ -310,7 +307,7 @@ class PoolWatch:
 
 
 def write(
-    options: GenerateRequest, loaded: LoadedModel, ids: list[int], show: Callable[[str], None]
+    options: GenerateRequest, loaded: LoadedModel, ids: list[int], blocks: int, show: Callable[[str], None]
 ) -> tuple[RequestOutput, PoolWatch, float]:
     """Write the text, the samples or the best of the beams; `show` gets the first text piece by piece.
 
@@ -321,7 +318,7 @@ def write(
 
     runner = load_runner(
         loaded.model,
-        num_blocks=options.pool_size(len(ids)),
+        num_blocks=lambda size: _checked_pool(options, blocks, size, loaded.model.device.type == "cpu"),
         block_size=options.block_size,
         strategy=options.strategy,
         kv_dtype=options.kv_dtype,
@@ -388,33 +385,17 @@ def _params(options: GenerateRequest, folder: Any) -> SamplingParams:
     """Return the sampling parameters; what is no option is as the model's ``generation_config.json`` has it."""
     from pagedkv.engine import SamplingParams
 
+    chosen: dict[str, Any] = {"max_tokens": options.token_limit, "skip_special_tokens": False}
     if options.beams > 1:
-        return SamplingParams(
-            beam_width=options.beams,
-            max_tokens=options.token_limit,
-            length_penalty=_given(folder, "length_penalty", 1.0),
-            skip_special_tokens=False,
-        )
-    streaming: dict[str, Any] = {}
+        chosen["beam_width"] = options.beams
+    else:
+        chosen |= {"n": options.samples, "top_p": options.top_p, "seed": options.seed}
+        chosen["temperature"] = 0.7 if options.temperature is None else options.temperature
     if options.stream:  # no token that would end the text is ever drawn
-        streaming = {"streaming": (options.sinks, options.window), "min_tokens": options.token_limit or _MAX_COUNT}
-    return SamplingParams(
-        n=options.samples,
-        max_tokens=options.token_limit,
-        temperature=0.7 if options.temperature is None else options.temperature,
-        top_p=options.top_p,
-        top_k=_given(folder, "top_k", 0),
-        min_p=_given(folder, "min_p", 0.0),
-        repetition_penalty=_given(folder, "repetition_penalty", 1.0),
-        seed=options.seed,
-        skip_special_tokens=False,
-        **streaming,
-    )
-
-
-def _given(folder: Any, name: str, default: Any) -> Any:
-    value = getattr(folder, name, None)
-    return default if value is None else value
+        chosen |= {"streaming": (options.sinks, options.window), "min_tokens": options.token_limit or _MAX_COUNT}
+    of_folder = ("length_penalty",) if options.beams > 1 else ("top_k", "min_p", "repetition_penalty")
+    given = {name: getattr(folder, name, None) for name in of_folder}
+    return SamplingParams(**chosen, **{name: value for name, value in given.items() if value is not None})
 
 
 def _pool_is_full(options: GenerateRequest, prompt_tokens: int) -> Failure:
@@ -524,10 +505,7 @@ class Screen:
     """
 
     def __init__(self, prompt: str, samples: int, status: Status, silent: bool) -> None:
-        self._prompt = prompt
-        self._samples = samples
-        self._silent = silent
-        self._status = status
+        self._prompt, self._samples, self._status, self._silent = prompt, samples, status, silent
         self._begun = False
         self._ends_with_newline = True
         if hasattr(sys.stdout, "reconfigure"):
@@ -540,7 +518,7 @@ class Screen:
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self._status.stop()
         if kind is not None and not issubclass(kind, BrokenPipeError):
-            self.end_line()
+            self._end_line()
 
     def show(self, piece: str) -> None:
         """Show a piece of the first text."""
@@ -548,27 +526,23 @@ class Screen:
             self._status.update("writing")
             return
         if not self._begun:
-            self._status.stop()
             self._begin(0)
         self._write(piece)
 
     def finish(self, texts: list[str]) -> None:
         """Show what was not shown yet of all the texts."""
-        self._status.stop()
-        if self._silent:
-            return
-        for number, text in enumerate(texts):
+        for number, text in enumerate([] if self._silent else texts):
             if number or not self._begun:
                 self._begin(number)
                 self._write(text)
-            self.end_line()
+            self._end_line()
 
-    def end_line(self) -> None:
-        """Begin a new line where the last one is not ended."""
-        if not self._ends_with_newline and not self._silent:
+    def _end_line(self) -> None:
+        if not self._ends_with_newline:
             self._write("\n")
 
     def _begin(self, number: int) -> None:
+        self._status.stop()
         self._begun = True
         if self._samples > 1:
             self._write(f"--- sample {number + 1} of {self._samples} ---\n")

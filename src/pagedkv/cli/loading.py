@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from pagedkv.cli.terminal import Failure
-from pagedkv.errors import InvalidOperation
-from pagedkv.spec import KvCacheSpec
 
 # Of keys and values in the cache, the most exact first.
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
@@ -33,26 +31,6 @@ class LoadedModel:
         if max(ids) >= known:
             raise Failure(f"the tokenizer does not fit the model: it gives token {max(ids)}, the model knows {known}")
         return ids
-
-    def bytes_per_token(self, kv_dtype: str | None = None) -> int:
-        """Return the bytes of K and V of one token, as the config has it; 0 where it does not say."""
-        config = self.model.config.get_text_config()
-        try:
-            query_heads = config.num_attention_heads
-            heads = getattr(config, "num_key_value_heads", None) or query_heads
-            head_dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
-            spec = KvCacheSpec(
-                1, 1, heads, head_dim, num_layers=config.num_hidden_layers, dtype=kv_dtype or self.model.dtype
-            )
-        except (AttributeError, TypeError, InvalidOperation):
-            return 0
-        return spec.bytes_per_token
-
-    @property
-    def max_positions(self) -> int | None:
-        """The longest text that the model was made for, in tokens; None if it has no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
 
 
 def check_folder(path: Path) -> None:

@@ -91,7 +91,7 @@ def say_error(message: str) -> None:
 
 @contextmanager
 def failures_in_one_line(debug: bool, context: typer.Context | None = None) -> Iterator[None]:
-    """Turn every failure of the body into a line and an exit code: 2, 130 after Ctrl-C, 141 where nobody reads on.
+    """Turn every failure of the body into a line and an exit code: 2, 130 after Ctrl-C, 141 where the output is closed.
 
     With the context of the command, an argument that the library refuses is called by the option that carries it.
     """
@@ -102,7 +102,7 @@ def failures_in_one_line(debug: bool, context: typer.Context | None = None) -> I
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:
-        _let_go_of_stdout()
+        _discard_stdout()
         raise typer.Exit(BROKEN_PIPE) from None
     except Exception as error:
         if debug:
@@ -124,7 +124,7 @@ def _message(error: Exception, context: typer.Context | None) -> str:
     return f"{type(error).__name__}: {first_line} (run it again with --debug for the traceback)"
 
 
-def _let_go_of_stdout() -> None:
+def _discard_stdout() -> None:
     """Send what is still buffered nowhere: the interpreter flushes at its end and would complain."""
     try:
         sys.stdout.flush()

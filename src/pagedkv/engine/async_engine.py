@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -72,7 +72,7 @@ class Stream:
         raise news
 
 
-def deliver(by_loop: Mapping[asyncio.AbstractEventLoop, Sequence[tuple[Stream, News]]]) -> list[Stream]:
+def deliver(news: Iterable[tuple[Stream, News]]) -> list[Stream]:
     """Hand news to streams from another thread: one call for each event loop.
 
     Returns
@@ -80,12 +80,15 @@ def deliver(by_loop: Mapping[asyncio.AbstractEventLoop, Sequence[tuple[Stream, N
     list of Stream
         Those whose loop is closed: they are never read.
     """
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, News]]] = defaultdict(list)
+    for stream, each in news:
+        by_loop[stream.loop].append((stream, each))
     lost: list[Stream] = []
-    for loop, news in by_loop.items():
+    for loop, pairs in by_loop.items():
         try:
-            loop.call_soon_threadsafe(_put_all, news)
+            loop.call_soon_threadsafe(_put_all, pairs)
         except RuntimeError:
-            lost += [stream for stream, _ in news]
+            lost += [stream for stream, _ in pairs]
     return lost
 
 
@@ -353,7 +356,7 @@ class AsyncEngine:
         try:
             self._core.add(request)
         except PagedKvError as error:
-            deliver({stream.loop: [(stream, error)]})
+            deliver([(stream, error)])
         else:
             self._streams[request.request_id] = stream
 
@@ -369,15 +372,12 @@ class AsyncEngine:
             self._deliver([output])
 
     def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Hand outputs to their streams, in one call for each event loop."""
-        by_loop: dict[Any, list[tuple[Stream, Any]]] = defaultdict(list)
-        for output in outputs:
-            stream = self._streams.get(output.request_id)
-            if stream is not None:
-                by_loop[stream.loop].append((stream, output))
-                if output.finished:
-                    del self._streams[output.request_id]
-        for lost in deliver(by_loop):
+        """Hand outputs to their streams."""
+        news = [(self._streams[each.request_id], each) for each in outputs if each.request_id in self._streams]
+        for stream, output in news:
+            if output.finished:
+                del self._streams[stream.request_id]
+        for lost in deliver(news):
             self._take_out(lost)
 
     def _end(self, dead: EngineDead, cause: BaseException | None) -> None:
@@ -389,12 +389,10 @@ class AsyncEngine:
             self._inbox.clear()
         for job in jobs:
             job()
-        by_loop: dict[Any, list[tuple[Stream, Any]]] = defaultdict(list)
-        for request_id, stream in self._streams.items():
-            by_loop[stream.loop].append((stream, dead))
+        streams, self._streams = self._streams, {}
+        for request_id in streams:
             try:
                 self._core.abort(request_id)
             except PagedKvError:
                 logger.exception("request %s could not be taken out", request_id)
-        self._streams.clear()
-        deliver(by_loop)
+        deliver([(stream, dead) for stream in streams.values()])

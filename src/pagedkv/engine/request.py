@@ -204,6 +204,7 @@ class Request:
         return self.finished is not None
 
 
+@dataclass(slots=True, eq=False, repr=False)
 class Sequence:
     """The prompt of a request and one text that continues it; while it runs it owns a sequence of the cache.
 
@@ -219,41 +220,27 @@ class Sequence:
         Of its sequence in the cache.
     """
 
-    __slots__ = (
-        "_ids",
-        "awaits",
-        "computed",
-        "cumulative_logprob",
-        "dropped",
-        "finish_reason",
-        "index",
-        "length",
-        "logprobs",
-        "output_ids",
-        "request",
-        "row",
-        "seq_id",
-        "state",
-        "stop_reason",
-        "output_text",
-    )
+    request: Request
+    index: int
+    seq_id: int
+    output_ids: list[int] = field(init=False, default_factory=list)
+    computed: int = field(init=False, default=0)
+    dropped: int = field(init=False, default=0)  # of the computed tokens, those that streaming evicted
+    state: SequenceState = field(init=False, default=SequenceState.WAITING)
+    awaits: tuple[Sequence, int] | None = field(init=False, default=None)  # who computes how many tokens of its prefix
+    logprobs: list[Any] = field(init=False, default_factory=list)
+    cumulative_logprob: float = field(init=False, default=0.0)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+    stop_reason: int | str | None = field(init=False, default=None)
+    row: Any = field(init=False, default=None)  # what the sampler has to know
+    output_text: Any = field(init=False, default=None)  # what turns tokens into text and finds the stops
+    length: int = field(init=False)
+    _ids: Ids = field(init=False)
 
-    def __init__(self, request: Request, index: int, seq_id: int) -> None:
-        self.request, self.index, self.seq_id = request, index, seq_id
-        self.length = request.num_prompt_tokens
-        self._ids: Ids = np.empty(self.length + min(request.max_tokens, FIRST_CAPACITY), np.int64)
-        self._ids[: self.length] = request.prompt_token_ids
-        self.output_ids: list[int] = []
-        self.computed = 0
-        self.dropped = 0  # of the computed tokens, those that streaming gave up
-        self.state = SequenceState.WAITING
-        self.awaits: tuple[Sequence, int] | None = None  # who computes its prefix, and how many tokens of it
-        self.logprobs: list[Any] = []
-        self.cumulative_logprob = 0.0
-        self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | str | None = None
-        self.row: Any = None  # what the sampler has to know
-        self.output_text: Any = None  # what turns tokens into text and finds the stops
+    def __post_init__(self) -> None:
+        self.length = self.request.num_prompt_tokens
+        self._ids = np.empty(self.length + min(self.request.max_tokens, FIRST_CAPACITY), np.int64)
+        self._ids[: self.length] = self.request.prompt_token_ids
 
     @property
     def ids(self) -> Ids:

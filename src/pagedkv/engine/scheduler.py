@@ -14,9 +14,8 @@ from __future__ import annotations
 import itertools
 import time
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -27,35 +26,19 @@ from pagedkv.engine.request import Request, Sequence, SequenceState, shares_pref
 from pagedkv.engine.runner import Runner
 from pagedkv.errors import OutOfMemory, RequestRefused
 
-# The waiting queue: by priority, then by arrival.
+# The waiting queue: a list in the order of rank. A preempted sequence keeps its rank, so it goes before later ones.
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.rank
 
 
-class WaitingQueue:
-    """Sequences in the order of their rank. A preempted sequence keeps its rank: it goes before whoever came later."""
-
-    def __init__(self) -> None:
-        self._sequences: list[Sequence] = []
-
-    def add(self, sequence: Sequence) -> None:
-        """Put a sequence in its place, O(log n) comparisons."""
-        insort(self._sequences, sequence, key=_rank)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take a sequence out."""
-        place = bisect_left(self._sequences, sequence.rank, key=_rank)
-        while self._sequences[place] is not sequence:
-            place += 1
-        del self._sequences[place]
-
-    def __len__(self) -> int:
-        return len(self._sequences)
-
-    def __iter__(self) -> Iterator[Sequence]:
-        return iter(self._sequences)
+def _unqueue(waiting: list[Sequence], sequence: Sequence) -> None:
+    """Take a sequence out of the queue, in O(log n) comparisons."""
+    place = bisect_left(waiting, sequence.rank, key=_rank)
+    while waiting[place] is not sequence:
+        place += 1
+    del waiting[place]
 
 
 # A batch: chunks of sequences, and whose logits are wanted.
@@ -167,13 +150,13 @@ class Admission:
     def admit(self, budget: int) -> list[ScheduledChunk]:
         """Admit sequences that compute up to `budget` tokens now; their blocks are allocated."""
         scheduler = self._scheduler
-        if budget <= 0 or not len(scheduler.waiting):
+        if budget <= 0 or not scheduler.waiting:
             return []
         admitted: list[ScheduledChunk] = []
         places = scheduler.max_num_seqs - sum(sequence.request.num_unforked + 1 for sequence in scheduler.running)
         promised = sum(map(self._promised, scheduler.running))
         passed_over = 0
-        for sequence in list(islice(scheduler.waiting, 2 * scheduler.max_num_seqs + 2)):
+        for sequence in scheduler.waiting[: 2 * scheduler.max_num_seqs + 2]:
             places -= 1 + sequence.request.num_unforked
             if budget <= 0 or passed_over > scheduler.max_num_seqs or (places < 0 and scheduler.running):
                 break
@@ -210,7 +193,7 @@ class Admission:
             if scheduler.running:
                 return 0
             raise  # blocks outside of the engine fill the pool
-        scheduler.waiting.remove(sequence)
+        _unqueue(scheduler.waiting, sequence)
         scheduler.running.append(sequence)
         sequence.state, sequence.awaits = SequenceState.RUNNING, None
         sequence.computed = info.num_cached_tokens
@@ -335,7 +318,8 @@ class Scheduler:
 
     Attributes
     ----------
-    waiting : WaitingQueue
+    waiting : list of Sequence
+        In the order of their rank.
     running : list of Sequence
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
@@ -345,7 +329,7 @@ class Scheduler:
     def __init__(self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int) -> None:
         self.runner, self.cache = runner, runner.cache
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
-        self.waiting = WaitingQueue()
+        self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -357,7 +341,7 @@ class Scheduler:
     def new_sequence(self, request: Request, index: int = 0) -> Sequence:
         """Return a sequence of a request, which waits for its turn."""
         sequence = Sequence(request, index, next(self._seq_ids))
-        self.waiting.add(sequence)
+        insort(self.waiting, sequence, key=_rank)
         return sequence
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
@@ -373,7 +357,7 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._release(sequence)
         elif sequence.state is SequenceState.WAITING:
-            self.waiting.remove(sequence)
+            _unqueue(self.waiting, sequence)
         sequence.state = SequenceState.FINISHED
 
     def schedule(self) -> Batch | None:
@@ -465,7 +449,7 @@ class Scheduler:
                 self._release(each)
                 each.state = SequenceState.WAITING
                 each.computed = each.dropped = 0
-                self.waiting.add(each)
+                insort(self.waiting, each, key=_rank)
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
             request.prompt_logprobs = [None]
         request.num_preemptions += 1

@@ -244,7 +244,8 @@ class _Frame(msgspec.Struct, kw_only=True):
     clock: tuple[tuple[int, float], ...] = ()
 
 
-_encoder: Any = msgspec.msgpack.Encoder()
+# Fields that a frame has as the snapshot has them.
+_SAME = ("taken", "block_size", "strategy", "tick", "requests", "prefixes", "stats", "clock")
 _decoder = msgspec.msgpack.Decoder(_Frame)
 
 
@@ -260,23 +261,9 @@ def pack_columns(snapshot: EngineSnapshot) -> bytes:
 
 def encode(snapshot: EngineSnapshot) -> bytes:
     """Return a snapshot as one msgpack map."""
-    return bytes(
-        _encoder.encode(
-            _Frame(
-                version=VERSION,
-                taken=snapshot.taken,
-                block_size=snapshot.block_size,
-                strategy=snapshot.strategy,
-                tick=snapshot.tick,
-                num_blocks=snapshot.total_blocks,
-                columns=pack_columns(snapshot),
-                requests=snapshot.requests,
-                prefixes=snapshot.prefixes,
-                stats=snapshot.stats,
-                clock=snapshot.clock,
-            )
-        )
-    )
+    same = {name: getattr(snapshot, name) for name in _SAME}
+    frame = _Frame(version=VERSION, num_blocks=snapshot.total_blocks, columns=pack_columns(snapshot), **same)
+    return msgspec.msgpack.encode(frame)
 
 
 def decode(data: bytes | memoryview) -> EngineSnapshot:
@@ -293,18 +280,7 @@ def decode(data: bytes | memoryview) -> EngineSnapshot:
         raise bad_argument("data", f"an encoded snapshot: {error}") from None
     if frame.version != VERSION:
         raise bad_argument("data", f"a snapshot of version {VERSION}", f"version {frame.version}")
-    arrays = _columns(frame)
-    return EngineSnapshot(
-        taken=frame.taken,
-        block_size=frame.block_size,
-        strategy=frame.strategy,
-        tick=frame.tick,
-        requests=frame.requests,
-        prefixes=frame.prefixes,
-        stats=frame.stats,
-        clock=frame.clock,
-        **arrays,
-    )
+    return EngineSnapshot(**{name: getattr(frame, name) for name in _SAME}, **_columns(frame))
 
 
 def _columns(frame: _Frame) -> dict[str, Any]:

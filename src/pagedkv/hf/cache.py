@@ -19,7 +19,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.storage import KvStorage, SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
-from pagedkv.hf.compat import Cache, CacheLayerMixin, has_changing_rope, is_pageable, is_stateless, stock_layers
+from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
 
 # SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
@@ -260,16 +260,15 @@ class Step:
 class Pages:
     """What the layers of one cache share: the pool, the sequences and the forward pass that is under way."""
 
-    def __init__(self, pool: ModelKvCache, cache_salt: str, expected: set[int], dtype: Any, device: Any) -> None:
+    def __init__(
+        self, pool: ModelKvCache, cache_salt: str, config: Any, expected: set[int], dtype: Any, device: Any
+    ) -> None:
         self.pool = pool
         self.batch = SequenceBatch(pool, cache_salt)
         self._step: Step | None = None
+        self._config = config  # of the text model
         self._expected = expected  # layers that a forward pass should write
         self._table = LayerTable(pool, dtype, device)
-
-    def number(self, layer: int) -> int:
-        """Return the number that a written layer has in the pool."""
-        return self._table.numbers[layer]
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
@@ -278,8 +277,12 @@ class Pages:
             return step.past
         return self.batch.length
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> Step:
-        """Store K and V ``[batch, heads, tokens, dim]``; the first layer of a forward pass makes the room."""
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store K and V ``[batch, heads, tokens, dim]`` and return those of all tokens.
+
+        The first layer of a forward pass makes the room. In direct mode nothing is gathered: what is returned says
+        where the attention function finds K and V.
+        """
         if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
             raise InvalidOperation("keys: a paged cache passes no gradients on; run the model under torch.no_grad()")
         step = self._step
@@ -292,15 +295,16 @@ class Pages:
         number = self._table.place(layer, keys, values)
         self.pool.write(number, by_token(keys), by_token(values), step.plan)
         step.written.add(layer)
-        return step
-
-    def gather(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
-        """Return K and V of all tokens, ``[batch, heads, tokens, dim]``."""
+        if self._config._attn_implementation == DIRECT:
+            where = (self.pool, number, step.plan, int(step.plan.seq_lens[0]))
+            return PagedStates.of(keys, *where), PagedStates.of(values, *where)
+        storage, rows = self.pool.storage, step.plan.num_sequences
+        if not step.past and keys.dtype == storage.dtype:
+            return keys, values
         if step.slots is None:
-            step.slots = self.pool.storage.slot_index(visible_slots(step.plan, self.pool.block_size))
-        rows = step.plan.num_sequences
-        keys, values = self.pool.storage.gather(self.number(layer), step.slots)
-        return _by_row(keys, rows), _by_row(values, rows)
+            step.slots = storage.slot_index(visible_slots(step.plan, self.pool.block_size))
+        all_keys, all_values = storage.gather(number, step.slots)
+        return _by_row(all_keys, rows).to(keys), _by_row(all_values, rows).to(values)
 
     def finish(self) -> None:
         """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end."""
@@ -340,71 +344,6 @@ def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None))
     blocks = plan.block_tables[chosen][rows, places // block_size].astype(np.int64)
     slots: npt.NDArray[np.int64] = blocks * block_size + places % block_size
     return slots
-
-
-class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One attention layer of a :class:`PagedCache`.
-
-    It returns all tokens, sliding-window layers too: the mask, which transformers builds from the config, cuts the
-    window out.
-    """
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, pages: Pages, number: int, config: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._pages = pages
-        self._layer = number
-        self._config = config
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: memory comes with the first update."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write the new tokens into their slots and return K and V of all tokens.
-
-        In direct mode nothing is gathered: what is returned says where the attention function finds K and V.
-        """
-        step = self._pages.write(self._layer, key_states, value_states)
-        if self._config._attn_implementation == DIRECT:
-            number = self._pages.number(self._layer)
-            where = (self._pages.pool, number, step.plan, int(step.plan.seq_lens[0]))
-            return PagedStates.of(key_states, *where), PagedStates.of(value_states, *where)
-        if not step.past and key_states.dtype == self._pages.pool.storage.dtype:
-            return key_states, value_states
-        keys, values = self._pages.gather(self._layer, step)
-        return keys.to(key_states), values.to(value_states)
-
-    def get_seq_length(self) -> int:
-        """Return how many tokens the layer holds."""
-        return self._pages.length(self._layer)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that `query_length` new tokens will see, and where they begin."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: only the pool is a limit."""
-        return -1
-
-    # The cache moves the sequences of all layers at once.
-
-    def reset(self) -> None:
-        """Leave it to the cache."""
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Leave it to the cache."""
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Leave it to the cache."""
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Leave it to the cache."""
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Leave it to the cache."""
 
 
 class PagedCache(Cache):
@@ -472,19 +411,15 @@ class PagedCache(Cache):
             prefix_caching=prefix_caching,
         )
         pool.match_prefix([0], cache_salt)  # refuses what is no salt
-        layers = stock_layers(config)
-        paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
-        if not paged:
-            raise bad_argument("config", "a model with attention layers", f"{type(config).__name__}")
-        self._pages = Pages(pool, cache_salt, paged, dtype, device)
+        paged, keeps_nothing_else = paged_layers("config", config)
+        self._pages = Pages(pool, cache_salt, config.get_text_config(decoder=True), paged, dtype, device)
         # What a recurrent layer holds has no blocks, so no prefix of it can be found again; and keys that were turned
         # by other frequencies are not those of a longer text.
-        self._is_reusable = not has_changing_rope(config) and all(
-            number in paged or is_stateless(layer) for number, layer in enumerate(layers)
-        )
-        text = config.get_text_config(decoder=True)
-        for number in paged:
-            layers[number] = PagedLayer(self._pages, number, text)
+        self._is_reusable = keeps_nothing_else and not has_changing_rope(config)
+        layers = [
+            PagedLayer(self._pages, number) if number in paged else layer
+            for number, layer in enumerate(stock_layers(config))
+        ]
         self._num_cached_tokens = 0
         self._model: weakref.ref[Any] | None = None
         super().__init__(layers=layers)
@@ -510,7 +445,7 @@ class PagedCache(Cache):
 
         Ends the sequences of the last prompt. Call ``model.generate(input_ids, past_key_values=cache)`` next, with the
         whole prompt. A batch reuses what all of its rows have cached. Rows with padding are stored without ids: no
-        reuse, and nobody finds them.
+        reuse, and they cannot be found.
 
         Parameters
         ----------

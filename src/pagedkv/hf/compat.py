@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
-from typing import Any
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from pagedkv.errors import MissingExtra, bad_argument
 
@@ -22,12 +24,13 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
-    "CacheLayerMixin",
+    "LayerStore",
+    "PagedLayer",
     "attention_by",
     "has_changing_rope",
     "is_causal_mask",
-    "is_pageable",
-    "is_stateless",
+    "longest_text",
+    "paged_layers",
     "stock_layers",
 ]
 
@@ -63,14 +66,74 @@ def stock_layers(config: Any) -> list[Any]:
     return layers
 
 
-def is_pageable(layer: Any) -> bool:
-    """Tell whether a stock layer holds plain K and V of every token, or of a window of them."""
-    return type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
+    """Return which layers of a model hold plain K and V of every token, or of a window, and if the others keep nothing.
+
+    Layers that share the K and V of others, or have no attention, keep nothing.
+
+    Raises
+    ------
+    InvalidOperation
+        If there is no such layer, or the model has an encoder; names the argument.
+    """
+    layers = stock_layers(config)
+    paged = {number for number, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)}
+    if not paged:
+        raise bad_argument(argument, "a model with attention layers", f"{type(config).__name__}")
+    return paged, all(number in paged or isinstance(layer, DummyLayer) for number, layer in enumerate(layers))
 
 
-def is_stateless(layer: Any) -> bool:
-    """Tell whether a stock layer keeps nothing: layers that share the K and V of others, or have no attention."""
-    return isinstance(layer, DummyLayer)
+def longest_text(config: Any) -> int | None:
+    """Return the longest text that a model was made for, in tokens; None if its config has no limit."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+class LayerStore(Protocol):
+    """Takes the new K and V of each layer of a forward pass."""
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store K and V ``[batch, heads, tokens, dim]`` and return what attention is to get."""
+
+    def length(self, layer: int) -> int:
+        """Tell how many tokens the model believes the layer to hold."""
+
+
+class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One attention layer of a cache of transformers, whose K and V are in blocks; it holds nothing itself.
+
+    A sliding window is no matter of this layer: the mask, which transformers builds from the config, cuts it out.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, store: LayerStore, number: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._store, self._layer = store, number
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store the new tokens and return what attention is to get."""
+        return self._store.write(self._layer, key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Return how many tokens the layer holds."""
+        return self._store.length(self._layer)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of keys that `query_length` new tokens will see, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: only the pool is a limit."""
+        return -1
+
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Leave it to the owner of the blocks, which moves the sequences of all layers at once."""
+
+    lazy_initialization = reset = crop = _do_nothing
+    reorder_cache = batch_repeat_interleave = batch_select_indices = _do_nothing
 
 
 def is_causal_mask(mask_function: Callable[..., Any], window: int | None) -> bool:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,12 @@ from pagedkv.errors import bad_argument
 from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
-    CacheLayerMixin,
+    LayerStore,
+    PagedLayer,
     attention_by,
     has_changing_rope,
-    is_pageable,
-    is_stateless,
+    longest_text,
+    paged_layers,
     stock_layers,
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
@@ -35,59 +36,15 @@ from pagedkv.hf.rotary import RunnerStreams
 
 # Forward caches: what a ModelRunner hands to a model for one pass, over a ragged batch or over one sequence.
 #
-# transformers knows one way from a model to keys and values: ``Cache.update()``. Behind it stands a writer, which
-# knows the plan of the step.
+# transformers knows one way from a model to keys and values: ``Cache.update()``. Behind it stands a store, which knows
+# the plan of the step.
 
 Slots = npt.NDArray[np.int64]
 
 
-class Writer(Protocol):
-    """Takes the new K and V of each layer of one forward pass."""
-
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store K and V ``[1, heads, tokens, dim]`` and return what attention is to get."""
-
-    def length(self, layer: int) -> int:
-        """Tell how many tokens the model believes the layer to hold."""
-
-
-class ForwardLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One attention layer; it holds nothing itself."""
-
-    is_sliding = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self, writer: Writer, number: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._writer, self._layer = writer, number
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: memory comes with the first update."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Store the new tokens."""
-        return self._writer.write(self._layer, key_states, value_states)
-
-    def get_seq_length(self) -> int:
-        """Return how many tokens the layer holds."""
-        return self._writer.length(self._layer)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of keys that `query_length` new tokens will see, and where they begin."""
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """Return -1: only the pool is a limit."""
-        return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Leave it to the block manager."""
-
-
-def forward_cache(stock: list[Any], paged: set[int], writer: Writer) -> Cache:
-    """Return a cache whose paged layers go to `writer` and whose other layers are the stock ones."""
-    layers = [ForwardLayer(writer, number) if number in paged else layer for number, layer in enumerate(stock)]
+def forward_cache(stock: list[Any], paged: set[int], store: LayerStore) -> Cache:
+    """Return a cache whose paged layers go to `store` and whose other layers are the stock ones."""
+    layers = [PagedLayer(store, number) if number in paged else layer for number, layer in enumerate(stock)]
     return Cache(layers=layers)
 
 
@@ -193,11 +150,7 @@ class RecurrentStates:
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        layers = stock_layers(config)
-        self.paged = {number for number, layer in enumerate(layers) if is_pageable(layer)}
-        if not self.paged:
-            raise bad_argument("model", "a model with attention layers", f"{type(config).__name__}")
-        self.is_empty = all(number in self.paged or is_stateless(layer) for number, layer in enumerate(layers))
+        self.paged, self.is_empty = paged_layers("model", config)
         self._kept: dict[int, _Kept] = {}
 
     def layers(self, seq_id: int, past: int, num_new: int) -> list[Any]:
@@ -354,8 +307,7 @@ class ModelRunner:
         self.model, self.cache, self.mode = model, cache, mode
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
-        limit = getattr(self._text, "max_position_embeddings", None)
-        self.max_positions: int | None = limit if isinstance(limit, int) and limit > 0 else None
+        self.max_positions = longest_text(model.config)
         self._recurrent = RecurrentStates(model.config)
         self.reuses_prefixes = self._recurrent.is_empty and not has_changing_rope(model.config)
         self.table = LayerTable(cache, kv_dtype)
