@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ class ServedModel:
         self._threads = ThreadPoolExecutor(2, "pagedkv-tokenizer")
 
     @classmethod
-    def of(cls, engine: Engine, config: ServerConfig) -> ServedModel:
+    def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         """Read it off an engine."""
         sizes = engine.sizes
         prompt_limit = sizes.max_model_len - 1
