@@ -79,7 +79,7 @@ def run(
 def make_server(
     engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
 ) -> uvicorn.Server:
-    """Return the HTTP server of an engine, for whoever runs it in a thread of his own; see `run`."""
+    """Return the HTTP server of an engine, for a caller that runs it in a thread of its own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),
