@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -13,7 +13,6 @@ from pagedkv import __version__
 from pagedkv.server import admin, chat, completions, live, metrics, tokenize
 from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
 from pagedkv.server.events import kv_events
 from pagedkv.server.limits import HeadRequests, Limits
@@ -21,6 +20,9 @@ from pagedkv.server.logs import RequestLog
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import complete_openapi
 from pagedkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 ROUTERS: tuple[APIRouter, ...] = (
     admin.health_router,
@@ -47,12 +49,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: Engine, config: ServerConfig | None = None) -> FastAPI:
+def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
     """Return the application that serves an engine; it shuts the engine down when it ends.
 
     Parameters
     ----------
-    engine : Engine
+    engine : AsyncEngine
     config : ServerConfig, optional
 
     Returns

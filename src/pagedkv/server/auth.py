@@ -61,7 +61,7 @@ def _find(token: str, keys: Iterable[str]) -> str | None:
 
 
 def is_known(config: ServerConfig, header: bytes | None) -> bool:
-    """Whether a request with this ``Authorization`` header comes from somebody who may call."""
+    """Whether a request with this ``Authorization`` header carries a key that is known, or needs none."""
     if not config.api_keys:
         return True
     scheme, _, token = (header or b"").decode("latin-1").partition(" ")

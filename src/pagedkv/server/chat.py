@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
-from pagedkv.engine import RequestOutput
+from pagedkv.engine import CompletionOutput, RequestOutput
+from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Changes, Deltas, Generation, Job, TextDelta, stream, whole
+from pagedkv.server.generation import Generation, Job, stream
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import answers_with_events
@@ -35,18 +36,11 @@ def plain_chat(messages: Sequence[ChatMessage], *, open_answer: bool = True) -> 
 
 
 async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], *, open_answer: bool = True) -> list[int]:
-    """Return the tokens of a chat.
-
-    Raises
-    ------
-    ApiError
-        400: a message is empty, or the template does not take them.
-    """
+    """Return the tokens of a chat; an error if a message is empty, or the template does not take them."""
     for place, message in enumerate(messages):
         if message.content is None and message.role != "assistant":
             field = f"messages.{place}.content"
-            text = f"{field}: expected a text or parts of type text, got none"
-            raise ApiError(400, text, param=field, code="invalid_value")
+            raise bad_argument(field, "a text or parts of type text", "none")
     if not has_template(model):
         return await model.encode(plain_chat(messages, open_answer=open_answer))
 
@@ -91,9 +85,9 @@ async def chat(
     server.model.check_name(body.model)
     _refuse_what_is_not_supported(body)
     answer = _Answer(body, server, request_id_of(request.scope))
-    generation = Generation.of(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
+    generation = Generation(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
     if body.stream:
-        return await stream(generation, lambda changes: answer.chunks(changes, generation))
+        return await stream(generation, answer.frame, answer.chunk, generation.usage)
     async with generation:
         (output,) = await generation.finished()
         usage = generation.usage()
@@ -113,8 +107,7 @@ def _refuse_what_is_not_supported(body: ChatRequest) -> None:
             message = f"{name}: not supported by this server, which writes plain text"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     if body.top_logprobs and not body.logprobs:
-        message = "top_logprobs: expected logprobs = true beside it"
-        raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        raise bad_argument("top_logprobs", "logprobs = true beside it")
 
 
 async def _job(body: ChatRequest, server: ServerState) -> Job:
@@ -143,38 +136,25 @@ class _Answer:
 
     def choices(self, output: RequestOutput) -> list[dict[str, Any]]:
         """Return all answers."""
-        deltas = [(choice.index, whole(choice)) for choice in output.outputs]
         return [
-            {**self._rest(index, delta), "message": {"role": "assistant", "content": delta.text}}
-            for index, delta in deltas
+            {**self._rest(choice), "message": {"role": "assistant", "content": choice.text}}
+            for choice in output.outputs
         ]
 
-    async def chunks(self, changes: Changes, generation: Generation) -> AsyncIterator[dict[str, Any]]:
-        """Yield the objects of a stream."""
-        deltas = Deltas()
-        usage = {"usage": None} if self._body.wants_usage else {}
-        async for news in changes:
-            for _, output in news:
-                for choice in output.outputs:
-                    delta = deltas.of(choice.index, choice)
-                    if delta is not None:
-                        yield {**self.frame, "choices": [self._chunk(choice.index, delta)], **usage}
-        if self._body.wants_usage:
-            yield {**self.frame, "choices": [], "usage": generation.usage().model_dump()}
+    def chunk(self, place: int, output: RequestOutput, delta: CompletionOutput, first: bool) -> dict[str, Any]:
+        """Return the choice of a stream that holds a delta."""
+        role = {"role": "assistant"} if first else {}
+        return {**self._rest(delta), "delta": {**role, "content": delta.text}}
 
-    def _chunk(self, index: int, delta: TextDelta) -> dict[str, Any]:
-        role = {"role": "assistant"} if delta.first else {}
-        return {**self._rest(index, delta), "delta": {**role, "content": delta.text}}
-
-    def _rest(self, index: int, delta: TextDelta) -> dict[str, Any]:
+    def _rest(self, delta: CompletionOutput) -> dict[str, Any]:
         return {
-            "index": index,
+            "index": delta.index,
             "logprobs": self._logprobs(delta) if self._body.logprobs else None,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
 
-    def _logprobs(self, delta: TextDelta) -> dict[str, Any]:
+    def _logprobs(self, delta: CompletionOutput) -> dict[str, Any]:
         count = self._body.top_logprobs or 0
         entries = zip(delta.token_ids, delta.logprobs or [], strict=False)
         return {"content": [self._tokens.chat_entry(token, likely, count) for token, likely in entries]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -11,9 +11,10 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
+from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Changes, Deltas, Generation, Job, TextDelta, stream, whole
+from pagedkv.server.generation import Generation, Job, stream
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
@@ -36,9 +37,9 @@ async def complete(
     server.model.check_name(body.model)
     _refuse_what_does_not_go_together(body)
     answer = await _prepare(body, request, server)
-    generation = Generation.of(body, request, server, caller, answer.jobs, answer.frame["id"])
+    generation = Generation(body, request, server, caller, answer.jobs, answer.frame["id"])
     if body.stream:
-        return await stream(generation, lambda changes: answer.chunks(changes, generation))
+        return await stream(generation, answer.frame, answer.chunk, lambda: answer.usage(generation))
     async with generation:
         outputs = await generation.finished()
         return Completion.model_validate(
@@ -50,8 +51,7 @@ def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
     if body.suffix:
         raise ApiError(400, "suffix: not supported by this server", param="suffix", code="unsupported_parameter")
     if body.best_of is not None and body.best_of < body.texts:
-        message = f"best_of: expected at least n = {body.texts}, got {body.best_of}"
-        raise ApiError(400, message, param="best_of", code="invalid_value")
+        raise bad_argument("best_of", f"at least n = {body.texts}", f"{body.best_of}")
     if body.stream and body.best_of is not None and body.best_of > body.texts:
         message = "best_of: does not go with stream, as the best are known at the end only"
         raise ApiError(400, message, param="best_of", code="invalid_value")
@@ -114,24 +114,14 @@ class _Answer:
         """Return the texts of all prompts, the best ones where there are more than were asked for."""
         texts = self.body.texts
         return [
-            self._choice(place * texts + index, whole(choice), outputs[place])
+            self._choice(place * texts + index, choice, output, first=True)
             for place, output in enumerate(outputs)
             for index, choice in enumerate(_best(output.outputs, texts))
         ]
 
-    async def chunks(self, changes: Changes, generation: Generation) -> AsyncIterator[dict[str, Any]]:
-        """Yield the objects of a stream."""
-        deltas, texts = Deltas(), self.body.texts
-        usage = {"usage": None} if self.body.wants_usage else {}
-        async for news in changes:
-            for place, output in news:
-                for choice in output.outputs:
-                    index = place * texts + choice.index
-                    delta = deltas.of(index, choice)
-                    if delta is not None:
-                        yield {**self.frame, "choices": [self._choice(index, delta, output)], **usage}
-        if self.body.wants_usage:
-            yield {**self.frame, "choices": [], "usage": self.usage(generation).model_dump()}
+    def chunk(self, place: int, output: RequestOutput, delta: CompletionOutput, first: bool) -> dict[str, Any]:
+        """Return the choice of a stream that holds a delta."""
+        return self._choice(place * self.body.texts + delta.index, delta, output, first)
 
     def usage(self, generation: Generation) -> Usage:
         """Return what it cost."""
@@ -140,22 +130,22 @@ class _Answer:
             usage.completion_tokens, usage.total_tokens = 0, usage.prompt_tokens
         return usage
 
-    def _choice(self, index: int, delta: TextDelta, output: RequestOutput) -> dict[str, Any]:
+    def _choice(self, index: int, delta: CompletionOutput, output: RequestOutput, first: bool) -> dict[str, Any]:
         text = "" if self.silent else delta.text
-        if self.body.echo and delta.first:
+        if self.body.echo and first:
             text = self.prompts[index // self.body.texts] + text
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self.body.logprobs is None else self._logprobs(index, delta, output),
+            "logprobs": None if self.body.logprobs is None else self._logprobs(index, delta, output, first),
             "finish_reason": "length" if self.silent and delta.finish_reason else delta.finish_reason,
             "stop_reason": None if self.silent else delta.stop_reason,
         }
 
-    def _logprobs(self, index: int, delta: TextDelta, output: RequestOutput) -> dict[str, Any]:
+    def _logprobs(self, index: int, delta: CompletionOutput, output: RequestOutput, first: bool) -> dict[str, Any]:
         tokens = [] if self.silent else list(delta.token_ids)
         likely: list[Any] = [] if self.silent else list(delta.logprobs or [])
-        if self.body.echo and delta.first:
+        if self.body.echo and first:
             tokens = [*output.prompt_token_ids, *tokens]
             likely = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *likely]
         offset = self.offsets.get(index, 0)

@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import msgspec
 from starlette.requests import Request
@@ -26,13 +26,7 @@ Changes = AsyncIterator[list[tuple[int, RequestOutput]]]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt.
-
-    Attributes
-    ----------
-    token_ids : list of int
-    params : SamplingParams
-    """
+    """One prompt and how to go on from it."""
 
     token_ids: list[int]
     params: SamplingParams
@@ -44,34 +38,21 @@ class Generation:
     Outputs are cumulative, so only the newest one of each prompt is kept: a client that reads slowly skips steps, the
     engine never waits for it, and what is held for it is bounded. When the client leaves, or time is up, or the
     ``async with`` block ends, whatever still runs is aborted and its blocks are free.
-
-    Parameters
-    ----------
-    server : ServerState
-    request : Request
-        Its body has been read.
-    jobs : sequence of Job
-    request_id : str
-        The id of the answer; the engine calls its requests by it.
-    priority : int
-    salt : str
-    session_id : str, optional
     """
 
     def __init__(
         self,
-        server: ServerState,
+        body: GenerationFields,
         request: Request,
+        server: ServerState,
+        caller: Caller,
         jobs: Sequence[Job],
-        *,
         request_id: str,
-        priority: int = 0,
-        salt: str = "",
-        session_id: str | None = None,
     ) -> None:
+        self.body = body
         self.latest: list[RequestOutput | None] = [None] * len(jobs)
         self._server, self._request, self._jobs, self._request_id = server, request, jobs, request_id
-        self._priority, self._salt, self._session_id = priority, salt, session_id
+        self._salt = salt_of(caller, body.cache_salt)
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
@@ -79,35 +60,8 @@ class Generation:
         self._places = ExitStack()
         self._started = time.perf_counter()
 
-    @classmethod
-    def of(
-        cls,
-        body: GenerationFields,
-        request: Request,
-        server: ServerState,
-        caller: Caller,
-        jobs: Sequence[Job],
-        request_id: str,
-    ) -> Generation:
-        """Run `jobs` as body and headers ask for it, in the cache of the caller."""
-        return cls(
-            server,
-            request,
-            jobs,
-            request_id=request_id,
-            priority=body.priority or 0,
-            salt=salt_of(caller, body.cache_salt),
-            session_id=body.session_id or request.headers.get("x-session-id"),
-        )
-
     async def __aenter__(self) -> Generation:
-        """Start.
-
-        Raises
-        ------
-        ApiError
-            429 if there is no room, 503 if the server drains.
-        """
+        """Start; 429 if there is no room, 503 if the server drains."""
         if self._server.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
         self._places.enter_context(self._server.admission.entered(sum(job.params.n for job in self._jobs)))
@@ -128,11 +82,7 @@ class Generation:
     async def changes(self) -> Changes:
         """Yield (prompt, its newest output) of all prompts that changed, until all are finished.
 
-        Raises
-        ------
-        ClientLeft
-        ApiError
-            504 when time is up, or what the engine raised.
+        Raises ClientLeft, 504 when time is up, or what the engine raised.
         """
         unfinished = set(range(len(self._jobs)))
         while unfinished:
@@ -207,9 +157,9 @@ class Generation:
             job.token_ids,
             job.params,
             request_id=request_id,
-            priority=self._priority,
+            priority=self.body.priority or 0,
             cache_salt=self._salt,
-            session_id=self._session_id,
+            session_id=self.body.session_id or self._request.headers.get("x-session-id"),
         )
         return cast("AsyncGenerator[RequestOutput, None]", outputs)
 
@@ -259,64 +209,29 @@ def _refuse_abort(output: RequestOutput) -> None:
         raise _aborted()
 
 
-# Deltas: what is new in texts that the engine hands out as a whole each time.
-
-Ending = Literal["stop", "length"]
-
-
-@dataclass(frozen=True, slots=True)
-class TextDelta:
-    """What is new in one text.
-
-    Attributes
-    ----------
-    text : str
-    token_ids : tuple of int
-    logprobs : list of dict, optional
-        One entry for each of the tokens.
-    finish_reason : {"stop", "length"}, optional
-    stop_reason : int or str, optional
-    first : bool
-        Whether nothing was told of this text before.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: list[dict[int, Any]] | None
-    finish_reason: Ending | None
-    stop_reason: int | str | None
-    first: bool = True
-
-
 class Deltas:
     """Tells for one text after the other what is new since it was asked last."""
 
     def __init__(self) -> None:
-        self._told: dict[int, tuple[int, int]] = {}
-        self._ended: set[int] = set()
+        self._told: dict[tuple[int, int], tuple[int, int]] = {}
+        self._ended: set[tuple[int, int]] = set()
 
-    def of(self, index: int, output: CompletionOutput) -> TextDelta | None:
-        """Return what is new in the text of this index; None if there is nothing to tell."""
-        if index in self._ended:
+    def of(self, place: int, output: CompletionOutput) -> tuple[CompletionOutput, bool] | None:
+        """Return what is new in a text of a prompt, and whether it is the first of it; None if nothing is new."""
+        key = place, output.index
+        if key in self._ended:
             return None
-        characters, tokens = self._told.get(index, (0, 0))
-        delta = whole(output)
-        text, token_ids = delta.text[characters:], delta.token_ids[tokens:]
-        logprobs = None if delta.logprobs is None else delta.logprobs[tokens:]
-        if not (text or logprobs or delta.finish_reason):
+        first = key not in self._told
+        characters, tokens = self._told.get(key, (0, 0))
+        text = output.text[characters:]
+        logprobs = None if output.logprobs is None else output.logprobs[tokens:]
+        if not (text or logprobs or output.finish_reason):
             return None
-        first = index not in self._told
         # Tokens without text wait for the text that they become part of, so that a delta has both.
-        self._told[index] = (max(characters, len(delta.text)), len(delta.token_ids))
-        if delta.finish_reason:
-            self._ended.add(index)
-        return TextDelta(text, token_ids, logprobs, delta.finish_reason, delta.stop_reason, first)
-
-
-def whole(output: CompletionOutput) -> TextDelta:
-    """Return a whole text as one delta."""
-    ending = cast("Ending | None", output.finish_reason)
-    return TextDelta(output.text, tuple(output.token_ids), output.logprobs, ending, output.stop_reason)
+        self._told[key] = (max(characters, len(output.text)), len(output.token_ids))
+        if output.finish_reason:
+            self._ended.add(key)
+        return replace(output, text=text, token_ids=output.token_ids[tokens:], logprobs=logprobs), first
 
 
 # Server-sent events.
@@ -326,14 +241,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """Sends objects as events, an error as the last of them, and ends what runs, whatever happens.
-
-    Parameters
-    ----------
-    generation : Generation
-        Entered; the stream leaves it.
-    chunks : async iterator of dict
-    """
+    """Sends objects as events, an error as the last of them, and leaves the generation, whatever happens."""
 
     media_type = "text/event-stream"
 
@@ -368,22 +276,36 @@ class EventStream(Response):
         yield DONE
 
 
-async def stream(generation: Generation, chunks_of: Callable[[Changes], AsyncIterator[dict[str, Any]]]) -> EventStream:
+async def stream(
+    generation: Generation,
+    frame: dict[str, Any],
+    choice_of: Callable[[int, RequestOutput, CompletionOutput, bool], dict[str, Any]],
+    usage: Callable[[], Usage],
+) -> EventStream:
     """Start what is to run and, once there is something to tell, return the stream of it.
 
-    What goes wrong before that is raised, so that the client gets the right status.
+    What goes wrong before that is raised, so that the client gets the right status. Each event is `frame` with the
+    choice of one delta, which `choice_of` makes of the prompt's place, its output, the delta and whether it is the
+    first of its text.
     """
     await generation.__aenter__()
     try:
         changes = generation.changes()
-        first = await anext(changes)
+        news = await anext(changes)
     except BaseException:
         await generation.__aexit__()
         raise
 
-    async def all_changes() -> Changes:
-        yield first
-        async for change in changes:
-            yield change
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        deltas, wants_usage, changed = Deltas(), generation.body.wants_usage, news
+        no_usage = {"usage": None} if wants_usage else {}
+        while changed:
+            for place, output in changed:
+                for text in output.outputs:
+                    if (found := deltas.of(place, text)) is not None:
+                        yield {**frame, "choices": [choice_of(place, output, *found)], **no_usage}
+            changed = await anext(changes, [])
+        if wants_usage:
+            yield {**frame, "choices": [], "usage": usage().model_dump()}
 
-    return EventStream(generation, chunks_of(all_changes()))
+    return EventStream(generation, chunks())

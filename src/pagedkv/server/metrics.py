@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,11 @@ from prometheus_client.samples import Sample
 from pagedkv.engine import RequestOutput
 from pagedkv.server.auth import Operator
 from pagedkv.server.background import in_background
-from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 OURS = "pagedkv:"
 
@@ -83,12 +85,12 @@ class EngineCounters(Collector):
 
     Parameters
     ----------
-    engine : Engine
+    engine : AsyncEngine
     model : str
         The label ``model_name``.
     """
 
-    def __init__(self, engine: Engine, model: str) -> None:
+    def __init__(self, engine: AsyncEngine, model: str) -> None:
         self._engine = engine
         self._labels = {"model_name": model, "engine": "0"}
 

@@ -7,12 +7,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any, TypeVar
+from functools import cache, cached_property, partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pagedkv.errors import bad_argument
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.engine import Engine
 from pagedkv.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
 
@@ -53,7 +56,7 @@ class ServedModel:
         self._threads = ThreadPoolExecutor(2, "pagedkv-tokenizer")
 
     @classmethod
-    def of(cls, engine: Engine, config: ServerConfig) -> ServedModel:
+    def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
         """Read it off an engine."""
         sizes = engine.sizes
         prompt_limit = sizes.max_model_len - 1
@@ -70,13 +73,7 @@ class ServedModel:
         )
 
     def check_name(self, name: str | None) -> None:
-        """See that a request means this model.
-
-        Raises
-        ------
-        ApiError
-            404.
-        """
+        """See that a request means this model; 404 if not."""
         if name is not None and name != self.name:
             shown = name if len(name) <= 100 else f"{name[:100]}…"
             raise ApiError(
@@ -87,13 +84,7 @@ class ServedModel:
             )
 
     async def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text.
-
-        Raises
-        ------
-        ApiError
-            400: there is no tokenizer.
-        """
+        """Return the token ids of a text."""
         tokenizer = self._need_tokenizer()
 
         def call() -> list[int]:
@@ -112,32 +103,15 @@ class ServedModel:
         return await self._beside(partial(render, self._need_tokenizer()))
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
-        """See that the model knows the tokens.
-
-        Raises
-        ------
-        ApiError
-            400.
-        """
+        """See that the model knows the tokens; InvalidOperation if not."""
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.vocab_size):
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab_size)
-            raise ApiError(
-                400,
-                f"{param}: expected token ids from 0 to {self.vocab_size - 1}, got {wrong}",
-                param=param,
-                code="invalid_value",
-            )
+            raise bad_argument(param, f"token ids from 0 to {self.vocab_size - 1}", f"{wrong}")
 
     def check_length(self, tokens: int, max_tokens: int | None, param: str) -> None:
-        """See that a prompt and what is to be written fit.
-
-        Raises
-        ------
-        ApiError
-            400, with the numbers.
-        """
+        """See that a prompt and what is to be written fit; the error has the numbers."""
         if tokens == 0:
-            raise ApiError(400, f"{param}: expected at least one token, got none", param=param, code="invalid_value")
+            raise bad_argument(param, "at least one token", "none")
         code = "context_length_exceeded"
         if tokens > self.max_prompt_tokens:
             message = f"{param}: the prompt has {tokens} tokens, at most {self.max_prompt_tokens} are taken"
@@ -176,14 +150,7 @@ class TokenText:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[int, bytes] = {}
-
-    def raw(self, token: int) -> bytes:
-        """Return the bytes of a token."""
-        found = self._known.get(token)
-        if found is None:
-            found = self._known[token] = self._raw(token)
-        return found
+        self.raw = cache(self._raw)
 
     def text(self, token: int) -> str:
         """Return the text of a token; its bytes in hex where it is no text by itself, as OpenAI has it."""
@@ -232,6 +199,7 @@ class TokenText:
         return {"token": self.text(token), "logprob": max(LEAST, logprob), "bytes": list(self.raw(token))}
 
     def _raw(self, token: int) -> bytes:
+        """Return the bytes of a token."""
         if self._tokenizer is None:
             return str(token).encode()
         name = self._tokenizer.convert_ids_to_tokens(token)

@@ -41,7 +41,7 @@ def complete_openapi(app: FastAPI, *, has_keys: bool) -> None:
             document = of_fastapi()
             _add_chunks(document)
             if not has_keys:
-                _forget_keys(document)
+                _remove_keys(document)
         return app.openapi_schema or document
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -55,7 +55,7 @@ def _add_chunks(document: dict[str, Any]) -> None:
     known |= {name: schema for name, schema in found["$defs"].items() if name not in known}
 
 
-def _forget_keys(document: dict[str, Any]) -> None:
+def _remove_keys(document: dict[str, Any]) -> None:
     document["components"].pop("securitySchemes", None)
     for methods in document["paths"].values():
         for operation in methods.values():

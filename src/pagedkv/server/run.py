@@ -12,16 +12,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.engine import Engine
 from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 BACKLOG = 2048
 GRACE_SECONDS = 5
@@ -51,7 +54,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def run(
-    engine: Engine,
+    engine: AsyncEngine,
     config: ServerConfig,
     listener: socket.socket | None = None,
     *,
@@ -61,7 +64,7 @@ def run(
 
     Parameters
     ----------
-    engine : Engine
+    engine : AsyncEngine
         Shut down at the end.
     config : ServerConfig
     listener : socket, optional
@@ -73,8 +76,10 @@ def run(
     make_server(engine, config, on_ready).run([listener or listen(config)])
 
 
-def make_server(engine: Engine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
-    """Return the HTTP server of an engine, for whoever runs it in a thread of his own; see `run`."""
+def make_server(
+    engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
+) -> uvicorn.Server:
+    """Return the HTTP server of an engine, for a caller that runs it in a thread of its own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
         SlowReaders(app, config.write_timeout),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from pagedkv.engine import SamplingParams
-from pagedkv.server.errors import ApiError
+from pagedkv.errors import bad_argument
 
 MOST_TEXTS = 128
 MOST_LOGPROBS = 20
@@ -91,8 +92,8 @@ class GenerationFields(Body):
 
         Raises
         ------
-        ApiError
-            400: fields that do not go together.
+        InvalidOperation
+            Fields that do not go together.
         """
         given: dict[str, Any] = {name: getattr(self, name) for name in _SAME if getattr(self, name) is not None}
         given.setdefault("temperature", 1.0)
@@ -101,31 +102,15 @@ class GenerationFields(Body):
         return SamplingParams(**{**given, **more})
 
 
-_SAME = (
-    "n",
-    "temperature",
-    "top_p",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "stop_token_ids",
-    "ignore_eos",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-)
+_SAME = sorted(GenerationFields.model_fields.keys() & {each.name for each in fields(SamplingParams)} - {"logit_bias"})
+"""Fields that mean the same to the engine."""
 
 
 def _token_biases(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for name, bias in given.items():
         if not (name.isascii() and name.isdigit() and len(name) <= 10):
-            message = f"logit_bias: expected token ids as keys, got {name[:40]!r}"
-            raise ApiError(400, message, param="logit_bias", code="invalid_value")
+            raise bad_argument("logit_bias", "token ids as keys", f"{name[:40]!r}")
         biases[int(name)] = bias
     return biases
 
@@ -308,9 +293,7 @@ class CompletionRequest(GenerationFields):
         """All prompts, as a list."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return self.prompt
+        return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
 
 class CompletionLogprobs(BaseModel):

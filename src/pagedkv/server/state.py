@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from fastapi import Depends, Request
 
 from pagedkv.engine import RequestOutput
 from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.engine import Engine
 from pagedkv.server.model import ServedModel, TokenText
+
+if TYPE_CHECKING:
+    from pagedkv.engine import AsyncEngine
 
 
 class RequestIds:
@@ -63,7 +65,7 @@ class ServerState:
 
     Attributes
     ----------
-    engine : Engine
+    engine : AsyncEngine
     config : ServerConfig
     model : ServedModel
         Tokenizer, limits and name of the model.
@@ -80,7 +82,7 @@ class ServerState:
         Seconds of ``time.time``.
     """
 
-    engine: Engine
+    engine: AsyncEngine
     config: ServerConfig
     model: ServedModel
     admission: Admission

@@ -7,9 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
+from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Client
 from pagedkv.server.chat import encode_chat
-from pagedkv.server.errors import ApiError
 from pagedkv.server.schemas import Body, ChatMessage, Text, TokenId
 from pagedkv.server.state import Server
 
@@ -56,7 +56,7 @@ async def tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     """Return the tokens of a text or of a conversation."""
     server.model.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "prompt: expected either prompt or messages", param="prompt", code="invalid_value")
+        raise bad_argument("prompt", "either prompt or messages")
     if body.messages is not None:
         opened = body.add_generation_prompt is not False
         ids = await encode_chat(server.model, body.messages, open_answer=opened)
