@@ -103,7 +103,7 @@ class Engine:
         self.llm = LLM(model, num_blocks=BLOCKS)
         self.prompts, self.params = prompts, SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
         if not fast_products:
-            self.llm.core.runner._products._forwards.clear()
+            self.llm.core.runner._linears._forwards.clear()
 
     def __call__(self) -> list[list[int]]:
         self.llm.core.clear_prefix_cache()
