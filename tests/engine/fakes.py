@@ -33,6 +33,8 @@ class FakeRunner:
     """Logits out of the tokens that the blocks hold; it refuses blocks that hold the wrong positions."""
 
     reuses_prefixes = True
+    chunkable = True
+    restarts_beyond: int | None = None
     max_positions: int | None = None
     vocab_size = VOCAB
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from tests.engine.fakes import alone, engine, request, tokens_of
+from tests.engine.fakes import FakeRunner, alone, engine, request, run, tokens_of
 
 from pagedkv.engine import RequestRefused
 from pagedkv.engine.scheduler import blocks_at_most
@@ -128,3 +128,37 @@ def test_random_load(name, examples):
             max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+# ---------------------------------------------------------------- prompts that are not cut
+
+
+class WholeRunner(FakeRunner):
+    """One that takes prompts whole; beyond some length a text begins anew."""
+
+    reuses_prefixes = chunkable = False
+
+
+@pytest.mark.parametrize("num_blocks", [64, 12])
+@pytest.mark.parametrize("restarts", [None, 11, 20])
+def test_no_prompt_is_cut_and_what_follows_goes_token_by_token(num_blocks, restarts):
+    runner = WholeRunner(num_blocks, prefix_caching=False)
+    runner.restarts_beyond = restarts
+    core = engine(runner=runner, max_batch_tokens=8)
+    given = [request(f"r{n}", [n % 5] * n, max_tokens=12, seed=n) for n in (3, 19, 4, 17, 9)]
+    for each in given:
+        core.add(each)
+    outputs = run(core)
+    for each in given:
+        assert tokens_of(outputs[each.request_id]) == alone(each)
+    whole = {len(each.prompt_token_ids) for each in given} | {(restarts or 0) + 1}
+    assert {count for batch in runner.batches for count in batch} <= whole | {1}
+
+
+def test_a_prompt_beyond_the_budget_has_a_step_without_other_prompts():
+    runner = WholeRunner(64, prefix_caching=False)
+    core = engine(runner=runner, max_batch_tokens=8)
+    for name, length in (("a", 2), ("b", 30), ("c", 3), ("d", 3)):
+        core.add(request(name, [1] * length, max_tokens=4))
+    run(core)
+    assert [sorted(batch) for batch in runner.batches[:3]] == [[2], [1, 30], [1, 1, 3, 3]]

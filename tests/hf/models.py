@@ -112,14 +112,88 @@ FURTHER: dict[str, tuple[str, dict[str, Any]]] = {
         _COMMON | dict(layer_types=["conv", "full_attention", "conv"]),
     ),
 }
+_SPARSE = CONFIGS["deepseek_v3"][1] | dict(index_topk=12, index_n_heads=2, index_head_dim=16)
+PECULIAR: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama4_tuned": (  # layers without positions scale by the length of the text
+        "Llama4",
+        FURTHER["llama4"][1] | dict(layer_types=["full_attention"] * 4, num_hidden_layers=4),
+    ),
+    "phi3": (  # a text of more than 32 tokens has other rotary frequencies, and generate() computes it anew
+        "Phi3",
+        _COMMON
+        | dict(
+            original_max_position_embeddings=32,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=1e4,
+                short_factor=[1.0] * 8,
+                long_factor=[4.0] * 8,
+                original_max_position_embeddings=32,
+            ),
+        ),
+    ),
+    "dynamic": (  # rotary frequencies grow with the text
+        "Llama",
+        _COMMON
+        | dict(max_position_embeddings=32, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)),
+    ),
+    "jamba": (  # its own code forgets the state before a chunk of a prompt
+        "Jamba",
+        _COMMON
+        | dict(
+            num_hidden_layers=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            expert_layer_period=2,
+            num_experts=2,
+            mamba_d_state=8,
+            mamba_dt_rank=8,
+            use_mamba_kernels=False,
+        ),
+    ),
+    "deepseek_v32": ("DeepseekV32", _SPARSE),  # keeps keys of an indexer, too
+    "glm_moe_dsa": ("GlmMoeDsa", _SPARSE),
+    "falcon_h1": (  # attention and a recurrence in every layer
+        "FalconH1",
+        _COMMON | dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8),
+    ),
+    "zamba2": (
+        "Zamba2",
+        _COMMON
+        | dict(
+            layers_block_type=["linear_attention", "hybrid", "hybrid"],
+            mamba_d_state=8,
+            n_mamba_heads=4,
+            mamba_headdim=32,
+            mamba_ngroups=1,
+            chunk_size=8,
+            num_mem_blocks=1,
+            use_mem_rope=True,
+            adapter_rank=8,
+        ),
+    ),
+    "minimax": ("MiniMax", _COMMON | dict(num_local_experts=2, num_experts_per_tok=1, block_size=8)),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        _COMMON | dict(attention_window_size=16, lru_width=64, num_key_value_heads=1),
+    ),
+    "deepseek_v4": ("DeepseekV4", _COMMON),
+    "both_ways": ("Gemma3", CONFIGS["gemma3"][1] | dict(use_bidirectional_attention=True)),
+}
 CLASSES = {"gpt2": "GPT2LMHeadModel"}
-CONFIG_CLASSES = {"gemma3": "Gemma3TextConfig", "gemma4": "Gemma4TextConfig", "llama4": "Llama4TextConfig"}
+CONFIG_CLASSES = {
+    "gemma3": "Gemma3TextConfig",
+    "both_ways": "Gemma3TextConfig",
+    "gemma4": "Gemma4TextConfig",
+    "llama4": "Llama4TextConfig",
+    "llama4_tuned": "Llama4TextConfig",
+}
 
 
 @functools.cache
 def build(name: str, seed: int = 0, attention: str | None = None, layers: int | None = None) -> Any:
     """Return a model whose weights are wide enough for its tokens not to repeat."""
-    stem, options = (CONFIGS | FURTHER)[name]
+    stem, options = (CONFIGS | FURTHER | PECULIAR)[name]
     options = options | {"tie_word_embeddings": False}
     if layers is not None:
         options["num_hidden_layers"] = layers

@@ -22,6 +22,11 @@ class Runner(Protocol):
         The longest text.
     reuses_prefixes : bool
         Whether all that the model keeps of a text is in the cache.
+    chunkable : bool
+        Whether a text may be computed in pieces of any length. If not, a prompt goes through the model in one step, and
+        every token behind it in a step of its own; no prefixes are reused then.
+    restarts_beyond : int or None
+        A text that grows beyond so many tokens has to be computed anew, so many and one in one step.
     """
 
     @property
@@ -39,6 +44,14 @@ class Runner(Protocol):
     @property
     def reuses_prefixes(self) -> bool:
         """Whether all that the model keeps of a text is in the cache."""
+
+    @property
+    def chunkable(self) -> bool:
+        """Whether a text may be computed in pieces of any length."""
+
+    @property
+    def restarts_beyond(self) -> int | None:
+        """How long a text may become before it is computed anew."""
 
     def forward(self, plan: BatchPlan, token_ids: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]) -> Any:
         """Compute K and V of the query tokens and return the logits of those wanted, float32 ``[k, vocab_size]``."""

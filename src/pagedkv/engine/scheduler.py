@@ -2,7 +2,9 @@
 
 Decoding sequences always take part, one token each. What is left of the token budget goes to prompts: first those that
 have begun, then those that wait, by priority and arrival. A request is not admitted if its blocks would have to be
-taken from a running one at once, nor while another request is computing a prefix that it can share.
+taken from a running one at once, nor while another request is computing a prefix that it can share. A prompt is cut to
+what is left of the budget, unless the model takes prompts whole: such a one waits until it fits, or until no other
+prompt enters in the same step, and may then go beyond the budget.
 
 When running sequences outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
 strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
@@ -164,6 +166,8 @@ class Admission:
                 places += 1 + sequence.request.num_unforked
                 passed_over += 1
                 continue
+            if not scheduler.runner.chunkable and admitted and whole_length(sequence, scheduler.runner) > budget:
+                break  # it is not cut; alone it may go beyond the budget
             count = self._enter(sequence, budget, promised)
             if count == 0:
                 break
@@ -178,8 +182,10 @@ class Admission:
         alone = all(other.request is request for other in scheduler.running)
         if not alone and self._needed(sequence) + promised > self._cache.free_block_count:
             return 0
-        cached = self._matched(sequence)
-        tokens = min(cached + budget, sequence.readable)
+        if scheduler.runner.chunkable:
+            tokens = min(self._matched(sequence) + budget, sequence.readable)
+        else:
+            tokens = whole_length(sequence, scheduler.runner)
         if request.params.streaming is not None:
             tokens = max(1, min(tokens, sum(request.params.streaming)))
         try:
@@ -293,6 +299,7 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int) 
         raise RequestRefused(
             f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}"
         )
+    _refuse_what_would_be_cut(request, runner)
     positions = prompt + request.max_tokens
     if request.params.streaming is not None:
         positions = min(positions, sum(request.params.streaming) + 1)
@@ -300,6 +307,20 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int) 
         raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}")
     if request.num_sequences > max_num_seqs:
         raise RequestRefused(f"{request.num_sequences} texts at once exceed max_num_seqs = {max_num_seqs}")
+
+
+def _refuse_what_would_be_cut(request: Request, runner: Runner) -> None:
+    """Refuse what would cut the prompt of a model that takes prompts whole."""
+    prompt, streaming = request.num_prompt_tokens, request.params.streaming
+    if not runner.chunkable and streaming is not None and prompt > sum(streaming):
+        raise RequestRefused(
+            f"{prompt} prompt tokens exceed streaming = {streaming}, and the model takes prompts whole"
+        )
+    limit, longest = runner.restarts_beyond, prompt + request.max_tokens - 1
+    if limit is not None and request.params.beam_width is not None and prompt <= limit < longest:
+        raise RequestRefused(
+            f"beams of {longest} tokens: the model begins anew beyond {limit}, where beams cannot follow"
+        )
 
 
 NEWEST_SEQ_ID = 2**62
@@ -385,6 +406,9 @@ class Scheduler:
 
     def _continued(self) -> list[ScheduledChunk]:
         """Return the chunks of what runs: all that decode, then prompts in the order of their rank."""
+        if self.runner.restarts_beyond is not None:
+            for sequence in [sequence for sequence in self.running if _must_restart(sequence, self.runner)]:
+                self.preempt(sequence)
         decoding = [sequence for sequence in self.running if sequence.pending == 1 and _is_ready(sequence)]
         chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
         room = self.max_batch_tokens - len(chunks)
@@ -393,7 +417,9 @@ class Scheduler:
                 chunk.drafts = self._drafts(chunk.sequence, room)
                 room -= len(chunk.drafts)
         for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=_rank):
-            count = min(sequence.readable, room, streaming_room(sequence))
+            # What is not cut was computed whole when it was admitted; tokens behind it follow one by one.
+            most = sequence.readable if self.runner.chunkable else 1
+            count = min(most, room, streaming_room(sequence))
             if count > 0:
                 chunks.append(ScheduledChunk(sequence, count))
                 room -= count
@@ -479,6 +505,19 @@ def streaming_room(sequence: Sequence) -> int:
     """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
     streaming = sequence.request.params.streaming
     return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
+
+
+def whole_length(sequence: Sequence, runner: Runner) -> int:
+    """Return how many tokens of a text go through the model in one piece where a prompt is not cut."""
+    prompt, limit = sequence.request.num_prompt_tokens, runner.restarts_beyond
+    return prompt if limit is None or not prompt <= limit < sequence.length else limit + 1
+
+
+def _must_restart(sequence: Sequence, runner: Runner) -> bool:
+    limit = runner.restarts_beyond
+    if limit is None or sequence.computed != limit or sequence.pending != 1:
+        return False
+    return whole_length(sequence, runner) > limit and sequence.request.params.streaming is None
 
 
 def _belong_together(one: Sequence, other: Sequence) -> bool:

@@ -19,7 +19,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.storage import KvStorage, SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
-from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layers, stock_layers
+from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layer, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
 
 # SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
@@ -273,9 +273,7 @@ class Pages:
     def length(self, layer: int) -> int:
         """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
         step = self._step
-        if step is not None and layer in self._table.numbers and layer not in step.written:
-            return step.past
-        return self.batch.length
+        return self.batch.length if step is None or layer in step.written else step.past
 
     def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store K and V ``[batch, heads, tokens, dim]`` and return those of all tokens.
@@ -412,17 +410,20 @@ class PagedCache(Cache):
         )
         pool.match_prefix([0], cache_salt)  # refuses what is no salt
         paged, keeps_nothing_else = paged_layers("config", config)
+        self._config, self._paged = config, paged
         self._pages = Pages(pool, cache_salt, config.get_text_config(decoder=True), paged, dtype, device)
         # What a recurrent layer holds has no blocks, so no prefix of it can be found again; and keys that were turned
         # by other frequencies are not those of a longer text.
         self._is_reusable = keeps_nothing_else and not has_changing_rope(config)
-        layers = [
-            PagedLayer(self._pages, number) if number in paged else layer
-            for number, layer in enumerate(stock_layers(config))
-        ]
         self._num_cached_tokens = 0
         self._model: weakref.ref[Any] | None = None
-        super().__init__(layers=layers)
+        super().__init__(layers=self._new_layers())
+
+    def _new_layers(self) -> list[Any]:
+        return [
+            paged_layer(self._pages, number, layer) if number in self._paged else layer
+            for number, layer in enumerate(stock_layers(self._config))
+        ]
 
     @property
     def manager(self) -> PagedKvCache:
@@ -500,7 +501,8 @@ class PagedCache(Cache):
         """Free the sequences; full blocks of known ids stay findable. The cache is ready for the next prompt."""
         self._pages.release()
         self._num_cached_tokens = 0
-        super().reset()  # type: ignore[no-untyped-call]
+        if not all(type(layer) is PagedLayer for layer in self.layers):
+            self.layers = self._new_layers()  # states are of a number of rows, which the next prompt may not have
 
     def reset(self) -> None:
         """Do as :meth:`release` does."""

@@ -7,13 +7,23 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from pagedkv.errors import MissingExtra, bad_argument
 
 try:
     from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
-    from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.cache_utils import (
+        CacheLayerMixin,
+        DummyLayer,
+        DynamicIndexedLayer,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionCacheLayerMixin,
+    )
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "transformers":
@@ -24,14 +34,20 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
+    "DynamicCache",
     "LayerStore",
     "PagedLayer",
     "attention_by",
     "has_changing_rope",
+    "has_own_state",
     "is_causal_mask",
+    "forget_long_texts",
     "longest_text",
+    "paged_layer",
     "paged_layers",
+    "restarts_beyond",
     "stock_layers",
+    "take_back",
 ]
 
 
@@ -46,14 +62,40 @@ def attention_by(name: str, config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def _rope_types(config: Any) -> set[str]:
+    given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return {str(one.get("rope_type")) for one in (given, *given.values()) if isinstance(one, dict)}
+
+
 def has_changing_rope(config: Any) -> bool:
     """Tell whether the rotary frequencies depend on the highest position of a forward pass."""
-    given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    return any(
-        "dynamic" in str(one.get("rope_type")) or one.get("rope_type") == "longrope"
-        for one in (given, *given.values())
-        if isinstance(one, dict)
-    )
+    return any("dynamic" in name or name == "longrope" for name in _rope_types(config))
+
+
+def forget_long_texts(model: Any) -> None:
+    """Let the rotary frequencies of a model, which grow with the longest text it has seen, be those of a new one."""
+    for module in model.modules():
+        for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+            prefix = name.removesuffix("max_seq_len_cached")
+            first = getattr(module, f"{prefix}original_inv_freq", None)
+            if first is not None:
+                getattr(module, f"{prefix}inv_freq").copy_(first)
+                setattr(module, name, module.original_max_seq_len)
+
+
+def restarts_beyond(model: Any) -> int | None:
+    """Return the length beyond which ``generate()`` computes a whole text anew, as the Phi-3 family does; or None.
+
+    It is asked with a cache that pretends to be as long.
+    """
+    limit = getattr(model.config, "original_max_position_embeddings", None)
+    if not isinstance(limit, int) or not has_changing_rope(model.config):
+        return None
+    cache = DynamicCache(config=model.config)
+    cache.get_seq_length = lambda layer_idx=0: limit  # type: ignore[method-assign]
+    ids = torch.zeros(1, limit + 1, dtype=torch.int64)
+    inputs = model.prepare_inputs_for_generation(ids, past_key_values=cache, next_sequence_length=1)
+    return None if inputs.get("past_key_values") is cache else limit
 
 
 def stock_layers(config: Any) -> list[Any]:
@@ -62,29 +104,75 @@ def stock_layers(config: Any) -> list[Any]:
         raise bad_argument("config", "a model's config of transformers", f"{type(config).__name__}")
     if getattr(config, "is_encoder_decoder", False):
         raise bad_argument("config", "a decoder-only model", f"{type(config).__name__}")
-    layers: list[Any] = DynamicCache(config=config).layers
+    try:
+        layers: list[Any] = DynamicCache(config=config).layers
+    except Exception as error:  # transformers has no cache layers for it either
+        name = type(config).__name__
+        raise bad_argument("config", "a model that DynamicCache has layers for", f"{name}: {error!r}") from error
     return layers
 
 
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
+_WITH_STATE = (
+    DynamicIndexedLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
+
+
+def has_own_state(layer: Any) -> bool:
+    """Tell whether a stock layer keeps something of a sequence besides plain K and V."""
+    return type(layer) not in (*_PLAIN, DummyLayer)
+
+
+def take_back(layer: Any, count: int) -> None:
+    """Bring the state of a stock layer, whose K and V are elsewhere, back by some tokens; drop what it recorded."""
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        layer.crop(-count)
+    elif all(layer.is_conv_states_initialized.values()):
+        LinearAttentionCacheLayerMixin.crop(layer, -count)
+
+
 def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
-    """Return which layers of a model hold plain K and V of every token, or of a window, and if the others keep nothing.
+    """Return which layers of a model hold K and V of every token, or of a window, and if nothing else is kept.
 
     Layers that share the K and V of others, or have no attention, keep nothing.
 
     Raises
     ------
     InvalidOperation
-        If there is no such layer, or the model has an encoder; names the argument.
+        If there is no such layer, tokens see later ones, or the model has an encoder; names the argument.
     """
     layers = stock_layers(config)
-    paged = {number for number, layer in enumerate(layers) if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)}
+    _require_causal(argument, config)
+    paged = {number for number, layer in enumerate(layers) if type(layer) in _PLAIN + _WITH_STATE}
     if not paged:
-        raise bad_argument(argument, "a model with attention layers", f"{type(config).__name__}")
-    return paged, all(number in paged or isinstance(layer, DummyLayer) for number, layer in enumerate(layers))
+        kept = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DummyLayer)})
+        raise bad_argument(
+            argument,
+            "a model with attention layers whose K and V are kept token by token",
+            f"{type(config).__name__}, whose layers keep {' and '.join(kept) or 'nothing'}",
+        )
+    return paged, all(type(layer) in _PLAIN or isinstance(layer, DummyLayer) for layer in layers)
+
+
+def _require_causal(argument: str, config: Any) -> None:
+    """Refuse a model whose tokens see later ones: what is kept of a text would change with every token."""
+    text = config.get_text_config(decoder=True)
+    for name, wrong in (("is_causal", (False,)), ("use_bidirectional_attention", (True, "all"))):
+        given = getattr(text, name, None)
+        if any(given is value or (isinstance(value, str) and given == value) for value in wrong):
+            name = f"{type(config).__name__} with {name}={given!r}: its tokens see later ones"
+            raise bad_argument(argument, "a causal model", name)
 
 
 def longest_text(config: Any) -> int | None:
-    """Return the longest text that a model was made for, in tokens; None if its config has no limit."""
+    """Return the longest text that a model was made for, in tokens; None if its config has no limit.
+
+    Dynamic rotary frequencies stretch with the text.
+    """
+    if any("dynamic" in name for name in _rope_types(config)):
+        return None
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -134,6 +222,59 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     lazy_initialization = reset = crop = _do_nothing
     reorder_cache = batch_repeat_interleave = batch_select_indices = _do_nothing
+
+
+class StatefulPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer with attention and a state besides: K and V are in blocks, the state stays in the stock layer."""
+
+    def __init__(self, store: LayerStore, number: int, state: Any) -> None:
+        super().__init__(store, number)
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        if "_state" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._state, name)
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the state can be brought back."""
+        return bool(self._state.is_croppable)
+
+    def reset(self) -> None:
+        """Reset the state."""
+        self._state.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Bring the state back by so many tokens, a negative number."""
+        self._state.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Let the state of row ``i`` be that of the old row ``beam_idx[i]``."""
+        self._state.reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat the state of every row."""
+        self._state.batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the state of these rows."""
+        self._state.batch_select_indices(indices)
+
+
+class _LinearPagedLayer(StatefulPagedLayer):  # type: ignore[no-untyped-call]
+    """One whose state is that of linear attention: transformers asks for the class."""
+
+
+LinearAttentionCacheLayerMixin.register(_LinearPagedLayer)
+
+
+def paged_layer(store: LayerStore, number: int, stock: Any) -> PagedLayer:
+    """Return the layer that takes the place of a stock one, whose K and V go to `store`."""
+    if type(stock) in _PLAIN:
+        return PagedLayer(store, number)
+    is_linear = isinstance(stock, LinearAttentionCacheLayerMixin)
+    return (_LinearPagedLayer if is_linear else StatefulPagedLayer)(store, number, stock)
 
 
 def is_causal_mask(mask_function: Callable[..., Any], window: int | None) -> bool:

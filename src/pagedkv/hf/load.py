@@ -8,16 +8,13 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
-from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
+from pagedkv.errors import MissingExtra, bad_argument
 from pagedkv.hf.cache import ModelKvCache
-from pagedkv.hf.compat import has_changing_rope
+from pagedkv.hf.exam import Passed, sit_exam
 from pagedkv.hf.graphs import CudaRecorder
 from pagedkv.hf.runner import ModelRunner, RecurrentStates
 from pagedkv.spec import KvCacheSpec
@@ -26,12 +23,6 @@ from pagedkv.validate import require_int
 logger = logging.getLogger("pagedkv")
 
 MODES = ("auto", "ragged", "gather")
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
-"""How far logits may be from the model's own, in relation to their size. Rounding alone is some 1e-6 in float32."""
-HALF_TOLERANCE = 0.05
-"""The same in bfloat16 and float16, where rounding alone is up to 0.02."""
-STEPS = ((6, 5), (3, 1))
-"""Query tokens of two sequences in two forward passes: prefill; the rest of a prompt beside a single token."""
 
 
 def load_runner(
@@ -49,8 +40,9 @@ def load_runner(
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
-    Ragged mode is taken only where a few tokens of random text, computed that way at load time, have the logits that
-    the plain model gives; else gather mode, and the logger ``pagedkv`` says why.
+    The model sits an exam first (see docs/huggingface.md): random texts, computed in the fastest way, must have the
+    logits that it gives without a cache; else the next way is tried, and the logger ``pagedkv`` says why. A model for
+    which no way is right is refused.
 
     Parameters
     ----------
@@ -81,8 +73,9 @@ def load_runner(
     Raises
     ------
     InvalidOperation
-        If an argument is out of range, the model has no attention layer or an encoder, ragged mode was asked for and is
-        not right, or CUDA graphs were and the model is on no CUDA device.
+        If an argument is out of range, the model has no attention layer, is not causal or has an encoder, no way of
+        running it is right, or not the ragged mode that was asked for, or CUDA graphs were and the model is on no CUDA
+        device.
     MissingExtra
         If CUDA graphs were asked for and Triton is not installed.
     """
@@ -99,9 +92,11 @@ def load_runner(
     RecurrentStates(model.config)  # refuses a model without attention layers, whatever the mode
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
-    proved = _prove(model, mode, block_size, None if is_quantised else kv_dtype)
+    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype)
+    _warn(model, passed)
+    proved = passed.runner
     spec = proved.cache.spec
-    block_bytes = replace(spec, dtype=kv_dtype or spec.dtype).block_memory_bytes
+    block_bytes = replace(spec, dtype=kv_dtype or spec.dtype, block_size=block_size).block_memory_bytes
     count = num_blocks(block_bytes) if callable(num_blocks) else num_blocks
     cache = ModelKvCache(
         count,
@@ -111,7 +106,7 @@ def load_runner(
         prefix_caching=prefix_caching and proved.reuses_prefixes,
         eviction_threshold=eviction_threshold,
     )
-    runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant)
+    runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant, passed.way.chunkable)
     runner.table.follow(proved.table)
     if cuda_graphs and runner.mode == "gather":
         logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
@@ -129,64 +124,11 @@ def _require_graphs(model: Any, mode: str) -> None:
         raise MissingExtra("triton", "gpu")
 
 
-def _prove(model: Any, mode: str, block_size: int, kv_dtype: Any) -> ModelRunner:
-    """Return a small runner, in the mode that is right for the model, that has run it."""
-    if mode != "gather":
-        try:
-            return _tried(model, "ragged", block_size, kv_dtype)
-        except Exception as error:  # whatever a model does with tokens of other sequences, or with handles
-            reason = str(error).removeprefix("Invalid operation: ")
-            if mode == "ragged":
-                raise InvalidOperation(f"mode: 'ragged' is not for {type(model).__name__}: {reason}") from error
-            logger.warning("%s runs in gather mode, sequence by sequence: %s", type(model).__name__, reason)
-    return _tried(model, "gather", block_size, kv_dtype)
-
-
-def _tried(model: Any, mode: str, block_size: int, kv_dtype: Any) -> ModelRunner:
-    blocks = sum(-(-sum(counts) // block_size) for counts in zip(*STEPS, strict=True))
-    runner = ModelRunner(model, ModelKvCache(blocks, block_size, num_layers=0), mode, kv_dtype=kv_dtype)
-    if mode == "ragged" and has_changing_rope(model.config):
-        raise InvalidOperation("its rotary frequencies change with the longest text of a batch")
-    if mode == "ragged" and not runner.reuses_prefixes:
-        raise InvalidOperation("it has layers that keep a state outside of K and V")
-    texts = _texts(runner.vocab_size)
-    got, expected = _stepped(runner, texts), _plain(model, texts)
-    error = float((got - expected).norm() / expected.norm())
-    stored = runner.cache.storage.dtype
-    tolerance = max(TOLERANCE.get(kind, HALF_TOLERANCE) for kind in (model.dtype, stored))
-    if not error <= tolerance:
-        text = f"its logits are off by {error:.2g} of their size, expected at most {tolerance:g}"
-        if mode == "ragged":
-            raise InvalidOperation(text)
-        logger.warning("%s in gather mode: %s", type(model).__name__, text)
-    return runner
-
-
-def _texts(vocab_size: int) -> list[np.ndarray[Any, Any]]:
-    random = np.random.default_rng(0)
-    return [random.integers(0, vocab_size, sum(counts)) for counts in zip(*STEPS, strict=True)]
-
-
-def _stepped(runner: ModelRunner, texts: list[np.ndarray[Any, Any]]) -> Tensor:
-    """Return the logits of all tokens, text by text, out of mixed batches."""
-    seq_ids = range(len(texts))
-    for seq_id in seq_ids:
-        runner.cache.allocate(seq_id, 0)
-    rows: list[list[Tensor]] = [[] for _ in texts]
-    done = [0] * len(texts)
-    for counts in STEPS:
-        parts = [text[start : start + count] for text, start, count in zip(texts, done, counts, strict=True)]
-        plan = runner.cache.append_batch(list(seq_ids), counts=list(counts))
-        logits = runner.forward(plan, np.concatenate(parts), np.arange(plan.total_tokens))
-        for seq_id, part in enumerate(torch.split(logits, list(counts))):
-            rows[seq_id].append(part)
-            done[seq_id] += counts[seq_id]
-        runner.cache.commit(plan)
-    return torch.cat([part for parts in rows for part in parts])
-
-
-def _plain(model: Any, texts: list[np.ndarray[Any, Any]]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat(
-            [model(torch.from_numpy(text).to(model.device)[None], use_cache=False).logits[0].float() for text in texts]
-        )
+def _warn(model: Any, passed: Passed) -> None:
+    """Say why a model is not run in the best way."""
+    name = type(model).__name__
+    for way, reason in passed.reasons.items():
+        if way.mode == "ragged":
+            logger.warning("%s runs in gather mode, sequence by sequence: %s", name, reason)
+        else:
+            logger.warning("%s takes prompts whole, never in chunks: %s", name, reason)

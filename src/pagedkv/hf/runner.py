@@ -23,12 +23,16 @@ from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
     LayerStore,
-    PagedLayer,
     attention_by,
+    forget_long_texts,
     has_changing_rope,
+    has_own_state,
     longest_text,
+    paged_layer,
     paged_layers,
+    restarts_beyond,
     stock_layers,
+    take_back,
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
@@ -44,7 +48,7 @@ Slots = npt.NDArray[np.int64]
 
 def forward_cache(stock: list[Any], paged: set[int], store: LayerStore) -> Cache:
     """Return a cache whose paged layers go to `store` and whose other layers are the stock ones."""
-    layers = [PagedLayer(store, number) if number in paged else layer for number, layer in enumerate(stock)]
+    layers = [paged_layer(store, number, layer) if number in paged else layer for number, layer in enumerate(stock)]
     return Cache(layers=layers)
 
 
@@ -128,7 +132,7 @@ class GatherWriter:
 
 
 class RecurrentStates:
-    """The stock cache layers of one model that are not paged, for each sequence.
+    """What the stock cache layers of one model keep besides paged K and V, for each sequence.
 
     Parameters
     ----------
@@ -200,17 +204,16 @@ class _Kept:
     newest: int = 0
 
     def take_back(self, count: int, seq_id: int) -> None:
-        recording = [layer for layer in self.layers if getattr(layer, "record_past", False)]
-        if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in recording)):
+        stateful = [layer for layer in self.layers if has_own_state(layer)]
+        if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in stateful)):
             raise bad_argument(
                 "plan",
                 f"S{sequence_number(seq_id)} to go on after token {self.seen}",
                 f"{self.seen - count}: what recurrent layers keep cannot be taken back so far; "
                 "free the sequence and compute it anew",
             )
-        for layer in recording:
-            if layer.is_croppable:
-                layer.crop(-count)
+        for layer in stateful:
+            take_back(layer, count)
 
 
 # oneDNN: the matrix products of a model's linear layers, while a runner runs the model.
@@ -297,19 +300,33 @@ class ModelRunner:
         The longest text that the model was made for, in tokens.
     reuses_prefixes : bool
         Whether all that a layer keeps is in blocks, and holds for longer texts too; if not, prefixes cannot be reused.
+    chunkable : bool
+        Whether a text may be computed in pieces of any length. If not, a prompt goes through the model whole, and every
+        token behind it alone, as in ``generate()``.
+    restarts_beyond : int or None
+        A text that grows beyond so many tokens is computed anew, whole, as ``generate()`` does for this model.
     streams : RunnerStreams
         The sequences that have dropped tokens.
     """
 
     def __init__(
-        self, model: Any, cache: ModelKvCache, mode: str, kv_dtype: Any = None, batch_invariant: bool = True
+        self,
+        model: Any,
+        cache: ModelKvCache,
+        mode: str,
+        kv_dtype: Any = None,
+        batch_invariant: bool = True,
+        chunkable: bool = True,
     ) -> None:
         self.model, self.cache, self.mode = model, cache, mode
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
         self.max_positions = longest_text(model.config)
         self._recurrent = RecurrentStates(model.config)
-        self.reuses_prefixes = self._recurrent.is_empty and not has_changing_rope(model.config)
+        self._has_changing_rope = has_changing_rope(model.config)
+        self.chunkable = chunkable and not self._has_changing_rope
+        self.reuses_prefixes = self._recurrent.is_empty and self.chunkable
+        self.restarts_beyond = restarts_beyond(model)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
@@ -436,6 +453,8 @@ class ModelRunner:
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
             tensors = (on_device(part, self.model.device) for part in parts)
+            if self._has_changing_rope:
+                forget_long_texts(self.model)
             logits[torch.from_numpy(chosen)] = self._run(cache, *tensors).float()
         return logits
 

@@ -1,0 +1,233 @@
+"""The exam that a model sits before it is served: which way through the cache gives the logits of the model without it.
+
+Its texts are short, so the lengths at which a model treats tokens in another way (sliding windows, attention chunks,
+scales and choices of sparse attention) are made shorter for the time of the exam. Whether rotary frequencies change
+with the length of a text is known from the config: such a model takes prompts whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.hf.cache import ModelKvCache
+from pagedkv.hf.compat import DynamicCache, forget_long_texts, has_changing_rope, longest_text
+from pagedkv.hf.runner import ModelRunner
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""How far logits may be from the model's own, in relation to their size. Rounding alone is some 1e-6 in float32."""
+HALF_TOLERANCE = 0.05
+"""The same in bfloat16 and float16, where rounding alone is up to 0.02, for the median of the tokens: rounding decides
+ties between the experts of a mixture, and such a token may be far off."""
+
+LENGTH = 24
+"""Tokens of each of the three texts of an exam."""
+NARROW = 12
+"""What the lengths in the way are made, where they are longer."""
+LENGTHS = ("sliding_window", "attention_chunk_size", "floor_scale", "index_topk")
+"""Names of the lengths, in configs and in modules, at which a model treats tokens in another way."""
+
+Step = dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a model may be run: its mode, and whether prompts may be cut into chunks."""
+
+    mode: str
+    chunkable: bool
+
+
+WAYS = (Way("ragged", True), Way("gather", True), Way("gather", False))
+"""The fastest first."""
+
+
+@dataclass(slots=True)
+class Passed:
+    """What an exam found: the first way that is right, a small runner that has gone it, and why no faster way is."""
+
+    way: Way
+    runner: ModelRunner
+    reasons: dict[Way, str] = field(default_factory=dict)
+
+
+def sit_exam(model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any = None) -> Passed:
+    """Find the way in which a model is to be run.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In eval mode.
+    mode : {"auto", "ragged", "gather"}
+        Which ways are tried.
+    block_size : int
+    kv_dtype : optional
+        Of the stored K and V.
+
+    Returns
+    -------
+    Passed
+
+    Raises
+    ------
+    InvalidOperation
+        If no way gives the logits of the model without a cache: it must not be served. Says why.
+    """
+    with narrowed(model):
+        return _first_right(model, mode, Exam(model, block_size, kv_dtype))
+
+
+def _first_right(model: Any, mode: str, exam: Exam) -> Passed:
+    exam.require_causal()
+    reasons: dict[Way, str] = {}
+    for way in [way for way in WAYS if mode in ("auto", way.mode)]:
+        try:
+            return Passed(way, exam.tried(way), reasons)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model does with tokens of other sequences, or with handles
+            failure, reasons[way] = error, str(error).removeprefix("Invalid operation: ") or repr(error)
+    if mode == "ragged":
+        raise InvalidOperation(f"mode: 'ragged' is not for {type(model).__name__}: {reasons[way]}") from failure
+    reason = _kept_by_modules(model) or reasons[way]
+    raise InvalidOperation(f"model: no cache is right for {type(model).__name__}: {reason}") from failure
+
+
+@contextmanager
+def narrowed(model: Any) -> Iterator[None]:
+    """Let the lengths at which a model treats tokens in another way be short for the time being."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    text = model.config.get_text_config(decoder=True)
+    owners = [*(configs | {id(text): text}).values(), *model.modules()]
+    kept = [(owner, name, getattr(owner, name, None)) for owner in owners for name in LENGTHS]
+    kept = [each for each in kept if isinstance(each[2], (int, float)) and each[2] > NARROW]
+    try:
+        for owner, name, _ in kept:
+            setattr(owner, name, NARROW)
+        yield
+    finally:
+        for owner, name, length in kept:
+            setattr(owner, name, length)
+
+
+def _kept_by_modules(model: Any) -> str:
+    """Say which module keeps a state of the text itself, if one does: there can be only one text then."""
+    for name, module in model.named_modules():
+        for attribute, given in vars(module).items():
+            if "state" in attribute and isinstance(given, Tensor):
+                return f"{name} keeps {attribute} of the text in itself, so texts cannot take turns"
+    return ""
+
+
+class Exam:
+    """The texts of an exam, and the logits that are right for them."""
+
+    def __init__(self, model: Any, block_size: int, kv_dtype: Any) -> None:
+        self._model, self._block_size, self._kv_dtype = model, min(block_size, 16), kv_dtype
+        self._length = min(LENGTH, longest_text(model.config) or LENGTH)
+        vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._texts = np.random.default_rng(0).integers(0, vocab_size, (3, self._length))
+        self._texts[2, : self._shared] = self._texts[0, : self._shared]
+        self._plain = self._logits(self._length)
+
+    @property
+    def _shared(self) -> int:
+        return self._length * 3 // 4
+
+    def require_causal(self) -> None:
+        """Raise InvalidOperation if a token's logits depend on the tokens behind it."""
+        half = self._length // 2
+        if not has_changing_rope(self._model.config):
+            error = self._distance(self._logits(half), self._plain[:, :half], self._model.dtype)
+            if error:
+                name = f"{type(self._model).__name__}: where later tokens are cut off, {error}"
+                raise bad_argument("model", "a causal one", name)
+
+    def tried(self, way: Way) -> ModelRunner:
+        """Return a runner that has gone this way and was right; raises the reason if it is not for the model."""
+        config, runner = self._model.config, self._runner(way)
+        if way.chunkable and has_changing_rope(config):
+            raise InvalidOperation("its rotary frequencies change with the longest text of a batch")
+        if way.mode == "ragged" and not runner.reuses_prefixes:
+            raise InvalidOperation("it has layers that keep a state outside of K and V")
+        steps = self._cut_steps() if way.chunkable else self._whole_steps()
+        got, expected = self._served(runner, steps, self._plain if way.chunkable else self._cached(steps))
+        error = self._distance(got, expected, self._model.dtype, runner.cache.storage.dtype)
+        if error:
+            raise InvalidOperation(error)
+        return runner
+
+    def _cut_steps(self) -> list[Step]:
+        """The first text in chunks of 7, 1 and 16 beside the second in one piece; the third, which begins alike."""
+        first = min(7, self._length - 2)
+        return [{0: first, 1: self._length - 2}, {0: 1, 1: 1}, {0: self._length - first - 1, 1: 1}, {2: 0}]
+
+    def _whole_steps(self) -> list[Step]:
+        """Two texts in one piece, but for their last tokens."""
+        return [{0: self._length - 3}, {0: 1, 1: self._length - 2}, {0: 1, 1: 1}, {0: 1, 1: 1}]
+
+    def _runner(self, way: Way) -> ModelRunner:
+        cache = ModelKvCache(3 * -(-self._length // self._block_size), self._block_size, num_layers=0)
+        return ModelRunner(self._model, cache, way.mode, kv_dtype=self._kv_dtype, chunkable=way.chunkable)
+
+    def _served(self, runner: ModelRunner, steps: list[Step], right: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of all tokens that a runner computes, and the right ones."""
+        cache, got, expected = runner.cache, [], []
+        done: dict[int, int] = {}
+        for step in steps:
+            for text, count in step.items():  # a count of 0 means the rest
+                ids = self._texts[text, done.get(text, 0) :][: count or self._length]
+                if text in done:
+                    cache.append(text, ids)
+                else:
+                    done[text] = cache.allocate(text, ids if runner.reuses_prefixes else len(ids)).num_cached_tokens
+            plan = cache.plan(list(step))
+            counts = plan.num_query_tokens.tolist()
+            places = [(text, done[text], done[text] + count) for text, count in zip(step, counts, strict=True)]
+            tokens = np.concatenate([self._texts[text, first:last] for text, first, last in places])
+            got.append(runner.forward(plan, tokens, np.arange(plan.total_tokens)))
+            cache.commit(plan)
+            expected += [right[text, first:last] for text, first, last in places]
+            done |= {text: last for text, _, last in places}
+        return torch.cat(got), torch.cat(expected)
+
+    def _logits(self, length: int) -> Tensor:
+        """Return the logits of the model without a cache, ``[texts, length, vocab]``."""
+        return self._run(self._texts[:, :length], use_cache=False)
+
+    def _cached(self, steps: list[Step]) -> Tensor:
+        """Return what the model's own cache gives for each text alone, in the same pieces."""
+        rows = self._plain.clone()
+        for text in (0, 1):
+            cache, done = DynamicCache(config=self._model.config), 0
+            for count in [step[text] for step in steps if text in step]:
+                places = slice(done, done + count)
+                ids = self._texts[text : text + 1, places]
+                rows[text, places] = self._run(ids, past_key_values=cache, use_cache=True)[0]
+                done += count
+        return rows
+
+    def _run(self, ids: Any, **options: Any) -> Tensor:
+        forget_long_texts(self._model)
+        with torch.no_grad():
+            tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self._model.device)
+            logits: Tensor = self._model(tokens, **options).logits
+            return logits.float()
+
+    def _distance(self, got: Tensor, expected: Tensor, *dtypes: torch.dtype) -> str:
+        """Say how far logits are from the right ones, if it is too far."""
+        tolerance = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)
+        if tolerance == HALF_TOLERANCE:
+            error = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+        else:
+            error = float((got - expected).norm() / expected.norm())
+        if error <= tolerance:
+            return ""
+        return f"its logits are off by {error:.2g} of their size, expected at most {tolerance:g}"
