@@ -33,44 +33,63 @@ class LoadedModel:
         return ids
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, argument: str = "--model") -> None:
     """Raise `Failure` where a folder cannot be a model, before anything heavy is imported."""
     if not path.exists():
-        raise Failure(f"--model: there is no folder {path}")
+        raise Failure(f"{argument}: there is no folder {path}")
     if not path.is_dir():
-        raise Failure(f"--model: expected a folder in the Hugging Face format, got the file {path}")
+        raise Failure(f"{argument}: expected a folder in the Hugging Face format, got the file {path}")
     config = path / "config.json"
     if not config.is_file():
-        raise Failure(f"--model: {path} has no config.json, so it is no Hugging Face model folder")
+        raise Failure(f"{argument}: {path} has no config.json, so it is no Hugging Face model folder")
     try:
         parsed = json.loads(config.read_bytes())
     except (ValueError, OSError) as error:
-        raise Failure(f"--model: {config} is no valid JSON: {error}") from error
+        raise Failure(f"{argument}: {config} is no valid JSON: {error}") from error
     if not isinstance(parsed, dict) or "model_type" not in parsed:
-        raise Failure(f"--model: {config} names no model_type")
+        raise Failure(f"{argument}: {config} names no model_type")
     if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise Failure(f"--model: {path} holds no weights: expected model.safetensors")
+        raise Failure(f"{argument}: {path} holds no weights: expected model.safetensors")
 
 
 def load_model(path: Path, device: str) -> LoadedModel:
     """Load a checked folder; `Failure` where a part of it is broken or missing, or there is no such device."""
+    transformers, target = _transformers(), torch_device(device)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **_ONLY_HERE)
+    except Exception as error:
+        raise Failure(f"--model: {path} has no tokenizer that can be read: {_first_line(error)}") from error
+    return LoadedModel(_weights(transformers, path, "--model").to(target).eval(), tokenizer)
+
+
+def load_weights(path: Path, device: str, argument: str) -> Any:
+    """Load a checked folder without its tokenizer; `Failure` as of `load_model`, naming the argument."""
+    transformers, target = _transformers(), torch_device(device)
+    return _weights(transformers, path, argument).to(target).eval()
+
+
+_ONLY_HERE = {"local_files_only": True, "trust_remote_code": False}
+
+
+def _transformers() -> Any:
+    """Import transformers, quiet and without a network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import_module("torch")  # first: where it is missing, transformers goes on without it and prints advice
     transformers: Any = import_module("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    target = torch_device(device)
-    only_here = {"local_files_only": True, "trust_remote_code": False}
+    return transformers
+
+
+def _weights(transformers: Any, path: Path, argument: str) -> Any:
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **only_here)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **_ONLY_HERE)
     except Exception as error:
-        raise Failure(f"--model: {path} has no tokenizer that can be read: {_first_line(error)}") from error
-    try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **only_here)
-    except Exception as error:
-        raise Failure(f"--model: cannot load {path}: {_first_line(error)}") from error
-    _refuse_missing_weights(path, found["missing_keys"])
-    return LoadedModel(model.to(target).eval(), tokenizer)
+        raise Failure(f"{argument}: cannot load {path}: {_first_line(error)}") from error
+    missing = found["missing_keys"]
+    if missing:  # transformers would fill them with random numbers
+        raise Failure(f"{argument}: the weights of {path} lack {len(missing)} tensors, {min(missing)} for one")
+    return model
 
 
 def torch_device(name: str) -> Any:
@@ -83,12 +102,6 @@ def torch_device(name: str) -> Any:
     except Exception as error:
         raise Failure(f"--device {name} cannot be used: {_first_line(error)}") from error
     return device
-
-
-def _refuse_missing_weights(path: Path, missing: set[str]) -> None:
-    # transformers would fill them with random numbers.
-    if missing:
-        raise Failure(f"--model: the weights of {path} lack {len(missing)} tensors, {min(missing)} for one")
 
 
 def _first_line(error: Exception) -> str:
