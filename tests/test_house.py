@@ -22,7 +22,6 @@ LONG = {
     "pagedkv.control.sequences": "the compiled calls on sequences, which share their rows, tables and holes",
     "pagedkv.data.cpu_kernels": "one compile unit: the decode loop and what is inlined into it",
     "pagedkv.data.gpu_kernels": "one compile unit: Triton inlines what a kernel calls from its own module",
-    "pagedkv.hf.cache": "PagedCache, its layers and its rows: transformers' one cache object",
     "pagedkv.sim.report.charts": "the charts of the report over one canvas",
 }
 

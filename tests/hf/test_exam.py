@@ -179,3 +179,35 @@ def test_a_cache_serves_any_number_of_rows_after_another(name):
 def test_a_cache_is_for_causal_models():
     with pytest.raises(InvalidOperation, match="config: expected a causal model, got Gemma3TextConfig"):
         PagedCache(build("both_ways").config)
+
+
+def test_what_no_cache_of_transformers_serves_is_refused_in_words():
+    model, ids = build("minimax"), prompt(1, 9)
+    with pytest.raises(InvalidOperation, match="right over a PagedCache, got MiniMaxForCausalLM: MiniMax uses cache"):
+        generate(model, ids, PagedCache(model.config), attention_mask=torch.ones_like(ids), **GREEDY)
+
+
+def test_prefixes_are_not_reused_where_the_exam_finds_them_wrong():
+    """A model of one's own that gives the first token of a pass more weight."""
+    model, cache = lone("llama"), PagedCache(build("llama").config, num_blocks=64, block_size=4)
+
+    def stress(module, args, out):
+        return torch.cat([out[:, :1] * 3, out[:, 1:]], dim=1) if out.shape[1] > 1 else out
+
+    model.model.embed_tokens.register_forward_hook(stress)
+    for length in (20, 40):
+        ids = prompt(1, 40)[:, :length]
+        options = GREEDY | dict(attention_mask=torch.ones_like(ids))
+        assert torch.equal(generate(model, ids, cache, **options), model.generate(ids, **options))
+        assert cache.num_cached_tokens == 0
+
+
+def test_a_model_sits_the_exam_of_a_cache_once():
+    model, passes, ids = lone("llama"), [], prompt(1, 9)
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    counts = []
+    for _ in range(2):
+        before = len(passes)
+        generate(model, ids, PagedCache(model.config, num_blocks=32), attention_mask=torch.ones_like(ids), **GREEDY)
+        counts.append(len(passes) - before)
+    assert counts[0] > counts[1] == GREEDY["max_new_tokens"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pagedkv.hf.cache import PagedCache, generate
+from pagedkv.hf.cache import PagedCache
+from pagedkv.hf.generate import generate
 from pagedkv.hf.load import load_runner
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.hf.streaming import StreamingSession

@@ -8,17 +8,20 @@ with the length of a text is known from the config: such a model takes prompts w
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.hf.cache import ModelKvCache
-from pagedkv.hf.compat import DynamicCache, forget_long_texts, has_changing_rope, longest_text
+from pagedkv.hf.cache import ModelKvCache, PagedCache
+from pagedkv.hf.compat import DynamicCache, attention_by, forget_long_texts, has_changing_rope, longest_text
+from pagedkv.hf.direct import DIRECT
 from pagedkv.hf.runner import ModelRunner
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -126,6 +129,46 @@ def _kept_by_modules(model: Any) -> str:
     return ""
 
 
+_CACHE_EXAMS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def sit_cache_exam(model: Any) -> bool:
+    """Tell whether a PagedCache may reuse prefixes for a model.
+
+    Each model sits this exam once: a batch in one piece and token by token, then a text behind a cached prefix. None is
+    sat in training mode, nor by a model that does not run on token ids alone.
+
+    Raises
+    ------
+    InvalidOperation
+        If the model gives other logits over a PagedCache than over transformers' own.
+    """
+    if model.training:
+        return True
+    if model not in _CACHE_EXAMS:
+        with narrowed(model):
+            try:
+                exam = Exam(model, 8, None)
+            except Exception:
+                return True
+            _CACHE_EXAMS[model] = _cache_exam(model, exam)
+    return _CACHE_EXAMS[model]
+
+
+def _cache_exam(model: Any, exam: Exam) -> bool:
+    cache = PagedCache(model.config, num_blocks=16, block_size=8)
+    try:
+        right, got = exam.in_pieces(DynamicCache(config=model.config)), exam.in_pieces(cache)
+        error = exam.distance(got, right, model.dtype)
+        if not error:
+            return exam.reuses_prefixes(cache)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        error = str(failure).removeprefix("Invalid operation: ")
+    raise bad_argument("model", "one that is right over a PagedCache", f"{type(model).__name__}: {error}")
+
+
 class Exam:
     """The texts of an exam, and the logits that are right for them."""
 
@@ -145,7 +188,7 @@ class Exam:
         """Raise InvalidOperation if a token's logits depend on the tokens behind it."""
         half = self._length // 2
         if not has_changing_rope(self._model.config):
-            error = self._distance(self._logits(half), self._plain[:, :half], self._model.dtype)
+            error = self.distance(self._logits(half), self._plain[:, :half], self._model.dtype)
             if error:
                 name = f"{type(self._model).__name__}: where later tokens are cut off, {error}"
                 raise bad_argument("model", "a causal one", name)
@@ -158,8 +201,9 @@ class Exam:
         if way.mode == "ragged" and not runner.reuses_prefixes:
             raise InvalidOperation("it has layers that keep a state outside of K and V")
         steps = self._cut_steps() if way.chunkable else self._whole_steps()
-        got, expected = self._served(runner, steps, self._plain if way.chunkable else self._cached(steps))
-        error = self._distance(got, expected, self._model.dtype, runner.cache.storage.dtype)
+        right = self._plain if way.chunkable else self.in_pieces(DynamicCache(config=config))
+        got, expected = self._served(runner, steps, right)
+        error = self.distance(got, expected, self._model.dtype, runner.cache.storage.dtype)
         if error:
             raise InvalidOperation(error)
         return runner
@@ -171,7 +215,7 @@ class Exam:
 
     def _whole_steps(self) -> list[Step]:
         """Two texts in one piece, but for their last tokens."""
-        return [{0: self._length - 3}, {0: 1, 1: self._length - 2}, {0: 1, 1: 1}, {0: 1, 1: 1}]
+        return [{0: self._length - 2}, {0: 1, 1: self._length - 2}, {0: 1, 1: 1}, {1: 1}]
 
     def _runner(self, way: Way) -> ModelRunner:
         cache = ModelKvCache(3 * -(-self._length // self._block_size), self._block_size, num_layers=0)
@@ -200,28 +244,33 @@ class Exam:
 
     def _logits(self, length: int) -> Tensor:
         """Return the logits of the model without a cache, ``[texts, length, vocab]``."""
-        return self._run(self._texts[:, :length], use_cache=False)
+        return self._run(self._texts[:, :length])
 
-    def _cached(self, steps: list[Step]) -> Tensor:
-        """Return what the model's own cache gives for each text alone, in the same pieces."""
-        rows = self._plain.clone()
-        for text in (0, 1):
-            cache, done = DynamicCache(config=self._model.config), 0
-            for count in [step[text] for step in steps if text in step]:
-                places = slice(done, done + count)
-                ids = self._texts[text : text + 1, places]
-                rows[text, places] = self._run(ids, past_key_values=cache, use_cache=True)[0]
-                done += count
-        return rows
+    def in_pieces(self, cache: Any) -> Tensor:
+        """Return the logits of the first two texts over a cache, in one piece but for their last two tokens."""
+        cuts = (0, self._length - 2, self._length - 1, self._length)
+        parts = [self._run(self._texts[:2, first:last], cache) for first, last in pairwise(cuts)]
+        return torch.cat(parts, dim=1)
 
-    def _run(self, ids: Any, **options: Any) -> Tensor:
+    def reuses_prefixes(self, cache: PagedCache) -> bool:
+        """Tell whether a text is right behind a prefix that a cache holds of another."""
+        for text in (0, 2):
+            ids = self._texts[text : text + 1]
+            past = cache.prompt(ids)
+            if self.distance(self._run(ids[:, past:], cache), self._plain[text : text + 1, past:], self._model.dtype):
+                return False
+        return True
+
+    def _run(self, ids: Any, cache: Any = None) -> Tensor:
         forget_long_texts(self._model)
-        with torch.no_grad():
-            tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self._model.device)
-            logits: Tensor = self._model(tokens, **options).logits
-            return logits.float()
+        tokens = torch.from_numpy(np.ascontiguousarray(ids)).to(self._model.device)
+        text = self._model.config.get_text_config(decoder=True)
+        needs_blocks = text._attn_implementation == DIRECT and not isinstance(cache, PagedCache)
+        with torch.no_grad(), attention_by("eager", text) if needs_blocks else nullcontext():
+            logits: Tensor = self._model(tokens, past_key_values=cache, use_cache=cache is not None).logits
+        return logits.float()
 
-    def _distance(self, got: Tensor, expected: Tensor, *dtypes: torch.dtype) -> str:
+    def distance(self, got: Tensor, expected: Tensor, *dtypes: torch.dtype) -> str:
         """Say how far logits are from the right ones, if it is too far."""
         tolerance = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)
         if tolerance == HALF_TOLERANCE:
