@@ -38,10 +38,10 @@ __all__ = [
     "LayerStore",
     "PagedLayer",
     "attention_by",
+    "forget_long_texts",
     "has_changing_rope",
     "has_own_state",
     "is_causal_mask",
-    "forget_long_texts",
     "longest_text",
     "paged_layer",
     "paged_layers",
@@ -73,13 +73,16 @@ def has_changing_rope(config: Any) -> bool:
 
 
 def forget_long_texts(model: Any) -> None:
-    """Let the rotary frequencies of a model, which grow with the longest text it has seen, be those of a new one."""
+    """Let rotary frequencies that grew with the longest text a model has seen be those of a new model."""
+    if not has_changing_rope(model.config):
+        return
     for module in model.modules():
         for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
             prefix = name.removesuffix("max_seq_len_cached")
             first = getattr(module, f"{prefix}original_inv_freq", None)
             if first is not None:
-                getattr(module, f"{prefix}inv_freq").copy_(first)
+                device = getattr(module, f"{prefix}inv_freq").device
+                setattr(module, f"{prefix}inv_freq", first.to(device, copy=True))  # transformers writes into it
                 setattr(module, name, module.original_max_seq_len)
 
 

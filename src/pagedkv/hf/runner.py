@@ -323,8 +323,7 @@ class ModelRunner:
         self.vocab_size = int(self._text.vocab_size)
         self.max_positions = longest_text(model.config)
         self._recurrent = RecurrentStates(model.config)
-        self._has_changing_rope = has_changing_rope(model.config)
-        self.chunkable = chunkable and not self._has_changing_rope
+        self.chunkable = chunkable and not has_changing_rope(model.config)
         self.reuses_prefixes = self._recurrent.is_empty and self.chunkable
         self.restarts_beyond = restarts_beyond(model)
         self.table = LayerTable(cache, kv_dtype)
@@ -453,7 +452,7 @@ class ModelRunner:
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
             tensors = (on_device(part, self.model.device) for part in parts)
-            if self._has_changing_rope:
+            if not self.chunkable:
                 forget_long_texts(self.model)
             logits[torch.from_numpy(chosen)] = self._run(cache, *tensors).float()
         return logits
