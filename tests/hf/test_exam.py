@@ -117,6 +117,13 @@ def test_a_model_is_refused_with_the_true_reason(name, reason):
         LLM(build(name), num_blocks=8)
 
 
+def test_a_model_that_needs_more_than_token_ids_is_refused_in_words():
+    model = lone("llama")
+    model.model.embed_tokens.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(InvalidOperation, match="computes logits of token ids alone, got LlamaForCausalLM: division"):
+        load_runner(model, num_blocks=8)
+
+
 def test_a_model_that_looks_ahead_is_found_out():
     model = lone("llama")
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: out + out.roll(-1, dims=1))

@@ -150,12 +150,11 @@ def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
     _require_causal(argument, config)
     paged = {number for number, layer in enumerate(layers) if type(layer) in _PLAIN + _WITH_STATE}
     if not paged:
-        kept = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, DummyLayer)})
-        raise bad_argument(
-            argument,
-            "a model with attention layers whose K and V are kept token by token",
-            f"{type(config).__name__}, whose layers keep {' and '.join(kept) or 'nothing'}",
-        )
+        others = {type(layer) for layer in layers if isinstance(layer, CacheLayerMixin)}
+        kind = " whose K and V are kept token by token" if others else ""
+        kept = " and ".join(sorted(other.__name__ for other in others))
+        name = f"{type(config).__name__}, whose layers keep {kept}" if others else type(config).__name__
+        raise bad_argument(argument, f"a model with attention layers{kind}", name)
     return paged, all(type(layer) in _PLAIN or isinstance(layer, DummyLayer) for layer in layers)
 
 

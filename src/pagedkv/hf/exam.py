@@ -84,7 +84,14 @@ def sit_exam(model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any
         If no way gives the logits of the model without a cache: it must not be served. Says why.
     """
     with narrowed(model):
-        return _first_right(model, mode, Exam(model, block_size, kv_dtype))
+        try:
+            exam = Exam(model, block_size, kv_dtype)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            name = f"{type(model).__name__}: {error}"
+            raise bad_argument("model", "one that computes logits of token ids alone", name) from error
+        return _first_right(model, mode, exam)
 
 
 def _first_right(model: Any, mode: str, exam: Exam) -> Passed:
@@ -149,6 +156,8 @@ def sit_cache_exam(model: Any) -> bool:
         with narrowed(model):
             try:
                 exam = Exam(model, 8, None)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
             except Exception:
                 return True
             _CACHE_EXAMS[model] = _cache_exam(model, exam)
