@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from tests.hf.models import GREEDY, build, prompt
 from tests.hf.serving import generated
 
@@ -218,3 +219,21 @@ def test_a_model_sits_the_exam_of_a_cache_once():
         generate(model, ids, PagedCache(model.config, num_blocks=32), attention_mask=torch.ones_like(ids), **GREEDY)
         counts.append(len(passes) - before)
     assert counts[0] > counts[1] == GREEDY["max_new_tokens"]
+
+
+@pytest.mark.parametrize("family", ["OpenAIGPT", "XLM", "Rwkv"])
+def test_a_model_that_takes_no_cache_is_refused_in_words(family: str) -> None:
+    sizes = {
+        "OpenAIGPT": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+        "XLM": {"emb_dim": 32, "n_layers": 2, "n_heads": 2},
+    }
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=97, **sizes.get(family, {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32})
+    )
+    kind = {"OpenAIGPT": "OpenAIGPTLMHeadModel", "XLM": "XLMWithLMHeadModel", "Rwkv": "RwkvForCausalLM"}[family]
+    model = getattr(transformers, kind)(config).eval()
+    with pytest.raises(InvalidOperation, match=r"model: expected one whose forward\(\) takes past_key_values"):
+        sit_exam(model)
+    paged = PagedCache(transformers.LlamaConfig(num_hidden_layers=2), num_blocks=8)
+    with pytest.raises(InvalidOperation, match="takes past_key_values"):
+        generate(model, torch.tensor([[1, 2, 3]]), paged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FunctionType
@@ -13,7 +14,7 @@ from torch import Tensor
 from pagedkv.errors import MissingExtra, bad_argument
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
+    from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
     from transformers.cache_utils import (
         CacheLayerMixin,
         DummyLayer,
@@ -46,9 +47,16 @@ __all__ = [
     "paged_layer",
     "paged_layers",
     "restarts_beyond",
+    "require_cache_argument",
     "stock_layers",
     "take_back",
 ]
+
+
+def require_cache_argument(model: Any) -> None:
+    """Refuse a model of transformers whose ``forward`` takes no ``past_key_values``: it has another cache, or none."""
+    if isinstance(model, PreTrainedModel) and "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise bad_argument("model", "one whose forward() takes past_key_values", type(model).__name__)
 
 
 @contextmanager

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.cache import ModelKvCache, PagedCache
-from pagedkv.hf.compat import DynamicCache, attention_by, forget_long_texts, has_changing_rope, longest_text
+from pagedkv.hf.compat import (
+    DynamicCache,
+    attention_by,
+    forget_long_texts,
+    has_changing_rope,
+    longest_text,
+    require_cache_argument,
+)
 from pagedkv.hf.direct import DIRECT
 from pagedkv.hf.runner import ModelRunner
 
@@ -83,6 +90,7 @@ def sit_exam(model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any
     InvalidOperation
         If no way gives the logits of the model without a cache: it must not be served. Says why.
     """
+    require_cache_argument(model)
     with narrowed(model):
         try:
             exam = Exam(model, block_size, kv_dtype)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pagedkv.errors import bad_argument
 from pagedkv.hf.cache import PagedCache
+from pagedkv.hf.compat import require_cache_argument
 from pagedkv.hf.exam import sit_cache_exam
 
 
@@ -44,8 +45,9 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     Raises
     ------
     InvalidOperation
-        If `cache` is no PagedCache or has served another model, the model gives other logits over it than over its own
-        cache, there is no token, ``past_key_values`` is among the arguments, or ``use_cache`` is False.
+        If `cache` is no PagedCache or has served another model, the model takes no cache or gives other logits over
+        this one than over its own, there is no token, ``past_key_values`` is among the arguments, or ``use_cache`` is
+        False.
     OutOfMemory
         If the pool is too small; says how many blocks it takes.
     """
@@ -55,6 +57,7 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
         raise bad_argument("past_key_values", "the cache as third argument only")
     if isinstance(input_ids, Tensor) and not input_ids.numel() and "inputs_embeds" not in kwargs:
         raise bad_argument("input_ids", "at least one token", f"shape {list(input_ids.shape)}")
+    require_cache_argument(model)
     cache.serve(model, reuses_prefixes=sit_cache_exam(model))
     others = {name for name, value in kwargs.items() if _holds_tensor(value)} - {"attention_mask"}
     if others:
