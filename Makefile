@@ -3,7 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# A faster mirror or a CPU-only build: make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
+# A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "==> $(VENV) with $$($$python -V) ($$python)"; \
 	$$python -m venv $(VENV)
 	@echo "==> torch 2.13.0"
-	@$(PIP) $(TORCH_FLAGS) torch==2.13.0
+	@$(PIP) $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
 	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
 	@$(PIP) -c constraints.txt hatchling editables
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,serve,events,gpu,dev]'
