@@ -134,6 +134,55 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
+TEMPLATE = """{% for m in messages %}{% if m.role == 'system' and m.content == 'none' %}{{ raise_exception('no system') }}
+{% endif %}# {{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A folder of the shipped model, with a chat template."""
+    folder = shutil.copytree(shipped_model_path(), tmp_path_factory.mktemp("chat") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "# user: say it\n# assistant:"),
+        (["--system", "Be brief."], "# system: Be brief.\n# user: say it\n# assistant:"),
+        (["--raw"], "say it"),
+        (["--no-chat-template"], "say it"),
+    ],
+)
+def test_a_prompt_is_written_as_the_chat_template_has_it(chat_model, model, tokenizer, options, said):
+    report = report_of("say it", "--model", chat_model, "--temperature", 0, "--max-new-tokens", 8, *options)
+    ids = tokenizer(said, add_special_tokens=said == "say it", return_tensors="pt")
+    written = model.generate(**ids, do_sample=False, max_new_tokens=8)[0, ids["input_ids"].shape[1] :].tolist()
+    assert report.prompt == "say it" and report.token_ids == [written]
+    assert report.prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_the_answer_of_a_chat_stands_alone(chat_model):
+    options = ("say it", "--model", chat_model, "--temperature", 0, "--max-new-tokens", 8)
+    (answer,) = report_of(*options).texts
+    assert call("generate", *options).stdout.rstrip("\n") == answer.rstrip("\n")
+    assert call("generate", *options, "--raw").stdout.startswith("say it")
+
+
+def test_a_system_message_needs_a_template_that_takes_it(chat_model):
+    for options, told in (
+        (["--system", "x"], "--system: expected a model with a chat template"),
+        (["--system", "x", "--raw"], "--system and --raw do not go together"),
+        (["--system", "none", "--model", chat_model], "the chat template of the model refuses the prompt: no system"),
+    ):
+        result = call("generate", "say it", *options)
+        assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_what_is_no_option_is_as_the_folder_has_it(tmp_path, tokenizer):
     folder = shutil.copytree(shipped_model_path(), tmp_path / "model")
     config = folder / "config.json"

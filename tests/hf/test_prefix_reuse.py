@@ -61,7 +61,17 @@ def test_num_cached_tokens_tells_what_was_reused(model, cache):
     assert cache.num_cached_tokens == 0
     paged(model, ids, cache, release=False)
     assert cache.num_cached_tokens == 29  # the last token is always computed
-    cache.release()
+    cache.reset()
+    assert cache.num_cached_tokens == 0
+
+
+def test_num_cached_tokens_is_known_after_generate_has_released_the_cache(model, cache):
+    ids = prompt(1, 30)
+    for expected in (0, 29):
+        generate(model, ids, cache, max_new_tokens=4, do_sample=False)
+        assert cache.seq_ids == [] and cache.num_cached_tokens == expected
+    embeddings = model.get_input_embeddings()(ids).detach()
+    generate(model, ids, cache, inputs_embeds=embeddings, max_new_tokens=4, do_sample=False)
     assert cache.num_cached_tokens == 0
 
 

@@ -55,9 +55,13 @@ EXAMPLES = """Write text with a language model whose keys and values live in pag
 
   cat prompt.txt | pagedkv generate - --model ./my-model --temperature 0
 
+  pagedkv generate "What is a KV cache?" --model ./my-chat-model --system "Answer in one sentence."
+
   pagedkv generate "def main():" --stream --window-tokens 508
 
 The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
+
+Where the model has a chat template, the prompt is the user's message and only the answer is printed; --raw goes on from the prompt.
 """
 
 _SAMPLING, _POOL, _STREAM, _OUTPUT = "What to write", "The pool", "Without end", "What to show"
@@ -70,6 +74,15 @@ class GenerateRequest:
     prompt: str
     model: str | None = setting(
         None, "A Hugging Face model folder.", flag="--model,-m", shown="the shipped model", group=_SAMPLING
+    )
+    system: str | None = setting(
+        None, "A system message, for a model with a chat template.", shown=False, group=_SAMPLING
+    )
+    raw: bool = setting(
+        False,
+        "Go on from the prompt itself, even if the model has a chat template.",
+        flag="--raw,--no-chat-template",
+        group=_SAMPLING,
     )
     samples: int = setting(
         1, "Samples written in parallel; they share the prompt's blocks.", flag="-n", group=_SAMPLING
@@ -96,7 +109,7 @@ class GenerateRequest:
     stream: bool = setting(False, "Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", group=_STREAM)
     sink_tokens: int | None = setting(None, "First tokens that are kept.", shown="4", group=_STREAM)
     window_tokens: int | None = setting(None, "Last tokens that are kept.", shown="508", group=_STREAM)
-    echo: bool = setting(True, "Print the prompt before the text.", group=_OUTPUT)
+    echo: bool = setting(True, "Print the prompt before the text; an answer of a chat stands alone.", group=_OUTPUT)
     show_blocks: bool = setting(False, "Draw the pool, a cell a block.", group=_OUTPUT)
     json: bool = setting(False, "Print one JSON object, at the end.", group=_OUTPUT)
 
@@ -124,6 +137,8 @@ class GenerateRequest:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        if self.system is not None and self.raw:
+            raise Failure("--system and --raw do not go together: a system message needs the chat template")
         if self.beams > 1 and self.samples > 1:
             raise Failure("-n and --beams do not go together: samples are drawn at random, beams are not")
         if self.beams > 1 and self.temperature:
@@ -231,11 +246,15 @@ def run(options: GenerateRequest) -> None:
     with library_notices(console):
         with console.status("loading the model"):
             loaded = load_model(options.model_path, options.device)
-        ids = loaded.encode(prompt)
+        is_chat = loaded.has_chat_template and not options.raw
+        if options.system is not None and not is_chat:
+            raise Failure(f"--system: expected a model with a chat template, {options.model_path} has none")
+        ids = loaded.encode_chat(prompt, options.system) if is_chat else loaded.encode(prompt)
         _check_length(options, loaded, len(ids))
         blocks = options.pool_size(len(ids))
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
-        screen = Screen(prompt if options.echo else "", options.samples, console.status(doing), silent=options.json)
+        echoed = prompt if options.echo and not is_chat else ""
+        screen = Screen(echoed, options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model), screen:
             output, pool, seconds = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
