@@ -134,7 +134,8 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
-TEMPLATE = """{% for m in messages %}{% if m.role == 'system' and m.content == 'none' %}{{ raise_exception('no system') }}
+TEMPLATE = """\
+{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}
 {% endif %}# {{ m.role }}: {{ m.content }}
 {% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"""
 
@@ -177,7 +178,7 @@ def test_a_system_message_needs_a_template_that_takes_it(chat_model):
     for options, told in (
         (["--system", "x"], "--system: expected a model with a chat template"),
         (["--system", "x", "--raw"], "--system and --raw do not go together"),
-        (["--system", "none", "--model", chat_model], "the chat template of the model refuses the prompt: no system"),
+        (["--system", "no", "--model", chat_model], "the chat template of the model refuses the prompt: no system"),
     ):
         result = call("generate", "say it", *options)
         assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1

@@ -61,7 +61,7 @@ EXAMPLES = """Write text with a language model whose keys and values live in pag
 
 The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
 
-Where the model has a chat template, the prompt is the user's message and only the answer is printed; --raw goes on from the prompt.
+To a model with a chat template the prompt is a user's message, and only the answer is printed; not so with --raw.
 """
 
 _SAMPLING, _POOL, _STREAM, _OUTPUT = "What to write", "The pool", "Without end", "What to show"
