@@ -11,7 +11,7 @@ from tests.cli.commands import call
 from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.generate import GenerateReport, written_by
+from pagedkv.cli.generate import Clock, GenerateReport, facts_of, written_by
 from pagedkv.engine import EngineCore, Request, SamplingParams
 from pagedkv.models import shipped_model_path
 
@@ -254,6 +254,33 @@ def test_text_goes_to_stdout_and_figures_to_stderr():
     assert table["blocks used"].startswith(f"{report.blocks.used} of {report.blocks.total} ")
     assert table["blocks shared"] == table["blocks copied"] == "0"
     assert "a contiguous cache: " in table["memory"] and float(table["tokens/s"].replace(",", "")) > 0
+
+
+def test_the_table_tells_compiling_apart_and_no_factor_below_one():
+    (_, fast), *_ = [row for row in facts_of(figures_with(compile_seconds=0.0)) if row[0] == "tokens/s"]
+    rows = dict(facts_of(figures_with(compile_seconds=12.3)))
+    assert rows["tokens/s"] == fast == "10.0" and rows["compiling"].startswith("12.3 s")
+    assert "compiling" not in dict(facts_of(figures_with(compile_seconds=0.0)))
+    assert dict(facts_of(figures_with(paged=1000, contiguous=900)))["memory"].endswith("900 B")
+    assert dict(facts_of(figures_with(paged=1000, contiguous=1000)))["memory"].endswith("1,000 B")
+    assert dict(facts_of(figures_with(paged=1000, contiguous=1600)))["memory"].endswith(" (1.6×)")
+
+
+def figures_with(compile_seconds=0.0, paged=1000, contiguous=900) -> GenerateReport:
+    report = report_of(PROMPT, "--max-new-tokens", 2)
+    report.memory.paged, report.memory.contiguous = paged, contiguous
+    report.new_tokens, report.seconds, report.tokens_per_second = 20, 2.0, 10.0
+    report.compile_seconds = compile_seconds
+    return report
+
+
+def test_the_time_of_compiles_is_counted_once_and_not_as_writing(monkeypatch):
+    now = iter([0.0, 3.0, 4.0, 9.0, 10.0, 12.0])  # started; ends of b, a, d, c; read
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    for name, seconds in (("b", 1.0), ("a holds b", 3.0), ("d", 2.0), ("c holds d", 4.0)):
+        clock.see(name, seconds)
+    assert clock.read() == (12.0 - 7.0, 7.0)
 
 
 class Letters:

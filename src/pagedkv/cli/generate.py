@@ -29,7 +29,7 @@ from pagedkv.cli.terminal import (
     threads_for,
 )
 from pagedkv.errors import RequestRefused
-from pagedkv.format import format_bytes
+from pagedkv.format import duration, format_bytes
 from pagedkv.machine import physical_memory
 from pagedkv.models import shipped_model_path
 from pagedkv.server.config import setting
@@ -256,9 +256,9 @@ def run(options: GenerateRequest) -> None:
         echoed = prompt if options.echo and not is_chat else ""
         screen = Screen(echoed, options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model), screen:
-            output, pool, seconds = write(options, loaded, ids, blocks, screen.show)
+            output, pool, took = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
-    report = report_of(options, prompt, output, pool, seconds)
+    report = report_of(options, prompt, output, pool, took)
     if options.json:
         print_json(report)
     else:
@@ -325,15 +325,37 @@ class PoolWatch:
         return logits
 
 
+class Clock:
+    """The time of a run, and the part of it in which kernels were compiled: once on a machine, not once a text."""
+
+    def __init__(self) -> None:
+        self._compiles: list[tuple[float, float]] = []  # begin and end, none within another
+        self._started = time.perf_counter()
+
+    def see(self, function: str, seconds: float) -> None:
+        """Note a compile that ends now; it may hold others, which ended before."""
+        end = time.perf_counter()
+        while self._compiles and self._compiles[-1][0] >= end - seconds:
+            self._compiles.pop()
+        self._compiles.append((end - seconds, end))
+
+    def read(self) -> tuple[float, float]:
+        """Return the seconds since the start without compiling, and those of compiling."""
+        compiling = sum(end - begin for begin, end in self._compiles)
+        return time.perf_counter() - self._started - compiling, compiling
+
+
 def write(
     options: GenerateRequest, loaded: LoadedModel, ids: list[int], blocks: int, show: Callable[[str], None]
-) -> tuple[RequestOutput, PoolWatch, float]:
+) -> tuple[RequestOutput, PoolWatch, tuple[float, float]]:
     """Write the text, the samples or the best of the beams; `show` gets the first text piece by piece.
 
-    Returns the output, the pool and the seconds; `Failure` where the pool is too small, or the model gives no numbers.
+    Returns the output, the pool and the seconds of writing and of compiling; `Failure` where the pool is too small, or
+    the model gives no numbers.
     """
     from pagedkv.engine import LLM
     from pagedkv.hf import load_runner
+    from pagedkv.jit import watch_compiles
 
     runner = load_runner(
         loaded.model,
@@ -346,10 +368,11 @@ def write(
     # In gather mode a prompt is computed at once, as the model's own generate() does.
     chunk = CHUNK if runner.mode == "ragged" else max(CHUNK, len(ids))
     llm = LLM(pool, loaded.tokenizer, max_batch_tokens=chunk, max_num_seqs=options.rows)
-    started = time.perf_counter()
-    request = _added(llm, ids, _params(options, loaded.model.generation_config), options)
-    output = written_by(llm, request, show, until_interrupted=options.stream)
-    seconds = time.perf_counter() - started
+    clock = Clock()
+    with watch_compiles(clock.see):
+        request = _added(llm, ids, _params(options, loaded.model.generation_config), options)
+        output = written_by(llm, request, show, until_interrupted=options.stream)
+    seconds = clock.read()
     if any(text.finish_reason == "abort" for text in output.outputs) and not options.stream:
         raise Failure("the model gave logits that are no numbers")
     limit = options.token_limit
@@ -460,14 +483,16 @@ class GenerateReport(msgspec.Struct):
     dropped_tokens: int  # of the text, which sinks and window of --stream no longer hold
     blocks: BlockUse
     memory: MemoryUse
-    seconds: float  # of generation, reading the prompt included and loading the model left out
+    seconds: float  # of writing, reading the prompt included, loading the model and compiling left out
+    compile_seconds: float  # of kernels that were not on the disk yet
     tokens_per_second: float
 
 
 def report_of(
-    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, seconds: float
+    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, took: tuple[float, float]
 ) -> GenerateReport:
-    """Return the figures of a run."""
+    """Return the figures of a run that took some seconds of writing, and some of compiling."""
+    seconds, compile_seconds = took
     texts, fullest, cache = output.outputs, pool.fullest, pool.cache
     prompt_tokens, new_tokens = len(output.prompt_token_ids), sum(len(text.token_ids) for text in texts)
     longest = prompt_tokens + (options.token_limit or new_tokens)
@@ -496,6 +521,7 @@ def report_of(
             contiguous=options.rows * longest * cache.block_memory_bytes // cache.block_size,
         ),
         seconds=seconds,
+        compile_seconds=compile_seconds,
         tokens_per_second=new_tokens / seconds if seconds else 0.0,
     )
 
@@ -503,7 +529,9 @@ def report_of(
 def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
     """Yield the figures of a run as they are shown."""
     blocks, memory = report.blocks, report.memory
-    ratio = f" ({memory.contiguous / memory.paged:.1f}×)" if memory.paged else ""
+    # Blocks are whole: for a single text they take a little more than its tokens.
+    times = memory.contiguous / memory.paged if memory.paged else 0.0
+    ratio = f" ({times:.1f}×)" if times >= 1.05 else ""
     yield "prompt tokens", f"{report.prompt_tokens:,}"
     yield "cached tokens", f"{report.cached_tokens:,}"
     yield "new tokens", f"{report.new_tokens:,}"
@@ -515,6 +543,8 @@ def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
     yield "blocks copied", f"{blocks.copied:,}"
     yield "memory", f"{format_bytes(memory.paged)}; a contiguous cache: {format_bytes(memory.contiguous)}{ratio}"
     yield "tokens/s", f"{report.tokens_per_second:,.1f}"
+    if report.compile_seconds >= 0.05:
+        yield "compiling", f"{duration(report.compile_seconds)} before that, once on this machine"
 
 
 class Screen:
