@@ -13,7 +13,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow mutants check format bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -46,6 +46,9 @@ test: check ## lint, types and the tests (a few minutes)
 test-slow: $(STAMP) ## the long tests: 100,000 random steps and more
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
+
+mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: an hour)
+	@$(BIN)/python scripts/mutants.py $(ARGS)
 
 check: $(STAMP) ## ruff, ruff format --check, mypy --strict
 	@echo "==> ruff check"

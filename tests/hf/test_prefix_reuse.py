@@ -123,6 +123,15 @@ def test_padded_rows_are_never_found(model, cache):
     assert cache.num_cached_tokens == 0
 
 
+def test_padding_is_not_found_in_a_text_of_the_same_ids(model, cache):
+    ids, mask = left_padded(2, 30)
+    paged(model, ids, cache, attention_mask=torch.ones_like(mask))
+    assert cache.manager.match_prefix(ids[1].tolist()) == 29
+    expected = stock(build("llama"), ids, attention_mask=mask)
+    assert torch.equal(paged(model, ids, cache, attention_mask=mask, release=False), expected)
+    assert cache.num_cached_tokens == 0
+
+
 def test_padding_that_generate_infers_is_seen(model, cache):
     """Without a mask transformers takes the padding token for padding, so the ids do not determine K and V."""
     ids, _ = left_padded(2, 30)
