@@ -11,7 +11,8 @@ from tests.cli.commands import call
 from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.generate import Clock, GenerateReport, facts_of, written_by
+from pagedkv.cli.generate import GenerateReport, facts_of, written_by
+from pagedkv.cli.warmup import Clock
 from pagedkv.engine import EngineCore, Request, SamplingParams
 from pagedkv.models import shipped_model_path
 

@@ -28,6 +28,7 @@ def test_salts_that_differ_in_their_last_letter_are_two(length):
     manager.commit(1)
     assert manager.match_prefix([1, 2, 3], one) == 2 and manager.match_prefix([1, 2, 3], other) == 0
     assert manager.allocate(2, [1, 2, 3], cache_salt=other).num_cached_tokens == 0
+    assert manager.allocate(3, [1, 2, 3], cache_salt=one).num_cached_tokens == 2
     assert name_of(one) != name_of(other)
 
 

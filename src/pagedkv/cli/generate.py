@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from pagedkv.cli.terminal import (
     print_json,
     threads_for,
 )
+from pagedkv.cli.warmup import Clock
 from pagedkv.errors import RequestRefused
 from pagedkv.format import duration, format_bytes
 from pagedkv.machine import physical_memory
@@ -323,26 +323,6 @@ class PoolWatch:
         if cache.used_block_count > self._most:
             self._most, self.fullest = cache.used_block_count, cache.snapshot()
         return logits
-
-
-class Clock:
-    """The time of a run, and the part of it in which kernels were compiled: once on a machine, not once a text."""
-
-    def __init__(self) -> None:
-        self._compiles: list[tuple[float, float]] = []  # begin and end, none within another
-        self._started = time.perf_counter()
-
-    def see(self, function: str, seconds: float) -> None:
-        """Note a compile that ends now; it may hold others, which ended before."""
-        end = time.perf_counter()
-        while self._compiles and self._compiles[-1][0] >= end - seconds:
-            self._compiles.pop()
-        self._compiles.append((end - seconds, end))
-
-    def read(self) -> tuple[float, float]:
-        """Return the seconds since the start without compiling, and those of compiling."""
-        compiling = sum(end - begin for begin, end in self._compiles)
-        return time.perf_counter() - self._started - compiling, compiling
 
 
 def write(
