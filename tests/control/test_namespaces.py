@@ -32,6 +32,14 @@ def test_salts_that_differ_in_their_last_letter_are_two(length):
     assert name_of(one) != name_of(other)
 
 
+@pytest.mark.parametrize("length", [1, 40, 64, 1000])
+def test_a_salt_that_goes_on_where_another_ends_is_another(length):
+    manager = BlockManager(8, 1)
+    manager.allocate(1, [1, 2, 3], cache_salt="x" * length)
+    manager.commit(1)
+    assert manager.allocate(2, [1, 2, 3], cache_salt="x" * length + "b").num_cached_tokens == 0
+
+
 def test_a_salt_in_use_keeps_its_number():
     manager = BlockManager(400, 1)
     manager.allocate(0, [7, 8], cache_salt="kept by a sequence")
