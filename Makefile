@@ -3,7 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# A faster mirror or a CPU-only build: make test TORCH_FLAGS='--index-url https://download.pytorch.org/whl/cpu'
+# A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
@@ -13,7 +13,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow mutants check format bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	echo "==> $(VENV) with $$($$python -V) ($$python)"; \
 	$$python -m venv $(VENV)
 	@echo "==> torch 2.13.0"
-	@$(PIP) $(TORCH_FLAGS) torch==2.13.0
+	@$(PIP) $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
 	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
 	@$(PIP) -c constraints.txt hatchling editables
 	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,serve,events,gpu,dev]'
@@ -46,6 +46,9 @@ test: check ## lint, types and the tests (a few minutes)
 test-slow: $(STAMP) ## the long tests: 100,000 random steps and more
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
+
+mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: an hour)
+	@$(BIN)/python scripts/mutants.py $(ARGS)
 
 check: $(STAMP) ## ruff, ruff format --check, mypy --strict
 	@echo "==> ruff check"

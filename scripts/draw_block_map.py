@@ -1,4 +1,4 @@
-"""Draw docs/block-map.svg: a pool in the middle of chat traffic, as `pagedkv generate --show-blocks` would draw it.
+"""Draw docs/block-map.svg: what `pagedkv generate --show-blocks` shows on a terminal, of a run that is made here.
 
 python scripts/draw_block_map.py [FILE]
 """
@@ -6,48 +6,48 @@ python scripts/draw_block_map.py [FILE]
 from __future__ import annotations
 
 import io
-import random
 import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from pagedkv import BlockManager
 from pagedkv.cli.block_map import BlockMap
+from pagedkv.cli.generate import GenerateRequest, facts_of, report_of, write
+from pagedkv.cli.loading import load_model
+from pagedkv.cli.terminal import facts_table, threads_for
 
-SYSTEM_PROMPT = list(range(400))
+REQUEST = GenerateRequest(
+    prompt="from math import cos, exp, log, pi, sin, sqrt",
+    samples=4,
+    max_new_tokens=96,
+    block_size=4,
+    show_blocks=True,
+)
+COMMAND = f'$ pagedkv generate "{REQUEST.prompt}" -n 4 --max-new-tokens 96 --block-size 4 --show-blocks'
 
 
-def busy_pool() -> BlockManager:
-    """Let 24 chats with one pinned system prompt come and go; some draw several samples."""
-    rng = random.Random(7)
-    manager = BlockManager(768, block_size=16, on_full="evict")
-    manager.allocate(0, SYSTEM_PROMPT)
-    manager.commit(0)
-    manager.pin(0)
-    manager.free(0)
-    for chat in range(1, 25):
-        question = [rng.randrange(1000, 50_000) for _ in range(rng.randrange(60, 500))]
-        manager.allocate(chat, SYSTEM_PROMPT + question)
-        manager.commit(chat)
-        samples = [chat] + [100 * chat + i for i in range(rng.choice([0, 0, 0, 2]))]
-        for sample in samples[1:]:
-            manager.fork(chat, sample)
-        for _ in range(rng.randrange(20, 120)):
-            manager.commit(manager.append_batch(samples, [[rng.randrange(50_000)] for _ in samples]))
-        if rng.random() < 0.6:
-            for sample in samples:
-                manager.free(sample)
-    return manager
+def draw(console: Console) -> None:
+    """Write the text, and show what the command shows below it."""
+    loaded = load_model(REQUEST.model_path, REQUEST.device)
+    ids = loaded.encode(REQUEST.prompt)
+    with threads_for(loaded.model):
+        output, pool, took = write(REQUEST, loaded, ids, REQUEST.pool_size(len(ids)), lambda piece: None)
+    report = report_of(REQUEST, REQUEST.prompt, output, pool, took)
+    report.compile_seconds = 0.0  # of this machine, at this time
+    console.print(COMMAND, style="bold", highlight=False)
+    console.print("…", style="dim")
+    console.print(facts_table(facts_of(report)))
+    console.print()
+    console.print(BlockMap(pool.fullest))
 
 
 def main() -> None:
     """Write the picture."""
     target = Path(sys.argv[1] if len(sys.argv) > 1 else "docs/block-map.svg")
-    console = Console(record=True, width=110, file=io.StringIO(), force_terminal=True, color_system="truecolor")
-    console.print(BlockMap(busy_pool().snapshot()))
-    picture = console.export_svg(title="pagedkv: the block map")
+    console = Console(record=True, width=120, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    draw(console)
+    picture = console.export_svg(title="pagedkv generate --show-blocks")
     # The picture stands alone: no font is fetched, any monospaced one will do.
     target.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.S))
 

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import html
 import io
+import re
+import shlex
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 from rich.console import Console
+from tests.cli.commands import call
 
 from pagedkv import BlockManager, CacheSnapshot
 from pagedkv.cli.block_map import BlockMap
@@ -78,3 +84,24 @@ def test_kinds_follow_the_snapshot(pool):
     kinds = snapshot.kinds
     assert (kinds == ACTIVE).sum() == ((snapshot.ref_count == 1) & ~snapshot.pinned).sum() == 3
     assert (kinds == FREE).sum() + snapshot.cached.sum() + pool.used_block_count == pool.total_blocks
+
+
+def picture_lines() -> list[str]:
+    """Return the lines of the picture in the README."""
+    picture = (Path(__file__).parents[2] / "docs" / "block-map.svg").read_text()
+    lines: dict[float, str] = defaultdict(str)
+    for height, text in re.findall(r'<text[^>]*? y="([\d.]+)"[^>]*>(.*?)</text>', picture):
+        lines[float(height)] += html.unescape(text).replace("\xa0", " ")
+    return [lines[height].strip() for height in sorted(lines)]
+
+
+def test_the_picture_in_the_readme_is_what_generate_shows():
+    lines = picture_lines()
+    _, *arguments = shlex.split(next(line for line in lines if line.startswith("$ "))[2:])
+    result = call(*arguments, env={"COLUMNS": "120"})
+    assert result.exit_code == 0
+    shown = [re.sub(" +", "", line) for line in result.stderr.splitlines() if line.strip()]
+    drawn = [re.sub(" +", "", line) for line in lines]
+    first = shown.index(next(line for line in shown if line.startswith("prompttokens")))
+    expected = [line for line in shown[first:] if not line.startswith(("tokens/s", "compiling"))]
+    assert [line for line in drawn if line in expected] == expected and len(expected) >= 10

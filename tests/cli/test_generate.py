@@ -11,7 +11,8 @@ from tests.cli.commands import call
 from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.generate import GenerateReport, written_by
+from pagedkv.cli.generate import GenerateReport, facts_of, written_by
+from pagedkv.cli.warmup import Clock
 from pagedkv.engine import EngineCore, Request, SamplingParams
 from pagedkv.models import shipped_model_path
 
@@ -134,6 +135,56 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
+TEMPLATE = """\
+{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}
+{% endif %}# {{ m.role }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"""
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """A folder of the shipped model, with a chat template."""
+    folder = shutil.copytree(shipped_model_path(), tmp_path_factory.mktemp("chat") / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "# user: say it\n# assistant:"),
+        (["--system", "Be brief."], "# system: Be brief.\n# user: say it\n# assistant:"),
+        (["--raw"], "say it"),
+        (["--no-chat-template"], "say it"),
+    ],
+)
+def test_a_prompt_is_written_as_the_chat_template_has_it(chat_model, model, tokenizer, options, said):
+    report = report_of("say it", "--model", chat_model, "--temperature", 0, "--max-new-tokens", 8, *options)
+    ids = tokenizer(said, add_special_tokens=said == "say it", return_tensors="pt")
+    written = model.generate(**ids, do_sample=False, max_new_tokens=8)[0, ids["input_ids"].shape[1] :].tolist()
+    assert report.prompt == "say it" and report.token_ids == [written]
+    assert report.prompt_tokens == ids["input_ids"].shape[1]
+
+
+def test_the_answer_of_a_chat_stands_alone(chat_model):
+    options = ("say it", "--model", chat_model, "--temperature", 0, "--max-new-tokens", 8)
+    (answer,) = report_of(*options).texts
+    assert call("generate", *options).stdout.rstrip("\n") == answer.rstrip("\n")
+    assert call("generate", *options, "--raw").stdout.startswith("say it")
+
+
+def test_a_system_message_needs_a_template_that_takes_it(chat_model):
+    for options, told in (
+        (["--system", "x"], "--system: expected a model with a chat template"),
+        (["--system", "x", "--raw"], "--system and --raw do not go together"),
+        (["--system", "no", "--model", chat_model], "the chat template of the model refuses the prompt: no system"),
+    ):
+        result = call("generate", "say it", *options)
+        assert result.exit_code == 2 and told in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_what_is_no_option_is_as_the_folder_has_it(tmp_path, tokenizer):
     folder = shutil.copytree(shipped_model_path(), tmp_path / "model")
     config = folder / "config.json"
@@ -204,6 +255,33 @@ def test_text_goes_to_stdout_and_figures_to_stderr():
     assert table["blocks used"].startswith(f"{report.blocks.used} of {report.blocks.total} ")
     assert table["blocks shared"] == table["blocks copied"] == "0"
     assert "a contiguous cache: " in table["memory"] and float(table["tokens/s"].replace(",", "")) > 0
+
+
+def test_the_table_tells_compiling_apart_and_no_factor_below_one():
+    (_, fast), *_ = [row for row in facts_of(figures_with(compile_seconds=0.0)) if row[0] == "tokens/s"]
+    rows = dict(facts_of(figures_with(compile_seconds=12.3)))
+    assert rows["tokens/s"] == fast == "10.0" and rows["compiling"].startswith("12.3 s")
+    assert "compiling" not in dict(facts_of(figures_with(compile_seconds=0.0)))
+    assert dict(facts_of(figures_with(paged=1000, contiguous=900)))["memory"].endswith("900 B")
+    assert dict(facts_of(figures_with(paged=1000, contiguous=1000)))["memory"].endswith("1,000 B")
+    assert dict(facts_of(figures_with(paged=1000, contiguous=1600)))["memory"].endswith(" (1.6×)")
+
+
+def figures_with(compile_seconds=0.0, paged=1000, contiguous=900) -> GenerateReport:
+    report = report_of(PROMPT, "--max-new-tokens", 2)
+    report.memory.paged, report.memory.contiguous = paged, contiguous
+    report.new_tokens, report.seconds, report.tokens_per_second = 20, 2.0, 10.0
+    report.compile_seconds = compile_seconds
+    return report
+
+
+def test_the_time_of_compiles_is_counted_once_and_not_as_writing(monkeypatch):
+    now = iter([0.0, 3.0, 4.0, 9.0, 10.0, 12.0])  # started; ends of b, a, d, c; read
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    clock = Clock()
+    for name, seconds in (("b", 1.0), ("a holds b", 3.0), ("d", 2.0), ("c holds d", 4.0)):
+        clock.see(name, seconds)
+    assert clock.read() == (12.0 - 7.0, 7.0)
 
 
 class Letters:

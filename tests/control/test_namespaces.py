@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv import BlockManager
+from pagedkv.control.prefix import name_of
 
 
 def test_numbers_are_recycled():
@@ -16,6 +18,26 @@ def test_numbers_are_recycled():
         manager.free(turn)
     assert len(manager._state.roots) <= 32
     manager.check()
+
+
+@pytest.mark.parametrize("length", [0, 40, 64, 1000])
+def test_salts_that_differ_in_their_last_letter_are_two(length):
+    one, other = "x" * length + "a", "x" * length + "b"
+    manager = BlockManager(8, 1)
+    manager.allocate(1, [1, 2, 3], cache_salt=one)
+    manager.commit(1)
+    assert manager.match_prefix([1, 2, 3], one) == 2 and manager.match_prefix([1, 2, 3], other) == 0
+    assert manager.allocate(2, [1, 2, 3], cache_salt=other).num_cached_tokens == 0
+    assert manager.allocate(3, [1, 2, 3], cache_salt=one).num_cached_tokens == 2
+    assert name_of(one) != name_of(other)
+
+
+@pytest.mark.parametrize("length", [1, 40, 64, 1000])
+def test_a_salt_that_goes_on_where_another_ends_is_another(length):
+    manager = BlockManager(8, 1)
+    manager.allocate(1, [1, 2, 3], cache_salt="x" * length)
+    manager.commit(1)
+    assert manager.allocate(2, [1, 2, 3], cache_salt="x" * length + "b").num_cached_tokens == 0
 
 
 def test_a_salt_in_use_keeps_its_number():

@@ -138,3 +138,49 @@ def test_blocks_to_allocate_is_what_an_allocation_takes(cut, held):
         assert before - manager.free_block_count == told
         manager.free(1)
     assert manager.blocks_to_allocate(9) == 5
+
+
+def test_a_duplicate_that_forks_share_stays_until_one_of_them_is_gone():
+    manager = BlockManager(20, block_size=4)
+    for seq_id in (1, 2):
+        manager.allocate(seq_id, list(range(8)))
+    manager.fork(2, 3)
+    for seq_id in (1, 2, 3):
+        manager.commit(seq_id)
+    first, own, twin = (manager.get_sequence(seq_id).block_ids for seq_id in (1, 2, 3))
+    assert own == twin and not set(own) & set(first)
+    manager.check()
+    manager.free(3)
+    manager.commit(2)
+    assert manager.get_sequence(2).block_ids == first
+    manager.check()
+
+
+@pytest.mark.parametrize("size", [4, 5, 16])
+@pytest.mark.parametrize("place", [0, -2, -1])
+def test_one_token_of_another_id_is_another_block(size, place):
+    """Many chains beside each other: what is found must not rest on which of them share a bucket."""
+    manager = BlockManager(400, block_size=size)
+    chains = []
+    for number in range(300):
+        ids = [7] * size
+        ids[place] = 1000 + number
+        chains.append(ids)
+        manager.allocate(number, ids)
+        manager.commit(number)
+    for number, ids in enumerate(chains):
+        assert manager.match_prefix([*ids, 1]) == size
+        ids[place] = 5000 + number
+        assert manager.match_prefix([*ids, 1]) == (size + place if place < 0 else 0)
+
+
+def test_what_follows_a_cut_is_never_found():
+    """Its K and V were computed over what was dropped, whatever ids stand before it now."""
+    manager = BlockManager(20, block_size=4)
+    manager.allocate(1, list(range(12)))
+    manager.commit(1)
+    manager.apply_streaming_llm(1, 4, 0)
+    manager.append(1, list(range(50, 58)))
+    manager.commit(1)
+    assert manager.match_prefix([*range(4), *range(50, 58), 1]) == 4
+    manager.check()

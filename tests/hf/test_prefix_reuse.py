@@ -61,7 +61,17 @@ def test_num_cached_tokens_tells_what_was_reused(model, cache):
     assert cache.num_cached_tokens == 0
     paged(model, ids, cache, release=False)
     assert cache.num_cached_tokens == 29  # the last token is always computed
-    cache.release()
+    cache.reset()
+    assert cache.num_cached_tokens == 0
+
+
+def test_num_cached_tokens_is_known_after_generate_has_released_the_cache(model, cache):
+    ids = prompt(1, 30)
+    for expected in (0, 29):
+        generate(model, ids, cache, max_new_tokens=4, do_sample=False)
+        assert cache.seq_ids == [] and cache.num_cached_tokens == expected
+    embeddings = model.get_input_embeddings()(ids).detach()
+    generate(model, ids, cache, inputs_embeds=embeddings, max_new_tokens=4, do_sample=False)
     assert cache.num_cached_tokens == 0
 
 
@@ -109,6 +119,15 @@ def test_padded_rows_are_never_found(model, cache):
     assert cache.manager.match_prefix(ids[0].tolist()) == 29
     assert cache.manager.match_prefix(ids[1].tolist()) == 0
     assert cache.manager.match_prefix(ids[1, 5:].tolist()) == 0
+    assert torch.equal(paged(model, ids, cache, attention_mask=mask, release=False), expected)
+    assert cache.num_cached_tokens == 0
+
+
+def test_padding_is_not_found_in_a_text_of_the_same_ids(model, cache):
+    ids, mask = left_padded(2, 30)
+    paged(model, ids, cache, attention_mask=torch.ones_like(mask))
+    assert cache.manager.match_prefix(ids[1].tolist()) == 29
+    expected = stock(build("llama"), ids, attention_mask=mask)
     assert torch.equal(paged(model, ids, cache, attention_mask=mask, release=False), expected)
     assert cache.num_cached_tokens == 0
 

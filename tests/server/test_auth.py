@@ -10,7 +10,7 @@ from tests.server.asgi import RawRequest, client_of, until
 from tests.server.fakes import FakeEngine
 
 from pagedkv.server import ServerConfig, create_app
-from pagedkv.server.auth import Caller, salt_of
+from pagedkv.server.auth import Caller, is_known, salt_of
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -115,3 +115,18 @@ async def test_web_pages_of_other_origins_may_not_call_unless_they_are_named() -
     async with client_of(FakeEngine(), allow_origins=("https://a.example",)) as client:
         answer = await client.options(URL, headers=asks)
         assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize(
+    ("header", "known"),
+    [
+        (b"Bearer one", True),
+        (b"bearer  one ", True),
+        (b"Basic one", False),
+        (b"one", False),
+        (b"", False),
+        (None, False),
+    ],
+)
+def test_a_key_comes_under_its_scheme(header, known) -> None:
+    assert is_known(ServerConfig(api_keys=("one",)), header) is known

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from tests.server.asgi import client_of, events_of
 from tests.server.fakes import STORY, FakeEngine, shipped_tokenizer, story_tokens
+
+from pagedkv.server.completions import _best
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/completions"
@@ -138,6 +142,22 @@ async def test_echo_puts_the_prompt_first() -> None:
     choice = alone["choices"][0]
     assert choice["text"] == "x = 1" and choice["finish_reason"] == "length"
     assert alone["usage"]["completion_tokens"] == 0 and len(choice["logprobs"]["tokens"]) == len(ids)
+
+
+async def test_each_of_several_prompts_is_echoed_before_its_own_texts() -> None:
+    async with client_of(FakeEngine()) as client:
+        body = {"prompt": ["x = 1", "y = 2"], "n": 2, "echo": True, "max_tokens": 2}
+        choices = (await client.post(URL, json=body)).json()["choices"]
+    assert [choice["text"][:5] for choice in sorted(choices, key=lambda choice: choice["index"])] == [
+        *("x = 1", "x = 1"),
+        *("y = 2", "y = 2"),
+    ]
+
+
+def test_the_likeliest_by_token_come_first() -> None:
+    sums = {"long": (-4.0, 4), "short": (-1.5, 1), "likely": (-1.0, 2), "empty": (-9.0, 0)}
+    choices = [SimpleNamespace(text=text, cumulative_logprob=s, token_ids=[0] * n) for text, (s, n) in sums.items()]
+    assert [choice.text for choice in _best(choices, 2)] == ["likely", "long"]
 
 
 async def test_best_of_returns_the_likeliest() -> None:

@@ -31,6 +31,12 @@ async def test_a_large_body_is_refused_unread() -> None:
         assert (await client.post(URL, json={"prompt": "x" * 900})).status_code in (200, 400)
 
 
+async def test_the_length_that_is_announced_is_enough_to_refuse_a_body() -> None:
+    async with client_of(FakeEngine(), max_body=1000) as client:
+        answer = await client.post(URL, content=b"{}", headers={"content-length": "1001"})
+        assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+
+
 async def test_a_large_body_that_does_not_say_so_is_refused_when_the_limit_is_passed() -> None:
     pieces_read = 0
 

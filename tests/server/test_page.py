@@ -137,6 +137,33 @@ def test_it_fits_phones_and_the_night(window, served, width, is_dark):
     assert window.console() == []
 
 
+HIDDEN_CELLS = """
+const box = document.querySelector('#requests').parentElement.getBoundingClientRect();
+return [...document.querySelectorAll('#requests tr > *')].filter((cell) => {
+  const own = cell.getBoundingClientRect();
+  const isInside = own.width > 0 && own.left >= box.left - 1 && own.right <= box.right + 1;
+  return !isInside || (cell.cellIndex && cell.scrollWidth > cell.clientWidth + 1);
+}).map((cell) => cell.textContent)"""
+
+
+@pytest.mark.parametrize("width", [320, 375, 430])
+def test_a_phone_shows_state_and_age_of_every_request(window, served, monkeypatch, width):
+    crowd = FakeEngine(5_000, at_once=12)
+    for _ in range(60):
+        crowd.step()
+    for request in crowd.running:
+        request.request_id = "cmpl-" + "0123456789abcdef" * 2
+    busy = take_snapshot(crowd.cache, [*crowd.running, *crowd.waiting], crowd.stats())
+    monkeypatch.setattr(served.engine, "snapshot", lambda: busy)
+    time.sleep(0.3)  # until the last real snapshot is old
+    open_page(window, served.url, width)
+    rows = wait_for(window, "return document.querySelectorAll('#requests tbody tr').length", lambda rows: rows > 1)
+    heads = window.run("return [...document.querySelectorAll('#requests thead th')].map((cell) => cell.textContent)")
+    assert {"State", "Age"} <= set(heads) and rows >= 12
+    assert window.run(HIDDEN_CELLS) == []
+    assert window.run("return document.documentElement.scrollWidth") <= width
+
+
 def test_pause_holds_still_and_asks_for_nothing(window, served):
     open_page(window, served.url)
     window.run("document.getElementById('pause').click()")

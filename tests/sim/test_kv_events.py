@@ -54,16 +54,45 @@ def chains(trace):
     return [trace.ids[a:b].tolist() for a, b in zip(trace.offsets[:-1], trace.offsets[1:], strict=True)]
 
 
-def test_every_stored_event_is_a_request_for_its_chain(read):
+def test_what_a_batch_stores_of_a_chain_is_a_request_for_it(read):
     trace = read(
         [10.0, [stored([1, 2]), stored([3], 2)], 0],
         [11.5, [stored([4, 5], 1)]],
         [12.0, [["BlockRemoved", [3], "GPU"], stored([3], 2)], None],
     )
-    assert chains(trace) == [[0, 1], [0, 1, 2], [0, 3, 4], [0, 1, 2]]
-    assert trace.times.tolist() == [0.0, 0.0, 1.5, 2.0]
-    assert trace.input_tokens.tolist() == [8, 12, 12, 12] and trace.output_tokens.tolist() == [0, 0, 0, 0]
+    assert chains(trace) == [[0, 1, 2], [0, 3, 4], [0, 1, 2]]
+    assert trace.times.tolist() == [0.0, 1.5, 2.0]
+    assert trace.input_tokens.tolist() == [12, 12, 12] and trace.output_tokens.tolist() == [0, 0, 0]
     assert trace.block_tokens == 4 and trace.format == "kv-events"
+
+
+def test_a_prompt_that_is_stored_block_by_block_is_one_request(read):
+    trace = read([1.0, [stored([1]), stored([2], 1), stored([3], 2)]], [2.0, [stored([4], 3)]], [2.5, [stored([5], 4)]])
+    assert chains(trace) == [[0, 1, 2, 3, 4]] and trace.times.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "next_turn",
+    [
+        [stored([3, 4], 2)],  # two blocks at once
+        [stored([3], 2), stored([4], 3)],
+    ],
+)
+def test_more_blocks_behind_a_chain_are_its_next_turn(read, next_turn):
+    trace = read([1.0, [stored([1, 2])]], [9.0, next_turn])
+    assert chains(trace) == [[0, 1], [0, 1, 2, 3]] and trace.times.tolist() == [0.0, 8.0]
+
+
+def test_only_what_follows_at_once_belongs_to_a_request(read):
+    trace = read(
+        [1.0, [stored([1, 2])]],
+        [2.0, [stored([8])]],
+        [3.0, [stored([3], 2)]],  # of the first request, but another one lies between
+        [4.0, [stored([4], 2)]],  # beside the last block, not behind it
+        [5.0, [stored([9]), stored([5], 4)]],
+        [6.0, [["AllBlocksCleared"], stored([6], 5)]],
+    )
+    assert chains(trace) == [[0, 1], [2], [0, 1, 3], [0, 1, 4], [5], [0, 1, 4, 6], [7, 8]]
 
 
 @pytest.mark.parametrize(
@@ -79,19 +108,19 @@ def test_every_stored_event_is_a_request_for_its_chain(read):
     ],
 )
 def test_positional_and_tagged_events_of_every_age(read, events):
-    assert chains(read([1.0, events])) == [[0, 1], [0, 1, 2]]
-    assert chains(read({"type": "EventBatch", "ts": 1.0, "events": events})) == [[0, 1], [0, 1, 2]]
+    assert chains(read([1.0, events])) == [[0, 1, 2]]
+    assert chains(read({"type": "EventBatch", "ts": 1.0, "events": events})) == [[0, 1, 2]]
 
 
 def test_nothing_is_equal_to_what_was_before_a_clear(read):
     trace = read([1.0, [stored([1, 2]), ["AllBlocksCleared"], stored([1, 2]), stored([3], 2)]])
-    assert chains(trace) == [[0, 1], [2, 3], [2, 3, 4]]
+    assert chains(trace) == [[0, 1], [2, 3, 4]]
     assert trace.parents.tolist() == [-1, 0, -1, 2, 3]
 
 
 def test_a_chain_whose_beginning_was_not_recorded(read):
     trace = read([1.0, [stored([5], 4), stored([6], 5), stored([7], 4)]])
-    assert chains(trace) == [[0, 1], [0, 1, 2], [0, 3]]
+    assert chains(trace) == [[0, 1, 2], [0, 3]]
 
 
 @given(st.lists(VALUES, max_size=5), st.integers(1, 50))
@@ -185,14 +214,15 @@ def test_a_chain_that_grows_by_a_block_an_event_takes_steps_in_proportion(tmp_pa
 
     one_by_one(1)
     assert one_by_one(800) < 2.2 * one_by_one(400)
+    assert read_trace(tmp_path / "800").num_accesses == 800  # not the sum of all lengths on the way
 
 
 def test_chains_that_grow_without_end_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(kv_events, "MAX_ACCESSES", 10)
     path = tmp_path / "events"
-    batches = [[float(i), [stored([i + 1], i or None)]] for i in range(5)]
+    batches = [[float(i), [stored([2 * i + 1, 2 * i + 2], 2 * i or None)]] for i in range(3)]  # 2, 4 and 6 blocks
     path.write_bytes(framed(*batches))
-    with pytest.raises(TraceError, match="batch 5: .*more than 10 blocks in all"):
+    with pytest.raises(TraceError, match="batch 3: .*more than 10 blocks in all"):
         read_trace(path)
-    path.write_bytes(framed(*batches[:4]))
-    assert read_trace(path).num_accesses == 10
+    path.write_bytes(framed(*batches[:2], [9.0, [stored([9], 4)]]))
+    assert read_trace(path).num_accesses == 7

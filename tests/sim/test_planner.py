@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, real_trace
 
 from pagedkv.errors import InvalidOperation
-from pagedkv.format import format_bytes
+from pagedkv.format import format_bytes, percent
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.model_shape import read_model
 from pagedkv.sim.plan_types import Level, Size
@@ -71,6 +72,22 @@ def test_traffic_that_only_memory_helps_is_limited_by_capacity():
     tight = plan(there_and_back(), MODEL, strategies=FEW, memory=18 * BLOCK)
     assert tight.verdict.kind == "capacity" and tight.verdict.lost_to_strategy == 0
     assert tight.verdict.lost_to_capacity == pytest.approx(0.6) and tight.memory.optimum.share == pytest.approx(0.3)
+
+
+def test_where_lru_is_best_the_advice_says_so_with_figures():
+    made = plan(there_and_back(), MODEL, strategies=FEW)
+    blocks = made.at_target.lru.blocks
+    others = [result.hit_blocks for result in made.runs if result.blocks == blocks and result.strategy in FEW[1:]]
+    share = percent(max(others) / (made.attainable * made.accesses))
+    lru = f"LRU {percent(made.at_target.lru.share)}; plan {format_bytes(made.at_target.lru.bytes)} and keep LRU."
+    told = re.search(r"LRU is best here: (\w+), the next, finds (\S+) of what can be found in the same memory, (.*)$",
+                     made.verdict.text)  # fmt: skip
+    assert told and told[1] in FEW[1:] and told.groups()[1:] == (share, lru)
+    tight = plan(there_and_back(), MODEL, strategies=FEW, memory=18 * BLOCK)
+    rival = next(size for size in tight.memory.all if size.strategy != "lru")
+    assert f"LRU is best there: {rival.strategy}, the next, finds {percent(rival.share)}" in tight.verdict.text
+    alone = plan(there_and_back(), MODEL, strategies=["lru"])
+    assert "No other strategy was compared: plan" in alone.verdict.text
 
 
 def test_traffic_that_lru_gets_wrong_is_limited_by_the_strategy():

@@ -20,6 +20,7 @@ from pagedkv.sim.optimum import optimal
 from pagedkv.sim.planner import plan
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts, plan_report, replay_report
+from pagedkv.sim.report.charts import byte_ticks
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.html import Markup, tag, text
 from pagedkv.sim.trace import Trace
@@ -191,13 +192,25 @@ def test_sizes_are_told_in_gib_where_the_model_is_known():
     assert heads == ["strategy", "4\u00a0GiB4 blocks", "8\u00a0GiB8 blocks"]
 
 
-def test_an_axis_in_gib_counts_them_without_a_second_unit():
+@pytest.mark.parametrize(
+    ("bytes_per_token", "units"), [(2**10, {"KiB"}), (2**26, {"GiB"}), (2**36, {"TiB"}), (2**35, {"GiB", "TiB"})]
+)
+def test_the_sizes_on_an_axis_have_the_unit_in_which_they_are_round(bytes_per_token, units):
     trace = some_trace()
-    page = parsed(replay_report(trace, some_results(trace), lru_curve(trace), bytes_per_token=2**36))
+    page = parsed(replay_report(trace, some_results(trace), lru_curve(trace), bytes_per_token=bytes_per_token))
     drawing = next(element for element in page.iter() if element.tag.endswith("}svg"))
     ticks = [element for element in drawing.iter() if element.get("class") == "tick"]
-    labels = [words(tick) for tick in ticks if tick.get("text-anchor") == "middle"]
-    assert "5,000" in labels and all(set(label) <= set("0123456789,") for label in labels)
+    labels = [words(tick).split("\u00a0") for tick in ticks if tick.get("text-anchor") == "middle"]
+    assert len(labels) >= 2 and {unit for _, unit in labels} == units
+    assert all(float(number) < 1024 and (2 * float(number)).is_integer() for number, _ in labels)
+
+
+@given(st.floats(1, 2**60), st.floats(1, 2**20), st.integers(4, 12))
+def test_ticks_of_bytes_lie_on_the_axis_and_are_few(low, factor, most):
+    ticks = byte_ticks(low, low * factor, most)
+    assert len(ticks) <= most and ticks == sorted(set(ticks))
+    assert all(low * 0.998 <= tick <= low * factor * 1.002 for tick in ticks)
+    assert len(ticks) >= 2 or factor < 4
 
 
 def test_text_of_the_user_is_shown_and_harmless():

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -304,3 +306,50 @@ def test_the_oracle_sees_a_difference():
     trace = small_trace()
     assert len({tail_first_lru(trace, blocks) for blocks in (16, 64, 200)}) == 3
     assert np.array_equal(np.unique(trace.ids), np.arange(trace.num_distinct))
+
+
+class UnreachableRay:
+    """As much of Ray as a sweep touches before it is connected."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.asked = error, []
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options) -> None:
+        self.asked.append(options)
+        raise self.error or AssertionError("connected")
+
+
+@pytest.fixture
+def closed_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    return port
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "[::1]:{port}", "no.such.invalid:{port}"]
+)
+def test_a_cluster_that_nobody_serves_is_refused_before_ray_tries_for_minutes(monkeypatch, closed_port, address):
+    ray = UnreachableRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setenv("RAY_ADDRESS", address.format(port=closed_port))
+    with pytest.raises(
+        InvalidOperation, match="ray: expected a running cluster .*, got nobody who answers at RAY_ADDR"
+    ):
+        sweep(small_trace(), ["lru"], [4], ray=True)
+    assert ray.asked == []
+
+
+def test_what_ray_says_is_shown(monkeypatch):
+    words = "This node has an IP address of 192.0.2.2, and Ray cannot find the matching Raylet address"
+    ray = UnreachableRay(RuntimeError(words))
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(InvalidOperation, match=f"got RuntimeError: {words}"):
+            sweep(small_trace(), ["lru"], [4], ray=True)
+    (options,) = ray.asked
+    assert options["logging_level"] <= logging.WARNING

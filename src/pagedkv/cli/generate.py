@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,9 @@ from pagedkv.cli.terminal import (
     print_json,
     threads_for,
 )
+from pagedkv.cli.warmup import Clock
 from pagedkv.errors import RequestRefused
-from pagedkv.format import format_bytes
+from pagedkv.format import duration, format_bytes
 from pagedkv.machine import physical_memory
 from pagedkv.models import shipped_model_path
 from pagedkv.server.config import setting
@@ -55,9 +55,13 @@ EXAMPLES = """Write text with a language model whose keys and values live in pag
 
   cat prompt.txt | pagedkv generate - --model ./my-model --temperature 0
 
+  pagedkv generate "What is a KV cache?" --model ./my-chat-model --system "Answer in one sentence."
+
   pagedkv generate "def main():" --stream --window-tokens 508
 
 The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
+
+To a model with a chat template the prompt is a user's message, and only the answer is printed; not so with --raw.
 """
 
 _SAMPLING, _POOL, _STREAM, _OUTPUT = "What to write", "The pool", "Without end", "What to show"
@@ -70,6 +74,15 @@ class GenerateRequest:
     prompt: str
     model: str | None = setting(
         None, "A Hugging Face model folder.", flag="--model,-m", shown="the shipped model", group=_SAMPLING
+    )
+    system: str | None = setting(
+        None, "A system message, for a model with a chat template.", shown=False, group=_SAMPLING
+    )
+    raw: bool = setting(
+        False,
+        "Go on from the prompt itself, even if the model has a chat template.",
+        flag="--raw,--no-chat-template",
+        group=_SAMPLING,
     )
     samples: int = setting(
         1, "Samples written in parallel; they share the prompt's blocks.", flag="-n", group=_SAMPLING
@@ -96,7 +109,7 @@ class GenerateRequest:
     stream: bool = setting(False, "Write without end in a fixed pool (StreamingLLM); Ctrl-C stops.", group=_STREAM)
     sink_tokens: int | None = setting(None, "First tokens that are kept.", shown="4", group=_STREAM)
     window_tokens: int | None = setting(None, "Last tokens that are kept.", shown="508", group=_STREAM)
-    echo: bool = setting(True, "Print the prompt before the text.", group=_OUTPUT)
+    echo: bool = setting(True, "Print the prompt before the text; an answer of a chat stands alone.", group=_OUTPUT)
     show_blocks: bool = setting(False, "Draw the pool, a cell a block.", group=_OUTPUT)
     json: bool = setting(False, "Print one JSON object, at the end.", group=_OUTPUT)
 
@@ -124,6 +137,8 @@ class GenerateRequest:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        if self.system is not None and self.raw:
+            raise Failure("--system and --raw do not go together: a system message needs the chat template")
         if self.beams > 1 and self.samples > 1:
             raise Failure("-n and --beams do not go together: samples are drawn at random, beams are not")
         if self.beams > 1 and self.temperature:
@@ -231,15 +246,19 @@ def run(options: GenerateRequest) -> None:
     with library_notices(console):
         with console.status("loading the model"):
             loaded = load_model(options.model_path, options.device)
-        ids = loaded.encode(prompt)
+        is_chat = loaded.has_chat_template and not options.raw
+        if options.system is not None and not is_chat:
+            raise Failure(f"--system: expected a model with a chat template, {options.model_path} has none")
+        ids = loaded.encode_chat(prompt, options.system) if is_chat else loaded.encode(prompt)
         _check_length(options, loaded, len(ids))
         blocks = options.pool_size(len(ids))
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
-        screen = Screen(prompt if options.echo else "", options.samples, console.status(doing), silent=options.json)
+        echoed = prompt if options.echo and not is_chat else ""
+        screen = Screen(echoed, options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model), screen:
-            output, pool, seconds = write(options, loaded, ids, blocks, screen.show)
+            output, pool, took = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
-    report = report_of(options, prompt, output, pool, seconds)
+    report = report_of(options, prompt, output, pool, took)
     if options.json:
         print_json(report)
     else:
@@ -308,13 +327,15 @@ class PoolWatch:
 
 def write(
     options: GenerateRequest, loaded: LoadedModel, ids: list[int], blocks: int, show: Callable[[str], None]
-) -> tuple[RequestOutput, PoolWatch, float]:
+) -> tuple[RequestOutput, PoolWatch, tuple[float, float]]:
     """Write the text, the samples or the best of the beams; `show` gets the first text piece by piece.
 
-    Returns the output, the pool and the seconds; `Failure` where the pool is too small, or the model gives no numbers.
+    Returns the output, the pool and the seconds of writing and of compiling; `Failure` where the pool is too small, or
+    the model gives no numbers.
     """
     from pagedkv.engine import LLM
     from pagedkv.hf import load_runner
+    from pagedkv.jit import watch_compiles
 
     runner = load_runner(
         loaded.model,
@@ -327,10 +348,11 @@ def write(
     # In gather mode a prompt is computed at once, as the model's own generate() does.
     chunk = CHUNK if runner.mode == "ragged" else max(CHUNK, len(ids))
     llm = LLM(pool, loaded.tokenizer, max_batch_tokens=chunk, max_num_seqs=options.rows)
-    started = time.perf_counter()
-    request = _added(llm, ids, _params(options, loaded.model.generation_config), options)
-    output = written_by(llm, request, show, until_interrupted=options.stream)
-    seconds = time.perf_counter() - started
+    clock = Clock()
+    with watch_compiles(clock.see):
+        request = _added(llm, ids, _params(options, loaded.model.generation_config), options)
+        output = written_by(llm, request, show, until_interrupted=options.stream)
+    seconds = clock.read()
     if any(text.finish_reason == "abort" for text in output.outputs) and not options.stream:
         raise Failure("the model gave logits that are no numbers")
     limit = options.token_limit
@@ -441,14 +463,16 @@ class GenerateReport(msgspec.Struct):
     dropped_tokens: int  # of the text, which sinks and window of --stream no longer hold
     blocks: BlockUse
     memory: MemoryUse
-    seconds: float  # of generation, reading the prompt included and loading the model left out
+    seconds: float  # of writing, reading the prompt included, loading the model and compiling left out
+    compile_seconds: float  # of kernels that were not on the disk yet
     tokens_per_second: float
 
 
 def report_of(
-    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, seconds: float
+    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, took: tuple[float, float]
 ) -> GenerateReport:
-    """Return the figures of a run."""
+    """Return the figures of a run that took some seconds of writing, and some of compiling."""
+    seconds, compile_seconds = took
     texts, fullest, cache = output.outputs, pool.fullest, pool.cache
     prompt_tokens, new_tokens = len(output.prompt_token_ids), sum(len(text.token_ids) for text in texts)
     longest = prompt_tokens + (options.token_limit or new_tokens)
@@ -477,6 +501,7 @@ def report_of(
             contiguous=options.rows * longest * cache.block_memory_bytes // cache.block_size,
         ),
         seconds=seconds,
+        compile_seconds=compile_seconds,
         tokens_per_second=new_tokens / seconds if seconds else 0.0,
     )
 
@@ -484,7 +509,9 @@ def report_of(
 def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
     """Yield the figures of a run as they are shown."""
     blocks, memory = report.blocks, report.memory
-    ratio = f" ({memory.contiguous / memory.paged:.1f}×)" if memory.paged else ""
+    # Blocks are whole: for a single text they take a little more than its tokens.
+    times = memory.contiguous / memory.paged if memory.paged else 0.0
+    ratio = f" ({times:.1f}×)" if times >= 1.05 else ""
     yield "prompt tokens", f"{report.prompt_tokens:,}"
     yield "cached tokens", f"{report.cached_tokens:,}"
     yield "new tokens", f"{report.new_tokens:,}"
@@ -496,6 +523,8 @@ def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
     yield "blocks copied", f"{blocks.copied:,}"
     yield "memory", f"{format_bytes(memory.paged)}; a contiguous cache: {format_bytes(memory.contiguous)}{ratio}"
     yield "tokens/s", f"{report.tokens_per_second:,.1f}"
+    if report.compile_seconds >= 0.05:
+        yield "compiling", f"{duration(report.compile_seconds)} before that, once on this machine"
 
 
 class Screen:

@@ -24,7 +24,28 @@ class LoadedModel:
 
     def encode(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt; `Failure` where there are none, or the model has no embedding for one."""
-        ids: list[int] = self.tokenizer(prompt)["input_ids"]
+        return self._checked(self.tokenizer(prompt)["input_ids"])
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model says how a conversation is written."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def encode_chat(self, prompt: str, system: str | None = None) -> list[int]:
+        """Return the token ids of a user's message, behind a system message, up to where the answer begins.
+
+        `Failure` as in `encode`, or where the template does not take the messages.
+        """
+        said = [] if system is None else [{"role": "system", "content": system}]
+        said.append({"role": "user", "content": prompt})
+        try:
+            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # templates refuse by raising, a system message for instance
+            told = f"the chat template of the model refuses the prompt: {_first_line(error)}"
+            raise Failure(f"{told}; --raw goes on from the text itself") from error
+        return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _checked(self, ids: list[int]) -> list[int]:
         if not ids:
             raise Failure("the prompt has no tokens")
         known = self.model.get_input_embeddings().num_embeddings

@@ -35,6 +35,26 @@ What is there already is not compiled again. The code is for this processor and 
 """
 
 
+class Clock:
+    """The time of a run, and the part of it in which kernels were compiled: once on a machine, not once a text."""
+
+    def __init__(self) -> None:
+        self._compiles: list[tuple[float, float]] = []  # begin and end, none within another
+        self._started = time.perf_counter()
+
+    def see(self, function: str, seconds: float) -> None:
+        """Note a compile that ends now; it may hold others, which ended before."""
+        end = time.perf_counter()
+        while self._compiles and self._compiles[-1][0] >= end - seconds:
+            self._compiles.pop()
+        self._compiles.append((end - seconds, end))
+
+    def read(self) -> tuple[float, float]:
+        """Return the seconds since the start without compiling, and those of compiling."""
+        compiling = sum(end - begin for begin, end in self._compiles)
+        return time.perf_counter() - self._started - compiling, compiling
+
+
 class Part(msgspec.Struct):
     """What was compiled for one use: no functions where all were on the disk."""
 

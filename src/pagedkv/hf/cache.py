@@ -438,7 +438,7 @@ class PagedCache(Cache):
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of each row that the last :meth:`prompt` found in the cache."""
+        """Tokens of each row that the last :meth:`prompt` found in the cache, after :meth:`release` too."""
         return self._num_cached_tokens
 
     def prompt(self, input_ids: Any, attention_mask: Any = None) -> int:
@@ -470,7 +470,7 @@ class PagedCache(Cache):
         is_padded = _padded_rows(attention_mask, ids)
         if not self._is_reusable:
             is_padded[:] = True
-        self.release()
+        self.reset()
         self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
         return self._num_cached_tokens
 
@@ -507,13 +507,13 @@ class PagedCache(Cache):
     def release(self) -> None:
         """Free the sequences; full blocks of known ids stay findable. The cache is ready for the next prompt."""
         self._pages.release()
-        self._num_cached_tokens = 0
         if not all(type(layer) is PagedLayer for layer in self.layers):
             self.layers = self._new_layers()  # states are of a number of rows, which the next prompt may not have
 
     def reset(self) -> None:
-        """Do as :meth:`release` does."""
+        """Do as :meth:`release` does, and forget `num_cached_tokens`."""
         self.release()
+        self._num_cached_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens of every row; a positive number says how many stay.

@@ -61,7 +61,7 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
     cache.serve(model, reuses_prefixes=sit_cache_exam(model))
     others = {name for name, value in kwargs.items() if _holds_tensor(value)} - {"attention_mask"}
     if others:
-        cache.release()
+        cache.reset()
         return _run(model, input_ids, cache, release, kwargs)
     if kwargs.get("attention_mask") is None:
         kwargs["attention_mask"] = _inferred_mask(model, input_ids, kwargs)

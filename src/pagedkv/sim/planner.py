@@ -221,10 +221,13 @@ def nothing_to_reuse(attainable: float) -> Verdict:
     return Verdict("nothing", text, 0, 0, 0.0, 0.0, 0.0)
 
 
-def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Size, Size]) -> Verdict:
+def judge(
+    attainable: float, target: float, level: Level, sizes: tuple[Size, Size, Size], rival: Size | None = None
+) -> Verdict:
     """Judge traffic for which no memory was given: by what LRU needs for the target, and what the optimum does.
 
-    `sizes` are LRU, the best strategy and the optimum, all at the optimum's capacity.
+    `sizes` are LRU, the best strategy and the optimum, all at the optimum's capacity; `rival` is the best strategy but
+    LRU at the capacity that LRU needs.
     """
     if attainable < NOTHING:
         return nothing_to_reuse(attainable)
@@ -236,7 +239,7 @@ def judge(attainable: float, target: float, level: Level, sizes: tuple[Size, Siz
         kind, text = "strategy", f"Limited by the strategy: {needs}, and {least} if the future were known."
     else:
         kind, text = "capacity", f"Limited by capacity: {needs}, and still {least} if the future were known."
-    text = f"{text} {_advice(level, best, regained)}"
+    text = f"{text} {_advice(level, best, regained, rival)}"
     return Verdict(kind, text, optimum.blocks, optimum.bytes, *_losses(target, lru, optimum), regained)
 
 
@@ -257,7 +260,8 @@ def judge_memory(attainable: float, target: float, level: Level, memory: Memory)
         kind = "strategy" if to_strategy > to_capacity else "capacity"
         cause = "the strategy" if kind == "strategy" else "capacity"
         text = f"Limited by {cause}: {found}, and {percent(optimum.share)} would be found if the future were known. "
-        text += f"{_closed(best, regained)} {share(target)} takes {format_bytes(level.lru.bytes)} under LRU."
+        rival = next((size for size in memory.all if size.strategy != LRU), None)
+        text += f"{_closed(best, regained, rival)} {share(target)} takes {format_bytes(level.lru.bytes)} under LRU."
     return Verdict(kind, text, lru.blocks, memory.bytes, to_capacity, to_strategy, regained)
 
 
@@ -270,19 +274,25 @@ def _regained(lru: Size, best: Size, optimum: Size) -> float:
     return min(1.0, (best.share - lru.share) / gap) if gap > 0 else 0.0
 
 
-def _closed(best: Size, regained: float) -> str:
+def _closed(best: Size, regained: float, rival: Size | None) -> str:
     if regained < 0.005:
-        return "None of the strategies compared finds more than LRU there."
+        return f"LRU is best there: {_next_best(rival)}." if rival else "No other strategy was compared."
     return f"{best.strategy} closes {percent(regained)} of that gap."
 
 
-def _advice(level: Level, best: Size, regained: float) -> str:
+def _next_best(rival: Size) -> str:
+    return f"{rival.strategy}, the next, finds {percent(rival.share)} of what can be found in the same memory"
+
+
+def _advice(level: Level, best: Size, regained: float, rival: Size | None) -> str:
     """Say what to buy and what to run, where no memory was given."""
     if level.best.strategy != LRU:
         return f"{level.best.strategy} takes {format_bytes(level.best.bytes)}: plan that."
     plan = f"plan {format_bytes(level.lru.bytes)} and keep LRU"
     if regained < 0.005:
-        return f"None of the strategies compared does better than LRU: {plan}."
+        if rival is None:
+            return f"No other strategy was compared: {plan}."
+        return f"LRU is best here: {_next_best(rival)}, LRU {percent(level.lru.share)}; {plan}."
     return (
         f"No strategy compared reaches that with less: {plan}. With only {format_bytes(best.bytes)}, take "
         f"{best.strategy}: there it finds {percent(best.share)} of what can be found, which closes {percent(regained)} "
@@ -502,7 +512,9 @@ class _Planner:
         blocks = at_target.optimum.blocks
         best = max((self.size(name, blocks) for name in self.names), key=lambda size: size.hit_ratio)
         sizes = (self.size(LRU, blocks), best, at_target.optimum)
-        return judge(self.curve.attainable, self.target, at_target, sizes)
+        others = (self.size(name, at_target.lru.blocks) for name in self.names if name != LRU)
+        rival = max(others, key=lambda size: size.hit_ratio, default=None)
+        return judge(self.curve.attainable, self.target, at_target, sizes, rival)
 
     def size(self, strategy: str, blocks: int) -> Size:
         """Return what a strategy does with a capacity; replayed if it was not yet."""

@@ -6,8 +6,10 @@ import copy
 import logging
 import math
 import multiprocessing
+import os
 import re
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -293,6 +295,7 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+_RAY_PATIENCE = 5.0  # seconds
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
 
@@ -418,12 +421,23 @@ def _connected_ray() -> Any:
             raise
         raise MissingExtra("ray", "ray") from None
     if not ray.is_initialized():
+        _require_answer(os.environ.get("RAY_ADDRESS", ""))
         try:
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.WARNING)
         except Exception as error:  # of many kinds; what Ray says is the only trace of what went wrong
-            raise bad_argument(
-                "ray",
-                "a running cluster (ray start --head starts one, RAY_ADDRESS names one)",
-                f"{type(error).__name__}: {error}",
-            ) from error
+            raise _no_cluster(f"{type(error).__name__}: {error}") from error
     return ray
+
+
+def _require_answer(address: str) -> None:
+    """See that somebody listens where ``RAY_ADDRESS`` points to: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").partition("/")[0].rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _RAY_PATIENCE).close()
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise _no_cluster(f"nobody who answers at RAY_ADDRESS={address}: {error}") from error
+
+
+def _no_cluster(got: str) -> InvalidOperation:
+    return bad_argument("ray", "a running cluster (ray start --head starts one, RAY_ADDRESS names one)", got)

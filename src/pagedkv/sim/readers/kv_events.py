@@ -4,11 +4,20 @@ A batch is ``[ts, events, data_parallel_rank]`` or a map with these names; an ev
 block_hashes, parent_block_hash, token_ids, block_size, lora_id, medium, lora_name, extra_keys, group_idx]``) or a map
 with a ``type``; what follows at the end may be missing; hashes are numbers or bytes.
 
-Every ``BlockStored`` becomes a request for its whole chain, from the root to its last block. What this cannot show:
+What an engine stores of one request becomes a request for its whole chain, from the root to its last block:
+
+- Events of one batch, each of which goes on where the one before it ended, are one request, as an engine may store a
+  prompt block by block.
+- A single block that a batch adds to the chain stored just before it belongs to that request too: the next block of
+  an answer, or of a prompt that is computed in pieces.
+
+Anything else begins another request: more blocks behind the same chain in a later batch are the next turn of a
+conversation. What this cannot show:
 
 - A request that found every block stored nothing: **pure hits are invisible**. Hit ratios from events are not those of
   the traffic; the set of blocks, their order of appearance and what was stored again after it had been evicted are.
-- An engine also stores a block for every few tokens of an answer. Each is a request of its own here, its prefix a hit.
+- Where requests run side by side, the blocks of their answers alternate. Each is a request of its own here, its prefix
+  a hit; so is a later turn of one block that follows at once a part of the turn before.
 
 A chain whose beginning was not recorded begins at the first hash known. After ``AllBlocksCleared`` nothing is equal to
 what was before. Removals are the engine's own business: another cache would have kept the block. Events of other tiers
@@ -19,6 +28,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -27,7 +37,7 @@ import numpy.typing as npt
 
 from pagedkv.control.events import BIN_32, MAX_BATCH_BYTES
 from pagedkv.jit import compiled
-from pagedkv.sim.collect import Collector
+from pagedkv.sim.collect import LIMIT, Collector
 from pagedkv.sim.readers.base import Reader
 from pagedkv.sim.source import BAD_RECORD, BadRecord, Source, reason_of
 
@@ -185,7 +195,7 @@ PIECE_BYTES = 2**20
 FIELDS = {"block_hashes": 1, "parent_block_hash": 2, "block_size": 4, "medium": 6, "group_idx": 9}
 NO_NODE = -1
 MAX_ACCESSES = 2**31 - 1
-"""Blocks of all requests together: every event repeats its chain, so a small file can stand for a trace without end."""
+"""Blocks of all requests together: each repeats its chain, so a small file can stand for a trace without end."""
 
 
 @compiled
@@ -193,6 +203,16 @@ def _write_chain(node: int, parents: Array, numbers: Array, chain: Array) -> Non
     for place in range(len(chain) - 1, -1, -1):
         chain[place] = numbers[node]
         node = parents[node]
+
+
+@dataclass(slots=True)
+class _Run:
+    """Blocks of one chain that were stored one behind the other: a request, or what a request goes on with."""
+
+    time: float
+    parent: int  # the node before the first of them
+    last: int  # the node of the last of them
+    num_blocks: int
 
 
 class KvEventsReader(Reader):
@@ -204,6 +224,8 @@ class KvEventsReader(Reader):
         super().__init__(collector, block_tokens)
         self._num_clears = 0
         self._num_accesses = 0
+        self._request: _Run | None = None  # the last one, which may go on
+        self._run: _Run | None = None  # of the batch that is read
         self._forget()
 
     def _forget(self) -> None:
@@ -221,16 +243,22 @@ class KvEventsReader(Reader):
                 self._add_batch(payload)
             except BAD_RECORD as error:
                 source.bad(number, reason_of(error), "batch")
+        self._add_request()
 
     def _add_batch(self, payload: memoryview) -> None:
         time, events = _opened(payload)
-        for event in events:
-            kind, fields = _fields(event)
-            if kind == "AllBlocksCleared":
-                self._num_clears += 1
-                self._forget()
-            elif kind == "BlockStored" and _is_first_tier(fields):
-                self._store(time, fields)
+        try:
+            for event in events:
+                kind, fields = _fields(event)
+                if kind == "AllBlocksCleared":
+                    self._end_run()
+                    self._add_request()
+                    self._num_clears += 1
+                    self._forget()
+                elif kind == "BlockStored" and _is_first_tier(fields):
+                    self._store(time, fields)
+        finally:
+            self._end_run()
 
     def _store(self, time: float, fields: dict[str, Any]) -> None:
         hashes, parent, size = (fields.get(name) for name in ("block_hashes", "parent_block_hash", "block_size"))
@@ -247,13 +275,36 @@ class KvEventsReader(Reader):
             node = self._latest.get(number, NO_NODE)
             if node == NO_NODE:
                 node = self._node(NO_NODE, number)
+        if self._run is None or self._run.last != node or node == NO_NODE:
+            self._end_run()
+            self._run = _Run(time, node, node, 0)
         for block in hashes:
             node = self._node(node, self._collector.number(block))
-        chain = self._chain(node)
-        if self._num_accesses + len(chain) > MAX_ACCESSES:
+        self._run.last = node
+        self._run.num_blocks += len(hashes)
+
+    def _end_run(self) -> None:
+        """Let the last request go on with what was just stored, or begin another one with it."""
+        run, self._run = self._run, None
+        if run is None:
+            return
+        request = self._request
+        goes_on = request is not None and run.num_blocks == 1 and run.parent == request.last
+        self._num_accesses += 1 if goes_on else self._depths[run.last]
+        if self._num_accesses > MAX_ACCESSES:
             raise BadRecord(f"the chains of all requests have more than {MAX_ACCESSES} blocks in all")
-        self._num_accesses += len(chain)
-        self._collector.add(time, len(chain) * self.block_tokens, 0, None, chain, -1 - self._num_clears)
+        if request is not None and goes_on:
+            request.last = run.last
+        else:
+            self._add_request()
+            self._request = run
+
+    def _add_request(self) -> None:
+        """Hand the last request on."""
+        request, self._request = self._request, None
+        if request is not None:
+            chain = self._chain(request.last)
+            self._collector.add(request.time, len(chain) * self.block_tokens, 0, None, chain, -1 - self._num_clears)
 
     def _node(self, parent: int, number: int) -> int:
         node = self._nodes.setdefault((parent, number), len(self._parents))
@@ -284,6 +335,8 @@ def _opened(payload: memoryview) -> tuple[float, list[Any]]:
     time, events = batch[:2]
     if type(time) not in (int, float) or not isinstance(events, list):
         raise BadRecord("batch: expected [ts, events, …] with a number and a list")
+    if not -LIMIT < time < LIMIT:
+        raise BadRecord(f"timestamp: expected a finite number below 2**53, got {time}")
     return float(time), events
 
 

@@ -16,7 +16,7 @@ from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import facts
 from pagedkv.sim.report.evidence import Evidence, shown_name
-from pagedkv.sim.report.html import Markup, duration, rough_duration, round_count, short, tag
+from pagedkv.sim.report.html import Markup, duration, format_bytes, rough_duration, round_count, short, tag
 from pagedkv.sim.trace import Floats, Int64s
 
 # Where a value lies on an axis, and which values the axis names.
@@ -67,6 +67,18 @@ def log_ticks(low: float, high: float, most: int = 8) -> list[float]:
         [factor * 10.0**power for power in powers for factor in factors] for factors in ((1, 2, 5), (1, 3), (1,))
     ]
     choices += [[10.0**power for power in powers if power % every == 0] for every in (2, 3, 6)]
+    inside = [[tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] for ticks in choices]
+    return next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
+
+
+def byte_ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Return powers of two between `low` and `high`, so that each is a round number of KiB, MiB, GiB or TiB.
+
+    Where there is room, one and a half times each power as well; where there is not, every second, fifth or tenth.
+    """
+    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
+    choices = [[factor * 2.0**power for power in powers for factor in (1, 1.5)]]
+    choices += [[2.0**power for power in powers if power % every == 0] for every in (1, 2, 5, 10)]
     inside = [[tick for tick in ticks if low * 0.999 <= tick <= high * 1.001] for ticks in choices]
     return next((ticks for ticks in inside if len(ticks) <= most), inside[-1])
 
@@ -356,8 +368,6 @@ def shares_found(hits: Iterable[float], accesses: Iterable[float]) -> list[Cell]
 
 # The hit ratio against the size of the cache.
 
-_GIB = 1024**3
-
 
 def curve_section(evidence: Evidence, below: Markup | None = None) -> Markup:
     """Return the chart of hit ratio against size: LRU's curve, all strategies, the limits; `below` at its end."""
@@ -388,7 +398,7 @@ def _lines(evidence: Evidence) -> list[Series]:
     if evidence.curve is not None and evidence.curve.attainable:
         # At no more sizes than a chart has pixels.
         sizes = np.unique(np.geomspace(1, max(float(evidence.curve.blocks[-1]), 2), 300).astype(np.int64))
-        places = [_place(evidence, size) for size in sizes.tolist()]
+        places = [evidence.num_bytes(size) for size in sizes.tolist()]
         lines.append(Series(LRU, "c1 curve", places, evidence.curve.at(sizes).tolist()))
     has_curve = bool(lines)
     for name, points in evidence.points.items():
@@ -401,12 +411,8 @@ def _lines(evidence: Evidence) -> list[Series]:
 
 def _with_tips(evidence: Evidence, name: str, look: str, sizes: Sequence[int], found: Sequence[float]) -> Series:
     tips = [f"{name}, {evidence.size(size)}: {percent(ratio)}" for size, ratio in zip(sizes, found, strict=True)]
-    places = [_place(evidence, size) for size in sizes]
+    places = [evidence.num_bytes(size) for size in sizes]
     return Series(name, look, places, found, tips, is_labelled=look != "quiet")
-
-
-def _place(evidence: Evidence, blocks: float) -> float:
-    return evidence.num_bytes(blocks) / (_GIB if evidence.bytes_per_block else 1)
 
 
 def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Markup]:
@@ -414,15 +420,17 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
     across = frame.across(low, high, is_log=True)
     up, drawn = ratio_grid(frame, max(evidence.attainable, *(max(line.ys) for line in lines)))
     yield from drawn
-    unit = "size of the cache, " + ("GiB" if evidence.bytes_per_block else "blocks")
-    write = digits if evidence.bytes_per_block else _tick
-    yield from floor(frame, across, log_ticks(low, high, frame.most_ticks), write, unit)
+    if evidence.bytes_per_block:
+        ticks, write, title = byte_ticks(low, high, frame.most_ticks), format_bytes, "size of the cache"
+    else:
+        ticks, write, title = log_ticks(low, high, frame.most_ticks), _tick, "size of the cache, blocks"
+    yield from floor(frame, across, ticks, write, title)
     yield from line(Series("", "limit", [low, high], [evidence.attainable] * 2), across, up)
     limit = f"no limit {percent(evidence.attainable)}"
     yield tag("text", limit, class_="note soft", x=frame.left + 6, y=up(evidence.attainable) - 6)
     marks = [("knee", evidence.knee), (evidence.chosen_name, evidence.chosen_blocks)]
     for row, (name, blocks) in enumerate((name, blocks) for name, blocks in marks if blocks):
-        yield from upright(frame, across, _place(evidence, blocks), f"{name} {evidence.sized(blocks)}", row)
+        yield from upright(frame, across, evidence.num_bytes(blocks), f"{name} {evidence.sized(blocks)}", row)
     for series in lines:
         yield from line(series.clipped(low), across, up)
     if evidence.curve is not None:
@@ -436,7 +444,7 @@ def _draw(evidence: Evidence, lines: list[Series], frame: Frame) -> Iterator[Mar
 def _ends(evidence: Evidence, lines: list[Series]) -> tuple[float, float]:
     """Return the sizes between which something happens: what is marked, and where a line leaves its first height."""
     places = [
-        _place(evidence, blocks) for blocks in (*evidence.capacities, evidence.chosen_blocks, evidence.knee) if blocks
+        evidence.num_bytes(blocks) for blocks in (*evidence.capacities, evidence.chosen_blocks, evidence.knee) if blocks
     ]
     for series in lines:
         rises = [x for x, y in zip(series.xs, series.ys, strict=True) if y - series.ys[0] > 0.03 * evidence.attainable]
