@@ -80,7 +80,7 @@ class PagedKvCache(BlockManager):
             layout=layout,
         )
         self._storage = KvStorage(spec, device)
-        self._slots: tuple[BatchPlan | None, Any] = (None, None)
+        self._slots: tuple[BatchPlan | None, Any, int] = (None, None, 0)
         self._batch: tuple[BatchPlan | None, Batch | None] = (None, None)
 
     @property
@@ -128,7 +128,9 @@ class PagedKvCache(BlockManager):
         Raises
         ------
         InvalidOperation
-            If a shape does not fit.
+            If a shape does not fit, or the plan is stale: its query tokens have no longer these slots.
+        SequenceNotFound
+            If a sequence of the plan has ended.
         """
         self._storage.write(layer, keys, values, self._slot_index(plan))
 
@@ -200,15 +202,18 @@ class PagedKvCache(BlockManager):
         )
 
     def _slot_index(self, plan: BatchPlan | DevicePlan) -> Any:
-        """Check the slots of a plan once for all layers."""
+        """Check the slots of a plan once for all layers, and again once the books have changed."""
         if isinstance(plan, DevicePlan):
             return self._storage.slots_of(plan)
         if not isinstance(plan, BatchPlan):
             raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
-        made_for, slots = self._slots
-        if made_for is not plan:
-            slots = self._storage.slot_index(plan.slot_mapping)
-            self._slots = (plan, slots)
+        made_for, slots, checked_at = self._slots
+        changes = self._state.counter("changes")
+        if made_for is not plan or checked_at != changes:
+            self._require_fresh(plan)
+            if made_for is not plan:
+                slots = self._storage.slot_index(plan.slot_mapping)
+            self._slots = (plan, slots, changes)
         return slots
 
     def _batch_of(self, plan: BatchPlan | DevicePlan) -> Batch | DeviceBatch:

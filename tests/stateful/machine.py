@@ -334,7 +334,9 @@ class CacheMachine(RuleBasedStateMachine):
             self.refused(InvalidOperation, self.cache.commit, plan)
             return
         if write and all(made.version == at for made, at in made_for.values()):
-            self.write_all(plan, commit=False)
+            tables = [self.cache.get_sequence(s).block_ids for s in made_for]
+            if all(plan.block_tables[i, : len(t)].tolist() == list(t) for i, t in enumerate(tables)):
+                self.write_all(plan, commit=False)
         if any(self.live[s].stale_before == at and at for s, (_, at) in made_for.items()):
             return  # made between taking back and appending: may be refused
         lens = dict(zip(made_for, plan.seq_lens.tolist(), strict=True))
@@ -502,7 +504,8 @@ class CacheMachine(RuleBasedStateMachine):
             del sequence.tokens[sink : sink + dropped], sequence.ids[sink:]
             sequence.committed = max(min(sequence.committed, sink), sequence.committed - dropped)
             sequence.dropped, sequence.sink, sequence.is_opaque = sequence.dropped + dropped, sink, True
-            sequence.take_back()
+            sequence.version += 1
+            sequence.stale_before, sequence.taken_back_at = sequence.version, None
 
     # ---------------------------------------------------------------- the prefix index
 

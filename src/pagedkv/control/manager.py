@@ -23,7 +23,7 @@ from pagedkv.control.arguments import (
 )
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, EventFeed
-from pagedkv.control.plan import BatchPlan
+from pagedkv.control.plan import BatchPlan, stale_plan
 from pagedkv.control.pool import available_blocks, unpin_block
 from pagedkv.control.prefix import Namespaces, name_of
 from pagedkv.control.protocol import EvictionStrategy, Hooks, block_view, checked_scores
@@ -246,7 +246,8 @@ class BlockManager:
         ------
         SequenceNotFound
         InvalidOperation
-            If tokens of the plan were taken back and others appended since.
+            If a sequence of the plan streamed or began anew since, or tokens of the plan were taken back and others
+            appended. Where they were only taken back, what is left of them is committed.
         """
         if isinstance(plan_or_seq_id, BatchPlan):
             keys, made_at = plan_or_seq_id.seq_ids, plan_or_seq_id.tick
@@ -258,7 +259,7 @@ class BlockManager:
             status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
             if status == sequences.STALE:
                 number = sequence_number(keys[place])
-                raise InvalidOperation(f"the plan is stale: S{number} was taken back and continued since it was made")
+                raise stale_plan(number)
             self._refuse(status, place, keys)
             self._publish()
 
@@ -743,6 +744,17 @@ class BlockManager:
             raise SequenceNotFound(sequence_number(keys[place]))
         if status == sequences.REPEATED:
             raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+
+    def _require_fresh(self, plan: BatchPlan) -> None:
+        """Refuse a plan whose query tokens have other slots by now, or none."""
+        with self._lock:
+            place = sequences.find_stale(
+                self._state.packed, plan.seq_ids, plan.tick, plan.seq_lens, plan.cu_seqlens_q, plan.block_tables
+            )
+            if place < 0:
+                return
+            number = sequence_number(plan.seq_ids[place])
+            raise stale_plan(number) if number in self else SequenceNotFound(number)
 
     def _make_room(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.errors import MissingExtra
+from pagedkv.errors import InvalidOperation, MissingExtra
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,11 +28,18 @@ class TensorPlan(NamedTuple):
     copies: Tensor
 
 
+def stale_plan(seq_id: int) -> InvalidOperation:
+    """Return the error for a plan that a sequence has left behind."""
+    return InvalidOperation(f"the plan is stale: S{seq_id} has changed since it was made", "plan")
+
+
 @dataclass(slots=True, eq=False)
 class BatchPlan:
     """Where each new token goes and what each sequence sees. ``n`` sequences, ``total_tokens`` query tokens.
 
-    A plan lives until its sequences are committed or changed; a stale one is refused by ``commit``.
+    A plan lives as long as its tokens are where it says: until one of its sequences ends, streams, or has other tokens
+    in their place. From then on ``write`` and ``commit`` refuse it. ``write`` also refuses it when they lie in other
+    blocks by now: copied because a fork shared them, or given back because the index held equal ones.
 
     Attributes
     ----------

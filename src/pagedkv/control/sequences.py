@@ -243,8 +243,8 @@ def lay_out(state: State, rows: Narrow, num_query: Ints, copies: Narrow) -> tupl
             columns[j] = 0
         seq_lens[i] = num_tokens
         starts[i] = token
-        holes[i, 0] = hole_start
-        holes[i, 1] = hole_start + hole_len
+        holes[i, 0] = min(hole_start, num_tokens)  # it is behind them all once the tokens after it are taken back
+        holes[i, 1] = holes[i, 0] + hole_len
         dropped[i] = record.num_dropped
         for position in range(num_tokens - num_query[i], num_tokens):
             slot = position if position < hole_start else position + hole_len
@@ -371,6 +371,7 @@ def allocate_row(
         return NEEDS_WIDTH, num_blocks, 0, NOBODY, NOBODY
 
     counters.tick += 1
+    counters.changes += 1
     row = new_row(state, seq_id, namespace, priority)
     record, table = state.sequences[row], state.tables[row]
     for i in range(full):
@@ -417,6 +418,7 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
     counters = state.counters[0]
     counters.tick += 1
     source = state.sequences[row]
+    counters.changes += 1
     twin_row = new_row(state, dst, source.namespace, source.priority)
     twin = state.sequences[twin_row]
     twin.num_tokens = source.num_tokens
@@ -469,6 +471,7 @@ def hand_over_use(state: State, row: int, first: int) -> None:
 def free_row(state: State, row: int) -> None:
     """End a sequence: every block loses a reference, tail first; pins of findable blocks stay."""
     state = borrowed(state)
+    state.counters[0].changes += 1
     record = state.sequences[row]
     for i in range(record.num_blocks - 1, -1, -1):
         block = state.tables[row, i]
@@ -484,6 +487,7 @@ def free_row(state: State, row: int) -> None:
 def truncate_row(state: State, row: int, num_tokens: int) -> None:
     """Take back all tokens from cache position `num_tokens` on."""
     state = borrowed(state)
+    state.counters[0].changes += 1
     record = state.sequences[row]
     size = state.counters[0].block_size
     if num_tokens <= record.hole_start:
@@ -647,6 +651,7 @@ def grow_rows(
         wide, narrow = _no_plan()
         return status, a, b, 0, wide, narrow
     state.counters[0].tick += 1
+    state.counters[0].changes += 1
     first = 0
     for i in range(len(rows)):
         k = _extend(state, rows[i], counts[i], ids, first, known, copied, k)
@@ -694,6 +699,7 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
     for i in range(len(rows)):
         if made_at < state.sequences[rows[i]].epoch:
             return STALE, i
+    state.counters[0].changes += 1
     for i in range(len(rows)):
         record = state.sequences[rows[i]]
         upto = record.num_tokens if seq_lens[i] < 0 else min(seq_lens[i], record.num_tokens)
@@ -701,6 +707,28 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
         if state.counters[0].prefix_caching != 0 and record.marks & OPAQUE == 0:
             _index_committed(state, rows[i])
     return OK, 0
+
+
+@compiled
+def find_stale(state: State, seq_ids: Ints, made_at: int, seq_lens: Narrow, starts: Narrow, tables: Narrow) -> int:
+    """Return the place of the first sequence whose query tokens lie elsewhere than the plan says, or -1."""
+    state = borrowed(state)
+    size = state.counters[0].block_size
+    n = min(len(seq_lens), len(starts) - 1, len(tables))  # the arrays of a plan are its holder's to change
+    for i in range(len(seq_ids)):
+        row = find_row(state, seq_ids[i])
+        if row < 0 or i >= n:
+            return i
+        record = state.sequences[row]
+        if made_at < record.epoch or seq_lens[i] > record.num_tokens:
+            return i
+        first, last = np.int64(seq_lens[i] - starts[i + 1] + starts[i]), np.int64(seq_lens[i] - 1)
+        first += record.hole_len if first >= record.hole_start else 0
+        last += record.hole_len if last >= record.hole_start else 0
+        for j in range(first // size, last // size + 1 if last >= first else 0):
+            if j >= tables.shape[1] or state.tables[row, j] != tables[i, j]:
+                return i
+    return -1
 
 
 # Sinks and window inside one sequence, at token granularity.
@@ -805,6 +833,9 @@ def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, npt
     record.num_indexed = min(record.num_indexed, sink // size)
     record.num_cached = min(record.num_cached, record.num_tokens)
     record.pinned_blocks = min(record.pinned_blocks, cut)
-    record.marks |= OPAQUE | TRUNCATED
+    record.marks |= OPAQUE
+    state.counters[0].tick += 1
+    state.counters[0].changes += 1
+    record.epoch = state.counters[0].tick
     mark_dirty(state, row)
     return dropped, copies[:count]

@@ -216,7 +216,7 @@ MAX_PINS = np.iinfo(np.uint16).max
 
 COUNTERS = record(
     **dict.fromkeys(
-        "num_blocks block_size prefix_caching whole_hits seed tick stamp "
+        "num_blocks block_size prefix_caching whole_hits seed tick stamp changes "
         "fresh free_top used cached pinned heap_size probation_heap_size probation "
         "num_sequences rows_used free_row num_dirty logging log_len "
         "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split(),
