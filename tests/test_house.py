@@ -29,6 +29,7 @@ LONG = {
 LONELY = {
     "pagedkv.cli.block_map": "drawn by a script for the README, too",
     "pagedkv.cli.top_screen": "needs Textual; the command says so where it is missing",
+    "pagedkv.control.call_lock": "what os.fork() makes of a lock, which is a matter of processes and not of books",
     "pagedkv.control.checks": "invariants: read beside the kernels, run only when somebody asks",
     "pagedkv.control.policies": "kernels; the strategies that name them are plain Python",
     "pagedkv.control.sequence_eviction": "order of whole sequences in plain Python; of blocks it is `reclaim`",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
@@ -80,12 +82,14 @@ class PagedKvCache(BlockManager):
             layout=layout,
         )
         self._storage = KvStorage(spec, device)
+        self._staged: tuple[int, Any] = (0, None)  # what is being copied
         self._slots: tuple[BatchPlan | None, Any, int] = (None, None, 0)
         self._batch: tuple[BatchPlan | None, Batch | None] = (None, None)
 
     @property
     def storage(self) -> KvStorage:
         """The memory of K and V."""
+        self._finish_what_was_interrupted()
         return self._storage
 
     @property
@@ -132,6 +136,7 @@ class PagedKvCache(BlockManager):
         SequenceNotFound
             If a sequence of the plan has ended.
         """
+        self._finish_what_was_interrupted()
         self._storage.write(layer, keys, values, self._slot_index(plan))
 
     def attend(
@@ -164,7 +169,7 @@ class PagedKvCache(BlockManager):
         -------
         Tensor [total_tokens, num_q_heads, v_head_dim]
         """
-        storage = self._storage
+        storage = self.storage
         keys, values = storage.keys(layer), storage.values(layer)
         call = AttentionCall(
             queries,
@@ -231,14 +236,27 @@ class PagedKvCache(BlockManager):
         return batch
 
     def _copy(self, copies: Any) -> None:
-        if len(copies) and self._storage.num_layers:
-            self._storage.copy_blocks(copies)
-        super()._copy(copies)  # the next plan tells of them, for whoever keeps something of their own for each block
+        if not self._storage.num_layers:
+            return
+        if not np.isin(copies[:, 0], copies[:, 1]).any():
+            self._storage.copy_blocks(copies)  # the sources stay as they are: it can be done twice
+            return
+        changes = self._state.counter("changes")
+        if self._staged[0] != changes:
+            self._staged = (changes, self._storage.read_blocks(copies[:, 0]))
+        self._storage.write_blocks(copies[:, 1], self._staged[1])
+
+    def _finish_what_was_interrupted(self) -> None:
+        if self._is_open:
+            with self._lock:
+                self._settle()
 
     def _block_keys(self, block: int) -> Any:
+        self._finish_what_was_interrupted()
         return self._storage.block_keys(block)
 
     def _block_values(self, block: int) -> Any:
+        self._finish_what_was_interrupted()
         return self._storage.block_values(block)
 
     def _report_lines(self) -> list[str]:

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.pool import drop_block, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy, block_scores, block_view, room_for
 from pagedkv.control.reclaim import lowest_leaf
+from pagedkv.control.sequences import carry_out_reclaims
 from pagedkv.control.state import State
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, compiled, inlined
@@ -167,19 +168,27 @@ class ContentCache(BlockManager):
         """Tell whether a request of these content ids, and `more` blocks behind them, fits now; changes nothing."""
         ids = _flat("ids", ids, (np.int32, np.int64)).astype(np.int64)
         with self._lock:
-            _, needed, available = self._room_for(self._enter_namespace(""), len(ids), ids, True)
+            _, needed, available = room_for(self._state, self._enter_namespace(""), len(ids), ids, True)
             return needed + more <= available
 
     def _run_observed(self, namespace: int, ids: Ids, start: int, stop: int, path: npt.NDArray[np.int32]) -> int:
         """Run one request; a strategy in NumPy scores its blocks, hooks and subscribers hear of it."""
-        self._reclaim_for(namespace, stop - start, ids[start:stop].astype(np.int64), True, as_far_as_it_fits=True)
+        if self._hooks.decide_reclaims:
+            wanted = ids[start:stop].astype(np.int64)
+            matched, needed, available = room_for(self._state, namespace, stop - start, wanted, True)
+            spared = int(matched[-1]) if len(matched) else -1
+            self._order(self._hooks.orders_for(self._state, min(needed, available), spared))
+            carry_out_reclaims(self._state.packed)
         found, held = begin_request(self._state.packed, namespace, ids, start, stop, path)
         try:
             self._hooks.hit(self._state, path[:found])
             self._hooks.stored(self._state, self._stored_blocks())
-            if self._is_scored_in_numpy:
-                self._score_blocks(path[:held])
+            if self._is_scored_in_numpy and held:
+                view = block_view(self._state, path[:held])
+                scores = block_scores(self._strategy, view, self._state.counter("tick"))
+                self._state.blocks["score"][path[:held]] = scores
         finally:
             end_request(self._state.packed, path, found, held)
-            self._feed.publish(self._state)
+            if self._listens:
+                self._feed.publish(self._state)
         return found

@@ -6,8 +6,9 @@ import itertools
 import logging
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, fields
+from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, BinaryIO
 
 import msgspec
@@ -151,42 +152,58 @@ class EventFeed:
         self._callbacks: dict[int, Callable[[CacheEvent], None]] = {}
         self._numbers = itertools.count()
         self._queue: deque[CacheEvent] = deque()
-        self._delivering = False
+        self._delivery = self._deliver_all()
         self._active = False
 
     def subscribe(self, callback: Callable[[CacheEvent], None], state: State) -> Callable[[], None]:
         """Add a subscriber; returns the function that removes it, and no other of the same callback."""
         number = next(self._numbers)
-        self._callbacks[number] = callback
-        self._active = True
         state.counters[0].logging = 1
+        self._active = True
+        self._callbacks[number] = callback
 
         def unsubscribe() -> None:
             self._callbacks.pop(number, None)
 
         return unsubscribe
 
-    def publish(self, state: State, event: CacheEvent | None = None) -> None:
-        """Deliver what was logged, then `event`; calls that the subscribers make are delivered after."""
+    @property
+    def is_active(self) -> bool:
+        """Whether somebody listens."""
+        return self._active
+
+    @property
+    def is_delivering(self) -> bool:
+        """Whether a subscriber is being called."""
+        return getgeneratorstate(self._delivery) == GEN_RUNNING
+
+    def publish(self, state: State) -> None:
+        """Deliver what was logged; what calls of the subscribers log is delivered after.
+
+        An event leaves the queue once all have heard it, and the log is emptied once its events are in the queue: a
+        delivery that is interrupted goes on at the next call, and no event is lost.
+        """
         if not self._active:
-            if self._always_log:
-                state.counters[0].log_len = 0
+            state.counters[0].log_len = 0
             return
         self._queue.extend(self._read(state))
-        if event is not None:
-            self._queue.append(event)
+        state.counters[0].log_len = 0
         if not self._callbacks:
             self._active = False
             state.counters[0].logging = self._always_log
             self._queue.clear()
-        if self._delivering:
+        if self.is_delivering:  # a subscriber made this call
             return
-        self._delivering = True
-        try:
-            while self._queue:
-                self._deliver(self._queue.popleft())
-        finally:
-            self._delivering = False
+        self._delivery = self._deliver_all()
+        for _ in self._delivery:
+            pass
+
+    def _deliver_all(self) -> Generator[None, None, None]:
+        """Empty the queue: a generator, as only one at a time can be running, whatever ends it."""
+        while self._queue:
+            self._deliver(self._queue[0])
+            self._queue.popleft()
+        yield
 
     def _deliver(self, event: CacheEvent) -> None:
         for callback in list(self._callbacks.values()):
@@ -196,14 +213,13 @@ class EventFeed:
                 logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def _read(self, state: State) -> list[CacheEvent]:
-        counters = state.counters[0]
-        entries = state.log[: counters.log_len].tolist()
-        counters.log_len = 0
         roots: dict[int, int] = {}
-        return [
-            self._stored(state, entry - 1, roots) if entry > 0 else BlockRemoved(BlockId(-entry - 1))
-            for entry in entries
-        ]
+        return [self._event(state, entry, roots) for entry in state.log[: state.counter("log_len")].tolist()]
+
+    def _event(self, state: State, entry: int, roots: dict[int, int]) -> CacheEvent:
+        if entry > 0:
+            return self._stored(state, entry - 1, roots)
+        return BlockRemoved(BlockId(-entry - 1)) if entry < 0 else AllBlocksCleared()
 
     def _stored(self, state: State, block: int, roots: dict[int, int]) -> BlockStored:
         size = int(state.counters[0].block_size)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -21,15 +21,35 @@ from pagedkv.control.arguments import (
     sequence_keys,
     sequence_number,
 )
+from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
-from pagedkv.control.events import AllBlocksCleared, CacheEvent, CacheSnapshot, EventFeed
-from pagedkv.control.plan import BatchPlan, stale_plan
-from pagedkv.control.pool import available_blocks, unpin_block
+from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed
+from pagedkv.control.plan import BatchPlan, stale_plan, with_copies
+from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces, name_of
-from pagedkv.control.protocol import EvictionStrategy, Hooks, block_view, checked_scores
-from pagedkv.control.sequence_eviction import VictimOrder, fits_after_evicting, written_tails
-from pagedkv.control.sequences import blocks_to_stream, copies_in, plan_from, plan_rows, stream_row
-from pagedkv.control.state import LIVE, MAX_PINS, PINNED, new_state, with_log, with_roots, with_wider_tables
+from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, room_for
+from pagedkv.control.sequence_eviction import (
+    VictimOrder,
+    fits_after_evicting,
+    most_blocks,
+    orders_behind,
+    rows_to_evict,
+    score_releases,
+    written_tails,
+)
+from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_rows, stream_row
+from pagedkv.control.state import (
+    EVICT,
+    LIVE,
+    MAX_PINS,
+    PINNED,
+    State,
+    new_state,
+    with_log,
+    with_orders,
+    with_roots,
+    with_wider_tables,
+)
 from pagedkv.control.strategies import (
     MAX_PRIORITY,
     Priority,
@@ -52,7 +72,9 @@ _NO_COPIES = np.empty((0, 2), np.int32)
 class BlockManager:
     """Paged KV-cache bookkeeping: who owns which block, without K and V.
 
-    Every public method is atomic: many threads may share one manager. A call that fails changes nothing.
+    Every public method is atomic: many threads may share one manager. A call that fails changes nothing. One that is
+    interrupted, by Ctrl-C for instance, has happened as a whole or not at all: what it leaves to do beside the books
+    (copies, events) is done before the next call.
 
     Parameters
     ----------
@@ -98,13 +120,16 @@ class BlockManager:
         self._victims = VictimOrder(self._strategy)
         self._namespaces = Namespaces()
         self._feed = EventFeed(self._namespaces, self._hooks.see_stores)
+        self._listens = self._hooks.see_stores  # whether calls have something to publish
         if self._hooks.see_stores:
             self._state = with_log(self._state)
             self._state.counters[0].logging = 1
-        self._pending_copies: dict[int, int] = {}  # destination: source
+        self._pending_copies: tuple[int, dict[int, int]] = (0, {})  # destination: source
         self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
+        self._next_pins: tuple[int, dict[int, list[int]]] = (0, self._kept_pins)
+        self._is_open = False  # whether a call has begun that may leave something to finish
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
-        self._lock = threading.RLock()
+        self._lock = new_lock(self)
 
     def allocate(self, seq_id: int, tokens: Any, *, priority: int = 0, cache_salt: str = "") -> SequenceInfo:
         """Start a sequence.
@@ -136,26 +161,26 @@ class BlockManager:
         count, ids, known = parse_tokens(tokens)
         priority = self._checked_priority(priority)
         with self._lock:
+            self._begin()
             namespace = self._enter_namespace(cache_salt)
+            self._wide_ids |= key < 0
             while True:
-                if self._hooks.decide_reclaims and sequences.find_row(self._state.packed, key) < 0:
-                    self._reclaim_for(namespace, count, ids, known)
-                status, a, b, source, destination = sequences.allocate_row(
-                    self._state.packed, key, namespace, priority, count, ids, known
-                )
+                if self._hooks.exist and sequences.find_row(self._state.packed, key) < 0:
+                    orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, known)
+                    if orders is not None:
+                        self._order(orders)
+                        self._hooks.about_to_hit(self._state, room_for(self._state, namespace, count, ids, known)[0])
+                status, a, b = sequences.allocate_row(self._state.packed, key, namespace, priority, count, ids, known)
                 if status == sequences.OK:
                     break
                 if status == sequences.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
+                self._refuse(status, a, keys=())
                 matched = sequences.matching_blocks(self._state.packed, namespace, ids) if known else ()
-                self._make_room(status, a, b, matched=matched)
-            self._wide_ids |= key < 0
-            self._tell_hits(a)
-            if source != sequences.NOBODY:
-                self._copy(np.array([[source, destination]], np.int32))
-            info = self._info(a)
-            self._publish()
-            return info
+                ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
+                self._make_room(status, a, b, ask, -(-count // self.block_size), matched=matched)
+            self._finish(b)
+            return self._info(a)
 
     def append(self, seq_id: int, tokens: Any) -> SequenceInfo:
         """Add tokens to the end of a sequence; a shared last block is copied first.
@@ -173,10 +198,9 @@ class BlockManager:
         key = sequence_key(seq_id)
         count, ids, known = parse_tokens(tokens)
         with self._lock:
+            self._begin()
             self._grow(np.array([key]), np.array([count]), ids, known)
-            info = self._info(self._row(seq_id))
-            self._publish()
-            return info
+            return self._info(self._row(seq_id))
 
     def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
@@ -203,10 +227,9 @@ class BlockManager:
         keys = sequence_keys(seq_ids, self._wide_ids)
         num_tokens, ids, known = parse_batch_tokens(tokens, counts, len(keys))
         with self._lock:
+            self._begin()
             tick, width, wide, narrow = self._grow(keys, num_tokens, ids, known, seq_ids)
-            plan = plan_from(keys, wide, narrow, width, self._take_pending_copies(), tick)
-            self._publish()
-            return plan
+            return self._planned(keys, wide, narrow, width, tick)
 
     def plan(self, seq_ids: Any, num_query_tokens: Any = None) -> BatchPlan:
         """Lay out a forward pass.
@@ -229,12 +252,13 @@ class BlockManager:
         else:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
+            self._settle()
             status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
             if status == sequences.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
             self._refuse(status, place, keys, seq_ids)
-            return plan_from(keys, wide, narrow, width, self._take_pending_copies(), place)
+            return self._planned(keys, wide, narrow, width, place)
 
     def commit(self, plan_or_seq_id: BatchPlan | int) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
@@ -256,12 +280,13 @@ class BlockManager:
             keys, made_at = np.array([sequence_key(plan_or_seq_id)]), 2**62
             upto = np.array([-1])
         with self._lock:
+            self._begin()
             status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
             if status == sequences.STALE:
                 number = sequence_number(keys[place])
                 raise stale_plan(number)
             self._refuse(status, place, keys)
-            self._publish()
+            self._finish(0)
 
     def fork(self, src: int, dst: int) -> SequenceInfo:
         """Let the new sequence `dst` share every block of `src`; nothing is copied until one of them writes.
@@ -275,11 +300,12 @@ class BlockManager:
         """
         key = sequence_key(dst, "dst")
         with self._lock:
+            self._settle()
+            self._wide_ids |= key < 0
             row = self._row(src, "src")
             while True:
                 status, twin = sequences.fork_row(self._state.packed, row, key)
                 if status == sequences.OK:
-                    self._wide_ids |= key < 0
                     return self._info(twin)
                 if status == sequences.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
@@ -295,14 +321,14 @@ class BlockManager:
             If the sequence has fewer tokens.
         """
         with self._lock:
+            self._settle()
             row = self._row(seq_id)
             record = self._state.sequence(row)
             num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
             if num_tokens < record.num_tokens:
                 hole = record.hole_len if num_tokens > record.hole_start else 0
-                self._score_before_release(row, (num_tokens + hole) // self.block_size)
+                self._score_before_release([row], (num_tokens + hole) // self.block_size)
                 sequences.truncate_row(self._state.packed, row, num_tokens)
-                sequences.mark_dirty(self._state.packed, row)
             return self._info(row)
 
     def free(self, seq_id: int) -> None:
@@ -315,7 +341,12 @@ class BlockManager:
             If the sequence is pinned and a block of it has 65,535 pins of freed sequences already.
         """
         with self._lock:
-            self._free_row(self._row(seq_id))
+            self._settle()
+            row = self._row(seq_id)
+            self._score_before_release([row])
+            if self._state.sequence(row).marks & PINNED:
+                self._keep_pins(row)
+            sequences.free_row(self._state.packed, row)
 
     def touch(self, seq_id: int) -> SequenceInfo:
         """Count an access.
@@ -325,9 +356,9 @@ class BlockManager:
         SequenceNotFound
         """
         with self._lock:
+            self._settle()
             row = self._row(seq_id)
-            self._state.counters[0].tick += 1
-            sequences.touch_row(self._state.packed, row)
+            sequences.access_row(self._state.packed, row)
             return self._info(row)
 
     def set_priority(self, seq_id: int, priority: int) -> SequenceInfo:
@@ -341,9 +372,9 @@ class BlockManager:
         """
         priority = self._checked_priority(priority)
         with self._lock:
+            self._settle()
             row = self._row(seq_id)
-            self._state.sequences[row].priority = priority
-            sequences.mark_dirty(self._state.packed, row)
+            sequences.set_row_priority(self._state.packed, row, priority)
             return self._info(row)
 
     def pin(self, seq_id: int, num_tokens: int | None = None) -> SequenceInfo:
@@ -358,6 +389,7 @@ class BlockManager:
             If the sequence has fewer tokens.
         """
         with self._lock:
+            self._settle()
             row = self._row(seq_id)
             record = self._state.sequences[row]
             if num_tokens is None:
@@ -366,8 +398,7 @@ class BlockManager:
                 num_tokens = require_int("num_tokens", num_tokens, 0, int(record.num_tokens))
                 hole = int(record.hole_len) if num_tokens > record.hole_start else 0
                 blocks = -(-(num_tokens + hole) // self.block_size)
-            record.pinned_blocks = blocks
-            record.marks |= PINNED
+            sequences.pin_row(self._state.packed, row, blocks)
             return self._info(row)
 
     def unpin(self, seq_id: int) -> None:
@@ -382,18 +413,16 @@ class BlockManager:
         """
         key = sequence_key(seq_id)
         with self._lock:
-            kept = self._kept_pins.pop(key, None)
+            self._settle()
+            kept = self._kept_pins.get(key)
             row = sequences.find_row(self._state.packed, key)
             if kept is None:
                 if row < 0:
                     raise SequenceNotFound(seq_id)
                 if not self._state.sequences[row].marks & PINNED:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
-            for block in kept or ():
-                unpin_block(self._state.packed, block)
-            if row >= 0:
-                self._state.sequences[row].marks &= ~PINNED
-                self._state.sequences[row].pinned_blocks = 0
+            self._pins_after_this({other: blocks for other, blocks in self._kept_pins.items() if other != key})
+            sequences.unpin_row(self._state.packed, row, np.array(kept or (), np.int32))
 
     def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
         """Return the sequence that ``evict`` would free, or None if there is none that may go.
@@ -415,10 +444,14 @@ class BlockManager:
             If there is none.
         """
         with self._lock:
+            self._settle()
             row = self._victims.first(self._state)
             if row is None:
                 raise InvalidOperation("there is no sequence to evict")
-            return self._evict_row(row)
+            seq_id = self._seq_id(row)
+            self._score_before_release([row])
+            sequences.evict_rows(self._state.packed, np.array([row], np.int32))
+            return seq_id
 
     def evict_to_threshold(self, target: float | None = None) -> list[SeqId]:
         """Evict until ``utilization <= target`` (default: the eviction threshold); returns the ids in order.
@@ -431,14 +464,16 @@ class BlockManager:
             If `target` is no number.
         """
         limit = self._eviction_threshold if target is None else fraction("target", target)
-        evicted: list[SeqId] = []
         with self._lock:
-            while self.utilization > limit:
-                row = self._victims.first(self._state)
-                if row is None:
-                    break
-                evicted.append(self._evict_row(row))
-        return evicted
+            self._settle()
+            excess = self.used_block_count - most_blocks(self.total_blocks, limit)
+            if excess <= 0:
+                return []
+            rows = rows_to_evict(self._state, self._victims.in_order(self._state), excess)
+            evicted = [self._seq_id(row) for row in rows.tolist()]
+            self._score_before_release(rows.tolist())
+            sequences.evict_rows(self._state.packed, rows)
+            return evicted
 
     def apply_streaming_llm(self, seq_id: int, sink_tokens: int, window_tokens: int) -> int:
         """Keep the first `sink_tokens` and the last `window_tokens`; returns how many tokens were dropped.
@@ -457,6 +492,7 @@ class BlockManager:
         sink = require_int("sink_tokens", sink_tokens)
         window = require_int("window_tokens", window_tokens)
         with self._lock:
+            self._begin()
             row = self._row(seq_id)
             record = self._state.sequence(row)
             if record.num_tokens <= sink + window:
@@ -466,11 +502,10 @@ class BlockManager:
             needed = int(blocks_to_stream(self._state.packed, row, sink, window))
             if needed > self.free_block_count:
                 raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
-            self._let_strategy_make_room(needed)
-            self._score_before_release(row, sink // self.block_size)
-            dropped, copies = stream_row(self._state.packed, row, sink, window)
-            self._copy(copies)
-            self._publish()
+            self._order(self._hooks.orders_for(self._state, needed) if self._hooks.decide_reclaims else [])
+            self._score_before_release([row], sink // self.block_size)
+            dropped = stream_row(self._state.packed, row, sink, window)
+            self._finish(self._state.counter("num_copies"))
             return int(dropped)
 
     def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
@@ -511,10 +546,10 @@ class BlockManager:
         weights, for instance).
         """
         with self._lock:
-            freed = prefix.clear(self._state)
-            forget_blocks(self._state)
-            self._kept_pins.clear()
-            self._publish(AllBlocksCleared())
+            self._begin()
+            self._pins_after_this({})
+            freed = int(prefix.clear(self._state.packed))
+            self._recover()
             return freed
 
     def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
@@ -531,8 +566,10 @@ class BlockManager:
         if not callable(callback):
             raise bad_argument("callback", "a callable", f"{callback!r}")
         with self._lock:
+            self._settle()
             if len(self._state.log) == 1:
                 self._state = with_log(self._state)
+            self._listens = True
             return self._feed.subscribe(callback, self._state)
 
     # What only reads.
@@ -688,6 +725,7 @@ class BlockManager:
             With what is wrong and the state around it: a bug in pagedkv.
         """
         with self._lock:
+            self._settle()
             check_state(self._state, self._kept_pins)
 
     def __contains__(self, seq_id: object) -> bool:
@@ -722,21 +760,56 @@ class BlockManager:
 
     # Under the lock: what the calls above share.
 
+    def _settle(self) -> None:
+        """Finish what an interrupted call left to do: every call that reads or changes it begins with this."""
+        if self._is_open:
+            self._recover()
+
+    def _begin(self) -> None:
+        """Begin a call that leaves something to do beside the books."""
+        self._settle()
+        self._is_open = True
+
+    def _finish(self, num_copies: int) -> None:
+        """Do what a call leaves to do beside the books."""
+        if num_copies:
+            self._make_copies()
+        if self._listens:
+            self._publish()
+        self._is_open = self._listens and self._feed.is_delivering
+
+    def _recover(self) -> None:
+        """Do whatever the books say is left to do; this may be interrupted as well, and begin again."""
+        state = self._state
+        changes, pins = self._next_pins
+        if state.counter("changes") >= changes:
+            self._kept_pins = pins
+        self._next_pins = (0, self._kept_pins)
+        state.counters[0].num_orders = 0
+        if state.counter("was_cleared"):
+            forget_blocks(state)
+            state.counters[0].was_cleared = 0
+        self._finish(state.counter("num_copies"))
+
     def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
             if self._hooks.decide_reclaims:
-                self._reclaim_to_grow(keys, counts)
+                orders = self._hooks.orders_to_grow(self._state, keys, counts)
+                if orders is not None:
+                    self._order(orders)
             status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
             if status == sequences.OK:
                 break
             self._refuse(status, a, keys, given)
             growing = [int(sequences.find_row(self._state.packed, key)) for key in keys.tolist()]
-            self._make_room(status, a, b, frozenset(growing), tails=written_tails(self._state, growing, counts))
-        if num_copies:
-            self._copy(copies_in(narrow, num_copies))
+            width = max(self._state.sequence(row).num_blocks for row in growing) + int(counts.max()) // self.block_size
+            tails = written_tails(self._state, growing, counts)
+            ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
+            self._make_room(status, a, b, ask, width + 1, frozenset(growing), tails=tails)
+        self._finish(num_copies)
         return a, b, wide, narrow
 
-    def _refuse(self, status: int, place: int, keys: npt.NDArray[np.int64], given: Any = None) -> None:
+    def _refuse(self, status: int, place: int, keys: Any, given: Any = None) -> None:
         if status == sequences.NOT_FOUND:
             if given is not None:
                 listed = given.tolist() if hasattr(given, "tolist") else given
@@ -744,6 +817,8 @@ class BlockManager:
             raise SequenceNotFound(sequence_number(keys[place]))
         if status == sequences.REPEATED:
             raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+        if status == sequences.TOO_LONG:
+            raise bad_argument("tokens", f"sequences of at most {sequences.MAX_TOKENS} tokens", f"{place}")
 
     def _require_fresh(self, plan: BatchPlan) -> None:
         """Refuse a plan whose query tokens have other slots by now, or none."""
@@ -761,11 +836,13 @@ class BlockManager:
         status: int,
         a: int,
         b: int,
+        ask: Callable[[State], list[Order] | None] = lambda state: None,
+        width: int = 0,
         spared: frozenset[int] = frozenset(),
         matched: Iterable[int] = (),
         tails: Sequence[int] = (),
     ) -> None:
-        """Grow the arrays, or evict by the strategy, so that the compiled call can be made again."""
+        """Grow the arrays, or order evictions by the strategy, so that the compiled call can be made again."""
         if status == sequences.NEEDS_ROWS:
             self._state = sequences.with_more_rows(self._state)
         elif status == sequences.NEEDS_WIDTH:
@@ -775,104 +852,72 @@ class BlockManager:
         ):
             raise OutOfMemory(a, b)
         else:
-            row = self._victims.first(self._state, spared)
-            if row is None:
+            # Blocks that the call shares or that pins keep are left by their owners, but not free.
+            num_kept = len(list(matched)) + sum(map(len, self._kept_pins.values()))
+            rows = rows_to_evict(self._state, self._victims.in_order(self._state, spared), a - b + num_kept)
+            if self._state.counter("num_orders") or not len(rows):
                 raise OutOfMemory(a, b)
-            self._evict_row(row)
+            if width > self._state.tables.shape[1]:
+                self._state = with_wider_tables(self._state, width)
+            self._score_before_release(rows.tolist())
+            behind = orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
+            self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
 
-    def _evict_row(self, row: int) -> SeqId:
-        seq_id = self._seq_id(row)
-        self._free_row(row)
-        self._state.counters[0].evictions += 1
-        return seq_id
+    def _order(self, orders: Sequence[Order]) -> None:
+        """Leave orders in the books, for the compiled call that follows."""
+        self._state = with_orders(self._state, orders)
+        self._state.counters[0].num_orders = len(orders)
 
-    def _free_row(self, row: int) -> None:
-        self._score_before_release(row, 0)
+    def _keep_pins(self, row: int) -> None:
+        """Note which blocks stay pinned when this sequence is freed, which is the next change of the books."""
         record = self._state.sequence(row)
-        if record.marks & PINNED:
-            table = self._table(row)[: record.pinned_blocks]
-            pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
-            if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
-                raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
-            self._kept_pins.setdefault(record.seq_id, []).extend(pinned)
-        sequences.free_row(self._state.packed, row)
+        table = self._table(row)[: record.pinned_blocks]
+        pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
+        if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
+            raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
+        kept = self._kept_pins.get(record.seq_id, [])
+        self._pins_after_this({**self._kept_pins, record.seq_id: kept + pinned})
 
-    def _score_before_release(self, row: int, first: int) -> None:
-        """Let the strategy score what this sequence may leave cached; done first, so that its errors change nothing."""
+    def _pins_after_this(self, pins: dict[int, list[int]]) -> None:
+        """Let these pins be kept once the books change, and not if they do not."""
+        self._is_open = True
+        self._next_pins = (self._state.counter("changes") + 1, pins)
+
+    def _score_before_release(self, rows: Sequence[int], first: int = 0) -> None:
         if self._is_scored_in_numpy:
-            ids = sequences.release_candidates(self._state.packed, row, first)
-            record, blocks = self._state.sequence(row), self._state.blocks
-            blocks["last_access"][ids] = np.maximum(blocks["last_access"][ids], record.last_access)
-            blocks["priority"][ids] = np.maximum(blocks["priority"][ids], record.priority)
-            self._score_blocks(ids)
-        sequences.hand_over_use(self._state.packed, row, first)
-
-    def _reclaim_for(
-        self, namespace: int, count: int, ids: Any, known: bool, *, as_far_as_it_fits: bool = False
-    ) -> None:
-        """Let a strategy that decides over reclaims make room for an allocation, if it fits."""
-        if not self._hooks.decide_reclaims:
-            return
-        matched, needed, available = self._room_for(namespace, count, ids, known)
-        if needed <= available or as_far_as_it_fits:
-            self._let_strategy_make_room(min(needed, available), int(matched[-1]) if len(matched) else -1)
-
-    def _room_for(self, namespace: int, count: int, ids: Any, known: bool) -> tuple[npt.NDArray[np.int32], int, int]:
-        """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
-        state = self._state
-        matched = sequences.matching_blocks(state.packed, namespace, ids) if known else np.empty(0, np.int32)
-        idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
-        return matched, -(-count // self.block_size) - len(matched), self.free_block_count - int(idle.sum())
-
-    def _reclaim_to_grow(self, keys: Any, counts: Any) -> None:
-        """Let a strategy that decides over reclaims make room for more tokens, if they fit."""
-        status, needed = sequences.blocks_to_grow(self._state.packed, keys, counts)
-        if status == sequences.OK:
-            self._let_strategy_make_room(needed)
-
-    def _let_strategy_make_room(self, needed: int, spared: int = -1) -> None:
-        try:
-            self._hooks.make_room(self._state, needed, spared)
-        except BaseException:
-            self._publish()  # what it evicted before it failed is gone
-            raise
-
-    def _tell_hits(self, row: int) -> None:
-        """Tell the strategy what the new sequence `row` found; if it fails, the sequence never was."""
-        if not self._hooks.see_hits:
-            return
-        try:
-            self._hooks.hit(self._state, self._table(row)[: self._state.sequence(row).num_indexed])
-        except BaseException:
-            sequences.free_row(self._state.packed, row)
-            self._publish()
-            raise
-
-    def _score_blocks(self, ids: npt.NDArray[np.int32]) -> None:
-        if len(ids):
-            view, now = block_view(self._state, ids), self._state.counter("tick")
-            scores = self.eviction_strategy.score_blocks(view, now)
-            checked = checked_scores(self.eviction_strategy, "score_blocks", scores, len(ids))
-            self._state.blocks["score"][ids] = checked
+            score_releases(self._state, self._strategy, rows, first)
 
     def _checked_priority(self, priority: Any) -> int:
         strategy = self.eviction_strategy
         highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
         return require_int("priority", priority, 0, highest)
 
-    def _copy(self, copies: Copies) -> None:
-        """Note copies for the next plan; a cache with K and V makes them at once as well."""
-        for source, destination in copies.tolist():
-            source = self._pending_copies.get(source, source)
-            self._pending_copies.pop(destination, None)
-            self._pending_copies[destination] = source
+    def _make_copies(self) -> None:
+        """Make the copies that the books name, and note them for the next plan."""
+        state = self._state
+        noted_at, noted = self._pending_copies
+        changes = state.counter("changes")
+        if noted_at != changes:
+            copies = state.copies[: state.counter("num_copies")].copy()
+            self._copy(copies)
+            self._pending_copies = (changes, with_copies(noted, copies))
+        state.counters[0].num_copies = 0
 
-    def _take_pending_copies(self) -> Copies:
-        if not self._pending_copies:
-            return _NO_COPIES
-        pairs = [(source, destination) for destination, source in self._pending_copies.items()]
-        self._pending_copies.clear()
-        return np.array(pairs, np.int32)
+    def _copy(self, copies: Copies) -> None:
+        """Copy K and V; if this is interrupted, it is done again from the start."""
+
+    def _planned(self, keys: Any, wide: Any, narrow: Any, width: int, tick: int) -> BatchPlan:
+        """Return the plan, and with it the copies that were noted: they are handed out once."""
+        noted_at, noted = self._pending_copies
+        if not noted:
+            return plan_from(keys, wide, narrow, width, _NO_COPIES, tick)
+        copies = np.array([(source, destination) for destination, source in noted.items()], np.int32)
+        try:
+            self._pending_copies = (noted_at, {})
+            return plan_from(keys, wide, narrow, width, copies, tick)
+        except BaseException:
+            self._pending_copies = (noted_at, noted)  # nobody has seen them
+            raise
 
     def _report(self) -> list[str]:
         stats = self.stats
@@ -928,18 +973,20 @@ class BlockManager:
     def _enter_namespace(self, cache_salt: str) -> int:
         number = self._namespaces.find(cache_salt)
         if number is None:
-            number = self._namespaces.enter(cache_salt, self._state)
+            number = self._namespaces.offer(self._state)
             if number >= len(self._state.roots):
                 self._state = with_roots(self._state, number + 1)
             self._state.roots[number, 3] = name_of(cache_salt)
+            self._namespaces.take(cache_salt, number)
         return number
 
-    def _publish(self, event: CacheEvent | None = None) -> None:
+    def _publish(self) -> None:
         try:
             if self._hooks.see_stores:
                 self._hooks.stored(self._state, self._stored_blocks())
         finally:
-            self._feed.publish(self._state, event)
+            self._feed.publish(self._state)
+            self._listens = self._hooks.see_stores or self._feed.is_active
 
     def _stored_blocks(self) -> npt.NDArray[np.int32]:
         """Return the blocks that this call stored, while somebody listens."""

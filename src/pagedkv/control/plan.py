@@ -28,6 +28,16 @@ class TensorPlan(NamedTuple):
     copies: Tensor
 
 
+def with_copies(noted: dict[int, int], copies: npt.NDArray[np.int32]) -> dict[int, int]:
+    """Return the copies (destination: source) that do at once what those noted and then these do."""
+    both = dict(noted)
+    for source, destination in copies.tolist():
+        source = both.get(source, source)
+        both.pop(destination, None)
+        both[destination] = source
+    return both
+
+
 def stale_plan(seq_id: int) -> InvalidOperation:
     """Return the error for a plan that a sequence has left behind."""
     return InvalidOperation(f"the plan is stale: S{seq_id} has changed since it was made", "plan")

@@ -5,9 +5,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
-
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled, inlined
@@ -83,6 +80,15 @@ def share_block(state: State, block: int) -> None:
 
 
 @inlined
+def put_back(state: State, block: int) -> None:
+    """Lay a block that nobody holds and nobody finds on the free stack."""
+    counters = state.counters[0]
+    state.blocks[block].num_tokens = 0
+    state.free_stack[counters.free_top] = block
+    counters.free_top += 1
+
+
+@inlined
 def drop_block(state: State, block: int) -> None:
     """Take a reference away; the last one leaves an indexed block cached and any other one free."""
     counters = state.counters[0]
@@ -100,13 +106,20 @@ def drop_block(state: State, block: int) -> None:
             counters.pinned += 1
         offer(state, block)
     else:
-        record.num_tokens = 0
-        state.free_stack[counters.free_top] = block
-        counters.free_top += 1
+        put_back(state, block)
 
 
 @inlined
-def replace_by_copy(state: State, row: int, place: int, copies: npt.NDArray[np.int32], num_copies: int) -> None:
+def note_copy(state: State, source: int, destination: int) -> None:
+    """Note that K and V of a block are to be copied."""
+    counters = state.counters[0]
+    state.copies[counters.num_copies, 0] = source
+    state.copies[counters.num_copies, 1] = destination
+    counters.num_copies += 1
+
+
+@inlined
+def replace_by_copy(state: State, row: int, place: int) -> None:
     """Copy-on-write: give `row` a block of its own at table `place`, and note the copy of K and V to be made."""
     size = state.counters[0].block_size
     block = state.tables[row, place]
@@ -116,8 +129,7 @@ def replace_by_copy(state: State, row: int, place: int, copies: npt.NDArray[np.i
     state.blocks[own].num_tokens = state.blocks[block].num_tokens
     state.blocks[own].priority = state.sequences[row].priority
     state.tables[row, place] = own
-    copies[num_copies, 0] = block
-    copies[num_copies, 1] = own
+    note_copy(state, block, own)
     state.counters[0].copied += 1
     drop_block(state, block)
 
@@ -132,10 +144,9 @@ def pin_block(state: State, block: int) -> None:
     record.pins += 1
 
 
-@compiled
+@inlined
 def unpin_block(state: State, block: int) -> None:
     """Take a pin away."""
-    state = borrowed(state)
     record = state.blocks[block]
     record.pins -= 1
     if record.pins == 0 and record.ref_count == 0:

@@ -37,10 +37,19 @@ def hash_tokens(begin: np.uint64, ids: npt.NDArray[np.int64], start: int, size: 
 
 @inlined
 def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> int:
-    """Return the bucket of the key (parent, ``ids[start : start + block_size]``)."""
+    """Return the bucket of the key (parent, ``ids[start : start + block_size]``).
+
+    Ids go through a secret factor and are folded before they meet: otherwise ids that differ in their highest bits
+    only could be chosen to cancel out, as what a multiplication makes of those bits is no secret.
+    """
     counters = state.counters[0]
-    begin = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
-    return np.int64(hash_tokens(begin, ids, start, counters.block_size) >> _SHIFT) & (len(state.buckets) - 1)
+    factor = np.uint64(counters.factor)
+    mixed = (np.uint64(counters.seed) ^ np.uint64(np.int64(parent) & 0xFFFFFFFF)) * _STEP
+    for i in range(start, start + counters.block_size):
+        token = np.uint64(ids[i]) * factor
+        mixed = (mixed ^ token ^ (token >> _SHIFT)) * _STEP
+        mixed ^= mixed >> _SHIFT
+    return np.int64((mixed * _FINISH) >> _SHIFT) & (len(state.buckets) - 1)
 
 
 @compiled
@@ -205,7 +214,7 @@ class Namespaces:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._salts: dict[int, str] = {}
+        self._salts: list[str] = []  # by number; one that is not in use keeps its last
         self._spare: list[int] = []
         self._sweep_at = 16
 
@@ -217,47 +226,70 @@ class Namespaces:
         """Return the salt behind a number."""
         return self._salts[number]
 
-    def enter(self, cache_salt: str, state: State) -> int:
-        """Return the number of a salt, a new one if need be; the caller makes room for it in the roots."""
-        number = self._numbers.get(checked_salt(cache_salt))
-        if number is not None:
-            return number
+    def offer(self, state: State) -> int:
+        """Return a number that no salt has; `take` gives it to one, once there is room for it in the roots."""
         if len(self._numbers) >= self._sweep_at:
             self._sweep(state)
-        number = self._spare.pop() if self._spare else len(self._numbers)
+        while self._spare and self._is_taken(self._spare[-1]):
+            self._spare.pop()
+        return self._spare[-1] if self._spare else len(self._salts)
+
+    def take(self, cache_salt: str, number: int) -> None:
+        """Give a salt the number that was offered."""
+        self._salts[number : number + 1] = [cache_salt]
         self._numbers[cache_salt] = number
-        self._salts[number] = cache_salt
-        return number
+
+    def _is_taken(self, number: int) -> bool:
+        return self._numbers.get(self._salts[number]) == number
 
     def _sweep(self, state: State) -> None:
         """Forget the salts that nothing belongs to; each sweep pays for the next one to come at twice the size."""
-        for salt, number in list(self._numbers.items()):
-            if state.roots[number, 0] == 0 and state.roots[number, 2] == 0:
-                del self._numbers[salt], self._salts[number]
-                self._spare.append(number)
-        self._sweep_at = max(16, 2 * len(self._numbers))
+        in_use = (state.roots[: len(self._salts), 0] != 0) | (state.roots[: len(self._salts), 2] != 0)
+        numbers = {salt: number for salt, number in self._numbers.items() if in_use[number]}
+        self._numbers = numbers
+        self._spare = [number for number in range(len(self._salts) - 1, -1, -1) if not self._is_taken(number)]
+        self._sweep_at = max(16, 2 * len(numbers))
 
 
-# Forgetting the whole prefix index at once, over the arrays.
+# Forgetting the whole prefix index at once.
 
 
+@compiled
 def clear(state: State) -> int:
     """Make every block unfindable and free the cached ones; returns how many those were."""
+    state = borrowed(state)
     counters = state.counters[0]
-    blocks = state.blocks[: int(counters.fresh)]
-    cached = np.flatnonzero((blocks["ref_count"] == 0) & (blocks["indexed"] != 0)).astype(np.int32)
-    top = int(counters.free_top)
-    state.free_stack[top : top + len(cached)] = cached[::-1]
-    blocks["num_tokens"][cached] = 0
-    for field in ("indexed", "recent_hits", "num_children", "pins", "heap_pos", "hash_next"):
-        blocks[field] = 0
-    state.buckets.fill(0)
-    state.siblings.fill(0)
+    counters.changes += 1
+    freed = 0
+    for block in range(counters.fresh - 1, -1, -1):  # so that the lowest one is taken first
+        record = state.blocks[block]
+        if record.ref_count == 0 and record.indexed != 0:
+            state.free_stack[counters.free_top] = block
+            counters.free_top += 1
+            record.num_tokens = 0
+            freed += 1
+        record.indexed = 0
+        record.recent_hits = 0
+        record.num_children = 0
+        record.pins = 0
+        record.heap_pos = 0
+        record.hash_next = 0
+    state.buckets[:] = 0
+    state.siblings[:] = 0
     state.roots[:, :2] = 0
-    live = (state.sequences["marks"] & LIVE) != 0
-    state.sequences["marks"][live] |= OPAQUE
-    state.sequences["num_indexed"][live] = 0
-    counters.free_top = top + len(cached)
-    counters.cached = counters.pinned = counters.heap_size = counters.probation_heap_size = counters.probation = 0
+    for row in range(counters.rows_used):
+        sequence = state.sequences[row]
+        if sequence.marks & LIVE:
+            sequence.marks |= OPAQUE
+            sequence.num_indexed = 0
+    counters.cached = 0
+    counters.pinned = 0
+    counters.heap_size = 0
+    counters.probation_heap_size = 0
+    counters.probation = 0
+    counters.was_cleared = 1
     counters.log_len = 0
-    return len(cached)
+    if counters.logging != 0:
+        state.log[0] = 0
+        counters.log_len = 1
+    return freed

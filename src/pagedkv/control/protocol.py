@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.reclaim import evict_leaf, lowest_leaf, offer, rescore, withdraw
-from pagedkv.control.state import MAIN, State
+from pagedkv.control.pool import available_blocks
+from pagedkv.control.sequences import OK, blocks_to_grow, matching_blocks
+from pagedkv.control.state import RECLAIM, RESCORE, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
 from pagedkv.validate import require_int
@@ -72,9 +75,17 @@ def checked_scores(strategy: EvictionStrategy, method: str, scores: object, coun
     return array.astype(np.int64, copy=False)
 
 
+def block_scores(strategy: EvictionStrategy, view: BlockView, now: int) -> Scores:
+    """Return what a strategy says of these blocks."""
+    return checked_scores(strategy, "score_blocks", strategy.score_blocks(view, now), len(view))
+
+
 # The hooks of a strategy, called around the compiled calls.
 
 Blocks = npt.NDArray[np.int32]
+Ids = npt.NDArray[np.int64]
+Order = tuple[int, int, int]
+"""What is to happen to make room, a row of ``State.orders``."""
 
 # A strategy that keeps every leaf this often while one block is needed will keep them for ever.
 MOST_CHANCES = 8
@@ -91,58 +102,121 @@ class Hooks:
         self.see_hits = "on_hit" in names
         self.see_stores = "on_store" in names
         self.decide_reclaims = "on_reclaim" in names
+        self.exist = bool(names)
 
     def hit(self, state: State, blocks: Blocks) -> None:
         """Tell of blocks that a new sequence found."""
         if self.see_hits and len(blocks):
-            self._strategy.on_hit(block_view(state, blocks), int(state.counters[0].tick))
+            self._strategy.on_hit(block_view(state, blocks), state.counter("tick"))
+
+    def about_to_hit(self, state: State, blocks: Blocks) -> None:
+        """Tell of blocks that a new sequence is about to share, as they will be then."""
+        if self.see_hits and len(blocks):
+            view, now = block_view(state, blocks), state.counter("tick") + 1
+            view.records["ref_count"] += 1
+            view.records["access_count"] += 1
+            view.records["last_access"] = now
+            self._strategy.on_hit(view, now)
 
     def stored(self, state: State, blocks: Blocks) -> None:
         """Tell of blocks that became findable."""
         if self.see_stores and len(blocks):
-            self._strategy.on_store(block_view(state, blocks), int(state.counters[0].tick))
+            self._strategy.on_store(block_view(state, blocks), state.counter("tick"))
 
-    def make_room(self, state: State, needed: int, spared: int = -1) -> None:
-        """Evict cached blocks as the strategy decides, so that `needed` can be taken; never `spared`."""
-        if not self.decide_reclaims:
-            return
+    def orders_for(self, state: State, needed: int, spared: int = -1) -> list[Order]:
+        """Let the strategy decide which cached blocks are evicted, so that `needed` can be taken; never `spared`.
+
+        Nothing is changed: a strategy that fails while it decides leaves everything as it was.
+        """
         counters = state.counters[0]
         missing = needed - int(counters.free_top) - int(counters.num_blocks - counters.fresh)
-        # A pin, as the block may have cached children now and become a leaf when they go.
-        is_pinned_here = spared >= 0 and state.blocks[spared].pins == 0
-        if is_pinned_here:
-            withdraw(state.packed, spared)
-            state.blocks[spared].pins = 1
-        try:
-            for _ in range(missing):
-                self._evict_one(state)
-        finally:
-            if is_pinned_here:
-                state.blocks[spared].pins = 0
-                offer(state.packed, spared)
-
-    def _evict_one(self, state: State) -> None:
+        orders: list[Order] = []
+        if missing <= 0:
+            return orders
+        leaves, chances = _Leaves(state, spared), 0
+        most = SOME_CHANCES + MOST_CHANCES * int(counters.heap_size)
         name = type(self._strategy).__name__
-        most = SOME_CHANCES + MOST_CHANCES * int(state.counters[0].heap_size)
-        for _ in range(most):
-            block = int(lowest_leaf(state.packed))
-            if block < 0:
-                return
-            view = block_view(state, np.array([block], np.int32))
-            answer = self._strategy.on_reclaim(view, int(state.counters[0].tick))
+        for block in leaves:
+            answer = self._strategy.on_reclaim(leaves.view(block), int(counters.tick))
             if answer is None:
-                self._free(state, block)
-                return
-            rescore(state.packed, block, require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1), MAIN)
-        raise InvalidOperation(f"{name}.on_reclaim: expected to evict some block, kept {most} in a row")
+                orders.append((RECLAIM, block, 0))
+                leaves.drop(block)
+                missing, chances = missing - 1, 0
+                if not missing:
+                    break
+                continue
+            score = require_int(f"{name}.on_reclaim's score", answer, -(2**63), 2**63 - 1)
+            orders.append((RESCORE, block, score))
+            leaves.keep(block, score)
+            chances += 1
+            if chances == most:
+                raise InvalidOperation(f"{name}.on_reclaim: expected to evict some block, kept {most} in a row")
+        return orders
 
-    @staticmethod
-    def _free(state: State, block: int) -> None:
-        evict_leaf(state.packed, block)
-        counters = state.counters[0]
-        state.blocks[block].num_tokens = 0
-        state.free_stack[counters.free_top] = block
-        counters.free_top += 1
+    def orders_to_allocate(self, state: State, namespace: int, count: int, ids: Ids, known: bool) -> list[Order] | None:
+        """Return the orders that make room for an allocation; None if it does not fit."""
+        matched, needed, available = room_for(state, namespace, count, ids, known)
+        if needed > available:
+            return None
+        return self.orders_for(state, needed, int(matched[-1]) if len(matched) else -1) if self.decide_reclaims else []
+
+    def orders_to_grow(self, state: State, keys: Ids, counts: Ids) -> list[Order] | None:
+        """Return the orders that make room for more tokens; None if they do not fit."""
+        status, needed = blocks_to_grow(state.packed, keys, counts)
+        return self.orders_for(state, needed) if status == OK else None
+
+
+def room_for(state: State, namespace: int, count: int, ids: Ids, known: bool) -> tuple[Blocks, int, int]:
+    """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
+    is_findable = known and state.counter("prefix_caching")
+    matched = matching_blocks(state.packed, namespace, ids) if is_findable else np.empty(0, np.int32)
+    idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
+    needed = -(-count // state.counter("block_size")) - len(matched)
+    return matched, needed, int(available_blocks(state.packed)) - int(idle.sum())
+
+
+class _Leaves:
+    """The cached leaves in the order of their heap, of which some are evicted or scored anew for a trial."""
+
+    def __init__(self, state: State, spared: int) -> None:
+        self._state = state
+        self._spared = spared
+        self._children: dict[int, int] = {}  # of parents that lost some
+        self._frontier: list[tuple[int, int, int]] = []  # score, block, place in the heap or -1
+        self._add_place(0)
+
+    def __iter__(self) -> Iterator[int]:
+        while self._frontier:
+            _, block, place = heapq.heappop(self._frontier)
+            if place >= 0:
+                self._add_place(2 * place + 1)
+                self._add_place(2 * place + 2)
+            if block != self._spared:
+                yield block
+
+    def view(self, block: int) -> BlockView:
+        """Return the view that the strategy is asked with."""
+        view = block_view(self._state, np.array([block], np.int32))
+        view.records["num_children"] = 0
+        return view
+
+    def keep(self, block: int, score: int) -> None:
+        heapq.heappush(self._frontier, (score, block, -1))
+
+    def drop(self, block: int) -> None:
+        """Take a leaf away; its parent may be the next one."""
+        parent = int(self._state.blocks[block].parent)
+        if parent < 0:
+            return
+        above = self._state.blocks[parent]
+        self._children[parent] = self._children.get(parent, int(above.num_children)) - 1
+        if self._children[parent] == 0 and above.ref_count == 0 and above.pins == 0:
+            self.keep(parent, int(above.score))
+
+    def _add_place(self, place: int) -> None:
+        if place < self._state.counter("heap_size"):
+            block = self._state.heap.item(place)
+            heapq.heappush(self._frontier, (self._state.blocks["score"].item(block), block, place))
 
 
 def block_view(state: State, blocks: Blocks) -> BlockView:

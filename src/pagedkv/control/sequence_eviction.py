@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.protocol import EvictionStrategy, checked_scores
-from pagedkv.control.state import DIRTY, LIVE, PINNED, State
+from pagedkv.control.protocol import EvictionStrategy, Order, block_scores, block_view, checked_scores
+from pagedkv.control.sequences import clear_dirty, count_leaving, evict_rows, release_candidates
+from pagedkv.control.state import LIVE, PINNED, State
 from pagedkv.control.types import SequenceView
+
+_Entry = tuple[int, int, int, int]  # score, seq_id, row, entry number
 
 
 class VictimOrder:
@@ -24,28 +27,27 @@ class VictimOrder:
 
     def __init__(self, strategy: EvictionStrategy) -> None:
         self._strategy = strategy
-        self._heap: list[tuple[int, int, int, int]] = []  # score, seq_id, row, entry number
+        self._heap: list[_Entry] = []
         self._entries = 0
 
     def first(self, state: State, spared: frozenset[int] = frozenset()) -> int | None:
         """Return the row of the first victim that is neither pinned nor `spared`, or None."""
+        return next(self.in_order(state, spared), None)
+
+    def in_order(self, state: State, spared: frozenset[int] = frozenset()) -> Iterator[int]:
+        """Yield the rows of all victims, the first one first; nothing may change meanwhile."""
         self._rank_dirty(state)
-        set_aside = []
-        chosen = None
-        while self._heap:
-            entry = self._heap[0]
+        while self._heap and not _is_valid(state, self._heap[0]):
+            heapq.heappop(self._heap)
+        # Best first through the binary heap, which stays as it is.
+        frontier = [(self._heap[0], 0)] if self._heap else []
+        while frontier:
+            entry, place = heapq.heappop(frontier)
+            for below in range(2 * place + 1, min(2 * place + 3, len(self._heap))):
+                heapq.heappush(frontier, (self._heap[below], below))
             row = entry[2]
-            record = state.sequence(row)
-            if record.ranked != entry[3] or not record.marks & LIVE:
-                heapq.heappop(self._heap)
-            elif record.marks & PINNED or row in spared:
-                set_aside.append(heapq.heappop(self._heap))
-            else:
-                chosen = row
-                break
-        for entry in set_aside:
-            heapq.heappush(self._heap, entry)
-        return chosen
+            if _is_valid(state, entry) and row not in spared and not state.sequence(row).marks & PINNED:
+                yield row
 
     def _rank_dirty(self, state: State) -> None:
         counters = state.counters[0]
@@ -65,15 +67,72 @@ class VictimOrder:
             for score, seq_id, row in zip(scores.tolist(), view.seq_id.tolist(), live.tolist(), strict=True):
                 self._entries += 1
                 heapq.heappush(self._heap, (score, seq_id, row, self._entries))
-        state.sequences["marks"][rows] &= ~DIRTY
-        counters.num_dirty = 0
+        clear_dirty(state.packed)
         if len(self._heap) > 4 * int(counters.num_sequences) + 64:
             self._compact(state)
 
     def _compact(self, state: State) -> None:
-        sequences = state.sequences
-        self._heap = [e for e in self._heap if sequences[e[2]].ranked == e[3] and sequences[e[2]].marks & LIVE]
-        heapq.heapify(self._heap)
+        valid = [entry for entry in self._heap if _is_valid(state, entry)]
+        heapq.heapify(valid)
+        self._heap = valid
+
+
+def _is_valid(state: State, entry: _Entry) -> bool:
+    record = state.sequence(entry[2])
+    return bool(record.ranked == entry[3] and record.marks & LIVE)
+
+
+def rows_to_evict(state: State, order: Iterable[int], num_blocks: int) -> npt.NDArray[np.int32]:
+    """Return the first rows of `order` whose end leaves `num_blocks` blocks without an owner; all if none do."""
+    rows: list[int] = []
+    order = iter(order)
+    while more := list(islice(order, max(1, len(rows)))):
+        rows += more
+        count = int(count_leaving(state.packed, np.array(rows, np.int32), num_blocks))
+        if count <= len(rows):
+            return np.array(rows[:count], np.int32)
+    return np.array(rows, np.int32)
+
+
+def most_blocks(total: int, utilization: float) -> int:
+    """Return how many of `total` blocks may be used so that the utilization is no higher."""
+    most = int(utilization * total) + 1
+    while most > 0 and most / max(1, total) > utilization:
+        most -= 1
+    return most
+
+
+def orders_behind(state: State, rows: npt.NDArray[np.int32], ask: Callable[[State], list[Order] | None]) -> list[Order]:
+    """Ask for the orders that make room once enough of `rows` are evicted: on a copy of the books."""
+    trial = state.copied()
+    for place in range(len(rows)):
+        evict_rows(trial.packed, rows[place : place + 1])
+        orders = ask(trial)
+        if orders is not None:
+            return orders
+    return []
+
+
+def score_releases(state: State, strategy: EvictionStrategy, rows: Sequence[int], first: int) -> None:
+    """Let a strategy in NumPy score what sequences leave cached when they end one after the other.
+
+    The last one releases what it has from table place `first` on. A strategy that fails changes nothing.
+    """
+    scored = []
+    for place in range(len(rows)):
+        ids = release_candidates(state.packed, np.array(rows[: place + 1], np.int32), first)
+        if not len(ids):
+            continue
+        view = block_view(state, ids)
+        view.records["ref_count"] = 1
+        for row in rows[: place + 1]:
+            record = state.sequence(row)
+            held = np.isin(ids, state.tables[row, : record.num_blocks])
+            for field in ("last_access", "priority"):
+                view.records[field][held] = np.maximum(view.records[field][held], getattr(record, field))
+        scored.append((ids, block_scores(strategy, view, state.counter("tick"))))
+    for ids, scores in scored:
+        state.blocks["score"][ids] = scores  # of blocks in use, where it means nothing yet
 
 
 # Would evicting sequences make room? Asked before the first one goes, so that nothing is evicted in vain.

@@ -10,24 +10,58 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.pool import available_blocks, drop_block, pin_block, replace_by_copy, share_block, take_block
+from pagedkv.control.pool import (
+    available_blocks,
+    drop_block,
+    note_copy,
+    pin_block,
+    put_back,
+    replace_by_copy,
+    share_block,
+    take_block,
+    unpin_block,
+)
 from pagedkv.control.prefix import find_child, link_child, match_full_blocks, match_partial_block
-from pagedkv.control.reclaim import forget
-from pagedkv.control.state import DIRTY, LIVE, OPAQUE, SEQUENCE, TRUNCATED, State, power_of_two
-from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.control.reclaim import evict_leaf, forget, rescore
+from pagedkv.control.state import (
+    DIRTY,
+    EVICT,
+    LIVE,
+    MAIN,
+    OPAQUE,
+    PINNED,
+    RECLAIM,
+    RESCORE,
+    SEQUENCE,
+    TRUNCATED,
+    State,
+    new_tables,
+    power_of_two,
+)
+from pagedkv.jit import borrowed, called, compiled, inlined
 
 # Where a sequence's record is: rows of the sequence arrays, found by id through open addressing.
 
-OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE = range(8)
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG = range(9)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
 
+Ints = npt.NDArray[np.int64]
+Narrow = npt.NDArray[np.int32]
+
 _STEP = np.uint64(0x9E3779B97F4A7C15)
-_SHIFT = np.uint64(32)
+_HALF = np.uint64(32)
 
 
 @inlined
 def _slot_of(state: State, seq_id: int) -> int:
-    return np.int64((np.uint64(np.int64(seq_id)) * _STEP) >> _SHIFT) & (len(state.seq_table) - 1)
+    """Return where the search for an id begins: for ids that somebody chose, too, hardly ever at one place.
+
+    Multiply-shift with a secret odd factor is universal (Dietzfelbinger et al. 1997, "A reliable randomized algorithm
+    for the closest-pair problem"); the step before it, a bijection, breaks up ids in a row.
+    """
+    mixed = np.uint64(np.int64(seq_id)) * _STEP
+    mixed = ((mixed ^ (mixed >> _HALF)) * np.uint64(state.counters[0].factor)) >> _HALF
+    return np.int64((mixed * np.uint64(len(state.seq_table))) >> _HALF)  # its highest bits
 
 
 @compiled
@@ -79,7 +113,7 @@ def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     record.num_dropped = 0
     record.access_count = 0
     record.created = counters.tick
-    record.epoch = counters.tick
+    record.epoch = max(counters.tick, counters.newest_epoch + 1)
     record.stamp = 0
     record.num_blocks = 0
     record.num_indexed = 0
@@ -119,26 +153,70 @@ def drop_row(state: State, row: int) -> None:
     counters.num_sequences -= 1
 
 
-@compiled
+@inlined
 def touch_row(state: State, row: int) -> None:
     """Count an access at the current tick; the sequence is to be ranked anew before the next eviction."""
-    state = borrowed(state)
     record = state.sequences[row]
     record.last_access = state.counters[0].tick
     record.access_count += 1
     mark_dirty(state, row)
 
 
-@compiled
+@inlined
 def mark_dirty(state: State, row: int) -> None:
     """List a changed sequence, once, for the eviction order."""
-    state = borrowed(state)
     record = state.sequences[row]
     if record.marks & DIRTY == 0:
         record.marks |= DIRTY
         counters = state.counters[0]
         state.dirty[counters.num_dirty] = row
         counters.num_dirty += 1
+
+
+@compiled
+def clear_dirty(state: State) -> None:
+    """Empty the list of changed sequences: all of them are ranked."""
+    state = borrowed(state)
+    counters = state.counters[0]
+    for i in range(counters.num_dirty):
+        state.sequences[state.dirty[i]].marks &= ~DIRTY
+    counters.num_dirty = 0
+
+
+@compiled
+def access_row(state: State, row: int) -> None:
+    """Count an access of its own."""
+    state = borrowed(state)
+    state.counters[0].tick += 1
+    touch_row(state, row)
+
+
+@compiled
+def set_row_priority(state: State, row: int, priority: int) -> None:
+    """Change the priority of a sequence."""
+    state = borrowed(state)
+    state.sequences[row].priority = priority
+    mark_dirty(state, row)
+
+
+@compiled
+def pin_row(state: State, row: int, num_blocks: int) -> None:
+    """Keep a sequence from being evicted, and its first blocks from being reclaimed once it is freed."""
+    state = borrowed(state)
+    state.sequences[row].pinned_blocks = num_blocks
+    state.sequences[row].marks |= PINNED
+
+
+@compiled
+def unpin_row(state: State, row: int, kept: Narrow) -> None:
+    """Take the pin of a sequence back (row -1: of none), and those that freed sequences left on `kept` blocks."""
+    state = borrowed(state)
+    state.counters[0].changes += 1
+    for block in kept:
+        unpin_block(state, block)
+    if row >= 0:
+        state.sequences[row].pinned_blocks = 0
+        state.sequences[row].marks &= ~PINNED
 
 
 @inlined
@@ -167,12 +245,12 @@ def _enter_all(state: State) -> None:
 
 
 def with_more_rows(state: State) -> State:
-    """Return the state with room for twice as many sequences."""
+    """Return the state with room for twice as many sequences; OutOfMemory if the system has none for their tables."""
     old, width = state.tables.shape
+    tables = new_tables(2 * old, width)
+    tables[:old] = state.tables
     sequences = np.zeros(2 * old, SEQUENCE)
     sequences[:old] = state.sequences
-    tables = np.zeros((2 * old, width), np.int32)
-    tables[:old] = state.tables
     dirty = np.zeros(2 * old, np.int32)
     dirty[:old] = state.dirty
     seq_table = np.zeros(power_of_two(4 * old), np.int32)
@@ -181,15 +259,16 @@ def with_more_rows(state: State) -> State:
     return grown
 
 
+MAX_TOKENS = 2**31 - 1
+"""The most tokens of a sequence, those in its hole included: plans hold lengths as int32."""
+
+
 # The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
 #
-# For n sequences, t query tokens, tables of w columns and k copies::
+# For n sequences, t query tokens and tables of w columns::
 #
 #     wide    int64   [0, t) slot_mapping   [t, 2t) positions   [2t, 2t + n) num_dropped
-#     narrow  int32   [0, nw) block_tables  then n seq_lens, n + 1 cu_seqlens_q, 2n holes, 2k copies
-
-Ints = npt.NDArray[np.int64]
-Narrow = npt.NDArray[np.int32]
+#     narrow  int32   [0, nw) block_tables  then n seq_lens, n + 1 cu_seqlens_q, 2n holes
 
 
 @inlined
@@ -216,25 +295,32 @@ def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Nar
 
 
 @inlined
-def lay_out(state: State, rows: Narrow, num_query: Ints, copies: Narrow) -> tuple[int, Ints, Narrow]:
-    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns the table width too."""
-    n, size = len(rows), state.counters[0].block_size
-    total, width = 0, 1
+def _buffers(state: State, rows: Narrow, num_query: Ints, more: int) -> tuple[Ints, Narrow]:
+    """Return room for a plan over sequences that grow by `more` blocks at most: had before anything is changed."""
+    n, total, width = len(rows), 0, 1
     for i in range(n):
         total += num_query[i]
         width = max(width, state.sequences[rows[i]].num_blocks)
-    wide = np.empty(2 * total + n, np.int64)
-    narrow = np.empty(n * width + 4 * n + 1 + 2 * len(copies), np.int32)
+    return np.empty(2 * total + n, np.int64), np.empty(n * (width + more) + 4 * n + 1, np.int32)
+
+
+@inlined
+def lay_out(state: State, rows: Narrow, num_query: Ints, wide: Ints, narrow: Narrow) -> tuple[int, int]:
+    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns its tick and width.
+
+    The tick is that of a sequence that streamed since the last one: by it the plan is told from those before.
+    """
+    n, size = len(rows), state.counters[0].block_size
+    width = 1
+    for i in range(n):
+        width = max(width, state.sequences[rows[i]].num_blocks)
     slot_mapping, positions, dropped = _cut_wide(borrowed(wide), n)
     block_tables, seq_lens, starts, holes = _cut_narrow(borrowed(narrow), n, width)
-    copied = borrowed(narrow)[len(narrow) - 2 * len(copies) :].reshape(len(copies), 2)
-    for k in range(len(copies)):
-        copied[k, 0] = copies[k, 0]
-        copied[k, 1] = copies[k, 1]
-    token = 0
+    token, tick = 0, state.counters[0].tick
     for i in range(n):
         record, table = state.sequences[rows[i]], state.tables[rows[i]]
         num_blocks, num_tokens = record.num_blocks, record.num_tokens
+        tick = max(tick, record.epoch)
         hole_start, hole_len = record.hole_start, record.hole_len
         columns = block_tables[i]
         for j in range(num_blocks):  # an assignment of slices would take three times as long
@@ -254,7 +340,7 @@ def lay_out(state: State, rows: Narrow, num_query: Ints, copies: Narrow) -> tupl
             positions[token] = position
             token += 1
     starts[n] = token
-    return width, wide, narrow
+    return tick, width
 
 
 @compiled
@@ -276,13 +362,9 @@ def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, i
         if wanted[i] > record.num_tokens:
             wide, narrow = _no_plan()
             return NO_ROOM, i, 0, wide, narrow
-    width, wide, narrow = lay_out(state, rows, wanted, np.empty((0, 2), np.int32))
-    return OK, state.counters[0].tick, width, wide, narrow
-
-
-def copies_in(narrow: Narrow, num_copies: int) -> Narrow:
-    """Return the copies at the end of the narrow buffer, int32 ``[num_copies, 2]``."""
-    return narrow[len(narrow) - 2 * num_copies :].reshape(num_copies, 2)
+    wide, narrow = _buffers(state, rows, wanted, 0)
+    tick, width = lay_out(state, rows, wanted, wide, narrow)
+    return OK, tick, width, wide, narrow
 
 
 def plan_from(seq_ids: Ints, wide: Ints, narrow: Narrow, width: int, copies: Narrow, tick: int) -> BatchPlan:
@@ -301,8 +383,6 @@ def plan_from(seq_ids: Ints, wide: Ints, narrow: Narrow, width: int, copies: Nar
 
 
 # Sequences come, fork, shrink and go: compiled, one call each.
-
-NOBODY = -1
 
 
 @compiled
@@ -343,33 +423,38 @@ def allocate_row(
     num_tokens: int,
     ids: npt.NDArray[np.int64],
     known: bool,
-) -> tuple[int, int, int, int, int]:
+) -> tuple[int, int, int]:
     """Start a sequence: share its cached prefix, take fresh blocks for the rest.
 
-    Answers (status, a, b, source, destination): for NO_ROOM a blocks are needed and b available; for OK a is the row,
-    and when source is not NOBODY, its K and V are to be copied to destination.
+    Answers (status, a, b): for NO_ROOM a blocks are needed and b available; for OK a is the row, and b copies are due.
     """
     state = borrowed(state)
     counters = state.counters[0]
     size = counters.block_size
     if find_row(state, seq_id) >= 0:
-        return EXISTS, 0, 0, NOBODY, NOBODY
+        return EXISTS, 0, 0
     if not has_spare_row(state):
-        return NEEDS_ROWS, 0, 0, NOBODY, NOBODY
+        return NEEDS_ROWS, 0, 0
     num_blocks = (num_tokens + size - 1) // size
 
     reuse = known and counters.prefix_caching != 0
     matched = np.empty(min(num_blocks, counters.num_blocks) + 1, np.int32)
-    full, source, partial = 0, NOBODY, 0
+    full, source, partial = 0, -1, 0
     if reuse:
         full, node = match_full_blocks(state, namespace, ids, matched)
         source, partial = match_partial_block(state, node, ids, full * size)
     available = _available_beside(state, matched[:full])
+    while num_blocks - full > available and evict_as_ordered(state):
+        available = _available_beside(state, matched[:full])
     if num_blocks - full > available:
-        return NO_ROOM, num_blocks - full, available, NOBODY, NOBODY
+        return NO_ROOM, num_blocks - full, available
+    if num_tokens > MAX_TOKENS:
+        return TOO_LONG, num_tokens, 0
     if num_blocks > state.tables.shape[1]:
-        return NEEDS_WIDTH, num_blocks, 0, NOBODY, NOBODY
+        return NEEDS_WIDTH, num_blocks, 0
 
+    if counters.num_orders > 0:
+        reclaim_as_ordered(state)
     counters.tick += 1
     counters.changes += 1
     row = new_row(state, seq_id, namespace, priority)
@@ -387,9 +472,6 @@ def allocate_row(
         if known:
             for j in range(i * size, min(num_tokens, (i + 1) * size)):
                 state.contents[block * size + j - i * size] = ids[j]
-    if partial == 0 or table[full] == source:
-        source = NOBODY
-
     record.num_tokens = num_tokens
     record.num_known = num_tokens if known else 0
     record.num_blocks = num_blocks
@@ -402,9 +484,9 @@ def allocate_row(
         counters.hits += full * size + partial > 0
         counters.hit_tokens += full * size
         counters.partial_tokens += partial
-    if source == NOBODY:
-        return OK, row, 0, NOBODY, NOBODY
-    return OK, row, 0, source, table[full]
+    if partial > 0 and table[full] != source:
+        note_copy(state, source, table[full])
+    return OK, row, counters.num_copies
 
 
 @compiled
@@ -441,24 +523,55 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
 
 
 @compiled
-def release_candidates(state: State, row: int, first: int) -> npt.NDArray[np.int32]:
-    """Return the blocks of a sequence, from table place `first` on, that become cached if it releases them."""
+def release_candidates(state: State, rows: Narrow, first: int) -> Narrow:
+    """Return the blocks that become cached when the last of `rows` releases all from table place `first` on.
+
+    The rows before it have released all of theirs by then.
+    """
     state = borrowed(state)
-    record = state.sequences[row]
-    found = np.empty(record.num_blocks, np.int32)
+    row = rows[-1]
+    found = np.empty(state.sequences[row].num_blocks, np.int32)
     count = 0
-    for i in range(first, record.num_blocks):
+    _change_references(state, rows[:-1], -1)
+    for i in range(first, state.sequences[row].num_blocks):
         block = state.blocks[state.tables[row, i]]
         if block.indexed and block.ref_count == 1:
             found[count] = state.tables[row, i]
             count += 1
+    _change_references(state, rows[:-1], 1)
     return found[:count]
 
 
+@inlined
+def _change_references(state: State, rows: Narrow, change: int) -> int:
+    """Count references of whole sequences up or down, for a trial; returns how many blocks have none."""
+    bare = 0
+    for row in rows:
+        for i in range(state.sequences[row].num_blocks):
+            block = state.blocks[state.tables[row, i]]
+            block.ref_count += change
+            bare += block.ref_count == 0
+    return bare
+
+
 @compiled
-def hand_over_use(state: State, row: int, first: int) -> None:
-    """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
+def count_leaving(state: State, rows: Narrow, num_blocks: int) -> int:
+    """Return how many of `rows`, the first ones, have to end until `num_blocks` blocks lose their last owner.
+
+    All of them, and one more, if that many do not.
+    """
     state = borrowed(state)
+    bare = taken = 0
+    while bare < num_blocks and taken < len(rows):
+        bare += _change_references(state, rows[taken : taken + 1], -1)
+        taken += 1
+    _change_references(state, rows[:taken], 1)
+    return taken if bare >= num_blocks else taken + 1
+
+
+@inlined
+def _hand_over_use(state: State, row: int, first: int) -> None:
+    """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
     record = state.sequences[row]
     for i in range(first, record.num_blocks):
         block = state.blocks[state.tables[row, i]]
@@ -473,6 +586,7 @@ def free_row(state: State, row: int) -> None:
     state = borrowed(state)
     state.counters[0].changes += 1
     record = state.sequences[row]
+    _hand_over_use(state, row, 0)
     for i in range(record.num_blocks - 1, -1, -1):
         block = state.tables[row, i]
         if i < record.pinned_blocks and state.blocks[block].indexed:
@@ -481,6 +595,53 @@ def free_row(state: State, row: int) -> None:
     drop_row(state, row)
     if state.kernels.on_request_end:
         state.kernels.on_request_end(state, 0)
+
+
+@compiled
+def evict_rows(state: State, rows: Narrow) -> None:
+    """End sequences that have to make room."""
+    state = borrowed(state)
+    for row in rows:
+        free_row(state, row)
+        state.counters[0].evictions += 1
+
+
+# What was decided to make room waits in the books as orders, so that the call that needs the room and what makes it
+# happen together or not at all.
+
+
+@called
+def evict_as_ordered(state: State) -> bool:
+    """Evict the next sequence that orders name; returns whether there was one."""
+    state = borrowed(state)
+    for i in range(state.counters[0].num_orders):
+        if state.orders[i, 0] == EVICT and state.orders[i, 1] >= 0:
+            free_row(state, state.orders[i, 1])
+            state.counters[0].evictions += 1
+            state.orders[i, 1] = -1
+            return True
+    return False
+
+
+@called
+def reclaim_as_ordered(state: State) -> None:
+    """Reclaim and rescore what orders name; those that are left are void."""
+    state = borrowed(state)
+    for i in range(state.counters[0].num_orders):
+        block = state.orders[i, 1]
+        if state.orders[i, 0] == RECLAIM:
+            evict_leaf(state, block)
+            put_back(state, block)
+        elif state.orders[i, 0] == RESCORE:
+            rescore(state, block, state.orders[i, 2], MAIN)
+    state.counters[0].num_orders = 0
+
+
+@compiled
+def carry_out_reclaims(state: State) -> None:
+    """Carry out orders without a call that needs the room."""
+    state = borrowed(state)
+    reclaim_as_ordered(state)
 
 
 @compiled
@@ -494,6 +655,7 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
         record.hole_len = 0
     end = num_tokens + record.hole_len
     num_blocks = (end + size - 1) // size
+    _hand_over_use(state, row, end // size)
     for i in range(record.num_blocks - 1, num_blocks - 1, -1):
         drop_block(state, state.tables[row, i])
     if end % size != 0:
@@ -508,6 +670,7 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
     record.num_indexed = min(record.num_indexed, end // size)
     record.pinned_blocks = min(record.pinned_blocks, num_blocks)
     record.marks |= TRUNCATED
+    mark_dirty(state, row)
 
 
 @inlined
@@ -525,19 +688,21 @@ def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> boo
         widest = max(widest, state.sequences[rows[i]].num_blocks)
         most = max(most, counts[i])
     more = most // state.counters[0].block_size + 1
-    return len(rows) * (more + 1) <= available_blocks(state) and widest + more <= state.tables.shape[1]
+    is_short = (widest + more) * state.counters[0].block_size <= MAX_TOKENS
+    return is_short and len(rows) * (more + 1) <= available_blocks(state) and widest + more <= state.tables.shape[1]
 
 
 @inlined
 def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tuple[int, int, int]:
     """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_WIDTH with the columns needed."""
     size = state.counters[0].block_size
-    needed, width = 0, 0
+    needed, width, longest = 0, 0, 0
     lent = np.zeros(len(rows), np.bool_)
     for i in range(len(rows)):
         if counts[i] == 0:
             continue
         record = state.sequences[rows[i]]
+        longest = max(longest, record.num_tokens + record.hole_len + counts[i])
         spare = record.num_blocks * size - record.num_tokens - record.hole_len
         if counts[i] > spare:
             more = (counts[i] - spare + size - 1) // size
@@ -557,6 +722,8 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
     available = available_blocks(state)
     if needed > available:
         return NO_ROOM, needed, available
+    if longest > MAX_TOKENS:
+        return TOO_LONG, longest, 0
     if width > state.tables.shape[1]:
         return NEEDS_WIDTH, width, 0
     return OK, needed, 0
@@ -574,16 +741,14 @@ def blocks_to_grow(state: State, seq_ids: Ints, counts: Ints) -> tuple[int, int]
 
 
 @inlined
-def _own_tail(state: State, row: int, copies: npt.NDArray[np.int32], num_copies: int) -> int:
-    """Make the tail block of `row` writable; returns the new number of copies."""
+def _own_tail(state: State, row: int) -> None:
+    """Make the tail block of `row` writable."""
     place = state.sequences[row].num_blocks - 1
     tail = state.tables[row, place]
     if _must_copy(state, tail):
-        replace_by_copy(state, row, place, copies, num_copies)
-        return num_copies + 1
-    if state.blocks[tail].indexed:
+        replace_by_copy(state, row, place)
+    elif state.blocks[tail].indexed:
         forget(state, tail)
-    return num_copies
 
 
 @inlined
@@ -597,9 +762,7 @@ def _fill(state: State, block: int, start: int, stop: int, ids: Ints, first: int
 
 
 @inlined
-def _extend(
-    state: State, row: int, count: int, ids: Ints, first: int, known: bool, copies: npt.NDArray[np.int32], k: int
-) -> int:
+def _extend(state: State, row: int, count: int, ids: Ints, first: int, known: bool) -> None:
     """Give `row` another `count` tokens, ``ids[first : first + count]`` if they are known."""
     record, table = state.sequences[row], state.tables[row]
     size = state.counters[0].block_size
@@ -610,7 +773,7 @@ def _extend(
         base = record.num_blocks * size
         if slot < base:
             base -= size
-            k = _own_tail(state, row, copies, k)
+            _own_tail(state, row)
             _fill(state, table[record.num_blocks - 1], slot - base, min(end - base, size), ids, first, known)
             base += size
         while base < end:
@@ -625,9 +788,8 @@ def _extend(
             record.num_known = record.num_tokens
         if record.marks & TRUNCATED:
             record.marks &= ~TRUNCATED
-            record.epoch = state.counters[0].tick
+            record.epoch = max(record.epoch, state.counters[0].tick)
     touch_row(state, row)
-    return k
 
 
 @compiled
@@ -641,23 +803,29 @@ def grow_rows(
     """
     state, counts, ids = borrowed(state), borrowed(counts), borrowed(ids)
     rows = np.empty(len(seq_ids), np.int32)
-    copies = np.empty((len(seq_ids), 2), np.int32)
-    copied = borrowed(copies)
     status, place = resolve_rows(state, seq_ids, rows)
-    a, b, k = place, 0, 0
+    a, b = place, 0
     if status == OK and not _surely_fits(state, rows, counts):
         status, a, b = _room_to_grow(state, rows, counts)
+        while status == NO_ROOM and evict_as_ordered(state):
+            status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
         wide, narrow = _no_plan()
         return status, a, b, 0, wide, narrow
-    state.counters[0].tick += 1
+    most = 0
+    for i in range(len(counts)):
+        most = max(most, counts[i])
+    wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
+    if state.counters[0].num_orders > 0:
+        reclaim_as_ordered(state)
     state.counters[0].changes += 1
+    state.counters[0].tick += 1
     first = 0
     for i in range(len(rows)):
-        k = _extend(state, rows[i], counts[i], ids, first, known, copied, k)
+        _extend(state, rows[i], counts[i], ids, first, known)
         first += counts[i]
-    width, wide, narrow = lay_out(state, rows, counts, copies[:k])
-    return OK, state.counters[0].tick, width, k, wide, narrow
+    tick, width = lay_out(state, rows, counts, wide, narrow)
+    return OK, tick, width, state.counters[0].num_copies, wide, narrow
 
 
 @inlined
@@ -768,21 +936,18 @@ def _count_foreign(state: State, row: int, first: int) -> int:
 
 
 @inlined
-def _detach(state: State, row: int, first: int, copies: npt.NDArray[np.int32]) -> int:
+def _detach(state: State, row: int, first: int) -> None:
     """Make the blocks from table place `first` on private and unindexed, copying where others share them.
 
     Whoever holds a node of the trie must hold its ancestors, and this sequence is about to release some.
     """
     record, table = state.sequences[row], state.tables[row]
-    count = 0
     for place in range(record.num_blocks - 1, first - 1, -1):
         block = table[place]
         if not _is_own(state, block, 0):
-            replace_by_copy(state, row, place, copies, count)
-            count += 1
+            replace_by_copy(state, row, place)
         elif state.blocks[block].indexed:
             forget(state, block)
-    return count
 
 
 @inlined
@@ -805,20 +970,21 @@ def blocks_to_stream(state: State, row: int, sink: int, window: int) -> int:
 
 
 @compiled
-def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, npt.NDArray[np.int32]]:
+def stream_row(state: State, row: int, sink: int, window: int) -> int:
     """Drop everything between sinks and window; the caller has made sure of the blocks that it takes.
 
-    Returns how many tokens were dropped, at least one, and the copies.
+    Returns how many tokens were dropped, at least one.
     """
     state = borrowed(state)
     record, table = state.sequences[row], state.tables[row]
     size = state.counters[0].block_size
     dropped = record.num_tokens - sink - window
-    copies = np.empty((record.num_blocks, 2), np.int32)
     resume, cut, keep = _cuts(state, row, sink, window)
-    count = 0
+    if state.counters[0].num_orders > 0:
+        reclaim_as_ordered(state)
+    _hand_over_use(state, row, sink // size)
     if keep > cut:
-        count = _detach(state, row, keep, copies)
+        _detach(state, row, keep)
         for place in range(keep - 1, cut - 1, -1):
             drop_block(state, table[place])
         for place in range(keep, record.num_blocks):
@@ -834,8 +1000,8 @@ def stream_row(state: State, row: int, sink: int, window: int) -> tuple[int, npt
     record.num_cached = min(record.num_cached, record.num_tokens)
     record.pinned_blocks = min(record.pinned_blocks, cut)
     record.marks |= OPAQUE
-    state.counters[0].tick += 1
     state.counters[0].changes += 1
-    record.epoch = state.counters[0].tick
+    record.epoch = max(record.epoch, state.counters[0].tick) + 1
+    state.counters[0].newest_epoch = max(state.counters[0].newest_epoch, record.epoch)
     mark_dirty(state, row)
-    return dropped, copies[:count]
+    return dropped

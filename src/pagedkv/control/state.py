@@ -16,7 +16,9 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``sequences``      one record per live sequence, as long as two
 ``tables``         the block table of every sequence
 ``seq_table``      open addressing: sequence id to row
-``log``            blocks stored (+id+1) and removed (-id-1) by one call, while somebody listens
+``log``            blocks stored (+id+1) and removed (-id-1) by one call, 0 for all removed, while somebody listens
+``copies``         blocks (source, destination) whose K and V are still to be copied
+``orders``         what was decided to make room, as (what, row or block, score): carried out by the call that needs it
 ``memory``         one record of scalars that the strategy in force remembers
 ``prefix_hashes``  per block a hash of its content and of all before it, where the strategy asks for it (`ghosts`)
 ``ghosts``         the last blocks that S3-FIFO evicted from probation
@@ -31,7 +33,7 @@ from __future__ import annotations
 
 import secrets
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -193,7 +195,7 @@ SEQUENCE = record(
     last_access="i8",
     access_count="i8",
     created="i8",
-    epoch="i8",  # plans made before this tick are stale
+    epoch="i8",  # plans of earlier ticks are stale
     stamp="i8",  # the last batch that named this sequence
     ranked="i8",  # the valid entry in the eviction order
     num_blocks="i4",
@@ -212,13 +214,16 @@ LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
 MAIN, PROBATION = 0, 1
 """The queues of cached blocks: strategies that tell newcomers from proven blocks let them wait apart."""
 
+EVICT, RECLAIM, RESCORE = range(3)
+"""Kinds of orders: a sequence goes if need be, a cached leaf goes, a cached leaf stays at another score."""
+
 MAX_PINS = np.iinfo(np.uint16).max
 
 COUNTERS = record(
     **dict.fromkeys(
-        "num_blocks block_size prefix_caching whole_hits seed tick stamp changes "
+        "num_blocks block_size prefix_caching whole_hits seed factor tick stamp changes newest_epoch "
         "fresh free_top used cached pinned heap_size probation_heap_size probation "
-        "num_sequences rows_used free_row num_dirty logging log_len "
+        "num_sequences rows_used free_row num_dirty logging log_len num_copies num_orders was_cleared "
         "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split(),
         "i8",
     )
@@ -258,6 +263,8 @@ class _State(NamedTuple):
     seq_table: npt.NDArray[np.int32]
     dirty: npt.NDArray[np.int32]
     log: npt.NDArray[np.int32]
+    copies: npt.NDArray[np.int32]
+    orders: npt.NDArray[np.int64]
     memory: npt.NDArray[np.void]
     prefix_hashes: npt.NDArray[np.int64]
     ghosts: npt.NDArray[np.void]
@@ -278,6 +285,10 @@ class State(_State):
     def packed(self) -> State:
         """What Python passes to compiled functions in its place, for speed; the state itself must be kept meanwhile."""
         return packed(self)
+
+    def copied(self) -> State:
+        """Return a copy of the books for a trial; what a built-in strategy has learned is shared."""
+        return State._make(part.copy() if isinstance(part, np.ndarray) else part for part in self)
 
     def counter(self, name: str) -> int:
         """Return one of the counters, for Python."""
@@ -312,6 +323,7 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
     counters["prefix_caching"] = prefix_caching
     # A secret seed: chains of chosen collisions would be slow (never wrong), so nobody may choose them.
     counters["seed"] = secrets.randbits(62)
+    counters["factor"] = secrets.randbits(62) * 2 + 1
     return State(
         kernels=PolicyKernels(),
         blocks=np.zeros(num_blocks, BLOCK),
@@ -326,6 +338,8 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
         seq_table=np.zeros(power_of_two(2 * rows), np.int32),
         dirty=np.zeros(rows, np.int32),
         log=np.zeros(1, np.int32),
+        copies=np.zeros((num_blocks + 1, 2), np.int32),
+        orders=np.zeros((2, 3), np.int64),
         memory=np.zeros(1, POLICY),
         prefix_hashes=np.zeros(0, np.int64),
         ghosts=np.zeros(0, GHOST),
@@ -337,11 +351,23 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
 
 
 def with_wider_tables(state: State, width: int) -> State:
-    """Return the state with block tables of at least `width` columns."""
+    """Return the state with block tables of at least `width` columns; OutOfMemory if the system has no room."""
     rows, old = state.tables.shape
-    tables = np.zeros((rows, max(width, 2 * old)), np.int32)
+    tables = new_tables(rows, max(width, 2 * old), width)
     tables[:, :old] = state.tables
     return state._replace(tables=tables)
+
+
+def new_tables(rows: int, width: int, least: int = 0) -> npt.NDArray[np.int32]:
+    """Return empty block tables, of `least` columns if the system has no room for `width`."""
+    try:
+        return np.zeros((rows, width), np.int32)
+    except MemoryError as error:
+        if 0 < least < width:
+            return new_tables(rows, least)
+        needed = 4 * rows * width
+        hint = f"block tables of {rows} sequences, {width} blocks each, take {needed:,} bytes, which the system refuses"
+        raise OutOfMemory(width, 0, hint) from error
 
 
 def with_roots(state: State, count: int) -> State:
@@ -349,6 +375,15 @@ def with_roots(state: State, count: int) -> State:
     roots = np.zeros((power_of_two(count), 4), np.int32)
     roots[: len(state.roots)] = state.roots
     return state._replace(roots=roots)
+
+
+def with_orders(state: State, orders: Sequence[tuple[int, int, int]]) -> State:
+    """Return the state with these orders; they are given once ``num_orders`` says so."""
+    if len(orders) > len(state.orders):
+        state = state._replace(orders=np.zeros((power_of_two(len(orders)), 3), np.int64))
+    for place, order in enumerate(orders):
+        state.orders[place] = order
+    return state
 
 
 def with_log(state: State) -> State:

@@ -323,6 +323,11 @@ class _RecordView:
     def __len__(self) -> int:
         return len(self._ids)
 
+    @property
+    def records(self) -> npt.NDArray[np.void]:
+        """The records themselves, copies."""
+        return self._records
+
 
 class BlockView(_RecordView):
     """Cached blocks to be scored, each field an array ``[n]``."""

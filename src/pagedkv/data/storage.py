@@ -515,6 +515,17 @@ class KvStorage:
         for pool in self._pools:
             pool.copy_blocks(pairs[:, 0], pairs[:, 1])
 
+    def read_blocks(self, blocks: Any) -> list[Tensor]:
+        """Return copies of blocks, all that is stored of them, for :meth:`write_blocks`."""
+        index = as_int64("blocks", blocks).to(self._device)
+        return [wide.index_select(2, index) for pool in self._pools for wide in pool.wide]
+
+    def write_blocks(self, blocks: Any, contents: list[Tensor]) -> None:
+        """Write what :meth:`read_blocks` returned to other blocks."""
+        index = as_int64("blocks", blocks).to(self._device)
+        for wide, rows in zip((wide for pool in self._pools for wide in pool.wide), contents, strict=True):
+            wide.index_copy_(2, index, rows)
+
 
 def as_int64(name: str, numbers: Any) -> Tensor:
     """Return integers as an int64 tensor, without a copy where that is possible."""
