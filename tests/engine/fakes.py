@@ -45,7 +45,6 @@ class FakeRunner:
         self.batches: list[list[int]] = []
 
     def forward(self, plan: Any, token_ids: Any, wanted: Any) -> Any:
-        assert len(plan.copies) == 0
         if self.fail:
             raise RuntimeError("the model broke")
         cache, size = self.cache, self.cache.block_size
