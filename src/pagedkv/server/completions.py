@@ -48,8 +48,6 @@ async def complete(
 
 
 def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
-    if body.suffix:
-        raise ApiError(400, "suffix: not supported by this server", param="suffix", code="unsupported_parameter")
     if body.best_of is not None and body.best_of < body.texts:
         raise bad_argument("best_of", f"at least n = {body.texts}", f"{body.best_of}")
     if body.stream and body.best_of is not None and body.best_of > body.texts:
@@ -78,7 +76,7 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
     jobs, texts = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids = await server.model.encode(prompt)
+            ids = await server.model.encode(prompt, special_tokens=body.add_special_tokens is not False)
         else:
             ids = prompt
             server.model.check_ids(ids, "prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
@@ -52,7 +53,8 @@ class Generation:
         self.body = body
         self.latest: list[RequestOutput | None] = [None] * len(jobs)
         self._server, self._request, self._jobs, self._request_id = server, request, jobs, request_id
-        self._salt = salt_of(caller, body.cache_salt)
+        # A salt that nobody else has: nothing is found under it.
+        self._salt = salt_of(caller, secrets.token_hex() if body.cache_prompt is False else body.cache_salt)
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
         self._error: BaseException | None = None

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 
 from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Client
-from pagedkv.server.chat import encode_chat
-from pagedkv.server.schemas import Body, ChatMessage, Text, TokenId
+from pagedkv.server.chat import ChatForm, encode_chat
+from pagedkv.server.schemas import ChatMessage, RequestBody, Text, TokenId
 from pagedkv.server.state import Server
 
 router = APIRouter(tags=["tokens"], dependencies=[Client])
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """A text, or a conversation."""
 
     model: str | None = None
@@ -24,8 +24,11 @@ class TokenizeRequest(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
         None, description="A conversation, written out as for the chat endpoint."
     )
-    add_special_tokens: bool | None = Field(None, description="With the tokens that open a text; true.")
+    add_special_tokens: bool | None = Field(
+        None, description="With the tokens that open a text; true, but false where a chat template writes them."
+    )
     add_generation_prompt: bool | None = Field(None, description="Of a conversation: open the answer; true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="What the chat template is told.")
     return_token_strs: bool | None = Field(None, description="Return the text of every token, too.")
 
 
@@ -38,7 +41,7 @@ class Tokens(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """Tokens."""
 
     model: str | None = None
@@ -58,8 +61,12 @@ async def tokenize(body: TokenizeRequest, server: Server) -> Tokens:
     if (body.prompt is None) == (body.messages is None):
         raise bad_argument("prompt", "either prompt or messages")
     if body.messages is not None:
-        opened = body.add_generation_prompt is not False
-        ids = await encode_chat(server.model, body.messages, open_answer=opened)
+        form = ChatForm(
+            open_answer=body.add_generation_prompt is not False,
+            special_tokens=body.add_special_tokens,
+            told=body.chat_template_kwargs or {},
+        )
+        ids = await encode_chat(server.model, body.messages, form)
     else:
         ids = await server.model.encode(body.prompt or "", special_tokens=body.add_special_tokens is not False)
     texts = [server.tokens.text(token) for token in ids] if body.return_token_strs else None
