@@ -100,7 +100,7 @@ def test_salts_cannot_be_forged() -> None:
 async def test_who_may_touch_the_cache_of_all(path: str, settings: dict[str, Any], key: str, status: int) -> None:
     engine = FakeEngine()
     async with client_of(engine, **settings) as client:
-        answer = await client.post(path, headers=as_(key) if key else {})
+        answer = await client.post(path, headers={"content-type": "application/json", **(as_(key) if key else {})})
     assert answer.status_code == status
     assert engine.cleared == (status == 200)
     assert (

@@ -85,6 +85,13 @@ class ServerConfig:
     allow_origins: tuple[str, ...] = setting(
         (), "A web origin whose pages may call; * for all.", flag="--allow-origin", group=_KEYS, shown=False
     )
+    allow_hosts: tuple[str, ...] = setting(
+        (),
+        "A host name by which clients may call, beside addresses and localhost; * for all. With keys all may.",
+        flag="--allow-host",
+        group=_KEYS,
+        shown=False,
+    )
     max_queue: int = setting(256, "Texts that may wait beside those that are written.", group=_LIMITS)
     max_body: int = setting(8 * MIB, "Bytes of a request body.", group=_LIMITS)
     max_prompt_tokens: int | None = setting(

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pagedkv.server.auth import is_known
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError, ClientLeft, error_response
+from pagedkv.server.origins import foreign
 
 LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20
 _CLOSE = {"Connection": "close"}  # what is left of the body is not read
@@ -51,6 +52,9 @@ class Limits:
                 f"the server is busy: {self._inside} requests are under way, at most {config.max_connections} may be"
             )
             return ApiError(503, message, code="too_many_connections", retry_after=1, headers=_CLOSE)
+        refusal = foreign(config, scope["method"], scope["headers"])
+        if refusal is not None:
+            return refusal
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > config.max_body:
             return self._too_large()
