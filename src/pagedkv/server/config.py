@@ -108,6 +108,9 @@ class ServerConfig:
     events_endpoint: str | None = setting(
         None, "Publish the KV events over ZMQ: tcp://*:5557", group=_SHOW, shown=False
     )
+    events_token_ids: bool = setting(
+        False, "Let published KV events carry token ids beyond this machine.", group=_SHOW
+    )
     show_tokens: bool = setting(False, "Show token text of prompts in /v1/cache.", group=_SHOW)
     log_format: Literal["text", "json"] = setting("text", "text or json.", group=_SHOW)
 
