@@ -222,4 +222,4 @@ async def _texts(server: ServerState) -> dict[int, str]:
     if server.model.tokenizer is None:
         return {}
     prefixes = server.engine.hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
-    return {prefix.block_id: await server.model.decode(prefix.token_ids) for prefix in prefixes}
+    return {prefix.block_id: await server.model.decode(prefix.token_ids, "") for prefix in prefixes}

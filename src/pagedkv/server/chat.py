@@ -16,7 +16,8 @@ from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Generation, Job, stream
+from pagedkv.server.generation import Generation, Job, stream, while_there
+from pagedkv.server.json_body import SizedRoute
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import answers_with_events
@@ -69,7 +70,7 @@ class ChatForm:
         return text
 
 
-async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], form: ChatForm) -> list[int]:
+async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], form: ChatForm, tenant: str) -> list[int]:
     """Return the tokens of a chat; an error if a message is empty, or the template does not take them."""
     for place, message in enumerate(messages):
         if message.content is None and message.role != "assistant":
@@ -79,10 +80,13 @@ async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], form:
         if form.told:
             raise bad_argument("chat_template_kwargs", "none, as this model has no chat template", "some")
         text = plain_chat(messages, open_answer=form.open_answer)
-        return await model.encode(text, special_tokens=form.special_tokens is not False)
+        special = form.special_tokens is not False
+        return await model.encode(text, tenant, special_tokens=special, param="messages")
     _check_told(form.told, model.tokenizer)
+    characters = sum(len(message.text) for message in messages)
+    model.check_text(characters, "messages")
     try:
-        text = await model.render_chat(partial(form.render, model, messages))
+        text = await model.render_chat(partial(form.render, model, messages), tenant, characters)
     except ApiError:
         raise
     except Exception as error:
@@ -91,7 +95,7 @@ async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], form:
         raise ApiError(
             400, f"messages: the chat template refuses them: {error}", param="messages", code="chat_template"
         ) from error
-    return await model.encode(text, special_tokens=form.special_tokens is True)
+    return await model.encode(text, tenant, special_tokens=form.special_tokens is True, param="messages")
 
 
 def _check_told(told: dict[str, Any], tokenizer: Any) -> None:
@@ -106,7 +110,7 @@ def _role(message: ChatMessage) -> str:
     return "system" if message.role == "developer" else message.role
 
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=SizedRoute)
 
 
 @router.post(
@@ -123,7 +127,8 @@ async def chat(
     if body.top_logprobs and not body.logprobs:
         raise bad_argument("top_logprobs", "logprobs = true beside it")
     answer = _Answer(body, server, request_id_of(request.scope))
-    generation = Generation(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
+    job = await while_there(request, _job(body, server, caller))
+    generation = Generation(body, request, server, caller, [job], answer.frame["id"])
     if body.stream:
         return await stream(generation, answer.frame, answer.chunk, generation.usage)
     async with generation:
@@ -132,7 +137,7 @@ async def chat(
     return ChatCompletion.model_validate({**answer.frame, "choices": answer.choices(output), "usage": usage})
 
 
-async def _job(body: ChatRequest, server: ServerState) -> Job:
+async def _job(body: ChatRequest, server: ServerState, caller: Caller) -> Job:
     more: dict[str, Any] = {"max_tokens": body.limit, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
     if not has_template(server.model):
         own = [body.stop] if isinstance(body.stop, str) else body.stop or []
@@ -144,7 +149,7 @@ async def _job(body: ChatRequest, server: ServerState) -> Job:
         special_tokens=body.add_special_tokens,
         told=body.chat_template_kwargs or {},
     )
-    ids = await encode_chat(server.model, body.messages, form)
+    ids = await encode_chat(server.model, body.messages, form, caller.name)
     server.model.check_length(len(ids), body.limit, "messages")
     return Job(ids, params)
 

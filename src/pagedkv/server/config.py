@@ -47,7 +47,7 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """What the operator of a server decides. All limits hold for the whole server.
+    """What the operator of a server decides. All limits hold for the whole server; of most, a key has a share.
 
     Every field is an option of ``pagedkv serve`` and a key of its ``--config`` file.
 
@@ -94,6 +94,12 @@ class ServerConfig:
     )
     max_queue: int = setting(256, "Texts that may wait beside those that are written.", group=_LIMITS)
     max_body: int = setting(8 * MIB, "Bytes of a request body.", group=_LIMITS)
+    max_bodies: int = setting(64 * MIB, "Bytes of all large request bodies under way.", group=_LIMITS)
+    max_key_share: float = setting(
+        0.5,
+        "The part of requests, bodies and texts under way that one key may have, where there are several.",
+        group=_LIMITS,
+    )
     max_prompt_tokens: int | None = setting(
         None, "Tokens of a prompt.", group=_LIMITS, shown="what model and pool allow"
     )
@@ -108,11 +114,19 @@ class ServerConfig:
     events_endpoint: str | None = setting(
         None, "Publish the KV events over ZMQ: tcp://*:5557", group=_SHOW, shown=False
     )
-    events_token_ids: bool = setting(
-        False, "Let published KV events carry token ids beyond this machine.", group=_SHOW
-    )
+    events_token_ids: bool = setting(False, "Let published KV events carry token ids beyond this machine.", group=_SHOW)
     show_tokens: bool = setting(False, "Show token text of prompts in /v1/cache.", group=_SHOW)
     log_format: Literal["text", "json"] = setting("text", "text or json.", group=_SHOW)
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether there are several keys."""
+        return len({*self.api_keys, *self.operator_keys}) > 1
+
+    @property
+    def key_share(self) -> float:
+        """The part of what may be under way that one key may have."""
+        return self.max_key_share if self.has_tenants else 1.0
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -123,6 +137,8 @@ class ServerConfig:
                 raise bad_argument(name, "keys that are not empty")
         if self.operator_keys and not self.api_keys:
             raise bad_argument("operator_keys", "api_keys beside them: without them everybody may call")
+        if not 0 < self.max_key_share <= 1:
+            raise bad_argument("max_key_share", "a part above 0, at most 1", f"{self.max_key_share}")
         if self.log_format not in ("text", "json"):
             raise bad_argument("log_format", "'text' or 'json'", f"{self.log_format!r}")
 
@@ -138,6 +154,7 @@ _LEAST = {
     "port": 0,
     "max_queue": 0,
     "max_body": 1,
+    "max_bodies": 1,
     "max_prompt_tokens": 1,
     "max_prompts": 1,
     "max_connections": 1,

@@ -273,7 +273,7 @@ class ChatMessage(RequestBody):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)] | None = Field(
         None, description="A text, or parts of type text; only an assistant may have said nothing."
     )
     name: str | None = None
