@@ -104,8 +104,11 @@ class ServerConfig:
         None, "Tokens of a prompt.", group=_LIMITS, shown="what model and pool allow"
     )
     max_prompts: int = setting(1024, "Prompts of one request.", group=_LIMITS)
-    max_connections: int = setting(1024, "HTTP requests under way at a time.", group=_LIMITS)
+    max_connections: int = setting(
+        1024, "HTTP requests under way at a time; as many connections may be idle.", group=_LIMITS
+    )
     request_timeout: float = setting(600.0, "Seconds that a request may take.", group=_LIMITS)
+    head_timeout: float = setting(10.0, "Seconds in which a request must begin and its head arrive.", group=_LIMITS)
     body_timeout: float = setting(30.0, "Seconds in which its body must arrive.", group=_LIMITS)
     write_timeout: float = setting(30.0, "Seconds that a client may not read.", group=_LIMITS)
     drain_timeout: float = setting(30.0, "Seconds that requests have after SIGTERM.", group=_LIMITS)
@@ -169,7 +172,7 @@ def _check_numbers(config: ServerConfig) -> None:
             raise bad_argument(name, f"at least {least}", f"{value}")
     if config.port > 65535:
         raise bad_argument("port", "at most 65535", f"{config.port}")
-    for name in ("request_timeout", "body_timeout", "write_timeout"):
+    for name in ("request_timeout", "head_timeout", "body_timeout", "write_timeout"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise bad_argument(name, "seconds above 0", f"{value}")
