@@ -294,7 +294,7 @@ def test_a_request_that_takes_longer_than_its_head_may_is_answered() -> None:
 
 
 def test_the_oldest_idle_connection_makes_way_for_a_new_one() -> None:
-    with thread(FakeEngine(), max_connections=8, head_timeout=60) as server:
+    with thread(FakeEngine(), max_connections=2, head_timeout=60) as server:
         with idle_ones(server.url, [b""] * 40) as opened:
             assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
             assert all(is_closed(connection, 10) for connection in opened[:30])

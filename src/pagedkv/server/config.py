@@ -105,7 +105,7 @@ class ServerConfig:
     )
     max_prompts: int = setting(1024, "Prompts of one request.", group=_LIMITS)
     max_connections: int = setting(
-        1024, "HTTP requests under way at a time; as many connections may be idle.", group=_LIMITS
+        1024, "HTTP requests under way at a time; four times as many connections may be idle.", group=_LIMITS
     )
     request_timeout: float = setting(600.0, "Seconds that a request may take.", group=_LIMITS)
     head_timeout: float = setting(10.0, "Seconds in which a request must begin and its head arrive.", group=_LIMITS)

@@ -21,7 +21,7 @@ from pagedkv.server.errors import ApiError
 from pagedkv.server.state import ServerState
 
 LARGE = 256 << 10
-BYTES_PER_SECOND = 32 << 20
+BYTES_PER_SECOND = 16 << 20
 
 
 class SizedRoute(APIRoute):

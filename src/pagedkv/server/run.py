@@ -94,7 +94,7 @@ def make_server(
         lifespan="on",
     )
     settings.load()
-    connections = Connections(min(config.max_connections, file_limit() // 4), config.head_timeout)
+    connections = Connections(min(4 * config.max_connections, file_limit() // 4), config.head_timeout)
     protocol: Any = connections.protocol_around(settings.http_protocol_class)
     settings.http_protocol_class = protocol
     return _Server(settings, app.state.server, on_ready)
