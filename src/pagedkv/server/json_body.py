@@ -52,12 +52,11 @@ class _SizedRequest(Request):
             return await super().json()
         server: ServerState = self.app.state.server
         async with server.large_bodies.taken(self.scope.get("pagedkv.tenant", "")):
+            await asyncio.sleep(len(raw) / BYTES_PER_SECOND)  # before it: what is refused takes as long
             try:
-                parsed = _parse(raw, server)
+                return _parse(raw, server)
             except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
                 raise json.JSONDecodeError(f"{error}", "", 0) from None
-            await asyncio.sleep(len(raw) / BYTES_PER_SECOND)
-        return parsed
 
 
 def _parse(raw: bytes, server: ServerState) -> Any:

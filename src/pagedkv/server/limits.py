@@ -13,7 +13,7 @@ from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError, ClientLeft, error_response
 from pagedkv.server.origins import foreign
 
-LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20
+LINGER_SECONDS, LINGER_BYTES, LINGER_PAUSE = 2.0, 64 << 20, 0.001
 SMALL_BODY = 64 << 10
 """So many bytes of each body do not count: what is short is taken, however much others send."""
 PROBES = frozenset({"/health", "/version", "/metrics"})
@@ -151,6 +151,7 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     break
                 taken += len(message.get("body", b""))
+                await asyncio.sleep(LINGER_PAUSE)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
