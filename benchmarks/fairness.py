@@ -193,7 +193,7 @@ def rows_of(kind: str, seen: Seen, quiet: Seen) -> list[Row]:
             probe <= TARGET_HEALTH,
         ),
     ]
-    # Texts that are written cost what they cost; the first token of another waits for the step that they are in.
+    # Steps are shared first come, first served: nothing is promised beside texts that are written.
     return [{**line, "target": None, "met": None} for line in rows] if kind == "prompts" else rows
 
 
