@@ -16,7 +16,7 @@ from pagedkv.server import ServerConfig, create_app
 @asynccontextmanager
 async def client_of(engine: Any, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     app = create_app(engine, ServerConfig(model_name="tiny", **settings))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=20) as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=20) as client:
         client.app = app  # type: ignore[attr-defined]
         yield client
 

@@ -32,7 +32,7 @@ async def test_a_name_with_slashes() -> None:
     app = create_app(FakeEngine(), ServerConfig(model_name="org/tiny"))  # type: ignore[arg-type]
     import httpx
 
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
         assert (await client.get("/v1/models/org/tiny")).json()["id"] == "org/tiny"
 
 
@@ -116,7 +116,7 @@ def get(engine, path, key=None, **config):
     headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     async def ask():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             return await client.get(path, headers=headers)
 
     return asyncio.run(ask())

@@ -12,7 +12,15 @@ from tests.server.fake_snapshots import FakeEngine, server_state
 
 from pagedkv import BlockManager, InvalidOperation, MissingExtra
 from pagedkv.engine.kv_events import KvEventLog
-from pagedkv.server.events import END_OF_REPLAY, EventPublisher, EventRecorder, kv_events, replay_endpoint_of
+from pagedkv.server import events
+from pagedkv.server.events import (
+    END_OF_REPLAY,
+    EventPublisher,
+    EventRecorder,
+    kv_events,
+    replay_endpoint_of,
+    stays_here,
+)
 from pagedkv.sim.reading import read_trace
 
 ANYWHERE = "tcp://127.0.0.1:0"
@@ -205,3 +213,52 @@ def test_nobody_listens_and_the_cache_logs_nothing():
             return engine.cache._state.counters[0].logging
 
     assert asyncio.run(serve()) == 0
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "stays"),
+    [
+        ("tcp://127.0.0.1:5557", True),
+        ("tcp://127.3.0.1:5557", True),
+        ("tcp://localhost:5557", True),
+        ("tcp://[::1]:5557", True),
+        ("ipc:///run/kv-events", True),
+        ("inproc://events", True),
+        ("tcp://*:5557", False),
+        ("tcp://0.0.0.0:5557", False),
+        ("tcp://[::]:5557", False),
+        ("tcp://eth0:5557", False),
+        ("tcp://localhost.example:5557", False),
+        ("tcp://10.0.0.5:*", False),
+        ("epgm://eth0;239.0.0.1:5557", False),
+    ],
+)
+def test_which_endpoints_stay_on_this_machine(endpoint, stays):
+    assert stays_here(endpoint) is stays
+
+
+@pytest.mark.parametrize("settings", [{}, {"events_token_ids": True}], ids=["by default", "where the operator says so"])
+@pytest.mark.parametrize("leaves", [True, False], ids=["beyond the machine", "within it"])
+def test_token_ids_leave_the_machine_only_where_the_operator_says_so(tmp_path, monkeypatch, leaves, settings):
+    pytest.importorskip("zmq.asyncio")
+    if leaves:
+        monkeypatch.setattr(events, "stays_here", lambda endpoint: False)
+    sent = []
+
+    async def publish(self, payload):
+        sent.append(msgspec.msgpack.decode(payload))
+
+    monkeypatch.setattr(EventPublisher, "publish", publish)
+    engine, path = FakeEngine(256), tmp_path / "events.kv"
+
+    async def serve():
+        state = server_state(engine, events_endpoint=ANYWHERE, record_events=path, **settings)
+        async with kv_events(state):
+            for _ in range(40):
+                engine.step()
+
+    asyncio.run(serve())
+    told = [event for batch in sent for event in stored(batch)]
+    assert told and all(event["block_hashes"] and event["block_size"] == 16 for event in told)
+    assert any(event["token_ids"] for event in told) is (not leaves or bool(settings))
+    assert len(read_trace(path, format="kv-events").input_tokens) > 10, "a recording has everything"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -191,6 +192,10 @@ async def test_observers_see_every_request() -> None:
         {"max_queue": -1},
         {"max_prompt_tokens": 0},
         {"request_timeout": 0},
+        {"head_timeout": 0},
+        {"max_bodies": 0},
+        {"max_key_share": 0},
+        {"max_key_share": 1.5},
         {"request_timeout": float("nan")},
         {"write_timeout": float("inf")},
         {"drain_timeout": float("nan")},
@@ -246,3 +251,51 @@ def test_a_large_body_is_no_large_head(served: Any) -> None:
         for size in (60_000, 70_000, 200_000, 900_000):
             answer = client.post(f"{served.url}/v1/completions", json={"prompt": "x = 1\n" * (size // 8)})
             assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+@contextmanager
+def idle_ones(url: str, sent: list[bytes]) -> Iterator[list[socket.socket]]:
+    """Connections that have sent so much, and nothing more."""
+    with ExitStack() as stack:
+        connections = []
+        for each in sent:
+            connections.append(stack.enter_context(closing(connected(SimpleNamespace(url=url)))))
+            connections[-1].sendall(each)
+        yield connections
+
+
+def is_closed(connection: socket.socket, seconds: float) -> bool:
+    connection.settimeout(seconds)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+    except TimeoutError:
+        return False
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def test_a_connection_whose_request_does_not_come_is_closed() -> None:
+    with thread(FakeEngine(), head_timeout=0.2) as server:
+        with idle_ones(server.url, [b"", b"GET /heal", b"GET /health HTTP/1.1\r\nHost:", HEALTH]) as opened:
+            assert all(is_closed(connection, 10) for connection in opened[:3])
+            assert b"200 OK" in opened[3].recv(65536)
+            assert not is_closed(opened[3], 0.6), "after a request it may be idle for longer"
+            opened[3].sendall(b"GET /health HTTP")
+            assert is_closed(opened[3], 10), "but not in the middle of the next one"
+
+
+def test_a_request_that_takes_longer_than_its_head_may_is_answered() -> None:
+    with thread(FakeEngine(delay=0.1), head_timeout=0.2) as server:
+        answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a", "max_tokens": 8}, timeout=20)
+    assert answer.status_code == 200
+
+
+def test_the_oldest_idle_connection_makes_way_for_a_new_one() -> None:
+    with thread(FakeEngine(), max_connections=2, head_timeout=60) as server:
+        with idle_ones(server.url, [b""] * 40) as opened:
+            assert httpx.get(f"{server.url}/health", timeout=10).status_code == 200
+            assert all(is_closed(connection, 10) for connection in opened[:30])
+            assert not is_closed(opened[-1], 0.1)

@@ -28,7 +28,7 @@ def engine():
 
 def client_of(engine, **config):
     app = app_around(server_state(engine, **config), live.page_router, live.stream_router)
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 async def read(engine, count, step=True):

@@ -180,7 +180,7 @@ def test_the_route_wants_a_running_server_and_a_key(engine):
     app = app_around(state, metrics.router)
 
     async def scrape():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
             key = {"Authorization": "Bearer secret"}
             early = await client.get("/metrics", headers=key)
             async with metrics.metering(state):

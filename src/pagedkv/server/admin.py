@@ -14,6 +14,7 @@ from pagedkv import __version__
 from pagedkv.engine.snapshot import encode
 from pagedkv.server.auth import Client, Operator
 from pagedkv.server.live import Snapshots
+from pagedkv.server.origins import Json
 from pagedkv.server.state import Server, ServerState
 
 health_router = APIRouter(tags=["server"])
@@ -86,7 +87,7 @@ async def get_model(name: str, server: Server) -> Model:
     return _only_model(server)
 
 
-clear_router = APIRouter(tags=["cache"], dependencies=[Operator])
+clear_router = APIRouter(tags=["cache"], dependencies=[Operator, Json])
 
 
 class Cleared(BaseModel):
@@ -221,4 +222,4 @@ async def _texts(server: ServerState) -> dict[int, str]:
     if server.model.tokenizer is None:
         return {}
     prefixes = server.engine.hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
-    return {prefix.block_id: await server.model.decode(prefix.token_ids) for prefix in prefixes}
+    return {prefix.block_id: await server.model.decode(prefix.token_ids, "") for prefix in prefixes}

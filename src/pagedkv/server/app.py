@@ -65,7 +65,10 @@ def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastA
     config = config or ServerConfig()
     model = ServedModel.of(engine, config)
     state = ServerState(
-        engine=engine, config=config, model=model, admission=Admission(model.max_num_seqs, config.max_queue)
+        engine=engine,
+        config=config,
+        model=model,
+        admission=Admission(model.max_num_seqs, config.max_queue, config.key_share),
     )
 
     @asynccontextmanager

@@ -60,12 +60,17 @@ def _find(token: str, keys: Iterable[str]) -> str | None:
     return found
 
 
-def is_known(config: ServerConfig, header: bytes | None) -> bool:
-    """Whether a request with this ``Authorization`` header carries a key that is known, or needs none."""
+def name_of_caller(config: ServerConfig, header: bytes | None) -> str | None:
+    """Return the name of who sends this ``Authorization`` header, empty without keys; None if its key is not known."""
     if not config.api_keys:
-        return True
+        return ""
     scheme, _, token = (header or b"").decode("latin-1").partition(" ")
-    return scheme.lower() == "bearer" and _find(token.strip(), (*config.api_keys, *config.operator_keys)) is not None
+    key = _find(token.strip(), (*config.api_keys, *config.operator_keys)) if scheme.lower() == "bearer" else None
+    return None if key is None else _name_of(key)
+
+
+def _name_of(key: str) -> str:
+    return _digest(key, purpose="pagedkv-name")[:8]
 
 
 def _authenticated(config: ServerConfig, credentials: HTTPAuthorizationCredentials | None) -> str | None:
@@ -95,9 +100,7 @@ async def caller_of(request: Request, server: Server, credentials: Credentials) 
     key = _authenticated(config, credentials)
     if key is None:
         return Caller()
-    caller = Caller(
-        _digest(key, purpose="pagedkv-name")[:8], "" if config.shared_cache else _digest(key, purpose="pagedkv-tenant")
-    )
+    caller = Caller(_name_of(key), "" if config.shared_cache else _digest(key, purpose="pagedkv-tenant"))
     request.scope["pagedkv.caller"] = caller.name
     return caller
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -13,7 +16,8 @@ from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Generation, Job, stream
+from pagedkv.server.generation import Generation, Job, stream, while_there
+from pagedkv.server.json_body import SizedRoute
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import answers_with_events
@@ -35,24 +39,54 @@ def plain_chat(messages: Sequence[ChatMessage], *, open_answer: bool = True) -> 
     return "".join(said) + ("assistant:" if open_answer else "")
 
 
-async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], *, open_answer: bool = True) -> list[int]:
-    """Return the tokens of a chat; an error if a message is empty, or the template does not take them."""
-    for place, message in enumerate(messages):
-        if message.content is None and message.role != "assistant":
-            field = f"messages.{place}.content"
-            raise bad_argument(field, "a text or parts of type text", "none")
-    if not has_template(model):
-        return await model.encode(plain_chat(messages, open_answer=open_answer))
+@dataclass(frozen=True, kw_only=True)
+class ChatForm:
+    """How a chat is written out.
 
-    def render(tokenizer: Any) -> str:
+    Attributes
+    ----------
+    open_answer : bool
+        Whether it ends where the answer begins.
+    special_tokens : bool, optional
+        Whether the tokenizer adds those that open a text; by default where there is no template that writes them.
+    told : dict
+        What a template is told beside the messages.
+    """
+
+    open_answer: bool = True
+    special_tokens: bool | None = None
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def render(self, model: ServedModel, messages: Sequence[ChatMessage], tokenizer: Any) -> str:
+        """Return the text of a chat as the template of the model writes it."""
         said = [{"role": _role(message), "content": message.text} for message in messages]
         text: str = tokenizer.apply_chat_template(
-            said, chat_template=model.chat_template, tokenize=False, add_generation_prompt=open_answer
+            said,
+            chat_template=model.chat_template,
+            tokenize=False,
+            add_generation_prompt=self.open_answer,
+            **self.told,
         )
         return text
 
+
+async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], form: ChatForm, tenant: str) -> list[int]:
+    """Return the tokens of a chat; an error if a message is empty, or the template does not take them."""
+    for place, message in enumerate(messages):
+        if message.content is None and message.role != "assistant":
+            name = f"messages.{place}.content"
+            raise bad_argument(name, "a text or parts of type text", "none")
+    if not has_template(model):
+        if form.told:
+            raise bad_argument("chat_template_kwargs", "none, as this model has no chat template", "some")
+        text = plain_chat(messages, open_answer=form.open_answer)
+        special = form.special_tokens is not False
+        return await model.encode(text, tenant, special_tokens=special, param="messages")
+    _check_told(form.told, model.tokenizer)
+    characters = sum(len(message.text) for message in messages)
+    model.check_text(characters, "messages")
     try:
-        text = await model.render_chat(render)
+        text = await model.render_chat(partial(form.render, model, messages), tenant, characters)
     except ApiError:
         raise
     except Exception as error:
@@ -61,7 +95,14 @@ async def encode_chat(model: ServedModel, messages: Sequence[ChatMessage], *, op
         raise ApiError(
             400, f"messages: the chat template refuses them: {error}", param="messages", code="chat_template"
         ) from error
-    return await model.encode(text, special_tokens=False)
+    return await model.encode(text, tenant, special_tokens=form.special_tokens is True, param="messages")
+
+
+def _check_told(told: dict[str, Any], tokenizer: Any) -> None:
+    """See that what a client tells a template is no argument of the tokenizer's, such as another template."""
+    reserved = {*inspect.signature(tokenizer.apply_chat_template).parameters, "messages"}
+    if taken := sorted(told.keys() & reserved):
+        raise bad_argument("chat_template_kwargs", "names that are free for the template", f"{taken[0]!r}")
 
 
 def _role(message: ChatMessage) -> str:
@@ -69,7 +110,7 @@ def _role(message: ChatMessage) -> str:
     return "system" if message.role == "developer" else message.role
 
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=SizedRoute)
 
 
 @router.post(
@@ -83,9 +124,11 @@ async def chat(
 ) -> ChatCompletion | Response:
     """Write answers to a conversation, as OpenAI's endpoint does."""
     server.model.check_name(body.model)
-    _refuse_what_is_not_supported(body)
+    if body.top_logprobs and not body.logprobs:
+        raise bad_argument("top_logprobs", "logprobs = true beside it")
     answer = _Answer(body, server, request_id_of(request.scope))
-    generation = Generation(body, request, server, caller, [await _job(body, server)], answer.frame["id"])
+    job = await while_there(request, _job(body, server, caller))
+    generation = Generation(body, request, server, caller, [job], answer.frame["id"])
     if body.stream:
         return await stream(generation, answer.frame, answer.chunk, generation.usage)
     async with generation:
@@ -94,30 +137,19 @@ async def chat(
     return ChatCompletion.model_validate({**answer.frame, "choices": answer.choices(output), "usage": usage})
 
 
-def _refuse_what_is_not_supported(body: ChatRequest) -> None:
-    unsupported = {
-        "tools": bool(body.tools),
-        "functions": bool(body.functions),
-        "tool_choice": body.tool_choice not in (None, "none", "auto"),
-        "response_format": body.response_format is not None and body.response_format.type != "text",
-        "modalities": body.modalities is not None and body.modalities != ["text"],
-    }
-    for name, asked in unsupported.items():
-        if asked:
-            message = f"{name}: not supported by this server, which writes plain text"
-            raise ApiError(400, message, param=name, code="unsupported_parameter")
-    if body.top_logprobs and not body.logprobs:
-        raise bad_argument("top_logprobs", "logprobs = true beside it")
-
-
-async def _job(body: ChatRequest, server: ServerState) -> Job:
+async def _job(body: ChatRequest, server: ServerState, caller: Caller) -> Job:
     more: dict[str, Any] = {"max_tokens": body.limit, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
     if not has_template(server.model):
         own = [body.stop] if isinstance(body.stop, str) else body.stop or []
         more["stop"] = [*own, *PLAIN_STOPS]
     params = body.sampling_params(**more)
     params.require_vocab(server.model.vocab_size)
-    ids = await encode_chat(server.model, body.messages, open_answer=body.add_generation_prompt is not False)
+    form = ChatForm(
+        open_answer=body.add_generation_prompt is not False,
+        special_tokens=body.add_special_tokens,
+        told=body.chat_template_kwargs or {},
+    )
+    ids = await encode_chat(server.model, body.messages, form, caller.name)
     server.model.check_length(len(ids), body.limit, "messages")
     return Job(ids, params)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,14 @@ from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
-from pagedkv.server.generation import Generation, Job, stream
+from pagedkv.server.generation import Generation, Job, stream, while_there
+from pagedkv.server.json_body import SizedRoute
 from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
 from pagedkv.server.state import Server, ServerState
 
-router = APIRouter(tags=["completions"])
+router = APIRouter(tags=["completions"], route_class=SizedRoute)
 DEFAULT_MAX_TOKENS = 16
 
 
@@ -36,7 +38,7 @@ async def complete(
     """Write texts that continue the prompts, as OpenAI's endpoint does."""
     server.model.check_name(body.model)
     _refuse_what_does_not_go_together(body)
-    answer = await _prepare(body, request, server)
+    answer = await while_there(request, _prepare(body, request, server, caller))
     generation = Generation(body, request, server, caller, answer.jobs, answer.frame["id"])
     if body.stream:
         return await stream(generation, answer.frame, answer.chunk, lambda: answer.usage(generation))
@@ -48,8 +50,6 @@ async def complete(
 
 
 def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
-    if body.suffix:
-        raise ApiError(400, "suffix: not supported by this server", param="suffix", code="unsupported_parameter")
     if body.best_of is not None and body.best_of < body.texts:
         raise bad_argument("best_of", f"at least n = {body.texts}", f"{body.best_of}")
     if body.stream and body.best_of is not None and body.best_of > body.texts:
@@ -57,12 +57,9 @@ def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
         raise ApiError(400, message, param="best_of", code="invalid_value")
 
 
-async def _prepare(body: CompletionRequest, request: Request, server: ServerState) -> _Answer:
+async def _prepare(body: CompletionRequest, request: Request, server: ServerState, caller: Caller) -> _Answer:
     prompts = body.prompts
-    most = server.config.max_prompts
-    if len(prompts) > most:
-        message = f"prompt: expected at most {most} prompts in one request, got {len(prompts)}"
-        raise ApiError(400, message, param="prompt", code="too_many_prompts")
+    server.check_prompts(len(prompts))
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     chosen_among = max(body.texts, body.best_of or 1)
     likely = body.logprobs
@@ -78,14 +75,19 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
     jobs, texts = [], []
     for prompt in prompts:
         if isinstance(prompt, str):
-            ids = await server.model.encode(prompt)
+            special = body.add_special_tokens is not False
+            ids = await server.model.encode(prompt, caller.name, special_tokens=special)
         else:
             ids = prompt
+            server.model.check_length(len(ids), max_tokens, "prompt")
             server.model.check_ids(ids, "prompt")
+            await asyncio.sleep(0)  # so many more may follow
         server.model.check_length(len(ids), max_tokens, "prompt")
         jobs.append(Job(ids, params))
         if body.echo:
-            texts.append(prompt if isinstance(prompt, str) else await server.model.decode(ids, special_tokens=False))
+            if not isinstance(prompt, str):
+                prompt = await server.model.decode(ids, caller.name, special_tokens=False)
+            texts.append(prompt)
     return _Answer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
 
 

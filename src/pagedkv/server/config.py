@@ -47,7 +47,7 @@ def setting(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """What the operator of a server decides. All limits hold for the whole server.
+    """What the operator of a server decides. All limits hold for the whole server; of most, a key has a share.
 
     Every field is an option of ``pagedkv serve`` and a key of its ``--config`` file.
 
@@ -85,14 +85,30 @@ class ServerConfig:
     allow_origins: tuple[str, ...] = setting(
         (), "A web origin whose pages may call; * for all.", flag="--allow-origin", group=_KEYS, shown=False
     )
+    allow_hosts: tuple[str, ...] = setting(
+        (),
+        "A host name by which clients may call, beside addresses and localhost; * for all. With keys all may.",
+        flag="--allow-host",
+        group=_KEYS,
+        shown=False,
+    )
     max_queue: int = setting(256, "Texts that may wait beside those that are written.", group=_LIMITS)
     max_body: int = setting(8 * MIB, "Bytes of a request body.", group=_LIMITS)
+    max_bodies: int = setting(64 * MIB, "Bytes of all large request bodies under way.", group=_LIMITS)
+    max_key_share: float = setting(
+        0.5,
+        "The part of requests, bodies and texts under way that one key may have, where there are several.",
+        group=_LIMITS,
+    )
     max_prompt_tokens: int | None = setting(
         None, "Tokens of a prompt.", group=_LIMITS, shown="what model and pool allow"
     )
     max_prompts: int = setting(1024, "Prompts of one request.", group=_LIMITS)
-    max_connections: int = setting(1024, "HTTP requests under way at a time.", group=_LIMITS)
+    max_connections: int = setting(
+        1024, "HTTP requests under way at a time; four times as many connections may be idle.", group=_LIMITS
+    )
     request_timeout: float = setting(600.0, "Seconds that a request may take.", group=_LIMITS)
+    head_timeout: float = setting(10.0, "Seconds in which a request must begin and its head arrive.", group=_LIMITS)
     body_timeout: float = setting(30.0, "Seconds in which its body must arrive.", group=_LIMITS)
     write_timeout: float = setting(30.0, "Seconds that a client may not read.", group=_LIMITS)
     drain_timeout: float = setting(30.0, "Seconds that requests have after SIGTERM.", group=_LIMITS)
@@ -101,8 +117,19 @@ class ServerConfig:
     events_endpoint: str | None = setting(
         None, "Publish the KV events over ZMQ: tcp://*:5557", group=_SHOW, shown=False
     )
+    events_token_ids: bool = setting(False, "Let published KV events carry token ids beyond this machine.", group=_SHOW)
     show_tokens: bool = setting(False, "Show token text of prompts in /v1/cache.", group=_SHOW)
     log_format: Literal["text", "json"] = setting("text", "text or json.", group=_SHOW)
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether there are several keys."""
+        return len({*self.api_keys, *self.operator_keys}) > 1
+
+    @property
+    def key_share(self) -> float:
+        """The part of what may be under way that one key may have."""
+        return self.max_key_share if self.has_tenants else 1.0
 
     def __post_init__(self) -> None:
         _check_numbers(self)
@@ -113,6 +140,8 @@ class ServerConfig:
                 raise bad_argument(name, "keys that are not empty")
         if self.operator_keys and not self.api_keys:
             raise bad_argument("operator_keys", "api_keys beside them: without them everybody may call")
+        if not 0 < self.max_key_share <= 1:
+            raise bad_argument("max_key_share", "a part above 0, at most 1", f"{self.max_key_share}")
         if self.log_format not in ("text", "json"):
             raise bad_argument("log_format", "'text' or 'json'", f"{self.log_format!r}")
 
@@ -128,6 +157,7 @@ _LEAST = {
     "port": 0,
     "max_queue": 0,
     "max_body": 1,
+    "max_bodies": 1,
     "max_prompt_tokens": 1,
     "max_prompts": 1,
     "max_connections": 1,
@@ -142,7 +172,7 @@ def _check_numbers(config: ServerConfig) -> None:
             raise bad_argument(name, f"at least {least}", f"{value}")
     if config.port > 65535:
         raise bad_argument("port", "at most 65535", f"{config.port}")
-    for name in ("request_timeout", "body_timeout", "write_timeout"):
+    for name in ("request_timeout", "head_timeout", "body_timeout", "write_timeout"):
         value = getattr(config, name)
         if not 0 < value < math.inf:
             raise bad_argument(name, "seconds above 0", f"{value}")

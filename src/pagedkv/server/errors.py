@@ -123,7 +123,7 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     if problems[0]["type"] == "json_invalid":
         return error_response(ApiError(400, "the body is no valid JSON", code="invalid_json"))
-    if problems[0]["loc"] == ("body",) and not _says_json(request.headers.get("content-type", "")):
+    if problems[0]["loc"] == ("body",) and not says_json(request.headers.get("content-type", "")):
         text = "expected a JSON object and the header Content-Type: application/json"
         return error_response(ApiError(415, text, code="unsupported_media_type"))
     field = _field(problems[0]["loc"])
@@ -132,7 +132,8 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     return error_response(ApiError(400, "; or ".join(list(said)[:4]), param=field, code="invalid_value"))
 
 
-def _says_json(content_type: str) -> bool:
+def says_json(content_type: str) -> bool:
+    """Whether a Content-Type is JSON, or one of the formats that are."""
     kind = content_type.partition(";")[0].strip().lower()
     return kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
 

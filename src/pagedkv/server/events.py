@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ def replay_endpoint_of(endpoint: str) -> str:
         return endpoint if endpoint.endswith(":*") else f"{endpoint}-replay"
     port = int(match[2]) + 1 if int(match[2]) else 0
     return f"{match[1]}{port}"
+
+
+def stays_here(endpoint: str) -> bool:
+    """Whether only this machine reaches an endpoint of ZMQ: what is no TCP, and the loopback."""
+    if not endpoint.startswith("tcp://"):
+        return endpoint.startswith(("ipc://", "inproc://"))
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host in ("localhost", "lo")
+
+
+def without_token_ids(batch: list[Any]) -> list[Any]:
+    """Return a batch of events that tells which blocks there are, by their hashes, and not what is in them."""
+    events = [{**event, "token_ids": []} if "token_ids" in event else event for event in batch[1]]
+    return [batch[0], events, *batch[2:]]
 
 
 class EventPublisher:
@@ -197,15 +215,19 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
         yield
         return
     async with AsyncExitStack() as stack:
-        takers: list[Callable[[bytes], Any]] = []
+        takers: list[Callable[[list[Any]], Any]] = []
         if config.record_events is not None:
             recorder = EventRecorder(config.record_events)
             stack.callback(recorder.close)
-            takers.append(recorder.record)
+            takers.append(lambda batch: recorder.record(batch_bytes(batch)))
         if config.events_endpoint is not None:
             publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
             logger.info("KV events at %s, replayed at %s", publisher.address, publisher.replay_address)
-            takers.append(publisher.publish)
+            tells_all = config.events_token_ids or stays_here(config.events_endpoint)
+            if not tells_all:
+                logger.warning("KV events leave this machine without token ids; --events-token-ids sends them, too")
+            told = (lambda batch: batch) if tells_all else without_token_ids
+            takers.append(lambda batch: publisher.publish(batch_bytes(told(batch))))
         log = KvEventLog(state.engine)
         stack.callback(log.close)
         try:
@@ -215,17 +237,16 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
             await _hand_out(log, takers)
 
 
-async def _pass_on(log: KvEventLog, takers: list[Callable[[bytes], Any]]) -> None:
+async def _pass_on(log: KvEventLog, takers: list[Callable[[list[Any]], Any]]) -> None:
     while True:
         await _hand_out(log, takers)
         await asyncio.sleep(SECONDS_BETWEEN_BATCHES)
 
 
-async def _hand_out(log: KvEventLog, takers: list[Callable[[bytes], Any]]) -> None:
+async def _hand_out(log: KvEventLog, takers: list[Callable[[list[Any]], Any]]) -> None:
     batch = log.take()
     if batch is None:
         return
-    payload = batch_bytes(batch)
     for take in takers:
-        if asyncio.iscoroutine(sent := take(payload)):
+        if asyncio.iscoroutine(sent := take(batch)):
             await sent

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 from starlette.requests import Request
@@ -21,6 +22,7 @@ from pagedkv.server.logs import note
 from pagedkv.server.schemas import GenerationFields, Usage
 from pagedkv.server.state import ServerState
 
+T = TypeVar("T")
 Changes = AsyncIterator[list[tuple[int, RequestOutput]]]
 
 
@@ -52,7 +54,9 @@ class Generation:
         self.body = body
         self.latest: list[RequestOutput | None] = [None] * len(jobs)
         self._server, self._request, self._jobs, self._request_id = server, request, jobs, request_id
-        self._salt = salt_of(caller, body.cache_salt)
+        # A salt that nobody else has: nothing is found under it.
+        self._caller = caller
+        self._salt = salt_of(caller, secrets.token_hex() if body.cache_prompt is False else body.cache_salt)
         self._changed: set[int] = set()
         self._wake = asyncio.Event()
         self._error: BaseException | None = None
@@ -64,7 +68,8 @@ class Generation:
         """Start; 429 if there is no room, 503 if the server drains."""
         if self._server.draining:
             raise ApiError(503, "the server is shutting down", code="draining", retry_after=5)
-        self._places.enter_context(self._server.admission.entered(sum(job.params.n for job in self._jobs)))
+        texts = sum(job.params.n for job in self._jobs)
+        self._places.enter_context(self._server.admission.entered(texts, self._caller.name))
         ids = self._places.enter_context(self._server.request_ids.taken(self._request_id, len(self._jobs)))
         work = [self._pump(place, job, each) for place, (job, each) in enumerate(zip(self._jobs, ids, strict=True))]
         self._tasks = [asyncio.create_task(self._guarded(each)) for each in (*work, self._watch(), self._clock())]
@@ -165,8 +170,7 @@ class Generation:
 
     async def _watch(self) -> None:
         """See when the client leaves."""
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await _left(self._request)
         raise ClientLeft("the client left")
 
     async def _clock(self) -> None:
@@ -197,6 +201,26 @@ class Generation:
         if self._error is not None:
             facts["ended"] = self._error.code if isinstance(self._error, ApiError) else type(self._error).__name__
         note(self._request.scope, **facts)
+
+
+async def while_there(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do what has to be done before a generation, for as long as the client is there; ClientLeft if it is not."""
+    tasks = asyncio.create_task(work), asyncio.create_task(_left(request))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ClientLeft("the client left")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    """Return when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def _aborted() -> ApiError:

@@ -7,16 +7,22 @@ from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pagedkv.server.auth import is_known
+from pagedkv.server.admission import Budget
+from pagedkv.server.auth import name_of_caller
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError, ClientLeft, error_response
+from pagedkv.server.origins import foreign
 
-LINGER_SECONDS, LINGER_BYTES = 2.0, 64 << 20
+LINGER_SECONDS, LINGER_BYTES, LINGER_PAUSE = 2.0, 64 << 20, 0.001
+SMALL_BODY = 64 << 10
+"""So many bytes of each body do not count: what is short is taken, however much others send."""
+PROBES = frozenset({"/health", "/version", "/metrics"})
+"""What is answered however many requests are under way."""
 _CLOSE = {"Connection": "close"}  # what is left of the body is not read
 
 
 class Limits:
-    """Middleware: refuses what is too much before it is read.
+    """Middleware: refuses what is too much before it is read, and counts by key what is under way.
 
     Parameters
     ----------
@@ -26,7 +32,10 @@ class Limits:
 
     def __init__(self, app: ASGIApp, config: ServerConfig) -> None:
         self._app, self._config = app, config
-        self._inside = 0
+        share = config.key_share
+        self._requests = Budget(config.max_connections, max(1, int(config.max_connections * share)))
+        bodies = max(config.max_bodies, config.max_body)
+        self._bytes = Budget(bodies, max(config.max_body, int(bodies * share)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
@@ -34,43 +43,69 @@ class Limits:
             await self._app(scope, receive, send)
             return
         headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"authorization")}
-        refusal = self._refusal(scope, headers)
-        if refusal is not None:
+        tenant = name_of_caller(self._config, headers.get(b"authorization"))
+        scope["pagedkv.tenant"] = tenant or ""
+        body = _Body(self._config, self._bytes, tenant or "")
+        try:
+            self._let_in(scope, tenant, headers)
+            body.expect(headers.get(b"content-length", b""))
+        except ApiError as refusal:
             await _refuse(refusal, scope, receive, send)
             return
-        self._inside += 1
+        counts = scope["path"] not in PROBES
+        if counts and not self._requests.take(tenant or ""):
+            body.release()
+            await _refuse(self._too_many(), scope, receive, send)
+            return
         try:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, body.bounded(receive), send)
         finally:
-            self._inside -= 1
+            body.release()
+            if counts:
+                self._requests.give(tenant or "")
 
-    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
-        config = self._config
-        if self._inside >= config.max_connections:
-            message = (
-                f"the server is busy: {self._inside} requests are under way, at most {config.max_connections} may be"
-            )
-            return ApiError(503, message, code="too_many_connections", retry_after=1, headers=_CLOSE)
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length[:20]) > config.max_body:
-            return self._too_large()
+    def _let_in(self, scope: Scope, tenant: str | None, headers: dict[bytes, bytes]) -> None:
+        refusal = foreign(self._config, scope["method"], scope["headers"])
+        if refusal is not None:
+            raise refusal
         # Every POST takes a key, and no body is read before its key is known.
-        if scope["method"] == "POST" and not is_known(config, headers.get(b"authorization")):
+        if scope["method"] == "POST" and tenant is None:
             message = "expected the header Authorization: Bearer <key> with a key that the server knows"
-            return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **_CLOSE})
-        return None
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **_CLOSE})
 
-    def _too_large(self) -> ApiError:
-        message = f"the body is larger than the {self._config.max_body} bytes that the server takes"
-        return ApiError(413, message, code="body_too_large", headers=_CLOSE)
+    def _too_many(self) -> ApiError:
+        requests = self._requests
+        if requests.has_room():
+            message = f"at most {requests.each} requests of one key may be under way"
+            return ApiError(429, message, code="too_many_requests", retry_after=1, headers=_CLOSE)
+        message = f"the server is busy: {requests.taken} requests are under way, at most {requests.total} may be"
+        return ApiError(503, message, code="too_many_connections", retry_after=1, headers=_CLOSE)
 
-    def _bounded(self, receive: Receive) -> Receive:
-        """Count what comes, and wait for it until the deadline only."""
-        total, complete = 0, False
+
+class _Body:
+    """The body of one request: how much of it there is, and how much of the budget is held for it."""
+
+    def __init__(self, config: ServerConfig, budget: Budget, tenant: str) -> None:
+        self._config, self._budget, self._tenant = config, budget, tenant
+        self._held = self._come = 0
+
+    def expect(self, length: bytes) -> None:
+        """Hold what the header Content-Length says; 413 or 429 if that is too much."""
+        if length.isdigit():
+            self._hold(int(length[:20]))
+
+    def release(self) -> None:
+        """Give back what is held."""
+        self._budget.give(self._tenant, self._held)
+        self._held = 0
+
+    def bounded(self, receive: Receive) -> Receive:
+        """Return what receives it: counts what comes, and waits for it until the deadline only."""
+        complete = False
         deadline = asyncio.get_running_loop().time() + self._config.body_timeout
 
         async def bounded() -> Message:
-            nonlocal total, complete
+            nonlocal complete
             if complete:
                 return await receive()
             try:
@@ -79,13 +114,25 @@ class Limits:
             except TimeoutError:
                 text = f"the body did not arrive within {self._config.body_timeout:g} seconds"
                 raise ApiError(408, text, code="body_timeout", headers=_CLOSE) from None
-            total += len(message.get("body", b""))
-            if total > self._config.max_body:
-                raise self._too_large()
+            self._come += len(message.get("body", b""))
+            self._hold(self._come)
             complete = message["type"] != "http.request" or not message.get("more_body", False)
             return message
 
         return bounded
+
+    def _hold(self, size: int) -> None:
+        """Hold so many bytes in all."""
+        if size > self._config.max_body:
+            message = f"the body is larger than the {self._config.max_body} bytes that the server takes"
+            raise ApiError(413, message, code="body_too_large", headers=_CLOSE)
+        more = max(0, size - SMALL_BODY - self._held)
+        if not self._budget.take(self._tenant, more):
+            who = "all requests" if not self._budget.has_room(more) else "the requests of one key"
+            most = self._budget.total if who == "all requests" else self._budget.each
+            message = f"the server is busy: the bodies of {who} that are under way may have {most} bytes"
+            raise ApiError(429, message, code="too_many_bytes", retry_after=1, headers=_CLOSE)
+        self._held += more
 
 
 async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +151,7 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
                 if message["type"] != "http.request" or not message.get("more_body", False):
                     break
                 taken += len(message.get("body", b""))
+                await asyncio.sleep(LINGER_PAUSE)
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

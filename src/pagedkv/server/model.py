@@ -11,6 +11,7 @@ from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pagedkv.errors import bad_argument
+from pagedkv.server.admission import Turns
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
+LONG_TEXT = 16_384
+"""Characters, or tokens, up to which tokenizing takes a few milliseconds."""
+LONGEST_TOKEN = 16
+"""Characters of a token at most, on the average of a text. Vocabularies have longer ones, of a hundred spaces say."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -36,6 +41,8 @@ class ServedModel:
     max_prompt_tokens : int
     max_num_seqs : int
         Sequences that the engine runs at once.
+    has_tenants : bool
+        Whether there are several keys.
     chat_template : str, optional
         Instead of the tokenizer's own.
     created : int
@@ -48,12 +55,14 @@ class ServedModel:
     max_model_len: int
     max_prompt_tokens: int
     max_num_seqs: int
+    has_tenants: bool = False
     chat_template: str | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        # Long prompts are tokenized beside the event loop, and no more than two of them at a time.
-        self._threads = ThreadPoolExecutor(2, "pagedkv-tokenizer")
+        # Short texts never wait for long ones, and a tenant with long ones leaves a thread to the others.
+        self._threads = ThreadPoolExecutor(4, "pagedkv-tokenizer")
+        self._short, self._long = Turns(2, 2), Turns(2, 1 if self.has_tenants else 2)
 
     @classmethod
     def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
@@ -69,6 +78,7 @@ class ServedModel:
             max_model_len=sizes.max_model_len,
             max_prompt_tokens=prompt_limit,
             max_num_seqs=sizes.max_num_seqs,
+            has_tenants=config.has_tenants,
             chat_template=config.chat_template,
         )
 
@@ -83,24 +93,48 @@ class ServedModel:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
-        """Return the token ids of a text."""
+    async def encode(self, text: str, tenant: str, *, special_tokens: bool = True, param: str = "prompt") -> list[int]:
+        """Return the token ids of a text; 400 if it has more characters than can fit."""
         tokenizer = self._need_tokenizer()
+        self.check_text(len(text), param)
 
         def call() -> list[int]:
             ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
             return ids
 
-        return await self._beside(call)
+        return await self._beside(call, tenant, len(text))
 
-    async def decode(self, token_ids: Sequence[int], *, special_tokens: bool = True) -> str:
+    async def decode(self, token_ids: Sequence[int], tenant: str, *, special_tokens: bool = True) -> str:
         """Return the text of token ids, with the special ones or without."""
         decode = self._need_tokenizer().decode
-        return await self._beside(partial(decode, list(token_ids), skip_special_tokens=not special_tokens))
+        call = partial(decode, list(token_ids), skip_special_tokens=not special_tokens)
+        return await self._beside(call, tenant, len(token_ids))
 
-    async def render_chat(self, render: Callable[[Any], str]) -> str:
-        """Return what a function makes of the tokenizer, called beside the event loop."""
-        return await self._beside(partial(render, self._need_tokenizer()))
+    async def render_chat(self, render: Callable[[Any], str], tenant: str, characters: int) -> str:
+        """Return what a function makes of the tokenizer and of so many characters."""
+        return await self._beside(partial(render, self._need_tokenizer()), tenant, characters)
+
+    @cached_property
+    def max_characters(self) -> int:
+        """The most characters of a prompt: of no text more fit, but of one that is spaces for the most part."""
+        names = self._need_tokenizer().get_vocab()
+        longest = max((len(name.encode()) for name in names), default=1)
+        return self.max_prompt_tokens * min(longest, LONGEST_TOKEN)
+
+    def check_text(self, characters: int, param: str) -> None:
+        """See that a text of so many characters can fit at all, before it is tokenized."""
+        if characters > self.max_characters:
+            message = (
+                f"{param}: the text has {characters} characters, at most {self.max_characters} are taken, "
+                f"as a prompt has at most {self.max_prompt_tokens} tokens"
+            )
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
+
+    def check_count(self, tokens: int, param: str) -> None:
+        """See that there are no more tokens than a text can have."""
+        if tokens > self.max_model_len:
+            message = f"{param}: expected at most {self.max_model_len} tokens, got {tokens}"
+            raise ApiError(400, message, param=param, code="context_length_exceeded")
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """See that the model knows the tokens; InvalidOperation if not."""
@@ -132,8 +166,20 @@ class ServedModel:
             raise ApiError(400, "this server has no tokenizer: it takes and gives token ids only", code="no_tokenizer")
         return self.tokenizer
 
-    async def _beside(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, call)
+    async def _beside(self, call: Callable[[], T], tenant: str, size: int) -> T:
+        """Do something in a thread, when it is the turn of this tenant."""
+        turns = self._long if size > LONG_TEXT else self._short
+        await turns.enter(tenant)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, call)
+
+        def done(work: asyncio.Future[T]) -> None:
+            turns.leave(tenant)
+            if not work.cancelled():
+                work.exception()  # nobody may wait for it any more
+
+        work.add_done_callback(done)
+        # Who leaves does not wait for the thread, but the turn lasts until it is through.
+        return await asyncio.shield(work)
 
 
 LEAST = -9999.0  # JSON has no infinity

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.connections import Connections, ConnectionsInUse
 from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
@@ -82,7 +83,7 @@ def make_server(
     """Return the HTTP server of an engine, for a caller that runs it in a thread of its own; see `run`."""
     app = create_app(engine, config)
     settings = uvicorn.Config(
-        SlowReaders(app, config.write_timeout),
+        ConnectionsInUse(SlowReaders(app, config.write_timeout)),
         log_config=None,
         access_log=False,
         backlog=BACKLOG,
@@ -92,6 +93,10 @@ def make_server(
         ws="none",
         lifespan="on",
     )
+    settings.load()
+    connections = Connections(min(4 * config.max_connections, file_limit() // 4), config.head_timeout)
+    protocol: Any = connections.protocol_around(settings.http_protocol_class)
+    settings.http_protocol_class = protocol
     return _Server(settings, app.state.server, on_ready)
 
 
@@ -104,6 +109,16 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def file_limit() -> int:
+    """Return how many files and sockets the process may have open."""
+    try:
+        import resource
+    except ImportError:
+        return sys.maxsize
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 def show_logs(config: ServerConfig) -> None:

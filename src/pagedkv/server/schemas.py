@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from pagedkv.engine import SamplingParams
 from pagedkv.errors import bad_argument
+from pagedkv.server.errors import ApiError
 
 MOST_TEXTS = 128
 MOST_LOGPROBS = 20
@@ -26,6 +27,129 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
 
 
+# Fields of other servers. One that would change the answer is refused unless its value is one that changes nothing;
+# null always is. What is neither here nor a field of the request cannot change the answer, and is ignored.
+
+_NEVER: tuple[Any, ...] = ()
+_OFF, _ON, _ZERO, _ONE = (False,), (True,), (0,), (1,)
+_EMPTY: tuple[Any, ...] = ("", [], {})
+
+NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    # OpenAI
+    "audio": _NEVER,
+    "function_call": ("none", "auto"),
+    "functions": _EMPTY,
+    "modalities": (["text"],),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"}, {}),
+    "suffix": _EMPTY,
+    "tool_choice": ("none", "auto"),
+    "tools": _EMPTY,
+    "verbosity": ("medium",),
+    "web_search_options": _NEVER,
+    # vLLM
+    "allowed_token_ids": _NEVER,
+    "bad_words": _EMPTY,
+    "best_of": _ONE,
+    "chat_template": _NEVER,
+    "continue_final_message": _OFF,
+    "documents": _EMPTY,
+    "echo": _OFF,
+    "guided_choice": _NEVER,
+    "guided_grammar": _NEVER,
+    "guided_json": _NEVER,
+    "guided_regex": _NEVER,
+    "include_reasoning": _ON,
+    "kv_transfer_params": _EMPTY,
+    "length_penalty": _ONE,
+    "logits_processors": _EMPTY,
+    "logprob_token_ids": _EMPTY,
+    "media_io_kwargs": _EMPTY,
+    "mm_processor_kwargs": _EMPTY,
+    "prompt_embeds": _EMPTY,
+    "prompt_logprobs": _NEVER,
+    "repetition_detection": _NEVER,
+    "return_token_ids": _OFF,
+    "return_tokens_as_token_ids": _OFF,
+    "spaces_between_special_tokens": _ON,
+    "structural_tag": _NEVER,
+    "structured_outputs": _NEVER,
+    "thinking_token_budget": _NEVER,
+    "truncate_prompt_tokens": _NEVER,
+    "use_beam_search": _OFF,
+    "vllm_xargs": _EMPTY,
+    # llama.cpp
+    "dry_multiplier": _ZERO,
+    "dynatemp_range": _ZERO,
+    "grammar": _EMPTY,
+    "image_data": _EMPTY,
+    "input_prefix": _EMPTY,
+    "input_suffix": _EMPTY,
+    "json_schema": _NEVER,
+    "lora": _EMPTY,
+    "min_keep": _ZERO,
+    "mirostat": _ZERO,
+    "n_indent": _ZERO,
+    "n_probs": _ZERO,
+    "parse_special": _ON,
+    "penalize_nl": _ON,
+    "repeat_last_n": (-1,),
+    "response_fields": _NEVER,
+    "return_tokens": _OFF,
+    "samplers": _NEVER,
+    "t_max_predict_ms": (0, -1),
+    "tfs_z": _ONE,
+    "top_n_sigma": (-1,),
+    "typical_p": _ONE,
+    "with_pieces": _OFF,
+    "xtc_probability": _ZERO,
+    # SGLang
+    "custom_logit_processor": _NEVER,
+    "ebnf": _NEVER,
+    "lora_path": _NEVER,
+    "no_stop_trim": _OFF,
+    "regex": _NEVER,
+    "return_hidden_states": _OFF,
+    "session_params": _EMPTY,
+    "stop_regex": _EMPTY,
+    # of a message
+    "reasoning_content": _EMPTY,
+    "refusal": _EMPTY,
+    "tool_calls": _EMPTY,
+}
+"""Names to the values that change nothing."""
+
+OTHER_NAMES = {
+    "add_special": "add_special_tokens",
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+}
+"""llama.cpp's names to ours."""
+
+
+class RequestBody(Body):
+    """A body that asks for something: fields that would change the answer and are not honoured are refused."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _foreign_fields(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        for name in sorted(given.keys() & (NOT_HONOURED.keys() - cls.model_fields.keys())):
+            if given[name] is not None and given[name] not in NOT_HONOURED[name]:
+                message = f"{name}: not supported by this server, and with it the answer would be another one"
+                raise ApiError(400, message, param=name, code="unsupported_parameter")
+        for other in sorted(given.keys() & OTHER_NAMES.keys()):
+            name = OTHER_NAMES[other]
+            if name not in cls.model_fields or given[other] is None:
+                continue
+            if given.get(name) not in (None, given[other]):
+                message = f"{other}: expected what {name} says, of which it is another name, got something else"
+                raise ApiError(400, message, param=other, code="invalid_value")
+            given = {**given, name: given[other]}
+        return given
+
+
 class StreamOptions(Body):
     """What a stream tells beside the text."""
 
@@ -36,7 +160,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class GenerationFields(Body):
+class GenerationFields(RequestBody):
     """How to write, and for whom; ``null`` means the default everywhere."""
 
     model: str | None = Field(None, description="The name of the model; the one that is served by default.")
@@ -74,6 +198,11 @@ class GenerationFields(Body):
     )
     session_id: Annotated[str, StringConstraints(max_length=1024)] | None = Field(
         None, description="Extension: what belongs together; the header x-session-id says it, too."
+    )
+    cache_prompt: bool | None = Field(None, description="Extension: false reads no prefix from the cache; true.")
+    add_special_tokens: bool | None = Field(
+        None,
+        description="Extension: with the tokens that open a text; true, but false where a chat template writes them.",
     )
     prompt_cache_key: str | None = Field(None, description="Accepted and ignored: prefixes are found by themselves.")
 
@@ -140,11 +269,11 @@ class TextPart(Body):
     text: Text
 
 
-class ChatMessage(Body):
+class ChatMessage(RequestBody):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)] | None = Field(
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)] | None = Field(
         None, description="A text, or parts of type text; only an assistant may have said nothing."
     )
     name: str | None = None
@@ -155,12 +284,6 @@ class ChatMessage(Body):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
-
-
-class ResponseFormat(Body):
-    """What the answer looks like; only text is supported."""
-
-    type: str = "text"
 
 
 class ChatRequest(GenerationFields):
@@ -174,11 +297,7 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = Field(None, description="Extension: open the answer; true.")
-    response_format: ResponseFormat | None = Field(None, description='Only {"type": "text"}.')
-    tools: list[Any] | None = Field(None, description="Not supported.")
-    tool_choice: Any = Field(None, description='Not supported, except "none" and "auto".')
-    functions: list[Any] | None = Field(None, description="Not supported.")
-    modalities: list[str] | None = Field(None, description='Only ["text"].')
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: what the chat template is told.")
 
     @property
     def limit(self) -> int | None:
@@ -286,7 +405,6 @@ class CompletionRequest(GenerationFields):
         None, description="Write so many texts and return the n likeliest by token; not in streams."
     )
     logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    suffix: str | None = Field(None, description="Not supported.")
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:

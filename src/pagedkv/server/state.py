@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Protocol
 from fastapi import Depends, Request
 
 from pagedkv.engine import RequestOutput
-from pagedkv.server.admission import Admission
+from pagedkv.server.admission import Admission, Turns
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.errors import ApiError
 from pagedkv.server.model import ServedModel, TokenText
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class ServerState:
         Tokenizer, limits and name of the model.
     admission : Admission
         Counts the sequences that are under way.
+    large_bodies : Turns
+        Those that are parsed, one at a time.
     request_ids : RequestIds
         Those in use in the engine.
     observers : list of Observer
@@ -86,6 +89,7 @@ class ServerState:
     config: ServerConfig
     model: ServedModel
     admission: Admission
+    large_bodies: Turns = field(default_factory=lambda: Turns(1, 1))
     request_ids: RequestIds = field(default_factory=RequestIds)
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
@@ -94,6 +98,13 @@ class ServerState:
 
     def __post_init__(self) -> None:
         self.tokens = TokenText(self.model.tokenizer)
+
+    def check_prompts(self, count: int) -> None:
+        """See that a request may have so many prompts; ApiError if not."""
+        most = self.config.max_prompts
+        if count > most:
+            message = f"prompt: expected at most {most} prompts in one request, got {count}"
+            raise ApiError(400, message, param="prompt", code="too_many_prompts")
 
 
 def _state_of(request: Request) -> ServerState:

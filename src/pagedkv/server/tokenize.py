@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import asyncio
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 
 from pagedkv.errors import bad_argument
-from pagedkv.server.auth import Client
-from pagedkv.server.chat import encode_chat
-from pagedkv.server.schemas import Body, ChatMessage, Text, TokenId
-from pagedkv.server.state import Server
+from pagedkv.server.auth import Caller, Client
+from pagedkv.server.chat import ChatForm, encode_chat
+from pagedkv.server.generation import while_there
+from pagedkv.server.json_body import SizedRoute
+from pagedkv.server.schemas import ChatMessage, RequestBody, Text, TokenId
+from pagedkv.server.state import Server, ServerState
 
-router = APIRouter(tags=["tokens"], dependencies=[Client])
+router = APIRouter(tags=["tokens"], dependencies=[Client], route_class=SizedRoute)
+TOKENS_AT_ONCE = 4096  # whose texts are looked up before others have their time
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(RequestBody):
     """A text, or a conversation."""
 
     model: str | None = None
@@ -24,8 +30,11 @@ class TokenizeRequest(Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
         None, description="A conversation, written out as for the chat endpoint."
     )
-    add_special_tokens: bool | None = Field(None, description="With the tokens that open a text; true.")
+    add_special_tokens: bool | None = Field(
+        None, description="With the tokens that open a text; true, but false where a chat template writes them."
+    )
     add_generation_prompt: bool | None = Field(None, description="Of a conversation: open the answer; true.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="What the chat template is told.")
     return_token_strs: bool | None = Field(None, description="Return the text of every token, too.")
 
 
@@ -38,7 +47,7 @@ class Tokens(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(Body):
+class DetokenizeRequest(RequestBody):
     """Tokens."""
 
     model: str | None = None
@@ -51,24 +60,40 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-@router.post("/tokenize", summary="Turn a text into tokens")
-async def tokenize(body: TokenizeRequest, server: Server) -> Tokens:
+@router.post("/tokenize", summary="Turn a text into tokens", response_model=Tokens)
+async def tokenize(body: TokenizeRequest, request: Request, server: Server, caller: Caller = Client) -> Response:
     """Return the tokens of a text or of a conversation."""
     server.model.check_name(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise bad_argument("prompt", "either prompt or messages")
-    if body.messages is not None:
-        opened = body.add_generation_prompt is not False
-        ids = await encode_chat(server.model, body.messages, open_answer=opened)
-    else:
-        ids = await server.model.encode(body.prompt or "", special_tokens=body.add_special_tokens is not False)
-    texts = [server.tokens.text(token) for token in ids] if body.return_token_strs else None
-    return Tokens(count=len(ids), max_model_len=server.model.max_model_len, tokens=ids, token_strs=texts)
+    ids = await while_there(request, _encode(body, server, caller))
+    texts = None
+    if body.return_token_strs:
+        texts = []
+        for start in range(0, len(ids), TOKENS_AT_ONCE):
+            texts += [server.tokens.text(token) for token in ids[start : start + TOKENS_AT_ONCE]]
+            await asyncio.sleep(0)
+    # Not by FastAPI, which looks at every token again.
+    told = {"count": len(ids), "max_model_len": server.model.max_model_len, "tokens": ids, "token_strs": texts}
+    return Response(msgspec.json.encode(told), media_type="application/json")
+
+
+async def _encode(body: TokenizeRequest, server: ServerState, caller: Caller) -> list[int]:
+    if body.messages is None:
+        special = body.add_special_tokens is not False
+        return await server.model.encode(body.prompt or "", caller.name, special_tokens=special)
+    form = ChatForm(
+        open_answer=body.add_generation_prompt is not False,
+        special_tokens=body.add_special_tokens,
+        told=body.chat_template_kwargs or {},
+    )
+    return await encode_chat(server.model, body.messages, form, caller.name)
 
 
 @router.post("/detokenize", summary="Turn tokens into a text")
-async def detokenize(body: DetokenizeRequest, server: Server) -> Detokenized:
+async def detokenize(body: DetokenizeRequest, request: Request, server: Server, caller: Caller = Client) -> Detokenized:
     """Return the text of tokens, special ones included."""
     server.model.check_name(body.model)
+    server.model.check_count(len(body.tokens), "tokens")
     server.model.check_ids(body.tokens, "tokens")
-    return Detokenized(prompt=await server.model.decode(body.tokens))
+    return Detokenized(prompt=await while_there(request, server.model.decode(body.tokens, caller.name)))
