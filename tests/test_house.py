@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "pagedkv"
 SOFT_LINES, HARD_LINES = 600, 1000
-MOST_FILES, MOST_LINES = 145, 36_000
+MOST_FILES, MOST_LINES = 146, 36_000
 MOST_IN_CONTROL = 22
 MOST_LONELY = 20
 MOST_DEPTH = 11
@@ -19,7 +19,7 @@ MOST_DEPTH = 11
 # Longer than the soft limit, and why that is still one idea.
 LONG = {
     "pagedkv.control.manager": "BlockManager, whole: a third of it is the documentation of its public calls",
-    "pagedkv.control.sequences": "the compiled calls on sequences, which share their rows, tables and holes",
+    "pagedkv.control.sequences": "the compiled calls on sequences, which share their tables and holes",
     "pagedkv.data.cpu_kernels": "one compile unit: the decode loop and what is inlined into it",
     "pagedkv.data.gpu_kernels": "one compile unit: Triton inlines what a kernel calls from its own module",
     "pagedkv.sim.report.charts": "the charts of the report over one canvas",

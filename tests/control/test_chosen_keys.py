@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pagedkv import BlockManager
-from pagedkv.control.sequences import find_row
+from pagedkv.control.sequence_table import find_row
 
 STEP = 0x9E3779B97F4A7C15
 BACK = pow(STEP, -1, 2**64)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pagedkv import BlockManager
 from pagedkv.control.arguments import sequence_key
-from pagedkv.control.sequences import drop_row, find_row, new_row
+from pagedkv.control.sequence_table import drop_row, find_row, new_row
 from pagedkv.control.state import new_state
 from pagedkv.jit import borrowed
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.control.prefix import find_child
-from pagedkv.control.sequences import find_row
+from pagedkv.control.sequence_table import find_row
 from pagedkv.control.state import CLASSES, DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
 from pagedkv.errors import CorruptedState
 

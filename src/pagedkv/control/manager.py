@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control import prefix, sequences
+from pagedkv.control import prefix, sequence_table, sequences
 from pagedkv.control.arguments import (
     equal_counts,
     fraction,
@@ -165,15 +165,15 @@ class BlockManager:
             namespace = self._enter_namespace(cache_salt)
             self._wide_ids |= key < 0
             while True:
-                if self._hooks.exist and sequences.find_row(self._state.packed, key) < 0:
+                if self._hooks.exist and sequence_table.find_row(self._state.packed, key) < 0:
                     orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, known)
                     if orders is not None:
                         self._order(orders)
                         self._hooks.about_to_hit(self._state, room_for(self._state, namespace, count, ids, known)[0])
                 status, a, b = sequences.allocate_row(self._state.packed, key, namespace, priority, count, ids, known)
-                if status == sequences.OK:
+                if status == sequence_table.OK:
                     break
-                if status == sequences.EXISTS:
+                if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
                 self._refuse(status, a, keys=())
                 matched = sequences.matching_blocks(self._state.packed, namespace, ids) if known else ()
@@ -254,7 +254,7 @@ class BlockManager:
         with self._lock:
             self._settle()
             status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
-            if status == sequences.NO_ROOM:
+            if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
             self._refuse(status, place, keys, seq_ids)
@@ -282,7 +282,7 @@ class BlockManager:
         with self._lock:
             self._begin()
             status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
-            if status == sequences.STALE:
+            if status == sequence_table.STALE:
                 number = sequence_number(keys[place])
                 raise stale_plan(number)
             self._refuse(status, place, keys)
@@ -305,9 +305,9 @@ class BlockManager:
             row = self._row(src, "src")
             while True:
                 status, twin = sequences.fork_row(self._state.packed, row, key)
-                if status == sequences.OK:
+                if status == sequence_table.OK:
                     return self._info(twin)
-                if status == sequences.EXISTS:
+                if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
                 self._make_room(status, 0, 0)
 
@@ -358,7 +358,7 @@ class BlockManager:
         with self._lock:
             self._settle()
             row = self._row(seq_id)
-            sequences.access_row(self._state.packed, row)
+            sequence_table.access_row(self._state.packed, row)
             return self._info(row)
 
     def set_priority(self, seq_id: int, priority: int) -> SequenceInfo:
@@ -374,7 +374,7 @@ class BlockManager:
         with self._lock:
             self._settle()
             row = self._row(seq_id)
-            sequences.set_row_priority(self._state.packed, row, priority)
+            sequence_table.set_row_priority(self._state.packed, row, priority)
             return self._info(row)
 
     def pin(self, seq_id: int, num_tokens: int | None = None) -> SequenceInfo:
@@ -398,7 +398,7 @@ class BlockManager:
                 num_tokens = require_int("num_tokens", num_tokens, 0, int(record.num_tokens))
                 hole = int(record.hole_len) if num_tokens > record.hole_start else 0
                 blocks = -(-(num_tokens + hole) // self.block_size)
-            sequences.pin_row(self._state.packed, row, blocks)
+            sequence_table.pin_row(self._state.packed, row, blocks)
             return self._info(row)
 
     def unpin(self, seq_id: int) -> None:
@@ -415,14 +415,14 @@ class BlockManager:
         with self._lock:
             self._settle()
             kept = self._kept_pins.get(key)
-            row = sequences.find_row(self._state.packed, key)
+            row = sequence_table.find_row(self._state.packed, key)
             if kept is None:
                 if row < 0:
                     raise SequenceNotFound(seq_id)
                 if not self._state.sequences[row].marks & PINNED:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
             self._pins_after_this({other: blocks for other, blocks in self._kept_pins.items() if other != key})
-            sequences.unpin_row(self._state.packed, row, np.array(kept or (), np.int32))
+            sequence_table.unpin_row(self._state.packed, row, np.array(kept or (), np.int32))
 
     def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
         """Return the sequence that ``evict`` would free, or None if there is none that may go.
@@ -431,7 +431,7 @@ class BlockManager:
         """
         keys = [sequence_key(seq_id, "spared") for seq_id in spared]
         with self._lock:
-            rows_spared = frozenset(int(sequences.find_row(self._state.packed, key)) for key in keys)
+            rows_spared = frozenset(int(sequence_table.find_row(self._state.packed, key)) for key in keys)
             row = self._victims.first(self._state, rows_spared)
             return None if row is None else self._seq_id(row)
 
@@ -734,7 +734,7 @@ class BlockManager:
         except InvalidOperation:
             return False
         with self._lock:
-            return bool(sequences.find_row(self._state.packed, key) >= 0)
+            return bool(sequence_table.find_row(self._state.packed, key) >= 0)
 
     def __len__(self) -> int:
         return self.num_sequences
@@ -798,10 +798,10 @@ class BlockManager:
                 if orders is not None:
                     self._order(orders)
             status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
-            if status == sequences.OK:
+            if status == sequence_table.OK:
                 break
             self._refuse(status, a, keys, given)
-            growing = [int(sequences.find_row(self._state.packed, key)) for key in keys.tolist()]
+            growing = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
             width = max(self._state.sequence(row).num_blocks for row in growing) + int(counts.max()) // self.block_size
             tails = written_tails(self._state, growing, counts)
             ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
@@ -810,15 +810,15 @@ class BlockManager:
         return a, b, wide, narrow
 
     def _refuse(self, status: int, place: int, keys: Any, given: Any = None) -> None:
-        if status == sequences.NOT_FOUND:
+        if status == sequence_table.NOT_FOUND:
             if given is not None:
                 listed = given.tolist() if hasattr(given, "tolist") else given
                 sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
             raise SequenceNotFound(sequence_number(keys[place]))
-        if status == sequences.REPEATED:
+        if status == sequence_table.REPEATED:
             raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
-        if status == sequences.TOO_LONG:
-            raise bad_argument("tokens", f"sequences of at most {sequences.MAX_TOKENS} tokens", f"{place}")
+        if status == sequence_table.TOO_LONG:
+            raise bad_argument("tokens", f"sequences of at most {sequence_table.MAX_TOKENS} tokens", f"{place}")
 
     def _require_fresh(self, plan: BatchPlan) -> None:
         """Refuse a plan whose query tokens have other slots by now, or none."""
@@ -843,9 +843,9 @@ class BlockManager:
         tails: Sequence[int] = (),
     ) -> None:
         """Grow the arrays, or order evictions by the strategy, so that the compiled call can be made again."""
-        if status == sequences.NEEDS_ROWS:
-            self._state = sequences.with_more_rows(self._state)
-        elif status == sequences.NEEDS_WIDTH:
+        if status == sequence_table.NEEDS_ROWS:
+            self._state = sequence_table.with_more_rows(self._state)
+        elif status == sequence_table.NEEDS_WIDTH:
             self._state = with_wider_tables(self._state, a)
         elif self._on_full == "raise" or not fits_after_evicting(
             self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
@@ -939,7 +939,7 @@ class BlockManager:
         return []
 
     def _row(self, seq_id: int, name: str = "seq_id") -> int:
-        row = int(sequences.find_row(self._state.packed, sequence_key(seq_id, name)))
+        row = int(sequence_table.find_row(self._state.packed, sequence_key(seq_id, name)))
         if row < 0:
             raise SequenceNotFound(int(seq_id))
         return row

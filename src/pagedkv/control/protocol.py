@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.pool import available_blocks
-from pagedkv.control.sequences import OK, blocks_to_grow, matching_blocks
+from pagedkv.control.sequence_table import OK
+from pagedkv.control.sequences import blocks_to_grow, matching_blocks
 from pagedkv.control.state import RECLAIM, RESCORE, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation

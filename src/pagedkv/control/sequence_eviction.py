@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.protocol import EvictionStrategy, Order, block_scores, block_view, checked_scores
-from pagedkv.control.sequences import clear_dirty, count_leaving, evict_rows, release_candidates
+from pagedkv.control.sequence_table import clear_dirty
+from pagedkv.control.sequences import count_leaving, evict_rows, release_candidates
 from pagedkv.control.state import LIVE, PINNED, State
 from pagedkv.control.types import SequenceView
 

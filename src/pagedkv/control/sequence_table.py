@@ -1,0 +1,230 @@
+"""Rows of the sequence arrays: each sequence's record, found by its id through open addressing."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.pool import unpin_block
+from pagedkv.control.state import DIRTY, LIVE, PINNED, SEQUENCE, State, new_tables, power_of_two
+from pagedkv.jit import borrowed, compiled, inlined
+
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG = range(9)
+"""What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
+
+Ints = npt.NDArray[np.int64]
+Narrow = npt.NDArray[np.int32]
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+_HALF = np.uint64(32)
+
+
+@inlined
+def _slot_of(state: State, seq_id: int) -> int:
+    """Return where the search for an id begins: for ids that somebody chose, too, hardly ever at one place.
+
+    Multiply-shift with a secret odd factor is universal (Dietzfelbinger et al. 1997, "A reliable randomized algorithm
+    for the closest-pair problem"); the step before it, a bijection, breaks up ids in a row.
+    """
+    mixed = np.uint64(np.int64(seq_id)) * _STEP
+    mixed = ((mixed ^ (mixed >> _HALF)) * np.uint64(state.counters[0].factor)) >> _HALF
+    return np.int64((mixed * np.uint64(len(state.seq_table))) >> _HALF)  # its highest bits
+
+
+@compiled
+def find_row(state: State, seq_id: int) -> int:
+    """Return the row of a live sequence, or -1."""
+    state = borrowed(state)
+    mask = len(state.seq_table) - 1
+    slot = _slot_of(state, seq_id)
+    while state.seq_table[slot] != 0:
+        row = state.seq_table[slot] - 1
+        if state.sequences[row].seq_id == seq_id:
+            return row
+        slot = (slot + 1) & mask
+    return -1
+
+
+@inlined
+def _enter(state: State, row: int) -> None:
+    mask = len(state.seq_table) - 1
+    slot = _slot_of(state, state.sequences[row].seq_id)
+    while state.seq_table[slot] != 0:
+        slot = (slot + 1) & mask
+    state.seq_table[slot] = row + 1
+
+
+@inlined
+def has_spare_row(state: State) -> bool:
+    """Return whether another sequence fits without growing the arrays."""
+    counters = state.counters[0]
+    return counters.free_row != 0 or counters.rows_used < len(state.sequences)
+
+
+@inlined
+def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
+    """Enter a live sequence without tokens and return its row; there is a spare row."""
+    counters = state.counters[0]
+    if counters.free_row != 0:
+        row = counters.free_row - 1
+        counters.free_row = state.sequences[row].num_blocks
+    else:
+        row = counters.rows_used
+        counters.rows_used += 1
+    record = state.sequences[row]
+    record.seq_id = seq_id
+    record.num_tokens = 0
+    record.num_committed = 0
+    record.num_known = 0
+    record.num_cached = 0
+    record.num_dropped = 0
+    record.access_count = 0
+    record.created = counters.tick
+    record.epoch = max(counters.tick, counters.newest_epoch + 1)
+    record.stamp = 0
+    record.num_blocks = 0
+    record.num_indexed = 0
+    record.priority = priority
+    record.namespace = namespace
+    record.hole_start = 0
+    record.hole_len = 0
+    record.pinned_blocks = 0
+    record.marks = LIVE | (record.marks & DIRTY)
+    _enter(state, row)
+    counters.num_sequences += 1
+    state.roots[namespace, 2] += 1
+    return row
+
+
+@inlined
+def drop_row(state: State, row: int) -> None:
+    """Forget a sequence; the entries behind it in its probe chain close up (no tombstones)."""
+    counters = state.counters[0]
+    mask = len(state.seq_table) - 1
+    record = state.sequences[row]
+    slot = _slot_of(state, record.seq_id)
+    while state.seq_table[slot] != row + 1:
+        slot = (slot + 1) & mask
+    following = (slot + 1) & mask
+    while state.seq_table[following] != 0:
+        home = _slot_of(state, state.sequences[state.seq_table[following] - 1].seq_id)
+        if ((following - home) & mask) >= ((following - slot) & mask):
+            state.seq_table[slot] = state.seq_table[following]
+            slot = following
+        following = (following + 1) & mask
+    state.seq_table[slot] = 0
+    state.roots[record.namespace, 2] -= 1
+    record.marks &= DIRTY
+    record.num_blocks = counters.free_row  # a free row's link to the next free row
+    counters.free_row = row + 1
+    counters.num_sequences -= 1
+
+
+@inlined
+def touch_row(state: State, row: int) -> None:
+    """Count an access at the current tick; the sequence is to be ranked anew before the next eviction."""
+    record = state.sequences[row]
+    record.last_access = state.counters[0].tick
+    record.access_count += 1
+    mark_dirty(state, row)
+
+
+@inlined
+def mark_dirty(state: State, row: int) -> None:
+    """List a changed sequence, once, for the eviction order."""
+    record = state.sequences[row]
+    if record.marks & DIRTY == 0:
+        record.marks |= DIRTY
+        counters = state.counters[0]
+        state.dirty[counters.num_dirty] = row
+        counters.num_dirty += 1
+
+
+@compiled
+def clear_dirty(state: State) -> None:
+    """Empty the list of changed sequences: all of them are ranked."""
+    state = borrowed(state)
+    counters = state.counters[0]
+    for i in range(counters.num_dirty):
+        state.sequences[state.dirty[i]].marks &= ~DIRTY
+    counters.num_dirty = 0
+
+
+@compiled
+def access_row(state: State, row: int) -> None:
+    """Count an access of its own."""
+    state = borrowed(state)
+    state.counters[0].tick += 1
+    touch_row(state, row)
+
+
+@compiled
+def set_row_priority(state: State, row: int, priority: int) -> None:
+    """Change the priority of a sequence."""
+    state = borrowed(state)
+    state.sequences[row].priority = priority
+    mark_dirty(state, row)
+
+
+@compiled
+def pin_row(state: State, row: int, num_blocks: int) -> None:
+    """Keep a sequence from being evicted, and its first blocks from being reclaimed once it is freed."""
+    state = borrowed(state)
+    state.sequences[row].pinned_blocks = num_blocks
+    state.sequences[row].marks |= PINNED
+
+
+@compiled
+def unpin_row(state: State, row: int, kept: Narrow) -> None:
+    """Take the pin of a sequence back (row -1: of none), and those that freed sequences left on `kept` blocks."""
+    state = borrowed(state)
+    state.counters[0].changes += 1
+    for block in kept:
+        unpin_block(state, block)
+    if row >= 0:
+        state.sequences[row].pinned_blocks = 0
+        state.sequences[row].marks &= ~PINNED
+
+
+@inlined
+def resolve_rows(state: State, seq_ids: npt.NDArray[np.int64], rows: npt.NDArray[np.int32]) -> tuple[int, int]:
+    """Find the rows of a batch; answers NOT_FOUND or REPEATED with the place in the batch."""
+    counters = state.counters[0]
+    counters.stamp += 1
+    for i in range(len(seq_ids)):
+        row = find_row(state, seq_ids[i])
+        if row < 0:
+            return NOT_FOUND, i
+        record = state.sequences[row]
+        if record.stamp == counters.stamp:
+            return REPEATED, i
+        record.stamp = counters.stamp
+        rows[i] = row
+    return OK, 0
+
+
+@compiled
+def _enter_all(state: State) -> None:
+    state = borrowed(state)
+    for row in range(state.counters[0].rows_used):
+        if state.sequences[row].marks & LIVE:
+            _enter(state, row)
+
+
+def with_more_rows(state: State) -> State:
+    """Return the state with room for twice as many sequences; OutOfMemory if the system has none for their tables."""
+    old, width = state.tables.shape
+    tables = new_tables(2 * old, width)
+    tables[:old] = state.tables
+    sequences = np.zeros(2 * old, SEQUENCE)
+    sequences[:old] = state.sequences
+    dirty = np.zeros(2 * old, np.int32)
+    dirty[:old] = state.dirty
+    seq_table = np.zeros(power_of_two(4 * old), np.int32)
+    grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
+    _enter_all(grown.packed)
+    return grown
+
+
+MAX_TOKENS = 2**31 - 1
+"""The most tokens of a sequence, those in its hole included: plans hold lengths as int32."""
