@@ -27,7 +27,7 @@ from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed
 from pagedkv.control.plan import BatchPlan, stale_plan, with_copies
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces, name_of
-from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, room_for
+from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_blocks
 from pagedkv.control.sequence_eviction import (
     VictimOrder,
     fits_after_evicting,
@@ -169,14 +169,14 @@ class BlockManager:
                     orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, known)
                     if orders is not None:
                         self._order(orders)
-                        self._hooks.about_to_hit(self._state, room_for(self._state, namespace, count, ids, known)[0])
+                        self._hooks.about_to_hit(self._state, namespace, ids, known)
                 status, a, b = sequences.allocate_row(self._state.packed, key, namespace, priority, count, ids, known)
                 if status == sequence_table.OK:
                     break
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
                 self._refuse(status, a, keys=())
-                matched = sequences.matching_blocks(self._state.packed, namespace, ids) if known else ()
+                matched = shared_blocks(self._state, namespace, ids, known)
                 ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
                 self._make_room(status, a, b, ask, -(-count // self.block_size), matched=matched)
             self._finish(b)

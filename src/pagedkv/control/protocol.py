@@ -110,9 +110,12 @@ class Hooks:
         if self.see_hits and len(blocks):
             self._strategy.on_hit(block_view(state, blocks), state.counter("tick"))
 
-    def about_to_hit(self, state: State, blocks: Blocks) -> None:
+    def about_to_hit(self, state: State, namespace: int, ids: Ids, known: bool) -> None:
         """Tell of blocks that a new sequence is about to share, as they will be then."""
-        if self.see_hits and len(blocks):
+        if not self.see_hits:
+            return
+        blocks = shared_blocks(state, namespace, ids, known)
+        if len(blocks):
             view, now = block_view(state, blocks), state.counter("tick") + 1
             view.records["ref_count"] += 1
             view.records["access_count"] += 1
@@ -167,10 +170,15 @@ class Hooks:
         return self.orders_for(state, needed) if status == OK else None
 
 
+def shared_blocks(state: State, namespace: int, ids: Ids, known: bool) -> Blocks:
+    """Return the cached blocks that an allocation would share."""
+    is_findable = known and state.counter("prefix_caching")
+    return matching_blocks(state.packed, namespace, ids) if is_findable else np.empty(0, np.int32)
+
+
 def room_for(state: State, namespace: int, count: int, ids: Ids, known: bool) -> tuple[Blocks, int, int]:
     """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
-    is_findable = known and state.counter("prefix_caching")
-    matched = matching_blocks(state.packed, namespace, ids) if is_findable else np.empty(0, np.int32)
+    matched = shared_blocks(state, namespace, ids, known)
     idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
     needed = -(-count // state.counter("block_size")) - len(matched)
     return matched, needed, int(available_blocks(state.packed)) - int(idle.sum())
