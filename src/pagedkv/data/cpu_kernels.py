@@ -306,25 +306,10 @@ def _add_values(
     width = padded(dim)
     for i in range(first, first + count, STEP):
         w = weights + (i - first) * ROWS
-        w0, x0, y0, z0 = splat_at(scores, w), splat_at(scores, w + 4), splat_at(scores, w + 8), splat_at(scores, w + 12)
-        w1, x1, y1, z1 = (
-            splat_at(scores, w + 1),
-            splat_at(scores, w + 5),
-            splat_at(scores, w + 9),
-            splat_at(scores, w + 13),
-        )
-        w2, x2, y2, z2 = (
-            splat_at(scores, w + 2),
-            splat_at(scores, w + 6),
-            splat_at(scores, w + 10),
-            splat_at(scores, w + 14),
-        )
-        w3, x3, y3, z3 = (
-            splat_at(scores, w + 3),
-            splat_at(scores, w + 7),
-            splat_at(scores, w + 11),
-            splat_at(scores, w + 15),
-        )
+        w0, x0, y0, z0 = _weights(scores, w)
+        w1, x1, y1, z1 = _weights(scores, w + 1)
+        w2, x2, y2, z2 = _weights(scores, w + 2)
+        w3, x3, y3, z3 = _weights(scores, w + 3)
         at_w, at_x = value_at[i] + head_at, value_at[i + 1] + head_at
         at_y, at_z = value_at[i + 2] + head_at, value_at[i + 3] + head_at
         ahead_w, ahead_x = value_at[i + ahead] + head_at, value_at[i + 1 + ahead] + head_at
@@ -345,6 +330,13 @@ def _add_values(
             _add_row(partials, at + width, w1, x1, y1, z1, value_w, value_x, value_y, value_z)
             _add_row(partials, at + 2 * width, w2, x2, y2, z2, value_w, value_x, value_y, value_z)
             _add_row(partials, at + 3 * width, w3, x3, y3, z3, value_w, value_x, value_y, value_z)
+
+
+@inlined
+def _weights(scores: Floats, at: int) -> tuple[Any, Any, Any, Any]:
+    """Return the weights of one row for four tokens, each in all lanes."""
+    first, second = splat_at(scores, at), splat_at(scores, at + ROWS)
+    return first, second, splat_at(scores, at + 2 * ROWS), splat_at(scores, at + 3 * ROWS)
 
 
 @inlined
