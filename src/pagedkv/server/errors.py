@@ -23,6 +23,8 @@ _TYPES = {
     503: "service_unavailable_error",
     504: "timeout_error",
 }
+CLOSE = {"Connection": "close"}
+"""The header of a refusal before the whole body has come: what is left of it is not read."""
 
 
 _MEMBERS = frozenset({"str", "int", "float", "bool", "list", "dict", "nullable"})

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pagedkv.server.admission import Budget
 from pagedkv.server.auth import name_of_caller
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.errors import ApiError, ClientLeft, error_response
+from pagedkv.server.errors import CLOSE, ApiError, ClientLeft, error_response
 from pagedkv.server.origins import foreign
 
 LINGER_SECONDS, LINGER_BYTES, LINGER_PAUSE = 2.0, 64 << 20, 0.001
@@ -18,7 +18,6 @@ SMALL_BODY = 64 << 10
 """So many bytes of each body do not count: what is short is taken, however much others send."""
 PROBES = frozenset({"/health", "/version", "/metrics"})
 """What is answered however many requests are under way."""
-_CLOSE = {"Connection": "close"}  # what is left of the body is not read
 
 
 class Limits:
@@ -71,15 +70,15 @@ class Limits:
         # Every POST takes a key, and no body is read before its key is known.
         if scope["method"] == "POST" and tenant is None:
             message = "expected the header Authorization: Bearer <key> with a key that the server knows"
-            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **_CLOSE})
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **CLOSE})
 
     def _too_many(self) -> ApiError:
         requests = self._requests
         if requests.has_room():
             message = f"at most {requests.each} requests of one key may be under way"
-            return ApiError(429, message, code="too_many_requests", retry_after=1, headers=_CLOSE)
+            return ApiError(429, message, code="too_many_requests", retry_after=1, headers=CLOSE)
         message = f"the server is busy: {requests.taken} requests are under way, at most {requests.total} may be"
-        return ApiError(503, message, code="too_many_connections", retry_after=1, headers=_CLOSE)
+        return ApiError(503, message, code="too_many_connections", retry_after=1, headers=CLOSE)
 
 
 class _Body:
@@ -113,7 +112,7 @@ class _Body:
                     message = await receive()
             except TimeoutError:
                 text = f"the body did not arrive within {self._config.body_timeout:g} seconds"
-                raise ApiError(408, text, code="body_timeout", headers=_CLOSE) from None
+                raise ApiError(408, text, code="body_timeout", headers=CLOSE) from None
             self._come += len(message.get("body", b""))
             self._hold(self._come)
             complete = message["type"] != "http.request" or not message.get("more_body", False)
@@ -125,13 +124,13 @@ class _Body:
         """Hold so many bytes in all."""
         if size > self._config.max_body:
             message = f"the body is larger than the {self._config.max_body} bytes that the server takes"
-            raise ApiError(413, message, code="body_too_large", headers=_CLOSE)
+            raise ApiError(413, message, code="body_too_large", headers=CLOSE)
         more = max(0, size - SMALL_BODY - self._held)
         if not self._budget.take(self._tenant, more):
             who = "all requests" if not self._budget.has_room(more) else "the requests of one key"
             most = self._budget.total if who == "all requests" else self._budget.each
             message = f"the server is busy: the bodies of {who} that are under way may have {most} bytes"
-            raise ApiError(429, message, code="too_many_bytes", retry_after=1, headers=_CLOSE)
+            raise ApiError(429, message, code="too_many_bytes", retry_after=1, headers=CLOSE)
         self._held += more
 
 

@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 from fastapi import Depends, Request
 
 from pagedkv.server.config import ServerConfig
-from pagedkv.server.errors import ApiError, says_json
+from pagedkv.server.errors import CLOSE, ApiError, says_json
 
-_CLOSE = {"Connection": "close"}  # a body is not read
 Headers = Iterable[tuple[bytes, bytes]]
 
 
@@ -26,10 +25,10 @@ def foreign(config: ServerConfig, method: str, headers: Headers) -> ApiError | N
     host, origin = given.get(b"host"), given.get(b"origin")
     if host is not None and not _may_name(config, host):
         message = f"host: expected the address of the server, localhost or a host of --allow-host, got {host[:100]!r}"
-        return ApiError(403, message, code="host_not_allowed", headers=_CLOSE)
+        return ApiError(403, message, code="host_not_allowed", headers=CLOSE)
     if method == "POST" and origin is not None and not _may_post(config, origin, host):
         message = f"origin: expected that of the server or one of --allow-origin, got {origin[:100]!r}"
-        return ApiError(403, message, code="origin_not_allowed", headers=_CLOSE)
+        return ApiError(403, message, code="origin_not_allowed", headers=CLOSE)
     return None
 
 
