@@ -46,8 +46,8 @@ __all__ = [
     "longest_text",
     "paged_layer",
     "paged_layers",
-    "restarts_beyond",
     "require_cache_argument",
+    "restarts_beyond",
     "stock_layers",
     "take_back",
 ]

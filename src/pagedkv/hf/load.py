@@ -14,9 +14,10 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import MissingExtra, bad_argument
 from pagedkv.hf.cache import ModelKvCache
+from pagedkv.hf.compat import paged_layers
 from pagedkv.hf.exam import Passed, sit_exam
 from pagedkv.hf.graphs import CudaRecorder
-from pagedkv.hf.runner import ModelRunner, RecurrentStates
+from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import require_int
 
@@ -89,7 +90,7 @@ def load_runner(
     if cuda_graphs:
         _require_graphs(model, mode)
     model.train(False)
-    RecurrentStates(model.config)  # refuses a model without attention layers, whatever the mode
+    paged_layers("model", model.config)  # refuses a model without attention layers, whatever the mode
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
     passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype)
