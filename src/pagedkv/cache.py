@@ -83,6 +83,7 @@ class PagedKvCache(BlockManager):
         )
         self._storage = KvStorage(spec, device)
         self._staged: tuple[int, Any] = (0, None)  # what is being copied
+        self._newest: tuple[BatchPlan | None, int] = (None, 0)  # the plan that was made last, and at which change
         self._slots: tuple[BatchPlan | None, Any, int] = (None, None, 0)
         self._batch: tuple[BatchPlan | None, Batch | None] = (None, None)
 
@@ -215,11 +216,16 @@ class PagedKvCache(BlockManager):
         made_for, slots, checked_at = self._slots
         changes = self._state.counter("changes")
         if made_for is not plan or checked_at != changes:
-            self._require_fresh(plan)
+            if self._newest[0] is not plan or self._newest[1] != changes:
+                self._require_fresh(plan)
             if made_for is not plan:
                 slots = self._storage.slot_index(plan.slot_mapping)
             self._slots = (plan, slots, changes)
         return slots
+
+    def _made(self, plan: BatchPlan) -> BatchPlan:
+        self._newest = (plan, self._state.counter("changes"))
+        return plan
 
     def _batch_of(self, plan: BatchPlan | DevicePlan) -> Batch | DeviceBatch:
         """Return the arrays of a plan, the same object for all layers, so that they are checked once."""

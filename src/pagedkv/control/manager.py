@@ -176,8 +176,8 @@ class BlockManager:
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
                 self._refuse(status, a, keys=())
-                matched = shared_blocks(self._state, namespace, ids, known)
                 ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
+                matched = shared_blocks(self._state, namespace, ids, known)
                 self._make_room(status, a, b, ask, -(-count // self.block_size), matched=matched)
             self._finish(b)
             return self._info(a)
@@ -283,8 +283,7 @@ class BlockManager:
             self._begin()
             status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
             if status == sequence_table.STALE:
-                number = sequence_number(keys[place])
-                raise stale_plan(number)
+                raise stale_plan(sequence_number(keys[place]))
             self._refuse(status, place, keys)
             self._finish(0)
 
@@ -794,8 +793,7 @@ class BlockManager:
     def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
             if self._hooks.decide_reclaims:
-                orders = self._hooks.orders_to_grow(self._state, keys, counts)
-                if orders is not None:
+                if (orders := self._hooks.orders_to_grow(self._state, keys, counts)) is not None:
                     self._order(orders)
             status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
             if status == sequence_table.OK:
@@ -888,16 +886,14 @@ class BlockManager:
             score_releases(self._state, self._strategy, rows, first)
 
     def _checked_priority(self, priority: Any) -> int:
-        strategy = self.eviction_strategy
-        highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
+        highest = self._strategy.levels - 1 if isinstance(self._strategy, Priority) else MAX_PRIORITY
         return require_int("priority", priority, 0, highest)
 
     def _make_copies(self) -> None:
         """Make the copies that the books name, and note them for the next plan."""
         state = self._state
         noted_at, noted = self._pending_copies
-        changes = state.counter("changes")
-        if noted_at != changes:
+        if noted_at != (changes := state.counter("changes")):
             copies = state.copies[: state.counter("num_copies")].copy()
             self._copy(copies)
             self._pending_copies = (changes, with_copies(noted, copies))
@@ -910,14 +906,18 @@ class BlockManager:
         """Return the plan, and with it the copies that were noted: they are handed out once."""
         noted_at, noted = self._pending_copies
         if not noted:
-            return plan_from(keys, wide, narrow, width, _NO_COPIES, tick)
+            return self._made(plan_from(keys, wide, narrow, width, _NO_COPIES, tick))
         copies = np.array([(source, destination) for destination, source in noted.items()], np.int32)
         try:
             self._pending_copies = (noted_at, {})
-            return plan_from(keys, wide, narrow, width, copies, tick)
+            return self._made(plan_from(keys, wide, narrow, width, copies, tick))
         except BaseException:
             self._pending_copies = (noted_at, noted)  # nobody has seen them
             raise
+
+    def _made(self, plan: BatchPlan) -> BatchPlan:
+        """Return a plan that was made just now."""
+        return plan
 
     def _report(self) -> list[str]:
         stats = self.stats
