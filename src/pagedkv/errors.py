@@ -40,7 +40,7 @@ class PagedKvError(Exception):
 
 
 class OutOfMemory(PagedKvError, MemoryError):
-    """An allocation needs more blocks than can be had.
+    """An allocation needs more blocks than can be had, or a slot for a recurrent state.
 
     Attributes
     ----------
@@ -48,14 +48,19 @@ class OutOfMemory(PagedKvError, MemoryError):
         Blocks that the call needs beyond those it can share.
     available : int
         Blocks that an allocation can have now: free, or cached and unpinned.
+    hint : str
+        What else is known.
+    unit : str
+        What is short.
     """
 
-    def __init__(self, requested: int, available: int, hint: str = "") -> None:
-        message = f"Out of memory: requested {requested} blocks, {available} available"
+    def __init__(self, requested: int, available: int, hint: str = "", unit: str = "blocks") -> None:
+        message = f"Out of memory: requested {requested} {unit}, {available} available"
         super().__init__(message + (f" ({hint})" if hint else ""))
         self.requested = requested
         self.available = available
         self.hint = hint
+        self.unit = unit
 
 
 class SequenceNotFound(PagedKvError, KeyError):

@@ -28,6 +28,7 @@ def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
     _check_heap(state)
     _check_notes(state)
     _check_pins(state, rows, kept_pins)
+    _check_states(state, rows)
     _check_counters(state, rows)
 
 
@@ -181,6 +182,27 @@ def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) 
         _require(state.blocks[block].pins == pins[block], "pins do not balance", block, pins[block])
         _require(bool(state.blocks[block].indexed), "pinned block is not findable", block)
     _require(all(state.blocks[block].pins for block in pins), "a pin was lost", pins)
+
+
+def _check_states(state: State, rows: list[int]) -> None:
+    counters, states = state.counters[0], state.states
+    if not len(states):
+        return
+    used = [int(state.sequence_states[row]) - 1 for row in rows]
+    kept = np.flatnonzero(states["block"]).tolist()
+    free, link = [], int(counters.free_state)
+    while link:
+        free.append(link - 1)
+        _require(len(free) <= len(states), "free slots are a ring", link - 1)
+        link = int(states[link - 1].next)
+    _require(sorted(used + kept + free) == list(range(len(states))), "slots lost or used twice", used, kept, free)
+    _require(counters.states_used == len(used), "slots of sequences", counters.states_used, len(used))
+    _require(counters.states_cached == len(kept), "snapshots", counters.states_cached, len(kept))
+    for slot in kept:
+        block = int(states[slot].block) - 1
+        _require(state.block_states[block] == slot + 1, "snapshot and block differ", slot, block)
+        _require(bool(state.blocks[block].indexed), "snapshot of a block that is not in the index", slot, block)
+    _require(np.count_nonzero(state.block_states) == len(kept), "a block names a snapshot that is none", kept)
 
 
 def _check_counters(state: State, rows: list[int]) -> None:

@@ -28,6 +28,7 @@ from pagedkv.control.plan import BatchPlan, stale_plan, with_copies
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces, name_of
 from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_blocks
+from pagedkv.control.recurrent import count_available_slots
 from pagedkv.control.sequence_eviction import (
     VictimOrder,
     fits_after_evicting,
@@ -63,7 +64,10 @@ from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, Sequenc
 from pagedkv.validate import require_choice, require_flag, require_int
 
 # The counters behind the fields of CacheStats, in their order.
-_STATS = "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split()
+_STATS = (
+    "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied "
+    "states_stored states_reclaimed"
+).split()
 
 Copies = npt.NDArray[np.int32]
 _NO_COPIES = np.empty((0, 2), np.int32)
@@ -91,6 +95,9 @@ class BlockManager:
     on_full : {"raise", "evict"}
         What happens when an allocation does not fit: ``OutOfMemory``, or whole sequences are evicted by the strategy
         until it does.
+    num_states : int
+        Slots for the states of recurrent layers: one for each live sequence, and snapshots of them at block boundaries
+        in what is left. With states a prefix is reused up to its last block that has a snapshot, and no block in part.
 
     Raises
     ------
@@ -107,14 +114,16 @@ class BlockManager:
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
         on_full: str = "raise",
+        num_states: int = 0,
     ) -> None:
+        num_states = require_int("num_states", num_states, 0, 2**31 - 2)
         num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
         self._on_full = require_choice("on_full", on_full, ("raise", "evict"))
         require_flag("prefix_caching", prefix_caching)
         self._eviction_threshold = fraction("eviction_threshold", eviction_threshold)
         self._strategy = as_strategy(strategy)
-        self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching), self._strategy)
+        self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching, num_states), self._strategy)
         self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
         self._victims = VictimOrder(self._strategy)
@@ -124,6 +133,7 @@ class BlockManager:
         if self._hooks.see_stores:
             self._state = with_log(self._state)
             self._state.counters[0].logging = 1
+        self._state_copies: list[tuple[int, int]] = []
         self._pending_copies: tuple[int, dict[int, int]] = (0, {})  # destination: source
         self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
         self._next_pins: tuple[int, dict[int, list[int]]] = (0, self._kept_pins)
@@ -155,7 +165,7 @@ class BlockManager:
         InvalidOperation
             If the sequence exists, or an argument is out of range.
         OutOfMemory
-            If the blocks that it needs cannot be had.
+            If the blocks that it needs cannot be had, or a slot for its state.
         """
         key = sequence_key(seq_id)
         count, ids, known = parse_tokens(tokens)
@@ -165,7 +175,8 @@ class BlockManager:
             namespace = self._enter_namespace(cache_salt)
             self._wide_ids |= key < 0
             while True:
-                if self._hooks.exist and sequence_table.find_row(self._state.packed, key) < 0:
+                is_asked = self._hooks.exist and not self._state.counter("num_orders")
+                if is_asked and sequence_table.find_row(self._state.packed, key) < 0:
                     orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, known)
                     if orders is not None:
                         self._order(orders)
@@ -285,7 +296,7 @@ class BlockManager:
             if status == sequence_table.STALE:
                 raise stale_plan(sequence_number(keys[place]))
             self._refuse(status, place, keys)
-            self._finish(0)
+            self._finish(place)
 
     def fork(self, src: int, dst: int) -> SequenceInfo:
         """Let the new sequence `dst` share every block of `src`; nothing is copied until one of them writes.
@@ -296,15 +307,18 @@ class BlockManager:
             If there is no `src`.
         InvalidOperation
             If `dst` exists.
+        OutOfMemory
+            If sequences have states, and there is no slot for its own.
         """
         key = sequence_key(dst, "dst")
         with self._lock:
-            self._settle()
+            self._begin()
             self._wide_ids |= key < 0
             row = self._row(src, "src")
             while True:
                 status, twin = sequences.fork_row(self._state.packed, row, key)
                 if status == sequence_table.OK:
+                    self._finish(self._state.counter("num_state_copies"))
                     return self._info(twin)
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
@@ -518,6 +532,52 @@ class BlockManager:
                 return 0
             return int(sequences.count_matching(self._state.packed, namespace, ids))
 
+    def match_blocks(self, token_ids: Any, cache_salt: str = "") -> int:
+        """Return how many leading tokens stand in whole blocks of the index; changes nothing.
+
+        With recurrent states these may be more than ``match_prefix`` finds: what is behind the last snapshot cannot be
+        reused yet. Their end is where texts part, so a good place for the next snapshot.
+        """
+        _, ids, known = parse_tokens(token_ids)
+        if not known:
+            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
+        with self._lock:
+            namespace = self._namespaces.find(cache_salt)
+            if namespace is None or not self.prefix_caching:
+                return 0
+            return int(sequences.count_stored(self._state.packed, namespace, ids))
+
+    def state_slots(self, seq_ids: Any) -> npt.NDArray[np.int32]:
+        """Return the slots of the states of some sequences, int32 ``[n]``.
+
+        Raises
+        ------
+        SequenceNotFound
+        InvalidOperation
+            If there are none, as ``num_states`` is 0.
+        """
+        keys = sequence_keys(seq_ids, self._wide_ids)
+        if not self.total_states:
+            raise bad_argument("num_states", "at least 1, for states", "0")
+        with self._lock:
+            self._settle()
+            rows = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
+            if -1 in rows:
+                raise SequenceNotFound(sequence_number(keys[rows.index(-1)]))
+            slots: npt.NDArray[np.int32] = self._state.sequence_states[rows] - 1
+            return slots
+
+    def take_state_copies(self) -> npt.NDArray[np.int32]:
+        """Return the copies of states to be made, int32 ``[k, 2]`` of slots (source, destination), once.
+
+        They are due before the next forward pass, in this order. A ``PagedKvCache`` has made them: it returns none.
+        """
+        with self._lock:
+            self._settle()
+            copies = np.array(self._state_copies, np.int32).reshape(-1, 2)
+            self._state_copies = []
+            return copies
+
     def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
         """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
 
@@ -597,6 +657,26 @@ class BlockManager:
     def cached_block_count(self) -> int:
         """Blocks that nobody holds but that are still findable."""
         return self._state.counter("cached")
+
+    @property
+    def total_states(self) -> int:
+        """Slots for states of recurrent layers."""
+        return len(self._state.states)
+
+    @property
+    def free_state_count(self) -> int:
+        """Slots that a sequence can have now: free, or of snapshots of unpinned blocks."""
+        return int(count_available_slots(self._state.packed))
+
+    @property
+    def used_state_count(self) -> int:
+        """Slots that sequences hold."""
+        return self._state.counter("states_used")
+
+    @property
+    def cached_state_count(self) -> int:
+        """Snapshots at block boundaries."""
+        return self._state.counter("states_cached")
 
     @property
     def utilization(self) -> float:
@@ -788,7 +868,7 @@ class BlockManager:
         if state.counter("was_cleared"):
             forget_blocks(state)
             state.counters[0].was_cleared = 0
-        self._finish(state.counter("num_copies"))
+        self._finish(state.counter("num_copies") + state.counter("num_state_copies"))
 
     def _grow(self, keys: Any, counts: Any, ids: Any, known: bool, given: Any = None) -> tuple[int, int, Any, Copies]:
         while True:
@@ -845,6 +925,8 @@ class BlockManager:
             self._state = sequence_table.with_more_rows(self._state)
         elif status == sequence_table.NEEDS_WIDTH:
             self._state = with_wider_tables(self._state, a)
+        elif status == sequence_table.NO_SLOT:
+            self._free_a_slot(ask)
         elif self._on_full == "raise" or not fits_after_evicting(
             self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
         ):
@@ -860,6 +942,16 @@ class BlockManager:
             self._score_before_release(rows.tolist())
             behind = orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
             self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
+
+    def _free_a_slot(self, ask: Callable[[State], list[Order] | None]) -> None:
+        """Order the eviction of the sequence that the strategy ranks lowest, for the slot of its state."""
+        row = self._victims.first(self._state)
+        if self._on_full == "raise" or row is None or self._state.counter("num_orders"):
+            hint = f"all {self.total_states} are held by sequences or by pinned snapshots"
+            raise OutOfMemory(1, 0, hint, "slots for states")
+        self._score_before_release([row])
+        behind = orders_behind(self._state, np.array([row]), ask) if self._hooks.decide_reclaims else []
+        self._order([(EVICT, row, 0), *behind])
 
     def _order(self, orders: Sequence[Order]) -> None:
         """Leave orders in the books, for the compiled call that follows."""
@@ -898,9 +990,16 @@ class BlockManager:
             self._copy(copies)
             self._pending_copies = (changes, with_copies(noted, copies))
         state.counters[0].num_copies = 0
+        if state.counter("num_state_copies"):
+            self._copy_states(state.state_copies[: state.counter("num_state_copies")].copy())
+            state.counters[0].num_state_copies = 0
 
     def _copy(self, copies: Copies) -> None:
         """Copy K and V; if this is interrupted, it is done again from the start."""
+
+    def _copy_states(self, copies: Copies) -> None:
+        """Copy states; if this is interrupted, it is done again from the start."""
+        self._state_copies += map(tuple, copies.tolist())
 
     def _planned(self, keys: Any, wide: Any, narrow: Any, width: int, tick: int) -> BatchPlan:
         """Return the plan, and with it the copies that were noted: they are handed out once."""

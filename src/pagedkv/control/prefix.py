@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.recurrent import drop_all_snapshots, drop_snapshot, snapshot_of
 from pagedkv.control.state import LIVE, MAIN, OPAQUE, State
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, compiled, inlined
@@ -92,7 +93,7 @@ def best_partial_child(
 
 
 @inlined
-def match_full_blocks(
+def walk(
     state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
 ) -> tuple[int, int]:
     """Walk down the trie along `ids`, leaving the last token to compute (unless `whole_hits` are counted).
@@ -113,11 +114,27 @@ def match_full_blocks(
 
 
 @inlined
+def match_full_blocks(
+    state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
+) -> tuple[int, int]:
+    """Find the blocks that `ids` can reuse: those on the walk, up to the last snapshot where sequences have states.
+
+    Writes them to `out`; returns how many, and the trie node at their end.
+    """
+    found, parent = walk(state, namespace, ids, out)
+    if len(state.states) > 0:
+        while found > 0 and snapshot_of(state, out[found - 1]) < 0:
+            found -= 1
+        parent = out[found - 1] if found > 0 else -1 - namespace
+    return found, parent
+
+
+@inlined
 def match_partial_block(state: State, parent: int, ids: npt.NDArray[np.int64], start: int) -> tuple[int, int]:
     """Return the block under `parent` that holds the most tokens of what is left of `ids`, and how many it holds."""
     size = state.counters[0].block_size
     limit = min(size, len(ids) - 1 - start)
-    if limit <= 0:
+    if limit <= 0 or len(state.states) > 0:
         return -1, 0
     if len(ids) - start >= size:
         child = find_child(state, parent, ids, start)
@@ -188,6 +205,8 @@ def unlink_leaf(state: State, block: int) -> int:
         state.roots[-1 - parent, 0] -= 1
     counters.probation -= record.indexed - 1
     record.indexed = 0
+    if len(state.states) > 0:
+        drop_snapshot(state, block)
     if counters.logging != 0:
         state.log[counters.log_len] = -block - 1
         counters.log_len += 1
@@ -274,6 +293,7 @@ def clear(state: State) -> int:
         record.pins = 0
         record.heap_pos = 0
         record.hash_next = 0
+    drop_all_snapshots(state)
     state.buckets[:] = 0
     state.siblings[:] = 0
     state.roots[:, :2] = 0

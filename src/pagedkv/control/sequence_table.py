@@ -9,7 +9,7 @@ from pagedkv.control.pool import unpin_block
 from pagedkv.control.state import DIRTY, LIVE, PINNED, SEQUENCE, State, new_tables, power_of_two
 from pagedkv.jit import borrowed, compiled, inlined
 
-OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG = range(9)
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG, NO_SLOT = range(10)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
 
 Ints = npt.NDArray[np.int64]
@@ -222,6 +222,8 @@ def with_more_rows(state: State) -> State:
     dirty[:old] = state.dirty
     seq_table = np.zeros(power_of_two(4 * old), np.int32)
     grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
+    if len(state.states):
+        grown = grown._replace(sequence_states=np.concatenate([state.sequence_states, np.zeros(old, np.int32)]))
     _enter_all(grown.packed)
     return grown
 

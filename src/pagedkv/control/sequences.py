@@ -20,14 +20,16 @@ from pagedkv.control.pool import (
     share_block,
     take_block,
 )
-from pagedkv.control.prefix import find_child, link_child, match_full_blocks, match_partial_block
+from pagedkv.control.prefix import find_child, link_child, match_full_blocks, match_partial_block, walk
 from pagedkv.control.reclaim import evict_leaf, forget, rescore
+from pagedkv.control.recurrent import give_slot, keep_snapshot, lacks_slot, release_slot, snapshot_of
 from pagedkv.control.sequence_table import (
     EXISTS,
     MAX_TOKENS,
     NEEDS_ROWS,
     NEEDS_WIDTH,
     NO_ROOM,
+    NO_SLOT,
     OK,
     STALE,
     TOO_LONG,
@@ -178,6 +180,15 @@ def count_matching(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> 
 
 
 @compiled
+def count_stored(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> int:
+    """Return how many leading tokens of `ids` are in full blocks of the index, with a snapshot or without."""
+    state = borrowed(state)
+    size = state.counters[0].block_size
+    blocks = np.empty(len(ids) // size + 1, np.int32)
+    return walk(state, namespace, ids, blocks)[0] * size
+
+
+@compiled
 def matching_blocks(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
     """Return the full blocks that an allocation of `ids` would share."""
     state = borrowed(state)
@@ -207,7 +218,8 @@ def allocate_row(
 ) -> tuple[int, int, int]:
     """Start a sequence: share its cached prefix, take fresh blocks for the rest.
 
-    Answers (status, a, b): for NO_ROOM a blocks are needed and b available; for OK a is the row, and b copies are due.
+    Answers (status, a, b): for NO_ROOM a blocks are needed and b available; for OK a is the row, and b copies are due,
+    of blocks and of states.
     """
     state = borrowed(state)
     counters = state.counters[0]
@@ -225,10 +237,12 @@ def allocate_row(
         full, node = match_full_blocks(state, namespace, ids, matched)
         source, partial = match_partial_block(state, node, ids, full * size)
     available = _available_beside(state, matched[:full])
-    while num_blocks - full > available and evict_as_ordered(state):
+    while (num_blocks - full > available or lacks_slot(state)) and evict_as_ordered(state):
         available = _available_beside(state, matched[:full])
     if num_blocks - full > available:
         return NO_ROOM, num_blocks - full, available
+    if lacks_slot(state):
+        return NO_SLOT, 1, 0
     if num_tokens > MAX_TOKENS:
         return TOO_LONG, num_tokens, 0
     if num_blocks > state.tables.shape[1]:
@@ -240,6 +254,8 @@ def allocate_row(
     counters.changes += 1
     row = new_row(state, seq_id, namespace, priority)
     record, table = state.sequences[row], state.tables[row]
+    if len(state.states) > 0:
+        give_slot(state, row, snapshot_of(state, matched[full - 1]) if full > 0 else -1)
     for i in range(full):
         table[i] = matched[i]
         share_block(state, matched[i])
@@ -267,7 +283,7 @@ def allocate_row(
         counters.partial_tokens += partial
     if partial > 0 and table[full] != source:
         note_copy(state, source, table[full])
-    return OK, row, counters.num_copies
+    return OK, row, counters.num_copies + counters.num_state_copies
 
 
 @compiled
@@ -278,11 +294,15 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
         return EXISTS, 0
     if not has_spare_row(state):
         return NEEDS_ROWS, 0
+    if lacks_slot(state):
+        return NO_SLOT, 0
     counters = state.counters[0]
     counters.tick += 1
     source = state.sequences[row]
     counters.changes += 1
     twin_row = new_row(state, dst, source.namespace, source.priority)
+    if len(state.states) > 0:
+        give_slot(state, twin_row, state.sequence_states[row] - 1)
     twin = state.sequences[twin_row]
     twin.num_tokens = source.num_tokens
     twin.num_committed = source.num_committed
@@ -373,6 +393,8 @@ def free_row(state: State, row: int) -> None:
         if i < record.pinned_blocks and state.blocks[block].indexed:
             pin_block(state, block)
         drop_block(state, block)
+    if len(state.states) > 0:
+        release_slot(state, row)
     drop_row(state, row)
     if state.kernels.on_request_end:
         state.kernels.on_request_end(state, 0)
@@ -639,7 +661,10 @@ def _index_committed(state: State, row: int) -> None:
 
 @compiled
 def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tuple[int, int]:
-    """Note that K and V of the first ``seq_lens[i]`` tokens are written (a negative number: of all tokens)."""
+    """Note that K and V of the first ``seq_lens[i]`` tokens are written (a negative number: of all tokens).
+
+    Answers (status, a): for OK a is the number of states that are to be copied.
+    """
     state = borrowed(state)
     rows = np.empty(len(seq_ids), np.int32)
     status, place = resolve_rows(state, seq_ids, rows)
@@ -652,10 +677,14 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
     for i in range(len(rows)):
         record = state.sequences[rows[i]]
         upto = record.num_tokens if seq_lens[i] < 0 else min(seq_lens[i], record.num_tokens)
+        num_new = upto - record.num_committed
         record.num_committed = max(record.num_committed, upto)
         if state.counters[0].prefix_caching != 0 and record.marks & OPAQUE == 0:
             _index_committed(state, rows[i])
-    return OK, 0
+            if len(state.states) > 0 and num_new > 0 and record.marks & TRUNCATED == 0:
+                if record.num_indexed * state.counters[0].block_size == record.num_tokens:
+                    keep_snapshot(state, rows[i], num_new == 1)
+    return OK, state.counters[0].num_state_copies
 
 
 @compiled

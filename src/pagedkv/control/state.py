@@ -19,6 +19,10 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``log``            blocks stored (+id+1) and removed (-id-1) by one call, 0 for all removed, while somebody listens
 ``copies``         blocks (source, destination) whose K and V are still to be copied
 ``orders``         what was decided to make room, as (what, row or block, score): carried out by the call that needs it
+``states``         one record per slot for a recurrent state (`recurrent`); this and the next three may be empty
+``block_states``   the slot of the snapshot of every block
+``sequence_states``  the slot of every sequence
+``state_copies``   slots (source, destination) whose states are still to be copied
 ``memory``         one record of scalars that the strategy in force remembers
 ``prefix_hashes``  per block a hash of its content and of all before it, where the strategy asks for it (`ghosts`)
 ``ghosts``         the last blocks that S3-FIFO evicted from probation
@@ -208,6 +212,13 @@ SEQUENCE = record(
     marks="i4",
 )
 
+STATE_SLOT = record(
+    last_access="i8",  # tick of the last use of a snapshot
+    block="i4",  # 1 + the block whose snapshot it holds
+    writer="i4",  # 1 + the row of the sequence that the snapshot moves on with
+    next="i4",  # the next free slot, of a free one
+)
+
 LIVE, OPAQUE, PINNED, DIRTY, TRUNCATED = 1, 2, 4, 8, 16
 """Sequence marks. An OPAQUE sequence is never committed to the index: its K and V depend on more than its token ids."""
 
@@ -224,6 +235,7 @@ COUNTERS = record(
         "num_blocks block_size prefix_caching whole_hits seed factor tick stamp changes newest_epoch "
         "fresh free_top used cached pinned heap_size probation_heap_size probation "
         "num_sequences rows_used free_row num_dirty logging log_len num_copies num_orders was_cleared "
+        "free_state states_used states_cached states_stored states_reclaimed num_state_copies "
         "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split(),
         "i8",
     )
@@ -265,6 +277,10 @@ class _State(NamedTuple):
     log: npt.NDArray[np.int32]
     copies: npt.NDArray[np.int32]
     orders: npt.NDArray[np.int64]
+    states: npt.NDArray[np.void]
+    block_states: npt.NDArray[np.int32]
+    sequence_states: npt.NDArray[np.int32]
+    state_copies: npt.NDArray[np.int32]
     memory: npt.NDArray[np.void]
     prefix_hashes: npt.NDArray[np.int64]
     ghosts: npt.NDArray[np.void]
@@ -304,23 +320,30 @@ def power_of_two(at_least: int) -> int:
     return 1 << max(0, at_least - 1).bit_length()
 
 
-def new_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int = 64, width: int = 64) -> State:
+def new_state(
+    num_blocks: int, block_size: int, prefix_caching: bool, num_states: int = 0, rows: int = 64, width: int = 64
+) -> State:
     """Make the state of an empty pool; memory is committed only as blocks are used.
 
     It is OutOfMemory if even the addresses for so many blocks and tokens cannot be had.
     """
     try:
-        return _empty_state(num_blocks, block_size, prefix_caching, rows, width)
+        return _empty_state(num_blocks, block_size, prefix_caching, num_states, rows, width)
     except (MemoryError, ValueError) as error:  # the latter is NumPy's for a size beyond all addresses
         hint = f"the books of {num_blocks} blocks of {block_size} tokens do not fit into memory"
         raise OutOfMemory(num_blocks, 0, hint) from error
 
 
-def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: int, width: int) -> State:
+def _empty_state(
+    num_blocks: int, block_size: int, prefix_caching: bool, num_states: int, rows: int, width: int
+) -> State:
     counters = np.zeros(1, COUNTERS)
     counters["num_blocks"] = num_blocks
     counters["block_size"] = block_size
     counters["prefix_caching"] = prefix_caching
+    counters["free_state"] = num_states > 0
+    states = np.zeros(num_states, STATE_SLOT)
+    states["next"][:-1] = np.arange(2, num_states + 1)
     # A secret seed: chains of chosen collisions would be slow (never wrong), so nobody may choose them.
     counters["seed"] = secrets.randbits(62)
     counters["factor"] = secrets.randbits(62) * 2 + 1
@@ -340,6 +363,10 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
         log=np.zeros(1, np.int32),
         copies=np.zeros((num_blocks + 1, 2), np.int32),
         orders=np.zeros((2, 3), np.int64),
+        states=states,
+        block_states=np.zeros(num_blocks if num_states else 0, np.int32),
+        sequence_states=np.zeros(rows if num_states else 0, np.int32),
+        state_copies=np.zeros((num_states, 2), np.int32),
         memory=np.zeros(1, POLICY),
         prefix_hashes=np.zeros(0, np.int64),
         ghosts=np.zeros(0, GHOST),

@@ -133,6 +133,8 @@ class CacheStats:
         Cached blocks evicted for a new use.
     blocks_copied : int
         Copies made because a block was shared (copy-on-write).
+    states_stored, states_reclaimed : int
+        Snapshots of recurrent states that were kept at block boundaries, and those given up for a new use.
     """
 
     total_allocations: int = 0
@@ -146,6 +148,8 @@ class CacheStats:
     partial_hit_tokens: int = 0
     blocks_reclaimed: int = 0
     blocks_copied: int = 0
+    states_stored: int = 0
+    states_reclaimed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
