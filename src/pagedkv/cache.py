@@ -12,6 +12,7 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.attention import attend
 from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
 from pagedkv.data.gpu_plan import DevicePlan, require_plan_of
+from pagedkv.data.states import StateStorage
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
@@ -37,7 +38,7 @@ class PagedKvCache(BlockManager):
         memory of float16.
     device : str or torch.device
     layout : {"NHD", "HND"}
-    strategy, eviction_threshold, prefix_caching, on_full
+    strategy, eviction_threshold, prefix_caching, on_full, num_states
         As in :class:`BlockManager`.
 
     Raises
@@ -62,6 +63,7 @@ class PagedKvCache(BlockManager):
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
         on_full: str = "raise",
+        num_states: int = 0,
     ) -> None:
         super().__init__(
             num_blocks,
@@ -70,6 +72,7 @@ class PagedKvCache(BlockManager):
             eviction_threshold=eviction_threshold,
             prefix_caching=prefix_caching,
             on_full=on_full,
+            num_states=num_states,
         )
         spec = KvCacheSpec(
             num_blocks,
@@ -82,6 +85,7 @@ class PagedKvCache(BlockManager):
             layout=layout,
         )
         self._storage = KvStorage(spec, device)
+        self._states = StateStorage(num_states)
         self._staged: tuple[int, Any] = (0, None)  # what is being copied
         self._newest: tuple[BatchPlan | None, int] = (None, 0)  # the plan that was made last, and at which change
         self._slots: tuple[BatchPlan | None, Any, int] = (None, None, 0)
@@ -92,6 +96,12 @@ class PagedKvCache(BlockManager):
         """The memory of K and V."""
         self._finish_what_was_interrupted()
         return self._storage
+
+    @property
+    def states(self) -> StateStorage:
+        """The memory of recurrent states, a row for each of ``num_states`` slots."""
+        self._finish_what_was_interrupted()
+        return self._states
 
     @property
     def spec(self) -> KvCacheSpec:
@@ -105,13 +115,14 @@ class PagedKvCache(BlockManager):
 
     @property
     def total_memory_bytes(self) -> int:
-        """Bytes of the whole pool."""
-        return self.spec.total_memory_bytes
+        """Bytes of the whole pool, and of all slots for states."""
+        return self.spec.total_memory_bytes + self._states.total_memory_bytes
 
     @property
     def used_memory_bytes(self) -> int:
-        """Bytes of the blocks that sequences hold."""
-        return self.spec.memory_bytes(self.used_block_count)
+        """Bytes of the blocks, and of the slots for states, that sequences hold."""
+        blocks = self.spec.memory_bytes(self.used_block_count)
+        return blocks + self.used_state_count * self._states.slot_memory_bytes
 
     def add_layer(self, num_kv_heads: int, head_dim: int, v_head_dim: int | None = None) -> int:
         """Add a layer of its own shape and return its number, for models that are sized as they run."""
@@ -251,6 +262,9 @@ class PagedKvCache(BlockManager):
         if self._staged[0] != changes:
             self._staged = (changes, self._storage.read_blocks(copies[:, 0]))
         self._storage.write_blocks(copies[:, 1], self._staged[1])
+
+    def _copy_states(self, copies: Any) -> None:
+        self._states.copy(copies)
 
     def _finish_what_was_interrupted(self) -> None:
         if self._is_open:

@@ -5,8 +5,8 @@ is. Every live sequence has a slot for it. A snapshot is a copy in a slot of its
 prefix index: the state behind the last token of the block. A prefix is reused up to its last block with a snapshot.
 
 A slot is free, a sequence's, or a snapshot's. A snapshot goes when its block leaves the index, or, the least recently
-used one first, when its slot is needed; those of pinned blocks stay. One that a decode step took moves on with its
-sequence, from block boundary to block boundary: so a sequence that writes has one slot more, not one more a block.
+used one first, when its slot is needed; those of pinned blocks stay. A sequence that decodes leaves a snapshot at each
+block boundary while slots are free; once they are not, its last one moves on with it, and no other has to go.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def keep_snapshot(state: State, row: int, writes: bool) -> None:
     if slot >= 0:
         state.states[slot].last_access = state.counters[0].tick
         return
-    if writes and record.num_indexed > 1:
+    if writes and record.num_indexed > 1 and state.counters[0].free_state == 0:
         slot = snapshot_of(state, table[record.num_indexed - 2])
         if slot >= 0 and state.states[slot].writer == row + 1:
             _detach(state, slot)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Protocol
 
@@ -24,6 +25,7 @@ try:
         LinearAttentionAndFullAttentionLayer,
         LinearAttentionAndSlidingWindowAttentionLayer,
         LinearAttentionCacheLayerMixin,
+        LinearAttentionLayer,
     )
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 except ModuleNotFoundError as error:
@@ -38,18 +40,19 @@ __all__ = [
     "DynamicCache",
     "LayerStore",
     "PagedLayer",
+    "StatePart",
     "attention_by",
     "forget_long_texts",
     "has_changing_rope",
-    "has_own_state",
     "is_causal_mask",
     "longest_text",
     "paged_layer",
     "paged_layers",
+    "record_past",
     "require_cache_argument",
     "restarts_beyond",
+    "state_parts",
     "stock_layers",
-    "take_back",
 ]
 
 
@@ -123,25 +126,9 @@ def stock_layers(config: Any) -> list[Any]:
     return layers
 
 
-_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
-_WITH_STATE = (
-    DynamicIndexedLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-)
-
-
-def has_own_state(layer: Any) -> bool:
-    """Tell whether a stock layer keeps something of a sequence besides plain K and V."""
-    return type(layer) not in (*_PLAIN, DummyLayer)
-
-
-def take_back(layer: Any, count: int) -> None:
-    """Bring the state of a stock layer, whose K and V are elsewhere, back by some tokens; drop what it recorded."""
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        layer.crop(-count)
-    elif all(layer.is_conv_states_initialized.values()):
-        LinearAttentionCacheLayerMixin.crop(layer, -count)
+_PLAIN = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)
+_WITH_STATE = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+_WITHOUT_KV = (LinearAttentionLayer, DummyLayer)
 
 
 def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
@@ -157,12 +144,12 @@ def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
     layers = stock_layers(config)
     _require_causal(argument, config)
     paged = {number for number, layer in enumerate(layers) if type(layer) in _PLAIN + _WITH_STATE}
+    unknown = {type(layer).__name__ for layer in layers if type(layer) not in _PLAIN + _WITH_STATE + _WITHOUT_KV}
+    if unknown:
+        name = f"{type(config).__name__}, whose layers keep {' and '.join(sorted(unknown))}"
+        raise bad_argument(argument, "a model with attention layers whose K and V are kept token by token", name)
     if not paged:
-        others = {type(layer) for layer in layers if isinstance(layer, CacheLayerMixin)}
-        kind = " whose K and V are kept token by token" if others else ""
-        kept = " and ".join(sorted(other.__name__ for other in others))
-        name = f"{type(config).__name__}, whose layers keep {kept}" if others else type(config).__name__
-        raise bad_argument(argument, f"a model with attention layers{kind}", name)
+        raise bad_argument(argument, "a model with attention layers", type(config).__name__)
     return paged, all(type(layer) in _PLAIN or isinstance(layer, DummyLayer) for layer in layers)
 
 
@@ -234,8 +221,21 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     reorder_cache = batch_repeat_interleave = batch_select_indices = _do_nothing
 
 
-class StatefulPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
-    """A layer with attention and a state besides: K and V are in blocks, the state stays in the stock layer."""
+class IndexedPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer of sparse attention, whose indexer has keys of its own: they are in blocks, too, as a layer of its own."""
+
+    indexer_position_ids: Tensor | None = None
+
+    def update_indexer(self, indexer_key_states: Tensor) -> Tensor:
+        """Store the indexer's keys ``[batch, tokens, dim]`` of the new tokens and return those of all."""
+        half = indexer_key_states.shape[-1] // 2
+        states = indexer_key_states[:, None]
+        parts = self._store.write(-1 - self._layer, states[..., :half], states[..., half:])
+        return torch.cat(parts, dim=-1)[:, 0]
+
+
+class LinearPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
+    """A layer with attention and a recurrent state: K and V are in blocks, the state is the stock layer's matter."""
 
     def __init__(self, store: LayerStore, number: int, state: Any) -> None:
         super().__init__(store, number)
@@ -272,19 +272,76 @@ class StatefulPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
         self._state.batch_select_indices(indices)
 
 
-class _LinearPagedLayer(StatefulPagedLayer):  # type: ignore[no-untyped-call]
-    """One whose state is that of linear attention: transformers asks for the class."""
-
-
-LinearAttentionCacheLayerMixin.register(_LinearPagedLayer)
+LinearAttentionCacheLayerMixin.register(LinearPagedLayer)
 
 
 def paged_layer(store: LayerStore, number: int, stock: Any) -> PagedLayer:
     """Return the layer that takes the place of a stock one, whose K and V go to `store`."""
-    if type(stock) in _PLAIN:
-        return PagedLayer(store, number)
-    is_linear = isinstance(stock, LinearAttentionCacheLayerMixin)
-    return (_LinearPagedLayer if is_linear else StatefulPagedLayer)(store, number, stock)
+    if isinstance(stock, LinearAttentionCacheLayerMixin):
+        return LinearPagedLayer(store, number, stock)
+    return (IndexedPagedLayer if type(stock) is DynamicIndexedLayer else PagedLayer)(store, number)
+
+
+# Recurrent states, one tensor by one: ``layer.conv_states[number]`` and ``layer.recurrent_states[number]``.
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """One tensor of the state of a text, ``[1, …]``.
+
+    Attributes
+    ----------
+    layer : int
+    name : {"conv", "recurrent"}
+    number : int
+        Of the state within its layer.
+    """
+
+    layer: int
+    name: str
+    number: int
+
+    def _of(self, layers: list[Any], what: str) -> dict[int, Any]:
+        found: dict[int, Any] = getattr(layers[self.layer], what)
+        return found
+
+    def get(self, layers: list[Any]) -> Tensor:
+        """Return what a layer holds."""
+        held: Tensor = self._of(layers, f"{self.name}_states")[self.number]
+        return held
+
+    def width(self, layers: list[Any]) -> int:
+        """Return how many columns of it are kept, where it is a convolution's; else 0."""
+        return int(self._of(layers, "conv_kernel_size")[self.number]) if self.name == "conv" else 0
+
+    def set(self, layers: list[Any], state: Tensor, has_past: bool) -> None:
+        """Let a layer hold `state`, in place if it can; without a past it has the shape only."""
+        layer = layers[self.layer]
+        layer.dtype, layer.device = state.dtype, state.device
+        self._of(layers, f"{self.name}_states")[self.number] = state
+        self._of(layers, f"is_{self.name}_states_initialized")[self.number] = True
+        if self.name == "conv":
+            layer.conv_kernel_size[self.number] = state.shape[-1]
+            layer.has_previous_state[self.number] = has_past
+
+
+def state_parts(layers: list[Any]) -> list[StatePart]:
+    """Return the parts of a state that the stock layers of a text hold."""
+    return [
+        StatePart(place, name, number)
+        for place, layer in enumerate(layers)
+        if isinstance(layer, LinearAttentionCacheLayerMixin)
+        for name in ("conv", "recurrent")
+        for number, is_there in getattr(layer, f"is_{name}_states_initialized").items()
+        if is_there
+    ]
+
+
+def record_past(layers: list[Any], wanted: bool) -> None:
+    """Let convolution layers hold all columns of the next forward pass instead of the last ones, or not."""
+    for layer in layers:
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            layer.record_past = wanted
 
 
 def is_causal_mask(mask_function: Callable[..., Any], window: int | None) -> bool:

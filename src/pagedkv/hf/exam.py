@@ -26,6 +26,7 @@ from pagedkv.hf.compat import (
     forget_long_texts,
     has_changing_rope,
     longest_text,
+    paged_layers,
     require_cache_argument,
 )
 from pagedkv.hf.direct import DIRECT
@@ -190,7 +191,7 @@ class Exam:
     """The texts of an exam, and the logits that are right for them."""
 
     def __init__(self, model: Any, block_size: int, kv_dtype: Any) -> None:
-        self._model, self._block_size, self._kv_dtype = model, min(block_size, 16), kv_dtype
+        self._model, self._block_size, self._kv_dtype = model, min(block_size, 8), kv_dtype
         self._length = min(LENGTH, longest_text(model.config) or LENGTH)
         vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self._texts = np.random.default_rng(0).integers(0, vocab_size, (3, self._length))
@@ -215,7 +216,7 @@ class Exam:
         config, runner = self._model.config, self._runner(way)
         if way.chunkable and has_changing_rope(config):
             raise InvalidOperation("its rotary frequencies change with the longest text of a batch")
-        if way.mode == "ragged" and not runner.reuses_prefixes:
+        if way.mode == "ragged" and runner.has_states:
             raise InvalidOperation("it has layers that keep a state outside of K and V")
         steps = self._cut_steps() if way.chunkable else self._whole_steps()
         right = self._plain if way.chunkable else self.in_pieces(DynamicCache(config=config))
@@ -235,7 +236,9 @@ class Exam:
         return [{0: self._length - 2}, {0: 1, 1: self._length - 2}, {0: 1, 1: 1}, {1: 1}]
 
     def _runner(self, way: Way) -> ModelRunner:
-        cache = ModelKvCache(3 * -(-self._length // self._block_size), self._block_size, num_layers=0)
+        _, keeps_only_kv = paged_layers("model", self._model.config)
+        num_blocks = 3 * -(-self._length // self._block_size)
+        cache = ModelKvCache(num_blocks, self._block_size, num_layers=0, num_states=0 if keeps_only_kv else 6)
         return ModelRunner(self._model, cache, way.mode, kv_dtype=self._kv_dtype, chunkable=way.chunkable)
 
     def _served(self, runner: ModelRunner, steps: list[Step], right: Tensor) -> tuple[Tensor, Tensor]:

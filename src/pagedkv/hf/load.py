@@ -38,6 +38,7 @@ def load_runner(
     eviction_threshold: float = 0.9,
     batch_invariant: bool = True,
     cuda_graphs: bool = False,
+    num_states: int = 64,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -54,7 +55,7 @@ def load_runner(
     block_size, strategy, eviction_threshold
         As in :class:`pagedkv.PagedKvCache`.
     prefix_caching : bool
-        Whether committed blocks stay findable; for a model with recurrent or convolution layers they never do.
+        Whether committed blocks stay findable.
     kv_dtype : str or torch.dtype, optional
         Of the stored K and V; that of the keys by default. ``"int8"`` and ``"fp8"`` are quantised; the mode is proved
         without.
@@ -66,6 +67,9 @@ def load_runner(
     cuda_graphs : bool
         Whether decode steps are recorded and replayed as CUDA graphs (see docs/gpu.md), in ragged mode. A model that
         cannot be recorded runs without, and the logger says why.
+    num_states : int
+        Slots for the states of recurrent, convolution and linear-attention layers: one for each sequence at a time, the
+        rest for snapshots of them, by which prefixes are reused. None are made where a model has no such layers.
 
     Returns
     -------
@@ -83,6 +87,7 @@ def load_runner(
     if mode not in MODES:
         raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
     require_int("block_size", block_size, 1, 2**31 - 1)
+    require_int("num_states", num_states, 1, 2**31 - 2)
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
@@ -106,9 +111,10 @@ def load_runner(
         strategy=strategy,
         prefix_caching=prefix_caching and proved.reuses_prefixes,
         eviction_threshold=eviction_threshold,
+        num_states=num_states if proved.has_states else 0,
     )
     runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant, passed.way.chunkable)
-    runner.table.follow(proved.table)
+    runner.follow(proved)
     if cuda_graphs and runner.mode == "gather":
         logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
     elif cuda_graphs:

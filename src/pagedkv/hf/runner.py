@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -23,16 +22,17 @@ from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
     LayerStore,
+    StatePart,
     attention_by,
     forget_long_texts,
     has_changing_rope,
-    has_own_state,
     longest_text,
     paged_layer,
     paged_layers,
+    record_past,
     restarts_beyond,
+    state_parts,
     stock_layers,
-    take_back,
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
@@ -128,16 +128,20 @@ class GatherWriter:
         return len(self._all) if layer in self._written else self._past
 
 
-# Recurrent states: what recurrent and convolution layers keep of each sequence, outside of the blocks.
+# Recurrent states: what recurrent, convolution and linear-attention layers keep of each sequence, in slots of the cache.
 
 
 class RecurrentStates:
-    """What the stock cache layers of one model keep besides paged K and V, for each sequence.
+    """What the layers of one model keep besides K and V, in the slots that the books give to sequences.
+
+    The stock layers of transformers work on rows of the slots in place: `load` binds them to a sequence before it goes
+    through the model, `store` notes how far its state is then. What parts a state has shows in the first forward pass.
 
     Parameters
     ----------
     config : PreTrainedConfig
         ``model.config``.
+    cache : ModelKvCache
 
     Attributes
     ----------
@@ -152,68 +156,102 @@ class RecurrentStates:
         If the model has no attention layer, or an encoder.
     """
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
+    def __init__(self, config: Any, cache: ModelKvCache) -> None:
         self.paged, self.is_empty = paged_layers("model", config)
-        self._kept: dict[int, _Kept] = {}
+        self._config, self._cache = config, cache
+        self.layers = stock_layers(config)
+        self.parts: list[StatePart] = []
+        self._writes = itertools.count(1)
+        # By the number of a write in the last forward pass: how many tokens it computed, and all of its columns.
+        self._recent: dict[int, tuple[int, list[Tensor]]] = {}
+        self._new: dict[int, tuple[int, list[Tensor]]] = {}
 
-    def layers(self, seq_id: int, past: int, num_new: int) -> list[Any]:
-        """Return the stock layers of a sequence of `past` tokens, which is about to get `num_new` more.
+    def slots(self, plan: BatchPlan) -> list[int]:
+        """Return the slot of each sequence of a plan whose forward pass begins; none where there are no states."""
+        if self.is_empty:
+            return [-1] * plan.num_sequences
+        self._recent, self._new = self._new, {}
+        slots: list[int] = self._cache.state_slots(plan.seq_ids).tolist()
+        return slots
 
-        Tokens of the last forward pass can be taken back, as far as there is no recurrence.
+    def load(self, slot: int, past: int, num_new: int, seq_id: int) -> list[Any]:
+        """Return the stock layers, bound to the state of a sequence of `past` tokens that gets `num_new` more.
+
+        Tokens of the last forward pass can be taken back, where all states are convolutions'.
 
         Raises
         ------
         InvalidOperation
             If the state is of another number of tokens and cannot be brought back.
         """
-        if self.is_empty or past == 0:
-            kept = _Kept(self.fresh())
-        else:
-            kept = self._kept.get(seq_id) or _Kept([])
-            kept.take_back(kept.seen - past, seq_id)
-        if not self.is_empty:
-            self._kept[seq_id] = kept
-        kept.seen, kept.newest = past + num_new, num_new
-        return kept.layers
+        if self.is_empty:
+            return self.layers
+        states = self._cache.states
+        if not self.parts:
+            self.layers = stock_layers(self._config)
+        elif past and past != states.num_tokens[slot]:
+            self._take_back(slot, past, seq_id)
+        rows = [tensor[slot : slot + 1] for tensor in states.tensors]
+        for part, row in zip(self.parts, rows, strict=True):
+            part.set(self.layers, row, past > 0)
+            if not past:
+                row.zero_()
+        record_past(self.layers, num_new > 1 and self._are_croppable)
+        states.num_tokens[slot] = -1
+        return self.layers
 
-    def fork(self, src: int, dst: int) -> None:
-        """Let `dst` begin with what is kept of `src`."""
-        if src in self._kept:
-            self._kept[dst] = copy.deepcopy(self._kept[src])
+    def store(self, slot: int, past: int, num_new: int) -> None:
+        """Note how many tokens the state of the layers is of now, and write what they do not hold in place."""
+        if self.is_empty:
+            return
+        states, number = self._cache.states, next(self._writes)
+        if not self.parts:
+            self._place(state_parts(self.layers))
+        held = [part.get(self.layers) for part in self.parts]
+        for part, tensor, state in zip(self.parts, states.tensors, held, strict=True):
+            row = tensor[slot : slot + 1]
+            if state.data_ptr() != row.data_ptr():
+                row.copy_(_last_columns(state, row.shape[-1]) if part.name == "conv" else state)
+        if num_new > 1 and self._are_croppable:
+            self._new[number] = (num_new, held)
+        states.num_tokens[slot], states.writes[slot] = past + num_new, number
 
-    def release(self, seq_id: int) -> None:
-        """Forget a sequence."""
-        self._kept.pop(seq_id, None)
+    def follow(self, other: RecurrentStates) -> None:
+        """Make room for the parts, of the same shapes, that `other` has."""
+        self.parts = list(other.parts)
+        for tensor in other._cache.states.tensors:
+            self._cache.states.add(tuple(tensor.shape[1:]), tensor.dtype, tensor.device)
 
-    def fresh(self) -> list[Any]:
-        """Return the stock layers of a sequence without tokens."""
-        layers = stock_layers(self._config)
-        for layer in layers:
-            if hasattr(layer, "activate_past_recording"):
-                layer.activate_past_recording()
-        return layers
+    @property
+    def _are_croppable(self) -> bool:
+        return bool(self.parts) and all(part.name == "conv" for part in self.parts)
 
+    def _place(self, parts: list[StatePart]) -> None:
+        for part in parts:
+            state = part.get(self.layers)
+            width = part.width(self.layers) or state.shape[-1]
+            self._cache.states.add((*state.shape[1:-1], width), state.dtype, state.device)
+        self.parts = parts
 
-@dataclass(slots=True)
-class _Kept:
-    """The layers of one sequence, how many tokens they have seen, and how many of these in the last forward pass."""
-
-    layers: list[Any]
-    seen: int = 0
-    newest: int = 0
-
-    def take_back(self, count: int, seq_id: int) -> None:
-        stateful = [layer for layer in self.layers if has_own_state(layer)]
-        if not 0 <= count <= self.newest or (count and not all(layer.is_croppable for layer in stateful)):
+    def _take_back(self, slot: int, past: int, seq_id: int) -> None:
+        """Bring a state back to `past` tokens: the columns of the last forward pass are still there."""
+        states = self._cache.states
+        seen, (most, recent) = int(states.num_tokens[slot]), self._recent.get(int(states.writes[slot]), (0, []))
+        count = seen - past
+        if not 0 < count <= most:
             raise bad_argument(
                 "plan",
-                f"S{sequence_number(seq_id)} to go on after token {self.seen}",
-                f"{self.seen - count}: what recurrent layers keep cannot be taken back so far; "
-                "free the sequence and compute it anew",
+                f"S{sequence_number(seq_id)} to go on after token {seen}",
+                f"{past}: what recurrent layers keep cannot be taken back so far; free the sequence and compute it anew",
             )
-        for layer in stateful:
-            take_back(layer, count)
+        for tensor, columns in zip(states.tensors, recent, strict=True):
+            tensor[slot : slot + 1] = _last_columns(columns[..., : columns.shape[-1] - count], tensor.shape[-1])
+
+
+def _last_columns(state: Tensor, width: int) -> Tensor:
+    """Return the last `width` columns, with zeros before them where there are fewer."""
+    missing = width - state.shape[-1]
+    return functional.pad(state, (missing, 0)) if missing > 0 else state[..., -width:]
 
 
 # oneDNN: the matrix products of a model's linear layers, while a runner runs the model.
@@ -299,7 +337,10 @@ class ModelRunner:
     max_positions : int or None
         The longest text that the model was made for, in tokens.
     reuses_prefixes : bool
-        Whether all that a layer keeps is in blocks, and holds for longer texts too; if not, prefixes cannot be reused.
+        Whether what layers keep of a text holds for longer texts too; if not, prefixes cannot be reused.
+    has_states : bool
+        Whether layers keep a state of each text besides K and V. A prefix is reused up to a snapshot of it then, and
+        tokens cannot be taken back.
     chunkable : bool
         Whether a text may be computed in pieces of any length. If not, a prompt goes through the model whole, and every
         token behind it alone, as in ``generate()``.
@@ -322,9 +363,10 @@ class ModelRunner:
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
         self.max_positions = longest_text(model.config)
-        self._recurrent = RecurrentStates(model.config)
+        self._recurrent = RecurrentStates(model.config, cache)
+        self.has_states = not self._recurrent.is_empty
         self.chunkable = chunkable and not has_changing_rope(model.config)
-        self.reuses_prefixes = self._recurrent.is_empty and self.chunkable
+        self.reuses_prefixes = self.chunkable
         self.restarts_beyond = restarts_beyond(model)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
@@ -332,7 +374,7 @@ class ModelRunner:
         self._ragged = RaggedWriter(cache, self.table, "cpu_invariant" if batch_invariant and on_cpu else "auto")
         self._gather = GatherWriter(cache, self.table)
         self._linears = OneDnnLinears(model)
-        self._ragged_cache = forward_cache(self._recurrent.fresh(), self._recurrent.paged, self._ragged)
+        self._ragged_cache = forward_cache(self._recurrent.layers, self._recurrent.paged, self._ragged)
         self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
         accepted = inspect.signature(model.forward).parameters
@@ -348,6 +390,11 @@ class ModelRunner:
     def num_recordings(self) -> int:
         """How many kinds of decode steps are replayed from a recording: 0 without CUDA graphs."""
         return 0 if self._graphs is None else len(self._graphs)
+
+    def follow(self, other: ModelRunner) -> None:
+        """Make room for K, V and states of the shapes that another runner of the same model has found."""
+        self.table.follow(other.table)
+        self._recurrent.follow(other._recurrent)
 
     def record_decoding(self, record: Record) -> None:
         """Record decode steps and replay them from now on, in ragged mode.
@@ -403,22 +450,19 @@ class ModelRunner:
         self.streams.measure(sink_tokens, sink_tokens + window_tokens + 1)
 
     def fork(self, src: int, dst: int) -> None:
-        """Go before ``cache.fork(src, dst)`` with what is kept outside of the blocks.
+        """Go before ``cache.fork(src, dst)``.
 
         Raises
         ------
         InvalidOperation
             If `src` streams and has dropped tokens: its keys move, so they cannot be shared.
         """
-        source, target = sequence_key(src), sequence_key(dst)
-        self.streams.refuse_fork(source)
-        self._recurrent.fork(source, target)
+        sequence_key(dst, "dst")
+        self.streams.refuse_fork(sequence_key(src, "src"))
 
     def release(self, seq_id: int) -> None:
         """Follow ``cache.free(seq_id)``: forget what is kept outside of the blocks."""
-        key = sequence_key(seq_id)
-        self._recurrent.release(key)
-        self.streams.release(key)
+        self.streams.release(sequence_key(seq_id))
 
     def _forward_ragged(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         graphs = self._graphs
@@ -442,12 +486,12 @@ class ModelRunner:
 
     def _forward_gather(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         logits = torch.empty(len(rows), self.vocab_size, device=self.model.device)
-        cuts = plan.cu_seqlens_q
+        cuts, slots = plan.cu_seqlens_q, self._recurrent.slots(plan)
         for i, past in enumerate(self._gather.sequences(plan)):
             first, last = int(cuts[i]), int(cuts[i + 1])
             if first == last:
                 continue
-            layers = self._recurrent.layers(int(plan.seq_ids[i]), past, last - first)
+            layers = self._recurrent.load(slots[i], past, last - first, int(plan.seq_ids[i]))
             cache = forward_cache(layers, self._recurrent.paged, self._gather)
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
@@ -455,6 +499,7 @@ class ModelRunner:
             if not self.chunkable:
                 forget_long_texts(self.model)
             logits[torch.from_numpy(chosen)] = self._run(cache, *tensors).float()
+            self._recurrent.store(slots[i], past, last - first)
         return logits
 
     def _run(self, cache: Any, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
