@@ -22,6 +22,12 @@ class TokenCache(BlockManager):
         self.tokens = np.full(self.total_blocks * self.block_size, -1, np.int64)
         self.places = np.full(self.total_blocks * self.block_size, -1, np.int64)
 
+        self.texts: list[list[int]] = [[] for _ in range(self.total_states)]
+
+    def _copy_states(self, copies: Any) -> None:
+        for source, destination in copies.tolist():
+            self.texts[destination] = list(self.texts[source])
+
     def _copy(self, copies: Any) -> None:
         size = self.block_size
         for column in (self.tokens, self.places):
@@ -33,6 +39,7 @@ class FakeRunner:
     """Logits out of the tokens that the blocks hold; it refuses blocks that hold the wrong positions."""
 
     reuses_prefixes = True
+    has_states = False
     chunkable = True
     restarts_beyond: int | None = None
     max_positions: int | None = None
@@ -52,6 +59,8 @@ class FakeRunner:
         cache.places[plan.slot_mapping] = plan.text_positions
         self.computed_tokens += len(token_ids)
         self.batches.append(plan.num_query_tokens.tolist())
+        if self.has_states:
+            self._advance_states(plan, token_ids)
         rows = []
         for place in wanted.tolist():
             i = int(np.searchsorted(plan.cu_seqlens_q, place, side="right")) - 1
@@ -65,6 +74,20 @@ class FakeRunner:
             rows.append(logits_of(cache.tokens[slots]))
         return torch.from_numpy(np.array(rows, np.float32).reshape(-1, VOCAB))
 
+    def _advance_states(self, plan: Any, token_ids: Any) -> None:
+        """Let each state go on with the tokens behind those that it has seen, as the blocks have them, and no others."""
+        cache, cuts = self.cache, plan.cu_seqlens_q
+        for i, slot in enumerate(cache.state_slots(plan.seq_ids).tolist()):
+            first, last = int(cuts[i]), int(cuts[i + 1])
+            past = int(plan.seq_lens[i]) - (last - first) + int(plan.num_dropped[i])
+            text = cache.texts[slot] if past else []
+            assert len(text) == past, "a state of another number of tokens"
+            cache.texts[slot] = text + token_ids[first:last].tolist()
+            if not plan.num_dropped[i]:
+                places = np.arange(plan.seq_lens[i])
+                slots = plan.block_tables[i, places // cache.block_size].astype(np.int64) * cache.block_size
+                assert cache.tokens[slots + places % cache.block_size].tolist() == cache.texts[slot]
+
     def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
         pass
 
@@ -73,6 +96,12 @@ class FakeRunner:
 
     def release(self, seq_id: int) -> None:
         pass
+
+
+class RecurrentRunner(FakeRunner):
+    """One that keeps a state of each text besides what is in blocks."""
+
+    has_states = True
 
 
 def logits_of(tokens: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
-from tests.engine.fakes import FakeRunner, alone, engine, request, run, tokens_of
+from tests.engine.fakes import FakeRunner, RecurrentRunner, alone, engine, request, run, tokens_of
 
 from pagedkv.engine import RequestRefused
 from pagedkv.engine.scheduler import blocks_at_most
@@ -37,7 +37,10 @@ class Load(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = engine(eos_token_ids=[30], **self.options)
+        options = dict(self.options)
+        own = {name: options.pop(name) for name in ("max_batch_tokens", "max_num_seqs") if name in options}
+        runner = (RecurrentRunner if "num_states" in options else FakeRunner)(block_size=4, **options)
+        self.core = engine(eos_token_ids=[30], runner=runner, **own)
         self.given: dict[str, Any] = {}
         self.outputs: dict[str, Any] = {}
         self.aborted: set[str] = set()
@@ -114,6 +117,8 @@ LOADS = {
         "strategy": "longest_first",
     },
     "one token a step": {"num_blocks": 20, "max_batch_tokens": 1, "strategy": "priority:levels=3"},
+    "states": {"num_blocks": 24, "max_batch_tokens": 16, "num_states": 12},
+    "few states": {"num_blocks": 18, "max_batch_tokens": 7, "num_states": 4},
     "tiny": {"num_blocks": 11, "max_batch_tokens": 64},
 }
 

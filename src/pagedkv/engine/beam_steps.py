@@ -70,14 +70,14 @@ def advance_beams(request: Request, logits: Any, scheduler: Scheduler) -> int:
 
 def _descendants(old: list[Sequence], parents: tuple[int, ...], scheduler: Scheduler) -> list[Sequence]:
     """Return a sequence for each parent: the parent itself for its first child, forks for the others."""
+    for place, sequence in enumerate(old):  # first, so that no more sequences live than there are beams
+        if place not in parents:
+            scheduler.drop(sequence)
     taken: set[int] = set()
     new = []
     for index, parent in enumerate(parents):
         new.append(scheduler.fork(old[parent], index) if parent in taken else old[parent])
         taken.add(parent)
-    for place, sequence in enumerate(old):
-        if place not in taken:
-            scheduler.drop(sequence)
     return new
 
 

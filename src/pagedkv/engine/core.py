@@ -45,7 +45,7 @@ class EngineCore:
     max_batch_tokens : int
         Query tokens of a step; texts that are being written take part even beyond that.
     max_num_seqs : int
-        Texts that are written at once.
+        Texts that are written at once; where the model keeps states, at most as many as there are slots for them.
     sampler : optional
         Chooses the tokens; :class:`pagedkv.engine.sampler.Sampler` by default.
 

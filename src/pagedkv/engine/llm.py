@@ -44,6 +44,15 @@ def default_blocks(model: Any, block_size: int, max_num_seqs: int) -> Callable[[
     return count
 
 
+def default_states(model: Any, max_num_seqs: int) -> Callable[[int], int]:
+    """Return a function from the bytes of one state to the number of slots.
+
+    One for each of `max_num_seqs` texts and as many for snapshots, or an eighth of the memory that is free.
+    """
+    device = getattr(model, "device", None)
+    return lambda size: max(2, min(2 * max_num_seqs, free_memory(device) // (2 * SHARE * max(1, size))))
+
+
 def _longest(model: Any) -> int | None:
     if isinstance(model, (str, PathLike)):
         config: Any
@@ -91,6 +100,9 @@ class LLM:
         Of the stored K and V; that of the model by default. ``"int8"`` and ``"fp8"`` are quantised.
     mode : {"auto", "ragged", "gather"}
         How the model is run; see :func:`pagedkv.hf.load_runner`.
+    num_states : int, optional
+        Slots for the states of recurrent layers, as of :func:`pagedkv.hf.load_runner`. By default two for each of
+        ``max_num_seqs`` texts, or an eighth of the memory that is free, if that is less.
     cuda_graphs : bool
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
 
@@ -120,6 +132,7 @@ class LLM:
         eviction_threshold: float = 0.9,
         kv_dtype: Any = None,
         mode: str = "auto",
+        num_states: int | None = None,
         cuda_graphs: bool = False,
     ) -> None:
         if hasattr(model, "forward") and hasattr(model, "cache"):
@@ -136,6 +149,7 @@ class LLM:
                 kv_dtype=kv_dtype,
                 mode=mode,
                 eviction_threshold=eviction_threshold,
+                num_states=default_states(model, max_num_seqs) if num_states is None else num_states,
                 cuda_graphs=cuda_graphs,
             )
         self.tokenizer = _tokenizer_of(model if tokenizer is None else tokenizer)

@@ -227,6 +227,7 @@ class Sequence:
     computed: int = field(init=False, default=0)
     dropped: int = field(init=False, default=0)  # of the computed tokens, those that streaming evicted
     state: SequenceState = field(init=False, default=SequenceState.WAITING)
+    parting: int = field(init=False, default=0)  # where a text that waits parts from it: worth a snapshot
     awaits: tuple[Sequence, int] | None = field(init=False, default=None)  # who computes how many tokens of its prefix
     logprobs: list[Any] = field(init=False, default_factory=list)
     cumulative_logprob: float = field(init=False, default=0.0)

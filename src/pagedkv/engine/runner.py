@@ -21,7 +21,10 @@ class Runner(Protocol):
     max_positions : int or None
         The longest text.
     reuses_prefixes : bool
-        Whether all that the model keeps of a text is in the cache.
+        Whether what the model keeps of a text holds for longer texts too.
+    has_states : bool
+        Whether it keeps a state of each text besides K and V, in a slot of the cache: then a prefix is reused up to a
+        snapshot, which is kept where a step ends at a block boundary, and tokens cannot be taken back.
     chunkable : bool
         Whether a text may be computed in pieces of any length. If not, a prompt goes through the model in one step, and
         every token behind it in a step of its own; no prefixes are reused then.
@@ -43,7 +46,11 @@ class Runner(Protocol):
 
     @property
     def reuses_prefixes(self) -> bool:
-        """Whether all that the model keeps of a text is in the cache."""
+        """Whether what the model keeps of a text holds for longer texts too."""
+
+    @property
+    def has_states(self) -> bool:
+        """Whether the model keeps a state of each text besides K and V."""
 
     @property
     def chunkable(self) -> bool:

@@ -4,7 +4,8 @@ Decoding sequences always take part, one token each. What is left of the token b
 have begun, then those that wait, by priority and arrival. A request is not admitted if its blocks would have to be
 taken from a running one at once, nor while another request is computing a prefix that it can share. A prompt is cut to
 what is left of the budget, unless the model takes prompts whole: such a one waits until it fits, or until no other
-prompt enters in the same step, and may then go beyond the budget.
+prompt enters in the same step, and may then go beyond the budget. Where a model keeps states, a prompt is cut where a
+snapshot of its state is worth keeping: at its last block boundary, and where it parts from other texts.
 
 When running sequences outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
 strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
@@ -183,7 +184,8 @@ class Admission:
         if not alone and self._needed(sequence) + promised > self._cache.free_block_count:
             return 0
         if scheduler.runner.chunkable:
-            tokens = min(self._matched(sequence) + budget, sequence.readable)
+            matched = self._matched(sequence)
+            tokens = matched + piece(sequence, matched, min(budget, sequence.readable - matched), scheduler.runner)
         else:
             tokens = whole_length(sequence, scheduler.runner)
         if request.params.streaming is not None:
@@ -247,6 +249,8 @@ class Admission:
                 continue
             cached = self._matched(sequence) if cached < 0 else cached
             if common > cached:
+                if not other.computed < other.parting < common:
+                    other.parting = common
                 sequence.awaits = (other, common)
                 return True
         return False
@@ -335,7 +339,7 @@ class Scheduler:
     max_batch_tokens : int
         Query tokens of a forward pass; decoding sequences take part even beyond that.
     max_num_seqs : int
-        Sequences that run at once.
+        Sequences that run at once; not more than have a slot for their state.
 
     Attributes
     ----------
@@ -350,6 +354,8 @@ class Scheduler:
     def __init__(self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int) -> None:
         self.runner, self.cache = runner, runner.cache
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
+        if runner.has_states:
+            self.max_num_seqs = min(max_num_seqs, runner.cache.total_states)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -420,6 +426,8 @@ class Scheduler:
             # What is not cut was computed whole when it was admitted; tokens behind it follow one by one.
             most = sequence.readable if self.runner.chunkable else 1
             count = min(most, room, streaming_room(sequence))
+            if count > 1:
+                count = piece(sequence, sequence.computed, count, self.runner)
             if count > 0:
                 chunks.append(ScheduledChunk(sequence, count))
                 room -= count
@@ -429,7 +437,8 @@ class Scheduler:
         request, params = sequence.request, sequence.request.params
         # The token that follows the drafts is chosen in the same pass.
         most = min(params.prompt_lookup, room, request.max_tokens - len(sequence.output_ids) - 1)
-        if most <= 0 or params.streaming or request.num_unforked or not self.runner.reuses_prefixes:
+        runner = self.runner
+        if most <= 0 or params.streaming or request.num_unforked or not runner.chunkable or runner.has_states:
             return NO_DRAFTS
         from pagedkv.engine.prompt_lookup import propose
 
@@ -505,6 +514,19 @@ def streaming_room(sequence: Sequence) -> int:
     """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
     streaming = sequence.request.params.streaming
     return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
+
+
+def piece(sequence: Sequence, start: int, most: int, runner: Runner) -> int:
+    """Return how many of the next `most` tokens from `start` on a step reads: to where a snapshot is worth keeping."""
+    if not runner.has_states or not _shares(sequence) or not shares_prefixes(runner):
+        return most
+    size, end = runner.cache.block_size, start + most
+    shared = runner.cache.match_blocks(sequence.ids, sequence.request.cache_salt)
+    places = (sequence.parting, shared, (sequence.length - 1) // size * size)
+    wanted = [place for place in places if start < place <= end]
+    if not wanted and end < sequence.length and end // size * size > start:
+        wanted = [end // size * size]
+    return min(wanted, default=end) - start
 
 
 def whole_length(sequence: Sequence, runner: Runner) -> int:

@@ -38,7 +38,7 @@ def load_runner(
     eviction_threshold: float = 0.9,
     batch_invariant: bool = True,
     cuda_graphs: bool = False,
-    num_states: int = 64,
+    num_states: int | Callable[[int], int] = 64,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -67,9 +67,10 @@ def load_runner(
     cuda_graphs : bool
         Whether decode steps are recorded and replayed as CUDA graphs (see docs/gpu.md), in ragged mode. A model that
         cannot be recorded runs without, and the logger says why.
-    num_states : int
+    num_states : int, or callable
         Slots for the states of recurrent, convolution and linear-attention layers: one for each sequence at a time, the
-        rest for snapshots of them, by which prefixes are reused. None are made where a model has no such layers.
+        rest for snapshots of them, by which prefixes are reused. A callable is given the bytes of one. None are made
+        where a model has no such layers.
 
     Returns
     -------
@@ -87,7 +88,6 @@ def load_runner(
     if mode not in MODES:
         raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
     require_int("block_size", block_size, 1, 2**31 - 1)
-    require_int("num_states", num_states, 1, 2**31 - 2)
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
@@ -111,7 +111,7 @@ def load_runner(
         strategy=strategy,
         prefix_caching=prefix_caching and proved.reuses_prefixes,
         eviction_threshold=eviction_threshold,
-        num_states=num_states if proved.has_states else 0,
+        num_states=_checked_states(num_states, proved) if proved.has_states else 0,
     )
     runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant, passed.way.chunkable)
     runner.follow(proved)
@@ -120,6 +120,11 @@ def load_runner(
     elif cuda_graphs:
         runner.record_decoding(CudaRecorder(model.device))
     return runner
+
+
+def _checked_states(num_states: int | Callable[[int], int], proved: ModelRunner) -> int:
+    count = num_states(proved.cache.states.slot_memory_bytes) if callable(num_states) else num_states
+    return require_int("num_states", count, 1, 2**31 - 2)
 
 
 def _require_graphs(model: Any, mode: str) -> None:

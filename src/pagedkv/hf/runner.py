@@ -491,7 +491,8 @@ class ModelRunner:
             first, last = int(cuts[i]), int(cuts[i + 1])
             if first == last:
                 continue
-            layers = self._recurrent.load(slots[i], past, last - first, int(plan.seq_ids[i]))
+            seen = past + int(plan.num_dropped[i])  # a state has seen what streaming dropped
+            layers = self._recurrent.load(slots[i], seen, last - first, int(plan.seq_ids[i]))
             cache = forward_cache(layers, self._recurrent.paged, self._gather)
             chosen = (rows >= first) & (rows < last)
             parts = (ids[first:last], positions[first:last], rows[chosen] - first)
@@ -499,7 +500,7 @@ class ModelRunner:
             if not self.chunkable:
                 forget_long_texts(self.model)
             logits[torch.from_numpy(chosen)] = self._run(cache, *tensors).float()
-            self._recurrent.store(slots[i], past, last - first)
+            self._recurrent.store(slots[i], seen, last - first)
         return logits
 
     def _run(self, cache: Any, ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
