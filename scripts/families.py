@@ -8,7 +8,7 @@ is the reference; each cell of the table says whether a way gave the same tokens
 
 - gather: `PagedCache` under `generate()`; warm reuse: a second prompt that begins like the first, by the same cache;
 - direct: attention that reads the blocks in place, ``attn_implementation="pagedkv"``;
-- engine: eight prompts at once; memory for fewer texts than that; prompts in chunks of 16 tokens; drafts looked up in
+- engine: eight prompts at once, and two of them again (reused: of all their tokens, those that were found cached); memory for fewer texts than that; prompts in chunks of 16 tokens; drafts looked up in
   the prompt; beams, against transformers' own.
 
 Each family runs in a process of its own with a limit of time. It exits with 1 where a cell is wrong or crashed.
@@ -214,8 +214,8 @@ class Refused(Exception):
     """A way that says before it writes that it does not take this model."""
 
 
-def ways(family: str) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """Yield each way with a function that tells whether its tokens are those of the stock cache."""
+def ways(family: str) -> Iterator[tuple[str, Callable[[], bool | str]]]:
+    """Yield each way with a function that tells whether its tokens are those of the stock cache, or a number."""
     model = build(family)
     texts = prompts(model)
     with warnings.catch_warnings():
@@ -256,18 +256,23 @@ def through(cache: Any, model: Any, ids: list[int]) -> list[int]:
 
 def engine_ways(
     model: Any, texts: list[list[int]], wanted: list[list[int]]
-) -> Iterator[tuple[str, Callable[[], bool]]]:
+) -> Iterator[tuple[str, Callable[[], bool | str]]]:
     from pagedkv.engine import LLM, SamplingParams
 
     greedy = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "ignore_eos": True}
 
+    reused = ""
+
     def engine(sampling: dict[str, Any], **options: Any) -> bool:
+        nonlocal reused
         llm = LLM(model, **{"num_blocks": 512, "block_size": BLOCK} | options)
         outputs = llm.generate(texts, SamplingParams(**greedy | sampling))
         again = llm.generate(texts[:2], SamplingParams(**greedy | sampling))
         written = [
             (i, texts[i] + list(done[i].outputs[0].token_ids)) for done in (outputs, again) for i in range(len(done))
         ]
+        stats = llm.stats()
+        reused = reused or f"{stats.prefix_hits} of {stats.prompt_tokens}"
         return all(is_right(model, texts[i], got, wanted[i]) for i, got in written)
 
     def beams() -> bool:
@@ -278,13 +283,14 @@ def engine_ways(
         return got == plain(model, ids, **options) or got == plain(model, ids, use_cache=False, **options)
 
     yield "engine", lambda: engine({})
+    yield "reused", lambda: reused
     yield "tight memory", lambda: engine({}, num_blocks=40)
     yield "chunks", lambda: engine({}, max_batch_tokens=16)
     yield "lookup", lambda: engine({"prompt_lookup": 3})
     yield "beams", beams
 
 
-COLUMNS = ("gather", "warm reuse", "direct", "engine", "tight memory", "chunks", "lookup", "beams")
+COLUMNS = ("gather", "warm reuse", "direct", "engine", "reused", "tight memory", "chunks", "lookup", "beams")
 
 
 def sit(family: str) -> dict[str, str]:
@@ -293,7 +299,8 @@ def sit(family: str) -> dict[str, str]:
     try:
         for name, check in ways(family):
             try:
-                found[name] = "equal" if check() else "wrong"
+                told = check()
+                found[name] = told if isinstance(told, str) else "equal" if told else "wrong"
             except (PagedKvError, Refused) as refusal:
                 found[name] = "refused: " + _line(refusal)
             except Exception as error:
@@ -378,7 +385,7 @@ def summary(found: dict[str, str]) -> str:
 
 def totals(rows: dict[str, dict[str, str]]) -> str:
     built = {family: found for family, found in rows.items() if "build" not in found}
-    cells = Counter(cell.split(":")[0] for found in built.values() for cell in found.values())
+    cells = Counter(cell.split(":")[0] for found in built.values() for name, cell in found.items() if name != "reused")
     served = sum(found.get("engine") == "equal" for found in built.values())
     return f"{len(rows)} families, {len(built)} built, {served} served by the engine; cells: " + ", ".join(
         f"{cells[kind]} {kind}" for kind in ("equal", "refused", "wrong", "crashed")
@@ -404,7 +411,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         f"{transformers.__version__}: every model type that it registers for causal language modelling, made small",
         "from its config, with random weights, in float32, greedy. `=`: the tokens of `generate()` with the stock",
         "cache (or, where that gives another text than the model without a cache, of either); `no`: refused before the",
-        "first token, for the reason of that number. A model type whose weights stay large is not built.",
+        "first token, for the reason of that number; reused: tokens of the engine's prompts that were found cached. A model type whose weights stay large is not built.",
         "",
         totals(rows) + ".",
         "",
@@ -412,7 +419,9 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "| --- |" + " --- |" * len(COLUMNS),
     ]
     lines += [
-        f"| {family} | " + " | ".join(shown(found.get(name)) for name in COLUMNS) + " |"
+        f"| {family} | "
+        + " | ".join(found.get(name, "") if name == "reused" else shown(found.get(name)) for name in COLUMNS)
+        + " |"
         for family, found in built.items()
     ]
     lines += ["", "## Why a cell says no", ""] + [f"{number}. {reason}" for reason, number in reasons.items()]

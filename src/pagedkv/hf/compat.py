@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FunctionType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "LayerStore",
+    "ModuleState",
     "PagedLayer",
     "StatePart",
     "attention_by",
@@ -46,6 +47,7 @@ __all__ = [
     "has_changing_rope",
     "is_causal_mask",
     "longest_text",
+    "module_states",
     "paged_layer",
     "paged_layers",
     "record_past",
@@ -323,6 +325,40 @@ class StatePart:
         if self.name == "conv":
             layer.conv_kernel_size[self.number] = state.shape[-1]
             layer.has_previous_state[self.number] = has_past
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleState:
+    """A tensor ``[1, …]`` of the state of a text that a module of the model keeps as an attribute of itself."""
+
+    module: Any
+    attribute: str
+    name: ClassVar[str] = "module"
+
+    def get(self, layers: list[Any]) -> Tensor:
+        """Return what the module holds."""
+        held: Tensor = getattr(self.module, self.attribute)
+        return held
+
+    def width(self, layers: list[Any]) -> int:
+        """Return 0: all of it is kept."""
+        return 0
+
+    def set(self, layers: list[Any], state: Tensor | None, has_past: bool) -> None:
+        """Let the module hold `state`, or nothing without a past."""
+        setattr(self.module, self.attribute, state if has_past else None)
+
+
+def module_states(model: Any) -> list[ModuleState]:
+    """Return where modules of a model keep the state of a text in themselves, as RecurrentGemma's do."""
+    if not getattr(model, "_is_stateful", False):
+        return []
+    return [
+        ModuleState(module, name)
+        for module in model.modules()
+        for name, held in vars(module).items()
+        if "state" in name and (held is None or isinstance(held, Tensor))
+    ]
 
 
 def state_parts(layers: list[Any]) -> list[StatePart]:

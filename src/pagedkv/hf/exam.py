@@ -26,6 +26,7 @@ from pagedkv.hf.compat import (
     forget_long_texts,
     has_changing_rope,
     longest_text,
+    module_states,
     paged_layers,
     require_cache_argument,
 )
@@ -237,8 +238,9 @@ class Exam:
 
     def _runner(self, way: Way) -> ModelRunner:
         _, keeps_only_kv = paged_layers("model", self._model.config)
+        has_states = not keeps_only_kv or bool(module_states(self._model))
         num_blocks = 3 * -(-self._length // self._block_size)
-        cache = ModelKvCache(num_blocks, self._block_size, num_layers=0, num_states=0 if keeps_only_kv else 6)
+        cache = ModelKvCache(num_blocks, self._block_size, num_layers=0, num_states=6 if has_states else 0)
         return ModelRunner(self._model, cache, way.mode, kv_dtype=self._kv_dtype, chunkable=way.chunkable)
 
     def _served(self, runner: ModelRunner, steps: list[Step], right: Tensor) -> tuple[Tensor, Tensor]:

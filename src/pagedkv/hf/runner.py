@@ -22,11 +22,13 @@ from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
     LayerStore,
+    ModuleState,
     StatePart,
     attention_by,
     forget_long_texts,
     has_changing_rope,
     longest_text,
+    module_states,
     paged_layer,
     paged_layers,
     record_past,
@@ -139,8 +141,7 @@ class RecurrentStates:
 
     Parameters
     ----------
-    config : PreTrainedConfig
-        ``model.config``.
+    model : PreTrainedModel
     cache : ModelKvCache
 
     Attributes
@@ -156,11 +157,13 @@ class RecurrentStates:
         If the model has no attention layer, or an encoder.
     """
 
-    def __init__(self, config: Any, cache: ModelKvCache) -> None:
-        self.paged, self.is_empty = paged_layers("model", config)
-        self._config, self._cache = config, cache
-        self.layers = stock_layers(config)
-        self.parts: list[StatePart] = []
+    def __init__(self, model: Any, cache: ModelKvCache) -> None:
+        self.paged, keeps_only_kv = paged_layers("model", model.config)
+        self._modules = module_states(model)
+        self.is_empty = keeps_only_kv and not self._modules
+        self._config, self._cache = model.config, cache
+        self.layers = stock_layers(model.config)
+        self.parts: list[StatePart | ModuleState] = []
         self._writes = itertools.count(1)
         # By the number of a write in the last forward pass: how many tokens it computed, and all of its columns.
         self._recent: dict[int, tuple[int, list[Tensor]]] = {}
@@ -189,6 +192,8 @@ class RecurrentStates:
         states = self._cache.states
         if not self.parts:
             self.layers = stock_layers(self._config)
+            for module in self._modules:
+                module.set(self.layers, None, False)
         elif past and past != states.num_tokens[slot]:
             self._take_back(slot, past, seq_id)
         rows = [tensor[slot : slot + 1] for tensor in states.tensors]
@@ -206,7 +211,8 @@ class RecurrentStates:
             return
         states, number = self._cache.states, next(self._writes)
         if not self.parts:
-            self._place(state_parts(self.layers))
+            modules = [module for module in self._modules if module.get(self.layers) is not None]
+            self._place([*state_parts(self.layers), *modules])
         held = [part.get(self.layers) for part in self.parts]
         for part, tensor, state in zip(self.parts, states.tensors, held, strict=True):
             row = tensor[slot : slot + 1]
@@ -226,7 +232,7 @@ class RecurrentStates:
     def _are_croppable(self) -> bool:
         return bool(self.parts) and all(part.name == "conv" for part in self.parts)
 
-    def _place(self, parts: list[StatePart]) -> None:
+    def _place(self, parts: list[StatePart | ModuleState]) -> None:
         for part in parts:
             state = part.get(self.layers)
             width = part.width(self.layers) or state.shape[-1]
@@ -363,7 +369,7 @@ class ModelRunner:
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
         self.max_positions = longest_text(model.config)
-        self._recurrent = RecurrentStates(model.config, cache)
+        self._recurrent = RecurrentStates(model, cache)
         self.has_states = not self._recurrent.is_empty
         self.chunkable = chunkable and not has_changing_rope(model.config)
         self.reuses_prefixes = self.chunkable
