@@ -8,8 +8,9 @@ is the reference; each cell of the table says whether a way gave the same tokens
 
 - gather: `PagedCache` under `generate()`; warm reuse: a second prompt that begins like the first, by the same cache;
 - direct: attention that reads the blocks in place, ``attn_implementation="pagedkv"``;
-- engine: eight prompts at once, and two of them again (reused: of all their tokens, those that were found cached); memory for fewer texts than that; prompts in chunks of 16 tokens; drafts looked up in
-  the prompt; beams, against transformers' own.
+- engine: eight prompts at once, and two of them again (reused: how many of their tokens were found cached); memory
+  for fewer texts than that; prompts in chunks of 16 tokens; drafts looked up in the prompt; beams, against
+  transformers' own.
 
 Each family runs in a process of its own with a limit of time. It exits with 1 where a cell is wrong or crashed.
 """
@@ -411,7 +412,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         f"{transformers.__version__}: every model type that it registers for causal language modelling, made small",
         "from its config, with random weights, in float32, greedy. `=`: the tokens of `generate()` with the stock",
         "cache (or, where that gives another text than the model without a cache, of either); `no`: refused before the",
-        "first token, for the reason of that number; reused: tokens of the engine's prompts that were found cached. A model type whose weights stay large is not built.",
+        "first token, for the reason of that number; reused: tokens of the engine's prompts that were found cached.",
+        "A model type whose weights stay large is not built.",
         "",
         totals(rows) + ".",
         "",

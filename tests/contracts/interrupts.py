@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tests.states import snapshot_texts, state_of
 
 import pagedkv
 from pagedkv import AllBlocksCleared, BlockManager, BlockRemoved, BlockStored, PagedKvCache
@@ -82,6 +83,10 @@ class Case:
             options = {**options, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
         self.cache = kind(**{"num_blocks": 16, "block_size": 2, **options})
         self.pool = np.full(16 * 2, -1)  # what somebody keeps who obeys the plans of a BlockManager
+        self.states = torch.zeros(self.cache.total_states, 1, dtype=torch.float64)
+        if kind is PagedKvCache and self.cache.total_states:
+            self.cache.states.add((1,), torch.float64, "cpu")
+            self.states = self.cache.states.tensors[0]
         self.cache._state.counters[0].seed = 1
         self.cache.subscribe(self.mirror.hear)
         prepare(self)
@@ -105,11 +110,37 @@ class Case:
         if isinstance(self.cache, PagedKvCache):
             rows = torch.tensor(values, dtype=torch.float32).reshape(-1, 1, 1).expand(-1, 1, 2)
             self.cache.write(0, rows, rows, plan)
+        if self.cache.total_states:
+            self.obey_states()
+            for seq_id in plan.seq_ids.tolist():
+                self.states[self.cache.state_slots([seq_id])] = state_of(self.text(seq_id))
+
+    def text(self, seq_id: int) -> list[int]:
+        info = self.cache.get_sequence(seq_id)
+        plan = self.cache.plan([seq_id], info.num_tokens)
+        self.obey(plan)
+        return self.cache._state.contents[plan.slot_mapping].tolist()
+
+    def obey_states(self) -> None:
+        for source, destination in self.cache.take_state_copies().tolist():
+            self.states[destination] = self.states[source]
+
+    def require_states(self) -> None:
+        """Check every snapshot against its text, and every state of a text whose tokens are all committed."""
+        self.obey_states()
+        for slot, text, salt in snapshot_texts(self.cache):
+            assert not salt and float(self.states[slot]) == state_of(text)
+        for seq_id in self.cache.sequence_ids:
+            info = self.cache.get_sequence(seq_id)
+            done = state_of(self.text(seq_id)[: info.num_cached_tokens]), state_of(self.text(seq_id))
+            held = float(self.states[self.cache.state_slots([seq_id])[0]])
+            assert held in done or not info.num_committed_tokens
 
     def state(self) -> tuple:
         """Everything that a caller can see."""
         snap = self.cache.snapshot()
         books = [getattr(snap, name).tolist() for name in ("ref_count", "cached", "pinned", "indexed", "num_tokens")]
+        books.append([self.cache.used_state_count, self.cache.cached_state_count])
         return *books, snap.sequences, snap.stats, snap.tick, self.cache.num_sequences
 
     def require_whole(self) -> None:
@@ -122,6 +153,8 @@ class Case:
         for block, (parent, ids, _) in self.mirror.blocks.items():
             assert state.contents[2 * block : 2 * block + 2].tolist() == list(ids)
             assert (int(state.blocks[block].parent) if parent is not None else None) == parent
+        if self.cache.total_states:
+            self.require_states()
         live = self.cache.sequence_ids
         if live:
             self.obey(self.cache.plan(live, 0))
@@ -199,6 +232,21 @@ def streaming(case: Case) -> None:
     case.cache.append(5, [3])
 
 
+def states(case: Case) -> None:
+    """Two texts with states, snapshots at two block boundaries of a third, and one slot that is free."""
+    case.fill(1, [1, 2, 3, 4])
+    case.cache.append(1, [5, 8])
+    case.write(case.cache.plan([1], 2), [1, 2, 3, 4, 5, 8])
+    case.cache.commit(1)
+    case.fill(2, [1, 2, 3, 4, 9, 9, 9])
+
+
+def few_states(case: Case) -> None:
+    """As many texts as there are slots."""
+    for seq_id in range(1, 5):
+        case.fill(seq_id, [seq_id] * 3)
+
+
 HITS = [1, 2, 3, 4, 5, 8, 8]
 CALLS: dict[str, tuple[dict, Callable, Callable]] = {
     "allocate": ({}, two_texts, lambda case: case.cache.allocate(9, HITS)),
@@ -216,6 +264,23 @@ CALLS: dict[str, tuple[dict, Callable, Callable]] = {
         crowded,
         lambda case: case.cache.allocate(9, [20, 1, 2, 4] + [3] * 8),
     ),
+    "allocate_with_state": ({"num_states": 5}, states, lambda case: case.cache.allocate(9, HITS)),
+    "allocate_takes_over_a_snapshot": ({"num_states": 4}, states, lambda case: case.cache.allocate(9, HITS)),
+    "allocate_evicts_for_a_state": (
+        {"num_states": 4, "on_full": "evict"},
+        few_states,
+        lambda case: case.cache.allocate(9, HITS),
+    ),
+    "commit_with_state": (
+        {"num_states": 6},
+        lambda case: (states(case), case.fill(9, [1, 2, 3, 4, 7, 7], False)),
+        lambda case: case.cache.commit(9),
+    ),
+    "fork_with_state": ({"num_states": 5}, states, lambda case: case.cache.fork(2, 9)),
+    "free_with_state": ({"num_states": 5}, states, lambda case: case.cache.free(2)),
+    "clear_prefix_cache_with_states": ({"num_states": 5}, states, lambda case: case.cache.clear_prefix_cache()),
+    "state_slots": ({"num_states": 5}, states, lambda case: case.cache.state_slots([1, 2])),
+    "match_blocks": ({"num_states": 5}, states, lambda case: case.cache.match_blocks(HITS)),
     "append": ({}, two_texts, lambda case: case.cache.append(5, [3, 3, 3])),
     "append_evicts": ({"on_full": "evict"}, full, lambda case: case.cache.append(5, [3, 3, 3, 3])),
     "append_batch": ({}, two_texts, lambda case: case.cache.append_batch([1, 5, 2], [[3], [4, 4], [5]])),
@@ -292,7 +357,8 @@ def require_whole_or_not_at_all(kind: type[BlockManager], name: str, step: int =
         case.require_whole()
         state = case.state()
         assert state in (before, after_state), f"{name} is half done when it is interrupted before line event {line}"
-        if case.cache.free_block_count >= 2:  # and it goes on
+        has_slot = case.cache.free_state_count > 0 or not case.cache.total_states
+        if case.cache.free_block_count >= 2 and has_slot:  # and it goes on
             case.fill(77, [1, 2, 3])
             case.require_whole()
         line += step

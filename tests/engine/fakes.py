@@ -75,7 +75,7 @@ class FakeRunner:
         return torch.from_numpy(np.array(rows, np.float32).reshape(-1, VOCAB))
 
     def _advance_states(self, plan: Any, token_ids: Any) -> None:
-        """Let each state go on with the tokens behind those that it has seen, as the blocks have them, and no others."""
+        """Let each state go on with the tokens behind those that it has seen, as the blocks have them."""
         cache, cuts = self.cache, plan.cu_seqlens_q
         for i, slot in enumerate(cache.state_slots(plan.seq_ids).tolist()):
             first, last = int(cuts[i]), int(cuts[i + 1])

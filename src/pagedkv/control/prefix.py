@@ -93,9 +93,7 @@ def best_partial_child(
 
 
 @inlined
-def walk(
-    state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]
-) -> tuple[int, int]:
+def walk(state: State, namespace: int, ids: npt.NDArray[np.int64], out: npt.NDArray[np.int32]) -> tuple[int, int]:
     """Walk down the trie along `ids`, leaving the last token to compute (unless `whole_hits` are counted).
 
     Writes the blocks found to `out`; returns how many, and the trie node where the walk ended.

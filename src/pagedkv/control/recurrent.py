@@ -39,7 +39,7 @@ def lacks_slot(state: State) -> bool:
 def count_available_slots(state: State) -> int:
     """Return how many sequences could have a slot now: free ones, and snapshots that would be given up."""
     state = borrowed(state)
-    count = len(state.states) - state.counters[0].states_used
+    count: int = len(state.states) - state.counters[0].states_used
     for slot in range(len(state.states)):
         record = state.states[slot]
         if record.block != 0 and state.blocks[record.block - 1].pins > 0:
@@ -68,7 +68,7 @@ def _take_slot(state: State) -> int:
     """Return a slot that is nobody's, or -1."""
     counters = state.counters[0]
     if counters.free_state != 0:
-        slot = counters.free_state - 1
+        slot: int = counters.free_state - 1
         counters.free_state = state.states[slot].next
         return slot
     slot = oldest_snapshot(state)
@@ -89,7 +89,8 @@ def _note_copy(state: State, source: int, destination: int) -> None:
 @inlined
 def snapshot_of(state: State, block: int) -> int:
     """Return the slot of a block's snapshot, or -1."""
-    return state.block_states[block] - 1
+    slot: int = state.block_states[block] - 1
+    return slot
 
 
 @inlined

@@ -224,7 +224,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class IndexedPagedLayer(PagedLayer):  # type: ignore[no-untyped-call]
-    """A layer of sparse attention, whose indexer has keys of its own: they are in blocks, too, as a layer of its own."""
+    """A layer of sparse attention, whose indexer has keys of its own: they are in blocks as a further layer."""
 
     indexer_position_ids: Tensor | None = None
 

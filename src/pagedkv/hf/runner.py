@@ -130,7 +130,7 @@ class GatherWriter:
         return len(self._all) if layer in self._written else self._past
 
 
-# Recurrent states: what recurrent, convolution and linear-attention layers keep of each sequence, in slots of the cache.
+# Recurrent states: what recurrent, convolution and linear-attention layers keep of each text, in slots of the cache.
 
 
 class RecurrentStates:
@@ -248,7 +248,8 @@ class RecurrentStates:
             raise bad_argument(
                 "plan",
                 f"S{sequence_number(seq_id)} to go on after token {seen}",
-                f"{past}: what recurrent layers keep cannot be taken back so far; free the sequence and compute it anew",
+                f"{past}: what recurrent layers keep cannot be taken back so far; "
+                "free the sequence and compute it anew",
             )
         for tensor, columns in zip(states.tensors, recent, strict=True):
             tensor[slot : slot + 1] = _last_columns(columns[..., : columns.shape[-1] - count], tensor.shape[-1])
