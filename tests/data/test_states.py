@@ -20,6 +20,15 @@ def test_the_last_of_several_copies_to_one_slot_counts():
     assert states.num_tokens.tolist() == states.writes.tolist() == [0, 1, 1, 1]
 
 
+def test_a_slot_that_is_given_anew_is_of_no_text():
+    cache = PagedKvCache(8, 4, 1, 2, num_states=1)
+    cache.allocate(1, 5)
+    cache.states.num_tokens[cache.state_slots([1])] = 5
+    cache.free(1)
+    cache.allocate(1, 5)
+    assert cache.states.num_tokens[cache.state_slots([1])] == 0
+
+
 def test_a_state_has_parts_of_their_own_types():
     states = StateStorage(3)
     assert states.add((2, 5), torch.bfloat16, "cpu") == 0

@@ -26,7 +26,7 @@ class TokenCache(BlockManager):
 
     def _copy_states(self, copies: Any) -> None:
         for source, destination in copies.tolist():
-            self.texts[destination] = list(self.texts[source])
+            self.texts[destination] = list(self.texts[source]) if source != destination else []
 
     def _copy(self, copies: Any) -> None:
         size = self.block_size
@@ -77,10 +77,10 @@ class FakeRunner:
     def _advance_states(self, plan: Any, token_ids: Any) -> None:
         """Let each state go on with the tokens behind those that it has seen, as the blocks have them."""
         cache, cuts = self.cache, plan.cu_seqlens_q
-        for i, slot in enumerate(cache.state_slots(plan.seq_ids).tolist()):
+        for i, slot in enumerate(cache.state_slots(plan).tolist()):
             first, last = int(cuts[i]), int(cuts[i + 1])
             past = int(plan.seq_lens[i]) - (last - first) + int(plan.num_dropped[i])
-            text = cache.texts[slot] if past else []
+            text = cache.texts[slot]
             assert len(text) == past, "a state of another number of tokens"
             cache.texts[slot] = text + token_ids[first:last].tolist()
             if not plan.num_dropped[i]:

@@ -28,6 +28,7 @@ SERVED = {  # mode, and whether prompts are cut
     "glm_moe_dsa": ("gather", False),
     "falcon_h1": ("gather", True),
     "zamba2": ("gather", True),
+    "recurrent_gemma": ("gather", False),
 }
 PECULIAR = [name for name in SERVED if name != "llama"]
 
@@ -59,7 +60,8 @@ def expected(name: str) -> list[list[int]]:
 def test_the_exam_finds_the_way(name):
     runner = load_runner(build(name), num_blocks=8)
     assert (runner.mode, runner.chunkable) == SERVED[name]
-    assert runner.reuses_prefixes == (name in ("llama", "llama4_tuned"))
+    assert runner.reuses_prefixes == runner.chunkable
+    assert runner.has_states == (name in ("falcon_h1", "zamba2", "jamba", "recurrent_gemma"))
 
 
 @pytest.mark.parametrize(("blocks", "budget"), [(200, 16), (30, 16), (200, 512)])
@@ -108,7 +110,6 @@ def test_a_failed_proof_is_never_served():
     ("name", "reason"),
     [
         ("minimax", "MiniMax uses cache of its own"),
-        ("recurrent_gemma", "layers.0.temporal_block keeps conv1d_state of the text in itself"),
         ("deepseek_v4", "layers keep DeepseekV4HCACache"),
         ("both_ways", "use_bidirectional_attention=True: its tokens see later ones"),
     ],

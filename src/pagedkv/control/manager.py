@@ -547,8 +547,8 @@ class BlockManager:
                 return 0
             return int(sequences.count_stored(self._state.packed, namespace, ids))
 
-    def state_slots(self, seq_ids: Any) -> npt.NDArray[np.int32]:
-        """Return the slots of the states of some sequences, int32 ``[n]``.
+    def state_slots(self, plan_or_seq_ids: Any) -> npt.NDArray[np.int32]:
+        """Return the slots of the states of the sequences of a plan, or of these ids, int32 ``[n]``.
 
         Raises
         ------
@@ -556,7 +556,8 @@ class BlockManager:
         InvalidOperation
             If there are none, as ``num_states`` is 0.
         """
-        keys = sequence_keys(seq_ids, self._wide_ids)
+        given = plan_or_seq_ids
+        keys = given.seq_ids if isinstance(given, BatchPlan) else sequence_keys(given, self._wide_ids)
         if not self.total_states:
             raise bad_argument("num_states", "at least 1, for states", "0")
         with self._lock:
@@ -998,8 +999,8 @@ class BlockManager:
         """Copy K and V; if this is interrupted, it is done again from the start."""
 
     def _copy_states(self, copies: Copies) -> None:
-        """Copy states; if this is interrupted, it is done again from the start."""
-        self._state_copies += map(tuple, copies.tolist())
+        """Copy states, or empty those that are copied to themselves; if this is interrupted, it is done again."""
+        self._state_copies += [(source, slot) for source, slot in copies.tolist() if source != slot]
 
     def _planned(self, keys: Any, wide: Any, narrow: Any, width: int, tick: int) -> BatchPlan:
         """Return the plan, and with it the copies that were noted: they are handed out once."""

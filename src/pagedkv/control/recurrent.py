@@ -104,8 +104,8 @@ def give_slot(state: State, row: int, source: int) -> None:
     slot = _take_slot(state)
     state.sequence_states[row] = slot + 1
     state.counters[0].states_used += 1
-    if source >= 0 and source != slot:
-        _note_copy(state, source, slot)
+    if source != slot:
+        _note_copy(state, source if source >= 0 else slot, slot)
 
 
 @inlined

@@ -22,7 +22,7 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``states``         one record per slot for a recurrent state (`recurrent`); this and the next three may be empty
 ``block_states``   the slot of the snapshot of every block
 ``sequence_states``  the slot of every sequence
-``state_copies``   slots (source, destination) whose states are still to be copied
+``state_copies``   slots (source, destination) whose states are still to be copied; one to itself is to be emptied
 ``memory``         one record of scalars that the strategy in force remembers
 ``prefix_hashes``  per block a hash of its content and of all before it, where the strategy asks for it (`ghosts`)
 ``ghosts``         the last blocks that S3-FIFO evicted from probation

@@ -72,10 +72,16 @@ class StateStorage:
         return len(self.tensors) - 1
 
     def copy(self, copies: npt.NDArray[np.int32]) -> None:
-        """Copy states, ``[k, 2]`` of slots (source, destination), one after the other; no source is a destination."""
+        """Copy states, ``[k, 2]`` of slots (source, destination), one after the other; one to itself is emptied.
+
+        No other source is a destination.
+        """
         last = {destination: source for source, destination in copies.tolist()}
+        empty = [slot for slot, source in last.items() if source == slot]
+        self.num_tokens[empty] = self.writes[empty] = 0
+        last = {destination: source for destination, source in last.items() if source != destination}
         sources, destinations = list(last.values()), list(last)
-        for tensor in self.tensors:
+        for tensor in self.tensors if last else ():
             where = torch.tensor(destinations, device=tensor.device)
             tensor.index_copy_(0, where, tensor.index_select(0, torch.tensor(sources, device=tensor.device)))
         for column in (self.num_tokens, self.writes):

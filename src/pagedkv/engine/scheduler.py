@@ -185,6 +185,8 @@ class Admission:
             return 0
         if scheduler.runner.chunkable:
             matched = self._matched(sequence)
+            if scheduler.runner.has_states and self._shares_prefixes:
+                sequence.parting = self._parting(sequence, matched)
             tokens = matched + piece(sequence, matched, min(budget, sequence.readable - matched), scheduler.runner)
         else:
             tokens = whole_length(sequence, scheduler.runner)
@@ -240,11 +242,11 @@ class Admission:
             sequence.awaits = None
         if not self._shares_prefixes or not _shares(sequence):
             return False
-        size, cached = self._cache.block_size, -1
+        cached = -1
         for other in self._scheduler.running:
-            if other.pending <= 1 or other.request.cache_salt != sequence.request.cache_salt or not _shares(other):
+            if other.pending <= 1:
                 continue
-            common = min(_common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
+            common = self._common_blocks(sequence, other)
             if common <= other.computed:
                 continue
             cached = self._matched(sequence) if cached < 0 else cached
@@ -254,6 +256,19 @@ class Admission:
                 sequence.awaits = (other, common)
                 return True
         return False
+
+    def _common_blocks(self, sequence: Sequence, other: Sequence) -> int:
+        """Return how many tokens of whole blocks a sequence could share with another."""
+        if other.request.cache_salt != sequence.request.cache_salt or not _shares(other):
+            return 0
+        size = self._cache.block_size
+        return min(_common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
+
+    def _parting(self, sequence: Sequence, start: int) -> int:
+        """Return where the next text that waits parts from one that enters: worth a snapshot; 0 if none does."""
+        others = self._scheduler.waiting[:MOST_COMPARED]
+        partings = (self._common_blocks(other, sequence) for other in others if other is not sequence)
+        return min((parting for parting in partings if parting > start), default=0)
 
 
 def _shares(sequence: Sequence) -> bool:
@@ -326,6 +341,9 @@ def _refuse_what_would_be_cut(request: Request, runner: Runner) -> None:
             f"beams of {longest} tokens: the model begins anew beyond {limit}, where beams cannot follow"
         )
 
+
+MOST_COMPARED = 16
+"""Waiting texts that one which enters is compared with."""
 
 NEWEST_SEQ_ID = 2**62
 

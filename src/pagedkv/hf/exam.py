@@ -116,8 +116,7 @@ def _first_right(model: Any, mode: str, exam: Exam) -> Passed:
             failure, reasons[way] = error, str(error).removeprefix("Invalid operation: ") or repr(error)
     if mode == "ragged":
         raise InvalidOperation(f"mode: 'ragged' is not for {type(model).__name__}: {reasons[way]}") from failure
-    reason = _kept_by_modules(model) or reasons[way]
-    raise InvalidOperation(f"model: no cache is right for {type(model).__name__}: {reason}") from failure
+    raise InvalidOperation(f"model: no cache is right for {type(model).__name__}: {reasons[way]}") from failure
 
 
 @contextmanager
@@ -135,15 +134,6 @@ def narrowed(model: Any) -> Iterator[None]:
     finally:
         for owner, name, length in kept:
             setattr(owner, name, length)
-
-
-def _kept_by_modules(model: Any) -> str:
-    """Say which module keeps a state of the text itself, if one does: there can be only one text then."""
-    for name, module in model.named_modules():
-        for attribute, given in vars(module).items():
-            if "state" in attribute and isinstance(given, Tensor):
-                return f"{name} keeps {attribute} of the text in itself, so texts cannot take turns"
-    return ""
 
 
 _CACHE_EXAMS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()

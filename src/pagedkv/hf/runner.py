@@ -174,7 +174,7 @@ class RecurrentStates:
         if self.is_empty:
             return [-1] * plan.num_sequences
         self._recent, self._new = self._new, {}
-        slots: list[int] = self._cache.state_slots(plan.seq_ids).tolist()
+        slots: list[int] = self._cache.state_slots(plan).tolist()
         return slots
 
     def load(self, slot: int, past: int, num_new: int, seq_id: int) -> list[Any]:
