@@ -40,6 +40,7 @@ class FakeRunner:
 
     reuses_prefixes = True
     has_states = False
+    window: int | None = None
     chunkable = True
     restarts_beyond: int | None = None
     max_positions: int | None = None

@@ -111,7 +111,7 @@ class EngineCore:
         prepare(request, self.runner)
         if request.params.stop and self.tokenizer is None:
             raise bad_argument("stop", "no strings, as the engine has no tokenizer")
-        refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs)
+        refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs, self.scheduler.max_batch_tokens)
         if request.params.streaming is not None:
             self.runner.require_streaming(*request.params.streaming)
         request.number = next(self._numbers)

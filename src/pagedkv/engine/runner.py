@@ -25,6 +25,8 @@ class Runner(Protocol):
     has_states : bool
         Whether it keeps a state of each text besides K and V, in a slot of the cache: then a prefix is reused up to a
         snapshot, which is kept where a step ends at a block boundary, and tokens cannot be taken back.
+    window : int or None
+        How many tokens a token sees at most, itself included, where no layer sees more.
     chunkable : bool
         Whether a text may be computed in pieces of any length. If not, a prompt goes through the model in one step, and
         every token behind it in a step of its own; no prefixes are reused then.
@@ -51,6 +53,10 @@ class Runner(Protocol):
     @property
     def has_states(self) -> bool:
         """Whether the model keeps a state of each text besides K and V."""
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens a token sees at most, itself included."""
 
     @property
     def chunkable(self) -> bool:

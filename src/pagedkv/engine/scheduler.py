@@ -7,13 +7,15 @@ what is left of the budget, unless the model takes prompts whole: such a one wai
 prompt enters in the same step, and may then go beyond the budget. Where a model keeps states, a prompt is cut where a
 snapshot of its state is worth keeping: at its last block boundary, and where it parts from other texts.
 
-When running sequences outgrow the pool, one is preempted: of those with the lowest priority the one that the cache's
+When running sequences outgrow the pool, they give back what no layer of the model can see any more, where all have a
+sliding window. If that is not enough, one is preempted: of those with the lowest priority the one that the cache's
 strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
 its place to the next. The committed blocks of a preempted sequence stay findable until they are needed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 from bisect import bisect_left, insort
@@ -303,7 +305,7 @@ def blocks_at_most(request: Request, block_size: int, shared: bool) -> int:
     return once + params.beam_width * (blocks - once)
 
 
-def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int) -> None:
+def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int, max_batch_tokens: int) -> None:
     """Raise if a request could not be computed with the whole engine to itself.
 
     Raises
@@ -313,6 +315,9 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int) 
     """
     prompt, cache = request.num_prompt_tokens, runner.cache
     needed = blocks_at_most(request, cache.block_size, shares_prefixes(runner))
+    if runner.window is not None and runner.chunkable and request.num_sequences == 1:
+        # A step reads a chunk behind the window; with ragged ends.
+        needed = min(needed, -(-(runner.window - 1 + max_batch_tokens) // cache.block_size) + 2)
     text = f"{prompt} prompt tokens and max_tokens = {request.max_tokens}"
     if needed > cache.total_blocks:
         raise RequestRefused(
@@ -473,12 +478,31 @@ class Scheduler:
                     for chunk in chunks:
                         chunk.drafts = NO_DRAFTS
                     continue
+                if self._slide():
+                    continue
                 victim = self._victim()
                 if victim is None:
                     raise
                 self.preempt(victim)
                 chunks = [chunk for chunk in chunks if chunk.sequence.state is SequenceState.RUNNING]
         return chunks, None
+
+    def _slide(self) -> bool:
+        """Give back blocks before the window of a sequence, where no layer sees further; whether there were some.
+
+        From then on the sequence leaves nothing to be found for others: so it is done only where blocks are short.
+        """
+        window = self.runner.window
+        if window is None:
+            return False
+        for sequence in sorted(self.running, key=_rank, reverse=True):
+            if sequence.request.params.streaming is None and sequence.held >= window - 1 + self.cache.block_size:
+                before = self.cache.free_block_count
+                with contextlib.suppress(OutOfMemory):  # others share what it would have to copy
+                    sequence.dropped += self.cache.apply_streaming_llm(sequence.seq_id, 0, window - 1)
+                if self.cache.free_block_count > before:
+                    return True
+        return False
 
     def _victim(self) -> Sequence | None:
         first = min(self.running, key=lambda sequence: sequence.rank)

@@ -43,6 +43,7 @@ __all__ = [
     "PagedLayer",
     "StatePart",
     "attention_by",
+    "common_window",
     "forget_long_texts",
     "has_changing_rope",
     "is_causal_mask",
@@ -153,6 +154,16 @@ def paged_layers(argument: str, config: Any) -> tuple[set[int], bool]:
     if not paged:
         raise bad_argument(argument, "a model with attention layers", type(config).__name__)
     return paged, all(type(layer) in _PLAIN or isinstance(layer, DummyLayer) for layer in layers)
+
+
+def common_window(config: Any) -> int | None:
+    """Return how many tokens any layer sees at most, the token itself included, where all have a sliding window."""
+    layers = [layer for layer in stock_layers(config) if isinstance(layer, CacheLayerMixin)]
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "attention_chunk_size", None) is not None or not layers:
+        return None
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    return None if None in windows else max(windows)  # type: ignore[type-var]
 
 
 def _require_causal(argument: str, config: Any) -> None:

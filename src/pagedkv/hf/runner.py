@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +26,7 @@ from pagedkv.hf.compat import (
     ModuleState,
     StatePart,
     attention_by,
+    common_window,
     forget_long_texts,
     has_changing_rope,
     longest_text,
@@ -348,6 +350,9 @@ class ModelRunner:
     has_states : bool
         Whether layers keep a state of each text besides K and V. A prefix is reused up to a snapshot of it then, and
         tokens cannot be taken back.
+    window : int or None
+        How many tokens a token sees at most, itself included, where all layers have a sliding window: what lies before
+        may be given back by ``cache.apply_streaming_llm(seq_id, 0, window - 1)``, and the logits are the same.
     chunkable : bool
         Whether a text may be computed in pieces of any length. If not, a prompt goes through the model whole, and every
         token behind it alone, as in ``generate()``.
@@ -375,6 +380,7 @@ class ModelRunner:
         self.chunkable = chunkable and not has_changing_rope(model.config)
         self.reuses_prefixes = self.chunkable
         self.restarts_beyond = restarts_beyond(model)
+        self.window = common_window(model.config)
         self.table = LayerTable(cache, kv_dtype)
         on_cpu = model.device.type == "cpu"
         self._tile = TILE if batch_invariant and on_cpu and model.dtype == torch.float32 else 1
@@ -400,6 +406,7 @@ class ModelRunner:
 
     def follow(self, other: ModelRunner) -> None:
         """Make room for K, V and states of the shapes that another runner of the same model has found."""
+        self.window = other.window
         self.table.follow(other.table)
         self._recurrent.follow(other._recurrent)
 
@@ -440,11 +447,23 @@ class ModelRunner:
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = self.streams.positions(plan) if plan.num_dropped.any() else plan.positions.copy()
+        positions = self._positions(plan) if plan.num_dropped.any() else plan.positions.copy()
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
+
+    def _positions(self, plan: BatchPlan) -> Ids:
+        """Return the rotary positions of the query tokens of a plan whose sequences have dropped some.
+
+        Where no query could see them, nothing has changed by that.
+        """
+        dropped = plan.num_dropped
+        past = plan.seq_lens - plan.num_query_tokens
+        unseen = (plan.holes[:, 0] == 0) & (past >= self.window - 1) if self.window else np.zeros(len(dropped), bool)
+        streaming = replace(plan, num_dropped=np.where(unseen, 0, dropped))
+        positions = self.streams.positions(streaming) if streaming.num_dropped.any() else plan.positions
+        return positions + np.repeat(np.where(unseen, dropped, 0), plan.num_query_tokens)
 
     def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
         """See that the model can keep only so many first and last tokens of a text.
