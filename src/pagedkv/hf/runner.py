@@ -463,7 +463,8 @@ class ModelRunner:
         unseen = (plan.holes[:, 0] == 0) & (past >= self.window - 1) if self.window else np.zeros(len(dropped), bool)
         streaming = replace(plan, num_dropped=np.where(unseen, 0, dropped))
         positions = self.streams.positions(streaming) if streaming.num_dropped.any() else plan.positions
-        return positions + np.repeat(np.where(unseen, dropped, 0), plan.num_query_tokens)
+        moved: Ids = positions + np.repeat(np.where(unseen, dropped, 0), plan.num_query_tokens)
+        return moved
 
     def require_streaming(self, sink_tokens: int, window_tokens: int) -> None:
         """See that the model can keep only so many first and last tokens of a text.
