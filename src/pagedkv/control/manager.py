@@ -271,11 +271,17 @@ class BlockManager:
             self._refuse(status, place, keys, seq_ids)
             return self._planned(keys, wide, narrow, width, place)
 
-    def commit(self, plan_or_seq_id: BatchPlan | int) -> None:
+    def commit(self, plan_or_seq_id: BatchPlan | int, *, has_states: bool = True) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
 
         With a plan, this holds for the tokens up to the end of the plan; with a sequence id, for all its tokens. Where
         the index already holds an equal block, the sequence goes over to it, so make a new plan afterwards.
+
+        Parameters
+        ----------
+        plan_or_seq_id : BatchPlan or int
+        has_states : bool
+            Whether the slots of the sequences hold their states behind these tokens; if not, no snapshot is kept.
 
         Raises
         ------
@@ -292,7 +298,7 @@ class BlockManager:
             upto = np.array([-1])
         with self._lock:
             self._begin()
-            status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at)
+            status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at, has_states)
             if status == sequence_table.STALE:
                 raise stale_plan(sequence_number(keys[place]))
             self._refuse(status, place, keys)

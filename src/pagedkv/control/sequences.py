@@ -660,10 +660,11 @@ def _index_committed(state: State, row: int) -> None:
 
 
 @compiled
-def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tuple[int, int]:
+def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int, has_states: bool) -> tuple[int, int]:
     """Note that K and V of the first ``seq_lens[i]`` tokens are written (a negative number: of all tokens).
 
-    Answers (status, a): for OK a is the number of states that are to be copied.
+    Snapshots are kept where slots have the states behind these tokens. Answers (status, a): for OK a is the number of
+    states that are to be copied.
     """
     state = borrowed(state)
     rows = np.empty(len(seq_ids), np.int32)
@@ -681,7 +682,7 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int) -> tu
         record.num_committed = max(record.num_committed, upto)
         if state.counters[0].prefix_caching != 0 and record.marks & OPAQUE == 0:
             _index_committed(state, rows[i])
-            if len(state.states) > 0 and num_new > 0 and record.marks & TRUNCATED == 0:
+            if len(state.states) > 0 and has_states and num_new > 0 and record.marks & TRUNCATED == 0:
                 if record.num_indexed * state.counters[0].block_size == record.num_tokens:
                     keep_snapshot(state, rows[i], num_new == 1)
     return OK, state.counters[0].num_state_copies

@@ -17,10 +17,13 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.types import SequenceInfo
 from pagedkv.data.storage import KvStorage, SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layer, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
+from pagedkv.hf.recurrent import BatchStates
+from pagedkv.validate import require_int
 
 # SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
 
@@ -60,12 +63,21 @@ class SequenceBatch:
         rows, width = ids.shape
         reused = 0
         if rows and width and not is_padded.any():
-            reused = min(self._manager.match_prefix(row, self._salt) for row in ids)
+            reused = self._matched(ids)
         try:
             for row in ids:
                 # One token more than is cached, because allocate never counts the last one as cached.
                 info = self._open(row[: reused + 1] if reused else 0)
                 reused = min(reused, info.num_cached_tokens)
+            if (
+                self._manager.total_states
+                and len({self._info(seq_id).num_cached_tokens for seq_id in self.seq_ids}) > 1
+            ):
+                # One needed the slot of another's snapshot.
+                self.release()
+                for _ in ids:
+                    self._open(0)
+                reused = 0
             for seq_id in self.seq_ids.tolist():
                 self._manager.truncate(seq_id, min(reused, self._manager.get_sequence(seq_id).num_tokens))
         except OutOfMemory:
@@ -75,6 +87,18 @@ class SequenceBatch:
         self._is_known = ~is_padded
         self._coming = ids[:, reused:]
         return reused
+
+    def _matched(self, ids: Ids) -> int:
+        """Return how many tokens all rows have cached; with states, up to a snapshot of each."""
+        reused: int = ids.shape[1]
+        before = -1
+        while reused != before:
+            before = reused
+            reused = min(self._manager.match_prefix(row[: reused + 1], self._salt) for row in ids)
+        return reused
+
+    def _info(self, seq_id: int) -> SequenceInfo:
+        return self._manager.get_sequence(int(seq_id))
 
     def expect(self, ids: Ids) -> None:
         """Tell the ids [rows, n] of the next tokens to come."""
@@ -269,6 +293,13 @@ class Pages:
         self._config = config  # of the text model
         self._expected = expected  # layers that a forward pass should write
         self._table = LayerTable(pool, dtype, device)
+        self._states = BatchStates(pool)
+        self.stock: list[Any] = []  # the stock layers, which hold the states of the rows
+
+    def load_states(self) -> None:
+        """Let the stock layers go on from the snapshots that the sequences began with."""
+        if self.batch.length and self.pool.total_states:
+            self._states.load(self.stock, self.batch.seq_ids)
 
     def length(self, layer: int) -> int:
         """Tokens that a layer holds: while a forward pass is under way, not all hold the same."""
@@ -285,7 +316,7 @@ class Pages:
             raise InvalidOperation("keys: a paged cache passes no gradients on; run the model under torch.no_grad()")
         step = self._step
         if step is None or layer in step.written:
-            self.finish()
+            self.finish(has_states=False)  # some recurrent layers may have gone on already
             past = self.batch.length
             step = self._step = Step(self.batch.grow(keys.shape[0], keys.shape[2]), past)
         if step.past and layer not in self._table.numbers:
@@ -304,15 +335,21 @@ class Pages:
         all_keys, all_values = storage.gather(number, step.slots)
         return _by_row(all_keys, rows).to(keys), _by_row(all_values, rows).to(values)
 
-    def finish(self) -> None:
-        """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end."""
+    def finish(self, *, has_states: bool = True) -> None:
+        """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end.
+
+        `has_states`: the stock layers hold the states behind it, and nothing later.
+        """
         step, self._step = self._step, None
         if step is None:
             return
         if step.written < self._table.numbers.keys():
             self.batch.truncate(step.past)
         elif self._expected <= step.written:
-            self.pool.commit(step.plan)
+            has_states = has_states and self.pool.total_states > 0 and self.batch.length % self.pool.block_size == 0
+            if has_states:
+                self._states.store(self.stock, step.plan)
+            self.pool.commit(step.plan, has_states=has_states)
         else:
             self.batch.forget()
 
@@ -372,6 +409,10 @@ class PagedCache(Cache):
         As in :class:`pagedkv.PagedKvCache`.
     prefix_caching : bool
         Whether committed blocks stay findable.
+    num_states : int
+        Slots for the states of recurrent, convolution and linear-attention layers: one for each row of a batch, beams
+        included, the rest for snapshots, by which :func:`pagedkv.hf.generate` reuses prefixes. Without, a model that
+        has such layers computes every prompt anew. None are made where a model has none.
 
     Raises
     ------
@@ -397,7 +438,10 @@ class PagedCache(Cache):
         device: Any = None,
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
+        num_states: int = 0,
     ) -> None:
+        paged, keeps_nothing_else = paged_layers("config", config)
+        require_int("num_states", num_states, 0, 2**31 - 2)
         pool = ModelKvCache(
             num_blocks,
             block_size,
@@ -407,22 +451,23 @@ class PagedCache(Cache):
             strategy=strategy,
             eviction_threshold=eviction_threshold,
             prefix_caching=prefix_caching,
+            num_states=0 if keeps_nothing_else else num_states,
         )
         pool.match_prefix([0], cache_salt)  # refuses what is no salt
-        paged, keeps_nothing_else = paged_layers("config", config)
         self._config, self._paged = config, paged
         self._pages = Pages(pool, cache_salt, config.get_text_config(decoder=True), paged, dtype, device)
-        # What a recurrent layer holds has no blocks, so no prefix of it can be found again; and keys that were turned
-        # by other frequencies are not those of a longer text.
-        self._is_reusable = keeps_nothing_else and not has_changing_rope(config)
+        # Without snapshots of what recurrent layers hold no prefix can be gone on from; and keys that were turned by
+        # other frequencies are not those of a longer text.
+        self._is_reusable = (keeps_nothing_else or num_states > 0) and not has_changing_rope(config)
         self._num_cached_tokens = 0
         self._model: weakref.ref[Any] | None = None
         super().__init__(layers=self._new_layers())
 
     def _new_layers(self) -> list[Any]:
+        stock = self._pages.stock = stock_layers(self._config)
         return [
             paged_layer(self._pages, number, layer) if number in self._paged else layer
-            for number, layer in enumerate(stock_layers(self._config))
+            for number, layer in enumerate(stock)
         ]
 
     @property
@@ -472,7 +517,16 @@ class PagedCache(Cache):
             is_padded[:] = True
         self.reset()
         self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
+        self._pages.load_states()
         return self._num_cached_tokens
+
+    def last_snapshot(self, num_tokens: int) -> int:
+        """Return where a snapshot of the states of a prompt of so many tokens is worth keeping: 0 if there are none.
+
+        A forward pass that ends there keeps one, and the next pass of the prompt begins there.
+        """
+        size = self.manager.block_size
+        return (num_tokens - 1) // size * size if self._is_reusable and self.manager.total_states else 0
 
     def serve(self, model: Any, *, reuses_prefixes: bool = True) -> None:
         """Bind the cache to a model: from now on K and V of any other are refused.
@@ -502,7 +556,13 @@ class PagedCache(Cache):
         InvalidOperation
             If the ids are none.
         """
-        self._pages.batch.expect(_checked_ids(input_ids))
+        ids = _checked_ids(input_ids)
+        self._pages.finish()
+        rows = len(self._pages.batch)
+        if self.manager.total_states and rows and len(ids) % rows == 0 and len(ids) > rows:
+            # For beams and samples: before layers look at their states.
+            self.reorder_cache(torch.arange(rows).repeat_interleave(len(ids) // rows))
+        self._pages.batch.expect(ids)
 
     def release(self) -> None:
         """Free the sequences; full blocks of known ids stay findable. The cache is ready for the next prompt."""

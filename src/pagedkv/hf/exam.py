@@ -165,7 +165,7 @@ def sit_cache_exam(model: Any) -> bool:
 
 
 def _cache_exam(model: Any, exam: Exam) -> bool:
-    cache = PagedCache(model.config, num_blocks=16, block_size=8)
+    cache = PagedCache(model.config, num_blocks=16, block_size=8, num_states=4)
     try:
         right, got = exam.in_pieces(DynamicCache(config=model.config)), exam.in_pieces(cache)
         error = exam.distance(got, right, model.dtype)
@@ -279,8 +279,12 @@ class Exam:
         for text in (0, 2):
             ids = self._texts[text : text + 1]
             past = cache.prompt(ids)
-            if self.distance(self._run(ids[:, past:], cache), self._plain[text : text + 1, past:], self._model.dtype):
-                return False
+            cuts = sorted({past, max(past, cache.last_snapshot(self._length)), self._length})
+            for first, last in pairwise(cuts):
+                cache.expect(ids[:, first:last])
+                got, right = self._run(ids[:, first:last], cache), self._plain[text : text + 1, first:last]
+                if self.distance(got, right, self._model.dtype):
+                    return False
         return True
 
     def _run(self, ids: Any, cache: Any = None) -> Tensor:

@@ -78,9 +78,23 @@ def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool 
 
     hook = model.register_forward_pre_hook(tell_ids, with_kwargs=True)
     try:
+        _read_to_snapshot(model, input_ids, kwargs["attention_mask"], cache)
         return _run(model, input_ids, cache, release, kwargs)
     finally:
         hook.remove()
+
+
+def _read_to_snapshot(model: Any, input_ids: Tensor, mask: Tensor, cache: PagedCache) -> None:
+    """Compute a prompt up to where a snapshot of its states is worth keeping, in a forward pass of its own."""
+    past, end = cache.num_cached_tokens, cache.last_snapshot(input_ids.shape[1])
+    if end <= past or not mask.all():
+        return
+    try:
+        with torch.no_grad():
+            model(input_ids=input_ids[:, past:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+    except BaseException:
+        cache.release()
+        raise
 
 
 def _holds_tensor(value: Any) -> bool:
