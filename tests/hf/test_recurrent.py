@@ -1,4 +1,4 @@
-"""Hybrids: layers that keep a state of each text, in slots of the cache, with snapshots by which prefixes are reused."""
+"""Hybrids: layers that keep a state of each text, in slots of the cache, and snapshots by which they reuse prefixes."""
 
 from __future__ import annotations
 

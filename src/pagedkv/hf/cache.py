@@ -561,7 +561,8 @@ class PagedCache(Cache):
         rows = len(self._pages.batch)
         if self.manager.total_states and rows and len(ids) % rows == 0 and len(ids) > rows:
             # For beams and samples: before layers look at their states.
-            self.reorder_cache(torch.arange(rows).repeat_interleave(len(ids) // rows))
+            repeated = torch.arange(rows).repeat_interleave(len(ids) // rows)
+            self.reorder_cache(repeated)  # type: ignore[arg-type]
         self._pages.batch.expect(ids)
 
     def release(self) -> None:
