@@ -17,8 +17,8 @@ from pagedkv import InvalidOperation, MissingExtra, PagedKvCache
 from pagedkv.data import attention, gpu_plan, storage
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.hf import ModelRunner, graphs, load, load_runner
-from pagedkv.hf.cache import ModelKvCache
 from pagedkv.hf.graphs import CudaRecorder, bucket_of
+from pagedkv.hf.pool import ModelKvCache
 
 pytest.importorskip("triton")
 

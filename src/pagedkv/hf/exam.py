@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.hf.cache import ModelKvCache, PagedCache
+from pagedkv.hf.cache import PagedCache
 from pagedkv.hf.compat import (
     DynamicCache,
     attention_by,
@@ -31,6 +31,7 @@ from pagedkv.hf.compat import (
     require_cache_argument,
 )
 from pagedkv.hf.direct import DIRECT
+from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}

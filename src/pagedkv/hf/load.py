@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.errors import MissingExtra, bad_argument
-from pagedkv.hf.cache import ModelKvCache
 from pagedkv.hf.compat import paged_layers
 from pagedkv.hf.exam import Passed, sit_exam
 from pagedkv.hf.graphs import CudaRecorder
+from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import require_int

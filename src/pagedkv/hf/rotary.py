@@ -16,8 +16,8 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.arguments import sequence_number
 from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.hf.cache import ModelKvCache, visible_slots
 from pagedkv.hf.compat import AttentionInterface, attention_by
+from pagedkv.hf.pool import ModelKvCache, visible_slots
 
 # Rope: the rotation itself, outside of the model.
 

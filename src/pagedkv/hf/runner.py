@@ -18,7 +18,6 @@ from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import bad_argument
-from pagedkv.hf.cache import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.compat import (
     Cache,
     LayerStore,
@@ -32,6 +31,7 @@ from pagedkv.hf.compat import (
 )
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
+from pagedkv.hf.pool import LayerTable, ModelKvCache, by_token, visible_slots
 from pagedkv.hf.recurrent import RecurrentStates
 from pagedkv.hf.rotary import RunnerStreams
 
