@@ -92,9 +92,10 @@ def test_beams_do_not_follow_where_a_text_begins_anew():
         llm.generate(texts()[2], SamplingParams(max_tokens=NEW, streaming=(2, 8)))
 
 
-def test_a_failed_proof_is_never_served():
-    """A model of one's own that adds to a lone token what it saw last, of whatever text."""
-    model, last = lone("llama"), []
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_failed_proof_is_never_served(dtype):
+    """A model of one's own that adds to a lone token what it saw last, of whatever text: a few tokens of an exam."""
+    model, last = lone("llama").to(dtype), []
 
     def remember(module, args, out):
         new = out + last[-1] if last and out.shape[1] == 1 else out

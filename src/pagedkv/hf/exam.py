@@ -37,8 +37,8 @@ from pagedkv.hf.runner import ModelRunner
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """How far logits may be from the model's own, in relation to their size. Rounding alone is some 1e-6 in float32."""
 HALF_TOLERANCE = 0.05
-"""The same in bfloat16 and float16, where rounding alone is up to 0.02, for the median of the tokens: rounding decides
-ties between the experts of a mixture, and such a token may be far off."""
+"""The same in bfloat16 and float16, where rounding alone is up to 0.03, for three of four tokens, and twice as much for
+all others: but where a mixture has experts, rounding decides ties between them, and such a token may be far off."""
 
 LENGTH = 24
 """Tokens of each of the three texts of an exam."""
@@ -179,6 +179,10 @@ def _cache_exam(model: Any, exam: Exam) -> bool:
     raise bad_argument("model", "one that is right over a PagedCache", f"{type(model).__name__}: {error}")
 
 
+def _has_experts(model: Any) -> bool:
+    return any("expert" in name for name, _ in model.named_modules())
+
+
 class Exam:
     """The texts of an exam, and the logits that are right for them."""
 
@@ -301,7 +305,10 @@ class Exam:
         """Say how far logits are from the right ones, if it is too far."""
         tolerance = max(TOLERANCE.get(dtype, HALF_TOLERANCE) for dtype in dtypes)
         if tolerance == HALF_TOLERANCE:
-            error = float(((got - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+            errors = ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).flatten()
+            error = float(errors.quantile(0.75))
+            if not _has_experts(self._model):
+                error = max(error, float(errors.max()) / 2)
         else:
             error = float((got - expected).norm() / expected.norm())
         if error <= tolerance:
