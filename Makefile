@@ -43,7 +43,7 @@ test: check ## lint, types and the tests (a few minutes)
 	@echo "==> pytest"
 	@$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## the long tests: 100,000 random steps and more
+test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as plain Python, and more
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
 
