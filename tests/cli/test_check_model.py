@@ -26,6 +26,7 @@ def test_the_shipped_model_is_served_in_the_fastest_way():
         "mode": "ragged",
         "chunkable": True,
         "reuses_prefixes": True,
+        "bytes_of_state": 0,
         "reasons": [],
     }
 
@@ -34,6 +35,7 @@ def test_the_shipped_model_is_served_in_the_fastest_way():
     ("name", "code", "words"),
     [
         ("dynamic", 0, ["yes, in gather mode", "whole, never in chunks", "computed each time", "frequencies change"]),
+        ("falcon_h1", 0, ["computed once, behind snapshots of states", "besides K and V"]),
         ("minimax", 1, ["no", "MiniMax uses cache of its own"]),
     ],
 )

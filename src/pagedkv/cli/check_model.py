@@ -12,6 +12,7 @@ import typer
 from pagedkv.cli.loading import check_folder, load_weights
 from pagedkv.cli.terminal import DebugOption, JsonOption, facts_table, failures_in_one_line, output, print_json
 from pagedkv.errors import InvalidOperation
+from pagedkv.format import format_bytes
 
 EXAMPLES = """Say whether a model can be served, in which way, and why not in a better one.
 
@@ -35,6 +36,7 @@ class Report(msgspec.Struct):
     mode: str | None
     chunkable: bool
     reuses_prefixes: bool
+    bytes_of_state: int
     reasons: list[str]
     seconds: float
 
@@ -67,9 +69,10 @@ def examine(path: Path, device: str) -> Report:
         passed = sit_exam(model)
     except InvalidOperation as refusal:
         reason = str(refusal).removeprefix("Invalid operation: ").removeprefix("model: ")
-        return Report(name, False, None, False, False, [reason], _since(started))
+        return Report(name, False, None, False, False, 0, [reason], _since(started))
     runner, reasons = passed.runner, list(dict.fromkeys(passed.reasons.values()))
-    return Report(name, True, runner.mode, runner.chunkable, runner.reuses_prefixes, reasons, _since(started))
+    found = runner.mode, runner.chunkable, runner.reuses_prefixes, runner.cache.states.slot_memory_bytes
+    return Report(name, True, *found, reasons, _since(started))
 
 
 def _since(started: float) -> float:
@@ -80,5 +83,8 @@ def _lines(report: Report) -> list[tuple[str, str]]:
     facts = [("model", report.model), ("served", f"yes, in {report.mode} mode" if report.served else "no")]
     if report.served:
         facts.append(("prompts", "in chunks of any length" if report.chunkable else "whole, never in chunks"))
-        facts.append(("equal prefixes", "computed once" if report.reuses_prefixes else "computed each time"))
+        once = f"computed once{', behind snapshots of states' if report.bytes_of_state else ''}"
+        facts.append(("equal prefixes", once if report.reuses_prefixes else "computed each time"))
+        if report.bytes_of_state:
+            facts.append(("a text's state", f"{format_bytes(report.bytes_of_state)} besides K and V"))
     return [*facts, *(("because", reason) for reason in report.reasons)]

@@ -343,6 +343,7 @@ def write(
         block_size=options.block_size,
         strategy=options.strategy,
         kv_dtype=options.kv_dtype,
+        num_states=2 * options.rows,
     )
     pool = PoolWatch(runner)
     # In gather mode a prompt is computed at once, as the model's own generate() does.
