@@ -85,6 +85,13 @@ def test_a_forward_pass_that_failed_leaves_no_state_behind():
         runner.forward(plan, [4, 5], [1])
 
 
+def test_a_text_is_not_gone_on_from_where_no_state_was_computed():
+    runner = load_runner(build("lfm2"), num_blocks=32, block_size=4)
+    runner.cache.allocate(0, [1, 2, 3, 4, 5])
+    with pytest.raises(InvalidOperation, match="S0 to go on after token 0, got 4"):
+        runner.forward(runner.cache.plan([0], 1), [5], [0])
+
+
 def test_states_are_counted_in_bytes_and_sized_by_them():
     seen = []
     runner = load_runner(build("lfm2"), num_blocks=8, num_states=lambda size: seen.append(size) or 5)

@@ -82,12 +82,12 @@ class RecurrentStates:
         if self.is_empty:
             return self.layers
         states = self._cache.states
+        if past and past != states.num_tokens[slot]:
+            self._take_back(slot, past, seq_id)
         if not self.parts:
             self.layers = stock_layers(self._config)
             for module in self._modules:
                 module.set(self.layers, None, False)
-        elif past and past != states.num_tokens[slot]:
-            self._take_back(slot, past, seq_id)
         rows = [tensor[slot : slot + 1] for tensor in states.tensors]
         for part, row in zip(self.parts, rows, strict=True):
             part.set(self.layers, row, past > 0)
