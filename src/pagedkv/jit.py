@@ -29,6 +29,7 @@ __all__ = [
     "mix64",
     "packed",
     "pointed",
+    "stretch",
     "watch_compiles",
 ]
 
@@ -309,5 +310,26 @@ def borrowed(arrays: Arrays) -> Arrays:
     return arrays
 
 
+@intrinsic
+def _stretch(typing_context: Any, array: Any, start: Any, length: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, part = make_array(array)(context, builder, args[0]), make_array(array)(context, builder)
+        data = builder.gep(whole.data, [args[1]])
+        shape, strides = [args[2]], cgutils.unpack_tuple(builder, whole.strides)
+        populate_array(part, data=data, shape=shape, strides=strides, itemsize=whole.itemsize, meminfo=None)
+        return part._getvalue()
+
+    return array(array, types.int64, types.int64), generate
+
+
+def stretch(array: Arrays, start: int, length: int) -> Arrays:
+    """Inside a compiled function: ``array[start : start + length]`` of a flat array that is `borrowed`.
+
+    Nothing is checked, which takes longer than to read a block table; the part must lie within the array.
+    """
+    return array[start : start + length]  # type: ignore[index, no-any-return]
+
+
 if not TYPE_CHECKING and not numba.config.DISABLE_JIT:
     borrowed = _borrowed
+    stretch = _stretch

@@ -21,6 +21,7 @@ def _require(holds: bool, what: str, *where: Any) -> None:
 def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
     """Raise CorruptedState at the first invariant that does not hold."""
     rows = [row for row in range(int(state.counters[0].rows_used)) if state.sequences[row].marks & LIVE]
+    _check_tables(state, rows)
     _check_sequences(state, rows)
     _check_references(state, rows)
     _check_free_blocks(state)
@@ -32,8 +33,25 @@ def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
 
 
 def _table(state: State, row: int) -> list[int]:
-    blocks: list[int] = state.tables[row, : state.sequences[row].num_blocks].tolist()
+    blocks: list[int] = state.table(row).tolist()
     return blocks
+
+
+def _check_tables(state: State, rows: list[int]) -> None:
+    used = state.sequences[: state.counter("rows_used")]
+    segments = sorted(
+        (start, room) for start, room in zip(used["table"].tolist(), used["room"].tolist(), strict=True) if room
+    )
+    end = 0
+    for start, room in segments:
+        _require(room > 0 and start >= end, "segments of block tables overlap", start, room, end)
+        end = start + room
+    top, left = state.counter("tables_top"), state.counter("tables_left")
+    _require(end <= top <= len(state.tables), "block tables end beyond what was handed out", end, top)
+    _require(sum(room for _, room in segments) + left == top, "segments of block tables lost", left, top)
+    for row in rows:
+        record = state.sequences[row]
+        _require(record.num_blocks <= record.room, "block table is longer than its segment", record)
 
 
 def _check_sequences(state: State, rows: list[int]) -> None:

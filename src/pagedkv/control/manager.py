@@ -21,6 +21,7 @@ from pagedkv.control.arguments import (
     sequence_keys,
     sequence_number,
 )
+from pagedkv.control.block_tables import entries_to_grow, segment_length, with_room_for_tables
 from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed
@@ -37,7 +38,7 @@ from pagedkv.control.sequence_eviction import (
     score_releases,
     written_tails,
 )
-from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_rows, stream_row
+from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_rows, stream_row, too_large_plan
 from pagedkv.control.state import (
     EVICT,
     LIVE,
@@ -48,7 +49,6 @@ from pagedkv.control.state import (
     with_log,
     with_orders,
     with_roots,
-    with_wider_tables,
 )
 from pagedkv.control.strategies import (
     MAX_PRIORITY,
@@ -178,7 +178,7 @@ class BlockManager:
                 self._refuse(status, a, keys=())
                 ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
                 matched = shared_blocks(self._state, namespace, ids, known)
-                self._make_room(status, a, b, ask, -(-count // self.block_size), matched=matched)
+                self._make_room(status, a, b, ask, segment_length(-(-count // self.block_size)), matched=matched)
             self._finish(b)
             return self._info(a)
 
@@ -222,7 +222,8 @@ class BlockManager:
         Raises
         ------
         SequenceNotFound, OutOfMemory, InvalidOperation
-            If one sequence cannot grow, none does; if both tokens and counts are given.
+            If one sequence cannot grow, none does; if both tokens and counts are given; if the system has no memory for
+            the plan.
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
         num_tokens, ids, known = parse_batch_tokens(tokens, counts, len(keys))
@@ -245,6 +246,8 @@ class BlockManager:
         SequenceNotFound
         InvalidOperation
             If a sequence is named twice or has fewer tokens.
+        OutOfMemory
+            If the system has no memory for the plan.
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
         if num_query_tokens is None:
@@ -253,7 +256,10 @@ class BlockManager:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
             self._settle()
-            status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
+            try:
+                status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
+            except MemoryError as error:
+                raise too_large_plan(self._state, keys) from error
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
@@ -303,12 +309,12 @@ class BlockManager:
             self._wide_ids |= key < 0
             row = self._row(src, "src")
             while True:
-                status, twin = sequences.fork_row(self._state.packed, row, key)
+                status, a = sequences.fork_row(self._state.packed, row, key)
                 if status == sequence_table.OK:
-                    return self._info(twin)
+                    return self._info(a)
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
-                self._make_room(status, 0, 0)
+                self._make_room(status, a, 0)
 
     def truncate(self, seq_id: int, num_tokens: int) -> SequenceInfo:
         """Take back the tokens from position `num_tokens` on, of rejected drafts for instance.
@@ -599,6 +605,11 @@ class BlockManager:
         return self._state.counter("cached")
 
     @property
+    def table_memory_bytes(self) -> int:
+        """Bytes of the block tables: in proportion to the blocks that sequences hold, each as often as it is shared."""
+        return self._state.tables.nbytes
+
+    @property
     def utilization(self) -> float:
         """Used blocks over all blocks; 0.0 for an empty pool."""
         return self.used_block_count / self.total_blocks if self.total_blocks else 0.0
@@ -795,15 +806,19 @@ class BlockManager:
             if self._hooks.decide_reclaims:
                 if (orders := self._hooks.orders_to_grow(self._state, keys, counts)) is not None:
                     self._order(orders)
-            status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
+            try:
+                answer = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
+            except MemoryError as error:
+                raise too_large_plan(self._state, keys) from error
+            status, a, b, num_copies, wide, narrow = answer
             if status == sequence_table.OK:
                 break
             self._refuse(status, a, keys, given)
             growing = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
-            width = max(self._state.sequence(row).num_blocks for row in growing) + int(counts.max()) // self.block_size
+            entries = entries_to_grow(self._state, growing, counts)
             tails = written_tails(self._state, growing, counts)
             ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
-            self._make_room(status, a, b, ask, width + 1, frozenset(growing), tails=tails)
+            self._make_room(status, a, b, ask, entries, frozenset(growing), tails=tails)
         self._finish(num_copies)
         return a, b, wide, narrow
 
@@ -835,7 +850,7 @@ class BlockManager:
         a: int,
         b: int,
         ask: Callable[[State], list[Order] | None] = lambda state: None,
-        width: int = 0,
+        entries: int = 0,
         spared: frozenset[int] = frozenset(),
         matched: Iterable[int] = (),
         tails: Sequence[int] = (),
@@ -843,8 +858,8 @@ class BlockManager:
         """Grow the arrays, or order evictions by the strategy, so that the compiled call can be made again."""
         if status == sequence_table.NEEDS_ROWS:
             self._state = sequence_table.with_more_rows(self._state)
-        elif status == sequence_table.NEEDS_WIDTH:
-            self._state = with_wider_tables(self._state, a)
+        elif status == sequence_table.NEEDS_TABLES:
+            self._state = with_room_for_tables(self._state, a)
         elif self._on_full == "raise" or not fits_after_evicting(
             self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
         ):
@@ -855,8 +870,7 @@ class BlockManager:
             rows = rows_to_evict(self._state, self._victims.in_order(self._state, spared), a - b + num_kept)
             if self._state.counter("num_orders") or not len(rows):
                 raise OutOfMemory(a, b)
-            if width > self._state.tables.shape[1]:
-                self._state = with_wider_tables(self._state, width)
+            self._state = with_room_for_tables(self._state, entries)
             self._score_before_release(rows.tolist())
             behind = orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
             self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
@@ -953,7 +967,7 @@ class BlockManager:
         return live
 
     def _table(self, row: int) -> npt.NDArray[np.int32]:
-        return self._state.tables[row, : self._state.sequences["num_blocks"].item(row)]
+        return self._state.table(row)
 
     def _info(self, row: int) -> SequenceInfo:
         record = self._state.sequence(row)
@@ -967,7 +981,7 @@ class BlockManager:
             access_count=record.access_count,
             priority=record.priority,
             pinned=bool(record.marks & PINNED),
-            _blocks=self._state.tables[row, : record.num_blocks].tobytes(),
+            _blocks=self._state.tables[record.table : record.table + record.num_blocks].tobytes(),
         )
 
     def _enter_namespace(self, cache_salt: str) -> int:

@@ -122,13 +122,14 @@ def note_copy(state: State, source: int, destination: int) -> None:
 def replace_by_copy(state: State, row: int, place: int) -> None:
     """Copy-on-write: give `row` a block of its own at table `place`, and note the copy of K and V to be made."""
     size = state.counters[0].block_size
-    block = state.tables[row, place]
+    entry = state.sequences[row].table + place
+    block = state.tables[entry]
     own = take_block(state)
     for j in range(size):
         state.contents[own * size + j] = state.contents[block * size + j]
     state.blocks[own].num_tokens = state.blocks[block].num_tokens
     state.blocks[own].priority = state.sequences[row].priority
-    state.tables[row, place] = own
+    state.tables[entry] = own
     note_copy(state, block, own)
     state.counters[0].copied += 1
     drop_block(state, block)

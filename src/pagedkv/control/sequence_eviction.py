@@ -128,7 +128,7 @@ def score_releases(state: State, strategy: EvictionStrategy, rows: Sequence[int]
         view.records["ref_count"] = 1
         for row in rows[: place + 1]:
             record = state.sequence(row)
-            held = np.isin(ids, state.tables[row, : record.num_blocks])
+            held = np.isin(ids, state.table(row))
             for field in ("last_access", "priority"):
                 view.records[field][held] = np.maximum(view.records[field][held], getattr(record, field))
         scored.append((ids, block_scores(strategy, view, state.counter("tick"))))
@@ -144,7 +144,7 @@ def written_tails(state: State, rows: Sequence[int], counts: npt.NDArray[np.int6
     size = int(state.counters[0].block_size)
     growing = [state.sequences[row] for row in rows]
     return [
-        int(state.tables[row, record.num_blocks - 1])
+        int(state.table(row)[-1])
         for row, record, count in zip(rows, growing, counts.tolist(), strict=True)
         if count > 0 and (record.num_tokens + record.hole_len) % size
     ]
@@ -168,7 +168,7 @@ def fits_after_evicting(
     pinned = np.flatnonzero((marks & (LIVE | PINNED)) == (LIVE | PINNED)).tolist()
     owners: Counter[int] = Counter()
     for row in spared.union(pinned):
-        owners.update(state.tables[row, : state.sequences[row].num_blocks].tolist())
+        owners.update(state.table(row).tolist())
     staying = {int(block) for block in chain(matched, kept) if state.blocks[block].ref_count > 0}
     freed = int(state.counters[0].used) - len(owners.keys() | staying)
     return freed + _copies_saved(state, tails, owners) >= missing

@@ -6,10 +6,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.pool import unpin_block
-from pagedkv.control.state import DIRTY, LIVE, PINNED, SEQUENCE, State, new_tables, power_of_two
+from pagedkv.control.state import DIRTY, LIVE, PINNED, SEQUENCE, State, power_of_two
 from pagedkv.jit import borrowed, compiled, inlined
 
-OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG = range(9)
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_TABLES, NEEDS_ROWS, STALE, TOO_LONG = range(9)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
 
 Ints = npt.NDArray[np.int64]
@@ -62,14 +62,20 @@ def has_spare_row(state: State) -> bool:
 
 
 @inlined
+def spare_row(state: State) -> int:
+    """Return the row that the next sequence gets."""
+    counters = state.counters[0]
+    return counters.free_row - 1 if counters.free_row != 0 else counters.rows_used
+
+
+@inlined
 def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     """Enter a live sequence without tokens and return its row; there is a spare row."""
     counters = state.counters[0]
+    row = spare_row(state)
     if counters.free_row != 0:
-        row = counters.free_row - 1
         counters.free_row = state.sequences[row].num_blocks
     else:
-        row = counters.rows_used
         counters.rows_used += 1
     record = state.sequences[row]
     record.seq_id = seq_id
@@ -212,16 +218,14 @@ def _enter_all(state: State) -> None:
 
 
 def with_more_rows(state: State) -> State:
-    """Return the state with room for twice as many sequences; OutOfMemory if the system has none for their tables."""
-    old, width = state.tables.shape
-    tables = new_tables(2 * old, width)
-    tables[:old] = state.tables
+    """Return the state with room for twice as many sequences."""
+    old = len(state.sequences)
     sequences = np.zeros(2 * old, SEQUENCE)
     sequences[:old] = state.sequences
     dirty = np.zeros(2 * old, np.int32)
     dirty[:old] = state.dirty
     seq_table = np.zeros(power_of_two(4 * old), np.int32)
-    grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
+    grown = state._replace(sequences=sequences, dirty=dirty, seq_table=seq_table)
     _enter_all(grown.packed)
     return grown
 
