@@ -150,7 +150,23 @@ def written_tails(state: State, rows: Sequence[int], counts: npt.NDArray[np.int6
     ]
 
 
-def fits_after_evicting(
+def rows_for_room(
+    state: State,
+    victims: VictimOrder,
+    missing: int,
+    spared: frozenset[int],
+    matched: Sequence[int],
+    tails: Sequence[int],
+    kept: Sequence[int],
+) -> npt.NDArray[np.int32]:
+    """Return the rows whose end makes up for `missing` blocks, none if nothing does; else as `_fits_after_evicting`."""
+    if not _fits_after_evicting(state, missing, spared, matched, tails, kept):
+        return np.empty(0, np.int32)
+    # Blocks that the call shares or that pins keep are left by their owners, but not free.
+    return rows_to_evict(state, victims.in_order(state, spared), missing + len(matched) + len(kept))
+
+
+def _fits_after_evicting(
     state: State,
     missing: int,
     spared: frozenset[int],
