@@ -140,12 +140,14 @@ def _check_trie(state: State) -> None:
         _require(blocks[block].num_children == children[block], "number of children", block, children[block])
     for namespace in range(len(state.roots)):
         _require(state.roots[namespace, 0] == children[-1 - namespace], "number of roots", namespace)
-    links = [int(link) for link in state.buckets if link]
-    for link in links:
+    links = [(int(state.buckets[bucket]), bucket) for bucket in np.flatnonzero(state.buckets).tolist()]
+    for link, bucket in links:
+        kept = state.siblings.item(link - 1, 3) & (len(state.buckets) - 1)
+        _require(kept == bucket, "bucket of an indexed block", link - 1, kept, bucket)
         following = int(blocks[link - 1].hash_next)
         if following:
-            links.append(following)
-    _require(sorted(links) == [block + 1 for block in indexed], "hash chains and index differ")
+            links.append((following, bucket))
+    _require(sorted(link for link, _ in links) == [block + 1 for block in indexed], "hash chains and index differ")
     listed = [block for first in _first_children(state, indexed) for block in _siblings(state, first)]
     _require(sorted(listed) == indexed, "sibling lists and index differ")
 

@@ -39,7 +39,7 @@ from pagedkv.control.sequence_eviction import (
     written_tails,
 )
 from pagedkv.control.sequence_table import KeptPins, live_rows
-from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_rows, stream_row, too_large_plan
+from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_in_memory, stream_row, too_large_plan
 from pagedkv.control.state import (
     EVICT,
     PINNED,
@@ -260,10 +260,7 @@ class BlockManager:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
             self._settle()
-            try:
-                status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
-            except MemoryError as error:
-                raise too_large_plan(self._state, keys) from error
+            status, place, width, wide, narrow = plan_in_memory(self._state, keys, wanted)
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import State
-from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, compiled, inlined
 
 
 @compiled
@@ -70,7 +70,7 @@ def share_block(state: State, block: int) -> None:
     if record.ref_count == 0:
         withdraw(state, block)
         if state.kernels.on_hit:
-            state.kernels.on_hit(state, block)
+            call_kernel(state.kernels.on_hit, state, block)
         counters.cached -= 1
         if record.pins > 0:
             counters.pinned -= 1
@@ -101,7 +101,7 @@ def drop_block(state: State, block: int) -> None:
     if record.indexed:
         counters.cached += 1
         if state.kernels.on_release:
-            state.kernels.on_release(state, block)
+            call_kernel(state.kernels.on_release, state, block)
         if record.pins > 0:
             counters.pinned += 1
         offer(state, block)

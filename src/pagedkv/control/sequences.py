@@ -45,7 +45,7 @@ from pagedkv.control.sequence_table import (
 )
 from pagedkv.control.state import EVICT, MAIN, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
 from pagedkv.errors import OutOfMemory
-from pagedkv.jit import borrowed, called, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
 #
@@ -170,8 +170,16 @@ def too_large_plan(state: State, seq_ids: Ints) -> OutOfMemory:
     """Return the error for a plan that the system has no memory for."""
     rows = [find_row(state.packed, key) for key in seq_ids.tolist()]
     n, width = len(rows), int(state.sequences["num_blocks"][rows].max(initial=1))
-    bytes_wanted = f"block tables of {n} sequences, {width} blocks each, take {4 * n * width:,} bytes"
-    return OutOfMemory(n * width, 0, f"{bytes_wanted}, which the system refuses")
+    what = f"block tables of {n} sequences, {width} blocks each, take {4 * n * width:,} bytes"
+    return OutOfMemory(n * width, 0, f"{what}, which the system refuses")
+
+
+def plan_in_memory(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, int, Ints, Narrow]:
+    """Do as `plan_rows`, or raise OutOfMemory."""
+    try:
+        return plan_rows(state.packed, seq_ids, num_query)
+    except MemoryError as error:
+        raise too_large_plan(state, seq_ids) from error
 
 
 # Sequences come, fork, shrink and go: compiled, one call each.
@@ -392,7 +400,7 @@ def free_row(state: State, row: int) -> None:
         drop_block(state, block)
     drop_row(state, row)
     if state.kernels.on_request_end:
-        state.kernels.on_request_end(state, 0)
+        call_kernel(state.kernels.on_request_end, state, 0)
 
 
 @compiled

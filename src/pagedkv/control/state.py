@@ -9,7 +9,7 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``blocks``         one record per block, as long as a cache line
 ``contents``       the token ids of every block, ``block_size`` per block, flat
 ``buckets``        the prefix table: the first block of each hash chain
-``siblings``       per block: first child, next sibling, previous sibling
+``siblings``       per block: first child, next sibling, previous sibling, and the bucket of its hash chain
 ``roots``          per namespace: number of children, first child, number of live sequences, what the salt hashes to
 ``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues
 ``free_stack``     blocks that were used before and hold nothing now; never used ones lie above ``fresh``
@@ -340,8 +340,8 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, rows: i
         kernels=PolicyKernels(),
         blocks=np.zeros(num_blocks, BLOCK),
         contents=np.zeros(num_blocks * block_size, np.int64),
-        buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
-        siblings=np.zeros((num_blocks, 3), np.int32),
+        buckets=np.zeros(power_of_two(3 * num_blocks), np.int32),
+        siblings=np.zeros((num_blocks, 4), np.int32),
         roots=np.zeros((16, 4), np.int32),
         heap=np.zeros(2 * num_blocks, np.int32),
         free_stack=np.zeros(num_blocks, np.int32),
