@@ -87,8 +87,8 @@ class PagedKvCache(BlockManager):
         self._storage = KvStorage(spec, device)
         self._states = StateStorage(num_states)
         self._staged: tuple[int, Any] = (0, None)  # what is being copied
-        self._newest: tuple[BatchPlan | None, int] = (None, 0)  # the plan that was made last, and at which change
-        self._slots: tuple[BatchPlan | None, Any, int] = (None, None, 0)
+        self._newest: tuple[BatchPlan | None, int] = (None, 0)  # the plan made or checked last, and at which change
+        self._slots: tuple[BatchPlan | None, Any] = (None, None)
         self._batch: tuple[BatchPlan | None, Batch | None] = (None, None)
 
     @property
@@ -144,7 +144,8 @@ class PagedKvCache(BlockManager):
         Raises
         ------
         InvalidOperation
-            If a shape does not fit, or the plan is stale: its query tokens have no longer these slots.
+            If a shape does not fit, or the plan, for a ``DevicePlan`` the one loaded last, is stale: its query tokens
+            have no longer these slots. The replay of a CUDA graph is no call of this and asks nobody.
         SequenceNotFound
             If a sequence of the plan has ended.
         """
@@ -221,18 +222,25 @@ class PagedKvCache(BlockManager):
     def _slot_index(self, plan: BatchPlan | DevicePlan) -> Any:
         """Check the slots of a plan once for all layers, and again once the books have changed."""
         if isinstance(plan, DevicePlan):
-            return self._storage.slots_of(plan)
+            slots = self._storage.slots_of(plan)
+            if isinstance(plan.loaded, BatchPlan):
+                self._require_fresh_now(plan.loaded)
+            return slots
         if not isinstance(plan, BatchPlan):
             raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
-        made_for, slots, checked_at = self._slots
-        changes = self._state.counter("changes")
-        if made_for is not plan or checked_at != changes:
-            if self._newest[0] is not plan or self._newest[1] != changes:
-                self._require_fresh(plan)
-            if made_for is not plan:
-                slots = self._storage.slot_index(plan.slot_mapping)
-            self._slots = (plan, slots, changes)
+        self._require_fresh_now(plan)
+        made_for, slots = self._slots
+        if made_for is not plan:
+            slots = self._storage.slot_index(plan.slot_mapping)
+            self._slots = (plan, slots)
         return slots
+
+    def _require_fresh_now(self, plan: BatchPlan) -> None:
+        """Refuse a stale plan; one that was made or looked at just now is not looked at again."""
+        changes = self._state.counter("changes")
+        if self._newest[0] is not plan or self._newest[1] != changes:
+            self._require_fresh(plan)
+            self._newest = (plan, changes)
 
     def _made(self, plan: BatchPlan) -> BatchPlan:
         self._newest = (plan, self._state.counter("changes"))

@@ -21,6 +21,7 @@ from pagedkv.kernel_cache import cache_directory, manage, watch_compiles
 
 __all__ = [
     "borrowed",
+    "call_kernel",
     "cache_directory",
     "called",
     "compiled",
@@ -29,6 +30,7 @@ __all__ = [
     "mix64",
     "packed",
     "pointed",
+    "stretch",
     "watch_compiles",
 ]
 
@@ -74,7 +76,7 @@ class _Kernel(CPUDispatcher):
     def address(self, state: Borrowed) -> int:
         """Return where the machine code of a `pointed` kernel lies."""
         compiled = self._part.get_compile_result(types.int64(state, types.int64))
-        return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_cfunc_wrapper_name)  # type: ignore[no-any-return]
+        return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)  # type: ignore[no-any-return]
 
 
 def compiled(function: Function) -> Function:
@@ -103,13 +105,13 @@ def called(function: Function) -> Function:
 
 
 def pointed(function: Function) -> Function:
-    """Compile a kernel that a state holds as a field: ``state.field(state, number)`` calls it, and returns an int.
+    """Compile a kernel that a state holds as a field: ``call_kernel(state.field, state, number)`` returns its int.
 
-    So its callers are compiled once for all kernels that may be there, and it only where it is in use.
+    So its callers are compiled once for all kernels that may be there, and it only where it is in use. It never raises.
     """
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    return _Kernel(function, part_on_disk=True, no_cfunc_wrapper=False)  # type: ignore[return-value]
+    return _Kernel(function, part_on_disk=True)  # type: ignore[return-value]
 
 
 def formula(function: Function) -> Function:
@@ -132,30 +134,24 @@ class Borrowed(types.Type):
     change, so LLVM loads each of them once; handing all of them on takes one register.
     """
 
-    def __init__(self, kind: Any, whole: Borrowed | None = None) -> None:
+    def __init__(self, kind: Any) -> None:
         self.kind = kind
-        self._whole = whole  # that it is a field of
         super().__init__(name=f"Borrowed({_digest(kind)})")
 
     @property
     def key(self) -> Any:
         """What Numba compares."""
-        return self.kind, self._whole
-
-    @property
-    def whole(self) -> Borrowed:
-        """What kernels take that are called through their addresses: all of the state."""
-        return self._whole or self
+        return self.kind
 
 
-class _KernelPointer(types.ExternalFunctionPointer):
+class _KernelPointer(types.Type):
     """Numba's type of the address of a `pointed` kernel, which is false where there is none."""
 
-    def __init__(self, state: Borrowed) -> None:
-        super().__init__(types.int64(state, types.int64), get_pointer=int)
+    def __init__(self) -> None:
+        super().__init__(name="KernelPointer")
 
 
-register_model(_KernelPointer)(models.ExternalFuncPointerModel)
+register_model(_KernelPointer)(models.OpaqueModel)
 
 
 @register_model(Borrowed)
@@ -173,8 +169,8 @@ class _BorrowedFields(AttributeTemplate):
             return None
         part = borrowed.kind.types[borrowed.kind.fields.index(field)]
         if part == types.voidptr:
-            return _KernelPointer(borrowed.whole)
-        return part if isinstance(part, types.Array) else Borrowed(part, borrowed.whole)
+            return _KernelPointer()
+        return part if isinstance(part, types.Array) else Borrowed(part)
 
 
 @builtin_registry.lower_getattr_generic(Borrowed)  # type: ignore[untyped-decorator]
@@ -183,7 +179,7 @@ def _field(context: Any, builder: Any, borrowed: Borrowed, words: Any, field: st
     place = borrowed.kind.fields.index(field)
     words = cgutils.gep_inbounds(builder, words, sum(map(_num_words, kinds[:place])))
     if kinds[place] == types.voidptr:
-        return builder.inttoptr(_word(builder, words, 0), context.get_value_type(_KernelPointer(borrowed.whole)))
+        return builder.inttoptr(_word(builder, words, 0), context.get_value_type(_KernelPointer()))
     return _array_at(context, builder, kinds[place], words) if isinstance(kinds[place], types.Array) else words
 
 
@@ -309,5 +305,50 @@ def borrowed(arrays: Arrays) -> Arrays:
     return arrays
 
 
+@intrinsic
+def _stretch(typing_context: Any, array: Any, start: Any, length: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, part = make_array(array)(context, builder, args[0]), make_array(array)(context, builder)
+        data = builder.gep(whole.data, [args[1]])
+        shape, strides = [args[2]], cgutils.unpack_tuple(builder, whole.strides)
+        populate_array(part, data=data, shape=shape, strides=strides, itemsize=whole.itemsize, meminfo=None)
+        return part._getvalue()
+
+    return array(array, types.int64, types.int64), generate
+
+
+def stretch(array: Arrays, start: int, length: int) -> Arrays:
+    """Inside a compiled function: ``array[start : start + length]`` of a flat array that is `borrowed`.
+
+    Nothing is checked, which takes longer than to read a block table; the part must lie within the array.
+    """
+    return array[start : start + length]  # type: ignore[index, no-any-return]
+
+
+# What Numba compiles takes places for its result and for an exception before its arguments, and returns a status.
+_NATIVE = ir.FunctionType(ir.IntType(32), [_WORDS, ir.IntType(8).as_pointer(), _WORDS, ir.IntType(64)])
+
+
+@intrinsic
+def _call_kernel(typing_context: Any, kernel: Any, state: Any, number: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = builder.bitcast(args[0], _NATIVE.as_pointer())
+        result = cgutils.alloca_once(builder, ir.IntType(64))
+        builder.call(function, [result, ir.Constant(_NATIVE.args[1], None), *args[1:]])
+        return builder.load(result)
+
+    return types.int64(kernel, state, types.int64), generate
+
+
+def call_kernel(kernel: Callable[[Any, int], int], state: Any, number: int) -> int:
+    """Inside a compiled function: call a `pointed` kernel by its address, past the wrapper for C, which is not inlined.
+
+    That wrapper took as long as a short kernel: strategies replayed traces 3 to 6% slower.
+    """
+    return kernel(state, number)
+
+
 if not TYPE_CHECKING and not numba.config.DISABLE_JIT:
     borrowed = _borrowed
+    stretch = _stretch
+    call_kernel = _call_kernel

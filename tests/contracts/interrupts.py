@@ -82,7 +82,8 @@ class Case:
         if kind is PagedKvCache:
             options = {**options, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
         self.cache = kind(**{"num_blocks": 16, "block_size": 2, **options})
-        self.pool = np.full(16 * 2, -1)  # what somebody keeps who obeys the plans of a BlockManager
+        # What somebody keeps who obeys the plans of a BlockManager.
+        self.pool = np.full(self.cache.total_blocks * 2, -1)
         self.states = torch.zeros(self.cache.total_states, 1, dtype=torch.float64)
         if kind is PagedKvCache and self.cache.total_states:
             self.cache.states.add((1,), torch.float64, "cpu")
@@ -247,11 +248,19 @@ def few_states(case: Case) -> None:
         case.fill(seq_id, [seq_id] * 3)
 
 
+def tight(case: Case) -> None:
+    """No room in the block tables: the next sequence, or one that grows out of its segment, has them laid out anew."""
+    two_texts(case)
+    state = case.cache._state
+    case.cache._state = state._replace(tables=state.tables[: state.counter("tables_top")].copy())
+
+
 HITS = [1, 2, 3, 4, 5, 8, 8]
 CALLS: dict[str, tuple[dict, Callable, Callable]] = {
     "allocate": ({}, two_texts, lambda case: case.cache.allocate(9, HITS)),
     "allocate_with_salt": ({}, two_texts, lambda case: case.cache.allocate(9, HITS, cache_salt="b")),
     "allocate_after_many_salts": ({}, many_salts, lambda case: case.cache.allocate(9, HITS, cache_salt="b")),
+    "allocate_moves_tables": ({}, tight, lambda case: case.cache.allocate(9, HITS)),
     "allocate_evicts": ({"on_full": "evict"}, full, lambda case: case.cache.allocate(9, [4, 4, 4, 4, 1, 1, 1])),
     "allocate_evicts_in_numpy": (
         {"on_full": "evict", "strategy": "keeper"},
@@ -282,12 +291,18 @@ CALLS: dict[str, tuple[dict, Callable, Callable]] = {
     "state_slots": ({"num_states": 5}, states, lambda case: case.cache.state_slots([1, 2])),
     "match_blocks": ({"num_states": 5}, states, lambda case: case.cache.match_blocks(HITS)),
     "append": ({}, two_texts, lambda case: case.cache.append(5, [3, 3, 3])),
+    "append_moves_tables": (
+        {"num_blocks": 64},
+        tight,
+        lambda case: case.cache.append(1, [3] * 40),
+    ),
     "append_evicts": ({"on_full": "evict"}, full, lambda case: case.cache.append(5, [3, 3, 3, 3])),
     "append_batch": ({}, two_texts, lambda case: case.cache.append_batch([1, 5, 2], [[3], [4, 4], [5]])),
     "append_batch_asks_hooks": ({"strategy": "keeper"}, crowded, lambda case: case.cache.append_batch([1], [[3] * 6])),
     "plan": ({}, streaming, lambda case: case.cache.plan([1, 5])),
     "commit": ({}, lambda case: (two_texts(case), case.fill(9, HITS, False)), lambda case: case.cache.commit(9)),
     "fork": ({}, two_texts, lambda case: case.cache.fork(2, 9)),
+    "fork_moves_tables": ({}, tight, lambda case: case.cache.fork(2, 9)),
     "truncate": ({}, two_texts, lambda case: case.cache.truncate(2, 3)),
     "truncate_in_numpy": ({"strategy": "keeper"}, two_texts, lambda case: case.cache.truncate(2, 3)),
     "free": ({}, two_texts, lambda case: case.cache.free(2)),

@@ -33,7 +33,7 @@ from pagedkv import (
     register_strategy,
 )
 from pagedkv.control.protocol import block_view
-from pagedkv.jit import borrowed
+from pagedkv.jit import borrowed, call_kernel
 
 STRATEGIES = [
     LRU(),
@@ -172,7 +172,8 @@ def test_it_works_where_whole_sequences_make_room(strategy):
 @numba.njit
 def kept_for(state, block):
     state = borrowed(state)
-    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+    score = state.kernels.score
+    return call_kernel(score, state, block) if score else state.blocks[block].last_access
 
 
 @pytest.mark.parametrize("compiled", [s for s in STRATEGIES if type(s) in BLOCK_SCORES], ids=str)

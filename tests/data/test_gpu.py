@@ -11,7 +11,16 @@ import pytest
 import torch
 from tests.contracts.attention_cases import TOLERANCE, Shape, make_case
 
-from pagedkv import InvalidOperation, KvCacheSpec, KvStorage, LayerSpec, MissingExtra, PagedKvCache, paged_attention
+from pagedkv import (
+    InvalidOperation,
+    KvCacheSpec,
+    KvStorage,
+    LayerSpec,
+    MissingExtra,
+    PagedKvCache,
+    SequenceNotFound,
+    paged_attention,
+)
 from pagedkv.data import attention, gpu, gpu_device
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.data.quantised import GREATEST
@@ -261,6 +270,28 @@ def test_a_device_plan_refuses_what_does_not_fit():
         cache.write(0, keys, values, other)
     with pytest.raises(InvalidOperation, match="plan: expected a DevicePlan, got BatchPlan"):
         cache.storage.slots_of(cache.plan([1], [1]))
+
+
+def test_a_stale_plan_is_refused_in_the_buffers_of_a_device_plan_as_well():
+    cache, _ = caches()
+    cache.allocate(1, 17)
+    cache.commit(1)
+    loaded = cache.device_plan(1, 8, 3).load(cache.append_batch([1], counts=3))
+    keys, values = tokens(3)
+    cache.write(0, keys, values, loaded)
+    cache.fork(1, 2)
+    cache.write(0, keys, values, loaded)
+    cache.truncate(1, 18)
+    cache.append(1, 2)
+    before = cache.storage.keys(0).cpu().numpy().tobytes()
+    with pytest.raises(InvalidOperation, match="the plan is stale: S1"):
+        cache.write(0, keys + 1, values, loaded)
+    assert cache.storage.keys(0).cpu().numpy().tobytes() == before
+    loaded.load(cache.plan([1], 2))
+    cache.write(0, keys, values, loaded)
+    cache.free(1)
+    with pytest.raises(SequenceNotFound, match="S1"):
+        cache.write(0, keys, values, loaded)
 
 
 def test_debug_mode_looks_at_what_is_on_the_device(monkeypatch):

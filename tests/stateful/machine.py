@@ -461,6 +461,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.is_rare)
     @rule()
+    def leave_no_room_in_tables(self):
+        state = self.cache._state
+        self.cache._state = state._replace(tables=state.tables[: state.counter("tables_top")].copy())
+
+    @rule()
     def evict(self):
         order = self.victims()
         assert self.cache.select_eviction_target() == (order[0] if order else None)

@@ -21,6 +21,7 @@ def _require(holds: bool, what: str, *where: Any) -> None:
 def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
     """Raise CorruptedState at the first invariant that does not hold."""
     rows = [row for row in range(int(state.counters[0].rows_used)) if state.sequences[row].marks & LIVE]
+    _check_tables(state, rows)
     _check_sequences(state, rows)
     _check_references(state, rows)
     _check_free_blocks(state)
@@ -33,8 +34,25 @@ def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
 
 
 def _table(state: State, row: int) -> list[int]:
-    blocks: list[int] = state.tables[row, : state.sequences[row].num_blocks].tolist()
+    blocks: list[int] = state.table(row).tolist()
     return blocks
+
+
+def _check_tables(state: State, rows: list[int]) -> None:
+    used = state.sequences[: state.counter("rows_used")]
+    segments = sorted(
+        (start, room) for start, room in zip(used["table"].tolist(), used["room"].tolist(), strict=True) if room
+    )
+    end = 0
+    for start, room in segments:
+        _require(room > 0 and start >= end, "segments of block tables overlap", start, room, end)
+        end = start + room
+    top, left = state.counter("tables_top"), state.counter("tables_left")
+    _require(end <= top <= len(state.tables), "block tables end beyond what was handed out", end, top)
+    _require(sum(room for _, room in segments) + left == top, "segments of block tables lost", left, top)
+    for row in rows:
+        record = state.sequences[row]
+        _require(record.num_blocks <= record.room, "block table is longer than its segment", record)
 
 
 def _check_sequences(state: State, rows: list[int]) -> None:
@@ -123,12 +141,14 @@ def _check_trie(state: State) -> None:
         _require(blocks[block].num_children == children[block], "number of children", block, children[block])
     for namespace in range(len(state.roots)):
         _require(state.roots[namespace, 0] == children[-1 - namespace], "number of roots", namespace)
-    links = [int(link) for link in state.buckets if link]
-    for link in links:
+    links = [(int(state.buckets[bucket]), bucket) for bucket in np.flatnonzero(state.buckets).tolist()]
+    for link, bucket in links:
+        kept = state.siblings.item(link - 1, 3) & (len(state.buckets) - 1)
+        _require(kept == bucket, "bucket of an indexed block", link - 1, kept, bucket)
         following = int(blocks[link - 1].hash_next)
         if following:
-            links.append(following)
-    _require(sorted(links) == [block + 1 for block in indexed], "hash chains and index differ")
+            links.append((following, bucket))
+    _require(sorted(link for link, _ in links) == [block + 1 for block in indexed], "hash chains and index differ")
     listed = [block for first in _first_children(state, indexed) for block in _siblings(state, first)]
     _require(sorted(listed) == indexed, "sibling lists and index differ")
 

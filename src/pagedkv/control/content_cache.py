@@ -15,7 +15,7 @@ from pagedkv.control.reclaim import lowest_leaf
 from pagedkv.control.sequences import carry_out_reclaims
 from pagedkv.control.state import State
 from pagedkv.errors import bad_argument
-from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, compiled, inlined
 
 # Requests whose blocks are named by content ids: matched, computed and released at once, a whole trace in one call.
 #
@@ -58,7 +58,7 @@ def begin_request(
         if state.kernels.on_hit:
             for i in range(hits - 1):
                 if state.blocks[path[i]].ref_count == 0:
-                    state.kernels.on_hit(state, int(path[i]))
+                    call_kernel(state.kernels.on_hit, state, int(path[i]))
         share_block(state, parent)
     held = hits
     while held < length and _can_take(state):
@@ -85,9 +85,9 @@ def end_request(state: State, path: npt.NDArray[np.int32], hits: int, held: int)
     if state.kernels.on_release:
         for i in range(hits - 2, -1, -1):
             if state.blocks[path[i]].ref_count == 0:
-                state.kernels.on_release(state, path[i])
+                call_kernel(state.kernels.on_release, state, path[i])
     if state.kernels.on_request_end:
-        state.kernels.on_request_end(state, 0)
+        call_kernel(state.kernels.on_request_end, state, 0)
 
 
 @compiled

@@ -16,8 +16,20 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.prefix import Namespaces
+from pagedkv.control.sequence_table import live_rows
 from pagedkv.control.state import State
-from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED, BlockId, CacheStats, SequenceInfo
+from pagedkv.control.types import (
+    ACTIVE,
+    CACHED,
+    FREE,
+    PINNED,
+    SHARED,
+    BlockId,
+    CacheStats,
+    SequenceInfo,
+    sequence_info,
+    stats_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +144,30 @@ class CacheSnapshot:
                 pinned[info.block_table] = True  # as long as it lives it keeps all of its blocks
         found = [pinned, self.ref_count > 1, self.ref_count == 1, self.cached]
         return np.select(found, [PINNED, SHARED, ACTIVE, CACHED], FREE).astype(np.uint8)
+
+
+def snapshot_of(state: State, strategy: str) -> CacheSnapshot:
+    """Return the whole pool at this moment."""
+    blocks, live = state.blocks, live_rows(state)
+    owner = np.full(len(blocks), -1, np.int64)
+    for place in range(len(live) - 1, -1, -1):
+        owner[state.table(live[place])] = place
+    indexed = blocks["indexed"] != 0
+    return CacheSnapshot(
+        block_size=state.counter("block_size"),
+        strategy=strategy,
+        ref_count=blocks["ref_count"].copy(),
+        cached=indexed & (blocks["ref_count"] == 0),
+        pinned=blocks["pins"] > 0,
+        indexed=indexed,
+        num_tokens=blocks["num_tokens"].copy(),
+        depth=np.where(indexed, blocks["depth"], 0).astype(np.int32),
+        last_access=blocks["last_access"].copy(),
+        owner=owner,
+        sequences=tuple(sequence_info(state, row) for row in live),
+        stats=stats_of(state),
+        tick=state.counter("tick"),
+    )
 
 
 def _is_equal(a: object, b: object) -> bool:

@@ -21,9 +21,10 @@ from pagedkv.control.arguments import (
     sequence_keys,
     sequence_number,
 )
+from pagedkv.control.block_tables import entries_to_grow, segment_length, with_room_for_tables
 from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
-from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed
+from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapshot_of
 from pagedkv.control.plan import BatchPlan, stale_plan, with_copies
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces, name_of
@@ -31,25 +32,23 @@ from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_bloc
 from pagedkv.control.recurrent import count_available_slots
 from pagedkv.control.sequence_eviction import (
     VictimOrder,
-    fits_after_evicting,
     most_blocks,
     orders_behind,
+    rows_for_room,
     rows_to_evict,
     score_releases,
     written_tails,
 )
-from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_rows, stream_row
+from pagedkv.control.sequence_table import KeptPins, live_rows
+from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_in_memory, stream_row, too_large_plan
 from pagedkv.control.state import (
     EVICT,
-    LIVE,
-    MAX_PINS,
     PINNED,
     State,
     new_state,
     with_log,
     with_orders,
     with_roots,
-    with_wider_tables,
 )
 from pagedkv.control.strategies import (
     MAX_PRIORITY,
@@ -59,15 +58,18 @@ from pagedkv.control.strategies import (
     is_scored_in_numpy,
     with_policy_of,
 )
-from pagedkv.control.types import CacheStats, HotPrefix, KvBlock, SeqId, SequenceInfo, hottest_prefixes
+from pagedkv.control.types import (
+    CacheStats,
+    HotPrefix,
+    KvBlock,
+    SeqId,
+    SequenceInfo,
+    hottest_prefixes,
+    sequence_info,
+    stats_of,
+)
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 from pagedkv.validate import require_choice, require_flag, require_int
-
-# The counters behind the fields of CacheStats, in their order.
-_STATS = (
-    "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied "
-    "states_stored states_reclaimed"
-).split()
 
 Copies = npt.NDArray[np.int32]
 _NO_COPIES = np.empty((0, 2), np.int32)
@@ -135,8 +137,7 @@ class BlockManager:
             self._state.counters[0].logging = 1
         self._state_copies: list[tuple[int, int]] = []
         self._pending_copies: tuple[int, dict[int, int]] = (0, {})  # destination: source
-        self._kept_pins: dict[int, list[int]] = {}  # sequence key: blocks that stayed pinned when it was freed
-        self._next_pins: tuple[int, dict[int, list[int]]] = (0, self._kept_pins)
+        self._pins = KeptPins()
         self._is_open = False  # whether a call has begun that may leave something to finish
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
         self._lock = new_lock(self)
@@ -186,12 +187,12 @@ class BlockManager:
                     break
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
-                self._refuse(status, a, keys=())
+                sequence_table.refuse(status, a, keys=())
                 ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
                 matched = shared_blocks(self._state, namespace, ids, known)
-                self._make_room(status, a, b, ask, -(-count // self.block_size), matched=matched)
+                self._make_room(status, a, b, ask, segment_length(-(-count // self.block_size)), matched=matched)
             self._finish(b)
-            return self._info(a)
+            return sequence_info(self._state, a)
 
     def append(self, seq_id: int, tokens: Any) -> SequenceInfo:
         """Add tokens to the end of a sequence; a shared last block is copied first.
@@ -211,7 +212,7 @@ class BlockManager:
         with self._lock:
             self._begin()
             self._grow(np.array([key]), np.array([count]), ids, known)
-            return self._info(self._row(seq_id))
+            return sequence_info(self._state, self._row(seq_id))
 
     def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
@@ -233,7 +234,8 @@ class BlockManager:
         Raises
         ------
         SequenceNotFound, OutOfMemory, InvalidOperation
-            If one sequence cannot grow, none does; if both tokens and counts are given.
+            If one sequence cannot grow, none does; if both tokens and counts are given; if the system has no memory for
+            the plan.
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
         num_tokens, ids, known = parse_batch_tokens(tokens, counts, len(keys))
@@ -256,6 +258,8 @@ class BlockManager:
         SequenceNotFound
         InvalidOperation
             If a sequence is named twice or has fewer tokens.
+        OutOfMemory
+            If the system has no memory for the plan.
         """
         keys = sequence_keys(seq_ids, self._wide_ids)
         if num_query_tokens is None:
@@ -264,11 +268,11 @@ class BlockManager:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
             self._settle()
-            status, place, width, wide, narrow = plan_rows(self._state.packed, keys, wanted)
+            status, place, width, wide, narrow = plan_in_memory(self._state, keys, wanted)
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
-            self._refuse(status, place, keys, seq_ids)
+            sequence_table.refuse(status, place, keys, seq_ids)
             return self._planned(keys, wide, narrow, width, place)
 
     def commit(self, plan_or_seq_id: BatchPlan | int, *, has_states: bool = True) -> None:
@@ -301,7 +305,7 @@ class BlockManager:
             status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at, has_states)
             if status == sequence_table.STALE:
                 raise stale_plan(sequence_number(keys[place]))
-            self._refuse(status, place, keys)
+            sequence_table.refuse(status, place, keys)
             self._finish(place)
 
     def fork(self, src: int, dst: int) -> SequenceInfo:
@@ -322,13 +326,13 @@ class BlockManager:
             self._wide_ids |= key < 0
             row = self._row(src, "src")
             while True:
-                status, twin = sequences.fork_row(self._state.packed, row, key)
+                status, a = sequences.fork_row(self._state.packed, row, key)
                 if status == sequence_table.OK:
                     self._finish(self._state.counter("num_state_copies"))
-                    return self._info(twin)
+                    return sequence_info(self._state, a)
                 if status == sequence_table.EXISTS:
                     raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
-                self._make_room(status, 0, 0)
+                self._make_room(status, a, 0)
 
     def truncate(self, seq_id: int, num_tokens: int) -> SequenceInfo:
         """Take back the tokens from position `num_tokens` on, of rejected drafts for instance.
@@ -348,7 +352,7 @@ class BlockManager:
                 hole = record.hole_len if num_tokens > record.hole_start else 0
                 self._score_before_release([row], (num_tokens + hole) // self.block_size)
                 sequences.truncate_row(self._state.packed, row, num_tokens)
-            return self._info(row)
+            return sequence_info(self._state, row)
 
     def free(self, seq_id: int) -> None:
         """End a sequence. What it committed stays findable until the strategy gives it up.
@@ -364,7 +368,8 @@ class BlockManager:
             row = self._row(seq_id)
             self._score_before_release([row])
             if self._state.sequence(row).marks & PINNED:
-                self._keep_pins(row)
+                self._is_open = True
+                self._pins.keep(self._state, row)
             sequences.free_row(self._state.packed, row)
 
     def touch(self, seq_id: int) -> SequenceInfo:
@@ -378,7 +383,7 @@ class BlockManager:
             self._settle()
             row = self._row(seq_id)
             sequence_table.access_row(self._state.packed, row)
-            return self._info(row)
+            return sequence_info(self._state, row)
 
     def set_priority(self, seq_id: int, priority: int) -> SequenceInfo:
         """Change the priority of a sequence.
@@ -394,7 +399,7 @@ class BlockManager:
             self._settle()
             row = self._row(seq_id)
             sequence_table.set_row_priority(self._state.packed, row, priority)
-            return self._info(row)
+            return sequence_info(self._state, row)
 
     def pin(self, seq_id: int, num_tokens: int | None = None) -> SequenceInfo:
         """Keep a sequence from being evicted, and its first `num_tokens` (default: all) from being reclaimed.
@@ -418,7 +423,7 @@ class BlockManager:
                 hole = int(record.hole_len) if num_tokens > record.hole_start else 0
                 blocks = -(-(num_tokens + hole) // self.block_size)
             sequence_table.pin_row(self._state.packed, row, blocks)
-            return self._info(row)
+            return sequence_info(self._state, row)
 
     def unpin(self, seq_id: int) -> None:
         """Take a pin back, of a live sequence or of one that was freed.
@@ -433,14 +438,15 @@ class BlockManager:
         key = sequence_key(seq_id)
         with self._lock:
             self._settle()
-            kept = self._kept_pins.get(key)
+            kept = self._pins.blocks.get(key)
             row = sequence_table.find_row(self._state.packed, key)
             if kept is None:
                 if row < 0:
                     raise SequenceNotFound(seq_id)
                 if not self._state.sequences[row].marks & PINNED:
                     raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
-            self._pins_after_this({other: blocks for other, blocks in self._kept_pins.items() if other != key})
+            self._is_open = True
+            self._pins.drop(self._state, key)
             sequence_table.unpin_row(self._state.packed, row, np.array(kept or (), np.int32))
 
     def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
@@ -613,7 +619,7 @@ class BlockManager:
         """
         with self._lock:
             self._begin()
-            self._pins_after_this({})
+            self._pins.clear(self._state)
             freed = int(prefix.clear(self._state.packed))
             self._recover()
             return freed
@@ -686,6 +692,11 @@ class BlockManager:
         return self._state.counter("states_cached")
 
     @property
+    def table_memory_bytes(self) -> int:
+        """Bytes of the block tables: in proportion to the blocks that sequences hold, each as often as it is shared."""
+        return self._state.tables.nbytes
+
+    @property
     def utilization(self) -> float:
         """Used blocks over all blocks; 0.0 for an empty pool."""
         return self.used_block_count / self.total_blocks if self.total_blocks else 0.0
@@ -719,13 +730,13 @@ class BlockManager:
     def sequence_ids(self) -> list[SeqId]:
         """The ids of the live sequences, ascending."""
         with self._lock:
-            return sorted(self._seq_id(row) for row in self._live_rows())
+            return sorted(self._seq_id(row) for row in live_rows(self._state))
 
     @property
     def stats(self) -> CacheStats:
         """The counters since the cache was made."""
         with self._lock:  # all of one moment
-            return CacheStats(*map(self._state.counter, _STATS))
+            return stats_of(self._state)
 
     def get_sequence(self, seq_id: int) -> SequenceInfo:
         """Return a snapshot of a sequence.
@@ -735,7 +746,7 @@ class BlockManager:
         SequenceNotFound
         """
         with self._lock:
-            return self._info(self._row(seq_id))
+            return sequence_info(self._state, self._row(seq_id))
 
     def block(self, block_id: int) -> KvBlock:
         """Return a live view of a block.
@@ -753,27 +764,7 @@ class BlockManager:
     def snapshot(self) -> CacheSnapshot:
         """Return the whole pool at this moment, frozen."""
         with self._lock:
-            blocks = self._state.blocks
-            live = self._live_rows()
-            owner = np.full(len(blocks), -1, np.int64)
-            for place in range(len(live) - 1, -1, -1):
-                owner[self._table(live[place])] = place
-            indexed = blocks["indexed"] != 0
-            return CacheSnapshot(
-                block_size=self.block_size,
-                strategy=str(self._strategy),
-                ref_count=blocks["ref_count"].copy(),
-                cached=indexed & (blocks["ref_count"] == 0),
-                pinned=blocks["pins"] > 0,
-                indexed=indexed,
-                num_tokens=blocks["num_tokens"].copy(),
-                depth=np.where(indexed, blocks["depth"], 0).astype(np.int32),
-                last_access=blocks["last_access"].copy(),
-                owner=owner,
-                sequences=tuple(self._info(row) for row in live),
-                stats=self.stats,
-                tick=self._state.counter("tick"),
-            )
+            return snapshot_of(self._state, str(self._strategy))
 
     def hottest_prefixes(self, limit: int = 8, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
         """Rank the findable prefixes by the tokens that their reuse saved.
@@ -812,7 +803,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            check_state(self._state, self._kept_pins)
+            check_state(self._state, self._pins.blocks)
 
     def __contains__(self, seq_id: object) -> bool:
         try:
@@ -867,10 +858,7 @@ class BlockManager:
     def _recover(self) -> None:
         """Do whatever the books say is left to do; this may be interrupted as well, and begin again."""
         state = self._state
-        changes, pins = self._next_pins
-        if state.counter("changes") >= changes:
-            self._kept_pins = pins
-        self._next_pins = (0, self._kept_pins)
+        self._pins.settle(state)
         state.counters[0].num_orders = 0
         if state.counter("was_cleared"):
             forget_blocks(state)
@@ -882,28 +870,21 @@ class BlockManager:
             if self._hooks.decide_reclaims:
                 if (orders := self._hooks.orders_to_grow(self._state, keys, counts)) is not None:
                     self._order(orders)
-            status, a, b, num_copies, wide, narrow = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
+            try:
+                answer = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
+            except MemoryError as error:
+                raise too_large_plan(self._state, keys) from error
+            status, a, b, num_copies, wide, narrow = answer
             if status == sequence_table.OK:
                 break
-            self._refuse(status, a, keys, given)
+            sequence_table.refuse(status, a, keys, given)
             growing = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
-            width = max(self._state.sequence(row).num_blocks for row in growing) + int(counts.max()) // self.block_size
+            entries = entries_to_grow(self._state, growing, counts)
             tails = written_tails(self._state, growing, counts)
             ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
-            self._make_room(status, a, b, ask, width + 1, frozenset(growing), tails=tails)
+            self._make_room(status, a, b, ask, entries, frozenset(growing), tails=tails)
         self._finish(num_copies)
         return a, b, wide, narrow
-
-    def _refuse(self, status: int, place: int, keys: Any, given: Any = None) -> None:
-        if status == sequence_table.NOT_FOUND:
-            if given is not None:
-                listed = given.tolist() if hasattr(given, "tolist") else given
-                sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
-            raise SequenceNotFound(sequence_number(keys[place]))
-        if status == sequence_table.REPEATED:
-            raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
-        if status == sequence_table.TOO_LONG:
-            raise bad_argument("tokens", f"sequences of at most {sequence_table.MAX_TOKENS} tokens", f"{place}")
 
     def _require_fresh(self, plan: BatchPlan) -> None:
         """Refuse a plan whose query tokens have other slots by now, or none."""
@@ -922,7 +903,7 @@ class BlockManager:
         a: int,
         b: int,
         ask: Callable[[State], list[Order] | None] = lambda state: None,
-        width: int = 0,
+        entries: int = 0,
         spared: frozenset[int] = frozenset(),
         matched: Iterable[int] = (),
         tails: Sequence[int] = (),
@@ -930,22 +911,18 @@ class BlockManager:
         """Grow the arrays, or order evictions by the strategy, so that the compiled call can be made again."""
         if status == sequence_table.NEEDS_ROWS:
             self._state = sequence_table.with_more_rows(self._state)
-        elif status == sequence_table.NEEDS_WIDTH:
-            self._state = with_wider_tables(self._state, a)
+        elif status == sequence_table.NEEDS_TABLES:
+            self._state = with_room_for_tables(self._state, a)
         elif status == sequence_table.NO_SLOT:
             self._free_a_slot(ask)
-        elif self._on_full == "raise" or not fits_after_evicting(
-            self._state, a - b, spared, matched, tails, chain.from_iterable(self._kept_pins.values())
-        ):
+        elif self._on_full == "raise" or self._state.counter("num_orders"):
             raise OutOfMemory(a, b)
         else:
-            # Blocks that the call shares or that pins keep are left by their owners, but not free.
-            num_kept = len(list(matched)) + sum(map(len, self._kept_pins.values()))
-            rows = rows_to_evict(self._state, self._victims.in_order(self._state, spared), a - b + num_kept)
-            if self._state.counter("num_orders") or not len(rows):
+            kept = list(chain.from_iterable(self._pins.blocks.values()))
+            rows = rows_for_room(self._state, self._victims, a - b, spared, list(matched), tails, kept)
+            if not len(rows):
                 raise OutOfMemory(a, b)
-            if width > self._state.tables.shape[1]:
-                self._state = with_wider_tables(self._state, width)
+            self._state = with_room_for_tables(self._state, entries)
             self._score_before_release(rows.tolist())
             behind = orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
             self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
@@ -964,21 +941,6 @@ class BlockManager:
         """Leave orders in the books, for the compiled call that follows."""
         self._state = with_orders(self._state, orders)
         self._state.counters[0].num_orders = len(orders)
-
-    def _keep_pins(self, row: int) -> None:
-        """Note which blocks stay pinned when this sequence is freed, which is the next change of the books."""
-        record = self._state.sequence(row)
-        table = self._table(row)[: record.pinned_blocks]
-        pinned = table[self._state.blocks["indexed"][table] != 0].tolist()
-        if pinned and self._state.blocks["pins"][pinned].max() == MAX_PINS:
-            raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
-        kept = self._kept_pins.get(record.seq_id, [])
-        self._pins_after_this({**self._kept_pins, record.seq_id: kept + pinned})
-
-    def _pins_after_this(self, pins: dict[int, list[int]]) -> None:
-        """Let these pins be kept once the books change, and not if they do not."""
-        self._is_open = True
-        self._next_pins = (self._state.counter("changes") + 1, pins)
 
     def _score_before_release(self, rows: Sequence[int], first: int = 0) -> None:
         if self._is_scored_in_numpy:
@@ -1026,7 +988,6 @@ class BlockManager:
         return plan
 
     def _report(self) -> list[str]:
-        stats = self.stats
         return [
             f"{type(self).__name__}",
             f"  Strategy: {self._strategy} (block_size={self.block_size})",
@@ -1034,11 +995,7 @@ class BlockManager:
             f"{self.cached_block_count} cached, {self.free_block_count} free",
             *self._report_lines(),
             f"  Sequences: {self.num_sequences} active",
-            f"  Stats: allocations={stats.total_allocations}, frees={stats.total_frees}, "
-            f"evictions={stats.total_evictions}, forks={stats.total_forks}, peak={stats.peak_blocks_used}",
-            f"  Prefix: queries={stats.prefix_queries}, hits={stats.prefix_hits}, "
-            f"hit_tokens={stats.prefix_hit_tokens}, reclaimed={stats.blocks_reclaimed}, "
-            f"copied={stats.blocks_copied}",
+            *(f"  {line}" for line in self.stats.report()),
         ]
 
     def _report_lines(self) -> list[str]:
@@ -1052,29 +1009,6 @@ class BlockManager:
 
     def _seq_id(self, row: int) -> SeqId:
         return SeqId(sequence_number(self._state.sequences["seq_id"].item(row)))
-
-    def _live_rows(self) -> list[int]:
-        used = self._state.counter("rows_used")
-        live: list[int] = np.flatnonzero(self._state.sequences["marks"][:used] & LIVE).tolist()
-        return live
-
-    def _table(self, row: int) -> npt.NDArray[np.int32]:
-        return self._state.tables[row, : self._state.sequences["num_blocks"].item(row)]
-
-    def _info(self, row: int) -> SequenceInfo:
-        record = self._state.sequence(row)
-        return SequenceInfo(
-            seq_id=SeqId(sequence_number(record.seq_id)),
-            num_tokens=record.num_tokens,
-            num_cached_tokens=record.num_cached,
-            num_committed_tokens=record.num_committed,
-            num_dropped_tokens=record.num_dropped,
-            last_access=record.last_access,
-            access_count=record.access_count,
-            priority=record.priority,
-            pinned=bool(record.marks & PINNED),
-            _blocks=self._state.tables[row, : record.num_blocks].tobytes(),
-        )
 
     def _enter_namespace(self, cache_salt: str) -> int:
         number = self._namespaces.find(cache_salt)

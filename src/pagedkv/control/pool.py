@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pagedkv.control.reclaim import offer, reclaim_lowest, withdraw
 from pagedkv.control.state import State
-from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, compiled, inlined
 
 
 @compiled
@@ -70,7 +70,7 @@ def share_block(state: State, block: int) -> None:
     if record.ref_count == 0:
         withdraw(state, block)
         if state.kernels.on_hit:
-            state.kernels.on_hit(state, block)
+            call_kernel(state.kernels.on_hit, state, block)
         counters.cached -= 1
         if record.pins > 0:
             counters.pinned -= 1
@@ -101,7 +101,7 @@ def drop_block(state: State, block: int) -> None:
     if record.indexed:
         counters.cached += 1
         if state.kernels.on_release:
-            state.kernels.on_release(state, block)
+            call_kernel(state.kernels.on_release, state, block)
         if record.pins > 0:
             counters.pinned += 1
         offer(state, block)
@@ -122,13 +122,14 @@ def note_copy(state: State, source: int, destination: int) -> None:
 def replace_by_copy(state: State, row: int, place: int) -> None:
     """Copy-on-write: give `row` a block of its own at table `place`, and note the copy of K and V to be made."""
     size = state.counters[0].block_size
-    block = state.tables[row, place]
+    entry = state.sequences[row].table + place
+    block = state.tables[entry]
     own = take_block(state)
     for j in range(size):
         state.contents[own * size + j] = state.contents[block * size + j]
     state.blocks[own].num_tokens = state.blocks[block].num_tokens
     state.blocks[own].priority = state.sequences[row].priority
-    state.tables[row, place] = own
+    state.tables[entry] = own
     note_copy(state, block, own)
     state.counters[0].copied += 1
     drop_block(state, block)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pagedkv.control.recurrent import drop_all_snapshots, drop_snapshot, snapshot_of
 from pagedkv.control.state import LIVE, MAIN, OPAQUE, State
 from pagedkv.errors import bad_argument
-from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, compiled, inlined
 
 # Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of SplitMix64's finaliser).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -50,7 +50,7 @@ def bucket_of(state: State, parent: int, ids: npt.NDArray[np.int64], start: int)
         token = np.uint64(ids[i]) * factor
         mixed = (mixed ^ token ^ (token >> _SHIFT)) * _STEP
         mixed ^= mixed >> _SHIFT
-    return np.int64((mixed * _FINISH) >> _SHIFT) & (len(state.buckets) - 1)
+    return np.int64(mixed >> _SHIFT) & (len(state.buckets) - 1)
 
 
 @compiled
@@ -152,7 +152,7 @@ def link_child(state: State, parent: int, block: int) -> None:
     record.parent = parent
     record.num_children = 0
     record.recent_hits = 0
-    record.indexed = 1 + (state.kernels.on_store(state, block) if state.kernels.on_store else MAIN)
+    record.indexed = 1 + (call_kernel(state.kernels.on_store, state, block) if state.kernels.on_store else MAIN)
     counters.probation += record.indexed - 1
     if parent >= 0:
         record.depth = state.blocks[parent].depth + 1
@@ -167,6 +167,7 @@ def link_child(state: State, parent: int, block: int) -> None:
     state.siblings[block, 0] = 0
     state.siblings[block, 1] = first
     state.siblings[block, 2] = 0
+    state.siblings[block, 3] = bucket
     if first != 0:
         state.siblings[first - 1, 2] = block + 1
     if counters.logging != 0:
@@ -180,7 +181,7 @@ def unlink_leaf(state: State, block: int) -> int:
     counters = state.counters[0]
     record = state.blocks[block]
     parent = record.parent
-    bucket = bucket_of(state, parent, state.contents, block * counters.block_size)
+    bucket = state.siblings[block, 3] & (len(state.buckets) - 1)  # as it was: there may be 2³² buckets
     if state.buckets[bucket] == block + 1:
         state.buckets[bucket] = record.hash_next
     else:

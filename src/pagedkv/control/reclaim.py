@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.state import State
-from pagedkv.jit import borrowed, called, compiled, inlined
+from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # S3-FIFO: a tenth of the cache is for newcomers.
 PROBATION_SHARE = 10
@@ -79,7 +79,7 @@ def _enter(state: State, block: int) -> None:
 
 @inlined
 def _score(state: State, block: int) -> int:
-    return state.kernels.score(state, block) if state.kernels.score else state.blocks[block].last_access
+    return call_kernel(state.kernels.score, state, block) if state.kernels.score else state.blocks[block].last_access
 
 
 @compiled
@@ -166,14 +166,14 @@ def evict_leaf(state: State, block: int) -> None:
     """Take a cached leaf out of its heap and out of the index; its content is gone."""
     state = borrowed(state)
     if state.kernels.on_evict:
-        state.kernels.on_evict(state, block)
+        call_kernel(state.kernels.on_evict, state, block)
     withdraw(state, block)
     forget(state, block)
     counters = state.counters[0]
     counters.cached -= 1
     counters.reclaimed += 1
     if state.kernels.after_evict:
-        state.kernels.after_evict(state, lowest_leaf(state))
+        call_kernel(state.kernels.after_evict, state, lowest_leaf(state))
 
 
 @inlined
@@ -181,7 +181,7 @@ def reclaim_lowest(state: State) -> int:
     """Evict the cached block that the strategy ranks lowest and return it, free of content."""
     block = lowest_leaf(state)
     if state.kernels.second_chance:
-        while state.kernels.second_chance(state, block):
+        while call_kernel(state.kernels.second_chance, state, block):
             block = lowest_leaf(state)
     evict_leaf(state, block)
     return block

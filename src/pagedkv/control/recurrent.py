@@ -11,6 +11,7 @@ block boundary while slots are free; once they are not, its last one moves on wi
 
 from __future__ import annotations
 
+from pagedkv.control.block_tables import table_of
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled, inlined
 
@@ -113,7 +114,7 @@ def release_slot(state: State, row: int) -> None:
     """Take the slot of a sequence that ends; the snapshot that moved on with it stays where it is."""
     record = state.sequences[row]
     if record.num_indexed > 0:
-        snapshot = snapshot_of(state, state.tables[row, record.num_indexed - 1])
+        snapshot = snapshot_of(state, table_of(state, row)[record.num_indexed - 1])
         if snapshot >= 0 and state.states[snapshot].writer == row + 1:
             state.states[snapshot].writer = 0
     _put_back(state, state.sequence_states[row] - 1)
@@ -145,7 +146,7 @@ def keep_snapshot(state: State, row: int, writes: bool) -> None:
 
     Nothing is kept where no slot can be had.
     """
-    record, table = state.sequences[row], state.tables[row]
+    record, table = state.sequences[row], table_of(state, row)
     block = table[record.num_indexed - 1]
     slot = snapshot_of(state, block)
     if slot >= 0:

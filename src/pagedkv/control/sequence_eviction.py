@@ -128,7 +128,7 @@ def score_releases(state: State, strategy: EvictionStrategy, rows: Sequence[int]
         view.records["ref_count"] = 1
         for row in rows[: place + 1]:
             record = state.sequence(row)
-            held = np.isin(ids, state.tables[row, : record.num_blocks])
+            held = np.isin(ids, state.table(row))
             for field in ("last_access", "priority"):
                 view.records[field][held] = np.maximum(view.records[field][held], getattr(record, field))
         scored.append((ids, block_scores(strategy, view, state.counter("tick"))))
@@ -144,13 +144,29 @@ def written_tails(state: State, rows: Sequence[int], counts: npt.NDArray[np.int6
     size = int(state.counters[0].block_size)
     growing = [state.sequences[row] for row in rows]
     return [
-        int(state.tables[row, record.num_blocks - 1])
+        int(state.table(row)[-1])
         for row, record, count in zip(rows, growing, counts.tolist(), strict=True)
         if count > 0 and (record.num_tokens + record.hole_len) % size
     ]
 
 
-def fits_after_evicting(
+def rows_for_room(
+    state: State,
+    victims: VictimOrder,
+    missing: int,
+    spared: frozenset[int],
+    matched: Sequence[int],
+    tails: Sequence[int],
+    kept: Sequence[int],
+) -> npt.NDArray[np.int32]:
+    """Return the rows whose end makes up for `missing` blocks, none if nothing does; else as `_fits_after_evicting`."""
+    if not _fits_after_evicting(state, missing, spared, matched, tails, kept):
+        return np.empty(0, np.int32)
+    # Blocks that the call shares or that pins keep are left by their owners, but not free.
+    return rows_to_evict(state, victims.in_order(state, spared), missing + len(matched) + len(kept))
+
+
+def _fits_after_evicting(
     state: State,
     missing: int,
     spared: frozenset[int],
@@ -168,7 +184,7 @@ def fits_after_evicting(
     pinned = np.flatnonzero((marks & (LIVE | PINNED)) == (LIVE | PINNED)).tolist()
     owners: Counter[int] = Counter()
     for row in spared.union(pinned):
-        owners.update(state.tables[row, : state.sequences[row].num_blocks].tolist())
+        owners.update(state.table(row).tolist())
     staying = {int(block) for block in chain(matched, kept) if state.blocks[block].ref_count > 0}
     freed = int(state.counters[0].used) - len(owners.keys() | staying)
     return freed + _copies_saved(state, tails, owners) >= missing

@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.arguments import sequence_key, sequence_number
 from pagedkv.control.pool import unpin_block
-from pagedkv.control.state import DIRTY, LIVE, PINNED, SEQUENCE, State, new_tables, power_of_two
+from pagedkv.control.state import DIRTY, LIVE, MAX_PINS, PINNED, SEQUENCE, State, power_of_two
+from pagedkv.errors import InvalidOperation, SequenceNotFound, bad_argument
 from pagedkv.jit import borrowed, compiled, inlined
 
-OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_WIDTH, NEEDS_ROWS, STALE, TOO_LONG, NO_SLOT = range(10)
+OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_TABLES, NEEDS_ROWS, STALE, TOO_LONG, NO_SLOT = range(10)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
+
+MAX_TOKENS = 2**31 - 1
+"""The most tokens of a sequence, those in its hole included: plans hold lengths as int32."""
 
 Ints = npt.NDArray[np.int64]
 Narrow = npt.NDArray[np.int32]
+
+
+def refuse(status: int, place: int, keys: Any, given: Any = None) -> None:
+    """Raise what an answer means for the sequence at `place` of a call, if it is an error of the caller."""
+    if status == NOT_FOUND:
+        if given is not None:
+            listed = given.tolist() if hasattr(given, "tolist") else given
+            sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
+        raise SequenceNotFound(sequence_number(keys[place]))
+    if status == REPEATED:
+        raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+    if status == TOO_LONG:
+        raise bad_argument("tokens", f"sequences of at most {MAX_TOKENS} tokens", f"{place}")
+
 
 _STEP = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
@@ -62,14 +83,20 @@ def has_spare_row(state: State) -> bool:
 
 
 @inlined
+def spare_row(state: State) -> int:
+    """Return the row that the next sequence gets."""
+    counters = state.counters[0]
+    return counters.free_row - 1 if counters.free_row != 0 else counters.rows_used
+
+
+@inlined
 def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     """Enter a live sequence without tokens and return its row; there is a spare row."""
     counters = state.counters[0]
+    row = spare_row(state)
     if counters.free_row != 0:
-        row = counters.free_row - 1
         counters.free_row = state.sequences[row].num_blocks
     else:
-        row = counters.rows_used
         counters.rows_used += 1
     record = state.sequences[row]
     record.seq_id = seq_id
@@ -211,22 +238,59 @@ def _enter_all(state: State) -> None:
             _enter(state, row)
 
 
+def live_rows(state: State) -> list[int]:
+    """Return the rows of the live sequences."""
+    marks = state.sequences["marks"][: state.counter("rows_used")]
+    live: list[int] = np.flatnonzero(marks & LIVE).tolist()
+    return live
+
+
 def with_more_rows(state: State) -> State:
-    """Return the state with room for twice as many sequences; OutOfMemory if the system has none for their tables."""
-    old, width = state.tables.shape
-    tables = new_tables(2 * old, width)
-    tables[:old] = state.tables
+    """Return the state with room for twice as many sequences."""
+    old = len(state.sequences)
     sequences = np.zeros(2 * old, SEQUENCE)
     sequences[:old] = state.sequences
     dirty = np.zeros(2 * old, np.int32)
     dirty[:old] = state.dirty
     seq_table = np.zeros(power_of_two(4 * old), np.int32)
-    grown = state._replace(sequences=sequences, tables=tables, dirty=dirty, seq_table=seq_table)
+    grown = state._replace(sequences=sequences, dirty=dirty, seq_table=seq_table)
     if len(state.states):
         grown = grown._replace(sequence_states=np.concatenate([state.sequence_states, np.zeros(old, np.int32)]))
     _enter_all(grown.packed)
     return grown
 
 
-MAX_TOKENS = 2**31 - 1
-"""The most tokens of a sequence, those in its hole included: plans hold lengths as int32."""
+class KeptPins:
+    """Pins that outlive their sequences. A change counts once the books have changed as well, and not before."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, list[int]] = {}  # by sequence key: those that stayed pinned when it was freed
+        self._next: tuple[int, dict[int, list[int]]] = (0, self.blocks)
+
+    def keep(self, state: State, row: int) -> None:
+        """Note which blocks stay pinned when this sequence is freed, which is the next change of the books."""
+        record = state.sequence(row)
+        table = state.table(row)[: record.pinned_blocks]
+        pinned = table[state.blocks["indexed"][table] != 0].tolist()
+        if pinned and state.blocks["pins"][pinned].max() == MAX_PINS:
+            raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
+        kept = self.blocks.get(record.seq_id, [])
+        self._after_this(state, {**self.blocks, record.seq_id: kept + pinned})
+
+    def drop(self, state: State, key: int) -> None:
+        """Note that the pins of one sequence are taken back by the next change of the books."""
+        self._after_this(state, {other: blocks for other, blocks in self.blocks.items() if other != key})
+
+    def clear(self, state: State) -> None:
+        """Note that all pins go with the next change of the books."""
+        self._after_this(state, {})
+
+    def settle(self, state: State) -> None:
+        """Find out whether the change that was noted last has happened."""
+        changes, pins = self._next
+        if state.counter("changes") >= changes:
+            self.blocks = pins
+        self._next = (0, self.blocks)
+
+    def _after_this(self, state: State, pins: dict[int, list[int]]) -> None:
+        self._next = (state.counter("changes") + 1, pins)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.block_tables import entries_left, fits_table, reserve, segment_length, table_of
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.pool import (
     available_blocks,
@@ -27,7 +28,7 @@ from pagedkv.control.sequence_table import (
     EXISTS,
     MAX_TOKENS,
     NEEDS_ROWS,
-    NEEDS_WIDTH,
+    NEEDS_TABLES,
     NO_ROOM,
     NO_SLOT,
     OK,
@@ -41,10 +42,12 @@ from pagedkv.control.sequence_table import (
     mark_dirty,
     new_row,
     resolve_rows,
+    spare_row,
     touch_row,
 )
 from pagedkv.control.state import EVICT, MAIN, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
-from pagedkv.jit import borrowed, called, compiled, inlined
+from pagedkv.errors import OutOfMemory
+from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
 #
@@ -101,7 +104,7 @@ def lay_out(state: State, rows: Narrow, num_query: Ints, wide: Ints, narrow: Nar
     block_tables, seq_lens, starts, holes = _cut_narrow(borrowed(narrow), n, width)
     token, tick = 0, state.counters[0].tick
     for i in range(n):
-        record, table = state.sequences[rows[i]], state.tables[rows[i]]
+        record, table = state.sequences[rows[i]], table_of(state, rows[i])
         num_blocks, num_tokens = record.num_blocks, record.num_tokens
         tick = max(tick, record.epoch)
         hole_start, hole_len = record.hole_start, record.hole_len
@@ -163,6 +166,22 @@ def plan_from(seq_ids: Ints, wide: Ints, narrow: Narrow, width: int, copies: Nar
     return BatchPlan(
         seq_ids, slot_mapping, block_tables, seq_lens, cu_seqlens_q, positions, hole_ends, num_dropped, copies, tick
     )
+
+
+def too_large_plan(state: State, seq_ids: Ints) -> OutOfMemory:
+    """Return the error for a plan that the system has no memory for."""
+    rows = [find_row(state.packed, key) for key in seq_ids.tolist()]
+    n, width = len(rows), int(state.sequences["num_blocks"][rows].max(initial=1))
+    what = f"block tables of {n} sequences, {width} blocks each, take {4 * n * width:,} bytes"
+    return OutOfMemory(n * width, 0, f"{what}, which the system refuses")
+
+
+def plan_in_memory(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, int, Ints, Narrow]:
+    """Do as `plan_rows`, or raise OutOfMemory."""
+    try:
+        return plan_rows(state.packed, seq_ids, num_query)
+    except MemoryError as error:
+        raise too_large_plan(state, seq_ids) from error
 
 
 # Sequences come, fork, shrink and go: compiled, one call each.
@@ -245,17 +264,18 @@ def allocate_row(
         return NO_SLOT, 1, 0
     if num_tokens > MAX_TOKENS:
         return TOO_LONG, num_tokens, 0
-    if num_blocks > state.tables.shape[1]:
-        return NEEDS_WIDTH, num_blocks, 0
+    if not fits_table(state, spare_row(state), num_blocks):
+        return NEEDS_TABLES, segment_length(num_blocks), 0
 
     if counters.num_orders > 0:
         reclaim_as_ordered(state)
     counters.tick += 1
     counters.changes += 1
     row = new_row(state, seq_id, namespace, priority)
-    record, table = state.sequences[row], state.tables[row]
     if len(state.states) > 0:
         give_slot(state, row, snapshot_of(state, matched[full - 1]) if full > 0 else -1)
+    reserve(state, row, num_blocks)
+    record, table = state.sequences[row], table_of(state, row)
     for i in range(full):
         table[i] = matched[i]
         share_block(state, matched[i])
@@ -296,13 +316,16 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
         return NEEDS_ROWS, 0
     if lacks_slot(state):
         return NO_SLOT, 0
+    source = state.sequences[row]
+    if not fits_table(state, spare_row(state), source.num_blocks):
+        return NEEDS_TABLES, segment_length(source.num_blocks)
     counters = state.counters[0]
     counters.tick += 1
-    source = state.sequences[row]
     counters.changes += 1
     twin_row = new_row(state, dst, source.namespace, source.priority)
     if len(state.states) > 0:
         give_slot(state, twin_row, state.sequence_states[row] - 1)
+    reserve(state, twin_row, source.num_blocks)
     twin = state.sequences[twin_row]
     twin.num_tokens = source.num_tokens
     twin.num_committed = source.num_committed
@@ -314,10 +337,10 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
     twin.hole_start = source.hole_start
     twin.hole_len = source.hole_len
     twin.marks |= source.marks & (OPAQUE | TRUNCATED)
+    table, twin_table = table_of(state, row), table_of(state, twin_row)
     for i in range(source.num_blocks):
-        block = state.tables[row, i]
-        state.tables[twin_row, i] = block
-        share_block(state, block)
+        twin_table[i] = table[i]
+        share_block(state, table[i])
     touch_row(state, twin_row)
     counters.forks += 1
     return OK, twin_row
@@ -331,13 +354,14 @@ def release_candidates(state: State, rows: Narrow, first: int) -> Narrow:
     """
     state = borrowed(state)
     row = rows[-1]
+    table = table_of(state, row)
     found = np.empty(state.sequences[row].num_blocks, np.int32)
     count = 0
     _change_references(state, rows[:-1], -1)
     for i in range(first, state.sequences[row].num_blocks):
-        block = state.blocks[state.tables[row, i]]
+        block = state.blocks[table[i]]
         if block.indexed and block.ref_count == 1:
-            found[count] = state.tables[row, i]
+            found[count] = table[i]
             count += 1
     _change_references(state, rows[:-1], 1)
     return found[:count]
@@ -348,8 +372,9 @@ def _change_references(state: State, rows: Narrow, change: int) -> int:
     """Count references of whole sequences up or down, for a trial; returns how many blocks have none."""
     bare = 0
     for row in rows:
+        table = table_of(state, row)
         for i in range(state.sequences[row].num_blocks):
-            block = state.blocks[state.tables[row, i]]
+            block = state.blocks[table[i]]
             block.ref_count += change
             bare += block.ref_count == 0
     return bare
@@ -373,9 +398,9 @@ def count_leaving(state: State, rows: Narrow, num_blocks: int) -> int:
 @inlined
 def _hand_over_use(state: State, row: int, first: int) -> None:
     """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
-    record = state.sequences[row]
+    record, table = state.sequences[row], table_of(state, row)
     for i in range(first, record.num_blocks):
-        block = state.blocks[state.tables[row, i]]
+        block = state.blocks[table[i]]
         if block.indexed:
             block.last_access = max(block.last_access, record.last_access)
             block.priority = max(block.priority, record.priority)
@@ -386,10 +411,10 @@ def free_row(state: State, row: int) -> None:
     """End a sequence: every block loses a reference, tail first; pins of findable blocks stay."""
     state = borrowed(state)
     state.counters[0].changes += 1
-    record = state.sequences[row]
+    record, table = state.sequences[row], table_of(state, row)
     _hand_over_use(state, row, 0)
     for i in range(record.num_blocks - 1, -1, -1):
-        block = state.tables[row, i]
+        block = table[i]
         if i < record.pinned_blocks and state.blocks[block].indexed:
             pin_block(state, block)
         drop_block(state, block)
@@ -397,7 +422,7 @@ def free_row(state: State, row: int) -> None:
         release_slot(state, row)
     drop_row(state, row)
     if state.kernels.on_request_end:
-        state.kernels.on_request_end(state, 0)
+        call_kernel(state.kernels.on_request_end, state, 0)
 
 
 @compiled
@@ -452,7 +477,7 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
     """Take back all tokens from cache position `num_tokens` on."""
     state = borrowed(state)
     state.counters[0].changes += 1
-    record = state.sequences[row]
+    record, table = state.sequences[row], table_of(state, row)
     size = state.counters[0].block_size
     if num_tokens <= record.hole_start:
         record.hole_len = 0
@@ -460,9 +485,9 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
     num_blocks = (end + size - 1) // size
     _hand_over_use(state, row, end // size)
     for i in range(record.num_blocks - 1, num_blocks - 1, -1):
-        drop_block(state, state.tables[row, i])
+        drop_block(state, table[i])
     if end % size != 0:
-        tail = state.blocks[state.tables[row, num_blocks - 1]]
+        tail = state.blocks[table[num_blocks - 1]]
         if tail.ref_count == 1 and not tail.indexed:
             tail.num_tokens = end % size
     record.num_tokens = num_tokens
@@ -484,22 +509,37 @@ def _must_copy(state: State, block: int) -> bool:
 
 
 @inlined
+def _entries_to_move(state: State, rows: npt.NDArray[np.int32], more: int) -> int:
+    """Return the entries of the segments that sequences move to when each grows by so many blocks."""
+    entries = 0
+    for i in range(len(rows)):
+        record = state.sequences[rows[i]]
+        if record.num_blocks + more > record.room:
+            entries += segment_length(record.num_blocks + more)
+    return entries
+
+
+@inlined
 def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> bool:
     """Tell whether there is room even if all sequences grow as much as the one that grows most, and copy a block."""
-    widest, most = 0, 0
+    widest, most, spare = 0, 0, MAX_TOKENS
     for i in range(len(rows)):
-        widest = max(widest, state.sequences[rows[i]].num_blocks)
+        record = state.sequences[rows[i]]
+        widest = max(widest, record.num_blocks)
+        spare = min(spare, record.room - record.num_blocks)
         most = max(most, counts[i])
     more = most // state.counters[0].block_size + 1
     is_short = (widest + more) * state.counters[0].block_size <= MAX_TOKENS
-    return is_short and len(rows) * (more + 1) <= available_blocks(state) and widest + more <= state.tables.shape[1]
+    if not is_short or len(rows) * (more + 1) > available_blocks(state):
+        return False
+    return spare >= more or _entries_to_move(state, rows, more) <= entries_left(state)
 
 
 @inlined
 def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tuple[int, int, int]:
-    """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_WIDTH with the columns needed."""
+    """Answer OK, NO_ROOM with needed and available blocks, or NEEDS_TABLES with the entries needed, if all move."""
     size = state.counters[0].block_size
-    needed, width, longest = 0, 0, 0
+    needed, longest, entries, moved = 0, 0, 0, 0
     lent = np.zeros(len(rows), np.bool_)
     for i in range(len(rows)):
         if counts[i] == 0:
@@ -510,9 +550,11 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
         if counts[i] > spare:
             more = (counts[i] - spare + size - 1) // size
             needed += more
-            width = max(width, record.num_blocks + more)
+            length = segment_length(record.num_blocks + more)
+            entries += length
+            moved += length if record.num_blocks + more > record.room else 0
         if spare > 0:
-            tail = state.tables[rows[i], record.num_blocks - 1]
+            tail = state.tables[record.table + record.num_blocks - 1]
             if _must_copy(state, tail):
                 needed += 1
                 # Forks of one batch may share this tail: the last of them to write finds it its own.
@@ -521,14 +563,15 @@ def _room_to_grow(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> tu
                     lent[i] = True
     for i in range(len(rows)):
         if lent[i]:
-            state.blocks[state.tables[rows[i], state.sequences[rows[i]].num_blocks - 1]].ref_count += 1
+            record = state.sequences[rows[i]]
+            state.blocks[state.tables[record.table + record.num_blocks - 1]].ref_count += 1
     available = available_blocks(state)
     if needed > available:
         return NO_ROOM, needed, available
     if longest > MAX_TOKENS:
         return TOO_LONG, longest, 0
-    if width > state.tables.shape[1]:
-        return NEEDS_WIDTH, width, 0
+    if moved > entries_left(state):
+        return NEEDS_TABLES, entries, 0
     return OK, needed, 0
 
 
@@ -547,7 +590,7 @@ def blocks_to_grow(state: State, seq_ids: Ints, counts: Ints) -> tuple[int, int]
 def _own_tail(state: State, row: int) -> None:
     """Make the tail block of `row` writable."""
     place = state.sequences[row].num_blocks - 1
-    tail = state.tables[row, place]
+    tail = state.tables[state.sequences[row].table + place]
     if _must_copy(state, tail):
         replace_by_copy(state, row, place)
     elif state.blocks[tail].indexed:
@@ -567,7 +610,7 @@ def _fill(state: State, block: int, start: int, stop: int, ids: Ints, first: int
 @inlined
 def _extend(state: State, row: int, count: int, ids: Ints, first: int, known: bool) -> None:
     """Give `row` another `count` tokens, ``ids[first : first + count]`` if they are known."""
-    record, table = state.sequences[row], state.tables[row]
+    record = state.sequences[row]
     size = state.counters[0].block_size
     slot = record.num_tokens + record.hole_len
     end = slot + count
@@ -577,12 +620,15 @@ def _extend(state: State, row: int, count: int, ids: Ints, first: int, known: bo
         if slot < base:
             base -= size
             _own_tail(state, row)
-            _fill(state, table[record.num_blocks - 1], slot - base, min(end - base, size), ids, first, known)
+            tail = state.tables[record.table + record.num_blocks - 1]
+            _fill(state, tail, slot - base, min(end - base, size), ids, first, known)
             base += size
+        if base < end:
+            reserve(state, row, record.num_blocks + (end - base + size - 1) // size)
         while base < end:
             block = take_block(state)
             state.blocks[block].priority = record.priority
-            table[record.num_blocks] = block
+            state.tables[record.table + record.num_blocks] = block
             record.num_blocks += 1
             _fill(state, block, 0, min(end - base, size), ids, first + base - slot, known)
             base += size
@@ -610,15 +656,16 @@ def grow_rows(
     a, b = place, 0
     if status == OK and not _surely_fits(state, rows, counts):
         status, a, b = _room_to_grow(state, rows, counts)
-        while status == NO_ROOM and evict_as_ordered(state):
-            status, a, b = _room_to_grow(state, rows, counts)
+    wide, narrow = _no_plan()
+    if status == OK or (status == NO_ROOM and state.counters[0].num_orders > 0):
+        most = 0
+        for i in range(len(counts)):
+            most = max(most, counts[i])
+        wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
+    while status == NO_ROOM and evict_as_ordered(state):
+        status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
-        wide, narrow = _no_plan()
         return status, a, b, 0, wide, narrow
-    most = 0
-    for i in range(len(counts)):
-        most = max(most, counts[i])
-    wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
     if state.counters[0].num_orders > 0:
         reclaim_as_ordered(state)
     state.counters[0].changes += 1
@@ -639,7 +686,7 @@ def _index_committed(state: State, row: int) -> None:
     blocks of a sequence are always a path of the trie, and equal prefixes are stored once. A duplicate that forks
     still share stays as it is for now: whoever holds a node must hold all its ancestors, forks included.
     """
-    record, table = state.sequences[row], state.tables[row]
+    record, table = state.sequences[row], table_of(state, row)
     size = state.counters[0].block_size
     stop = min(record.num_committed, record.num_known) // size
     while record.num_indexed < stop:
@@ -705,7 +752,7 @@ def find_stale(state: State, seq_ids: Ints, made_at: int, seq_lens: Narrow, star
         first += record.hole_len if first >= record.hole_start else 0
         last += record.hole_len if last >= record.hole_start else 0
         for j in range(first // size, last // size + 1 if last >= first else 0):
-            if j >= tables.shape[1] or state.tables[row, j] != tables[i, j]:
+            if j >= tables.shape[1] or state.tables[record.table + j] != tables[i, j]:
                 return i
     return -1
 
@@ -734,7 +781,7 @@ def _is_own(state: State, block: int, num_own_children: int) -> bool:
 @inlined
 def _count_foreign(state: State, row: int, first: int) -> int:
     """Return how many of the blocks from table place `first` on somebody else shares or builds upon."""
-    record, table = state.sequences[row], state.tables[row]
+    record, table = state.sequences[row], table_of(state, row)
     foreign, own_children = 0, 0
     for place in range(record.num_blocks - 1, first - 1, -1):
         block = table[place]
@@ -752,7 +799,7 @@ def _detach(state: State, row: int, first: int) -> None:
 
     Whoever holds a node of the trie must hold its ancestors, and this sequence is about to release some.
     """
-    record, table = state.sequences[row], state.tables[row]
+    record, table = state.sequences[row], table_of(state, row)
     for place in range(record.num_blocks - 1, first - 1, -1):
         block = table[place]
         if not _is_own(state, block, 0):
@@ -787,7 +834,7 @@ def stream_row(state: State, row: int, sink: int, window: int) -> int:
     Returns how many tokens were dropped, at least one.
     """
     state = borrowed(state)
-    record, table = state.sequences[row], state.tables[row]
+    record, table = state.sequences[row], table_of(state, row)
     size = state.counters[0].block_size
     dropped = record.num_tokens - sink - window
     resume, cut, keep = _cuts(state, row, sink, window)

@@ -9,12 +9,12 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``blocks``         one record per block, as long as a cache line
 ``contents``       the token ids of every block, ``block_size`` per block, flat
 ``buckets``        the prefix table: the first block of each hash chain
-``siblings``       per block: first child, next sibling, previous sibling
+``siblings``       per block: first child, next sibling, previous sibling, and the bucket of its hash chain
 ``roots``          per namespace: number of children, first child, number of live sequences, what the salt hashes to
 ``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues
 ``free_stack``     blocks that were used before and hold nothing now; never used ones lie above ``fresh``
 ``sequences``      one record per live sequence, as long as two
-``tables``         the block table of every sequence
+``tables``         the block tables of all sequences, a segment of it each (`block_tables`)
 ``seq_table``      open addressing: sequence id to row
 ``log``            blocks stored (+id+1) and removed (-id-1) by one call, 0 for all removed, while somebody listens
 ``copies``         blocks (source, destination) whose K and V are still to be copied
@@ -192,9 +192,6 @@ BLOCK = record(
 SEQUENCE = record(
     seq_id="i8",
     num_tokens="i8",  # visible tokens
-    num_committed="i8",  # leading visible tokens whose K and V are written
-    num_known="i8",  # leading visible tokens whose ids are known
-    num_cached="i8",
     num_dropped="i8",  # tokens that streaming dropped
     last_access="i8",
     access_count="i8",
@@ -202,8 +199,13 @@ SEQUENCE = record(
     epoch="i8",  # plans of earlier ticks are stale
     stamp="i8",  # the last batch that named this sequence
     ranked="i8",  # the valid entry in the eviction order
+    table="i8",  # where its segment of the block tables begins
+    room="i4",  # and how many blocks it has room for
     num_blocks="i4",
     num_indexed="i4",  # leading blocks that are trie nodes, each the parent of the next
+    num_committed="i4",  # leading visible tokens whose K and V are written
+    num_known="i4",  # leading visible tokens whose ids are known
+    num_cached="i4",
     priority="i4",
     namespace="i4",
     hole_start="i4",  # in slots of the table: [hole_start, hole_start + hole_len) is dropped
@@ -234,7 +236,8 @@ COUNTERS = record(
     **dict.fromkeys(
         "num_blocks block_size prefix_caching whole_hits seed factor tick stamp changes newest_epoch "
         "fresh free_top used cached pinned heap_size probation_heap_size probation "
-        "num_sequences rows_used free_row num_dirty logging log_len num_copies num_orders was_cleared "
+        "num_sequences rows_used free_row num_dirty tables_top tables_left "
+        "logging log_len num_copies num_orders was_cleared "
         "free_state states_used states_cached states_stored states_reclaimed num_state_copies "
         "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied".split(),
         "i8",
@@ -310,9 +313,18 @@ class State(_State):
         """Return one of the counters, for Python."""
         return self.counters[name].item()  # type: ignore[no-any-return]
 
+    def table(self, row: int) -> npt.NDArray[np.int32]:
+        """Return the block table of a sequence, for Python: a view."""
+        start = self.sequences["table"].item(row)
+        return self.tables[start : start + self.sequences["num_blocks"].item(row)]
+
     def sequence(self, row: int) -> Any:
         """Return a copy of the record of a sequence, for Python: a tuple of ints by name."""
         return _Sequence._make(self.sequences.item(row))
+
+
+FEWEST_ENTRIES = 4096
+"""The block tables are never shorter together."""
 
 
 def power_of_two(at_least: int) -> int:
@@ -320,23 +332,19 @@ def power_of_two(at_least: int) -> int:
     return 1 << max(0, at_least - 1).bit_length()
 
 
-def new_state(
-    num_blocks: int, block_size: int, prefix_caching: bool, num_states: int = 0, rows: int = 64, width: int = 64
-) -> State:
+def new_state(num_blocks: int, block_size: int, prefix_caching: bool, num_states: int = 0, rows: int = 64) -> State:
     """Make the state of an empty pool; memory is committed only as blocks are used.
 
     It is OutOfMemory if even the addresses for so many blocks and tokens cannot be had.
     """
     try:
-        return _empty_state(num_blocks, block_size, prefix_caching, num_states, rows, width)
+        return _empty_state(num_blocks, block_size, prefix_caching, num_states, rows)
     except (MemoryError, ValueError) as error:  # the latter is NumPy's for a size beyond all addresses
         hint = f"the books of {num_blocks} blocks of {block_size} tokens do not fit into memory"
         raise OutOfMemory(num_blocks, 0, hint) from error
 
 
-def _empty_state(
-    num_blocks: int, block_size: int, prefix_caching: bool, num_states: int, rows: int, width: int
-) -> State:
+def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, num_states: int, rows: int) -> State:
     counters = np.zeros(1, COUNTERS)
     counters["num_blocks"] = num_blocks
     counters["block_size"] = block_size
@@ -351,13 +359,13 @@ def _empty_state(
         kernels=PolicyKernels(),
         blocks=np.zeros(num_blocks, BLOCK),
         contents=np.zeros(num_blocks * block_size, np.int64),
-        buckets=np.zeros(power_of_two(2 * num_blocks), np.int32),
-        siblings=np.zeros((num_blocks, 3), np.int32),
+        buckets=np.zeros(power_of_two(3 * num_blocks), np.int32),
+        siblings=np.zeros((num_blocks, 4), np.int32),
         roots=np.zeros((16, 4), np.int32),
         heap=np.zeros(2 * num_blocks, np.int32),
         free_stack=np.zeros(num_blocks, np.int32),
         sequences=np.zeros(rows, SEQUENCE),
-        tables=np.zeros((rows, width), np.int32),
+        tables=np.zeros(FEWEST_ENTRIES, np.int32),
         seq_table=np.zeros(power_of_two(2 * rows), np.int32),
         dirty=np.zeros(rows, np.int32),
         log=np.zeros(1, np.int32),
@@ -375,26 +383,6 @@ def _empty_state(
         learner=new_learner(False),
         counters=counters,
     )
-
-
-def with_wider_tables(state: State, width: int) -> State:
-    """Return the state with block tables of at least `width` columns; OutOfMemory if the system has no room."""
-    rows, old = state.tables.shape
-    tables = new_tables(rows, max(width, 2 * old), width)
-    tables[:, :old] = state.tables
-    return state._replace(tables=tables)
-
-
-def new_tables(rows: int, width: int, least: int = 0) -> npt.NDArray[np.int32]:
-    """Return empty block tables, of `least` columns if the system has no room for `width`."""
-    try:
-        return np.zeros((rows, width), np.int32)
-    except MemoryError as error:
-        if 0 < least < width:
-            return new_tables(rows, least)
-        needed = 4 * rows * width
-        hint = f"block tables of {rows} sequences, {width} blocks each, take {needed:,} bytes, which the system refuses"
-        raise OutOfMemory(width, 0, hint) from error
 
 
 def with_roots(state: State, count: int) -> State:

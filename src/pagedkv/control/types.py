@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.arguments import sequence_number
+from pagedkv.control.state import PINNED as MARKED_PINNED
 from pagedkv.control.state import State
 from pagedkv.errors import InvalidOperation
 from pagedkv.validate import require_int
@@ -107,6 +109,23 @@ class SequenceInfo:
         return len(self._blocks) // np.dtype(np.int32).itemsize
 
 
+def sequence_info(state: State, row: int) -> SequenceInfo:
+    """Return a snapshot of the sequence in `row`."""
+    record = state.sequence(row)
+    return SequenceInfo(
+        seq_id=SeqId(sequence_number(record.seq_id)),
+        num_tokens=record.num_tokens,
+        num_cached_tokens=record.num_cached,
+        num_committed_tokens=record.num_committed,
+        num_dropped_tokens=record.num_dropped,
+        last_access=record.last_access,
+        access_count=record.access_count,
+        priority=record.priority,
+        pinned=bool(record.marks & MARKED_PINNED),
+        _blocks=state.tables[record.table : record.table + record.num_blocks].tobytes(),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """An immutable snapshot of the counters since the cache was made.
@@ -150,6 +169,27 @@ class CacheStats:
     blocks_copied: int = 0
     states_stored: int = 0
     states_reclaimed: int = 0
+
+    def report(self) -> tuple[str, str]:
+        """Return what happened to blocks, and what the prefix index brought, a line each."""
+        return (
+            f"Stats: allocations={self.total_allocations}, frees={self.total_frees}, "
+            f"evictions={self.total_evictions}, forks={self.total_forks}, peak={self.peak_blocks_used}",
+            f"Prefix: queries={self.prefix_queries}, hits={self.prefix_hits}, hit_tokens={self.prefix_hit_tokens}, "
+            f"reclaimed={self.blocks_reclaimed}, copied={self.blocks_copied}",
+        )
+
+
+# The counters behind these fields, in their order.
+_STATS = (
+    "allocations frees evictions forks peak queries hits hit_tokens partial_tokens reclaimed copied "
+    "states_stored states_reclaimed"
+).split()
+
+
+def stats_of(state: State) -> CacheStats:
+    """Return the counters since the cache was made."""
+    return CacheStats(*map(state.counter, _STATS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,8 @@ class DevicePlan:
         0 behind the tokens of the plan.
     batch : DeviceBatch
         Block tables, lengths and holes.
+    loaded : BatchPlan or None
+        The plan that was loaded last: a cache looks at it, and not at the device, to refuse what is stale.
 
     Raises
     ------
@@ -69,6 +71,7 @@ class DevicePlan:
         self.num_blocks = require_int("num_blocks", num_blocks, 0, MAX_COUNT)
         most = self.max_tokens if max_query_tokens is None else max_query_tokens
         self.max_query_tokens = require_int("max_query_tokens", most, 1, self.max_tokens)
+        self.loaded: Any = None
         self.device = checked_device(device)
         shapes = _shapes(self.max_tokens, self.max_seqs, self.max_blocks)
         self._shapes = shapes
@@ -125,6 +128,7 @@ class DevicePlan:
         holes[:count] = plan.holes
         # torch keeps pinned memory until the copies from it are done.
         self._buffer.copy_(staging, non_blocking=True)
+        self.loaded = plan
         return self
 
     def check_device_arrays(self) -> None:
