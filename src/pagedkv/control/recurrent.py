@@ -11,7 +11,6 @@ block boundary while slots are free; once they are not, its last one moves on wi
 
 from __future__ import annotations
 
-from pagedkv.control.block_tables import table_of
 from pagedkv.control.state import State
 from pagedkv.jit import borrowed, compiled, inlined
 
@@ -110,11 +109,12 @@ def give_slot(state: State, row: int, source: int) -> None:
 
 
 @inlined
-def release_slot(state: State, row: int) -> None:
-    """Take the slot of a sequence that ends; the snapshot that moved on with it stays where it is."""
-    record = state.sequences[row]
-    if record.num_indexed > 0:
-        snapshot = snapshot_of(state, table_of(state, row)[record.num_indexed - 1])
+def release_slot(state: State, row: int, last: int) -> None:
+    """Take the slot of a sequence that ends; a snapshot of its `last` indexed block (-1: none) that moved on with it
+    stays where it is.
+    """
+    if last >= 0:
+        snapshot = snapshot_of(state, last)
         if snapshot >= 0 and state.states[snapshot].writer == row + 1:
             state.states[snapshot].writer = 0
     _put_back(state, state.sequence_states[row] - 1)
@@ -141,19 +141,17 @@ def drop_all_snapshots(state: State) -> None:
 
 
 @inlined
-def keep_snapshot(state: State, row: int, writes: bool) -> None:
-    """Keep the state of a sequence as it is behind its last indexed block; `writes`: it got there by a decode step.
+def keep_snapshot(state: State, row: int, block: int, before: int, writes: bool) -> None:
+    """Keep the state of a sequence as it is behind `block`, its last indexed one, which follows on `before` (-1: none).
 
-    Nothing is kept where no slot can be had.
+    `writes`: it got there by a decode step. Nothing is kept where no slot can be had.
     """
-    record, table = state.sequences[row], table_of(state, row)
-    block = table[record.num_indexed - 1]
     slot = snapshot_of(state, block)
     if slot >= 0:
         state.states[slot].last_access = state.counters[0].tick
         return
-    if writes and record.num_indexed > 1 and state.counters[0].free_state == 0:
-        slot = snapshot_of(state, table[record.num_indexed - 2])
+    if writes and before >= 0 and state.counters[0].free_state == 0:
+        slot = snapshot_of(state, before)
         if slot >= 0 and state.states[slot].writer == row + 1:
             _detach(state, slot)
         else:

@@ -396,6 +396,13 @@ def count_leaving(state: State, rows: Narrow, num_blocks: int) -> int:
 
 
 @inlined
+def _indexed_block(state: State, row: int, place: int) -> int:
+    """Return the last of the indexed blocks of a sequence, the one before it, …, or -1."""
+    num_indexed = state.sequences[row].num_indexed
+    return table_of(state, row)[num_indexed - place] if num_indexed >= place else -1
+
+
+@inlined
 def _hand_over_use(state: State, row: int, first: int) -> None:
     """Let the indexed blocks from table place `first` on know what the sequence knows of their use."""
     record, table = state.sequences[row], table_of(state, row)
@@ -419,7 +426,7 @@ def free_row(state: State, row: int) -> None:
             pin_block(state, block)
         drop_block(state, block)
     if len(state.states) > 0:
-        release_slot(state, row)
+        release_slot(state, row, _indexed_block(state, row, 1))
     drop_row(state, row)
     if state.kernels.on_request_end:
         call_kernel(state.kernels.on_request_end, state, 0)
@@ -731,7 +738,8 @@ def commit_rows(state: State, seq_ids: Ints, seq_lens: Ints, made_at: int, has_s
             _index_committed(state, rows[i])
             if len(state.states) > 0 and has_states and num_new > 0 and record.marks & TRUNCATED == 0:
                 if record.num_indexed * state.counters[0].block_size == record.num_tokens:
-                    keep_snapshot(state, rows[i], num_new == 1)
+                    last, before = _indexed_block(state, rows[i], 1), _indexed_block(state, rows[i], 2)
+                    keep_snapshot(state, rows[i], last, before, num_new == 1)
     return OK, state.counters[0].num_state_copies
 
 

@@ -91,8 +91,6 @@ class RecurrentStates:
         rows = [tensor[slot : slot + 1] for tensor in states.tensors]
         for part, row in zip(self.parts, rows, strict=True):
             part.set(self.layers, row, past > 0)
-            if not past:
-                row.zero_()
         record_past(self.layers, num_new > 1 and self._are_croppable)
         states.num_tokens[slot] = -1
         return self.layers
