@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.arguments import sequence_number
 from pagedkv.control.block_tables import entries_left, fits_table, reserve, segment_length, table_of
-from pagedkv.control.plan import BatchPlan
+from pagedkv.control.plan import BatchPlan, stale_plan
 from pagedkv.control.pool import (
     available_blocks,
     drop_block,
@@ -46,7 +47,7 @@ from pagedkv.control.sequence_table import (
     touch_row,
 )
 from pagedkv.control.state import EVICT, MAIN, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
-from pagedkv.errors import OutOfMemory
+from pagedkv.errors import OutOfMemory, SequenceNotFound
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
@@ -755,6 +756,15 @@ def find_stale(state: State, seq_ids: Ints, made_at: int, seq_lens: Narrow, star
             if j >= tables.shape[1] or state.tables[record.table + j] != tables[i, j]:
                 return i
     return -1
+
+
+def require_fresh(state: State, plan: BatchPlan) -> None:
+    """Refuse a plan whose query tokens have other slots by now, or none."""
+    place = find_stale(state.packed, plan.seq_ids, plan.tick, plan.seq_lens, plan.cu_seqlens_q, plan.block_tables)
+    if place >= 0:
+        number = sequence_number(plan.seq_ids[place])
+        is_live = find_row(state.packed, plan.seq_ids[place]) >= 0
+        raise stale_plan(number) if is_live else SequenceNotFound(number)
 
 
 # Sinks and window inside one sequence, at token granularity.
