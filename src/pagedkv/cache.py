@@ -289,4 +289,4 @@ class PagedKvCache(BlockManager):
 
     def _report_lines(self) -> list[str]:
         used, total = self.used_memory_bytes / 1e6, self.total_memory_bytes / 1e6
-        return [f"  Memory: {used:.2f} MB / {total:.2f} MB ({self.spec.dtype}, {self._storage.device})"]
+        return [f"Memory: {used:.2f} MB / {total:.2f} MB ({self.spec.dtype}, {self._storage.device})"]

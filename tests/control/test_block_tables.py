@@ -143,6 +143,27 @@ def test_tables_that_do_not_fit_into_memory(call, monkeypatch):
     manager.check()
 
 
+def test_nobody_is_evicted_for_the_slot_of_a_state_when_tables_do_not_fit_into_memory(monkeypatch):
+    manager = BlockManager(100, 1, on_full="evict", num_states=2)
+    manager.allocate(1, 2)
+    manager.allocate(2, 3)
+    short_of_room(manager)
+    before = manager.snapshot()
+
+    def refuse(length, dtype):
+        raise MemoryError
+
+    monkeypatch.setattr(block_tables.np, "zeros", refuse)
+    with pytest.raises(OutOfMemory, match="block tables of 2 sequences"):
+        manager.allocate(3, 40)
+    monkeypatch.undo()
+    assert manager.snapshot() == before
+    manager.check()
+    manager.allocate(3, 40)
+    assert manager.sequence_ids == [2, 3]
+    manager.check()
+
+
 def test_tables_are_as_long_as_memory_allows(monkeypatch):
     manager = BlockManager(5000, 1)
     manager.allocate(1, 1000)

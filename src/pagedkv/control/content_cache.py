@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.events import stored_blocks
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.pool import drop_block, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child
@@ -182,7 +183,7 @@ class ContentCache(BlockManager):
         found, held = begin_request(self._state.packed, namespace, ids, start, stop, path)
         try:
             self._hooks.hit(self._state, path[:found])
-            self._hooks.stored(self._state, self._stored_blocks())
+            self._hooks.stored(self._state, stored_blocks(self._state))
             if self._is_scored_in_numpy and held:
                 view = block_view(self._state, path[:held])
                 scores = block_scores(self._strategy, view, self._state.counter("tick"))

@@ -179,6 +179,13 @@ def _is_equal(a: object, b: object) -> bool:
 logger = logging.getLogger("pagedkv")
 
 
+def stored_blocks(state: State) -> npt.NDArray[np.int32]:
+    """Return the blocks that the last call stored, while somebody listens."""
+    entries = state.log[: state.counter("log_len")]
+    stored: npt.NDArray[np.int32] = entries[entries > 0] - 1
+    return stored
+
+
 class EventFeed:
     """The subscribers and the events on their way to them."""
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control import prefix, sequence_table, sequences
+from pagedkv.control import prefix, sequence_eviction, sequence_table, sequences
 from pagedkv.control.arguments import (
     equal_counts,
     fraction,
@@ -24,23 +23,13 @@ from pagedkv.control.arguments import (
 from pagedkv.control.block_tables import entries_to_grow, segment_length, with_room_for_tables
 from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
-from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapshot_of
-from pagedkv.control.plan import BatchPlan, stale_plan, with_copies
+from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapshot_of, stored_blocks
+from pagedkv.control.plan import NO_COPIES, BatchPlan, UntoldCopies, stale_plan
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces, name_of
 from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_blocks
 from pagedkv.control.recurrent import count_available_slots
-from pagedkv.control.sequence_eviction import (
-    VictimOrder,
-    most_blocks,
-    orders_behind,
-    rows_for_room,
-    rows_to_evict,
-    score_releases,
-    written_tails,
-)
-from pagedkv.control.sequence_table import KeptPins, live_rows
-from pagedkv.control.sequences import blocks_to_stream, plan_from, plan_in_memory, stream_row, too_large_plan
+from pagedkv.control.sequence_table import KeptPins, live_rows, row_of, rows_of
 from pagedkv.control.state import (
     EVICT,
     PINNED,
@@ -51,9 +40,8 @@ from pagedkv.control.state import (
     with_roots,
 )
 from pagedkv.control.strategies import (
-    MAX_PRIORITY,
-    Priority,
     as_strategy,
+    checked_priority,
     forget_blocks,
     is_scored_in_numpy,
     with_policy_of,
@@ -65,6 +53,7 @@ from pagedkv.control.types import (
     SeqId,
     SequenceInfo,
     hottest_prefixes,
+    seq_id_of,
     sequence_info,
     stats_of,
 )
@@ -72,7 +61,6 @@ from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, Sequenc
 from pagedkv.validate import require_choice, require_flag, require_int
 
 Copies = npt.NDArray[np.int32]
-_NO_COPIES = np.empty((0, 2), np.int32)
 
 
 class BlockManager:
@@ -128,7 +116,7 @@ class BlockManager:
         self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching, num_states), self._strategy)
         self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
-        self._victims = VictimOrder(self._strategy)
+        self._victims = sequence_eviction.VictimOrder(self._strategy)
         self._namespaces = Namespaces()
         self._feed = EventFeed(self._namespaces, self._hooks.see_stores)
         self._listens = self._hooks.see_stores  # whether calls have something to publish
@@ -136,7 +124,7 @@ class BlockManager:
             self._state = with_log(self._state)
             self._state.counters[0].logging = 1
         self._state_copies: list[tuple[int, int]] = []
-        self._pending_copies: tuple[int, dict[int, int]] = (0, {})  # destination: source
+        self._untold = UntoldCopies()
         self._pins = KeptPins()
         self._is_open = False  # whether a call has begun that may leave something to finish
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
@@ -170,7 +158,7 @@ class BlockManager:
         """
         key = sequence_key(seq_id)
         count, ids, known = parse_tokens(tokens)
-        priority = self._checked_priority(priority)
+        priority = checked_priority(self._strategy, priority)
         with self._lock:
             self._begin()
             namespace = self._enter_namespace(cache_salt)
@@ -212,7 +200,7 @@ class BlockManager:
         with self._lock:
             self._begin()
             self._grow(np.array([key]), np.array([count]), ids, known)
-            return sequence_info(self._state, self._row(seq_id))
+            return sequence_info(self._state, row_of(self._state, seq_id))
 
     def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
@@ -268,7 +256,7 @@ class BlockManager:
             wanted = parse_counts("num_query_tokens", num_query_tokens, len(keys))
         with self._lock:
             self._settle()
-            status, place, width, wide, narrow = plan_in_memory(self._state, keys, wanted)
+            status, place, width, wide, narrow = sequences.plan_in_memory(self._state, keys, wanted)
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
                 raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
@@ -324,7 +312,7 @@ class BlockManager:
         with self._lock:
             self._begin()
             self._wide_ids |= key < 0
-            row = self._row(src, "src")
+            row = row_of(self._state, src, "src")
             while True:
                 status, a = sequences.fork_row(self._state.packed, row, key)
                 if status == sequence_table.OK:
@@ -345,7 +333,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             record = self._state.sequence(row)
             num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
             if num_tokens < record.num_tokens:
@@ -365,7 +353,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             self._score_before_release([row])
             if self._state.sequence(row).marks & PINNED:
                 self._is_open = True
@@ -381,7 +369,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             sequence_table.access_row(self._state.packed, row)
             return sequence_info(self._state, row)
 
@@ -394,10 +382,10 @@ class BlockManager:
         InvalidOperation
             If the strategy has no such level.
         """
-        priority = self._checked_priority(priority)
+        priority = checked_priority(self._strategy, priority)
         with self._lock:
             self._settle()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             sequence_table.set_row_priority(self._state.packed, row, priority)
             return sequence_info(self._state, row)
 
@@ -414,7 +402,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             record = self._state.sequences[row]
             if num_tokens is None:
                 blocks = int(record.num_blocks)
@@ -458,7 +446,7 @@ class BlockManager:
         with self._lock:
             rows_spared = frozenset(int(sequence_table.find_row(self._state.packed, key)) for key in keys)
             row = self._victims.first(self._state, rows_spared)
-            return None if row is None else self._seq_id(row)
+            return None if row is None else seq_id_of(self._state, row)
 
     def evict(self) -> SeqId:
         """Free the sequence that the strategy ranks lowest and return its id; pinned ones are left alone.
@@ -473,7 +461,7 @@ class BlockManager:
             row = self._victims.first(self._state)
             if row is None:
                 raise InvalidOperation("there is no sequence to evict")
-            seq_id = self._seq_id(row)
+            seq_id = seq_id_of(self._state, row)
             self._score_before_release([row])
             sequences.evict_rows(self._state.packed, np.array([row], np.int32))
             return seq_id
@@ -491,11 +479,11 @@ class BlockManager:
         limit = self._eviction_threshold if target is None else fraction("target", target)
         with self._lock:
             self._settle()
-            excess = self.used_block_count - most_blocks(self.total_blocks, limit)
+            excess = self.used_block_count - sequence_eviction.most_blocks(self.total_blocks, limit)
             if excess <= 0:
                 return []
-            rows = rows_to_evict(self._state, self._victims.in_order(self._state), excess)
-            evicted = [self._seq_id(row) for row in rows.tolist()]
+            rows = sequence_eviction.rows_to_evict(self._state, self._victims.in_order(self._state), excess)
+            evicted = [seq_id_of(self._state, row) for row in rows.tolist()]
             self._score_before_release(rows.tolist())
             sequences.evict_rows(self._state.packed, rows)
             return evicted
@@ -518,31 +506,24 @@ class BlockManager:
         window = require_int("window_tokens", window_tokens)
         with self._lock:
             self._begin()
-            row = self._row(seq_id)
+            row = row_of(self._state, seq_id)
             record = self._state.sequence(row)
             if record.num_tokens <= sink + window:
                 return 0
             if record.num_dropped and record.hole_start != sink:
                 raise bad_argument("sink_tokens", f"{record.hole_start}, as {SeqId(seq_id)} streams already", f"{sink}")
-            needed = int(blocks_to_stream(self._state.packed, row, sink, window))
+            needed = int(sequences.blocks_to_stream(self._state.packed, row, sink, window))
             if needed > self.free_block_count:
                 raise OutOfMemory(needed, self.free_block_count, "private copies of shared window blocks")
             self._order(self._hooks.orders_for(self._state, needed) if self._hooks.decide_reclaims else [])
             self._score_before_release([row], sink // self.block_size)
-            dropped = stream_row(self._state.packed, row, sink, window)
+            dropped = sequences.stream_row(self._state.packed, row, sink, window)
             self._finish(self._state.counter("num_copies"))
             return int(dropped)
 
     def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
         """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
-        count, ids, known = parse_tokens(token_ids)
-        if not known:
-            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
-        with self._lock:
-            namespace = self._namespaces.find(cache_salt)
-            if namespace is None or not self.prefix_caching:
-                return 0
-            return int(sequences.count_matching(self._state.packed, namespace, ids))
+        return self._count_found(sequences.count_matching, token_ids, cache_salt)
 
     def match_blocks(self, token_ids: Any, cache_salt: str = "") -> int:
         """Return how many leading tokens stand in whole blocks of the index; changes nothing.
@@ -550,14 +531,7 @@ class BlockManager:
         With recurrent states these may be more than ``match_prefix`` finds: what is behind the last snapshot cannot be
         reused yet. Their end is where texts part, so a good place for the next snapshot.
         """
-        _, ids, known = parse_tokens(token_ids)
-        if not known:
-            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
-        with self._lock:
-            namespace = self._namespaces.find(cache_salt)
-            if namespace is None or not self.prefix_caching:
-                return 0
-            return int(sequences.count_stored(self._state.packed, namespace, ids))
+        return self._count_found(sequences.count_stored, token_ids, cache_salt)
 
     def state_slots(self, plan_or_seq_ids: Any) -> npt.NDArray[np.int32]:
         """Return the slots of the states of the sequences of a plan, or of these ids, int32 ``[n]``.
@@ -574,10 +548,7 @@ class BlockManager:
             raise bad_argument("num_states", "at least 1, for states", "0")
         with self._lock:
             self._settle()
-            rows = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
-            if -1 in rows:
-                raise SequenceNotFound(sequence_number(keys[rows.index(-1)]))
-            slots: npt.NDArray[np.int32] = self._state.sequence_states[rows] - 1
+            slots: npt.NDArray[np.int32] = self._state.sequence_states[rows_of(self._state, keys)] - 1
             return slots
 
     def take_state_copies(self) -> npt.NDArray[np.int32]:
@@ -730,7 +701,7 @@ class BlockManager:
     def sequence_ids(self) -> list[SeqId]:
         """The ids of the live sequences, ascending."""
         with self._lock:
-            return sorted(self._seq_id(row) for row in live_rows(self._state))
+            return sorted(seq_id_of(self._state, row) for row in live_rows(self._state))
 
     @property
     def stats(self) -> CacheStats:
@@ -746,7 +717,7 @@ class BlockManager:
         SequenceNotFound
         """
         with self._lock:
-            return sequence_info(self._state, self._row(seq_id))
+            return sequence_info(self._state, row_of(self._state, seq_id))
 
     def block(self, block_id: int) -> KvBlock:
         """Return a live view of a block.
@@ -826,7 +797,14 @@ class BlockManager:
 
     def __str__(self) -> str:
         with self._lock:
-            return "\n".join(self._report())
+            blocks = (
+                f"Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
+                f"{self.cached_block_count} cached, {self.free_block_count} free"
+            )
+            strategy = f"Strategy: {self._strategy} (block_size={self.block_size})"
+            live = f"Sequences: {self.num_sequences} active"
+            lines = [strategy, blocks, *self._report_lines(), live, *self.stats.report()]
+            return "\n  ".join([type(self).__name__, *lines])
 
     def __repr__(self) -> str:
         with self._lock:
@@ -873,14 +851,14 @@ class BlockManager:
             try:
                 answer = sequences.grow_rows(self._state.packed, keys, counts, ids, known)
             except MemoryError as error:
-                raise too_large_plan(self._state, keys) from error
+                raise sequences.too_large_plan(self._state, keys) from error
             status, a, b, num_copies, wide, narrow = answer
             if status == sequence_table.OK:
                 break
             sequence_table.refuse(status, a, keys, given)
-            growing = [int(sequence_table.find_row(self._state.packed, key)) for key in keys.tolist()]
+            growing = rows_of(self._state, keys)
             entries = entries_to_grow(self._state, growing, counts)
-            tails = written_tails(self._state, growing, counts)
+            tails = sequence_eviction.written_tails(self._state, growing, counts)
             ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
             self._make_room(status, a, b, ask, entries, frozenset(growing), tails=tails)
         self._finish(num_copies)
@@ -889,13 +867,7 @@ class BlockManager:
     def _require_fresh(self, plan: BatchPlan) -> None:
         """Refuse a plan whose query tokens have other slots by now, or none."""
         with self._lock:
-            place = sequences.find_stale(
-                self._state.packed, plan.seq_ids, plan.tick, plan.seq_lens, plan.cu_seqlens_q, plan.block_tables
-            )
-            if place < 0:
-                return
-            number = sequence_number(plan.seq_ids[place])
-            raise stale_plan(number) if number in self else SequenceNotFound(number)
+            sequences.require_fresh(self._state, plan)
 
     def _make_room(
         self,
@@ -914,28 +886,32 @@ class BlockManager:
         elif status == sequence_table.NEEDS_TABLES:
             self._state = with_room_for_tables(self._state, a)
         elif status == sequence_table.NO_SLOT:
-            self._free_a_slot(ask)
+            self._free_a_slot(ask, entries)
         elif self._on_full == "raise" or self._state.counter("num_orders"):
             raise OutOfMemory(a, b)
         else:
-            kept = list(chain.from_iterable(self._pins.blocks.values()))
-            rows = rows_for_room(self._state, self._victims, a - b, spared, list(matched), tails, kept)
+            rows = sequence_eviction.rows_for_room(
+                self._state, self._victims, a - b, spared, list(matched), tails, self._pins.all_blocks
+            )
             if not len(rows):
                 raise OutOfMemory(a, b)
             self._state = with_room_for_tables(self._state, entries)
-            self._score_before_release(rows.tolist())
-            behind = orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
-            self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
+            self._order_to_evict(rows, ask)
 
-    def _free_a_slot(self, ask: Callable[[State], list[Order] | None]) -> None:
+    def _free_a_slot(self, ask: Callable[[State], list[Order] | None], entries: int) -> None:
         """Order the eviction of the sequence that the strategy ranks lowest, for the slot of its state."""
         row = self._victims.first(self._state)
         if self._on_full == "raise" or row is None or self._state.counter("num_orders"):
             hint = f"all {self.total_states} are held by sequences or by pinned snapshots"
             raise OutOfMemory(1, 0, hint, "slots for states")
-        self._score_before_release([row])
-        behind = orders_behind(self._state, np.array([row]), ask) if self._hooks.decide_reclaims else []
-        self._order([(EVICT, row, 0), *behind])
+        self._state = with_room_for_tables(self._state, entries)
+        self._order_to_evict(np.array([row], np.int32), ask)
+
+    def _order_to_evict(self, rows: npt.NDArray[np.int32], ask: Callable[[State], list[Order] | None]) -> None:
+        """Order the end of sequences, and what the strategy decides behind it."""
+        self._score_before_release(rows.tolist())
+        behind = sequence_eviction.orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
+        self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
 
     def _order(self, orders: Sequence[Order]) -> None:
         """Leave orders in the books, for the compiled call that follows."""
@@ -944,20 +920,15 @@ class BlockManager:
 
     def _score_before_release(self, rows: Sequence[int], first: int = 0) -> None:
         if self._is_scored_in_numpy:
-            score_releases(self._state, self._strategy, rows, first)
-
-    def _checked_priority(self, priority: Any) -> int:
-        highest = self._strategy.levels - 1 if isinstance(self._strategy, Priority) else MAX_PRIORITY
-        return require_int("priority", priority, 0, highest)
+            sequence_eviction.score_releases(self._state, self._strategy, rows, first)
 
     def _make_copies(self) -> None:
         """Make the copies that the books name, and note them for the next plan."""
         state = self._state
-        noted_at, noted = self._pending_copies
-        if noted_at != (changes := state.counter("changes")):
+        if not self._untold.has_heard(changes := state.counter("changes")):
             copies = state.copies[: state.counter("num_copies")].copy()
             self._copy(copies)
-            self._pending_copies = (changes, with_copies(noted, copies))
+            self._untold.note(changes, copies)
         state.counters[0].num_copies = 0
         if state.counter("num_state_copies"):
             self._copy_states(state.state_copies[: state.counter("num_state_copies")].copy())
@@ -971,44 +942,30 @@ class BlockManager:
         self._state_copies += [(source, slot) for source, slot in copies.tolist() if source != slot]
 
     def _planned(self, keys: Any, wide: Any, narrow: Any, width: int, tick: int) -> BatchPlan:
-        """Return the plan, and with it the copies that were noted: they are handed out once."""
-        noted_at, noted = self._pending_copies
-        if not noted:
-            return self._made(plan_from(keys, wide, narrow, width, _NO_COPIES, tick))
-        copies = np.array([(source, destination) for destination, source in noted.items()], np.int32)
-        try:
-            self._pending_copies = (noted_at, {})
-            return self._made(plan_from(keys, wide, narrow, width, copies, tick))
-        except BaseException:
-            self._pending_copies = (noted_at, noted)  # nobody has seen them
-            raise
+        """Return the plan, and with it the copies that no plan has told of."""
+        if not self._untold.noted[1]:
+            return self._made(sequences.plan_from(keys, wide, narrow, width, NO_COPIES, tick))
+        return self._untold.tell(
+            lambda copies: self._made(sequences.plan_from(keys, wide, narrow, width, copies, tick))
+        )
 
     def _made(self, plan: BatchPlan) -> BatchPlan:
         """Return a plan that was made just now."""
         return plan
 
-    def _report(self) -> list[str]:
-        return [
-            f"{type(self).__name__}",
-            f"  Strategy: {self._strategy} (block_size={self.block_size})",
-            f"  Blocks: {self.used_block_count}/{self.total_blocks} used ({self.utilization:.1%}), "
-            f"{self.cached_block_count} cached, {self.free_block_count} free",
-            *self._report_lines(),
-            f"  Sequences: {self.num_sequences} active",
-            *(f"  {line}" for line in self.stats.report()),
-        ]
-
     def _report_lines(self) -> list[str]:
         return []
 
-    def _row(self, seq_id: int, name: str = "seq_id") -> int:
-        row = int(sequence_table.find_row(self._state.packed, sequence_key(seq_id, name)))
-        if row < 0:
-            raise SequenceNotFound(int(seq_id))
-        return row
-
-    def _seq_id(self, row: int) -> SeqId:
-        return SeqId(sequence_number(self._state.sequences["seq_id"].item(row)))
+    def _count_found(self, count: Callable[[State, int, Any], int], token_ids: Any, cache_salt: str) -> int:
+        """Count leading tokens in the index by a kernel."""
+        _, ids, known = parse_tokens(token_ids)
+        if not known:
+            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
+        with self._lock:
+            namespace = self._namespaces.find(cache_salt)
+            if namespace is None or not self.prefix_caching:
+                return 0
+            return int(count(self._state.packed, namespace, ids))
 
     def _enter_namespace(self, cache_salt: str) -> int:
         number = self._namespaces.find(cache_salt)
@@ -1023,15 +980,10 @@ class BlockManager:
     def _publish(self) -> None:
         try:
             if self._hooks.see_stores:
-                self._hooks.stored(self._state, self._stored_blocks())
+                self._hooks.stored(self._state, stored_blocks(self._state))
         finally:
             self._feed.publish(self._state)
             self._listens = self._hooks.see_stores or self._feed.is_active
-
-    def _stored_blocks(self) -> npt.NDArray[np.int32]:
-        """Return the blocks that this call stored, while somebody listens."""
-        entries = self._state.log[: self._state.counter("log_len")]
-        return entries[entries > 0] - 1
 
     def _block_keys(self, block: int) -> Any:
         raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,16 +27,6 @@ class TensorPlan(NamedTuple):
     holes: Tensor
     num_dropped: Tensor
     copies: Tensor
-
-
-def with_copies(noted: dict[int, int], copies: npt.NDArray[np.int32]) -> dict[int, int]:
-    """Return the copies (destination: source) that do at once what those noted and then these do."""
-    both = dict(noted)
-    for source, destination in copies.tolist():
-        source = both.get(source, source)
-        both.pop(destination, None)
-        both[destination] = source
-    return both
 
 
 def stale_plan(seq_id: int) -> InvalidOperation:
@@ -125,3 +116,42 @@ class BatchPlan:
         except ModuleNotFoundError as error:
             raise MissingExtra("torch", "torch") from error
         return TensorPlan(*(torch.from_numpy(getattr(self, name).copy()).to(device) for name in TensorPlan._fields))
+
+
+def _with_copies(noted: dict[int, int], copies: npt.NDArray[np.int32]) -> dict[int, int]:
+    """Return the copies (destination: source) that do at once what those noted and then these do."""
+    both = dict(noted)
+    for source, destination in copies.tolist():
+        source = both.get(source, source)
+        both.pop(destination, None)
+        both[destination] = source
+    return both
+
+
+NO_COPIES = np.empty((0, 2), np.int32)
+
+
+class UntoldCopies:
+    """Copies of blocks that no plan has told of: the next one does, once."""
+
+    def __init__(self) -> None:
+        self.noted: tuple[int, dict[int, int]] = (0, {})  # at which change; destination: source
+
+    def has_heard(self, changes: int) -> bool:
+        """Tell whether the copies of this change of the books are noted already."""
+        return self.noted[0] == changes
+
+    def note(self, changes: int, copies: npt.NDArray[np.int32]) -> None:
+        """Note the copies that this change of the books asks for."""
+        self.noted = (changes, _with_copies(self.noted[1], copies))
+
+    def tell(self, make: Callable[[npt.NDArray[np.int32]], BatchPlan]) -> BatchPlan:
+        """Return the plan that is made with these copies; if it is not made, they are still to be told of."""
+        noted_at, noted = self.noted
+        copies = np.array([(source, destination) for destination, source in noted.items()], np.int32)
+        try:
+            self.noted = (noted_at, {})
+            return make(copies)
+        except BaseException:
+            self.noted = (noted_at, noted)  # nobody has seen them
+            raise

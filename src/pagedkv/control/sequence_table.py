@@ -238,6 +238,22 @@ def _enter_all(state: State) -> None:
             _enter(state, row)
 
 
+def row_of(state: State, seq_id: int, name: str = "seq_id") -> int:
+    """Return the row of a sequence; SequenceNotFound if there is none."""
+    row = int(find_row(state.packed, sequence_key(seq_id, name)))
+    if row < 0:
+        raise SequenceNotFound(int(seq_id))
+    return row
+
+
+def rows_of(state: State, keys: Ints) -> list[int]:
+    """Return the rows of these sequences; SequenceNotFound at the first that is none."""
+    rows = [int(find_row(state.packed, key)) for key in keys.tolist()]
+    if -1 in rows:
+        raise SequenceNotFound(sequence_number(keys[rows.index(-1)]))
+    return rows
+
+
 def live_rows(state: State) -> list[int]:
     """Return the rows of the live sequences."""
     marks = state.sequences["marks"][: state.counter("rows_used")]
@@ -266,6 +282,11 @@ class KeptPins:
     def __init__(self) -> None:
         self.blocks: dict[int, list[int]] = {}  # by sequence key: those that stayed pinned when it was freed
         self._next: tuple[int, dict[int, list[int]]] = (0, self.blocks)
+
+    @property
+    def all_blocks(self) -> list[int]:
+        """All of these blocks, each as often as it is pinned."""
+        return [block for blocks in self.blocks.values() for block in blocks]
 
     def keep(self, state: State, row: int) -> None:
         """Note which blocks stay pinned when this sequence is freed, which is the next change of the books."""

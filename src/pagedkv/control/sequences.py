@@ -9,8 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.arguments import sequence_number
 from pagedkv.control.block_tables import entries_left, fits_table, reserve, segment_length, table_of
-from pagedkv.control.plan import BatchPlan
+from pagedkv.control.plan import BatchPlan, stale_plan
 from pagedkv.control.pool import (
     available_blocks,
     drop_block,
@@ -46,7 +47,7 @@ from pagedkv.control.sequence_table import (
     touch_row,
 )
 from pagedkv.control.state import EVICT, MAIN, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
-from pagedkv.errors import OutOfMemory
+from pagedkv.errors import OutOfMemory, SequenceNotFound
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # The arrays of a plan, laid out in two buffers: handing arrays out of compiled code costs more than filling them.
@@ -81,25 +82,22 @@ def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Nar
 
 
 @inlined
-def _buffers(state: State, rows: Narrow, num_query: Ints, more: int) -> tuple[Ints, Narrow]:
-    """Return room for a plan over sequences that grow by `more` blocks at most: had before anything is changed."""
+def _buffers(state: State, rows: Narrow, num_query: Ints, more: int) -> tuple[int, Ints, Narrow]:
+    """Return the width, and room for a plan over sequences that grow by `more` blocks, before anything is changed."""
     n, total, width = len(rows), 0, 1
     for i in range(n):
         total += num_query[i]
         width = max(width, state.sequences[rows[i]].num_blocks)
-    return np.empty(2 * total + n, np.int64), np.empty(n * (width + more) + 4 * n + 1, np.int32)
+    return width, np.empty(2 * total + n, np.int64), np.empty(n * (width + more) + 4 * n + 1, np.int32)
 
 
 @inlined
-def lay_out(state: State, rows: Narrow, num_query: Ints, wide: Ints, narrow: Narrow) -> tuple[int, int]:
-    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns its tick and width.
+def lay_out(state: State, rows: Narrow, num_query: Ints, width: int, wide: Ints, narrow: Narrow) -> int:
+    """Lay out one forward pass over the last ``num_query[i]`` tokens of every sequence; returns its tick.
 
     The tick is that of a sequence that streamed since the last one: by it the plan is told from those before.
     """
     n, size = len(rows), state.counters[0].block_size
-    width = 1
-    for i in range(n):
-        width = max(width, state.sequences[rows[i]].num_blocks)
     slot_mapping, positions, dropped = _cut_wide(borrowed(wide), n)
     block_tables, seq_lens, starts, holes = _cut_narrow(borrowed(narrow), n, width)
     token, tick = 0, state.counters[0].tick
@@ -126,7 +124,7 @@ def lay_out(state: State, rows: Narrow, num_query: Ints, wide: Ints, narrow: Nar
             positions[token] = position
             token += 1
     starts[n] = token
-    return tick, width
+    return tick
 
 
 @compiled
@@ -148,8 +146,8 @@ def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, i
         if wanted[i] > record.num_tokens:
             wide, narrow = _no_plan()
             return NO_ROOM, i, 0, wide, narrow
-    wide, narrow = _buffers(state, rows, wanted, 0)
-    tick, width = lay_out(state, rows, wanted, wide, narrow)
+    width, wide, narrow = _buffers(state, rows, wanted, 0)
+    tick = lay_out(state, rows, wanted, width, wide, narrow)
     return OK, tick, width, wide, narrow
 
 
@@ -668,7 +666,7 @@ def grow_rows(
         most = 0
         for i in range(len(counts)):
             most = max(most, counts[i])
-        wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
+        _, wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
     while status == NO_ROOM and evict_as_ordered(state):
         status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
@@ -677,11 +675,12 @@ def grow_rows(
         reclaim_as_ordered(state)
     state.counters[0].changes += 1
     state.counters[0].tick += 1
-    first = 0
+    first, width = 0, 1
     for i in range(len(rows)):
         _extend(state, rows[i], counts[i], ids, first, known)
         first += counts[i]
-    tick, width = lay_out(state, rows, counts, wide, narrow)
+        width = max(width, state.sequences[rows[i]].num_blocks)
+    tick = lay_out(state, rows, counts, width, wide, narrow)
     return OK, tick, width, state.counters[0].num_copies, wide, narrow
 
 
@@ -763,6 +762,15 @@ def find_stale(state: State, seq_ids: Ints, made_at: int, seq_lens: Narrow, star
             if j >= tables.shape[1] or state.tables[record.table + j] != tables[i, j]:
                 return i
     return -1
+
+
+def require_fresh(state: State, plan: BatchPlan) -> None:
+    """Refuse a plan whose query tokens have other slots by now, or none."""
+    place = find_stale(state.packed, plan.seq_ids, plan.tick, plan.seq_lens, plan.cu_seqlens_q, plan.block_tables)
+    if place >= 0:
+        number = sequence_number(plan.seq_ids[place])
+        is_live = find_row(state.packed, plan.seq_ids[place]) >= 0
+        raise stale_plan(number) if is_live else SequenceNotFound(number)
 
 
 # Sinks and window inside one sequence, at token granularity.

@@ -361,3 +361,9 @@ def forget_blocks(state: State) -> None:
     """Forget what the strategy in force knows of single blocks, when all of them are forgotten."""
     forget_ghosts(state)
     forget_notes(state)
+
+
+def checked_priority(strategy: EvictionStrategy, priority: Any) -> int:
+    """Return the priority of a sequence, if the strategy knows such."""
+    highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
+    return require_int("priority", priority, 0, highest)

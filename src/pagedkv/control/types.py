@@ -109,6 +109,11 @@ class SequenceInfo:
         return len(self._blocks) // np.dtype(np.int32).itemsize
 
 
+def seq_id_of(state: State, row: int) -> SeqId:
+    """Return the id of the sequence in `row`."""
+    return SeqId(sequence_number(state.sequences["seq_id"].item(row)))
+
+
 def sequence_info(state: State, row: int) -> SequenceInfo:
     """Return a snapshot of the sequence in `row`."""
     record = state.sequence(row)
