@@ -130,7 +130,7 @@ def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **o
 
 def request(name: str, prompt: Any, **options: Any) -> Request:
     """Return a request; options of Request and of SamplingParams."""
-    own = {key: options.pop(key) for key in ("priority", "cache_salt", "wants_updates") if key in options}
+    own = {key: options.pop(key) for key in ("priority", "cache_salt", "wants_updates", "tenant") if key in options}
     return Request(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**options), **own)
 
 

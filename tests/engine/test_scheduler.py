@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from tests.engine.fakes import FakeRunner, RecurrentRunner, alone, engine, request, run, tokens_of
 
 from pagedkv.engine import RequestRefused
-from pagedkv.engine.scheduler import blocks_at_most
+from pagedkv.engine.request import blocks_at_most
 
 HEADS = [[3] * 9, [3] * 5 + [4] * 8, list(range(13)), []]
 

@@ -10,10 +10,18 @@ from typing import Any
 
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
-from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput, Sequence, prepare
+from pagedkv.engine.request import (
+    CompletionOutput,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sequence,
+    prepare,
+    refuse_what_never_fits,
+)
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
-from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler, refuse_what_never_fits
+from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
