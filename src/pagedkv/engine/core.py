@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pagedkv.control.types import CacheStats
@@ -54,6 +55,8 @@ class EngineCore:
         Query tokens of a step; texts that are being written take part even beyond that.
     max_num_seqs : int
         Texts that are written at once; where the model keeps states, at most as many as there are slots for them.
+    tenant_weights : mapping, optional
+        Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     sampler : optional
         Chooses the tokens; :class:`pagedkv.engine.sampler.Sampler` by default.
 
@@ -71,13 +74,19 @@ class EngineCore:
         eos_token_ids: Iterable[int] = (),
         max_batch_tokens: int = 512,
         max_num_seqs: int = 256,
+        tenant_weights: Mapping[str, float] | None = None,
         sampler: Any = None,
     ) -> None:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
         self.runner, self.tokenizer = runner, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.scheduler = Scheduler(runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        for tenant, weight in (tenant_weights or {}).items():
+            if not 0 < weight < math.inf:
+                raise bad_argument("tenant_weights", "numbers above 0", f"{weight!r} for {tenant!r}")
+        self.scheduler = Scheduler(
+            runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, weights=tenant_weights
+        )
         self._sampler = Sampler() if sampler is None else sampler
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()

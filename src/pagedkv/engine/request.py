@@ -318,6 +318,8 @@ def prepare(request: Request, runner: Runner) -> None:
     request.params.require_vocab(runner.vocab_size)
     if not isinstance(request.cache_salt, str):
         raise bad_argument("cache_salt", "a str", f"{request.cache_salt!r}")
+    if not isinstance(request.tenant, str):
+        raise bad_argument("tenant", "a str", f"{request.tenant!r}")
     strategy = runner.cache.eviction_strategy
     highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
     require_int("priority", request.priority, 0, highest)
