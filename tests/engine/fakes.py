@@ -123,7 +123,8 @@ def logits_of(tokens: Any) -> Any:
 
 def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **options: Any) -> EngineCore:
     """Return an engine over a fake model; options of the cache and of the engine."""
-    own = {name: options.pop(name) for name in ("max_batch_tokens", "max_num_seqs", "eos_token_ids") if name in options}
+    names = ("max_batch_tokens", "max_num_seqs", "eos_token_ids", "tenant_weights")
+    own = {name: options.pop(name) for name in names if name in options}
     runner = runner or FakeRunner(num_blocks, block_size, **options)
     return EngineCore(runner, **own)
 

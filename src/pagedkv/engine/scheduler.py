@@ -529,6 +529,7 @@ class Scheduler:
         """Take a sequence out, wherever it is; its blocks are free at once."""
         if sequence.state is SequenceState.RUNNING:
             self._release(sequence)
+            self.waiting.end_turn(sequence.request.tenant)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         if sequence.state is not SequenceState.FINISHED:

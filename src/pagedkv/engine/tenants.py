@@ -46,7 +46,7 @@ class WaitingLines:
         return {tenant: deque(line[:most]) for tenant, line in self.lines.items()}
 
     def end_turn(self, tenant: str) -> None:
-        """Put the line of a tenant behind all others."""
+        """Put the line of a tenant behind all others: one of its texts has begun, or ended."""
         if tenant in self.lines:
             self.lines[tenant] = self.lines.pop(tenant)
 
