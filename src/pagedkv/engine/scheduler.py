@@ -221,8 +221,9 @@ class Admission:
     def _room(self) -> Room:
         """Return what the running texts leave to others."""
         running = self._scheduler.running
-        held = self._holdings(running) if self._scheduler.has_tenants else self._holdings(())
-        return Room(self._free_places(running), sum(map(self._promised, running)), held)
+        places = self._free_places(running)
+        promised = sum(map(self._promised, running)) if places > 0 else 0  # without a place nobody asks
+        return Room(places, promised, self._holdings(running if self._scheduler.has_tenants else ()))
 
     def _free_places(self, running: Iterable[Sequence]) -> int:
         return self._scheduler.max_num_seqs - sum(sequence.request.num_unforked + 1 for sequence in running)

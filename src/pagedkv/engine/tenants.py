@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import merge
+from itertools import islice
 
 from pagedkv.engine.request import Sequence
 
@@ -43,7 +44,7 @@ class WaitingLines:
 
     def in_turn(self, most: int) -> dict[str, deque[Sequence]]:
         """Return the first so many of each line; whose turn ended last, or who came last, is the last."""
-        return {tenant: deque(line[:most]) for tenant, line in self.lines.items()}
+        return {tenant: deque(islice(line, most)) for tenant, line in self.lines.items()}
 
     def end_turn(self, tenant: str) -> None:
         """Put the line of a tenant behind all others: one of its texts has begun, or ended."""
