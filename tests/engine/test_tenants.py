@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.engine.fakes import alone, engine, request, run, tokens_of
 
+from pagedkv.engine.room import Holdings
 from pagedkv.engine.scheduler import Admission
-from pagedkv.engine.tenants import DeficitRoundRobin, Holdings
+from pagedkv.engine.tenants import DeficitRoundRobin
 from pagedkv.errors import InvalidOperation
 
 # Deficit round robin.

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pagedkv.control.types import CacheStats
+from pagedkv.engine.batch import Batch, ScheduledChunk
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
 from pagedkv.engine.request import (
     CompletionOutput,
@@ -22,7 +23,7 @@ from pagedkv.engine.request import (
 )
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
-from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler
+from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument

@@ -9,8 +9,27 @@ snapshot of its state is worth keeping: at its last block boundary, and where it
 
 When running sequences outgrow the pool, they give back what no layer of the model can see any more, where all have a
 sliding window. If that is not enough, one is preempted: of those with the lowest priority the one that the cache's
-strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
-its place to the next. The committed blocks of a preempted sequence stay findable until they are needed.
+strategy ranks lowest, but never the one that is first in rank. The committed blocks of a preempted sequence stay
+findable until they are needed.
+
+Where several tenants have something to compute, all that holds within a tenant, and between tenants:
+
+- The tokens for prompts are split by deficit round robin, and what a tenant decodes is charged to it.
+- Of those that wait, the first one of the tenant that holds least is the next to enter. If it finds no room, nobody
+  enters behind it, so that the room which gets free is not taken by others for ever.
+- When running sequences outgrow the pool, one of the tenant that holds most is preempted.
+
+A sequence that waits and finds no room has others preempted in two cases: those of a tenant that holds more, if that
+one keeps its first text and holds no less than the newcomer's tenant then, and those of its own tenant that have a
+lower priority. It is settled before that the newcomer has tokens, a place and blocks in this very step; if not, nobody
+goes.
+
+This comes to an end, however small the pool and the budget. Of all that run, call the one that is first in rank the
+leader. It gives up its place only to one that is before it in rank, of its own tenant: to the growth of others it is
+never the victim, and against other tenants it is the first text of its own. So leaders follow each other in rank, and
+there are only so many requests; at last one leader stays until it is done. In every step either somebody writes a
+token, and there is a bounded number of them, or nobody decodes, and then the leader's prompt gets on, if by one token.
+Where it is a beam search whose other beams wait, these go before all others, and those that hold their blocks go.
 """
 
 from __future__ import annotations
@@ -20,134 +39,29 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pagedkv.control.plan import BatchPlan
-from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes, streaming_blocks
+from pagedkv.engine.batch import (
+    NO_DRAFTS,
+    Batch,
+    Ids,
+    ScheduledChunk,
+    common_prefix,
+    make_batch,
+    may_share,
+    must_restart,
+    piece,
+    query_tokens,
+    streaming_room,
+    whole_length,
+)
+from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes
+from pagedkv.engine.room import Holdings, Room
 from pagedkv.engine.runner import Runner
-from pagedkv.engine.tenants import DeficitRoundRobin, Holdings, WaitingLines, rank
+from pagedkv.engine.tenants import DeficitRoundRobin, WaitingLines, rank
 from pagedkv.errors import OutOfMemory
 
-# A batch: chunks of sequences, and whose logits are wanted.
-
-Ids = npt.NDArray[np.int64]
-
-NO_DRAFTS: Ids = np.empty(0, np.int64)
-
-
-class ScheduledChunk:
-    """The tokens of one sequence that a forward pass computes.
-
-    Parameters
-    ----------
-    sequence : Sequence
-    count : int
-        Tokens of the sequence, from ``sequence.computed`` on.
-
-    Attributes
-    ----------
-    drafts : int64 [num_drafts]
-        Guesses behind its last token, to be verified.
-    reaches_end : bool
-        Whether the next token can be chosen after this.
-    num_scored : int
-        Tokens at its beginning whose logits tell how likely the next tokens of the prompt are.
-    """
-
-    __slots__ = ("sequence", "count", "drafts", "num_scored", "reaches_end")
-
-    def __init__(self, sequence: Sequence, count: int) -> None:
-        self.sequence, self.count = sequence, count
-        self.drafts = NO_DRAFTS
-        self.reaches_end = count == sequence.pending
-        request = sequence.request
-        self.num_scored = 0
-        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
-            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - sequence.computed))
-
-    @property
-    def num_query_tokens(self) -> int:
-        """Tokens that go through the model."""
-        return self.count + len(self.drafts)
-
-    @property
-    def query_ids(self) -> Ids:
-        """The tokens that go through the model."""
-        sequence = self.sequence
-        ids = sequence.ids[sequence.computed : sequence.computed + self.count]
-        return np.concatenate([ids, self.drafts]) if len(self.drafts) else ids
-
-    def wanted(self, start: int) -> Ids:
-        """Return the query tokens whose logits are wanted, where the first one has the place `start`."""
-        scored = np.arange(start, start + self.num_scored)
-        end = start + self.num_query_tokens
-        chosen = np.arange(end - len(self.drafts) - 1, end) if self.reaches_end else NO_DRAFTS
-        return np.concatenate([scored, chosen])
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """One forward pass.
-
-    Attributes
-    ----------
-    chunks : list of ScheduledChunk
-        In the order of the plan.
-    plan : BatchPlan
-    token_ids : int64 [total_tokens]
-    wanted : int64 [k]
-        Places in `token_ids` of the query tokens whose logits are wanted: chunk by chunk, those that are scored, then,
-        if it reaches the end of its sequence, its last token and its drafts.
-    """
-
-    chunks: list[ScheduledChunk]
-    plan: BatchPlan
-    token_ids: Ids
-    wanted: Ids
-
-
-def query_tokens(chunks: list[ScheduledChunk]) -> Any:
-    """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""
-    if all(chunk.num_query_tokens == 1 for chunk in chunks):
-        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks])
-    return [chunk.query_ids for chunk in chunks]
-
-
-def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
-    """Lay out the forward pass of `chunks`, which `plan` has in the same order."""
-    tokens = query_tokens(chunks)
-    if isinstance(tokens, np.ndarray) and not any(chunk.num_scored for chunk in chunks):
-        return Batch(chunks, plan, tokens, np.flatnonzero([chunk.reaches_end for chunk in chunks]))
-    starts = plan.cu_seqlens_q.tolist()
-    wanted = [chunk.wanted(start) for chunk, start in zip(chunks, starts, strict=False)]
-    ids = tokens if isinstance(tokens, np.ndarray) else np.concatenate(tokens)
-    return Batch(chunks, plan, ids, np.concatenate(wanted))
-
-
 # Admission of waiting requests.
-
-
-@dataclass(slots=True)
-class Room:
-    """What running texts leave to others.
-
-    Attributes
-    ----------
-    places : int
-    promised : int
-        Blocks that the running texts will still take for what they have to compute.
-    held : Holdings
-        Who holds how much; counted only where there are several tenants.
-    """
-
-    places: int
-    promised: int
-    held: Holdings
-
 
 FIRST_IN_LINE = 16  # of what waits, so many are looked at to find out what a tenant wants
 Rule = Callable[[Sequence, list[Sequence]], list[Sequence]]  # of those that run, who makes way for a newcomer
@@ -184,7 +98,7 @@ class Admission:
     def _admit(self, budget: int, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> int:
         """Admit whose turn it is, within shares or without; returns what is left of the budget."""
         scheduler = self._scheduler
-        room, passed_over = self._room(), 0
+        room, passed_over = scheduler.room.left(scheduler.running, scheduler.has_tenants), 0
         lines = scheduler.waiting.in_turn(2 * scheduler.max_num_seqs + 2)
         while budget > 0 and passed_over <= scheduler.max_num_seqs:
             sequence = _next_of(lines, room.held)
@@ -204,7 +118,7 @@ class Admission:
                     break  # it is not cut; alone it may go beyond the budget
             count = self._enter(sequence, share, room.promised) if has_place else 0
             if count == 0 and self._may_displace(sequence) and self._make_way(sequence, admitted):
-                room = self._room()
+                room = scheduler.room.left(scheduler.running, scheduler.has_tenants)
                 count = self._enter(sequence, share, room.promised)
             if count == 0:
                 self.stuck |= {tenant, *lines}
@@ -212,34 +126,11 @@ class Admission:
             admitted.append(ScheduledChunk(sequence, count))
             budget -= count
             room.places -= size
-            room.promised += self._promised(sequence)
-            room.held.add(tenant, *self._size(sequence))
+            room.promised += scheduler.room.promised(sequence)
+            room.held.add(tenant, *scheduler.room.size(sequence))
             scheduler.waiting.end_turn(tenant)
             scheduler.charge(tenant, count, shares)
         return budget
-
-    def _room(self) -> Room:
-        """Return what the running texts leave to others."""
-        running = self._scheduler.running
-        places = self._free_places(running)
-        promised = sum(map(self._promised, running)) if places > 0 else 0  # without a place nobody asks
-        return Room(places, promised, self._holdings(running if self._scheduler.has_tenants else ()))
-
-    def _free_places(self, running: Iterable[Sequence]) -> int:
-        return self._scheduler.max_num_seqs - sum(sequence.request.num_unforked + 1 for sequence in running)
-
-    def _holdings(self, running: Iterable[Sequence]) -> Holdings:
-        scheduler = self._scheduler
-        held = Holdings(scheduler.max_num_seqs, self._cache.total_blocks, scheduler.turns)
-        for sequence in running:
-            held.add(sequence.request.tenant, *self._size(sequence))
-        return held
-
-    def _size(self, *sequences: Sequence, sign: int = 1) -> tuple[int, int]:
-        """Return the places and blocks of texts as they are now, prompts whole; shared blocks count for each."""
-        places = sum(1 + sequence.request.num_unforked for sequence in sequences)
-        blocks = sum(self._promised(each) - (-each.held // self._cache.block_size) for each in sequences)
-        return sign * places, sign * blocks
 
     def wanted(self, tokens: int) -> dict[str, int]:
         """Return how many tokens, as far as they are of interest, each tenant's waiting sequences could compute now."""
@@ -258,7 +149,7 @@ class Admission:
 
     def of_who_holds_most(self, sequences: list[Sequence]) -> list[Sequence]:
         """Return those of some running sequences that are of the tenant that holds most, of all that run."""
-        held = self._holdings(self._scheduler.running)
+        held = self._scheduler.room.holdings(self._scheduler.running)
         most = max((sequence.request.tenant for sequence in sequences), key=held.part, default=None)
         return [sequence for sequence in sequences if sequence.request.tenant == most]
 
@@ -283,7 +174,7 @@ class Admission:
         """Return who has to go by a rule; nobody if that is not enough."""
         going: list[Sequence] = []
         staying = self._scheduler.running
-        while not self._would_have_room(newcomer, going, staying):
+        while not self._scheduler.room.suffices(newcomer, going, staying):
             victim = self._scheduler.choose([each for each in rule(newcomer, staying) if each.request not in spared])
             if victim is None:
                 return []
@@ -300,44 +191,28 @@ class Admission:
         """Return texts of the tenant that holds most, which keeps its first one and no less than the newcomer's has."""
         if not self._scheduler.has_tenants:
             return []
-        held, mine = self._holdings(running), newcomer.request.tenant
-        then = held.part(mine, *self._size(newcomer))
+        held, mine = self._scheduler.room.holdings(running), newcomer.request.tenant
+        then = held.part(mine, *self._scheduler.room.size(newcomer))
         for tenant in held.descending():
             if tenant == mine:
                 break
             texts = [sequence for sequence in running if sequence.request.tenant == tenant]
             first = min(texts, key=rank)
             others = [sequence for sequence in texts if not _belong_together(sequence, first)]
-            may_go = [each for each in others if held.part(tenant, *self._size(*_fellows(each), sign=-1)) >= then]
+            may_go = [
+                each
+                for each in others
+                if held.part(tenant, *self._scheduler.room.size(*_fellows(each), sign=-1)) >= then
+            ]
             if may_go:
                 return may_go
         return []
-
-    def _would_have_room(self, newcomer: Sequence, going: list[Sequence], staying: list[Sequence]) -> bool:
-        """Tell whether a sequence could enter if some that run had gone."""
-        more = 1 + newcomer.request.num_unforked
-        if staying and self._free_places(staying) < more:
-            return False
-        needed = self._needed(newcomer)
-        if _shares(newcomer) and any(each.request.cache_salt == newcomer.request.cache_salt for each in going):
-            needed = -(-newcomer.length // self._cache.block_size) + more  # what they share now it may have to take
-        promised = sum(map(self._promised, staying))
-        return needed - (0 if staying else more) + promised <= self._cache.free_block_count + self._freed(going)
-
-    def _freed(self, going: list[Sequence]) -> int:
-        """Return how many blocks nobody else holds."""
-        if not going:
-            return 0
-        tables = [self._cache.get_sequence(each.seq_id).block_table for each in going]
-        blocks, counts = np.unique(np.concatenate(tables), return_counts=True)
-        records = self._cache.block_records(blocks.astype(np.int64))
-        return int(np.count_nonzero((records["ref_count"] == counts) & (records["pins"] == 0)))
 
     def _enter(self, sequence: Sequence, budget: int, promised: int) -> int:
         """Allocate a sequence, with as many tokens as it computes now; 0 if there is no room."""
         scheduler, request = self._scheduler, sequence.request
         alone = all(other.request is request for other in scheduler.running)
-        if not alone and self._needed(sequence) + promised > self._cache.free_block_count:
+        if not alone and self._scheduler.room.needed(sequence) + promised > self._cache.free_block_count:
             return 0
         if scheduler.runner.chunkable:
             matched = self._matched(sequence)
@@ -351,7 +226,7 @@ class Admission:
         try:
             info = self._cache.allocate(
                 sequence.seq_id,
-                sequence.ids[:tokens] if _shares(sequence) else tokens,
+                sequence.ids[:tokens] if may_share(sequence) else tokens,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
             )
@@ -371,23 +246,7 @@ class Admission:
         return tokens - info.num_cached_tokens
 
     def _matched(self, sequence: Sequence) -> int:
-        return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if _shares(sequence) else 0
-
-    def _needed(self, sequence: Sequence) -> int:
-        """Return the blocks that it takes until it decodes, its copies of a shared last block included."""
-        size, more = self._cache.block_size, sequence.request.num_unforked + 1
-        if sequence.request.params.streaming is not None:
-            return streaming_blocks(sequence.length, sequence.request.params.streaming, size) + more
-        tokens = sequence.ids if _shares(sequence) else sequence.length
-        return self._cache.blocks_to_allocate(tokens, sequence.request.cache_salt) + more
-
-    def _promised(self, sequence: Sequence) -> int:
-        """Return the blocks that a running sequence takes for the rest of its prompt, and one for what it writes."""
-        size = self._cache.block_size
-        length = sequence.length - sequence.dropped
-        if sequence.request.params.streaming is not None:
-            length = min(length, sum(sequence.request.params.streaming) + size)
-        return max(0, -(-length // size) + (-sequence.held // size)) + sequence.request.num_unforked + 1
+        return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if may_share(sequence) else 0
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Tell whether another sequence is computing a longer prefix of this one than the cache has."""
@@ -396,7 +255,7 @@ class Admission:
             if other.state is SequenceState.RUNNING and other.computed < until:
                 return True
             sequence.awaits = None
-        if not self._shares_prefixes or not _shares(sequence):
+        if not self._shares_prefixes or not may_share(sequence):
             return False
         cached = -1
         for other in self._scheduler.running:
@@ -415,10 +274,10 @@ class Admission:
 
     def _common_blocks(self, sequence: Sequence, other: Sequence) -> int:
         """Return how many tokens of whole blocks a sequence could share with another."""
-        if other.request.cache_salt != sequence.request.cache_salt or not _shares(other):
+        if other.request.cache_salt != sequence.request.cache_salt or not may_share(other):
             return 0
         size = self._cache.block_size
-        return min(_common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
+        return min(common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
 
     def _parting(self, sequence: Sequence, start: int) -> int:
         """Return where the next text that waits parts from one that enters: worth a snapshot; 0 if none does."""
@@ -439,19 +298,6 @@ def _next_of(lines: dict[str, deque[Sequence]], held: Holdings) -> Sequence | No
     if not lines[tenant]:
         del lines[tenant]
     return sequence
-
-
-def _shares(sequence: Sequence) -> bool:
-    """Whether equal prefixes may be used: not where tokens are dropped, nor where the logits of a prompt are wanted."""
-    params = sequence.request.params
-    return params.streaming is None and params.prompt_logprobs is None
-
-
-def _common_prefix(one: Any, other: Any) -> int:
-    length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    first = int(np.argmax(differs)) if length else 0
-    return first if length and differs[first] else length
 
 
 MOST_COMPARED = 16
@@ -481,6 +327,7 @@ class Scheduler:
         Whose sequences wait or run, and how many.
     turns : DeficitRoundRobin
         Between tenants.
+    room : Room
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
         Of all requests, when they were first admitted.
@@ -497,6 +344,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.tenants: Counter[str] = Counter()
         self.turns = DeficitRoundRobin(max_batch_tokens, weights)
+        self.room = Room(self.cache, self.max_num_seqs, self.turns)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -545,7 +393,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Lay out the next forward pass and make room for it; None if there is nothing to compute."""
-        shares = self._shares() if self.has_tenants else None
+        shares = self._split() if self.has_tenants else None
         chunks = self._continued(shares)
         before = self.num_preemptions
         chunks, plan = self._grow(chunks)
@@ -570,7 +418,7 @@ class Scheduler:
             return None
         return make_batch(chunks, plan)
 
-    def _shares(self) -> Counter[str]:
+    def _split(self) -> Counter[str]:
         """Return how many tokens of prompts each tenant may compute in this step."""
         wanted: Counter[str] = Counter()
         room = self.max_batch_tokens
@@ -598,7 +446,7 @@ class Scheduler:
     def _continued(self, shares: Counter[str] | None) -> list[ScheduledChunk]:
         """Return the chunks of what runs: all that decode, then prompts in the order of their rank."""
         if self.runner.restarts_beyond is not None:
-            for sequence in [sequence for sequence in self.running if _must_restart(sequence, self.runner)]:
+            for sequence in [sequence for sequence in self.running if must_restart(sequence, self.runner)]:
                 self.preempt(sequence)
         decoding = [sequence for sequence in self.running if sequence.pending == 1 and _is_ready(sequence)]
         chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
@@ -726,38 +574,6 @@ class Scheduler:
         the prefixes were forgotten meanwhile.
         """
         self.preempt(self._victim() or self.running[0])
-
-
-def streaming_room(sequence: Sequence) -> int:
-    """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
-    streaming = sequence.request.params.streaming
-    return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
-
-
-def piece(sequence: Sequence, start: int, most: int, runner: Runner) -> int:
-    """Return how many of the next `most` tokens from `start` on a step reads: to where a snapshot is worth keeping."""
-    if not runner.has_states or not _shares(sequence) or not shares_prefixes(runner):
-        return most
-    size, end = runner.cache.block_size, start + most
-    shared = runner.cache.match_blocks(sequence.ids, sequence.request.cache_salt)
-    places = (sequence.parting, shared, (sequence.length - 1) // size * size)
-    wanted = [place for place in places if start < place <= end]
-    if not wanted and end < sequence.length and end // size * size > start:
-        wanted = [end // size * size]
-    return min(wanted, default=end) - start
-
-
-def whole_length(sequence: Sequence, runner: Runner) -> int:
-    """Return how many tokens of a text go through the model in one piece where a prompt is not cut."""
-    prompt, limit = sequence.request.num_prompt_tokens, runner.restarts_beyond
-    return prompt if limit is None or not prompt <= limit < sequence.length else limit + 1
-
-
-def _must_restart(sequence: Sequence, runner: Runner) -> bool:
-    limit = runner.restarts_beyond
-    if limit is None or sequence.computed != limit or sequence.pending != 1:
-        return False
-    return whole_length(sequence, runner) > limit and sequence.request.params.streaming is None
 
 
 def _belong_together(one: Sequence, other: Sequence) -> bool:

@@ -1,7 +1,6 @@
-"""Fair sharing between tenants: who waits, deficit round robin over the tokens of a step, and who holds most.
+"""Tenants: whose line is next, and deficit round robin over the tokens of a step.
 
-After M. Shreedhar and G. Varghese, "Efficient Fair Queuing Using Deficit Round Robin", SIGCOMM 1995, and, for what a
-tenant holds, A. Ghodsi et al., "Dominant Resource Fairness", NSDI 2011.
+After M. Shreedhar and G. Varghese, "Efficient Fair Queuing Using Deficit Round Robin", SIGCOMM 1995.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from heapq import merge
 from itertools import islice
 
@@ -134,36 +133,3 @@ class DeficitRoundRobin:
         for tenant, part in parts.items():
             # Sums of fractions that ought to be whole are whole.
             self._credit[tenant] = round(self._credit.get(tenant, 0.0) + rounds * part, 6)
-
-
-class Holdings:
-    """What the running texts of each tenant hold: the larger of their parts of all places and of all blocks.
-
-    A tenant of twice the weight may hold twice as much to count as an equal.
-
-    Parameters
-    ----------
-    places, blocks : int
-        What there is.
-    weights : DeficitRoundRobin
-        Knows them.
-    """
-
-    def __init__(self, places: int, blocks: int, weights: DeficitRoundRobin) -> None:
-        self._all, self._weights = (places, blocks), weights
-        self._held: dict[str, tuple[int, int]] = {}
-
-    def add(self, tenant: str, places: int, blocks: int) -> None:
-        """Count a text."""
-        held = self._held.get(tenant, (0, 0))
-        self._held[tenant] = held[0] + places, held[1] + blocks
-
-    def part(self, tenant: str, places: int = 0, blocks: int = 0) -> float:
-        """Return what a tenant holds, or would hold with so much more, over its weight."""
-        held = self._held.get(tenant, (0, 0))
-        largest = max((held[0] + places) / self._all[0], (held[1] + blocks) / self._all[1])
-        return largest / self._weights.weight(tenant)
-
-    def descending(self) -> Iterable[str]:
-        """Return the tenants that hold something, who holds most first."""
-        return sorted(self._held, key=self.part, reverse=True)
