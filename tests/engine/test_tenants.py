@@ -6,9 +6,9 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.engine.fakes import alone, engine, request, run, tokens_of
+from tests.engine.fakes import FakeRunner, alone, engine, request, run, tokens_of
 
 from pagedkv.engine.room import Holdings
 from pagedkv.engine.scheduler import Admission
@@ -308,3 +308,40 @@ def test_priorities_hold_within_a_tenant() -> None:
     core.step()
     assert core.stats().num_preemptions == 0 and core.scheduler.running[0].request.request_id == "a"
     run(core)
+
+
+# Everything at once: it ends, and everybody gets what it would get alone.
+
+
+class WholeRunner(FakeRunner):
+    """One that takes prompts whole; beyond some length a text begins anew."""
+
+    reuses_prefixes = chunkable = False
+
+
+arrivals = st.lists(
+    st.tuples(st.integers(1, 20), st.integers(1, 12), st.sampled_from("aab"), st.integers(0, 2), st.integers(0, 3)),
+    min_size=1,
+    max_size=14,
+)
+
+
+@pytest.mark.parametrize("restarts", [None, 11])
+@settings(max_examples=25, deadline=None)
+@given(arrivals=arrivals, num_blocks=st.integers(8, 20), budget=st.integers(1, 9), places=st.integers(1, 4))
+def test_prompts_that_are_not_cut_come_to_their_end(
+    restarts: int | None, arrivals: Any, num_blocks: int, budget: int, places: int
+) -> None:
+    runner = WholeRunner(num_blocks, prefix_caching=False)
+    runner.restarts_beyond = restarts
+    core = engine(runner=runner, max_batch_tokens=budget, max_num_seqs=places)
+    given, outputs = {}, {}
+    for number, (length, max_tokens, tenant, priority, pause) in enumerate(arrivals):
+        options = {"max_tokens": max_tokens, "tenant": tenant, "priority": priority}
+        given[f"r{number}"] = request(f"r{number}", prompt_of(number, length), **options)
+        core.add(given[f"r{number}"])
+        for _ in range(pause):
+            outputs.update({output.request_id: output for output in core.step()})
+    outputs.update(run(core, most_steps=1000))
+    for name, each in given.items():
+        assert tokens_of(outputs[name]) == alone(each)
