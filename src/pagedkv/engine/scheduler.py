@@ -56,13 +56,14 @@ from pagedkv.engine.batch import (
     whole_length,
 )
 from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes
-from pagedkv.engine.room import Holdings, Room
+from pagedkv.engine.room import Holdings, Room, RoomLeft
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.tenants import DeficitRoundRobin, WaitingLines, rank
 from pagedkv.errors import OutOfMemory
 
 # Admission of waiting requests.
 
+STEPS_STUCK = 4  # after so many steps those that found no room are asked again, as what was promised may be less
 FIRST_IN_LINE = 16  # of what waits, so many are looked at to find out what a tenant wants
 Rule = Callable[[Sequence, list[Sequence]], list[Sequence]]  # of those that run, who makes way for a newcomer
 
@@ -73,7 +74,7 @@ class Admission:
     Attributes
     ----------
     stuck : set of str
-        Tenants that found no room, and nothing was released since.
+        Tenants that found no room of late, and nothing was released since: they get no share of a step.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
@@ -81,25 +82,27 @@ class Admission:
         self._cache = scheduler.cache
         self._shares_prefixes = shares_prefixes(scheduler.runner)
         self.stuck: set[str] = set()
+        self._steps = 0
 
     def admit(self, budget: int, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> None:
         """Admit sequences that compute up to `budget` tokens now into `admitted`; their blocks are allocated.
 
         Where tenants have `shares` of the budget, what they leave over is there for all.
         """
-        if budget <= 0 or not self._scheduler.waiting:
+        scheduler = self._scheduler
+        if budget <= 0 or not scheduler.waiting:
             return
-        before = self._scheduler.num_preemptions
-        budget = self._admit(budget, shares, admitted)
+        before = scheduler.num_preemptions
+        room = scheduler.room.left(scheduler.running, scheduler.has_tenants)
+        budget = self._admit(budget, room, shares, admitted)
         # Who has just made way does not come back in the same step.
-        if budget > 0 and shares is not None and self._scheduler.num_preemptions == before:
-            self._admit(budget, None, admitted)
+        if budget > 0 and shares is not None and scheduler.num_preemptions == before:
+            self._admit(budget, room, None, admitted)
 
-    def _admit(self, budget: int, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> int:
+    def _admit(self, budget: int, room: RoomLeft, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> int:
         """Admit whose turn it is, within shares or without; returns what is left of the budget."""
         scheduler = self._scheduler
-        room, passed_over = scheduler.room.left(scheduler.running, scheduler.has_tenants), 0
-        lines = scheduler.waiting.in_turn(2 * scheduler.max_num_seqs + 2)
+        lines, passed_over = scheduler.waiting.in_turn(2 * scheduler.max_num_seqs + 2), 0
         while budget > 0 and passed_over <= scheduler.max_num_seqs:
             sequence = _next_of(lines, room.held)
             if sequence is None:
@@ -135,6 +138,9 @@ class Admission:
     def wanted(self, tokens: int) -> dict[str, int]:
         """Return how many tokens, as far as they are of interest, each tenant's waiting sequences could compute now."""
         wanted: dict[str, int] = {}
+        self._steps += 1
+        if self._steps % STEPS_STUCK == 0:
+            self.stuck.clear()
         for tenant, line in self._scheduler.waiting.lines.items():
             if tenant in self.stuck:
                 continue
