@@ -5,7 +5,7 @@ him and a probe of ``/health``, for some seconds each, alice sends a thousand pr
 of 4 million ids, texts as long as fit; and somebody without a key holds 4,000 connections open. Each runs in a process
 of its own, on the same machine, whose processor they share. Only loopback addresses are used.
 
-    python benchmarks/fairness.py [--seconds N] [--json FILE]
+    python benchmarks/fairness.py [--seconds N] [--only KIND ...] [--json FILE]
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def rows_of(kind: str, seen: Seen, quiet: Seen) -> list[Row]:
     median, worst, probe = statistics.median(seen.asks), max(seen.asks), max(seen.probes)
     times = median / statistics.median(quiet.asks)
     failed = f"{len(seen.failures)} of {len(seen.asks) + len(seen.probes) + len(seen.failures)} failed"
-    rows = [
+    return [
         row(
             f"{name}: median of {len(seen.asks)}",
             1e3 * median,
@@ -193,8 +193,6 @@ def rows_of(kind: str, seen: Seen, quiet: Seen) -> list[Row]:
             probe <= TARGET_HEALTH,
         ),
     ]
-    # Steps are shared first come, first served: nothing is promised beside texts that are written.
-    return [{**line, "target": None, "met": None} for line in rows] if kind == "prompts" else rows
 
 
 def measure(seconds: float, kinds: list[str]) -> list[Row]:
@@ -208,7 +206,9 @@ def measure(seconds: float, kinds: list[str]) -> list[Row]:
             if trouble := server.wait():
                 raise SystemExit(trouble)
             url, pid = server.url, server._process.pid
-            asyncio.run(watch(url, 2))  # kernels are compiled
+            with attacked("prompts", url):
+                asyncio.run(watch(url, 4))  # kernels are compiled, those of large batches too
+            asyncio.run(watch(url, 2))
             quiet = asyncio.run(watch(url, seconds))
             rows = [
                 row(f"quiet: median of {len(quiet.asks)}", 1e3 * statistics.median(quiet.asks), "ms"),

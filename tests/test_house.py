@@ -39,6 +39,7 @@ LONELY = {
     "pagedkv.engine.beam": "pure rules of the search, tested without an engine",
     "pagedkv.engine.beam_steps": "their application to scheduled sequences",
     "pagedkv.engine.prompt_lookup": "one drafter; others would stand beside it",
+    "pagedkv.engine.room": "what is counted of places and blocks; who may have them is the scheduler's",
     "pagedkv.engine.sampler": "the default of a parameter of the engine: another may be given",
     "pagedkv.engine.sampling_kernels": "another compile unit than the sampler",
     "pagedkv.server.connections": "what happens below HTTP; `run` only puts it there",

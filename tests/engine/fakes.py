@@ -21,7 +21,7 @@ class TokenCache(BlockManager):
         super().__init__(*args, **options)
         self.tokens = np.full(self.total_blocks * self.block_size, -1, np.int64)
         self.places = np.full(self.total_blocks * self.block_size, -1, np.int64)
-
+        self.copied: list[list[int]] = []  # blocks, since the last forward pass
         self.texts: list[list[int]] = [[] for _ in range(self.total_states)]
 
     def _copy_states(self, copies: Any) -> None:
@@ -33,6 +33,7 @@ class TokenCache(BlockManager):
         for column in (self.tokens, self.places):
             rows = column.reshape(-1, size)
             rows[copies[:, 1]] = rows[copies[:, 0]]
+        self.copied += copies.tolist()
 
 
 class FakeRunner:
@@ -56,6 +57,8 @@ class FakeRunner:
         if self.fail:
             raise RuntimeError("the model broke")
         cache, size = self.cache, self.cache.block_size
+        assert all(pair in cache.copied for pair in plan.copies.tolist()), "a copy that the plan names was not made"
+        cache.copied.clear()
         cache.tokens[plan.slot_mapping] = token_ids
         cache.places[plan.slot_mapping] = plan.text_positions
         self.computed_tokens += len(token_ids)
@@ -123,14 +126,15 @@ def logits_of(tokens: Any) -> Any:
 
 def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **options: Any) -> EngineCore:
     """Return an engine over a fake model; options of the cache and of the engine."""
-    own = {name: options.pop(name) for name in ("max_batch_tokens", "max_num_seqs", "eos_token_ids") if name in options}
+    names = ("max_batch_tokens", "max_num_seqs", "eos_token_ids", "tenant_weights")
+    own = {name: options.pop(name) for name in names if name in options}
     runner = runner or FakeRunner(num_blocks, block_size, **options)
     return EngineCore(runner, **own)
 
 
 def request(name: str, prompt: Any, **options: Any) -> Request:
     """Return a request; options of Request and of SamplingParams."""
-    own = {key: options.pop(key) for key in ("priority", "cache_salt", "wants_updates") if key in options}
+    own = {key: options.pop(key) for key in ("priority", "cache_salt", "wants_updates", "tenant") if key in options}
     return Request(request_id=name, prompt_token_ids=prompt, params=SamplingParams(**options), **own)
 
 

@@ -212,7 +212,7 @@ def test_ends():
     assert len(tokens_of(outputs["s"])[0]) > 20 and stop not in tokens_of(outputs["s"])[0][:20]
 
 
-@pytest.mark.parametrize("max_batch_tokens", [3, 100])
+@pytest.mark.parametrize("max_batch_tokens", [1, 3, 100])
 def test_prompt_logprobs_are_those_of_the_model(max_batch_tokens):
     prompt = prompts(1, 20)[0]
     core = engine(200, max_batch_tokens=max_batch_tokens)
@@ -267,6 +267,27 @@ def test_an_admission_that_fails_leaves_no_trace(monkeypatch):
     core.runner.cache.check()
     outputs = run(core)
     assert tokens_of(outputs["r"]) == [greedy([1] * 6, 9)] and tokens_of(outputs["s"]) == [greedy([2] * 6, 9)]
+
+
+def test_who_has_entered_when_an_admission_fails_is_computed_anew(monkeypatch):
+    core = engine(64)
+    for name in "rs":
+        core.add(request(name, [ord(name) % VOCAB] * 6, max_tokens=9))
+    allocate = core.runner.cache.allocate
+
+    def only_once(seq_id, *args, **options):
+        if core.runner.cache.num_sequences:
+            raise TypeError("a strategy of the user's")
+        return allocate(seq_id, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(core.runner.cache, "allocate", only_once)
+        with pytest.raises(TypeError):
+            core.step()
+    core.runner.cache.check()
+    outputs = run(core)
+    for name in "rs":
+        assert tokens_of(outputs[name]) == [greedy([ord(name) % VOCAB] * 6, 9)]
 
 
 def test_interrupted_texts_go_on(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from tests.engine.fakes import FakeRunner, RecurrentRunner, alone, engine, request, run, tokens_of
 
 from pagedkv.engine import RequestRefused
-from pagedkv.engine.scheduler import blocks_at_most
+from pagedkv.engine.request import blocks_at_most
 
 HEADS = [[3] * 9, [3] * 5 + [4] * 8, list(range(13)), []]
 
@@ -52,11 +52,13 @@ class Load(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, 1, 2]),
         salt=st.sampled_from(["", "", "other"]),
         seed=st.integers(0, 3),
+        tenant=st.sampled_from(["", "", "", "a", "b"]),
         extra=extras,
     )
-    def arrive(self, prompt, max_tokens, priority, salt, seed, extra):
+    def arrive(self, prompt, max_tokens, priority, salt, seed, tenant, extra):
         name = f"r{len(self.given)}"
-        new = request(name, prompt, max_tokens=max_tokens, priority=priority, cache_salt=salt, seed=seed, **extra)
+        given = {"priority": priority, "cache_salt": salt, "tenant": tenant, "seed": seed}
+        new = request(name, prompt, max_tokens=max_tokens, **given, **extra)
         try:
             self.core.add(new)
             self.given[name] = new
@@ -120,6 +122,7 @@ LOADS = {
     "states": {"num_blocks": 24, "max_batch_tokens": 16, "num_states": 12},
     "few states": {"num_blocks": 18, "max_batch_tokens": 7, "num_states": 4},
     "tiny": {"num_blocks": 11, "max_batch_tokens": 64},
+    "one place": {"num_blocks": 14, "max_batch_tokens": 2, "max_num_seqs": 3},
 }
 
 

@@ -68,6 +68,16 @@ async def test_each_key_has_a_cache_of_its_own() -> None:
     assert not any("alice" in salt or "bob" in salt or salt == "s" for salt in found)
 
 
+@pytest.mark.parametrize("shared_cache", [False, True])
+async def test_each_key_has_its_own_turn_in_the_engine(shared_cache: bool) -> None:
+    engine = FakeEngine()
+    async with client_of(engine, api_keys=("alice", "bob"), shared_cache=shared_cache) as client:
+        for key in ("alice", "bob", "alice"):
+            assert (await client.post(URL, json={"prompt": "a", "max_tokens": 1}, headers=as_(key))).status_code == 200
+    alice, bob, again = (call.options["tenant"] for call in engine.calls)
+    assert alice == again != bob and "" not in (alice, bob)
+
+
 async def test_a_cache_that_is_shared_on_request() -> None:
     found = await salts(api_keys=("alice", "bob"), shared_cache=True)
     assert found[0] == found[2] == found[4] == "" and found[1] == found[3] != ""

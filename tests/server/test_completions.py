@@ -73,7 +73,7 @@ async def test_every_field_reaches_the_engine() -> None:
         expected = tuple(value) if isinstance(value, list) else value
         assert getattr(first.params, name) == expected, name
     assert dict(first.params.logit_bias or {}) == {7: -1.5}
-    options = {"request_id": told.json()["id"], "priority": 4, "cache_salt": "", "session_id": "s"}
+    options = {"request_id": told.json()["id"], "priority": 4, "cache_salt": "", "session_id": "s", "tenant": ""}
     assert first.options == options
     assert second.options["session_id"] == "h"
 

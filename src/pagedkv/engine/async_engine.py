@@ -148,6 +148,7 @@ class AsyncEngine:
         priority: int = 0,
         cache_salt: str = "",
         session_id: str | None = None,
+        tenant: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """Stream the outputs of one request; each holds all of the text so far, and the last one is ``finished``.
 
@@ -165,6 +166,8 @@ class AsyncEngine:
         cache_salt : str
             Requests of different salts never share a block.
         session_id : str, optional
+        tenant : str
+            Whose it is. Tenants share the steps, whatever the priorities of their requests.
 
         Yields
         ------
@@ -192,6 +195,7 @@ class AsyncEngine:
             priority=priority,
             cache_salt=cache_salt,
             session_id=session_id,
+            tenant=tenant,
         )
         request.prompt = prompt if isinstance(prompt, str) else None
         stream = Stream(request.request_id, asyncio.get_running_loop())

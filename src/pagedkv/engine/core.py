@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pagedkv.control.types import CacheStats
+from pagedkv.engine.batch import Batch, ScheduledChunk
 from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
-from pagedkv.engine.request import CompletionOutput, Request, RequestMetrics, RequestOutput, Sequence, prepare
+from pagedkv.engine.request import (
+    CompletionOutput,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sequence,
+    prepare,
+    refuse_what_never_fits,
+)
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
-from pagedkv.engine.scheduler import Batch, ScheduledChunk, Scheduler, refuse_what_never_fits
+from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
@@ -46,6 +56,8 @@ class EngineCore:
         Query tokens of a step; texts that are being written take part even beyond that.
     max_num_seqs : int
         Texts that are written at once; where the model keeps states, at most as many as there are slots for them.
+    tenant_weights : mapping, optional
+        Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     sampler : optional
         Chooses the tokens; :class:`pagedkv.engine.sampler.Sampler` by default.
 
@@ -63,13 +75,19 @@ class EngineCore:
         eos_token_ids: Iterable[int] = (),
         max_batch_tokens: int = 512,
         max_num_seqs: int = 256,
+        tenant_weights: Mapping[str, float] | None = None,
         sampler: Any = None,
     ) -> None:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
         self.runner, self.tokenizer = runner, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.scheduler = Scheduler(runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs)
+        for tenant, weight in (tenant_weights or {}).items():
+            if not 0 < weight < math.inf:
+                raise bad_argument("tenant_weights", "numbers above 0", f"{weight!r} for {tenant!r}")
+        self.scheduler = Scheduler(
+            runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, weights=tenant_weights
+        )
         self._sampler = Sampler() if sampler is None else sampler
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()

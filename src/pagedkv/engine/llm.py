@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
@@ -105,6 +105,8 @@ class LLM:
         ``max_num_seqs`` texts, or an eighth of the memory that is free, if that is less.
     cuda_graphs : bool
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
+    tenant_weights : mapping, optional
+        Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
 
     Attributes
     ----------
@@ -134,6 +136,7 @@ class LLM:
         mode: str = "auto",
         num_states: int | None = None,
         cuda_graphs: bool = False,
+        tenant_weights: Mapping[str, float] | None = None,
     ) -> None:
         if hasattr(model, "forward") and hasattr(model, "cache"):
             runner = model
@@ -159,6 +162,7 @@ class LLM:
             eos_token_ids=_eos_of(runner),
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
+            tenant_weights=tenant_weights,
         )
         self._numbers = itertools.count()
         self._turn = threading.Lock()

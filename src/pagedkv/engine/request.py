@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pagedkv.control.strategies import MAX_PRIORITY, Priority
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.errors import bad_argument
+from pagedkv.errors import RequestRefused, bad_argument
 from pagedkv.validate import require_int
 
 # Outputs: frozen, cumulative, free of references into the engine.
@@ -151,6 +151,8 @@ class Request:
         Requests of different salts never share a block.
     session_id : str, optional
         Handed through.
+    tenant : str
+        Whose it is. Tenants share the steps, whatever the priorities of their requests.
     wants_updates : bool
         Whether every step that brings a token gives an output, or only the last one.
     arrived : float
@@ -171,6 +173,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     session_id: str | None = None
+    tenant: str = ""
     wants_updates: bool = True
     arrived: float = field(default_factory=time.monotonic)
 
@@ -315,6 +318,8 @@ def prepare(request: Request, runner: Runner) -> None:
     request.params.require_vocab(runner.vocab_size)
     if not isinstance(request.cache_salt, str):
         raise bad_argument("cache_salt", "a str", f"{request.cache_salt!r}")
+    if not isinstance(request.tenant, str):
+        raise bad_argument("tenant", "a str", f"{request.tenant!r}")
     strategy = runner.cache.eviction_strategy
     highest = strategy.levels - 1 if isinstance(strategy, Priority) else MAX_PRIORITY
     require_int("priority", request.priority, 0, highest)
@@ -356,3 +361,64 @@ def _most_tokens(request: Request, runner: Runner) -> int:
 def shares_prefixes(runner: Runner) -> bool:
     """Tell whether equal prefixes of two requests are stored once."""
     return runner.reuses_prefixes and runner.cache.prefix_caching
+
+
+def streaming_blocks(tokens: int, streaming: tuple[int, int], size: int) -> int:
+    """Return how many blocks so many tokens of a stream take: the sinks', the window's with two ragged ends."""
+    sink, window = streaming
+    return min(-(-tokens // size), -(-sink // size) - (-window // size) + 1)
+
+
+def blocks_at_most(request: Request, block_size: int, shared: bool) -> int:
+    """Return how many blocks a request needs at once at most, with the pool to itself; its last token needs none."""
+    params, prompt = request.params, request.num_prompt_tokens
+    tokens = prompt + request.max_tokens - 1
+    if params.streaming is not None:
+        return streaming_blocks(tokens, params.streaming, block_size)
+    blocks = -(-tokens // block_size)
+    if params.beam_width is None:
+        return blocks
+    once = prompt // block_size if shared and params.prompt_logprobs is None else 0
+    return once + params.beam_width * (blocks - once)
+
+
+def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int, max_batch_tokens: int) -> None:
+    """Raise if a request could not be computed with the whole engine to itself.
+
+    Raises
+    ------
+    RequestRefused
+        With the numbers.
+    """
+    prompt, cache = request.num_prompt_tokens, runner.cache
+    needed = blocks_at_most(request, cache.block_size, shares_prefixes(runner))
+    if runner.window is not None and runner.chunkable and request.num_sequences == 1:
+        # A step reads a chunk behind the window; with ragged ends.
+        needed = min(needed, -(-(runner.window - 1 + max_batch_tokens) // cache.block_size) + 2)
+    text = f"{prompt} prompt tokens and max_tokens = {request.max_tokens}"
+    if needed > cache.total_blocks:
+        raise RequestRefused(
+            f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}"
+        )
+    _refuse_what_would_be_cut(request, runner)
+    positions = prompt + request.max_tokens
+    if request.params.streaming is not None:
+        positions = min(positions, sum(request.params.streaming) + 1)
+    if runner.max_positions is not None and positions > runner.max_positions:
+        raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}")
+    if request.num_sequences > max_num_seqs:
+        raise RequestRefused(f"{request.num_sequences} texts at once exceed max_num_seqs = {max_num_seqs}")
+
+
+def _refuse_what_would_be_cut(request: Request, runner: Runner) -> None:
+    """Refuse what would cut the prompt of a model that takes prompts whole."""
+    prompt, streaming = request.num_prompt_tokens, request.params.streaming
+    if not runner.chunkable and streaming is not None and prompt > sum(streaming):
+        raise RequestRefused(
+            f"{prompt} prompt tokens exceed streaming = {streaming}, and the model takes prompts whole"
+        )
+    limit, longest = runner.restarts_beyond, prompt + request.max_tokens - 1
+    if limit is not None and request.params.beam_width is not None and prompt <= limit < longest:
+        raise RequestRefused(
+            f"beams of {longest} tokens: the model begins anew beyond {limit}, where beams cannot follow"
+        )

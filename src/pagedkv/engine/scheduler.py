@@ -9,8 +9,27 @@ snapshot of its state is worth keeping: at its last block boundary, and where it
 
 When running sequences outgrow the pool, they give back what no layer of the model can see any more, where all have a
 sliding window. If that is not enough, one is preempted: of those with the lowest priority the one that the cache's
-strategy ranks lowest, but never the one that is first in rank. So that one always makes progress, finishes, and leaves
-its place to the next. The committed blocks of a preempted sequence stay findable until they are needed.
+strategy ranks lowest, but never the one that is first in rank. The committed blocks of a preempted sequence stay
+findable until they are needed.
+
+Where several tenants have something to compute, all that holds within a tenant, and between tenants:
+
+- The tokens for prompts are split by deficit round robin, and what a tenant decodes is charged to it.
+- Of those that wait, the first one of the tenant that holds least is the next to enter. If it finds no room, nobody
+  enters behind it, so that the room which gets free is not taken by others for ever.
+- When running sequences outgrow the pool, one of the tenant that holds most is preempted.
+
+A sequence that waits and finds no room has others preempted in two cases: those of a tenant that holds more, if that
+one keeps its first text and holds no less than the newcomer's tenant then, and those of its own tenant that have a
+lower priority. It is settled before that the newcomer has tokens, a place and blocks in this very step; if not, nobody
+goes.
+
+This comes to an end, however small the pool and the budget. Of all that run, call the one that is first in rank the
+leader. It gives up its place only to one that is before it in rank, of its own tenant: to the growth of others it is
+never the victim, and against other tenants it is the first text of its own. So leaders follow each other in rank, and
+there are only so many requests; at last one leader stays until it is done. In every step either somebody writes a
+token, and there is a bounded number of them, or nobody decodes, and then the leader's prompt gets on, if by one token.
+Where it is a beam search whose other beams wait, these go before all others, and those that hold their blocks go.
 """
 
 from __future__ import annotations
@@ -18,172 +37,188 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from bisect import bisect_left, insort
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping
 
 from pagedkv.control.plan import BatchPlan
+from pagedkv.engine.batch import (
+    NO_DRAFTS,
+    Batch,
+    Ids,
+    ScheduledChunk,
+    common_prefix,
+    make_batch,
+    may_share,
+    must_restart,
+    piece,
+    query_tokens,
+    streaming_room,
+    whole_length,
+)
 from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes
+from pagedkv.engine.room import Holdings, Room, RoomLeft
 from pagedkv.engine.runner import Runner
-from pagedkv.errors import OutOfMemory, RequestRefused
-
-# The waiting queue: a list in the order of rank. A preempted sequence keeps its rank, so it goes before later ones.
-
-
-def _rank(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.rank
-
-
-def _unqueue(waiting: list[Sequence], sequence: Sequence) -> None:
-    """Take a sequence out of the queue, in O(log n) comparisons."""
-    place = bisect_left(waiting, sequence.rank, key=_rank)
-    while waiting[place] is not sequence:
-        place += 1
-    del waiting[place]
-
-
-# A batch: chunks of sequences, and whose logits are wanted.
-
-Ids = npt.NDArray[np.int64]
-
-NO_DRAFTS: Ids = np.empty(0, np.int64)
-
-
-class ScheduledChunk:
-    """The tokens of one sequence that a forward pass computes.
-
-    Parameters
-    ----------
-    sequence : Sequence
-    count : int
-        Tokens of the sequence, from ``sequence.computed`` on.
-
-    Attributes
-    ----------
-    drafts : int64 [num_drafts]
-        Guesses behind its last token, to be verified.
-    reaches_end : bool
-        Whether the next token can be chosen after this.
-    num_scored : int
-        Tokens at its beginning whose logits tell how likely the next tokens of the prompt are.
-    """
-
-    __slots__ = ("sequence", "count", "drafts", "num_scored", "reaches_end")
-
-    def __init__(self, sequence: Sequence, count: int) -> None:
-        self.sequence, self.count = sequence, count
-        self.drafts = NO_DRAFTS
-        self.reaches_end = count == sequence.pending
-        request = sequence.request
-        self.num_scored = 0
-        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
-            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - sequence.computed))
-
-    @property
-    def num_query_tokens(self) -> int:
-        """Tokens that go through the model."""
-        return self.count + len(self.drafts)
-
-    @property
-    def query_ids(self) -> Ids:
-        """The tokens that go through the model."""
-        sequence = self.sequence
-        ids = sequence.ids[sequence.computed : sequence.computed + self.count]
-        return np.concatenate([ids, self.drafts]) if len(self.drafts) else ids
-
-    def wanted(self, start: int) -> Ids:
-        """Return the query tokens whose logits are wanted, where the first one has the place `start`."""
-        scored = np.arange(start, start + self.num_scored)
-        end = start + self.num_query_tokens
-        chosen = np.arange(end - len(self.drafts) - 1, end) if self.reaches_end else NO_DRAFTS
-        return np.concatenate([scored, chosen])
-
-
-@dataclass(slots=True, eq=False)
-class Batch:
-    """One forward pass.
-
-    Attributes
-    ----------
-    chunks : list of ScheduledChunk
-        In the order of the plan.
-    plan : BatchPlan
-    token_ids : int64 [total_tokens]
-    wanted : int64 [k]
-        Places in `token_ids` of the query tokens whose logits are wanted: chunk by chunk, those that are scored, then,
-        if it reaches the end of its sequence, its last token and its drafts.
-    """
-
-    chunks: list[ScheduledChunk]
-    plan: BatchPlan
-    token_ids: Ids
-    wanted: Ids
-
-
-def query_tokens(chunks: list[ScheduledChunk]) -> Any:
-    """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""
-    if all(chunk.num_query_tokens == 1 for chunk in chunks):
-        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks])
-    return [chunk.query_ids for chunk in chunks]
-
-
-def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
-    """Lay out the forward pass of `chunks`, which `plan` has in the same order."""
-    tokens = query_tokens(chunks)
-    if isinstance(tokens, np.ndarray) and not any(chunk.num_scored for chunk in chunks):
-        return Batch(chunks, plan, tokens, np.flatnonzero([chunk.reaches_end for chunk in chunks]))
-    starts = plan.cu_seqlens_q.tolist()
-    wanted = [chunk.wanted(start) for chunk, start in zip(chunks, starts, strict=False)]
-    return Batch(chunks, plan, np.concatenate([*tokens]), np.concatenate(wanted))
-
+from pagedkv.engine.tenants import DeficitRoundRobin, WaitingLines, rank
+from pagedkv.errors import OutOfMemory
 
 # Admission of waiting requests.
 
+STEPS_STUCK = 4  # after so many steps those that found no room are asked again, as what was promised may be less
+FIRST_IN_LINE = 16  # of what waits, so many are looked at to find out what a tenant wants
+Rule = Callable[[Sequence, list[Sequence]], list[Sequence]]  # of those that run, who makes way for a newcomer
+
 
 class Admission:
-    """Takes sequences out of the queue of a scheduler, as budget, places and blocks allow."""
+    """Takes sequences out of the queue of a scheduler, as budget, places and blocks allow.
+
+    Attributes
+    ----------
+    stuck : set of str
+        Tenants that found no room of late, and nothing was released since: they get no share of a step.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler
         self._cache = scheduler.cache
         self._shares_prefixes = shares_prefixes(scheduler.runner)
+        self.stuck: set[str] = set()
+        self._steps = 0
 
-    def admit(self, budget: int) -> list[ScheduledChunk]:
-        """Admit sequences that compute up to `budget` tokens now; their blocks are allocated."""
+    def admit(self, budget: int, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> None:
+        """Admit sequences that compute up to `budget` tokens now into `admitted`; their blocks are allocated.
+
+        Where tenants have `shares` of the budget, what they leave over is there for all.
+        """
         scheduler = self._scheduler
         if budget <= 0 or not scheduler.waiting:
-            return []
-        admitted: list[ScheduledChunk] = []
-        places = scheduler.max_num_seqs - sum(sequence.request.num_unforked + 1 for sequence in scheduler.running)
-        promised = sum(map(self._promised, scheduler.running))
-        passed_over = 0
-        for sequence in scheduler.waiting[: 2 * scheduler.max_num_seqs + 2]:
-            places -= 1 + sequence.request.num_unforked
-            if budget <= 0 or passed_over > scheduler.max_num_seqs or (places < 0 and scheduler.running):
+            return
+        before = scheduler.num_preemptions
+        room = scheduler.room.left(scheduler.running, scheduler.has_tenants)
+        budget = self._admit(budget, room, shares, admitted)
+        # Who has just made way does not come back in the same step.
+        if budget > 0 and shares is not None and scheduler.num_preemptions == before:
+            self._admit(budget, room, None, admitted)
+
+    def _admit(self, budget: int, room: RoomLeft, shares: Counter[str] | None, admitted: list[ScheduledChunk]) -> int:
+        """Admit whose turn it is, within shares or without; returns what is left of the budget."""
+        scheduler = self._scheduler
+        lines, passed_over = scheduler.waiting.in_turn(2 * scheduler.max_num_seqs + 2), 0
+        while budget > 0 and passed_over <= scheduler.max_num_seqs:
+            sequence = _next_of(lines, room.held)
+            if sequence is None:
                 break
-            if self._awaits_prefix(sequence):
-                places += 1 + sequence.request.num_unforked
-                passed_over += 1
+            tenant, size = sequence.request.tenant, 1 + sequence.request.num_unforked
+            share = budget if shares is None else min(budget, shares[tenant])
+            if share <= 0:
+                lines.pop(tenant, None)
                 continue
-            if not scheduler.runner.chunkable and admitted and whole_length(sequence, scheduler.runner) > budget:
-                break  # it is not cut; alone it may go beyond the budget
-            count = self._enter(sequence, budget, promised)
+            has_place = room.places >= size or not scheduler.running
+            if has_place or self._may_displace(sequence):
+                if self._awaits_prefix(sequence):
+                    passed_over += 1
+                    continue
+                if not scheduler.runner.chunkable and admitted and whole_length(sequence, scheduler.runner) > budget:
+                    break  # it is not cut; alone it may go beyond the budget
+            count = self._enter(sequence, share, room.promised) if has_place else 0
+            if count == 0 and self._may_displace(sequence) and self._make_way(sequence, admitted):
+                room = scheduler.room.left(scheduler.running, scheduler.has_tenants)
+                count = self._enter(sequence, share, room.promised)
             if count == 0:
+                self.stuck |= {tenant, *lines}
                 break
             admitted.append(ScheduledChunk(sequence, count))
-            promised += self._promised(sequence)
             budget -= count
-        return admitted
+            room.places -= size
+            room.promised += scheduler.room.promised(sequence)
+            room.held.add(tenant, *scheduler.room.size(sequence))
+            scheduler.waiting.end_turn(tenant)
+            scheduler.charge(tenant, count, shares)
+        return budget
+
+    def wanted(self, tokens: int) -> dict[str, int]:
+        """Return how many tokens, as far as they are of interest, each tenant's waiting sequences could compute now."""
+        wanted: dict[str, int] = {}
+        self._steps += 1
+        if self._steps % STEPS_STUCK == 0:
+            self.stuck.clear()
+        for tenant, line in self._scheduler.waiting.lines.items():
+            if tenant in self.stuck:
+                continue
+            ready = (
+                sequence for sequence in itertools.islice(line, FIRST_IN_LINE) if not self._awaits_prefix(sequence)
+            )
+            for sequence in ready:
+                wanted[tenant] = wanted.get(tenant, 0) + sequence.length
+                if wanted[tenant] >= tokens:
+                    break
+        return wanted
+
+    def of_who_holds_most(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Return those of some running sequences that are of the tenant that holds most, of all that run."""
+        held = self._scheduler.room.holdings(self._scheduler.running)
+        most = max((sequence.request.tenant for sequence in sequences), key=held.part, default=None)
+        return [sequence for sequence in sequences if sequence.request.tenant == most]
+
+    # Making way: running texts give up their places and blocks for one that waits.
+
+    def _may_displace(self, newcomer: Sequence) -> bool:
+        return self._scheduler.has_tenants or newcomer.request.priority > 0
+
+    def _make_way(self, newcomer: Sequence, admitted: list[ScheduledChunk]) -> bool:
+        """Preempt as few texts as have to go for one that waits; nobody goes if it could not enter even so."""
+        entered = {chunk.sequence.request for chunk in admitted}
+        for rule in (self._of_who_hold_more, self._of_lower_priority):
+            going = self._going(newcomer, rule, entered)
+            for victim in going:
+                if victim.is_running:  # beams go together
+                    self._scheduler.preempt(victim)
+            if going:
+                return True
+        return False
+
+    def _going(self, newcomer: Sequence, rule: Rule, spared: set[Request]) -> list[Sequence]:
+        """Return who has to go by a rule; nobody if that is not enough."""
+        going: list[Sequence] = []
+        staying = self._scheduler.running
+        while not self._scheduler.room.suffices(newcomer, going, staying):
+            victim = self._scheduler.choose([each for each in rule(newcomer, staying) if each.request not in spared])
+            if victim is None:
+                return []
+            going += _fellows(victim)
+            staying = [sequence for sequence in staying if not _belong_together(sequence, victim)]
+        return going
+
+    def _of_lower_priority(self, newcomer: Sequence, running: list[Sequence]) -> list[Sequence]:
+        """Return the texts of the same tenant that have a lower priority."""
+        mine = newcomer.request
+        return [s for s in running if s.request.tenant == mine.tenant and s.request.priority < mine.priority]
+
+    def _of_who_hold_more(self, newcomer: Sequence, running: list[Sequence]) -> list[Sequence]:
+        """Return texts of the tenant that holds most, which keeps its first one and no less than the newcomer's has."""
+        if not self._scheduler.has_tenants:
+            return []
+        held, mine = self._scheduler.room.holdings(running), newcomer.request.tenant
+        then = held.part(mine, *self._scheduler.room.size(newcomer))
+        for tenant in held.descending():
+            if tenant == mine:
+                break
+            texts = [sequence for sequence in running if sequence.request.tenant == tenant]
+            first = min(texts, key=rank)
+            others = [sequence for sequence in texts if not _belong_together(sequence, first)]
+            may_go = [
+                each
+                for each in others
+                if held.part(tenant, *self._scheduler.room.size(*_fellows(each), sign=-1)) >= then
+            ]
+            if may_go:
+                return may_go
+        return []
 
     def _enter(self, sequence: Sequence, budget: int, promised: int) -> int:
         """Allocate a sequence, with as many tokens as it computes now; 0 if there is no room."""
         scheduler, request = self._scheduler, sequence.request
         alone = all(other.request is request for other in scheduler.running)
-        if not alone and self._needed(sequence) + promised > self._cache.free_block_count:
+        if not alone and self._scheduler.room.needed(sequence) + promised > self._cache.free_block_count:
             return 0
         if scheduler.runner.chunkable:
             matched = self._matched(sequence)
@@ -197,7 +232,7 @@ class Admission:
         try:
             info = self._cache.allocate(
                 sequence.seq_id,
-                sequence.ids[:tokens] if _shares(sequence) else tokens,
+                sequence.ids[:tokens] if may_share(sequence) else tokens,
                 priority=request.priority,
                 cache_salt=request.cache_salt,
             )
@@ -205,7 +240,7 @@ class Admission:
             if scheduler.running:
                 return 0
             raise  # blocks outside of the engine fill the pool
-        _unqueue(scheduler.waiting, sequence)
+        scheduler.waiting.remove(sequence)
         scheduler.running.append(sequence)
         sequence.state, sequence.awaits = SequenceState.RUNNING, None
         sequence.computed = info.num_cached_tokens
@@ -217,23 +252,7 @@ class Admission:
         return tokens - info.num_cached_tokens
 
     def _matched(self, sequence: Sequence) -> int:
-        return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if _shares(sequence) else 0
-
-    def _needed(self, sequence: Sequence) -> int:
-        """Return the blocks that it takes until it decodes, its copies of a shared last block included."""
-        size, more = self._cache.block_size, sequence.request.num_unforked + 1
-        if sequence.request.params.streaming is not None:
-            return _streaming_blocks(sequence.length, sequence.request.params.streaming, size) + more
-        tokens = sequence.ids if _shares(sequence) else sequence.length
-        return self._cache.blocks_to_allocate(tokens, sequence.request.cache_salt) + more
-
-    def _promised(self, sequence: Sequence) -> int:
-        """Return the blocks that a running sequence takes for the rest of its prompt, and one for what it writes."""
-        size = self._cache.block_size
-        length = sequence.length - sequence.dropped
-        if sequence.request.params.streaming is not None:
-            length = min(length, sum(sequence.request.params.streaming) + size)
-        return max(0, -(-length // size) + (-sequence.held // size)) + sequence.request.num_unforked + 1
+        return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if may_share(sequence) else 0
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
         """Tell whether another sequence is computing a longer prefix of this one than the cache has."""
@@ -242,7 +261,7 @@ class Admission:
             if other.state is SequenceState.RUNNING and other.computed < until:
                 return True
             sequence.awaits = None
-        if not self._shares_prefixes or not _shares(sequence):
+        if not self._shares_prefixes or not may_share(sequence):
             return False
         cached = -1
         for other in self._scheduler.running:
@@ -261,90 +280,30 @@ class Admission:
 
     def _common_blocks(self, sequence: Sequence, other: Sequence) -> int:
         """Return how many tokens of whole blocks a sequence could share with another."""
-        if other.request.cache_salt != sequence.request.cache_salt or not _shares(other):
+        if other.request.cache_salt != sequence.request.cache_salt or not may_share(other):
             return 0
         size = self._cache.block_size
-        return min(_common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
+        return min(common_prefix(sequence.ids, other.ids), sequence.length - 1) // size * size
 
     def _parting(self, sequence: Sequence, start: int) -> int:
         """Return where the next text that waits parts from one that enters: worth a snapshot; 0 if none does."""
-        others = self._scheduler.waiting[:MOST_COMPARED]
+        others = itertools.islice(self._scheduler.waiting, MOST_COMPARED)
         partings = (self._common_blocks(other, sequence) for other in others if other is not sequence)
         return min((parting for parting in partings if parting > start), default=0)
 
 
-def _shares(sequence: Sequence) -> bool:
-    """Whether equal prefixes may be used: not where tokens are dropped, nor where the logits of a prompt are wanted."""
-    params = sequence.request.params
-    return params.streaming is None and params.prompt_logprobs is None
+def _next_of(lines: dict[str, deque[Sequence]], held: Holdings) -> Sequence | None:
+    """Take the next sequence out of a line; None if all are empty.
 
-
-def _common_prefix(one: Any, other: Any) -> int:
-    length = min(len(one), len(other))
-    differs = one[:length] != other[:length]
-    first = int(np.argmax(differs)) if length else 0
-    return first if length and differs[first] else length
-
-
-def _streaming_blocks(tokens: int, streaming: tuple[int, int], size: int) -> int:
-    """Return how many blocks so many tokens of a stream take: the sinks', the window's with two ragged ends."""
-    sink, window = streaming
-    return min(-(-tokens // size), -(-sink // size) - (-window // size) + 1)
-
-
-def blocks_at_most(request: Request, block_size: int, shared: bool) -> int:
-    """Return how many blocks a request needs at once at most, with the pool to itself; its last token needs none."""
-    params, prompt = request.params, request.num_prompt_tokens
-    tokens = prompt + request.max_tokens - 1
-    if params.streaming is not None:
-        return _streaming_blocks(tokens, params.streaming, block_size)
-    blocks = -(-tokens // block_size)
-    if params.beam_width is None:
-        return blocks
-    once = prompt // block_size if shared and params.prompt_logprobs is None else 0
-    return once + params.beam_width * (blocks - once)
-
-
-def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int, max_batch_tokens: int) -> None:
-    """Raise if a request could not be computed with the whole engine to itself.
-
-    Raises
-    ------
-    RequestRefused
-        With the numbers.
+    It is a beam whose fellows run and need it or, else, the first one of the tenant that holds least.
     """
-    prompt, cache = request.num_prompt_tokens, runner.cache
-    needed = blocks_at_most(request, cache.block_size, shares_prefixes(runner))
-    if runner.window is not None and runner.chunkable and request.num_sequences == 1:
-        # A step reads a chunk behind the window; with ragged ends.
-        needed = min(needed, -(-(runner.window - 1 + max_batch_tokens) // cache.block_size) + 2)
-    text = f"{prompt} prompt tokens and max_tokens = {request.max_tokens}"
-    if needed > cache.total_blocks:
-        raise RequestRefused(
-            f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}"
-        )
-    _refuse_what_would_be_cut(request, runner)
-    positions = prompt + request.max_tokens
-    if request.params.streaming is not None:
-        positions = min(positions, sum(request.params.streaming) + 1)
-    if runner.max_positions is not None and positions > runner.max_positions:
-        raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}")
-    if request.num_sequences > max_num_seqs:
-        raise RequestRefused(f"{request.num_sequences} texts at once exceed max_num_seqs = {max_num_seqs}")
-
-
-def _refuse_what_would_be_cut(request: Request, runner: Runner) -> None:
-    """Refuse what would cut the prompt of a model that takes prompts whole."""
-    prompt, streaming = request.num_prompt_tokens, request.params.streaming
-    if not runner.chunkable and streaming is not None and prompt > sum(streaming):
-        raise RequestRefused(
-            f"{prompt} prompt tokens exceed streaming = {streaming}, and the model takes prompts whole"
-        )
-    limit, longest = runner.restarts_beyond, prompt + request.max_tokens - 1
-    if limit is not None and request.params.beam_width is not None and prompt <= limit < longest:
-        raise RequestRefused(
-            f"beams of {longest} tokens: the model begins anew beyond {limit}, where beams cannot follow"
-        )
+    if not lines:
+        return None
+    tenant = min(lines, key=lambda tenant: (not _fellows(lines[tenant][0]), held.part(tenant)))
+    sequence = lines[tenant].popleft()
+    if not lines[tenant]:
+        del lines[tenant]
+    return sequence
 
 
 MOST_COMPARED = 16
@@ -363,24 +322,35 @@ class Scheduler:
         Query tokens of a forward pass; decoding sequences take part even beyond that.
     max_num_seqs : int
         Sequences that run at once; not more than have a slot for their state.
+    weights : mapping, optional
+        Tenants to their weights, above 0; 1 for those that are not in it.
 
     Attributes
     ----------
-    waiting : list of Sequence
-        In the order of their rank.
+    waiting : WaitingLines
     running : list of Sequence
+    tenants : Counter
+        Whose sequences wait or run, and how many.
+    turns : DeficitRoundRobin
+        Between tenants.
+    room : Room
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
         Of all requests, when they were first admitted.
     """
 
-    def __init__(self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int) -> None:
+    def __init__(
+        self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         self.runner, self.cache = runner, runner.cache
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
         if runner.has_states:
             self.max_num_seqs = min(max_num_seqs, runner.cache.total_states)
-        self.waiting: list[Sequence] = []
+        self.waiting = WaitingLines()
         self.running: list[Sequence] = []
+        self.tenants: Counter[str] = Counter()
+        self.turns = DeficitRoundRobin(max_batch_tokens, weights)
+        self.room = Room(self.cache, self.max_num_seqs, self.turns)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
@@ -388,10 +358,17 @@ class Scheduler:
         # Downwards: strategies break ties by id, and among equals the newest should go first.
         self._seq_ids = itertools.count(NEWEST_SEQ_ID, -1)
 
+    @property
+    def has_tenants(self) -> bool:
+        """Whether several tenants have something to compute."""
+        return len(self.tenants) > 1
+
     def new_sequence(self, request: Request, index: int = 0) -> Sequence:
         """Return a sequence of a request, which waits for its turn."""
         sequence = Sequence(request, index, next(self._seq_ids))
-        insort(self.waiting, sequence, key=_rank)
+        self.waiting.add(sequence)
+        self.tenants[request.tenant] += 1
+        self._admission.stuck.discard(request.tenant)
         return sequence
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
@@ -400,28 +377,42 @@ class Scheduler:
         self.cache.fork(sequence.seq_id, twin.seq_id)
         self.runner.fork(sequence.seq_id, twin.seq_id)
         self.running.append(twin)
+        self.tenants[twin.request.tenant] += 1
         return twin
 
     def drop(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its blocks are free at once."""
         if sequence.state is SequenceState.RUNNING:
             self._release(sequence)
+            self.waiting.end_turn(sequence.request.tenant)
         elif sequence.state is SequenceState.WAITING:
-            _unqueue(self.waiting, sequence)
+            self.waiting.remove(sequence)
+        if sequence.state is not SequenceState.FINISHED:
+            self._leave(sequence.request.tenant)
         sequence.state = SequenceState.FINISHED
+
+    def _leave(self, tenant: str) -> None:
+        self.tenants[tenant] -= 1
+        if not self.tenants[tenant]:
+            del self.tenants[tenant]
+            self.turns.forget(tenant)
 
     def schedule(self) -> Batch | None:
         """Lay out the next forward pass and make room for it; None if there is nothing to compute."""
-        chunks = self._continued()
+        shares = self._split() if self.has_tenants else None
+        chunks = self._continued(shares)
         before = self.num_preemptions
         chunks, plan = self._grow(chunks)
         if self.num_preemptions == before:
             used = sum(chunk.num_query_tokens for chunk in chunks)
+            admitted: list[ScheduledChunk] = []
             try:
-                admitted = self._admission.admit(self.max_batch_tokens - used)
+                self._admission.admit(self.max_batch_tokens - used, shares, admitted)
             except BaseException:  # a strategy of the user's, for instance; what has grown will not be computed
-                self.recall(chunks)
+                self.recall([*chunks, *admitted])
                 raise
+            if self.num_preemptions != before:
+                chunks = [chunk for chunk in chunks if chunk.sequence.is_running]
             if admitted:
                 chunks += admitted
                 plan = self.cache.plan(
@@ -433,27 +424,59 @@ class Scheduler:
             return None
         return make_batch(chunks, plan)
 
-    def _continued(self) -> list[ScheduledChunk]:
+    def _split(self) -> Counter[str]:
+        """Return how many tokens of prompts each tenant may compute in this step."""
+        wanted: Counter[str] = Counter()
+        room = self.max_batch_tokens
+        for sequence in self.running:
+            tenant = sequence.request.tenant
+            if sequence.pending > 1:
+                wanted[tenant] += min(sequence.readable if self.runner.chunkable else 1, streaming_room(sequence))
+            else:
+                self.turns.charge(tenant, 1)
+                room -= 1
+                wanted[tenant] += sequence.request.params.prompt_lookup or 0
+        for tenant, tokens in self._admission.wanted(room).items():
+            wanted[tenant] += tokens
+        return Counter(self.turns.split(room, wanted))
+
+    def charge(self, tenant: str, tokens: int, shares: Counter[str] | None) -> None:
+        """Count tokens of prompts that a tenant computes: against its share, or, where it has none, as a debt."""
+        if not self.has_tenants:
+            return
+        within = 0 if shares is None else max(0, min(tokens, shares[tenant]))
+        self.turns.charge(tenant, tokens - within)
+        if shares is not None:
+            shares[tenant] -= tokens
+
+    def _continued(self, shares: Counter[str] | None) -> list[ScheduledChunk]:
         """Return the chunks of what runs: all that decode, then prompts in the order of their rank."""
         if self.runner.restarts_beyond is not None:
-            for sequence in [sequence for sequence in self.running if _must_restart(sequence, self.runner)]:
+            for sequence in [sequence for sequence in self.running if must_restart(sequence, self.runner)]:
                 self.preempt(sequence)
         decoding = [sequence for sequence in self.running if sequence.pending == 1 and _is_ready(sequence)]
         chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
         room = self.max_batch_tokens - len(chunks)
         for chunk in chunks:
             if chunk.sequence.request.params.prompt_lookup and room > 0:
-                chunk.drafts = self._drafts(chunk.sequence, room)
+                tenant = chunk.sequence.request.tenant
+                chunk.drafts = self._drafts(chunk.sequence, room if shares is None else min(room, shares[tenant]))
                 room -= len(chunk.drafts)
-        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=_rank):
+                self.charge(tenant, len(chunk.drafts), shares)
+        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=rank):
             # What is not cut was computed whole when it was admitted; tokens behind it follow one by one.
             most = sequence.readable if self.runner.chunkable else 1
             count = min(most, room, streaming_room(sequence))
+            # Who is first in rank always gets on, whosever share that is.
+            least = 0 if chunks else min(count, 1)
+            if shares is not None:
+                count = max(least, min(count, shares[sequence.request.tenant]))
             if count > 1:
                 count = piece(sequence, sequence.computed, count, self.runner)
             if count > 0:
                 chunks.append(ScheduledChunk(sequence, count))
                 room -= count
+                self.charge(sequence.request.tenant, count, shares)
         return chunks
 
     def _drafts(self, sequence: Sequence, room: int) -> Ids:
@@ -495,7 +518,7 @@ class Scheduler:
         window = self.runner.window
         if window is None:
             return False
-        for sequence in sorted(self.running, key=_rank, reverse=True):
+        for sequence in sorted(self.running, key=rank, reverse=True):
             if sequence.request.params.streaming is None and sequence.held >= window - 1 + self.cache.block_size:
                 before = self.cache.free_block_count
                 with contextlib.suppress(OutOfMemory):  # others share what it would have to copy
@@ -507,6 +530,12 @@ class Scheduler:
     def _victim(self) -> Sequence | None:
         first = min(self.running, key=lambda sequence: sequence.rank)
         candidates = [sequence for sequence in self.running if not _belong_together(sequence, first)]
+        if self.has_tenants:
+            candidates = self._admission.of_who_holds_most(candidates)
+        return self.choose(candidates)
+
+    def choose(self, candidates: list[Sequence]) -> Sequence | None:
+        """Return who of some running sequences goes first: the lowest in priority, then as the strategy says."""
         if not candidates:
             return None
         lowest = min(sequence.request.priority for sequence in candidates)
@@ -526,7 +555,7 @@ class Scheduler:
                 self._release(each)
                 each.state = SequenceState.WAITING
                 each.computed = each.dropped = 0
-                insort(self.waiting, each, key=_rank)
+                self.waiting.add(each)
         if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
             request.prompt_logprobs = [None]
         request.num_preemptions += 1
@@ -539,6 +568,7 @@ class Scheduler:
                 self.preempt(chunk.sequence)
 
     def _release(self, sequence: Sequence) -> None:
+        self._admission.stuck.clear()
         self.running.remove(sequence)
         self.cache.free(sequence.seq_id)
         self.runner.release(sequence.seq_id)
@@ -552,40 +582,14 @@ class Scheduler:
         self.preempt(self._victim() or self.running[0])
 
 
-def streaming_room(sequence: Sequence) -> int:
-    """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
-    streaming = sequence.request.params.streaming
-    return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
-
-
-def piece(sequence: Sequence, start: int, most: int, runner: Runner) -> int:
-    """Return how many of the next `most` tokens from `start` on a step reads: to where a snapshot is worth keeping."""
-    if not runner.has_states or not _shares(sequence) or not shares_prefixes(runner):
-        return most
-    size, end = runner.cache.block_size, start + most
-    shared = runner.cache.match_blocks(sequence.ids, sequence.request.cache_salt)
-    places = (sequence.parting, shared, (sequence.length - 1) // size * size)
-    wanted = [place for place in places if start < place <= end]
-    if not wanted and end < sequence.length and end // size * size > start:
-        wanted = [end // size * size]
-    return min(wanted, default=end) - start
-
-
-def whole_length(sequence: Sequence, runner: Runner) -> int:
-    """Return how many tokens of a text go through the model in one piece where a prompt is not cut."""
-    prompt, limit = sequence.request.num_prompt_tokens, runner.restarts_beyond
-    return prompt if limit is None or not prompt <= limit < sequence.length else limit + 1
-
-
-def _must_restart(sequence: Sequence, runner: Runner) -> bool:
-    limit = runner.restarts_beyond
-    if limit is None or sequence.computed != limit or sequence.pending != 1:
-        return False
-    return whole_length(sequence, runner) > limit and sequence.request.params.streaming is None
-
-
 def _belong_together(one: Sequence, other: Sequence) -> bool:
     return one is other or (one.request is other.request and one.request.beams is not None)
+
+
+def _fellows(sequence: Sequence) -> list[Sequence]:
+    """Return the running sequences that are preempted together with this one, itself among them if it runs."""
+    together = [sequence] if sequence.request.beams is None else sequence.request.sequences
+    return [each for each in together if each.is_running]
 
 
 def _is_ready(sequence: Sequence) -> bool:

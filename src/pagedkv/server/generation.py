@@ -165,6 +165,7 @@ class Generation:
             priority=self.body.priority or 0,
             cache_salt=self._salt,
             session_id=self.body.session_id or self._request.headers.get("x-session-id"),
+            tenant=self._caller.name,
         )
         return cast("AsyncGenerator[RequestOutput, None]", outputs)
 

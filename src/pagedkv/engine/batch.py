@@ -1,0 +1,156 @@
+"""A batch: the chunks of sequences that one forward pass computes, and where a chunk has to end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.control.plan import BatchPlan
+from pagedkv.engine.request import Sequence, shares_prefixes
+from pagedkv.engine.runner import Runner
+
+Ids = npt.NDArray[np.int64]
+
+NO_DRAFTS: Ids = np.empty(0, np.int64)
+
+
+class ScheduledChunk:
+    """The tokens of one sequence that a forward pass computes.
+
+    Parameters
+    ----------
+    sequence : Sequence
+    count : int
+        Tokens of the sequence, from ``sequence.computed`` on.
+
+    Attributes
+    ----------
+    drafts : int64 [num_drafts]
+        Guesses behind its last token, to be verified.
+    reaches_end : bool
+        Whether the next token can be chosen after this.
+    num_scored : int
+        Tokens at its beginning whose logits tell how likely the next tokens of the prompt are.
+    """
+
+    __slots__ = ("sequence", "count", "drafts", "num_scored", "reaches_end")
+
+    def __init__(self, sequence: Sequence, count: int) -> None:
+        self.sequence, self.count = sequence, count
+        self.drafts = NO_DRAFTS
+        self.reaches_end = count == sequence.pending
+        request = sequence.request
+        self.num_scored = 0
+        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
+            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - sequence.computed))
+
+    @property
+    def num_query_tokens(self) -> int:
+        """Tokens that go through the model."""
+        return self.count + len(self.drafts)
+
+    @property
+    def query_ids(self) -> Ids:
+        """The tokens that go through the model."""
+        sequence = self.sequence
+        ids = sequence.ids[sequence.computed : sequence.computed + self.count]
+        return np.concatenate([ids, self.drafts]) if len(self.drafts) else ids
+
+    def wanted(self, start: int) -> Ids:
+        """Return the query tokens whose logits are wanted, where the first one has the place `start`."""
+        scored = np.arange(start, start + self.num_scored)
+        end = start + self.num_query_tokens
+        chosen = np.arange(end - len(self.drafts) - 1, end) if self.reaches_end else NO_DRAFTS
+        return np.concatenate([scored, chosen])
+
+
+@dataclass(slots=True, eq=False)
+class Batch:
+    """One forward pass.
+
+    Attributes
+    ----------
+    chunks : list of ScheduledChunk
+        In the order of the plan.
+    plan : BatchPlan
+    token_ids : int64 [total_tokens]
+    wanted : int64 [k]
+        Places in `token_ids` of the query tokens whose logits are wanted: chunk by chunk, those that are scored, then,
+        if it reaches the end of its sequence, its last token and its drafts.
+    """
+
+    chunks: list[ScheduledChunk]
+    plan: BatchPlan
+    token_ids: Ids
+    wanted: Ids
+
+
+def query_tokens(chunks: list[ScheduledChunk]) -> Any:
+    """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""
+    if all(chunk.num_query_tokens == 1 for chunk in chunks):
+        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks])
+    return [chunk.query_ids for chunk in chunks]
+
+
+def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
+    """Lay out the forward pass of `chunks`, which `plan` has in the same order."""
+    tokens = query_tokens(chunks)
+    if isinstance(tokens, np.ndarray) and not any(chunk.num_scored for chunk in chunks):
+        return Batch(chunks, plan, tokens, np.flatnonzero([chunk.reaches_end for chunk in chunks]))
+    starts = plan.cu_seqlens_q.tolist()
+    wanted = [chunk.wanted(start) for chunk, start in zip(chunks, starts, strict=False)]
+    ids = tokens if isinstance(tokens, np.ndarray) else np.concatenate(tokens)
+    return Batch(chunks, plan, ids, np.concatenate(wanted))
+
+
+# Where a chunk has to end, and what sequences could share.
+
+
+def streaming_room(sequence: Sequence) -> int:
+    """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
+    streaming = sequence.request.params.streaming
+    return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
+
+
+def piece(sequence: Sequence, start: int, most: int, runner: Runner) -> int:
+    """Return how many of the next `most` tokens from `start` on a step reads: to where a snapshot is worth keeping."""
+    if not runner.has_states or not may_share(sequence) or not shares_prefixes(runner):
+        return most
+    size, end = runner.cache.block_size, start + most
+    shared = runner.cache.match_blocks(sequence.ids, sequence.request.cache_salt)
+    places = (sequence.parting, shared, (sequence.length - 1) // size * size)
+    wanted = [place for place in places if start < place <= end]
+    if not wanted and end < sequence.length and end // size * size > start:
+        wanted = [end // size * size]
+    return min(wanted, default=end) - start
+
+
+def whole_length(sequence: Sequence, runner: Runner) -> int:
+    """Return how many tokens of a text go through the model in one piece where a prompt is not cut."""
+    prompt, limit = sequence.request.num_prompt_tokens, runner.restarts_beyond
+    return prompt if limit is None or not prompt <= limit < sequence.length else limit + 1
+
+
+def may_share(sequence: Sequence) -> bool:
+    """Whether equal prefixes may be used: not where tokens are dropped, nor where the logits of a prompt are wanted."""
+    params = sequence.request.params
+    return params.streaming is None and params.prompt_logprobs is None
+
+
+def common_prefix(one: Ids, other: Ids) -> int:
+    """Return how many tokens two texts begin with alike."""
+    length = min(len(one), len(other))
+    differs = one[:length] != other[:length]
+    first = int(np.argmax(differs)) if length else 0
+    return first if length and differs[first] else length
+
+
+def must_restart(sequence: Sequence, runner: Runner) -> bool:
+    """Tell whether a text of a model that takes prompts whole has come to where it is computed anew."""
+    limit = runner.restarts_beyond
+    if limit is None or sequence.computed != limit or sequence.pending != 1:
+        return False
+    return whole_length(sequence, runner) > limit and sequence.request.params.streaming is None
