@@ -484,7 +484,12 @@ class _Planner:
         hits = [max(1, math.ceil(share * self.attainable_hits - 1e-9)) for share in shares]
         under_lru = [smallest_lru(self.curve, count) for count in hits]
         self.search.run([*self.names, OPTIMAL], [*capacities_to_try(self.curve, under_lru), *also])
-        return tuple(self._level(*given) for given in zip(shares, hits, under_lru, strict=True))
+        levels = [self._level(*given) for given in zip(shares, hits, under_lru, strict=True)]
+        for place in range(len(levels) - 2, -1, -1):
+            # Other strategies than LRU may need less for more: what reaches a higher share reaches this one, too.
+            if levels[place + 1].best.blocks < levels[place].best.blocks:
+                levels[place] = replace(levels[place], best=levels[place + 1].best)
+        return tuple(levels)
 
     def _level(self, share: float, hits: int, under_lru: int) -> Level:
         estimates = {name: self.search.estimate(name, hits, under_lru) for name in self.names} | {LRU: under_lru}
