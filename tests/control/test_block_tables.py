@@ -62,6 +62,29 @@ def test_every_sequence_was_long_once():
     manager.check()
 
 
+def test_rows_without_a_sequence_have_no_segment_once_tables_are_laid_out_anew():
+    manager = BlockManager(100, 1)
+    for seq_id in range(40):
+        manager.allocate(seq_id, 1)
+    for seq_id in range(40):
+        manager.free(seq_id)
+    short_of_room(manager).allocate(1, 20)
+    assert manager._state.sequences["room"].sum() == manager._state.counter("tables_top") == 32
+    manager.check()
+
+
+def test_a_segment_that_just_does_not_fit():
+    for missing in (0, 1):
+        manager = BlockManager(100, 1)
+        manager.allocate(1, block_tables.SHORTEST)
+        state = manager._state
+        length = state.counter("tables_top") + 2 * block_tables.SHORTEST - missing
+        manager._state = state._replace(tables=state.tables[:length].copy())
+        manager.append_batch([1])
+        assert (len(manager._state.tables) == length) == (missing == 0)
+        manager.check()
+
+
 steps = st.lists(
     st.tuples(st.sampled_from("aaggggfft.x"), st.integers(0, 5), st.integers(0, 5), st.integers(0, 70)), max_size=60
 )
