@@ -126,3 +126,37 @@ def test_a_sequence_that_streamed_and_went_back_below_its_sinks_is_attended(left
     cache.write(0, ones(plan), ones(plan), plan)
     assert torch.equal(cache.attend(0, ones(plan), plan), ones(plan))
     cache.check()
+
+
+def test_a_plan_of_a_streamed_sequence_is_refused_once_tokens_were_taken_back_and_others_came():
+    cache, _ = made()
+    cache.apply_streaming_llm(1, 4, 10)  # its plans are later than the clock
+    plan = cache.plan([1], 2)
+    cache.truncate(1, 12)
+    cache.append(1, 2)
+    for refused in (lambda: cache.write(0, ones(plan), ones(plan), plan), lambda: cache.commit(plan)):
+        with pytest.raises(InvalidOperation, match="the plan is stale: S1"):
+            refused()
+
+
+def test_another_sequence_that_streamed_makes_no_stale_plan_valid():
+    cache, _ = made()
+    cache.allocate(2, 20)
+    for window in (15, 12, 9, 6):
+        cache.apply_streaming_llm(2, 4, window)
+    plan = cache.plan([1, 2], 2)
+    cache.truncate(1, 18)
+    cache.append(1, 2)
+    with pytest.raises(InvalidOperation, match="the plan is stale: S1"):
+        cache.commit(plan)
+
+
+def test_a_fork_of_a_sequence_that_went_back_and_streamed_has_plans_of_its_own():
+    cache, _ = made()
+    cache.truncate(1, 18)
+    cache.apply_streaming_llm(1, 4, 10)
+    cache.fork(1, 2)
+    cache.fork(1, 3)
+    plan = cache.plan([2], 0)
+    cache.append(2, 1)
+    cache.commit(plan)

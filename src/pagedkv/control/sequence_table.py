@@ -90,6 +90,15 @@ def spare_row(state: State) -> int:
 
 
 @inlined
+def next_epoch(state: State, least: int) -> int:
+    """Return a tick of at least `least` that is later than that of any plan so far, whichever sequences are in it."""
+    counters = state.counters[0]
+    epoch: int = max(least, counters.newest_epoch + 1)
+    counters.newest_epoch = epoch
+    return epoch
+
+
+@inlined
 def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     """Enter a live sequence without tokens and return its row; there is a spare row."""
     counters = state.counters[0]
@@ -107,7 +116,7 @@ def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     record.num_dropped = 0
     record.access_count = 0
     record.created = counters.tick
-    record.epoch = max(counters.tick, counters.newest_epoch + 1)
+    record.epoch = next_epoch(state, counters.tick)
     record.stamp = 0
     record.num_blocks = 0
     record.num_indexed = 0

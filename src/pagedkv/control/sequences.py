@@ -42,6 +42,7 @@ from pagedkv.control.sequence_table import (
     has_spare_row,
     mark_dirty,
     new_row,
+    next_epoch,
     resolve_rows,
     spare_row,
     touch_row,
@@ -642,7 +643,7 @@ def _extend(state: State, row: int, count: int, ids: Ints, first: int, known: bo
             record.num_known = record.num_tokens
         if record.marks & TRUNCATED:
             record.marks &= ~TRUNCATED
-            record.epoch = max(record.epoch, state.counters[0].tick)
+            record.epoch = next_epoch(state, state.counters[0].tick)
     touch_row(state, row)
 
 
@@ -874,8 +875,8 @@ def stream_row(state: State, row: int, sink: int, window: int) -> int:
     record.num_cached = min(record.num_cached, record.num_tokens)
     record.pinned_blocks = min(record.pinned_blocks, cut)
     record.marks |= OPAQUE
+    record.marks &= ~TRUNCATED  # plans of before are stale by the epoch
     state.counters[0].changes += 1
-    record.epoch = max(record.epoch, state.counters[0].tick) + 1
-    state.counters[0].newest_epoch = max(state.counters[0].newest_epoch, record.epoch)
+    record.epoch = next_epoch(state, state.counters[0].tick + 1)
     mark_dirty(state, row)
     return dropped
