@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import socket
 from dataclasses import fields
@@ -12,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pagedkv.cli.app import app
+from pagedkv.cli.loading import _out_of_sight
 
 pytest.importorskip("fastapi")
 
@@ -56,6 +58,17 @@ def test_a_port_that_is_in_use() -> None:
 def test_cuda_graphs_without_a_device() -> None:
     told = failure("--port", "0", "--cuda-graphs")
     assert told.endswith("--cuda-graphs: expected a model on a CUDA device, got one on cpu")
+
+
+def test_libraries_are_imported_without_the_garbage_collector() -> None:
+    for module, off in (("no_such_library", True), ("socket", False)):
+        with _out_of_sight(module):
+            assert gc.isenabled() is not off
+        assert gc.isenabled() and (gc.get_freeze_count() > 0) is off
+        gc.unfreeze()
+    with pytest.raises(ImportError), _out_of_sight("no_such_library"):
+        raise ImportError
+    assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_warming_up_is_nobodys_request() -> None:

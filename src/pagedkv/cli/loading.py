@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -95,11 +99,30 @@ _ONLY_HERE = {"local_files_only": True, "trust_remote_code": False}
 def _transformers() -> Any:
     """Import transformers, quiet and without a network."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    import_module("torch")  # first: where it is missing, transformers goes on without it and prints advice
-    transformers: Any = import_module("transformers")
+    with _out_of_sight("transformers"):
+        import_module("torch")  # first: where it is missing, transformers goes on without it and prints advice
+        transformers: Any = import_module("transformers")
+        transformers.AutoModelForCausalLM, transformers.AutoTokenizer  # noqa: B018  # most is imported by these
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     return transformers
+
+
+@contextmanager
+def _out_of_sight(module: str) -> Iterator[None]:
+    """Import a module in the body, if it is not yet, without the garbage collector.
+
+    It would look at everything that the module makes, again and again: a third of the time that the import takes.
+    """
+    if module in sys.modules:
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
 
 
 def _weights(transformers: Any, path: Path, argument: str) -> Any:
