@@ -83,6 +83,9 @@ class Generation:
         self._places.close()
         self._server.admission.took(time.perf_counter() - self._started)
         self._take_notes()
+        # Both know this object: circles, which would stay until they are collected.
+        self._tasks.clear()
+        self._error = None
 
     async def changes(self) -> Changes:
         """Yield (prompt, its newest output) of all prompts that changed, until all are finished.

@@ -77,7 +77,7 @@ class SnapshotSource:
         return snapshot
 
 
-def _source_of(request: Request, server: Server) -> SnapshotSource:
+async def _source_of(request: Request, server: Server) -> SnapshotSource:
     shared = request.app.state
     if not hasattr(shared, "snapshots"):
         shared.snapshots = SnapshotSource(server.engine)

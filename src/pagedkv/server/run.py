@@ -18,6 +18,7 @@ import uvicorn
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server.app import create_app
+from pagedkv.server.background import quiet_collections
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.connections import Connections, ConnectionsInUse
 from pagedkv.server.limits import SlowReaders
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
 BACKLOG = 2048
+ACCEPTS = 32
+"""Connections that are taken in one turn of the event loop: uvloop takes one from each listening socket."""
 GRACE_SECONDS = 5
+QUIET = 64  # requests under way
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -74,7 +78,10 @@ def run(
         Called once requests are answered.
     """
     raise_file_limit()
-    make_server(engine, config, on_ready).run([listener or listen(config)])
+    server = make_server(engine, config, on_ready)
+    under_way = server.server_state.tasks
+    with quiet_collections(lambda: len(under_way) < QUIET):
+        server.run([listener or listen(config)])
 
 
 def make_server(
@@ -97,7 +104,7 @@ def make_server(
     connections = Connections(min(4 * config.max_connections, file_limit() // 4), config.head_timeout)
     protocol: Any = connections.protocol_around(settings.http_protocol_class)
     settings.http_protocol_class = protocol
-    return _Server(settings, app.state.server, on_ready)
+    return _Server(settings, app.state.server, connections, on_ready)
 
 
 def raise_file_limit() -> None:
@@ -136,12 +143,16 @@ def show_logs(config: ServerConfig) -> None:
 class _Server(uvicorn.Server):
     """Says when it is ready and when it drains, and ends with success after a signal."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, on_ready: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, connections: Connections, on_ready: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._state, self._on_ready = state, on_ready
+        self._state, self._connections, self._on_ready = state, connections, on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        # A probe waits until all are taken that came before it, though not until they are served.
+        copies = [listener.dup() for listener in sockets or [] for _ in range(ACCEPTS - 1)]
+        await super().startup([*sockets, *copies] if sockets else None)
         if self.started and not self.should_exit:
             self._on_ready()
 
@@ -153,6 +164,7 @@ class _Server(uvicorn.Server):
         while self._state.admission.inside and time.monotonic() < deadline and not self.force_exit:
             await asyncio.sleep(0.05)
         await self._state.engine.shutdown(drain=False)
+        self._connections.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

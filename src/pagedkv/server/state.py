@@ -107,7 +107,7 @@ class ServerState:
             raise ApiError(400, message, param="prompt", code="too_many_prompts")
 
 
-def _state_of(request: Request) -> ServerState:
+async def _state_of(request: Request) -> ServerState:
     state: ServerState = request.app.state.server
     return state
 
