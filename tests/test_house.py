@@ -43,6 +43,7 @@ LONELY = {
     "pagedkv.engine.sampler": "the default of a parameter of the engine: another may be given",
     "pagedkv.engine.sampling_kernels": "another compile unit than the sampler",
     "pagedkv.server.connections": "what happens below HTTP; `run` only puts it there",
+    "pagedkv.server.tokenizer_process": "imported by a process that must not have the server's libraries",
     "pagedkv.sim.model_config": "a file's fields, checked; what follows from them is `model_shape`",
     "pagedkv.sim.report.facts": "figures of a trace; the charts only draw them",
 }

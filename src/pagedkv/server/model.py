@@ -14,13 +14,14 @@ from pagedkv.errors import bad_argument
 from pagedkv.server.admission import Turns
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
+from pagedkv.server.tokenizer_process import SECONDS, TokenizerEnded, TokenizerProcesses, decode, encode
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
-LONG_TEXT = 16_384
-"""Characters, or tokens, up to which tokenizing takes a few milliseconds."""
+LONG_TEXT, LONG_FOR_PYTHON = 16_384, 2048
+"""Characters, or tokens, up to which tokenizing takes a few milliseconds: by a tokenizer in Rust, and in Python."""
 LONGEST_TOKEN = 16
 """Characters of a token at most, on the average of a text. Vocabularies have longer ones, of a hundred spaces say."""
 
@@ -63,6 +64,8 @@ class ServedModel:
         # Short texts never wait for long ones, and a tenant with long ones leaves a thread to the others.
         self._threads = ThreadPoolExecutor(4, "pagedkv-tokenizer")
         self._short, self._long = Turns(2, 2), Turns(2, 1 if self.has_tenants else 2)
+        self._longest_short = LONG_TEXT if getattr(self.tokenizer, "is_fast", True) else LONG_FOR_PYTHON
+        self._processes = TokenizerProcesses(self.tokenizer, self._threads)
 
     @classmethod
     def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
@@ -95,24 +98,19 @@ class ServedModel:
 
     async def encode(self, text: str, tenant: str, *, special_tokens: bool = True, param: str = "prompt") -> list[int]:
         """Return the token ids of a text; 400 if it has more characters than can fit."""
-        tokenizer = self._need_tokenizer()
+        self._need_tokenizer()
         self.check_text(len(text), param)
-
-        def call() -> list[int]:
-            ids: list[int] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-            return ids
-
-        return await self._beside(call, tenant, len(text))
+        return await self._apart(encode, text, special_tokens, tenant=tenant, size=len(text))
 
     async def decode(self, token_ids: Sequence[int], tenant: str, *, special_tokens: bool = True) -> str:
         """Return the text of token ids, with the special ones or without."""
-        decode = self._need_tokenizer().decode
-        call = partial(decode, list(token_ids), skip_special_tokens=not special_tokens)
-        return await self._beside(call, tenant, len(token_ids))
+        self._need_tokenizer()
+        return await self._apart(decode, token_ids, special_tokens, tenant=tenant, size=len(token_ids))
 
     async def render_chat(self, render: Callable[[Any], str], tenant: str, characters: int) -> str:
         """Return what a function makes of the tokenizer and of so many characters."""
-        return await self._beside(partial(render, self._need_tokenizer()), tenant, characters)
+        self._need_tokenizer()
+        return await self._apart(render, tenant=tenant, size=characters, in_thread=True)
 
     @cached_property
     def max_characters(self) -> int:
@@ -158,7 +156,8 @@ class ServedModel:
             raise ApiError(400, message, param="max_tokens", code=code)
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and the processes whatever they do."""
+        self._processes.close()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _need_tokenizer(self) -> Any:
@@ -166,11 +165,22 @@ class ServedModel:
             raise ApiError(400, "this server has no tokenizer: it takes and gives token ids only", code="no_tokenizer")
         return self.tokenizer
 
-    async def _beside(self, call: Callable[[], T], tenant: str, size: int) -> T:
-        """Do something in a thread, when it is the turn of this tenant."""
-        turns = self._long if size > LONG_TEXT else self._short
+    async def _apart(
+        self, function: Callable[..., T], *args: Any, tenant: str, size: int, in_thread: bool = False
+    ) -> T:
+        """Let a function make something of the tokenizer, when it is the turn of this tenant.
+
+        What is short is done in a thread, in a few milliseconds. What is long is done in a process, which is ended
+        when it takes too long, or a while longer than anybody waits.
+        """
+        is_long = size > self._longest_short
+        turns = self._long if is_long else self._short
         await turns.enter(tenant)
-        work = asyncio.get_running_loop().run_in_executor(self._threads, call)
+        if is_long and not in_thread and self._processes.usable:
+            work, abandon = self._processes.begin(function, *args)
+        else:
+            work = asyncio.get_running_loop().run_in_executor(self._threads, partial(function, self.tokenizer, *args))
+            abandon = None
 
         def done(work: asyncio.Future[T]) -> None:
             turns.leave(tenant)
@@ -178,8 +188,21 @@ class ServedModel:
                 work.exception()  # nobody may wait for it any more
 
         work.add_done_callback(done)
-        # Who leaves does not wait for the thread, but the turn lasts until it is through.
-        return await asyncio.shield(work)
+        try:
+            # Who leaves does not wait for the thread, but the turn lasts until it is through.
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            if abandon is not None:
+                abandon()
+            raise
+        except TokenizerEnded as ended:
+            raise _ended(ended) from ended
+
+
+def _ended(ended: TokenizerEnded) -> ApiError:
+    if ended.out_of_time:
+        return ApiError(400, f"tokenizing the text took longer than {SECONDS} seconds", code="tokenizing_too_long")
+    return ApiError(503, "the process that tokenized the text has ended", code="tokenizer_ended", retry_after=1)
 
 
 LEAST = -9999.0  # JSON has no infinity
