@@ -2,8 +2,9 @@
 
 ``pagedkv serve`` serves the shipped model to two keys. Bob asks for four tokens, one request after the other. Beside
 him and a probe of ``/health``, for some seconds each, alice sends a thousand prompts at once, bodies of 8 MB, prompts
-of 4 million ids, texts as long as fit; and somebody without a key holds 4,000 connections open. Each runs in a process
-of its own, on the same machine, whose processor they share. Only loopback addresses are used.
+of 4 million ids, texts as long as fit; and somebody without a key holds 4,000 connections open, which the server closes
+after 3 seconds. Each runs in a process of its own, on the same machine, whose processor they share. Probes begin before
+the attack does, bob asks once it is under way. Only loopback addresses are used.
 
     python benchmarks/fairness.py [--seconds N] [--only KIND ...] [--json FILE]
 """
@@ -34,6 +35,7 @@ BODY = 8_388_000
 IDLE = 4000
 SENDERS = 4
 PROMPTS = 1000
+SETTLES, HEAD_TIMEOUT = 2.0, 3
 TARGET_MEDIAN, TARGET_WORST, TARGET_HEALTH, TARGET_MEMORY = 3.0, 1.0, 0.2, 0.1
 
 
@@ -115,9 +117,9 @@ class Seen:
     failures: list[str] = field(default_factory=list)
 
 
-async def watch(url: str, seconds: float) -> Seen:
-    """Ask and probe for a while, each on connections of its own."""
-    seen, end = Seen(), time.monotonic() + seconds
+async def watch(url: str, seconds: float, settles: float = SETTLES) -> Seen:
+    """Probe for a while, and ask after the first seconds of it, each on connections of its own."""
+    seen, end = Seen(), time.monotonic() + settles + seconds
     body = json.dumps({"prompt": "def f(x):", "max_tokens": 4, "temperature": 0, "ignore_eos": True}).encode()
 
     async def timed(times: list[float], method: str, path: str, content: bytes | None) -> None:
@@ -129,7 +131,8 @@ async def watch(url: str, seconds: float) -> Seen:
         except httpx.HTTPError as error:
             seen.failures.append(f"{path}: {error!r:.100}")
 
-    async def repeat(*what: Any, pause: float) -> None:
+    async def repeat(*what: Any, pause: float, after: float = 0.0) -> None:
+        await asyncio.sleep(after)
         while time.monotonic() < end:
             await timed(*what)
             await asyncio.sleep(pause)
@@ -137,7 +140,7 @@ async def watch(url: str, seconds: float) -> Seen:
     every_one_a_connection = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(headers=headers("bob"), timeout=60, limits=every_one_a_connection) as client:
         await asyncio.gather(
-            repeat(seen.asks, "POST", "/v1/completions", body, pause=0.01),
+            repeat(seen.asks, "POST", "/v1/completions", body, pause=0.01, after=settles),
             repeat(seen.probes, "GET", "/health", None, pause=0.05),
         )
     return seen
@@ -200,16 +203,17 @@ def measure(seconds: float, kinds: list[str]) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         keys = Path(folder) / "keys"
         keys.write_text("alice\nbob\n")
-        command = [str(BIN / "pagedkv"), "serve", str(shipped_model_path()), *DTYPE, "--api-key-file", str(keys)]
+        options = ["--api-key-file", str(keys), "--head-timeout", str(HEAD_TIMEOUT)]
+        command = [str(BIN / "pagedkv"), "serve", str(shipped_model_path()), *DTYPE, *options]
         server = Server("pagedkv serve", command, "pysmall")
         try:
             if trouble := server.wait():
                 raise SystemExit(trouble)
             url, pid = server.url, server._process.pid
             with attacked("prompts", url):
-                asyncio.run(watch(url, 4))  # kernels are compiled, those of large batches too
-            asyncio.run(watch(url, 2))
-            quiet = asyncio.run(watch(url, seconds))
+                asyncio.run(watch(url, 2))  # kernels are compiled, those of large batches too
+            asyncio.run(watch(url, 2, settles=0))
+            quiet = asyncio.run(watch(url, seconds, settles=0))
             rows = [
                 row(f"quiet: median of {len(quiet.asks)}", 1e3 * statistics.median(quiet.asks), "ms"),
                 row("quiet: worst", 1e3 * max(quiet.asks), "ms"),
@@ -218,7 +222,6 @@ def measure(seconds: float, kinds: list[str]) -> list[Row]:
             before = resident(pid)
             for kind in kinds:
                 with attacked(kind, url):
-                    time.sleep(2)
                     seen = asyncio.run(watch(url, seconds))
                 rows += rows_of(kind, seen, quiet)
                 time.sleep(3)
@@ -238,7 +241,7 @@ def measure(seconds: float, kinds: list[str]) -> list[Row]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each attack")
+    parser.add_argument("--seconds", type=float, default=4.0, help="in which bob asks beside each attack")
     parser.add_argument("--only", nargs="+", choices=ATTACKS, default=list(ATTACKS), help="these attacks alone")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     parser.add_argument("--attack", choices=ATTACKS, help=argparse.SUPPRESS)

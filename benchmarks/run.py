@@ -28,7 +28,18 @@ import pagedkv
 
 HERE = Path(__file__).parent
 OUTPUT = HERE.parent / "docs" / "benchmarks.md"
-NAMES = ("cold_start", "control", "memory", "attention", "streaming", "curves", "replay", "engine", "serving")
+NAMES = (
+    "cold_start",
+    "control",
+    "memory",
+    "attention",
+    "streaming",
+    "curves",
+    "replay",
+    "engine",
+    "serving",
+    "fairness",
+)
 BUDGET = 570.0
 PACKAGES = ("numpy", "numba", "torch", "transformers")
 
