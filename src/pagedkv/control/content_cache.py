@@ -129,8 +129,7 @@ class ContentCache(BlockManager):
     """
 
     def __init__(self, num_blocks: int, strategy: str | EvictionStrategy = "lru") -> None:
-        super().__init__(num_blocks, 1, strategy=strategy)
-        self._state.counters[0].whole_hits = 1
+        super().__init__(num_blocks, 1, strategy=strategy, whole_hits=True)
 
     def run(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Run requests one after the other: match, allocate, commit, free.

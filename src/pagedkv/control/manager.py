@@ -88,6 +88,9 @@ class BlockManager:
     num_states : int
         Slots for the states of recurrent layers: one for each live sequence, and snapshots of them at block boundaries
         in what is left. With states a prefix is reused up to its last block that has a snapshot, and no block in part.
+    whole_hits : bool
+        Whether whole blocks are found and nothing else: the last one of a text too, where nothing is left to compute,
+        and none in part. For books of what a model has computed elsewhere.
 
     Raises
     ------
@@ -105,6 +108,7 @@ class BlockManager:
         prefix_caching: bool = True,
         on_full: str = "raise",
         num_states: int = 0,
+        whole_hits: bool = False,
     ) -> None:
         num_states = require_int("num_states", num_states, 0, 2**31 - 2)
         num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
@@ -114,6 +118,7 @@ class BlockManager:
         self._eviction_threshold = fraction("eviction_threshold", eviction_threshold)
         self._strategy = as_strategy(strategy)
         self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching, num_states), self._strategy)
+        self._state.counters[0].whole_hits = require_flag("whole_hits", whole_hits)
         self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
         self._victims = sequence_eviction.VictimOrder(self._strategy)

@@ -132,7 +132,7 @@ def match_partial_block(state: State, parent: int, ids: npt.NDArray[np.int64], s
     """Return the block under `parent` that holds the most tokens of what is left of `ids`, and how many it holds."""
     size = state.counters[0].block_size
     limit = min(size, len(ids) - 1 - start)
-    if limit <= 0 or len(state.states) > 0:
+    if limit <= 0 or len(state.states) > 0 or state.counters[0].whole_hits != 0:
         return -1, 0
     if len(ids) - start >= size:
         child = find_child(state, parent, ids, start)
