@@ -42,6 +42,7 @@ LONELY = {
     "pagedkv.engine.room": "what is counted of places and blocks; who may have them is the scheduler's",
     "pagedkv.engine.sampler": "the default of a parameter of the engine: another may be given",
     "pagedkv.engine.sampling_kernels": "another compile unit than the sampler",
+    "pagedkv.tiers.slab": "the files themselves; the tier over them only says where and how large",
     "pagedkv.server.connections": "what happens below HTTP; `run` only puts it there",
     "pagedkv.server.tokenizer_process": "imported by a process that must not have the server's libraries",
     "pagedkv.sim.model_config": "a file's fields, checked; what follows from them is `model_shape`",

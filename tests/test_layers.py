@@ -26,10 +26,11 @@ MAY_IMPORT = {
     "control": GROUND | {"jit", "spec"},
     "data": GROUND | {"jit", "spec"},
     "cache": GROUND | {"spec", "control", "data"},
+    "tiers": GROUND | {"jit", "spec", "control", "data", "cache"},
     "models": GROUND,
     "sim": GROUND | {"spec", "control", "jit"},
-    "hf": GROUND | {"spec", "control", "data", "cache", "models"},
-    "engine": GROUND | {"jit", "spec", "control", "data", "cache", "hf", "models"},
+    "hf": GROUND | {"spec", "control", "data", "cache", "tiers", "models"},
+    "engine": GROUND | {"jit", "spec", "control", "data", "cache", "tiers", "hf", "models"},
     "server": GROUND | {"spec", "engine"},
 }
 FREE = {"", "cli"}  # the public door and the command line may import anything, lazily
@@ -45,6 +46,7 @@ FORBIDDEN = {
     "control": {"torch", "transformers"},
     "data": {"transformers"},
     "cache": {"transformers"},
+    "tiers": {"transformers"},
     "sim": {"torch", "transformers"},
 }
 # Packages that an import of the door, of the command line or of errors and spec must not pull in.
@@ -207,6 +209,8 @@ def test_the_layers_have_no_cycle():
         ("pagedkv.validate", "import numpy"),
         ("pagedkv.cache", "from pagedkv.hf import PagedCache"),
         ("pagedkv.sim.replayer", "from pagedkv.data import storage"),
+        ("pagedkv.tiers.slab", "from pagedkv.engine import LLM"),
+        ("pagedkv.control.restore", "from pagedkv.tiers.tier import BlockFormat"),
         ("pagedkv.server.app", "from pagedkv.cache import PagedKvCache"),
         ("pagedkv.hf.cache", "from transformers.cache_utils import CacheLayerMixin"),
         ("pagedkv.hf.cache", "def late():\n    import transformers.masking_utils"),

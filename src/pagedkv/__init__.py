@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from pagedkv.errors import ReplayFailed as ReplayFailed
     from pagedkv.errors import RequestRefused as RequestRefused
     from pagedkv.errors import SequenceNotFound as SequenceNotFound
+    from pagedkv.errors import TierError as TierError
     from pagedkv.errors import TraceError as TraceError
     from pagedkv.spec import KvCacheSpec as KvCacheSpec
     from pagedkv.spec import LayerSpec as LayerSpec
@@ -94,6 +95,7 @@ _HOMES = {
         "ReplayFailed",
         "RequestRefused",
         "SequenceNotFound",
+        "TierError",
         "TraceError",
     ),
     "pagedkv.spec": ("KvCacheSpec", "LayerSpec"),

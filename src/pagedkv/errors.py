@@ -13,6 +13,7 @@
     ├── ModelConfigError     (ValueError)    source, field, reason
     ├── RequestRefused       (ValueError)    reason
     ├── EngineDead           (RuntimeError)  reason
+    ├── TierError            (OSError)       place, reason
     ├── InvalidLogits        (ArithmeticError) request_ids
     └── CorruptedState       (AssertionError)
 
@@ -192,6 +193,23 @@ class EngineDead(PagedKvError, RuntimeError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"The engine has stopped: {reason}")
+        self.reason = reason
+
+
+class TierError(PagedKvError, OSError):
+    """A tier cannot be had: its directory is somebody else's, in use, of another version, or has no room.
+
+    Attributes
+    ----------
+    place : str
+        The directory.
+    reason : str
+        What was expected and what was found. Nothing was changed.
+    """
+
+    def __init__(self, place: str, reason: str) -> None:
+        super().__init__(f"tier {place}: {reason}")
+        self.place = place
         self.reason = reason
 
 

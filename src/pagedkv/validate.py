@@ -1,9 +1,10 @@
-"""Checks of arguments: whole numbers, numbers, choices, flags. Each fails with ``name: expected …, got …``."""
+"""Checks of arguments: whole numbers, numbers, sizes, choices, flags. Each fails with ``name: expected …, got …``."""
 
 from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterable
 
 from pagedkv.errors import bad_argument
@@ -12,6 +13,9 @@ MAX_INT = 2**62
 """The highest int where no other limit is stated: sums of a few still fit into 64 bits."""
 
 _LONGEST = 80
+_UNITS = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgtp", start=1)}
+_UNITS |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgtp", start=1)}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]i?b)\s*", re.IGNORECASE)
 
 
 def require_int(name: str, value: object, low: int = 0, high: int = MAX_INT) -> int:
@@ -56,6 +60,17 @@ def _limits(low: float, high: float, above: bool) -> str:
     if low == -math.inf:
         return "finite number" if high == math.inf else f"number of at most {high:g}"
     return f"number of at least {low:g}" if high == math.inf else f"number in {low:g} … {high:g}"
+
+
+def require_size(name: str, value: object) -> int:
+    """Return the bytes that an int says, or text: ``"40GiB"`` (2³⁰) and ``"80GB"`` (10⁹); at least 1."""
+    if not isinstance(value, str):
+        return require_int(name, value, 1)
+    match = _SIZE.fullmatch(value)
+    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match and len(match[1]) < 20 else 0
+    if not 0 < size < MAX_INT:
+        raise bad_argument(name, "a size such as 40GiB or 80GB", shown(value))
+    return size
 
 
 def require_choice(name: str, value: object, choices: Iterable[str]) -> str:

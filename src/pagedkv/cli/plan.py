@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,26 +35,22 @@ from pagedkv.cli.terminal import (
     require_writable,
     write_file,
 )
+from pagedkv.errors import InvalidOperation
 from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
 from pagedkv.sim.baselines import OPTIMAL
+from pagedkv.validate import require_size
 
 if TYPE_CHECKING:
     from pagedkv.sim.model_shape import ModelShape
     from pagedkv.sim.plan_types import Memory, Plan, Size
 
 
-_UNITS = {f"{prefix}ib": 2 ** (10 * power) for power, prefix in enumerate("kmgtp", start=1)}
-_UNITS |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgtp", start=1)}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]i?b)\s*", re.IGNORECASE)
-
-
 def parse_size(option: str, text: str) -> int:
     """Return the bytes that ``"40GiB"`` (2³⁰) or ``"80GB"`` (10⁹) stands for; `Failure` where it is no size."""
-    match = _SIZE.fullmatch(text)
-    size = int(float(match[1]) * _UNITS[match[2].lower()]) if match and len(match[1]) < 20 else 0
-    if not 0 < size < 2**62:
-        raise Failure(f"{option}: expected a size such as 40GiB or 80GB, got {text[:40]!r}")
-    return size
+    try:
+        return require_size(option, text)
+    except InvalidOperation as error:
+        raise Failure(error.reason) from None
 
 
 # The options of ``pagedkv plan``. What the command needs is imported when it runs.

@@ -169,5 +169,5 @@ def offer_blocks(state: State, linked: npt.NDArray[np.int8], order: npt.NDArray[
     counters.cached = len(order)
     for block in order:
         if state.kernels.on_release:
-            state.kernels.on_release(state, np.int64(block))
+            state.kernels.on_release(state, block)
         offer(state, block)

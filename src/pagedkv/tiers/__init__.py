@@ -1,0 +1,63 @@
+"""Tiers: keys and values beyond the pool, in files that outlive the process or in the memory of the host."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pagedkv.errors import TierError
+    from pagedkv.tiers.book_tier import BookTier, Slots, TierStats
+    from pagedkv.tiers.disk import DiskTier
+    from pagedkv.tiers.fingerprint import fingerprint_of
+    from pagedkv.tiers.host import HostTier
+    from pagedkv.tiers.moving import demote, promote
+    from pagedkv.tiers.tier import BlockFormat, Tier
+
+__all__ = [
+    "BlockFormat",
+    "BookTier",
+    "DiskTier",
+    "HostTier",
+    "Slots",
+    "Tier",
+    "TierError",
+    "TierStats",
+    "demote",
+    "fingerprint_of",
+    "promote",
+]
+
+_HOMES = {
+    "BlockFormat": "pagedkv.tiers.tier",
+    "BookTier": "pagedkv.tiers.book_tier",
+    "DiskTier": "pagedkv.tiers.disk",
+    "HostTier": "pagedkv.tiers.host",
+    "Slots": "pagedkv.tiers.book_tier",
+    "Tier": "pagedkv.tiers.tier",
+    "TierError": "pagedkv.errors",
+    "TierStats": "pagedkv.tiers.book_tier",
+    "demote": "pagedkv.tiers.moving",
+    "fingerprint_of": "pagedkv.tiers.fingerprint",
+    "promote": "pagedkv.tiers.moving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pagedkv.tiers' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_HOMES[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        from pagedkv.errors import MissingExtra
+
+        raise MissingExtra("torch", "torch") from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

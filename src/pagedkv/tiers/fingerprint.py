@@ -1,0 +1,73 @@
+"""The fingerprint of a model and its cache: whatever keys and values depend on besides token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import xxhash
+
+from pagedkv.errors import bad_argument
+from pagedkv.spec import KvCacheSpec
+from pagedkv.validate import shown
+
+SCHEMA = 1
+"""Raised when a release computes other K and V from the same weights, or lays them out in another way."""
+
+
+def fingerprint_of(
+    weights: Mapping[str, Any], settings: Mapping[str, Any], spec: KvCacheSpec, adapter: str = ""
+) -> str:
+    """Return what tells blocks of this model from those of any other: 32 hexadecimal digits.
+
+    All weights are read (xxh3, 128 bits, some 15 GB/s), as a name or a revision says nothing of what was trained,
+    merged or quantised since.
+
+    Parameters
+    ----------
+    weights : mapping of str to Tensor
+        ``model.state_dict()``.
+    settings : mapping
+        What else the numbers depend on: ``model.config.to_dict()`` with its rope and attention settings, the kind of
+        attention, numerics. What JSON does not know is taken by its ``str``.
+    spec : KvCacheSpec
+        Shapes of the layers, dtype, layout and block size; the number of blocks plays no part.
+    adapter : str
+        The name of an adapter that is in force, and its version.
+
+    Raises
+    ------
+    InvalidOperation
+        If an argument is of another type.
+    """
+    if not isinstance(weights, Mapping):
+        raise bad_argument("weights", "a mapping of names to tensors", shown(weights))
+    if not isinstance(settings, Mapping):
+        raise bad_argument("settings", "a mapping", shown(settings))
+    if not isinstance(spec, KvCacheSpec):
+        raise bad_argument("spec", "a KvCacheSpec", shown(spec))
+    if not isinstance(adapter, str):
+        raise bad_argument("adapter", "a str", shown(adapter))
+    whole = xxhash.xxh3_128()
+    _add(whole, repr((SCHEMA, adapter, replace(spec, num_blocks=1))))
+    _add(whole, json.dumps(dict(settings), sort_keys=True, default=str))
+    for name in sorted(weights):
+        tensor = weights[name].detach()
+        _add(whole, repr((name, str(tensor.dtype), tuple(tensor.shape))))
+        whole.update(_bytes_of(tensor))
+    return whole.hexdigest()
+
+
+def _add(whole: xxhash.xxh3_128, text: str) -> None:
+    """Add a text behind its length, so that two texts are never one."""
+    data = text.encode()
+    whole.update(len(data).to_bytes(8, "little"))
+    whole.update(data)
+
+
+def _bytes_of(tensor: Any) -> Any:
+    import torch
+
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
