@@ -272,7 +272,7 @@ class Slab:
 
     def _sums(self, records: npt.NDArray[np.void]) -> Sums:
         sums = np.empty(len(records), np.uint64)
-        sum_records(records.view(np.uint64).reshape(len(records), -1), self._key_word(), sums)
+        sum_records(records.view(np.uint64).reshape(len(records), self._dtype.itemsize // 8), self._key_word(), sums)
         return sums
 
     def _kept(self, num_slots: int) -> Kept:
@@ -340,7 +340,7 @@ class Slab:
             self._sync()
 
     def _write_records(self, slots: Ints, records: npt.NDArray[np.void]) -> None:
-        data, size = records.view(np.uint8).reshape(len(records), -1), self._dtype.itemsize
+        data, size = records.view(np.uint8).reshape(len(records), self._dtype.itemsize), self._dtype.itemsize
         for start, stop in _runs(slots):
             if (
                 os.pwrite(self._files["records"], data[start:stop].data, int(slots[start]) * size)
