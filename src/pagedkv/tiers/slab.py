@@ -197,7 +197,7 @@ class Slab:
             return None
         try:
             meta = json.loads((self.directory / "meta.json").read_bytes())
-            is_known = meta["format"] == FORMAT and len(bytes.fromhex(meta["key"])) == 32
+            is_known = (meta["format"], type(meta["schema"])) == (FORMAT, int) and len(bytes.fromhex(meta["key"])) == 32
         except (ValueError, KeyError, TypeError):
             is_known = False
         if not is_known:
