@@ -184,10 +184,10 @@ def test_a_directory_that_may_not_be_written(kept, monkeypatch):
 
 @pytest.mark.skipif(not os.path.isdir("/sys/kernel"), reason="needs Linux")
 def test_a_directory_that_cannot_be_made():
-    with pytest.raises(TierError, match="tier /sys/kernel/pagedkv: (Operation not permitted|Permission denied|Read-only)"):
+    with pytest.raises(
+        TierError, match="tier /sys/kernel/pagedkv: (Operation not permitted|Permission denied|Read-only)"
+    ):
         opened("/sys/kernel/pagedkv")
-
-
 
 
 def test_a_directory_that_another_process_writes_to(kept):
