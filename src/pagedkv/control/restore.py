@@ -14,7 +14,7 @@ from pagedkv.control.protocol import block_scores, block_view
 from pagedkv.control.reclaim import offer
 from pagedkv.control.state import State
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.jit import borrowed, compiled
+from pagedkv.jit import borrowed, call_kernel, compiled
 
 NO_PARENT, NO_BLOCK = -1, -2
 
@@ -92,7 +92,7 @@ def _restore(
     """Link the blocks, let a strategy in NumPy score them, and offer them to be reclaimed."""
     namespaces = np.array([books._enter_namespace(salt) for salt in salts] or [0], np.int32)[records.salts * exists]
     known = np.flatnonzero(exists)
-    order = known[np.argsort(records.last_access[known], kind="stable")].astype(np.int32)
+    order = known[np.argsort(records.last_access[known], kind="stable")]
     linked = np.where(exists, _UNKNOWN, _LOST).astype(np.int8)
     books._state.counters[0].tick = max(0, records.last_access[known].max(initial=0))
     link_blocks(
@@ -122,7 +122,7 @@ def link_blocks(
     ids: npt.NDArray[np.int64],
     last_access: npt.NDArray[np.int64],
     access_counts: npt.NDArray[np.int32],
-    order: npt.NDArray[np.int32],
+    order: npt.NDArray[np.int64],
     linked: npt.NDArray[np.int8],
 ) -> None:
     """Link every block of `order` whose parents are there, the parents first, and say so in `linked`."""
@@ -156,7 +156,7 @@ def link_blocks(
 
 
 @compiled
-def offer_blocks(state: State, linked: npt.NDArray[np.int8], order: npt.NDArray[np.int32]) -> None:
+def offer_blocks(state: State, linked: npt.NDArray[np.int8], order: npt.NDArray[np.int64]) -> None:
     """Let the blocks of `order` be cached, and those that are not linked be free."""
     state, linked, order = borrowed(state), borrowed(linked), borrowed(order)
     counters = state.counters[0]
@@ -169,5 +169,5 @@ def offer_blocks(state: State, linked: npt.NDArray[np.int8], order: npt.NDArray[
     counters.cached = len(order)
     for block in order:
         if state.kernels.on_release:
-            state.kernels.on_release(state, block)
+            call_kernel(state.kernels.on_release, state, block)
         offer(state, block)
