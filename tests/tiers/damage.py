@@ -51,7 +51,7 @@ def texts(seed):
 
 
 def chains(tier):
-    """Every chain that is findable, from its first block to a leaf, with its salt."""
+    """Every chain that can be asked for, from its first block to a leaf, with its salt; another key knows no salts."""
     books, names = tier.books, {tier._slots.name_of_salt(salt): salt for salt in SALTS}
     blocks, contents = books._state.blocks, books._state.contents
     for leaf in np.flatnonzero((blocks["indexed"] != 0) & (blocks["num_children"] == 0)).tolist():
@@ -60,7 +60,9 @@ def chains(tier):
             path.append(at)
             at = int(blocks[at].parent)
         ids = np.concatenate([contents[block * SIZE : (block + 1) * SIZE] for block in reversed(path)])
-        yield ids, names[books._namespaces.salt_of(-1 - at)]
+        salt = names.get(books._namespaces.salt_of(-1 - at))
+        if salt is not None:
+            yield ids, salt
 
 
 def serve(path, *, read_only=False, heal=False):
