@@ -930,8 +930,9 @@ class BlockManager:
     def _make_copies(self) -> None:
         """Make the copies that the books name, and note them for the next plan."""
         state = self._state
-        if not self._untold.has_heard(changes := state.counter("changes")):
-            copies = state.copies[: state.counter("num_copies")].copy()
+        num_copies = state.counter("num_copies")
+        if num_copies and not self._untold.has_heard(changes := state.counter("changes")):
+            copies = state.copies[:num_copies].copy()
             self._copy(copies)
             self._untold.note(changes, copies)
         state.counters[0].num_copies = 0

@@ -97,10 +97,8 @@ class Room:
     def holdings(self, running: Iterable[Sequence]) -> Holdings:
         """Return who holds how much."""
         held = Holdings(self._places, self._cache.total_blocks, self._weights)
-        size = self._cache.block_size
         for sequence in running:
-            blocks = self.promised(sequence) - (-sequence.held // size)
-            held.add(sequence.request.tenant, 1 + sequence.request.num_unforked, blocks)
+            held.add(sequence.request.tenant, *self.size(sequence))
         return held
 
     def size(self, *sequences: Sequence, sign: int = 1) -> tuple[int, int]:

@@ -92,11 +92,10 @@ class SequenceBatch:
     def _matched(self, ids: Ids) -> int:
         """Return how many tokens all rows have cached; with states, up to a snapshot of each."""
         reused: int = ids.shape[1]
-        before = -1
-        while reused != before:
-            before = reused
-            reused = min(self._manager.match_prefix(row[: reused + 1], self._salt) for row in ids)
-        return reused
+        while True:
+            before, reused = reused, min(self._manager.match_prefix(row[: reused + 1], self._salt) for row in ids)
+            if reused == before or not self._manager.total_states:
+                return reused
 
     def _info(self, seq_id: int) -> SequenceInfo:
         return self._manager.get_sequence(int(seq_id))

@@ -46,6 +46,7 @@ __all__ = [
     "common_window",
     "forget_long_texts",
     "has_changing_rope",
+    "has_states",
     "is_causal_mask",
     "longest_text",
     "module_states",
@@ -370,6 +371,12 @@ def module_states(model: Any) -> list[ModuleState]:
         for name, held in vars(module).items()
         if "state" in name and (held is None or isinstance(held, Tensor))
     ]
+
+
+def has_states(model: Any) -> bool:
+    """Tell whether a model keeps a state of a text besides K and V, in the layers of its cache or in its modules."""
+    _, keeps_only_kv = paged_layers("model", model.config)
+    return not keeps_only_kv or bool(module_states(model))
 
 
 def state_parts(layers: list[Any]) -> list[StatePart]:

@@ -25,9 +25,8 @@ from pagedkv.hf.compat import (
     attention_by,
     forget_long_texts,
     has_changing_rope,
+    has_states,
     longest_text,
-    module_states,
-    paged_layers,
     require_cache_argument,
 )
 from pagedkv.hf.direct import DIRECT
@@ -240,10 +239,8 @@ class Exam:
         return [{0: self._length - 2}, {0: 1, 1: self._length - 2}, {0: 1, 1: 1}, {1: 1}]
 
     def _runner(self, way: Way) -> ModelRunner:
-        _, keeps_only_kv = paged_layers("model", self._model.config)
-        has_states = not keeps_only_kv or bool(module_states(self._model))
         num_blocks = 3 * -(-self._length // self._block_size)
-        cache = ModelKvCache(num_blocks, self._block_size, num_layers=0, num_states=6 if has_states else 0)
+        cache = ModelKvCache(num_blocks, self._block_size, num_layers=0, num_states=6 if has_states(self._model) else 0)
         return ModelRunner(self._model, cache, way.mode, kv_dtype=self._kv_dtype, chunkable=way.chunkable)
 
     def _served(self, runner: ModelRunner, steps: list[Step], right: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from pagedkv.errors import bad_argument
 from pagedkv.hf.compat import (
     ModuleState,
     StatePart,
+    has_states,
     module_states,
     paged_layers,
     record_past,
@@ -50,9 +51,9 @@ class RecurrentStates:
     """
 
     def __init__(self, model: Any, cache: PagedKvCache) -> None:
-        self.paged, keeps_only_kv = paged_layers("model", model.config)
+        self.paged, _ = paged_layers("model", model.config)
         self._modules = module_states(model)
-        self.is_empty = keeps_only_kv and not self._modules
+        self.is_empty = not has_states(model)
         self._config, self._cache = model.config, cache
         self.layers = stock_layers(model.config)
         self.parts: list[StatePart | ModuleState] = []
