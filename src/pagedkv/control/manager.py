@@ -827,7 +827,8 @@ class BlockManager:
 
     def _begin(self) -> None:
         """Begin a call that leaves something to do beside the books."""
-        self._settle()
+        if self._is_open:
+            self._recover()
         self._is_open = True
 
     def _finish(self, num_copies: int) -> None:

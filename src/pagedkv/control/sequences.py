@@ -83,13 +83,22 @@ def _cut_narrow(narrow: Narrow, n: int, width: int) -> tuple[Narrow, Narrow, Nar
 
 
 @inlined
-def _buffers(state: State, rows: Narrow, num_query: Ints, more: int) -> tuple[int, Ints, Narrow]:
-    """Return the width, and room for a plan over sequences that grow by `more` blocks, before anything is changed."""
-    n, total, width = len(rows), 0, 1
-    for i in range(n):
-        total += num_query[i]
-        width = max(width, state.sequences[rows[i]].num_blocks)
-    return width, np.empty(2 * total + n, np.int64), np.empty(n * (width + more) + 4 * n + 1, np.int32)
+def _extent(state: State, rows: Narrow, counts: Ints) -> tuple[int, int, int, int]:
+    """Return the sum of `counts`, the most of them, the widest table, and the least room that a table has left."""
+    total, most, widest, spare = 0, 0, 1, MAX_TOKENS
+    for i in range(len(rows)):
+        record = state.sequences[rows[i]]
+        total += counts[i]
+        most = max(most, counts[i])
+        widest = max(widest, record.num_blocks)
+        spare = min(spare, record.room - record.num_blocks)
+    return total, most, widest, spare
+
+
+@inlined
+def _buffers(n: int, total: int, width: int) -> tuple[Ints, Narrow]:
+    """Return room for a plan over n sequences, before anything is changed."""
+    return np.empty(2 * total + n, np.int64), np.empty(n * width + 4 * n + 1, np.int32)
 
 
 @inlined
@@ -147,7 +156,8 @@ def plan_rows(state: State, seq_ids: Ints, num_query: Ints) -> tuple[int, int, i
         if wanted[i] > record.num_tokens:
             wide, narrow = _no_plan()
             return NO_ROOM, i, 0, wide, narrow
-    width, wide, narrow = _buffers(state, rows, wanted, 0)
+    total, _, width, _ = _extent(state, rows, wanted)
+    wide, narrow = _buffers(len(rows), total, width)
     tick = lay_out(state, rows, wanted, width, wide, narrow)
     return OK, tick, width, wide, narrow
 
@@ -526,15 +536,8 @@ def _entries_to_move(state: State, rows: npt.NDArray[np.int32], more: int) -> in
 
 
 @inlined
-def _surely_fits(state: State, rows: npt.NDArray[np.int32], counts: Ints) -> bool:
-    """Tell whether there is room even if all sequences grow as much as the one that grows most, and copy a block."""
-    widest, most, spare = 0, 0, MAX_TOKENS
-    for i in range(len(rows)):
-        record = state.sequences[rows[i]]
-        widest = max(widest, record.num_blocks)
-        spare = min(spare, record.room - record.num_blocks)
-        most = max(most, counts[i])
-    more = most // state.counters[0].block_size + 1
+def _surely_fits(state: State, rows: npt.NDArray[np.int32], more: int, widest: int, spare: int) -> bool:
+    """Tell whether there is room even if every sequence grows by so many blocks, and copies one."""
     is_short = (widest + more) * state.counters[0].block_size <= MAX_TOKENS
     if not is_short or len(rows) * (more + 1) > available_blocks(state):
         return False
@@ -660,14 +663,14 @@ def grow_rows(
     rows = np.empty(len(seq_ids), np.int32)
     status, place = resolve_rows(state, seq_ids, rows)
     a, b = place, 0
-    if status == OK and not _surely_fits(state, rows, counts):
-        status, a, b = _room_to_grow(state, rows, counts)
     wide, narrow = _no_plan()
-    if status == OK or (status == NO_ROOM and state.counters[0].num_orders > 0):
-        most = 0
-        for i in range(len(counts)):
-            most = max(most, counts[i])
-        _, wide, narrow = _buffers(state, rows, counts, most // state.counters[0].block_size + 1)
+    if status == OK:
+        total, most, widest, spare = _extent(state, rows, counts)
+        more = most // state.counters[0].block_size + 1  # blocks that a sequence grows by, at most
+        if not _surely_fits(state, rows, more, widest, spare):
+            status, a, b = _room_to_grow(state, rows, counts)
+        if status == OK or (status == NO_ROOM and state.counters[0].num_orders > 0):
+            wide, narrow = _buffers(len(rows), total, widest + more)
     while status == NO_ROOM and evict_as_ordered(state):
         status, a, b = _room_to_grow(state, rows, counts)
     if status != OK:
