@@ -1,8 +1,10 @@
-"""The pool of a model: a PagedKvCache that learns the shapes of its layers as the model runs."""
+"""The pool of a model: a PagedKvCache that learns the shapes of its layers as the model runs; what its blocks are."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,16 @@ from torch import Tensor
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.storage import KvStorage
+from pagedkv.errors import bad_argument
+from pagedkv.tiers.fingerprint import fingerprint_of
+from pagedkv.tiers.tier import BlockFormat
 
 
 class ModelKvCache(PagedKvCache):
     """A PagedKvCache that takes its dtype and device from the first keys it sees."""
+
+    numerics = ""
+    """How K and V are computed, besides what the config of the model says; a part of the fingerprint of its blocks."""
 
     def settle(self, dtype: Any, device: Any) -> None:
         """Fix dtype and device of the storage while it has no layers."""
@@ -76,3 +84,78 @@ def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None))
     blocks = plan.block_tables[chosen][rows, places // block_size].astype(np.int64)
     slots: npt.NDArray[np.int64] = blocks * block_size + places % block_size
     return slots
+
+
+# What the blocks of a pool are: the same for every process that computes the same K and V.
+
+_NO_PART = {
+    "_name_or_path",
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "return_dict",
+}
+_NO_PART |= {"id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states"}
+_NO_PART |= {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"}
+"""Settings in which K and V have no part, and that differ between a model that was made and the same one loaded."""
+
+
+def block_format(model: Any, cache: ModelKvCache) -> BlockFormat:
+    """Return what a tier must know of the blocks of a pool: their size, and whatever K and V depend on.
+
+    The fingerprint is over all weights and buffers of the model, which are read, its config, adapters of PEFT that are
+    in force, its attention, the kind of its device, how the pool is filled, the shapes and dtype of its blocks, and the
+    versions of torch and transformers (major and minor): another one of these may change K and V.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    cache : ModelKvCache
+        Which has seen K and V of the model, and so knows their shapes.
+
+    Returns
+    -------
+    BlockFormat
+
+    Raises
+    ------
+    InvalidOperation
+        If the pool does not know the shapes yet, or a weight cannot be read, as where it is on no device.
+    """
+    if not cache.block_memory_bytes:
+        raise bad_argument("cache", "one that knows the shapes of its blocks", "one that no model has run over")
+    text = model.config.get_text_config(decoder=True)
+    settings = {
+        "config": _parts_of(model.config.to_dict()),
+        "attention": text._attn_implementation,
+        "numerics": cache.numerics,
+        "training": model.training,
+        "device": model.device.type,
+        "adapters": _adapters(model),
+        "versions": [version(name).split(".")[:2] for name in ("torch", "transformers")],
+    }
+    weights = dict(model.named_buffers()) | model.state_dict()
+    try:
+        fingerprint = fingerprint_of(weights, settings, cache.spec)
+    except (NotImplementedError, AttributeError) as error:
+        raise bad_argument("model", "one whose weights can all be read", str(error)) from error
+    return BlockFormat(fingerprint, cache.block_size, cache.block_memory_bytes)
+
+
+def _parts_of(settings: Any) -> Any:
+    """Leave out what has no part, in the configs within a config, too."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {str(name): _parts_of(value) for name, value in settings.items() if name not in _NO_PART}
+
+
+def _adapters(model: Any) -> list[Any]:
+    """Return which adapters of PEFT are in force in which layers, and by how much: no weight tells."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(_switch(layer), bool)]
+    return [(name, layer.active_adapters, _switch(layer), getattr(layer, "scaling", None)) for name, layer in layers]
+
+
+def _switch(layer: Any) -> Any:
+    return getattr(layer, "disable_adapters", None)

@@ -234,6 +234,7 @@ class ModelRunner:
         chunkable: bool = True,
     ) -> None:
         self.model, self.cache, self.mode = model, cache, mode
+        cache.numerics = f"{mode}, batch invariant" if batch_invariant else mode
         self._text = model.config.get_text_config(decoder=True)
         self.vocab_size = int(self._text.vocab_size)
         self.max_positions = longest_text(model.config)
