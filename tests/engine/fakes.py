@@ -9,6 +9,8 @@ import torch
 
 from pagedkv import BlockManager
 from pagedkv.engine import EngineCore, Request, SamplingParams
+from pagedkv.engine.offload import ladder_for
+from pagedkv.tiers import BlockFormat
 
 VOCAB = 31
 MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -21,8 +23,16 @@ class TokenCache(BlockManager):
         super().__init__(*args, **options)
         self.tokens = np.full(self.total_blocks * self.block_size, -1, np.int64)
         self.places = np.full(self.total_blocks * self.block_size, -1, np.int64)
-        self.copied: list[list[int]] = []  # blocks, since the last forward pass
+        self.origins: dict[int, int] = {}  # copied blocks to where that came from, since the last forward pass
         self.texts: list[list[int]] = [[] for _ in range(self.total_states)]
+
+    @property
+    def storage(self) -> TokenStorage:
+        return TokenStorage(self)
+
+    @property
+    def block_memory_bytes(self) -> int:
+        return 2 * 8 * self.block_size
 
     def _copy_states(self, copies: Any) -> None:
         for source, destination in copies.tolist():
@@ -33,7 +43,25 @@ class TokenCache(BlockManager):
         for column in (self.tokens, self.places):
             rows = column.reshape(-1, size)
             rows[copies[:, 1]] = rows[copies[:, 0]]
-        self.copied += copies.tolist()
+        origins = [self.origins.get(source, source) for source in copies[:, 0].tolist()]
+        self.origins.update(zip(copies[:, 1].tolist(), origins, strict=True))
+
+
+class TokenStorage:
+    """What tiers need of a storage: blocks as tensors [layers, K and V, blocks, elements]."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, cache: TokenCache) -> None:
+        shape = -1, cache.block_size
+        self._columns = [column.reshape(shape) for column in (cache.tokens, cache.places)]
+
+    def read_blocks(self, blocks: Any) -> list[Any]:
+        return [torch.from_numpy(np.array([column[blocks] for column in self._columns])[None])]
+
+    def write_blocks(self, blocks: Any, contents: list[Any]) -> None:
+        for column, content in zip(self._columns, contents[0][0].numpy(), strict=True):
+            column[blocks] = content
 
 
 class FakeRunner:
@@ -53,12 +81,16 @@ class FakeRunner:
         self.fail = False
         self.batches: list[list[int]] = []
 
+    def block_format(self) -> BlockFormat:
+        return BlockFormat("fake", self.cache.block_size, self.cache.block_memory_bytes)
+
     def forward(self, plan: Any, token_ids: Any, wanted: Any) -> Any:
         if self.fail:
             raise RuntimeError("the model broke")
         cache, size = self.cache, self.cache.block_size
-        assert all(pair in cache.copied for pair in plan.copies.tolist()), "a copy that the plan names was not made"
-        cache.copied.clear()
+        made = [cache.origins.get(destination) == source for source, destination in plan.copies.tolist()]
+        assert all(made), "a copy that the plan names was not made"
+        cache.origins.clear()
         cache.tokens[plan.slot_mapping] = token_ids
         cache.places[plan.slot_mapping] = plan.text_positions
         self.computed_tokens += len(token_ids)
@@ -126,10 +158,11 @@ def logits_of(tokens: Any) -> Any:
 
 def engine(num_blocks: int = 64, block_size: int = 4, *, runner: Any = None, **options: Any) -> EngineCore:
     """Return an engine over a fake model; options of the cache and of the engine."""
+    tiers = options.pop("tiers", ())
     names = ("max_batch_tokens", "max_num_seqs", "eos_token_ids", "tenant_weights")
     own = {name: options.pop(name) for name in names if name in options}
     runner = runner or FakeRunner(num_blocks, block_size, **options)
-    return EngineCore(runner, **own)
+    return EngineCore(runner, ladder=ladder_for(runner, tiers), **own)
 
 
 def request(name: str, prompt: Any, **options: Any) -> Request:
@@ -144,6 +177,7 @@ def run(core: EngineCore, *, check: bool = True, most_steps: int = 5000) -> dict
     for _ in range(most_steps):
         if not core.has_work:
             break
+        core.wait()
         for output in core.step():
             outputs[output.request_id] = output
         if check:

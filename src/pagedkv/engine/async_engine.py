@@ -128,6 +128,8 @@ class AsyncEngine:
         self._numbers = itertools.count()
         self._closing = self._stopped = False
         self._dead: EngineDead | None = None
+        if self._core.scheduler.offload is not None:
+            self._core.scheduler.offload.ladder.on_news = self._hear_of_tiers
 
     @property
     def is_alive(self) -> bool:
@@ -268,7 +270,7 @@ class AsyncEngine:
         return self._core.runner.cache.subscribe(callback)
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Stop; requests that come now get EngineDead.
+        """Stop, and close the tiers; requests that come now get EngineDead.
 
         Parameters
         ----------
@@ -286,6 +288,7 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self.llm.close)
 
     # ---------------------------------------------------------------- from any thread
 
@@ -348,13 +351,20 @@ class AsyncEngine:
     def _next_jobs(self) -> bool:
         """Do what was asked for, waiting for it where there is nothing else to do; False when it is time to stop."""
         with self._wake:
-            while not self._inbox and not self._stopped and not self._core.has_work:
-                self._wake.wait()
+            while not self._inbox and not self._stopped:
+                patience = self._core.patience
+                if patience == 0 or not self._wake.wait(patience):
+                    break
             jobs, go_on = list(self._inbox), not self._stopped
             self._inbox.clear()
         for job in jobs:
             job()
         return go_on
+
+    def _hear_of_tiers(self) -> None:
+        """Wake up, in a thread of a tier: something that a request waits for has come."""
+        with self._wake:
+            self._wake.notify()
 
     def _take_in(self, request: Any, stream: Stream) -> None:
         try:

@@ -87,6 +87,11 @@ class Batch:
     token_ids: Ids
     wanted: Ids
 
+    @property
+    def num_prompt_tokens(self) -> int:
+        """How many of the tokens are of prompts, or of what a preempted text had."""
+        return sum(chunk.count for chunk in self.chunks if chunk.count > 1)
+
 
 def query_tokens(chunks: list[ScheduledChunk]) -> Any:
     """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""

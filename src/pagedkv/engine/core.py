@@ -6,7 +6,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pagedkv.control.types import CacheStats
@@ -27,6 +28,7 @@ from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
+from pagedkv.tiers.ladder import Ladder
 from pagedkv.validate import require_int
 
 logger = logging.getLogger("pagedkv")
@@ -60,6 +62,8 @@ class EngineCore:
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     sampler : optional
         Chooses the tokens; :class:`pagedkv.engine.sampler.Sampler` by default.
+    ladder : Ladder, optional
+        Tiers, open for the blocks of the runner's cache, whose prefixes must be reusable; closed with the engine.
 
     Raises
     ------
@@ -77,6 +81,7 @@ class EngineCore:
         max_num_seqs: int = 256,
         tenant_weights: Mapping[str, float] | None = None,
         sampler: Any = None,
+        ladder: Ladder | None = None,
     ) -> None:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
@@ -86,12 +91,17 @@ class EngineCore:
             if not 0 < weight < math.inf:
                 raise bad_argument("tenant_weights", "numbers above 0", f"{weight!r} for {tenant!r}")
         self.scheduler = Scheduler(
-            runner, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, weights=tenant_weights
+            runner,
+            max_batch_tokens=max_batch_tokens,
+            max_num_seqs=max_num_seqs,
+            weights=tenant_weights,
+            ladder=ladder,
         )
         self._sampler = Sampler() if sampler is None else sampler
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
         self._clock = TickClock()
+        self._is_idle = False  # the last step found nothing to compute
         self._count_from_zero()
 
     @property
@@ -113,6 +123,19 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a request is under way."""
         return bool(self._requests)
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds until a step may have something to compute, if no tier answers before; None: not before a request."""
+        if not self._requests:
+            return None
+        offload = self.scheduler.offload
+        return offload.patience() if self._is_idle and offload is not None else 0.0
+
+    def wait(self) -> None:
+        """Wait as long as all requests wait for tiers."""
+        if self.patience and self.scheduler.offload is not None:
+            self.scheduler.offload.ladder.news.wait(self.patience)
 
     def add(self, request: Request) -> None:
         """Take a request in.
@@ -136,6 +159,7 @@ class EngineCore:
         request.seed = random_seed() if request.params.seed is None else request.params.seed
         request.sequences = [self.scheduler.new_sequence(request)]
         self._requests[request.request_id] = request
+        self._is_idle = False
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request; its blocks are free at once.
@@ -155,6 +179,7 @@ class EngineCore:
                 if sequence.output_text is not None:
                     sequence.output_text.close()
         self._counts["aborted_requests"] += 1
+        self._is_idle = False
         return self._ended(request, aborted=True)
 
     def step(self) -> list[RequestOutput]:
@@ -163,7 +188,11 @@ class EngineCore:
         If the runner or the sampler raises, the step never was: every text goes on from where it stood.
         """
         started = time.perf_counter()
+        offload = self.scheduler.offload
+        if offload is not None:
+            offload.poll()
         batch = self.scheduler.schedule()
+        self._is_idle = batch is None
         if batch is None:
             self._seconds["busy"] += time.perf_counter() - started
             return []
@@ -183,6 +212,8 @@ class EngineCore:
             raise
         reported = [self._reported(request) for request in touched]
         self._clock.mark(batch.plan.tick, time.monotonic())
+        if offload is not None:
+            offload.measure(batch.num_prompt_tokens, computed - scheduled)
         self._counts["steps"] += 1
         self._seconds["forward"] += computed - scheduled
         self._seconds["sampling"] += sampled - computed
@@ -190,8 +221,32 @@ class EngineCore:
         return [output for output in reported if output is not None]
 
     def clear_prefix_cache(self) -> int:
-        """Forget all prefixes; returns how many blocks became free. What runs goes on."""
-        return self.runner.cache.clear_prefix_cache()
+        """Forget all prefixes, in tiers too; returns how many blocks became free. What runs goes on.
+
+        Raises
+        ------
+        TierError
+            If a tier refuses; all else is forgotten.
+        """
+        count: int = self.runner.cache.clear_prefix_cache()
+        if self.scheduler.offload is not None:
+            self.scheduler.offload.clear()
+        return count
+
+    @contextmanager
+    def without_tiers(self) -> Iterator[None]:
+        """Leave the tiers alone for a while: nothing is looked up there, stored or forgotten."""
+        offload, self.scheduler.offload = self.scheduler.offload, None
+        try:
+            yield
+        finally:
+            self.scheduler.offload = offload
+
+    def close(self) -> None:
+        """Finish what is under way between pool and tiers, and close these. The engine goes on without them."""
+        offload, self.scheduler.offload = self.scheduler.offload, None
+        if offload is not None:
+            offload.close()
 
     def reset(self) -> int:
         """Forget all prefixes and count from zero again; returns how many blocks became free.
@@ -239,6 +294,7 @@ class EngineCore:
             busy_seconds=self._seconds["busy"],
             forward_seconds=self._seconds["forward"],
             sampling_seconds=self._seconds["sampling"],
+            tiers=() if scheduler.offload is None else scheduler.offload.ladder.figures,
             **self._counts,
         )
 

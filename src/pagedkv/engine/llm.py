@@ -14,11 +14,13 @@ from typing import Any
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.core import EngineCore
+from pagedkv.engine.offload import ladder_for
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
 from pagedkv.machine import free_memory
+from pagedkv.tiers.tier import Tier
 
 # The size of the pool by default.
 
@@ -107,6 +109,10 @@ class LLM:
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
     tenant_weights : mapping, optional
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
+    tiers : sequence of Tier
+        Where K and V are kept beyond the pool, nearest first: ``[DiskTier("chats", "50GB")]``. They are opened for this
+        model and closed with :meth:`close`. Models whose prefixes cannot be reused by blocks alone go without, with a
+        line in the log.
 
     Attributes
     ----------
@@ -137,6 +143,7 @@ class LLM:
         num_states: int | None = None,
         cuda_graphs: bool = False,
         tenant_weights: Mapping[str, float] | None = None,
+        tiers: Sequence[Tier] = (),
     ) -> None:
         if hasattr(model, "forward") and hasattr(model, "cache"):
             runner = model
@@ -163,6 +170,7 @@ class LLM:
             max_batch_tokens=max_batch_tokens,
             max_num_seqs=max_num_seqs,
             tenant_weights=tenant_weights,
+            ladder=ladder_for(runner, tiers),
         )
         self._numbers = itertools.count()
         self._turn = threading.Lock()
@@ -219,6 +227,7 @@ class LLM:
                 self.core.add(request)
             with _progress_bar(len(requests)) if progress else nullcontext(lambda: None) as advance:
                 while len(done) < len(requests):
+                    self.core.wait()
                     for output in self.core.step():
                         done[output.request_id] = output
                         advance()
@@ -258,7 +267,7 @@ class LLM:
         return self.core.snapshot()
 
     def clear_prefix_cache(self) -> int:
-        """Forget all prefixes; returns how many blocks became free. What runs goes on."""
+        """Forget all prefixes, in tiers too; returns how many blocks became free. What runs goes on."""
         return self.core.clear_prefix_cache()
 
     def reset(self) -> int:
@@ -272,10 +281,27 @@ class LLM:
         return self.core.reset()
 
     def warm_up(self) -> None:
-        """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`."""
+        """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`, tiers aside."""
         pool = self.sizes.total_blocks * self.sizes.block_size
-        self.generate([0] * max(1, min(8, pool - 2)), SamplingParams(max_tokens=2, ignore_eos=True))
-        self.reset()
+        with self.core.without_tiers():
+            self.generate([0] * max(1, min(8, pool - 2)), SamplingParams(max_tokens=2, ignore_eos=True))
+            self.reset()
+
+    def close(self) -> None:
+        """Finish what is under way between pool and tiers, and close these; a second call does nothing.
+
+        Raises
+        ------
+        TierError
+            If the medium of a tier refuses; all are closed.
+        """
+        self.core.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, with the special tokens that the tokenizer puts around it.

@@ -55,11 +55,13 @@ from pagedkv.engine.batch import (
     streaming_room,
     whole_length,
 )
+from pagedkv.engine.offload import Offload
 from pagedkv.engine.request import Request, Sequence, SequenceState, shares_prefixes
 from pagedkv.engine.room import Holdings, Room, RoomLeft
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.tenants import DeficitRoundRobin, WaitingLines, rank
 from pagedkv.errors import OutOfMemory
+from pagedkv.tiers.ladder import Ladder
 
 # Admission of waiting requests.
 
@@ -220,6 +222,8 @@ class Admission:
         alone = all(other.request is request for other in scheduler.running)
         if not alone and self._scheduler.room.needed(sequence) + promised > self._cache.free_block_count:
             return 0
+        if scheduler.offload is not None:
+            scheduler.offload.bring(sequence)
         if scheduler.runner.chunkable:
             matched = self._matched(sequence)
             if scheduler.runner.has_states and self._shares_prefixes:
@@ -255,7 +259,10 @@ class Admission:
         return self._cache.match_prefix(sequence.ids, sequence.request.cache_salt) if may_share(sequence) else 0
 
     def _awaits_prefix(self, sequence: Sequence) -> bool:
-        """Tell whether another sequence is computing a longer prefix of this one than the cache has."""
+        """Tell whether a longer prefix of this one than the cache has is being loaded, or computed by another."""
+        offload = self._scheduler.offload
+        if offload is not None and offload.awaits(sequence):
+            return True
         if sequence.awaits is not None:
             other, until = sequence.awaits
             if other.state is SequenceState.RUNNING and other.computed < until:
@@ -270,7 +277,8 @@ class Admission:
             common = self._common_blocks(sequence, other)
             if common <= other.computed:
                 continue
-            cached = self._matched(sequence) if cached < 0 else cached
+            if cached < 0:
+                cached = max(self._matched(sequence), offload.staged(sequence) if offload is not None else 0)
             if common > cached:
                 if not other.computed < other.parting < common:
                     other.parting = common
@@ -324,6 +332,8 @@ class Scheduler:
         Sequences that run at once; not more than have a slot for their state.
     weights : mapping, optional
         Tenants to their weights, above 0; 1 for those that are not in it.
+    ladder : Ladder, optional
+        Tiers.
 
     Attributes
     ----------
@@ -334,13 +344,21 @@ class Scheduler:
     turns : DeficitRoundRobin
         Between tenants.
     room : Room
+    offload : Offload or None
+        Between the pool and the tiers.
     num_preemptions : int
     num_prompt_tokens, num_cached_tokens : int
         Of all requests, when they were first admitted.
     """
 
     def __init__(
-        self, runner: Runner, *, max_batch_tokens: int, max_num_seqs: int, weights: Mapping[str, float] | None = None
+        self,
+        runner: Runner,
+        *,
+        max_batch_tokens: int,
+        max_num_seqs: int,
+        weights: Mapping[str, float] | None = None,
+        ladder: Ladder | None = None,
     ) -> None:
         self.runner, self.cache = runner, runner.cache
         self.max_batch_tokens, self.max_num_seqs = max_batch_tokens, max_num_seqs
@@ -357,6 +375,7 @@ class Scheduler:
         self._admission = Admission(self)
         # Downwards: strategies break ties by id, and among equals the newest should go first.
         self._seq_ids = itertools.count(NEWEST_SEQ_ID, -1)
+        self.offload = None if ladder is None else Offload(runner.cache, ladder, self._seq_ids)
 
     @property
     def has_tenants(self) -> bool:
@@ -369,6 +388,8 @@ class Scheduler:
         self.waiting.add(sequence)
         self.tenants[request.tenant] += 1
         self._admission.stuck.discard(request.tenant)
+        if self.offload is not None:
+            self.offload.look(sequence)
         return sequence
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
@@ -387,6 +408,8 @@ class Scheduler:
             self.waiting.end_turn(sequence.request.tenant)
         elif sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
+            if self.offload is not None:
+                self.offload.forget(sequence)
         if sequence.state is not SequenceState.FINISHED:
             self._leave(sequence.request.tenant)
         sequence.state = SequenceState.FINISHED
@@ -570,6 +593,8 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._admission.stuck.clear()
         self.running.remove(sequence)
+        if self.offload is not None:
+            self.offload.keep(sequence)
         self.cache.free(sequence.seq_id)
         self.runner.release(sequence.seq_id)
 

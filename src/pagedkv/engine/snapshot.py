@@ -16,6 +16,7 @@ from pagedkv.control.manager import BlockManager
 from pagedkv.control.types import BLOCK_KINDS, FREE, HotPrefix
 from pagedkv.engine.request import Request
 from pagedkv.errors import bad_argument
+from pagedkv.tiers.ladder import TierFigures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ class EngineStats:
         Wall time of all steps.
     forward_seconds, sampling_seconds : float
         Of these in the model, and in choosing tokens.
+    tiers : tuple of TierFigures
+        What each tier has done, nearest first, since it was opened.
     bookkeeping_seconds : float
         The rest: scheduling, the cache's books, stops, text and outputs.
     """
@@ -107,6 +110,7 @@ class EngineStats:
     busy_seconds: float = 0.0
     forward_seconds: float = 0.0
     sampling_seconds: float = 0.0
+    tiers: tuple[TierFigures, ...] = ()
 
     @property
     def bookkeeping_seconds(self) -> float:

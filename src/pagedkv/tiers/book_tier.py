@@ -248,6 +248,11 @@ class BookTier:
         self._stats = TierStats(restored=restored)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it can be used."""
+        return self._threads is not None
+
+    @property
     def block(self) -> BlockFormat:
         """What it was opened for."""
         return self._block

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -111,17 +112,42 @@ def promote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_
     count = tier.match(ids, cache_salt).result()
     if count <= held:
         return held * size
-    info = cache.allocate(seq_id, ids[: count * size], cache_salt=cache_salt)
+    rows = np.empty((count - held, cache.block_memory_bytes), np.uint8)
+    good = held + tier.load(ids[: count * size], rows, cache_salt).result()
+    place_rows(cache, seq_id, ids[: good * size], [(held, rows[: good - held])], cache_salt)
+    return good * size
+
+
+def place_rows(
+    cache: PagedKvCache, seq_id: int, token_ids: Any, parts: Sequence[tuple[int, Rows]], cache_salt: str = ""
+) -> None:
+    """Make the whole blocks of a text findable, as if a sequence `seq_id` had computed them and was freed.
+
+    Parameters
+    ----------
+    parts : sequence of (int, uint8 [n, block_memory_bytes])
+        Blocks of the text, each part with the number of its first one; together all that are not in the pool.
+
+    Raises
+    ------
+    InvalidOperation
+        If the sequence exists, or blocks are missing.
+    OutOfMemory
+        If the pool has no room; it is as before.
+    """
+    info, size = cache.allocate(seq_id, token_ids, cache_salt=cache_salt), cache.block_size
     try:
-        first = info.num_cached_tokens // size
-        rows = np.empty((count - first, cache.block_memory_bytes), np.uint8)
-        good = first + tier.load(ids[: count * size], rows, cache_salt).result()
-        write_rows(cache.storage, info.block_table[first:good], rows[: good - first])
-        cache.truncate(seq_id, good * size)
+        place = info.num_cached_tokens // size
+        for first, rows in parts:
+            stop = first + len(rows)
+            if first <= place < stop:
+                write_rows(cache.storage, info.block_table[place:stop], rows[place - first :])
+                place = stop
+        if place * size < info.num_tokens:
+            raise bad_argument("parts", f"{info.num_tokens // size} blocks", f"{place}")
         cache.commit(seq_id)
     finally:
         cache.free(seq_id)
-    return good * size
 
 
 def _ids(token_ids: Any) -> Any:

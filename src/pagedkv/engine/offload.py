@@ -1,0 +1,315 @@
+"""Offload: what tiers have of a text is loaded while it waits, and what a text has computed is stored when it ends.
+
+A text is looked up in the tiers when it arrives. What they have and the pool has not is loaded into memory of its own,
+beside the steps; the text is passed over meanwhile, as one is that waits for another's prefix. When it is admitted,
+what has come goes into the pool and its index, as if another sequence had computed it, and is found there. A text waits
+for its load no longer than to compute that part would take, and a load that would take longer is not begun.
+
+Whoever gives up its blocks, at its end or for others, is stored before: so a preempted text comes back by the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+from pagedkv.engine.batch import Ids, common_prefix, may_share
+from pagedkv.engine.request import Sequence, shares_prefixes
+from pagedkv.engine.runner import Runner
+from pagedkv.errors import OutOfMemory, bad_argument
+from pagedkv.tiers.ladder import Ladder, Load, Rate
+from pagedkv.tiers.moving import place_rows, read_rows
+from pagedkv.tiers.tier import Tier
+
+LEAST_PATIENCE = 0.05
+"""Seconds that a text waits for a load at least: a thread may take so long to be heard."""
+
+PATIENCE_UNMEASURED = 10.0
+"""Seconds that it waits as long as no prompt was computed, so that nobody knows how long that takes."""
+
+LONGEST_WAIT = 1.0
+FEWEST_MEASURED = 16  # tokens of prompts in a step that tell how fast prompts are computed
+MOST_COMPARED = 16  # texts with loads under way that a new one is compared with
+
+
+logger = logging.getLogger("pagedkv")
+
+
+def ladder_for(runner: Runner, tiers: Iterable[Tier]) -> Ladder | None:
+    """Open tiers for the blocks of a runner; None where there are none, or the model's blocks alone make no prefix.
+
+    Raises
+    ------
+    InvalidOperation
+        If something in `tiers` is no tier, or the runner has no model whose weights could be told from others.
+    TierError
+        If a medium cannot be had.
+    """
+    tiers = list(tiers)
+    if not tiers:
+        return None
+    if runner.has_states or not shares_prefixes(runner):
+        logger.warning("tiers are left alone: prefixes of this model or cache cannot be reused by their blocks alone")
+        return None
+    model = getattr(runner, "model", None)
+    if hasattr(runner, "block_format"):
+        block = runner.block_format()
+    elif model is not None:
+        from pagedkv.hf.pool import block_format
+
+        cache: Any = runner.cache
+        block = block_format(model, cache)
+    else:
+        raise bad_argument("tiers", "a runner with a model, or with a method block_format()", type(runner).__name__)
+    return Ladder(tiers, block)
+
+
+class Arrival:
+    """What tiers have of a text that waits, and what of it is on its way.
+
+    Attributes
+    ----------
+    asked : list of Future
+        How many leading blocks each tier has, as long as some have not answered.
+    counts : list of int
+        The same, once they have all answered and as long as no load has begun for want of memory.
+    start : int
+        Blocks from here on were not in the pool when it was looked up.
+    parts : list of (Load, int)
+        Loads, one behind the other, and the block up to which each is of this text.
+    since : float or None
+        When it was first held up by them.
+    """
+
+    __slots__ = ("sequence", "asked", "counts", "start", "parts", "since")
+
+    def __init__(self, sequence: Sequence, start: int) -> None:
+        self.sequence, self.start = sequence, start
+        self.asked: list[Future[int]] = []
+        self.counts: list[int] = []
+        self.parts: list[tuple[Load, int]] = []
+        self.since: float | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all has come that will come."""
+        return not self.asked and not self.counts and all(load.is_done for load, _ in self.parts)
+
+    def come(self) -> tuple[int, int]:
+        """Return the blocks [first, stop) that have come."""
+        first = stop = self.parts[0][0].first if self.parts else self.start
+        for load, upto in self.parts:
+            if load.first > stop:
+                break
+            stop = max(stop, min(load.first + (load.good or 0), upto))
+        return first, stop
+
+    def leave(self) -> None:
+        """Let go of all loads."""
+        for load, _ in self.parts:
+            load.leave()
+        self.parts = []
+
+
+class Offload:
+    """Between one pool and the tiers of an engine. Of one thread, that of the steps.
+
+    Parameters
+    ----------
+    cache : PagedKvCache
+    ladder : Ladder
+    seq_ids : iterator of int
+        Ids that no sequence of the cache has.
+    """
+
+    def __init__(self, cache: Any, ladder: Ladder, seq_ids: Iterator[int]) -> None:
+        self.cache, self.ladder = cache, ladder
+        self._size: int = cache.block_size
+        self.prefill = Rate()
+        self._seq_ids = seq_ids
+        self._arrivals: dict[Sequence, Arrival] = {}
+
+    # Loads.
+
+    def look(self, sequence: Sequence) -> None:
+        """Find out what tiers have of a text that waits, and begin to load it."""
+        if not may_share(sequence) or sequence.request.beams is not None:
+            return
+        ids = self._text(sequence)
+        arrival = self._arrivals.get(sequence)
+        if arrival is None:
+            arrival = self._arrivals[sequence] = Arrival(sequence, self._held(sequence))
+        if len(ids):
+            arrival.asked = self.ladder.match(ids, sequence.request.cache_salt)
+        self._begin(arrival)
+
+    def poll(self) -> None:
+        """Begin the loads of those whose tiers have answered meanwhile."""
+        self.ladder.news.clear()
+        for arrival in self._arrivals.values():
+            self._begin(arrival)
+
+    def awaits(self, sequence: Sequence) -> bool:
+        """Tell whether a text that could be admitted is still to wait for what tiers have of it."""
+        arrival = self._arrivals.get(sequence)
+        if arrival is None or (arrival.is_settled and 0 < arrival.start > self._held(sequence)):
+            # It was never looked up since it waits, or the pool has lost what it had: there may be more to load.
+            self.look(sequence)
+            arrival = self._arrivals.get(sequence)
+        if arrival is None or arrival.is_settled:
+            return False
+        now = time.monotonic()
+        arrival.since = now if arrival.since is None else arrival.since
+        if now - arrival.since < self._patience(arrival):
+            return True
+        self._give_up(arrival)
+        return False
+
+    def staged(self, sequence: Sequence) -> int:
+        """Return how many leading tokens of a text are in the pool once it is admitted, by what has come for it."""
+        arrival = self._arrivals.get(sequence)
+        return arrival.come()[1] * self._size if arrival is not None else 0
+
+    def bring(self, sequence: Sequence) -> None:
+        """Put what has come for a text into the pool, findable; the text is about to be admitted."""
+        arrival = self._arrivals.pop(sequence, None)
+        if arrival is None:
+            return
+        first, stop = arrival.come()
+        ids = self._text(sequence)[: stop * self._size]
+        if stop > first and first <= self._held(sequence) < stop:
+            parts = [(load.first, load.rows[: max(0, min(stop, upto) - load.first)]) for load, upto in arrival.parts]
+            with contextlib.suppress(OutOfMemory):  # then it is computed
+                place_rows(self.cache, next(self._seq_ids), ids, parts, sequence.request.cache_salt)
+        arrival.leave()
+
+    def forget(self, sequence: Sequence) -> None:
+        """Follow the end of a text that waits."""
+        arrival = self._arrivals.pop(sequence, None)
+        if arrival is not None:
+            arrival.leave()
+
+    def patience(self) -> float:
+        """Return how many seconds until a text goes on without its load; 0 where one came since :meth:`poll`."""
+        awaited = [arrival for arrival in self._arrivals.values() if not arrival.is_settled]
+        if self.ladder.news.is_set() or not awaited:
+            return 0.0
+        now = time.monotonic()
+        waits = [arrival.since + self._patience(arrival) - now for arrival in awaited if arrival.since is not None]
+        return max(0.0, min(waits, default=LONGEST_WAIT))
+
+    def _text(self, sequence: Sequence) -> Ids:
+        """Return the whole blocks of a text that can be found: the last token is always computed."""
+        return sequence.ids[: (sequence.length - 1) // self._size * self._size]
+
+    def _held(self, sequence: Sequence) -> int:
+        """Return how many leading blocks of a text the pool has."""
+        tokens: int = self.cache.match_blocks(self._text(sequence), sequence.request.cache_salt)
+        return tokens // self._size
+
+    def _begin(self, arrival: Arrival) -> None:
+        """Begin to load what tiers have and the pool has not, if they have all answered and there is memory for it."""
+        if arrival.asked and all(future.done() for future in arrival.asked):
+            arrival.counts, arrival.asked = self.ladder.counts(arrival.asked), []
+        if not arrival.counts:
+            return
+        sequence, counts = arrival.sequence, arrival.counts
+        start = held = self._held(sequence)
+        stop = arrival.start if arrival.parts else len(self._text(sequence)) // self._size
+        parts: list[tuple[Load, int]] = []
+        if max(counts) > start:
+            parts, start = self._shared(arrival, start, stop)
+        if min(stop, max(counts)) > start:
+            loads = self.ladder.load(
+                self._text(sequence),
+                sequence.request.cache_salt,
+                [min(count, stop) for count in counts],
+                start,
+                self._compute_seconds(1),
+            )
+            if loads is None:  # there is no memory now; what it could share is asked for again, too
+                for load, _ in parts:
+                    load.leave()
+                return
+            parts += [(load, load.stop) for load in loads]
+        arrival.counts, arrival.start = [], held
+        arrival.parts = parts + arrival.parts
+
+    def _shared(self, arrival: Arrival, start: int, stop: int) -> tuple[list[tuple[Load, int]], int]:
+        """Join the loads of other texts that begin alike, from block `start` on; returns them, and where they end."""
+        mine = arrival.sequence
+        parts: list[tuple[Load, int]] = []
+        others = [other for other in self._arrivals.values() if other is not arrival and other.parts]
+        for other in others[-MOST_COMPARED:]:
+            if other.sequence.request.cache_salt != mine.request.cache_salt:
+                continue
+            common = min(stop, common_prefix(self._text(mine), self._text(other.sequence)) // self._size)
+            for load, upto in other.parts:
+                end = min(common, upto)
+                if load.first <= start < end:
+                    parts.append((load.join(), end))
+                    start = end
+        return parts, start
+
+    def _patience(self, arrival: Arrival) -> float:
+        """Return how many seconds a text waits: as long as it would take to compute what it waits for."""
+        stop = max((upto for _, upto in arrival.parts), default=len(self._text(arrival.sequence)))
+        seconds = self._compute_seconds(max(1, stop - arrival.start))
+        return PATIENCE_UNMEASURED if seconds is None else max(seconds, LEAST_PATIENCE)
+
+    def _compute_seconds(self, num_blocks: int) -> float | None:
+        """Return how long it takes to compute blocks of a prompt; None where no prompt was computed yet."""
+        rate = self.prefill.per_second
+        return None if rate is None else num_blocks * self._size / rate
+
+    def _give_up(self, arrival: Arrival) -> None:
+        """Let a text be computed without what has not come."""
+        late = {load.rung for load, _ in arrival.parts if not load.is_done}
+        for rung in late or self.ladder.rungs:
+            rung.count(late=1)
+        arrival.asked, arrival.counts = [], []
+        for load, _ in [part for part in arrival.parts if not part[0].is_done]:
+            load.leave()
+        arrival.parts = [part for part in arrival.parts if part[0].is_done]
+
+    # Stores.
+
+    def measure(self, num_prompt_tokens: int, seconds: float) -> None:
+        """Note how long a step took that computed so many tokens of prompts."""
+        if num_prompt_tokens >= FEWEST_MEASURED:
+            self.prefill.note(num_prompt_tokens, seconds)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Store what a running text has written; it is about to give up its blocks."""
+        request = sequence.request
+        if not may_share(sequence) or sequence.dropped:
+            return
+        if request.beams is not None and sum(each.is_running for each in request.sequences) > 1:
+            return
+        info = self.cache.get_sequence(sequence.seq_id)
+        written = min(info.num_committed_tokens, sequence.length)
+        if request.beams is not None:  # most of what beams write is thrown away
+            written = min(written, request.num_prompt_tokens)
+        count = written // self._size
+        if count:
+            storage, table = self.cache.storage, info.block_table
+            ids = sequence.ids[: count * self._size]
+            self.ladder.store(ids, request.cache_salt, lambda first: read_rows(storage, table[first:count]))
+
+    # All of it.
+
+    def clear(self) -> None:
+        """Forget what is on its way, and all that tiers hold."""
+        for sequence in list(self._arrivals):
+            self.forget(sequence)
+        self.ladder.clear()
+
+    def close(self) -> None:
+        """Finish what is under way and close all tiers."""
+        for sequence in list(self._arrivals):
+            self.forget(sequence)
+        self.ladder.close()

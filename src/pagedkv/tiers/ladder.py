@@ -1,0 +1,422 @@
+"""A ladder of tiers: where a part of a text comes from, whether that is sooner than to compute it, what was moved."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from pagedkv.errors import InvalidOperation, TierError, bad_argument
+from pagedkv.tiers.book_tier import BookTier
+from pagedkv.tiers.tier import BlockFormat, Rows, Tier
+from pagedkv.validate import shown
+
+MOST_STAGED = 2**30
+"""Bytes of blocks that are on their way at once, in either direction: what is beyond waits, or is not stored."""
+
+REFUSALS_UNTIL_TRIED = 32
+"""A tier that was too slow so often in a row is tried again, as its rate may be another one by now."""
+
+_MEMORY = 0.8  # what a rate remembers of the past at each measurement
+
+
+class Rate:
+    """Amounts over seconds, as measured of late. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._amount = self._seconds = 0.0
+        self._lock = threading.Lock()
+
+    def note(self, amount: float, seconds: float) -> None:
+        """Add a measurement."""
+        with self._lock:
+            self._amount = _MEMORY * self._amount + amount
+            self._seconds = _MEMORY * self._seconds + seconds
+
+    @property
+    def per_second(self) -> float | None:
+        """The rate; None as long as nothing was measured."""
+        with self._lock:
+            return self._amount / self._seconds if self._seconds > 0 and self._amount > 0 else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierFigures:
+    """What a tier has done for one pool.
+
+    Attributes
+    ----------
+    medium : str
+    blocks, total_blocks : int
+        That it holds, and has room for; 0 where it does not say.
+    hits : int
+        Texts that got something from it.
+    loads, stores : int
+        Blocks that came from it and were right; blocks that were handed to it and are there now.
+    corrupt : int
+        Blocks that were not what was stored, where it counts them.
+    late, gated, failed, dropped : int
+        Texts that did not wait any longer for it; that were computed, as this is faster; calls that it did not answer
+        but by an error; texts that were not stored because too much was on its way.
+    read_bytes, written_bytes : int
+    read_seconds, write_seconds : float
+        From each call to its end.
+    """
+
+    medium: str
+    blocks: int = 0
+    total_blocks: int = 0
+    hits: int = 0
+    loads: int = 0
+    stores: int = 0
+    corrupt: int = 0
+    late: int = 0
+    gated: int = 0
+    failed: int = 0
+    dropped: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    read_seconds: float = 0.0
+    write_seconds: float = 0.0
+
+
+class Rung:
+    """One tier of a ladder, its rate and its counters. Any thread may use it.
+
+    Parameters
+    ----------
+    tier : Tier
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier, self.rate = tier, Rate()
+        self._figures = TierFigures(medium=tier.medium)
+        self._refusals = 0
+        self._lock = threading.Lock()
+
+    def count(self, **changes: float) -> None:
+        """Add to counters."""
+        with self._lock:
+            sums = {name: getattr(self._figures, name) + change for name, change in changes.items()}
+            self._figures = replace(self._figures, **sums)
+
+    @property
+    def figures(self) -> TierFigures:
+        """What it has done."""
+        tier = self.tier
+        if not isinstance(tier, BookTier):
+            return self._figures
+        books = tier.books
+        used = books.total_blocks - books.free_block_count + books.cached_block_count
+        return replace(self._figures, blocks=used, total_blocks=books.total_blocks, corrupt=tier.stats.corrupt)
+
+    def is_worth(self, num_bytes: int, compute_seconds: float | None) -> bool:
+        """Tell whether to load so much is sooner than to compute it; what was not measured yet is tried."""
+        rate = self.rate.per_second
+        if rate is None or compute_seconds is None or num_bytes / rate < compute_seconds:
+            self._refusals = 0
+            return True
+        self._refusals += 1
+        if self._refusals >= REFUSALS_UNTIL_TRIED:
+            self._refusals = 0
+            return True
+        self.count(gated=1)
+        return False
+
+
+class Load:
+    """Blocks ``[first, stop)`` of a text on their way from one tier, for one text that waits or for several.
+
+    Attributes
+    ----------
+    first, stop : int
+    rows : uint8 [stop - first, block_bytes]
+    good : int or None
+        How many of them are there and right, from the first one on; None while they are on their way.
+    """
+
+    def __init__(self, rung: Rung, first: int, stop: int, block_bytes: int, let_go: Callable[[int], None]) -> None:
+        self.rung, self.first, self.stop = rung, first, stop
+        self.rows: Rows = np.empty((stop - first, block_bytes), np.uint8)
+        self.good: int | None = None
+        self._users, self._let_go = 1, let_go
+        self._lock = threading.Lock()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all of it has come that will come."""
+        return self.good is not None
+
+    def join(self) -> Load:
+        """Count one more text that waits for it."""
+        with self._lock:
+            self._users += 1
+        return self
+
+    def leave(self) -> None:
+        """Count one text less; rows that nobody waits for are let go when the tier is done with them."""
+        with self._lock:
+            self._users -= 1
+            is_over = self._users == 0 and self.is_done
+        if is_over:
+            self._let_go(self.rows.nbytes)
+
+    def end(self, good: int) -> None:
+        """Note what has come."""
+        with self._lock:
+            self.good = max(0, min(good, len(self.rows)))
+            is_over = self._users == 0
+        if is_over:
+            self._let_go(self.rows.nbytes)
+
+
+class Ladder:
+    """Tiers in the order in which they are asked, nearest first; open as long as this is. None of its calls waits.
+
+    Parameters
+    ----------
+    tiers : sequence of Tier
+        Those with a method ``open`` that are not open yet are opened.
+    block : BlockFormat
+    most_staged : int
+        Bytes on their way at once.
+
+    Raises
+    ------
+    InvalidOperation
+        If something in `tiers` is no tier, or is open for other blocks.
+    TierError
+        If a medium cannot be had; no tier is open then but those that were before.
+
+    Attributes
+    ----------
+    rungs : list of Rung
+    news : threading.Event
+        Set whenever something that was asked for has come.
+    on_news : callable
+        Called then, in a thread of the tier.
+    """
+
+    def __init__(self, tiers: Sequence[Tier], block: BlockFormat, *, most_staged: int = MOST_STAGED) -> None:
+        self.block = block
+        self.rungs = [Rung(tier) for tier in _opened(tiers, block)]
+        self.news = threading.Event()
+        self.on_news: Callable[[], None] = lambda: None
+        self._most_staged, self._staged = most_staged, 0
+        self._lock = threading.Lock()
+
+    # Loads.
+
+    def match(self, ids: Any, cache_salt: str) -> list[Future[int]]:
+        """Ask every tier how many leading blocks of a text it has."""
+        asked = [_asked(rung, lambda tier: tier.match(ids, cache_salt)) for rung in self.rungs]
+        for future in asked:
+            if not future.done():
+                future.add_done_callback(lambda future: self._tell())
+        return asked
+
+    def counts(self, asked: Sequence[Future[int]]) -> list[int]:
+        """Return what tiers have answered to :meth:`match`; one that failed has nothing."""
+        return [_answer(rung, future) for rung, future in zip(self.rungs, asked, strict=True)]
+
+    def load(
+        self, ids: Any, cache_salt: str, counts: Sequence[int], first: int, seconds_per_block: float | None
+    ) -> list[Load] | None:
+        """Begin to load what tiers have of a text from block `first` on, each what those before it do not have.
+
+        Parameters
+        ----------
+        ids : int64
+            Of whole blocks.
+        counts : sequence of int
+            How many leading blocks each tier has.
+        seconds_per_block : float, optional
+            To compute them; what a tier would bring later than that is not asked for.
+
+        Returns
+        -------
+        list of Load, or None
+            One behind the other from `first` on; None as long as too much is on its way.
+        """
+        loads: list[Load] = []
+        for rung, count in zip(self.rungs, counts, strict=True):
+            wanted, size = count - first, self.block.block_bytes
+            seconds = None if seconds_per_block is None else wanted * seconds_per_block
+            if wanted <= 0 or not rung.is_worth(wanted * size, seconds):
+                continue
+            granted = self._stage(wanted)
+            if not granted and not loads:
+                return None
+            if granted:
+                loads.append(self._begun(rung, ids, cache_salt, first, first + granted))
+                first += granted
+            if granted < wanted:
+                break
+        return loads
+
+    def _begun(self, rung: Rung, ids: Any, cache_salt: str, first: int, stop: int) -> Load:
+        load = Load(rung, first, stop, self.block.block_bytes, self._unstage)
+        began, text = time.perf_counter(), ids[: stop * self.block.block_size]
+
+        def end(future: Future[int]) -> None:
+            seconds = time.perf_counter() - began
+            good = _answer(rung, future)
+            load.end(good)
+            if good:
+                rung.rate.note(good * self.block.block_bytes, seconds)
+            rung.count(hits=good > 0, loads=good, read_bytes=good * self.block.block_bytes, read_seconds=seconds)
+            self._tell()
+
+        _asked(rung, lambda tier: tier.load(text, load.rows, cache_salt)).add_done_callback(end)
+        return load
+
+    # Stores.
+
+    def store(self, ids: Any, cache_salt: str, read: Callable[[int], Rows]) -> None:
+        """Hand whole blocks of a text to every tier that lacks some; they are copied before this returns.
+
+        Parameters
+        ----------
+        ids : int64
+            Of whole blocks.
+        read : callable
+            Takes the number of a block and returns rows of that one and all behind it.
+        """
+        count = len(ids) // self.block.block_size
+        asked = self.match(ids, cache_salt)
+        # Who has not answered gets all: to wait for it would take longer than to copy.
+        firsts = [min(count, _answer(*pair) if pair[1].done() else 0) for pair in zip(self.rungs, asked, strict=True)]
+        lacking = [(rung, first) for rung, first in zip(self.rungs, firsts, strict=True) if first < count]
+        if not lacking:
+            return
+        start = min(firsts)
+        if self._stage(count - start, at_once=True) == 0:
+            for rung, _ in lacking:
+                rung.count(dropped=1)
+            return
+        rows, left = read(start), [len(lacking)]
+        for rung, first in lacking:
+            self._hand_over(rung, ids, cache_salt, rows, first - start, left)
+
+    def _hand_over(self, rung: Rung, ids: Any, cache_salt: str, rows: Rows, skipped: int, left: list[int]) -> None:
+        first = len(ids) // self.block.block_size - len(rows) + skipped
+        began = time.perf_counter()
+
+        def end(future: Future[int]) -> None:
+            stored = max(0, _answer(rung, future) - first)
+            seconds, size = time.perf_counter() - began, stored * self.block.block_bytes
+            rung.count(stores=stored, written_bytes=size, write_seconds=seconds)
+            with self._lock:
+                left[0] -= 1
+                is_last = left[0] == 0
+            if is_last:
+                self._unstage(rows.nbytes)
+
+        _asked(rung, lambda tier: tier.store(ids, rows[skipped:], cache_salt)).add_done_callback(end)
+
+    # Both.
+
+    def _stage(self, num_blocks: int, at_once: bool = False) -> int:
+        """Take memory for so many blocks, or for as many as there are, and return how many.
+
+        Alone on its way, a text gets at least one block.
+        """
+        size = self.block.block_bytes
+        with self._lock:
+            free = self._most_staged - self._staged
+            granted = min(num_blocks, max(free // size, 0 if self._staged else 1))
+            if at_once and granted < num_blocks and self._staged:
+                granted = 0
+            granted = num_blocks if at_once and granted else granted
+            self._staged += granted * size
+        return granted
+
+    def _unstage(self, num_bytes: int) -> None:
+        with self._lock:
+            self._staged -= num_bytes
+        self._tell()
+
+    def _tell(self) -> None:
+        self.news.set()
+        self.on_news()
+
+    @property
+    def figures(self) -> tuple[TierFigures, ...]:
+        """What each tier has done, nearest first."""
+        return tuple(rung.figures for rung in self.rungs)
+
+    def clear(self) -> None:
+        """Let every tier forget everything.
+
+        Raises
+        ------
+        TierError
+            If one refuses; the others have forgotten.
+        """
+        faults: list[Exception] = []
+        for rung in self.rungs:
+            try:
+                rung.tier.clear()
+            except Exception as error:
+                faults.append(error)
+        if faults:
+            raise TierError(self.rungs[0].tier.medium, f"a tier was not cleared: {faults[0]}") from faults[0]
+
+    def close(self) -> None:
+        """Finish what is under way and close every tier."""
+        _close_all([rung.tier for rung in self.rungs])
+
+
+def _asked(rung: Rung, call: Callable[[Tier], Future[int]]) -> Future[int]:
+    """Call a tier; what it raises is in the future."""
+    try:
+        return call(rung.tier)
+    except Exception as error:
+        failed: Future[int] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _answer(rung: Rung, future: Future[int]) -> int:
+    """Return what a tier has answered: a fault of its own is a miss, and counted."""
+    if future.cancelled() or future.exception() is not None:
+        rung.count(failed=1)
+        return 0
+    return int(future.result())
+
+
+def _opened(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
+    opened: list[Tier] = []
+    try:
+        for tier in tiers:
+            if not isinstance(tier, Tier):
+                raise bad_argument("tiers", "tiers: match, load, store, clear, close and a medium", shown(tier))
+            if isinstance(tier, BookTier) and tier.is_open:
+                if tier.block != block:
+                    raise InvalidOperation(f"{tier!r} is open for {tier.block}, not for {block}", "tiers")
+                continue
+            open_tier = getattr(tier, "open", None)
+            if open_tier is not None:
+                open_tier(block)
+                opened.append(tier)
+    except BaseException:
+        _close_all(opened)
+        raise
+    return list(tiers)
+
+
+def _close_all(tiers: Sequence[Tier]) -> None:
+    """Close tiers, all of them; the first fault is raised then."""
+    fault: BaseException | None = None
+    for tier in tiers:
+        try:
+            tier.close()
+        except BaseException as error:
+            fault = fault or error
+    if fault is not None:
+        raise fault
