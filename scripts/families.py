@@ -9,8 +9,8 @@ is the reference; each cell of the table says whether a way gave the same tokens
 - gather: `PagedCache` under `generate()`; warm reuse: a second prompt that begins like the first, by the same cache;
 - direct: attention that reads the blocks in place, ``attn_implementation="pagedkv"``;
 - engine: eight prompts at once, and two of them again (reused: how many of their tokens were found cached); memory
-  for fewer texts than that; prompts in chunks of 16 tokens; drafts looked up in the prompt; beams, against
-  transformers' own.
+  for fewer texts than that; the same over a disk tier, after a restart and with damaged files (tiers); prompts in
+  chunks of 16 tokens; drafts looked up in the prompt; beams, against transformers' own.
 
 Each family runs in a process of its own with a limit of time. It exits with 1 where a cell is wrong or crashed.
 """
@@ -24,6 +24,7 @@ import multiprocessing
 import os
 import re
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -33,6 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import GenerationConfig
@@ -259,6 +261,7 @@ def engine_ways(
     model: Any, texts: list[list[int]], wanted: list[list[int]]
 ) -> Iterator[tuple[str, Callable[[], bool | str]]]:
     from pagedkv.engine import LLM, SamplingParams
+    from pagedkv.tiers import DiskTier
 
     greedy = {"max_tokens": NEW_TOKENS, "temperature": 0.0, "ignore_eos": True}
 
@@ -276,6 +279,25 @@ def engine_ways(
         reused = reused or f"{stats.prefix_hits} of {stats.prompt_tokens}"
         return all(is_right(model, texts[i], got, wanted[i]) for i, got in written)
 
+    def tiers() -> bool | str:
+        """Write with little memory over a disk tier; then again after a restart, and once more over damaged files."""
+        runner = pagedkv.hf.load_runner(model, num_blocks=40, block_size=BLOCK)
+        loaded: list[int] = []
+        with tempfile.TemporaryDirectory() as folder:
+            for begin in ("new", "restarted", "damaged"):
+                if begin == "damaged":
+                    _flip_bits(Path(folder) / "tier" / "slab")
+                runner.cache.clear_prefix_cache()
+                with LLM(runner, tiers=[DiskTier(Path(folder) / "tier", "8MB")]) as llm:
+                    if not llm.stats().tiers:
+                        return "without"
+                    outputs = llm.generate(texts, SamplingParams(**greedy))
+                    loaded.append(llm.stats().tiers[0].loads)
+                written = [ids + list(done.outputs[0].token_ids) for ids, done in zip(texts, outputs, strict=True)]
+                if not all(is_right(model, *each) for each in zip(texts, written, wanted, strict=True)):
+                    return False
+        return "equal" if loaded[1] > 0 else "nothing loaded"
+
     def beams() -> bool:
         ids = texts[2]
         llm = LLM(model, num_blocks=512, block_size=BLOCK)
@@ -286,12 +308,20 @@ def engine_ways(
     yield "engine", lambda: engine({})
     yield "reused", lambda: reused
     yield "tight memory", lambda: engine({}, num_blocks=40)
+    yield "tiers", tiers
     yield "chunks", lambda: engine({}, max_batch_tokens=16)
     yield "lookup", lambda: engine({"prompt_lookup": 3})
     yield "beams", beams
 
 
-COLUMNS = ("gather", "warm reuse", "direct", "engine", "reused", "tight memory", "chunks", "lookup", "beams")
+def _flip_bits(path: Path) -> None:
+    """Damage every tenth page of a file."""
+    data = np.fromfile(path, np.uint8)
+    data[5 :: 10 * 4096] ^= 16
+    data.tofile(path)
+
+
+COLUMNS = ("gather", "warm reuse", "direct", "engine", "reused", "tight memory", "tiers", "chunks", "lookup", "beams")
 
 
 def sit(family: str) -> dict[str, str]:
@@ -366,7 +396,7 @@ def main() -> None:
 
 
 def _is_fault(cell: str) -> bool:
-    return cell == "wrong" or cell.startswith("crashed")
+    return cell in ("wrong", "nothing loaded") or cell.startswith("crashed")
 
 
 def _without_names(reason: str) -> str:
@@ -398,8 +428,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
     reasons: dict[str, int] = {}
 
     def shown(cell: str | None) -> str:
-        if cell is None or cell in ("equal", "wrong"):
-            return {"equal": "=", "wrong": "**wrong**", None: ""}[cell]
+        if cell is None or ": " not in cell:
+            return {"equal": "=", "wrong": "**wrong**", None: "", "without": "–"}.get(cell, f"**{cell}**")
         kind, _, reason = cell.partition(": ")
         number = reasons.setdefault(_without_names(reason), len(reasons) + 1)
         return f"{'no' if kind == 'refused' else '**crashed**'} {number}"
@@ -412,7 +442,8 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         f"{transformers.__version__}: every model type that it registers for causal language modelling, made small",
         "from its config, with random weights, in float32, greedy. `=`: the tokens of `generate()` with the stock",
         "cache (or, where that gives another text than the model without a cache, of either); `no`: refused before the",
-        "first token, for the reason of that number; reused: tokens of the engine's prompts that were found cached.",
+        "first token, for the reason of that number; reused: tokens of the engine's prompts that were found cached;",
+        "tiers: `–` where blocks alone are no prefix, so that tiers are left alone.",
         "A model type whose weights stay large is not built.",
         "",
         totals(rows) + ".",
