@@ -85,7 +85,7 @@ def answer_of(core, *requests):
 
 def settle(core):
     """Wait for what is being stored."""
-    while core.scheduler.offload.ladder._staged:
+    while core.scheduler.offload.ladder.staged_bytes:
         time.sleep(0.001)
 
 
@@ -162,7 +162,7 @@ def test_texts_that_begin_alike_share_a_load():
         assert tokens_of(outputs[name]) == alone(new(name, PROMPT + tail))
         assert outputs[name].num_cached_tokens == 36
     assert core.stats().tiers[0].loads == 9 + 2 and core.runner.computed_tokens - before == 2 * 8
-    assert core.scheduler.offload.ladder._staged == 0
+    assert core.scheduler.offload.ladder.staged_bytes == 0
 
 
 def test_nobody_waits_longer_than_it_takes_to_compute(monkeypatch):
@@ -184,10 +184,10 @@ def test_nobody_waits_longer_than_it_takes_to_compute(monkeypatch):
     output = run(core)["two"]
     assert tokens_of(output) == alone(new("two")) and output.num_cached_tokens == 0
     assert core.stats().tiers[0].late == 1
-    assert core.scheduler.offload.ladder._staged > 0
+    assert core.scheduler.offload.ladder.staged_bytes > 0
     while tier.asked:
         tier.answer()
-    assert core.scheduler.offload.ladder._staged == 0
+    assert core.scheduler.offload.ladder.staged_bytes == 0
 
 
 def test_what_is_computed_sooner_is_not_loaded():
@@ -232,7 +232,7 @@ def test_a_tier_that_fails_is_a_miss(how):
         assert not core.has_work and tokens_of(last) == alone(new())
     assert last.num_cached_tokens == 28  # of the pool
     assert core.stats().tiers[0].failed == (4 if how == "fails" else 0)
-    assert core.scheduler.offload.ladder._staged == 0
+    assert core.scheduler.offload.ladder.staged_bytes == 0
 
 
 def test_a_tier_that_raises_is_a_miss():
@@ -351,7 +351,7 @@ def test_memory_on_its_way_is_bounded():
         core.add(new(name, [ord(name) % 31, *PROMPT]))
     tier.answer(), tier.answer()
     core.step()
-    assert ladder._staged == 3 * 64 and len(tier.asked) == 1  # the first three blocks of one; the other one waits
+    assert ladder.staged_bytes == 3 * 64 and len(tier.asked) == 1  # the first three blocks of one; the other one waits
     outputs = {}
     for _ in range(200):
         while tier.asked:
@@ -359,7 +359,7 @@ def test_memory_on_its_way_is_bounded():
         if not core.has_work:
             break
         outputs |= {output.request_id: output for output in core.step()}
-    assert ladder._staged == 0
+    assert ladder.staged_bytes == 0
     for name in "ab":
         assert tokens_of(outputs[name]) == alone(new(name, [ord(name) % 31, *PROMPT]))
         assert outputs[name].num_cached_tokens == 12
@@ -414,7 +414,7 @@ class TieredLoad(Load):
         for tier in self.tiers:
             while tier.asked:
                 tier.answer()
-        assert self.core.scheduler.offload._arrivals == {} and self.core.scheduler.offload.ladder._staged == 0
+        assert self.core.scheduler.offload._arrivals == {} and self.core.scheduler.offload.ladder.staged_bytes == 0
         super().teardown()
 
 

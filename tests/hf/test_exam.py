@@ -15,7 +15,7 @@ from tests.hf.serving import generated
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, RequestRefused, SamplingParams
 from pagedkv.hf import PagedCache, generate, load_runner
-from pagedkv.hf.exam import LENGTHS, NARROW, sit_exam
+from pagedkv.hf.exam import LENGTHS, NARROW, WAYS, Exam, sit_exam
 
 NEW = 10
 SERVED = {  # mode, and whether prompts are cut
@@ -132,6 +132,26 @@ def test_a_model_that_looks_ahead_is_found_out():
     model.model.embed_tokens.register_forward_hook(lambda module, args, out: out + out.roll(-1, dims=1))
     with pytest.raises(InvalidOperation, match="expected a causal one"):
         load_runner(model, num_blocks=8)
+
+
+def test_a_model_that_rounding_takes_far_is_not_called_wrong(monkeypatch):
+    """Weights so large that a model in bfloat16 is 0.04 to 0.1 from itself with another attention."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=192, intermediate_size=512, num_attention_heads=3, num_key_value_heads=3, vocab_size=999)
+    config = transformers.LlamaConfig(num_hidden_layers=30, initializer_range=0.12, **shape)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    exam = Exam(model, 8, None)
+    assert 0.03 < exam._own_noise() < 0.2
+    assert sit_exam(model).way == WAYS[0]
+    off = exam._plain * 1.06
+    assert exam.distance(off, exam._plain, model.dtype) == ""
+    exam._noise = 0.0
+    assert (
+        exam.distance(off, exam._plain, model.dtype)
+        == "its logits are off by 0.06 of their size, expected at most 0.05"
+    )
+    exam._noise = 9.0
+    assert "expected at most 0.2" in exam.distance(exam._plain * 1.3, exam._plain, model.dtype)
 
 
 # ---------------------------------------------------------------- how it is sat

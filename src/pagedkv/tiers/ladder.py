@@ -336,6 +336,11 @@ class Ladder:
             self._staged += granted * size
         return granted
 
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of blocks that are on their way, in either direction."""
+        return self._staged
+
     def _unstage(self, num_bytes: int) -> None:
         with self._lock:
             self._staged -= num_bytes
