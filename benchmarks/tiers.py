@@ -129,7 +129,7 @@ def restart(runner: Any, folder: Path, rounds: int) -> list[Row]:
 
 
 def loads(folder: Path, rounds: int) -> list[Row]:
-    """The rate of cold loads, verified and in memory, against that of plain reads of the same files by as many threads."""
+    """The rate of cold loads, verified, against that of plain reads of the same file by as many threads."""
     block = BlockFormat("loads", 16, 360 * 1024)
     chains = [np.random.default_rng(i).integers(0, 1000, 16 * 128) for i in range(8)]
     with DiskTier(folder, "800MB").open(block) as tier:
@@ -164,7 +164,7 @@ def read_raw(path: Path, total: int) -> None:
     os.close(file)
 
 
-# --- what storing costs ------------------------------------------------------------------------------------------------
+# --- what storing costs -----------------------------------------------------------------------------------------------
 
 
 def storing(runner: Any, folder: Path, rounds: int) -> list[Row]:
@@ -172,7 +172,7 @@ def storing(runner: Any, folder: Path, rounds: int) -> list[Row]:
     params, base = greedy(64), 1000
     tokens = {"with": [], "without": []}  # type: dict[str, list[float]]
     shares: list[float] = []
-    for turn in range(2 * rounds):
+    for turn in range(rounds):
         for kind in ("with", "without") if turn % 2 else ("without", "with"):
             tiers = [DiskTier(folder, SIZE)] if kind == "with" else []
             prompts = [text_of(base + 8 * turn + i, 256) for i in range(8)]
@@ -190,7 +190,7 @@ def storing(runner: Any, folder: Path, rounds: int) -> list[Row]:
     ratio = statistics.median(a / b for a, b in zip(tokens["with"], tokens["without"], strict=True))
     note = (
         "8 streams, prompts of 256 and 64 tokens written, each stored at its end; "
-        f"{statistics.median(tokens['with']):.0f} against {statistics.median(tokens['without']):.0f} tokens/s by the clock"
+        f"{statistics.median(tokens['with']):.0f} against {statistics.median(tokens['without']):.0f} tokens/s"
     )
     return [
         row(
@@ -231,7 +231,7 @@ def wait_for_stores(llm: LLM) -> None:
         time.sleep(0.001)
 
 
-# --- a large directory -------------------------------------------------------------------------------------------------
+# --- a large directory ------------------------------------------------------------------------------------------------
 
 
 def large_directory(folder: Path, rounds: int) -> list[Row]:
@@ -254,7 +254,7 @@ def large_directory(folder: Path, rounds: int) -> list[Row]:
     return [row("a directory of a million blocks opens", statistics.median(took), "s", note, 2, True)]
 
 
-# --- swap ---------------------------------------------------------------------------------------------------------------
+# --- swap -------------------------------------------------------------------------------------------------------------
 
 
 def swap(model: Any, rounds: int) -> list[Row]:

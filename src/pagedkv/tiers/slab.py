@@ -366,10 +366,12 @@ class Slab:
 
     def read(self, slots: Ints, rows: Rows, places: Ints) -> None:
         """Read slots; a short read leaves anything in a row, which its checksum tells."""
+        slab = self._files["slab"]
         for start, stop in _runs(slots):
-            os.preadv(
-                self._files["slab"], self._buffers(rows, places[start:stop]), int(slots[start]) * self._slot_bytes
-            )
+            place = int(slots[start]) * self._slot_bytes
+            if hasattr(os, "posix_fadvise"):  # or the system reads ahead of each row anew
+                os.posix_fadvise(slab, place, (stop - start) * self._slot_bytes, os.POSIX_FADV_WILLNEED)
+            os.preadv(slab, self._buffers(rows, places[start:stop]), place)
 
     def write(self, slots: Ints, rows: Rows, places: Ints) -> None:
         """Write slots; neighbours are one call, so small blocks travel as large ones do."""
