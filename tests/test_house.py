@@ -11,9 +11,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "src" / "pagedkv"
 SOFT_LINES, HARD_LINES = 600, 1000
-MOST_FILES, MOST_LINES = 164, 39_700
+MOST_FILES, MOST_LINES = 167, 39_700
 MOST_IN_CONTROL = 24
-MOST_LONELY = 20
+MOST_LONELY = 21
 MOST_DEPTH = 11
 
 # Longer than the soft limit, and why that is still one idea.
@@ -42,6 +42,7 @@ LONELY = {
     "pagedkv.engine.room": "what is counted of places and blocks; who may have them is the scheduler's",
     "pagedkv.engine.sampler": "the default of a parameter of the engine: another may be given",
     "pagedkv.engine.sampling_kernels": "another compile unit than the sampler",
+    "pagedkv.hf.tiers": "what lies beyond a pool; the cache over it only asks before a prompt and tells at its end",
     "pagedkv.tiers.slab": "the files themselves; the tier over them only says where and how large",
     "pagedkv.server.connections": "what happens below HTTP; `run` only puts it there",
     "pagedkv.server.tokenizer_process": "imported by a process that must not have the server's libraries",
