@@ -39,7 +39,7 @@ def write_rows(storage: KvStorage, blocks: Any, rows: Rows) -> None:
 
 
 def _as_bytes(part: Tensor) -> Tensor:
-    return part.reshape(len(part), -1).view(torch.uint8)
+    return part.flatten(1).view(torch.uint8)
 
 
 def demote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_salt: str = "") -> Future[int]:
