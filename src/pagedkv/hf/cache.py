@@ -310,7 +310,7 @@ class Pages:
         """Store what tiers want of the sequences, and free them."""
         with contextlib.suppress(SequenceNotFound):  # the caller may have freed or evicted one
             self.finish()
-            self.tiers.demote(self.batch.seq_ids.tolist())
+        self.tiers.demote(self.batch.seq_ids.tolist())
         self.batch.release()
 
 

@@ -115,10 +115,12 @@ class CacheTiers:
 
     def demote(self, seq_ids: Iterable[int]) -> None:
         """Store what others could find of some sequences. The last stores go on while the cache does."""
-        for seq_id in seq_ids if self._is_ready else ():
-            ids = self._pool.findable_ids(seq_id)
-            for tier in self._tiers if len(ids) else ():
-                self._try(tier, partial(self._demote, tier, seq_id, ids))
+        if not self._is_ready:
+            return
+        for seq_id in seq_ids:
+            if seq_id in self._pool and len(ids := self._pool.findable_ids(seq_id)):
+                for tier in self._tiers:
+                    self._try(tier, partial(self._demote, tier, seq_id, ids))
 
     def _demote(self, tier: Tier, seq_id: int, ids: Ids) -> None:
         if last := self._stores.get(id(tier)):
