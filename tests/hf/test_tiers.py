@@ -259,7 +259,7 @@ def test_a_tier_that_is_open_serves_several_caches(tmp_path):
                 assert cache.num_cached_tokens == cached
             assert tier.is_open
         other = build("llama", seed=1)
-        with pytest.raises(InvalidOperation, match="tiers: expected a tier for BlockFormat"):
+        with pytest.raises(InvalidOperation, match="is open for BlockFormat"):
             paged(other, ids, PagedCache(other.config, 256, SIZE, tiers=[tier]))
 
 

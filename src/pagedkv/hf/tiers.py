@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -12,9 +13,9 @@ import torch
 
 from pagedkv.errors import OutOfMemory, bad_argument
 from pagedkv.hf.pool import Ids, ModelKvCache, block_format
-from pagedkv.tiers.book_tier import BookTier
+from pagedkv.tiers.ladder import close_tiers, open_tiers
 from pagedkv.tiers.moving import promote, read_rows
-from pagedkv.tiers.tier import BlockFormat, Tier
+from pagedkv.tiers.tier import Tier
 from pagedkv.validate import shown
 
 logger = logging.getLogger("pagedkv")
@@ -44,7 +45,7 @@ class CacheTiers:
         if tiers and not pool.prefix_caching:
             raise bad_argument("prefix_caching", "True for a cache with tiers", "False")
         self._tiers, self._pool, self._salt = list(tiers), pool, cache_salt
-        self._opened: list[BookTier] = []
+        self._opened: list[Tier] = []
         self._stores: dict[int, Future[int]] = {}  # the last one of each tier
         self._is_ready = False
         if tiers:
@@ -82,23 +83,8 @@ class CacheTiers:
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.int64, device=model.device), past_key_values=cache, use_cache=True)
             cache.reset()
-        self._open_all(block_format(model, self._pool))
-
-    def _open_all(self, block: BlockFormat) -> None:
-        try:
-            for tier in self._tiers:
-                if isinstance(tier, BookTier):
-                    self._open(tier, block)
-        except BaseException:
-            self._close_opened()
-            raise
+        self._opened = open_tiers(self._tiers, block_format(model, self._pool))
         self._is_ready = True
-
-    def _open(self, tier: BookTier, block: BlockFormat) -> None:
-        if not tier.is_open:
-            self._opened.append(tier.open(block))
-        elif tier.block != block:
-            raise bad_argument("tiers", f"a tier for {block}", f"one that is open for {tier.block}")
 
     def promote(self, texts: Iterable[Ids]) -> None:
         """Make findable in the pool what tiers have of some texts."""
@@ -139,13 +125,14 @@ class CacheTiers:
             self._tiers = [other for other in self._tiers if other is not tier]
 
     def _clear(self) -> None:
-        """Forget everything; the weights may be others from here on, so tiers are opened anew."""
-        self._stores = {}
-        for tier in self._tiers:
-            if not isinstance(tier, BookTier) or tier.is_open:
-                tier.clear()
-        self._close_opened()
-        self._is_ready = False
+        """Forget everything. The weights may be others from here on, so tiers are opened anew."""
+        if not self._is_ready:
+            return
+        self._stores, self._is_ready = {}, False
+        with contextlib.ExitStack() as all_of_it:
+            all_of_it.callback(self._close_opened)
+            for tier in self._tiers:
+                all_of_it.callback(tier.clear)
 
     def close(self) -> None:
         """Finish what is being stored, and close the tiers that were opened here."""
@@ -154,5 +141,4 @@ class CacheTiers:
 
     def _close_opened(self) -> None:
         opened, self._opened = self._opened, []
-        for tier in opened:
-            tier.close()
+        close_tiers(opened)

@@ -258,11 +258,6 @@ class BookTier:
         return self._block
 
     @property
-    def is_open(self) -> bool:
-        """Whether it was opened, and not closed since."""
-        return self._threads is not None
-
-    @property
     def books(self) -> BlockManager:
         """Which block lies where: to be read, subscribed to and checked."""
         return self._books

@@ -114,7 +114,8 @@ def promote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_
         return held * size
     rows = np.empty((count - held, cache.block_memory_bytes), np.uint8)
     good = held + tier.load(ids[: count * size], rows, cache_salt).result()
-    place_rows(cache, seq_id, ids[: good * size], [(held, rows[: good - held])], cache_salt)
+    if good > held:
+        place_rows(cache, seq_id, ids[: good * size], [(held, rows[: good - held])], cache_salt)
     return good * size
 
 
