@@ -310,7 +310,7 @@ class Pages:
         """Store what tiers want of the sequences, and free them."""
         with contextlib.suppress(SequenceNotFound):  # the caller may have freed or evicted one
             self.finish()
-        self.tiers.demote(self.batch.seq_ids.tolist())
+        self.tiers.demote(self.batch.seq_ids)
         self.batch.release()
 
 
@@ -461,7 +461,7 @@ class PagedCache(Cache):
             is_padded[:] = True
         self._tiers.serve(self._model and self._model(), self, self._is_reusable)
         self.reset()
-        self._tiers.promote(ids[~is_padded])
+        self._tiers.promote(ids, is_padded)
         self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
         self._pages.load_states()
         return self._num_cached_tokens

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pagedkv.errors import OutOfMemory, bad_argument
@@ -86,9 +88,11 @@ class CacheTiers:
         self._opened = open_tiers(self._tiers, block_format(model, self._pool))
         self._is_ready = True
 
-    def promote(self, texts: Iterable[Ids]) -> None:
-        """Make findable in the pool what tiers have of some texts."""
-        for ids in texts:
+    def promote(self, texts: Ids, is_padded: npt.NDArray[np.bool_]) -> None:
+        """Make findable in the pool what tiers have of texts without padding."""
+        if not self._is_ready:
+            return
+        for ids in texts[~is_padded]:
             for tier in self._tiers:
                 self._try(tier, partial(self._promote, tier, ids))
 
@@ -99,11 +103,11 @@ class CacheTiers:
         except OutOfMemory:
             return  # of what is computed instead, generate() says how much room it takes
 
-    def demote(self, seq_ids: Iterable[int]) -> None:
+    def demote(self, seq_ids: Ids) -> None:
         """Store what others could find of some sequences. The last stores go on while the cache does."""
         if not self._is_ready:
             return
-        for seq_id in seq_ids:
+        for seq_id in seq_ids.tolist():
             if seq_id in self._pool and len(ids := self._pool.findable_ids(seq_id)):
                 for tier in self._tiers:
                     self._try(tier, partial(self._demote, tier, seq_id, ids))
