@@ -30,9 +30,12 @@ def write_rows(storage: KvStorage, blocks: Any, rows: Rows) -> None:
     shapes = storage.read_blocks(np.zeros(0, np.int64))
     data, start, contents = torch.from_numpy(rows), 0, []
     for shape in shapes:
-        layers, sides, _, width = shape.shape
-        stop = start + layers * sides * width * shape.element_size()
-        part = data[:, start:stop].contiguous().view(shape.dtype).view(len(rows), layers, sides, width)
+        (layers, sides, _, width), size = shape.shape, shape.element_size()
+        stop = start + layers * sides * width * size
+        part = data[:, start:stop]
+        if (data.data_ptr() + start) % size or data.stride(0) % size:
+            part = part.contiguous()  # where it could not be seen as elements
+        part = part.view(shape.dtype).view(len(rows), layers, sides, width)
         contents.append(part.movedim(0, 2).to(storage.device))
         start = stop
     storage.write_blocks(blocks, contents)
