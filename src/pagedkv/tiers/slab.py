@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.restore import NO_BLOCK, NO_PARENT, BlockRecords
-from pagedkv.errors import InvalidOperation, TierError, bad_argument
+from pagedkv.errors import TierError, bad_argument
 from pagedkv.format import format_bytes
 from pagedkv.jit import borrowed, compiled, mix64
 from pagedkv.tiers.book_tier import Entries, Ints, Kept, Sums
@@ -198,9 +198,11 @@ class Slab:
         if meta is None:
             raise self._error(_NO_TIER)
         try:
-            return BlockFormat(meta["fingerprint"], meta["block_size"], meta["block_bytes"])
-        except (KeyError, InvalidOperation) as error:
+            block = BlockFormat(meta["fingerprint"], meta["block_size"], meta["block_bytes"])
+            record_dtype(block.block_size)
+        except (KeyError, ValueError) as error:
             raise self._error(_NOT_OURS) from error
+        return block
 
     def writer(self) -> str | None:
         """Return the id of the process that writes to the directory, None if there is none."""
@@ -275,7 +277,7 @@ class Slab:
                 if time.monotonic() > until:
                     reason = f"is in use by process {_owner(lock)}: one writes, others open it to read"
                     raise self._error(reason) from None
-                time.sleep(_LOCK_SECONDS / 20)
+                time.sleep(0.01)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 
