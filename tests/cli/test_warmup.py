@@ -34,6 +34,14 @@ with watch_compiles(lambda name, seconds: compiled.append(name)):
     plan = cache.append_batch([1])
     cache.write(0, k, k, plan)
     cache.attend(0, q, plan)
+    import sys, numpy
+    from pagedkv.tiers import BlockFormat, DiskTier
+    for _ in range(2):
+        with DiskTier(sys.argv[1], "1MB").open(BlockFormat("model", 16, 5000)) as tier:
+            tier.store(range(100), numpy.zeros((6, 5000), numpy.uint8)).result()
+            tier.match(range(50)).result()
+            tier.load(range(40), numpy.zeros((2, 5000), numpy.uint8)).result()
+            tier.clear()
 print(compiled)
 """
 
@@ -44,6 +52,7 @@ def test_what_was_compiled_once_is_not_compiled_again():
     told = json.loads(call(*arguments).stdout)
     assert [(part["name"], part["functions"]) for part in told["parts"]] == [
         ("books, lru", 0),
+        ("tiers", 0),
         ("attention, float32", 0),
     ]
     assert told["directory"] == str(cache_directory())
@@ -78,4 +87,4 @@ def test_the_first_calls_compile_nothing_after_it(tmp_path):
     report = run("-c", "from pagedkv.cli import main; main()", "warmup", "--dtype", "bfloat16", "--json")
     told = json.loads(report)
     assert told["parts"][0]["functions"] > 0 and told["directory"].startswith(str(cache))
-    assert run("-c", USE) == "[]"
+    assert run("-c", USE, str(tmp_path / "tier")) == "[]"

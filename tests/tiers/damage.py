@@ -89,7 +89,7 @@ def serve(path, *, read_only=False, heal=False):
 
 
 def store(path, seed, most=10**9, stored=None, until=None, say=None):
-    """Store texts, and count into shared memory."""
+    """Store texts, and count into shared memory; with a time, until then and until the slab was overwritten."""
     with DiskTier(path, TOTAL).open(BLOCK) as tier:
         for number, (ids, salt) in zip(range(most), texts(seed), strict=False):
             there = tier.match(ids, salt).result()
@@ -98,7 +98,7 @@ def store(path, seed, most=10**9, stored=None, until=None, say=None):
                 stored[:8] = (tier.stats.stored).to_bytes(8, "little")
             if number == 1 and say is not None:
                 os.write(say, b"r")  # from here on it may be killed: it has compiled, and it stores
-            if until is not None and time.time() > until:
+            if until is not None and time.time() > until and tier.stats.stored > 2 * SLOTS:
                 break
         tier.books.check()
         return Counter(stored=tier.stats.stored)
@@ -189,15 +189,21 @@ def flips(path, rounds):
 def readers(path, seconds):
     """One process overwrites a small slab again and again while two others read it without locks."""
     forked(lambda: store(path, 1, 30))()
-    until = time.time() + seconds
+    until, is_over = time.time() + seconds, mmap.mmap(-1, 1)
+
+    def write():
+        try:
+            return store(path, 1, until=until)
+        finally:
+            is_over[:] = b"1"
 
     def read():
         counts = Counter()
-        while time.time() < until:
+        while is_over[:] != b"1" or counts["opened"] < 2:
             counts += serve(path, read_only=True)
         return counts
 
-    answers = [forked(lambda: store(path, 1, until=until)), forked(read), forked(read)]
+    answers = [forked(write), forked(read), forked(read)]
     return sum((answer() for answer in answers), Counter())
 
 

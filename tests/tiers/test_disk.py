@@ -10,6 +10,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -205,6 +206,23 @@ def test_a_directory_that_another_process_writes_to(kept):
         other.stdin.close()
     with opened(kept) as tier:
         assert tier.stats.restored == 11
+
+
+def test_one_who_asks_who_writes_keeps_no_writer_out(kept, monkeypatch):
+    monkeypatch.setattr(slab_module, "_LOCK_SECONDS", 60)
+    with open(kept / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        threading.Timer(0.05, lambda: fcntl.flock(lock, fcntl.LOCK_UN)).start()
+        with opened(kept) as tier:
+            assert tier.match(text(9)).result() == 9
+
+
+def test_it_can_be_opened_by_what_it_says_of_itself(kept, tmp_path):
+    assert DiskTier.format_of(kept) == BLOCK
+    with DiskTier(kept, 1, read_only=True).open(DiskTier.format_of(kept)) as tier:
+        assert (loaded(tier, text(9)) == payload(text(9))).all()
+    with pytest.raises(TierError, match="expected the directory of a tier, got one without"):
+        DiskTier.format_of(tmp_path / "none")
 
 
 def test_a_second_tier_of_this_process(kept):

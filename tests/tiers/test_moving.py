@@ -80,6 +80,54 @@ def test_only_what_the_pool_lacks_is_loaded_and_only_what_the_tier_lacks_is_stor
     tier.close()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_what_the_tier_has_already_is_not_read_again(dtype):
+    pool = cache(dtype)
+    tier = HostTier("1MB").open(block_of(pool))
+    computed(pool, 1, IDS)
+    for _ in range(2):
+        assert demote(pool, tier, 1, IDS).result() == 4 == tier.stats.stored
+    computed(pool, 2, [7, 8])
+    assert demote(pool, tier, 2, [7, 8]).result() == 0
+
+
+@pytest.mark.parametrize("held", [55, 33, 7])
+def test_a_block_that_the_pool_has_in_part_is_the_whole_one_of_the_tier(held, tmp_path):
+    """Its first tokens are copied from a block of another text; that copy comes before what is loaded, never behind."""
+    pool, other = cache(), cache()
+    ids = IDS[:64]
+    computed(pool, 1, ids)
+    before = states(pool, 1, 4)
+    computed(other, 1, [*ids[:held], *range(2000, 2030)], seed=5)
+    own = states(other, 1, held // 16)
+    with DiskTier(tmp_path / "tier", "1MB").open(block_of(pool)) as tier:
+        demote(pool, tier, 1, ids).result()
+        assert promote(other, tier, 9, ids) == 64
+    plan = other.append_batch([1], [5])  # whatever was left to copy is copied by now
+    for layer in range(3):
+        other.write(layer, *torch.zeros(2, 1, 2, 8), plan)
+    other.commit(plan)
+    other.allocate(2, [*ids, 1])
+    assert other.get_sequence(2).num_cached_tokens == 64 and other.stats.partial_hit_tokens == held % 16
+    assert (states(other, 2, 4) == np.concatenate([own, before[len(own) :]])).all()
+    other.check()
+
+
+@pytest.mark.parametrize("lost", [3, 1, 0])
+def test_a_load_that_fails_leaves_nothing_of_a_block_that_the_pool_has_in_part(lost, tmp_path):
+    pool, other = cache(), cache()
+    ids = IDS[:64]
+    computed(pool, 1, ids)
+    computed(other, 1, [*ids[: lost * 16 + 7], *range(2000, 2030)], seed=5)
+    with DiskTier(tmp_path / "tier", "1MB").open(block_of(pool)) as tier:
+        demote(pool, tier, 1, ids).result()
+        slab = np.memmap(tmp_path / "tier" / "slab", np.uint8, "r+")
+        slab[lost * -(-pool.block_memory_bytes // 4096) * 4096 + 77] ^= 4
+        assert promote(other, tier, 9, ids) == lost * 16 == other.match_blocks(ids)
+    assert other.match_prefix(ids) == lost * 16 + 7
+    other.check()
+
+
 def test_one_flipped_bit_costs_what_is_behind_it(tmp_path):
     pool = cache()
     computed(pool, 1, IDS)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import bench, check_model, generate, plan, replay, serve, top, trace, warmup
+from pagedkv.cli import bench, check_model, generate, plan, replay, serve, tier, top, trace, warmup
 from pagedkv.cli.terminal import FAILED, INTERRUPTED, DebugOption, JsonOption, failures_in_one_line, say_error
 
 # typer brings its own copy of click or uses the installed one, by version; the exception tree is the same.
@@ -78,6 +78,7 @@ app.add_typer(trace.app, name="trace")
 app.command(help=plan.EXAMPLES)(plan.plan)
 app.command(help=serve.EXAMPLES)(serve.serve)
 app.command(help=top.EXAMPLES)(top.top)
+app.add_typer(tier.app, name="tier")
 app.command(name="check-model", help=check_model.EXAMPLES)(check_model.check_model)
 app.command(help=bench.EXAMPLES)(bench.bench)
 app.command(help=warmup.EXAMPLES)(warmup.warmup)

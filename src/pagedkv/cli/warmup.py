@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,9 +96,10 @@ def warmup(
                 raise Failure(f"--dtype: expected {', '.join(KV_DTYPES)}, got {name}")
         if wanted and find_spec("torch") is None:
             raise MissingExtra("torch", "torch")
-        work: dict[str, Callable[[], None]] = {
-            f"books, {each}": partial(use_books, each) for each in strategy or ["lru"]
-        }
+        strategies = strategy or ["lru"]
+        work: dict[str, Callable[[], None]] = {f"books, {each}": partial(use_books, each) for each in strategies}
+        if find_spec("fcntl"):
+            work["tiers"] = partial(use_tiers, strategies)
         work |= {f"attention, {each}": partial(use_attention, each) for each in wanted}
         if engine and find_spec("torch") and find_spec("transformers"):
             work["engine"] = use_engine
@@ -180,6 +182,20 @@ def use_books(strategy: str) -> None:
     manager.hottest_prefixes()
     manager.clear_prefix_cache()
     manager.check()
+
+
+def use_tiers(strategies: list[str]) -> None:
+    """Store and load a block of a disk tier, before and after a restart."""
+    import numpy as np
+
+    from pagedkv.tiers import BlockFormat, DiskTier
+
+    for strategy in strategies:
+        with tempfile.TemporaryDirectory() as folder:
+            for _ in range(2):
+                with DiskTier(folder, 2**16, strategy=strategy).open(BlockFormat("warmup", 4, 8)) as tier:
+                    tier.store(range(9), np.zeros((2, 8), np.uint8)).result()
+                    tier.load(range(9), np.zeros((2, 8), np.uint8)).result()
 
 
 def use_attention(dtype: str) -> None:

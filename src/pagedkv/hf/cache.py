@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,13 +23,13 @@ from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layer, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
-from pagedkv.hf.pool import LayerTable, ModelKvCache, by_token, visible_slots
+from pagedkv.hf.pool import Ids, LayerTable, ModelKvCache, by_row, by_token, visible_slots
 from pagedkv.hf.recurrent import BatchStates
+from pagedkv.hf.tiers import CacheTiers
+from pagedkv.tiers.tier import Tier
 from pagedkv.validate import require_int
 
 # SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
-
-Ids = npt.NDArray[np.int64]
 
 
 class SequenceBatch:
@@ -237,14 +238,14 @@ class Pages:
     """What the layers of one cache share: the pool, the sequences and the forward pass that is under way."""
 
     def __init__(
-        self, pool: ModelKvCache, cache_salt: str, config: Any, expected: set[int], dtype: Any, device: Any
+        self, pool: ModelKvCache, tiers: CacheTiers, cache_salt: str, config: Any, expected: set[int], table: LayerTable
     ) -> None:
-        self.pool = pool
+        self.pool, self.tiers = pool, tiers
         self.batch = SequenceBatch(pool, cache_salt)
         self._step: Step | None = None
         self._config = config  # of the text model
         self._expected = expected  # layers that a forward pass should write
-        self._table = LayerTable(pool, dtype, device)
+        self._table = table
         self._states = BatchStates(pool)
         self.stock: list[Any] = []  # the stock layers, which hold the states of the rows
 
@@ -285,7 +286,7 @@ class Pages:
         if step.slots is None:
             step.slots = storage.slot_index(visible_slots(step.plan, self.pool.block_size))
         all_keys, all_values = storage.gather(number, step.slots)
-        return _by_row(all_keys, rows).to(keys), _by_row(all_values, rows).to(values)
+        return by_row(all_keys, rows).to(keys), by_row(all_values, rows).to(values)
 
     def finish(self, *, has_states: bool = True) -> None:
         """End the forward pass: what it wrote becomes findable, or is taken back if it did not come to its end.
@@ -306,15 +307,11 @@ class Pages:
             self.batch.forget()
 
     def release(self) -> None:
-        """Free the sequences."""
+        """Store what tiers want of the sequences, and free them."""
         with contextlib.suppress(SequenceNotFound):  # the caller may have freed or evicted one
             self.finish()
+        self.tiers.demote(self.batch.seq_ids)
         self.batch.release()
-
-
-def _by_row(states: Tensor, rows: int) -> Tensor:
-    """Turn ``[batch * tokens, heads, dim]`` into ``[batch, heads, tokens, dim]``."""
-    return states.view(rows, -1, *states.shape[1:]).transpose(1, 2)
 
 
 class PagedCache(Cache):
@@ -349,6 +346,11 @@ class PagedCache(Cache):
         Slots for the states of recurrent, convolution and linear-attention layers: one for each row of a batch, beams
         included, the rest for snapshots, by which :func:`pagedkv.hf.generate` reuses prefixes. Without, a model that
         has such layers computes every prompt anew. None are made where a model has none.
+    tiers : sequence of Tier
+        Where blocks are kept beyond the pool, the nearest first: what they have of a prompt is not computed again, and
+        a sequence is stored when it ends. They are opened when the cache is bound to a model (:meth:`serve`, which
+        :func:`pagedkv.hf.generate` calls), as its weights are a part of what a block is; :meth:`close` closes them.
+        Models that keep states, or whose prefixes cannot be reused, go on without, and the log says so.
 
     Raises
     ------
@@ -375,6 +377,7 @@ class PagedCache(Cache):
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
         num_states: int = 0,
+        tiers: Sequence[Tier] = (),
     ) -> None:
         paged, keeps_nothing_else = paged_layers("config", config)
         require_int("num_states", num_states, 0, 2**31 - 2)
@@ -391,7 +394,9 @@ class PagedCache(Cache):
         )
         pool.match_prefix([0], cache_salt)  # refuses what is no salt
         self._config, self._paged = config, paged
-        self._pages = Pages(pool, cache_salt, config.get_text_config(decoder=True), paged, dtype, device)
+        self._tiers = CacheTiers(tiers, pool, cache_salt)
+        table = LayerTable(pool, dtype, device)
+        self._pages = Pages(pool, self._tiers, cache_salt, config.get_text_config(decoder=True), paged, table)
         # Without snapshots of what recurrent layers hold no prefix can be gone on from; and keys that were turned by
         # other frequencies are not those of a longer text.
         self._is_reusable = (keeps_nothing_else or num_states > 0) and not has_changing_rope(config)
@@ -443,7 +448,10 @@ class PagedCache(Cache):
         Raises
         ------
         InvalidOperation
-            If the ids are none, or the mask has another shape; nothing has changed then.
+            If the ids are none, the mask has another shape, or the cache has tiers and serves no model yet; nothing has
+            changed then.
+        TierError
+            If tiers have to be opened anew, after ``clear_prefix_cache()``, and cannot be had.
         OutOfMemory
             If even the first block of each row cannot be had; the cache is released then.
         """
@@ -451,7 +459,9 @@ class PagedCache(Cache):
         is_padded = _padded_rows(attention_mask, ids)
         if not self._is_reusable:
             is_padded[:] = True
+        self._tiers.serve(self._model and self._model(), self, self._is_reusable)
         self.reset()
+        self._tiers.promote(ids, is_padded)
         self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
         self._pages.load_states()
         return self._num_cached_tokens
@@ -477,10 +487,13 @@ class PagedCache(Cache):
         ------
         InvalidOperation
             If it has served another one.
+        TierError
+            If a tier cannot be had; the cache serves nobody then.
         """
         if self._model is None:
-            self._model = weakref.ref(model)
-            self._is_reusable = self._is_reusable and reuses_prefixes
+            is_reusable = self._is_reusable and reuses_prefixes
+            self._tiers.serve(model, self, is_reusable)
+            self._model, self._is_reusable = weakref.ref(model), is_reusable
         elif self._model() is not model:
             raise bad_argument("model", "the one whose K and V this cache holds; make another PagedCache")
 
@@ -506,6 +519,17 @@ class PagedCache(Cache):
         self._pages.release()
         if not all(type(layer) is PagedLayer for layer in self.layers):
             self.layers = self._new_layers()  # states are of a number of rows, which the next prompt may not have
+
+    def close(self) -> None:
+        """Do as :meth:`release` does, finish what is being stored and close the tiers; the cache goes on without."""
+        self.release()
+        self._tiers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def reset(self) -> None:
         """Do as :meth:`release` does, and forget `num_cached_tokens`."""

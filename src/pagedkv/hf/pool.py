@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
@@ -12,11 +12,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
+from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
+from pagedkv.control.sequence_table import find_row
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.tiers.fingerprint import fingerprint_of
 from pagedkv.tiers.tier import BlockFormat
+
+Ids = npt.NDArray[np.int64]
 
 
 class ModelKvCache(PagedKvCache):
@@ -24,6 +28,7 @@ class ModelKvCache(PagedKvCache):
 
     numerics = ""
     """How K and V are computed, besides what the config of the model says; a part of the fingerprint of its blocks."""
+    _follow_clear: Callable[[], None] | None = None
 
     def settle(self, dtype: Any, device: Any) -> None:
         """Fix dtype and device of the storage while it has no layers."""
@@ -33,6 +38,26 @@ class ModelKvCache(PagedKvCache):
         """Tell whether these blocks are held once, not pinned and not findable, so that their keys may change."""
         records = self._state.blocks[block_ids]
         return bool(((records["ref_count"] == 1) & (records["pins"] == 0) & (records["indexed"] == 0)).all())
+
+    def findable_ids(self, seq_id: int) -> Ids:
+        """Return the token ids of the leading blocks of a sequence that others can find."""
+        with self._lock:
+            table = self.get_sequence(seq_id).block_table
+            state = self._state
+            record = state.sequence(find_row(state.packed, sequence_key(seq_id)))
+            ids: Ids = state.contents.reshape(-1, self.block_size)[table[: record.num_indexed]].ravel()
+            return ids
+
+    def when_cleared(self, follow: Callable[[], None]) -> None:
+        """Call this after each ``clear_prefix_cache()``."""
+        self._follow_clear = follow
+
+    def clear_prefix_cache(self) -> int:
+        """Make every cached block free, those of tiers that are open behind the pool, too; returns how many here."""
+        count = super().clear_prefix_cache()
+        if self._follow_clear is not None:
+            self._follow_clear()
+        return count
 
 
 class LayerTable:
@@ -73,6 +98,11 @@ class LayerTable:
 def by_token(states: Tensor) -> Tensor:
     """Turn ``[batch, heads, tokens, dim]`` into ``[batch * tokens, heads, dim]``."""
     return states.transpose(1, 2).flatten(0, 1)
+
+
+def by_row(states: Tensor, rows: int) -> Tensor:
+    """Turn ``[batch * tokens, heads, dim]`` into ``[batch, heads, tokens, dim]``."""
+    return states.view(rows, -1, *states.shape[1:]).transpose(1, 2)
 
 
 def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None)) -> npt.NDArray[np.int64]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pagedkv.tiers.disk import DiskTier
     from pagedkv.tiers.fingerprint import fingerprint_of
     from pagedkv.tiers.host import HostTier
+    from pagedkv.tiers.inspection import TierCheck, TierFacts, check_tier, clear_tier, inspect_tier
     from pagedkv.tiers.moving import demote, promote
     from pagedkv.tiers.tier import BlockFormat, Tier
 
@@ -21,10 +22,15 @@ __all__ = [
     "HostTier",
     "Slots",
     "Tier",
+    "TierCheck",
     "TierError",
+    "TierFacts",
     "TierStats",
+    "check_tier",
+    "clear_tier",
     "demote",
     "fingerprint_of",
+    "inspect_tier",
     "promote",
 ]
 
@@ -35,10 +41,15 @@ _HOMES = {
     "HostTier": "pagedkv.tiers.host",
     "Slots": "pagedkv.tiers.book_tier",
     "Tier": "pagedkv.tiers.tier",
+    "TierCheck": "pagedkv.tiers.inspection",
     "TierError": "pagedkv.errors",
+    "TierFacts": "pagedkv.tiers.inspection",
     "TierStats": "pagedkv.tiers.book_tier",
+    "check_tier": "pagedkv.tiers.inspection",
+    "clear_tier": "pagedkv.tiers.inspection",
     "demote": "pagedkv.tiers.moving",
     "fingerprint_of": "pagedkv.tiers.fingerprint",
+    "inspect_tier": "pagedkv.tiers.inspection",
     "promote": "pagedkv.tiers.moving",
 }
 

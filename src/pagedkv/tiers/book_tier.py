@@ -312,7 +312,7 @@ class BookTier:
 
             def read(places: Ints) -> None:
                 self._slots.read(chain.slots[places], rows, places - first)
-                is_right[places] = _sums(rows, places - first) == wanted[places]
+                is_right[places] = checksums(rows, places - first) == wanted[places]
 
             def end() -> int:
                 return self._end_load(chain, wanted, is_right[first:], first, began)
@@ -353,7 +353,7 @@ class BookTier:
             sums = np.zeros(len(chain.slots), np.uint64)
 
             def write(places: Ints) -> None:
-                written = _sums(rows, places - first)
+                written = checksums(rows, places - first)
                 self._slots.write(chain.slots[places], rows, places - first)
                 sums[places] = written
 
@@ -519,7 +519,7 @@ class BookTier:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in changes.items()})
 
 
-def _sums(rows: Rows, places: Ints) -> Sums:
+def checksums(rows: Rows, places: Ints) -> Sums:
     """Return the checksums of some rows, never 0."""
     return np.array([xxhash.xxh3_64_intdigest(rows[place]) or 1 for place in places.tolist()], np.uint64)
 

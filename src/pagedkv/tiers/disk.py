@@ -10,6 +10,7 @@ from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import bad_argument
 from pagedkv.tiers.book_tier import BookTier
 from pagedkv.tiers.slab import Slab
+from pagedkv.tiers.tier import BlockFormat
 from pagedkv.validate import require_flag, require_size, shown
 
 
@@ -66,3 +67,14 @@ class DiskTier(BookTier):
         budget = None if daily_writes is None else require_size("daily_writes", daily_writes)
         super().__init__(slab, strategy=as_strategy(strategy), daily_writes=budget)
         self.directory = slab.directory
+
+    @staticmethod
+    def format_of(directory: str | Path) -> BlockFormat:
+        """Return what a directory holds blocks of, so that it can be opened without the model.
+
+        Raises
+        ------
+        TierError
+            If it is no directory of a tier, of another version, or cannot be read.
+        """
+        return Slab(directory, 0, is_read_only=True).format()

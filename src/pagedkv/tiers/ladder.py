@@ -204,7 +204,8 @@ class Ladder:
 
     def __init__(self, tiers: Sequence[Tier], block: BlockFormat, *, most_staged: int = MOST_STAGED) -> None:
         self.block = block
-        self.rungs = [Rung(tier) for tier in _opened(tiers, block)]
+        open_tiers(tiers, block)
+        self.rungs = [Rung(tier) for tier in tiers]
         self.news = threading.Event()
         self.on_news: Callable[[], None] = lambda: None
         self._most_staged, self._staged = most_staged, 0
@@ -374,7 +375,7 @@ class Ladder:
 
     def close(self) -> None:
         """Finish what is under way and close every tier."""
-        _close_all([rung.tier for rung in self.rungs])
+        close_tiers([rung.tier for rung in self.rungs])
 
 
 def _asked(rung: Rung, call: Callable[[Tier], Future[int]]) -> Future[int]:
@@ -395,7 +396,16 @@ def _answer(rung: Rung, future: Future[int]) -> int:
     return int(future.result())
 
 
-def _opened(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
+def open_tiers(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
+    """Open those that have a method ``open`` and are not open yet, and return them.
+
+    Raises
+    ------
+    InvalidOperation
+        If something in `tiers` is no tier, or is open for other blocks.
+    TierError
+        If a medium cannot be had; no tier is open then but those that were before.
+    """
     opened: list[Tier] = []
     try:
         for tier in tiers:
@@ -410,12 +420,12 @@ def _opened(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
                 open_tier(block)
                 opened.append(tier)
     except BaseException:
-        _close_all(opened)
+        close_tiers(opened)
         raise
-    return list(tiers)
+    return opened
 
 
-def _close_all(tiers: Sequence[Tier]) -> None:
+def close_tiers(tiers: Sequence[Tier]) -> None:
     """Close tiers, all of them; the first fault is raised then."""
     fault: BaseException | None = None
     for tier in tiers:

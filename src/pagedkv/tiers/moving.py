@@ -30,16 +30,19 @@ def write_rows(storage: KvStorage, blocks: Any, rows: Rows) -> None:
     shapes = storage.read_blocks(np.zeros(0, np.int64))
     data, start, contents = torch.from_numpy(rows), 0, []
     for shape in shapes:
-        layers, sides, _, width = shape.shape
-        stop = start + layers * sides * width * shape.element_size()
-        part = data[:, start:stop].contiguous().view(shape.dtype).view(len(rows), layers, sides, width)
+        (layers, sides, _, width), size = shape.shape, shape.element_size()
+        stop = start + layers * sides * width * size
+        part = data[:, start:stop]
+        if (data.data_ptr() + start) % size or data.stride(0) % size:
+            part = part.contiguous()  # where it could not be seen as elements
+        part = part.view(shape.dtype).view(len(rows), layers, sides, width)
         contents.append(part.movedim(0, 2).to(storage.device))
         start = stop
     storage.write_blocks(blocks, contents)
 
 
 def _as_bytes(part: Tensor) -> Tensor:
-    return part.reshape(len(part), -1).view(torch.uint8)
+    return part.flatten(1).view(torch.uint8)
 
 
 def demote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_salt: str = "") -> Future[int]:
@@ -114,7 +117,8 @@ def promote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_
         return held * size
     rows = np.empty((count - held, cache.block_memory_bytes), np.uint8)
     good = held + tier.load(ids[: count * size], rows, cache_salt).result()
-    place_rows(cache, seq_id, ids[: good * size], [(held, rows[: good - held])], cache_salt)
+    if good > held:
+        place_rows(cache, seq_id, ids[: good * size], [(held, rows[: good - held])], cache_salt)
     return good * size
 
 

@@ -52,7 +52,11 @@ SCHEMA = 1
 PAGE = 4096
 
 _FILES = ("meta.json", "meta.json.new", "slab", "records", "lock")
+_NO_TIER = "expected the directory of a tier, got one without"
+_NOT_OURS = "expected a directory of a tier, got a meta.json that is none of ours"
 _SYNC_SECONDS = 5.0
+_LOCK_SECONDS = 0.2
+"""How long a lock is tried for: one who only asks who writes holds it for a moment."""
 # Locks, and the order of what is written, mean less on these; a tier there would be slow as well.
 _NETWORK = "nfs nfs4 cifs smb3 smbfs 9p afs ceph lustre glusterfs fuse.glusterfs fuse.sshfs fuse.s3fs".split()
 
@@ -139,20 +143,18 @@ class Slab:
                 opened.pop_all()
                 return kept
         except OSError as error:
-            if isinstance(error, TierError):
-                raise
-            raise self._error(f"{error.strerror or error}") from error
+            raise self._said(error) from error
 
     def _open_to_read(self) -> Kept:
         meta = self._read_meta()
         if meta is None:
-            raise self._error("expected the directory of a tier, got one without")
+            raise self._error(_NO_TIER)
         if not self._is_ours(meta):
             raise self._error("holds blocks of another model: other weights, settings or shapes")
         self._key = bytes.fromhex(meta["key"])
         for name in ("slab", "records"):
             self._files[name] = os.open(self.directory / name, os.O_RDONLY | os.O_CLOEXEC)
-        return self._kept(os.fstat(self._files["records"]).st_size // self._dtype.itemsize)
+        return self._kept(self.num_slots)
 
     def _open_to_write(self) -> Kept:
         num_slots = self._size // (self._slot_bytes + self._dtype.itemsize)
@@ -181,6 +183,61 @@ class Slab:
 
     # Whose the directory is.
 
+    def format(self) -> BlockFormat:
+        """Return what the directory holds blocks of; nothing is locked or changed.
+
+        Raises
+        ------
+        TierError
+            If it is no directory of a tier, of another version, or cannot be read.
+        """
+        try:
+            meta = self._read_meta()
+        except OSError as error:
+            raise self._said(error) from error
+        if meta is None:
+            raise self._error(_NO_TIER)
+        try:
+            block = BlockFormat(meta["fingerprint"], meta["block_size"], meta["block_bytes"])
+            record_dtype(block.block_size)
+        except (KeyError, ValueError) as error:
+            raise self._error(_NOT_OURS) from error
+        return block
+
+    def writer(self) -> str | None:
+        """Return the id of the process that writes to the directory, None if there is none."""
+        try:
+            lock = os.open(self.directory / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None  # nobody ever wrote, or the records cannot be read either
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment: who wants to write tries again
+        except BlockingIOError:
+            return _owner(lock)
+        finally:
+            os.close(lock)
+        return None
+
+    def erase(self) -> None:
+        """Make all records void, and give the room of all blocks back to the disk.
+
+        Raises
+        ------
+        TierError
+            If a process writes to the directory, or it is no tier's; nothing is changed then.
+        """
+        self._block = self.format()
+        try:
+            self._take_lock()
+            self._begin_anew()
+        except OSError as error:
+            raise self._said(error) from error
+        finally:
+            self._let_go()
+
+    def _said(self, error: OSError) -> TierError:
+        return error if isinstance(error, TierError) else self._error(f"{error.strerror or error}")
+
     def _error(self, reason: str) -> TierError:
         return TierError(str(self.directory), reason)
 
@@ -201,7 +258,7 @@ class Slab:
         except (ValueError, KeyError, TypeError):
             is_known = False
         if not is_known:
-            raise self._error("expected a directory of a tier, got a meta.json that is none of ours")
+            raise self._error(_NOT_OURS)
         if meta["schema"] != SCHEMA:
             raise self._error(f"expected files of version {SCHEMA}, got version {meta['schema']} of another pagedkv")
         return meta
@@ -211,11 +268,16 @@ class Slab:
 
     def _take_lock(self) -> None:
         self._files["lock"] = lock = os.open(self.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
-            raise self._error(f"is in use by process {owner}: one writes, others open it to read") from None
+        until = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    reason = f"is in use by process {_owner(lock)}: one writes, others open it to read"
+                    raise self._error(reason) from None
+                time.sleep(0.01)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
 
@@ -276,7 +338,15 @@ class Slab:
         return sums
 
     def _kept(self, num_slots: int) -> Kept:
-        """Read the records and believe those that prove themselves, and whose parents do."""
+        return self.believed(*self.read_records(num_slots))
+
+    @property
+    def num_slots(self) -> int:
+        """How many records there are."""
+        return os.fstat(self._files["records"]).st_size // self._dtype.itemsize
+
+    def read_records(self, num_slots: int) -> tuple[npt.NDArray[np.void], npt.NDArray[np.bool_]]:
+        """Return the records, and which of them prove themselves and have a slot."""
         data = np.zeros(num_slots * self._dtype.itemsize, np.uint8)
         os.preadv(self._files["records"], [data.data], 0)
         records = data.view(self._dtype)
@@ -284,6 +354,11 @@ class Slab:
         if exists.any():
             exists &= records["sum"] == self._sums(records)
         exists[os.fstat(self._files["slab"]).st_size // self._slot_bytes :] = False
+        return records, exists
+
+    def believed(self, records: npt.NDArray[np.void], exists: npt.NDArray[np.bool_]) -> Kept:
+        """Return what is known of the slots: of records that prove themselves, those whose parents do."""
+        num_slots = len(records)
         generations = np.where(exists, records["generation"], 0)
         parents = np.where(exists, records["parent"], NO_BLOCK)
         inner = np.flatnonzero(parents >= 0)
@@ -420,8 +495,15 @@ class Slab:
         self._files = {}
 
 
+def _owner(lock: int) -> str:
+    """Return the process that is named in a lock file."""
+    return os.pread(lock, 20, 0).decode(errors="replace") or "unknown"
+
+
 def _runs(slots: Ints) -> Iterator[tuple[int, int]]:
     """Cut ascending slots into runs of neighbours: [start, stop) of each."""
+    if not len(slots):
+        return iter(())
     cuts = np.flatnonzero(np.diff(slots) != 1) + 1
     edges = [0, *cuts.tolist(), len(slots)]
     return zip(edges[:-1], edges[1:], strict=True)
