@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from tests.cli.commands import call, start
 
-from pagedkv.cli.replay import ReplayFacts, closed_gap, split_names
+from pagedkv.cli.replay import ReplayFacts, closed_gap
+from pagedkv.cli.replay_options import split_names
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace

@@ -13,7 +13,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from pagedkv.cli.replay import require_strategies, split_names
+from pagedkv.cli.replay_options import require_strategies, split_names
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,

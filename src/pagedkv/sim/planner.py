@@ -16,9 +16,9 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
-from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.sweeps import Progress, sweep
-from pagedkv.sim.trace import Floats, Int64s, Trace, require_content
+from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What runs at the same time: the blocks that requests hold while they are served.

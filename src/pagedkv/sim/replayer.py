@@ -21,8 +21,8 @@ import numpy.typing as npt
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.errors import bad_argument
-from pagedkv.sim.tiered import MAX_BLOCKS, Restart, TieredReplay, TierResult, Tiers, TierSpec
-from pagedkv.sim.trace import Trace, require_content
+from pagedkv.sim.tiered import Restart, TieredReplay, TierResult, Tiers, TierSpec
+from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What one replay found: one cell of the table strategies × capacities.

@@ -21,10 +21,8 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.restore import records_of, restore_blocks
 from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import bad_argument
-from pagedkv.sim.trace import Int32s, Trace
+from pagedkv.sim.trace import MAX_BLOCKS, Int32s, Trace
 from pagedkv.validate import require_choice, require_flag, require_int
-
-MAX_BLOCKS = 2**31 - 2
 
 HOST, DISK = "host", "disk"
 FINISH, RECLAIM, SECOND_HIT = "finish", "reclaim", "second-hit"
@@ -253,7 +251,8 @@ class TieredReplay:
     @property
     def hits(self) -> Int32s:
         """Blocks that every request found in any level, int32 [requests]."""
-        return self._hits.sum(axis=0, dtype=np.int32)
+        hits: Int32s = self._hits.sum(axis=0, dtype=np.int32)
+        return hits
 
     @property
     def reclaimed(self) -> int:
