@@ -109,12 +109,18 @@ class Tiering:
     @property
     def is_asked(self) -> bool:
         """Whether there is anything but the pool; `Failure` where options do not go together."""
+        from pagedkv.control.strategies import parse_strategy
+
         for flag, given in (("--tier-writes", self.writes), ("--exclusive", self.exclusive)):
             if given and self.tiers is None:
                 raise Failure(f"{flag} needs --tiers")
         if self.exclusive and self.writes not in (None, "reclaim"):
             raise Failure(f"--exclusive goes with --tier-writes reclaim, got {self.writes}")
         require_choice("tier_writes", self.writes or "finish", ("finish", "reclaim", "second-hit"))
+        try:
+            parse_strategy(self.strategy)
+        except InvalidOperation as error:
+            raise Failure(f"--tier-strategy: {error.reason.removeprefix('strategy: ')}") from None
         return self.tiers is not None or self.restart_at is not None
 
     def made(self, trace: Trace) -> Tiers | None:
