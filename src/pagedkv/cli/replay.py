@@ -183,11 +183,13 @@ def replay(
             beneath = asked.made(read) if read.has_content else None
             show = bar("replaying")
             results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, tiers=beneath, progress=show)
-            lru = lru_curve(read) if curve or (html is not None and timing is None) else None
+            is_plain = timing is None and beneath is None
+            lru = lru_curve(read) if curve or (html is not None and is_plain) else None
         if html is not None:
             from pagedkv.sim.report import replay_report
 
-            write_file("--html", html, replay_report(read, results, curve=lru, command=command_line(context)))
+            of_pool = lru if beneath is None else None  # what tiers find is on no curve of the pool
+            write_file("--html", html, replay_report(read, results, curve=of_pool, command=command_line(context)))
         if csv is not None:
             _write_csv(results, timing is not None, csv)
         shown = lru if curve else None

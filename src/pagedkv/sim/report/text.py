@@ -37,7 +37,7 @@ def verdict(evidence: Evidence) -> str:
     best = evidence.best
     if best is None:
         return f"At most {percent(evidence.attainable)} of the blocks can be found again"
-    where = evidence.size(best.blocks)
+    where = evidence.size(best.blocks) + evidence.beneath
     share = best.hit_ratio / evidence.attainable
     if share >= _NEARLY_ALL:
         return f"Large enough: {best.strategy} in {where} finds {percent(share)} of all that can be found"
@@ -93,10 +93,16 @@ def results_section(evidence: Evidence) -> Markup | None:
     return section(
         "results",
         "Strategies and sizes",
-        tag("p", f"{note}. The best strategy of each size is marked.", class_="lede"),
+        tag("p", f"{note}. The best strategy of each size is marked.", _counted(evidence), class_="lede"),
         table("Hit ratio by strategy and size", heads, rows, class_="matrix"),
         every_replay(evidence),
     )
+
+
+def _counted(evidence: Evidence) -> str | None:
+    if not evidence.beneath:
+        return None
+    return f" Sizes are those of the pool; counted is what it{evidence.beneath} found together."
 
 
 def _size_head(evidence: Evidence, blocks: int) -> Markup | str:
@@ -125,6 +131,10 @@ def every_replay(evidence: Evidence) -> Markup:
     is_timed = any(result.preempted or result.refused for result in evidence.results)
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "reclaimed", "seconds"]
     heads += ["preempted", "refused"] if is_timed else []
+    media = [tier.medium for tier in evidence.results[0].tiers] if evidence.results else []
+    heads += [f"{what} {medium}" for medium in media for what in ("hits in", "written to")]
+    restarts = any(result.restart for result in evidence.results)
+    heads += ["after the restart"] if restarts else []
     rows = [
         [
             result.strategy,
@@ -134,6 +144,8 @@ def every_replay(evidence: Evidence) -> Markup:
             *counts([result.reclaimed]),
             (f"{result.seconds:.3f}", result.seconds),
             *counts((result.preempted, result.refused) if is_timed else ()),
+            *counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written)),
+            *ratios([result.restart.hit_ratio] if result.restart else ()),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
