@@ -11,7 +11,7 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.charts import counts, ratios, section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
-from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, tag
+from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, short, tag
 from pagedkv.sim.trace import Trace
 
 _NEARLY_ALL = 0.95
@@ -297,6 +297,35 @@ def memory_section(plan: Plan) -> Markup | None:
         f"With {format_bytes(plan.memory.bytes)}",
         tag("p", f"{count(plan.memory.blocks)} blocks fit.", class_="lede"),
         table("The given memory", heads, rows),
+    )
+
+
+def disk_section(plan: Plan) -> Markup | None:
+    """Return the price of every share in memory and on a disk, and what to buy."""
+    disk = plan.disk
+    if disk is None:
+        return None
+    rows: list[list[object]] = [
+        [
+            (share(price.share), price.share),
+            *ratios((price.hit_ratio, price.disk_hit_ratio)),
+            (format_bytes(price.disk_bytes) if price.disk_blocks else "none", price.disk_bytes),
+            (duration(price.first_token), price.first_token),
+            (format_bytes(price.memory_alone.bytes), price.memory_alone.bytes),
+            (duration(price.first_token_memory), price.first_token_memory),
+        ]
+        for price in disk.prices
+    ]
+    heads = ["of the attainable", "hit ratio", "found on disk", "disk", "first token", "memory instead", "first token"]
+    rates = (
+        f" The disk gives {short(disk.load_tokens_per_second)} tokens/s, "
+        f"computed are {short(disk.prefill_tokens_per_second)}."
+    )
+    return section(
+        "disk",
+        f"A disk beneath {format_bytes(disk.memory.bytes)} of memory",
+        tag("p", disk.advice, rates, class_="lede"),
+        table("Memory or disk", heads, rows, class_="matrix"),
     )
 
 
