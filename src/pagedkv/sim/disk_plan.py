@@ -51,15 +51,15 @@ def price_disk(plan: Plan, memory: Size, read_bytes_per_second: float) -> DiskPl
 
     def priced(level: Level) -> DiskPrice:
         alone = level.lru
-        of_memory, of_disk = plan.curve.split(memory.blocks, alone.blocks)
+        of_memory, of_disk = plan.curve.split(memory.blocks, alone.blocks).tolist()
         is_needed = alone.blocks > memory.blocks
         return DiskPrice(
             share=level.share,
             memory_alone=alone,
             disk_blocks=alone.blocks if is_needed else 0,
             disk_bytes=alone.blocks * plan.bytes_per_block if is_needed else 0,
-            hit_ratio=float(of_memory + of_disk),
-            disk_hit_ratio=float(of_disk),
+            hit_ratio=of_memory + of_disk,
+            disk_hit_ratio=of_disk,
             first_token=first_token(alone, of_disk * plan.accesses) if is_needed and pays else first_token(memory),
             first_token_memory=first_token(max(alone, memory, key=lambda size: size.blocks)),
         )
@@ -104,24 +104,26 @@ def _advice(plan: DiskPlan, price: DiskPrice) -> tuple[str, str]:
 
 # How fast a disk reads, measured as a tier reads it: pieces of a file in no order, by a few threads, from the medium.
 
-_FILE_BYTES, _PIECE_BYTES, _THREADS = 256 * 2**20, 2 * 2**20, 4
+_PIECE_BYTES, _THREADS = 2 * 2**20, 4
 
 
-def measure_read_rate(folder: Path, clock: Callable[[], float] = time.perf_counter) -> float:
-    """Write 256 MiB to a temporary file in a folder, and return the bytes per second at which it is read back.
+def measure_read_rate(
+    folder: Path, num_bytes: int = 256 * 2**20, *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Write a temporary file of this size into a folder, and return the bytes per second at which it is read back.
 
     Raises
     ------
     OSError
         If there is no room, or no permission.
     """
-    offsets = list(range(0, _FILE_BYTES, _PIECE_BYTES))
+    offsets = list(range(0, num_bytes, _PIECE_BYTES))
     with tempfile.TemporaryFile(dir=folder) as file:
         for _ in offsets:
             file.write(os.urandom(_PIECE_BYTES))
         file.flush()
         os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
+        if hasattr(os, "posix_fadvise"):  # so that it is read from the disk, not from memory
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         random.Random(0).shuffle(offsets)
         with ThreadPoolExecutor(_THREADS) as threads:
