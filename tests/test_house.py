@@ -51,7 +51,7 @@ LONELY = {
 
 # Files that a table in their one user names, one by one: a command, a router or a format each.
 LISTED = {
-    "pagedkv.cli.app": ("bench", "check_model", "plan", "serve", "top", "trace", "warmup"),
+    "pagedkv.cli.app": ("bench", "check_model", "plan", "replay", "serve", "top", "trace", "warmup"),
     "pagedkv.server.app": ("admin", "completions", "metrics", "tokenize"),
     "pagedkv.sim.reading": ("csv_lengths", "kv_events", "mooncake", "qwen", "tokens", "weka"),
 }
