@@ -67,7 +67,7 @@ def test_a_disk_is_priced_where_its_rate_is_given(trace, monkeypatch, tmp_path):
     options = ("--memory", "2GiB", "--prefill-rate", 700)
     shown = call("plan", trace, *ARGUMENTS, *options, "--disk-read", "1.0 GB/s", env={"COLUMNS": "140"})
     assert shown.exit_code == 0, shown.stderr
-    for words in ("Beneath 2 GiB of memory, a disk of 1 GB/s: 7.63 k tokens/s, computed are 700", "memory or disk",
+    for words in ("1 GB/s give 7.63 k tokens/s; computed are 700", "with 2 GiB of memory alone", "memory or disk",
                   "Buy the disk", "found on it"):  # fmt: skip
         assert words in shown.stdout, words
     told = json.loads(call("plan", trace, *ARGUMENTS, *options, "--disk-read", "1GB/s", "--json").stdout)

@@ -234,6 +234,9 @@ def _print_screen(plan: Plan, console: Console) -> None:
         Panel(Text(plan.verdict.text), title="verdict", title_align="left", border_style=_COLORS[plan.verdict.kind])
     )
     if plan.disk:
+        console.print()
+        console.print(facts_table(_disk_facts(plan.disk)))
+        console.print()
         console.print(_disk_table(plan, plan.disk))
         console.print(Panel(Text(plan.disk.advice), title="memory or disk", title_align="left", border_style="cyan"))
 
@@ -299,16 +302,17 @@ def _memory_table(plan: Plan, memory: Memory) -> Table:
     return table
 
 
+def _disk_facts(disk: DiskPlan) -> Iterator[tuple[str, str]]:
+    load, prefill = short(disk.load_tokens_per_second), short(disk.prefill_tokens_per_second)
+    yield "disk", f"{short(disk.read_bytes_per_second)}B/s give {load} tokens/s; computed are {prefill}"
+    without, memory = duration(disk.first_token_without), format_bytes(disk.memory.bytes)
+    yield "first token", f"after {without} without a cache, {duration(disk.first_token)} with {memory} of memory alone"
+
+
 def _disk_table(plan: Plan, disk: DiskPlan) -> Table:
     """Lay out the price of every share, in memory alone and with a disk, and when the first token comes."""
-    title = (
-        f"Beneath {format_bytes(disk.memory.bytes)} of memory, a disk of {short(disk.read_bytes_per_second)}B/s: "
-        f"{short(disk.load_tokens_per_second)} tokens/s, computed are {short(disk.prefill_tokens_per_second)}. "
-        f"First token without a cache after {duration(disk.first_token_without)}, "
-        f"with that memory after {duration(disk.first_token)}"
-    )
     names = ("share", "hit ratio", "disk", "found on it", "first token", "memory instead", "first token")
-    table = _figures(title, *(Column(name, justify="right") for name in names))
+    table = _figures("Memory with a disk beneath", *(Column(name, justify="right") for name in names))
     for price in disk.prices:
         is_target = price.share == plan.target
         table.add_row(
