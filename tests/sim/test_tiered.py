@@ -206,6 +206,12 @@ def test_every_cell_of_a_sweep_has_its_own_tiers():
     assert len({result.hit_blocks for result in alone}) > 1
 
 
+def test_no_tiers_are_the_pool_alone():
+    trace = as_trace(looping_requests(6))
+    assert replay(trace, 30, tiers=[]).hits.tolist() == replay(trace, 30).hits.tolist()
+    assert replay(trace, 30, tiers=[], timing=Timing()).preempted >= 0
+
+
 def test_a_trace_without_requests():
     result = replay(as_trace([]), 5, tiers=Tiers([TierSpec("disk", 5)], "reclaim", True, 0))
     assert result.restart is None and result.tiers[0].hit_ratio == result.tiers[0].written_share == 0.0
@@ -219,6 +225,7 @@ def test_what_makes_no_sense():
         (lambda: TierSpec("disk", 0), "blocks: expected an int"),
         (lambda: TierSpec("disk", 5, "no such"), "strategy: expected one of"),
         (lambda: Tiers([disk, disk]), "tiers: expected at most one of each medium, got disk, disk"),
+        (lambda: replay(trace, 5, tiers=["disk:5"]), "tiers: expected TierSpec objects, got 'disk:5'"),
         (lambda: Tiers([disk], "often"), "writes: expected one of finish"),
         (lambda: Tiers([disk], exclusive=True), "writes: expected 'reclaim' for exclusive tiers, got 'finish'"),
         (lambda: Tiers([disk], restart_at=0.5), "restart_at: expected an int"),

@@ -275,11 +275,11 @@ def replay(
 
 def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) -> Tiers | None:
     """Return the tiers to replay with; None for the pool alone."""
-    if tiers is None or tiers == ():
-        return None
-    if timing is not None:
+    if tiers is not None and not isinstance(tiers, Tiers):
+        tiers = Tiers(tuple(tiers)) if len(tiers) else None
+    if tiers is not None and timing is not None:
         raise bad_argument("tiers", "none together with timing: tiers know no time", shown(tiers))
-    return tiers if isinstance(tiers, Tiers) else Tiers(tuple(tiers))
+    return tiers
 
 
 def _replay_tiered(trace: Trace, blocks: int, strategy: str | EvictionStrategy, tiers: Tiers) -> ReplayResult:

@@ -22,7 +22,7 @@ from pagedkv.control.restore import records_of, restore_blocks
 from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import bad_argument
 from pagedkv.sim.trace import MAX_BLOCKS, Int32s, Trace
-from pagedkv.validate import require_choice, require_flag, require_int
+from pagedkv.validate import require_choice, require_flag, require_int, shown
 
 HOST, DISK = "host", "disk"
 FINISH, RECLAIM, SECOND_HIT = "finish", "reclaim", "second-hit"
@@ -82,6 +82,9 @@ class Tiers:
     restart_at: int | None = None
 
     def __post_init__(self) -> None:
+        for level in self.levels:
+            if not isinstance(level, TierSpec):
+                raise bad_argument("tiers", "TierSpec objects", shown(level))
         media = [level.medium for level in self.levels]
         if len(set(media)) < len(media):
             raise bad_argument("tiers", "at most one of each medium", ", ".join(media))
