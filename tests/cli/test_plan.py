@@ -63,6 +63,24 @@ def test_the_json_is_the_plan(trace):
     assert told["hardware"] == {"tflops": 400.0, "mfu": 0.5, "decode_tokens_per_second": 50.0}
 
 
+def test_a_disk_is_priced_where_its_rate_is_given(trace, monkeypatch, tmp_path):
+    options = ("--memory", "2GiB", "--prefill-rate", 700)
+    shown = call("plan", trace, *ARGUMENTS, *options, "--disk-read", "1.0 GB/s", env={"COLUMNS": "140"})
+    assert shown.exit_code == 0, shown.stderr
+    for words in ("1 GB/s give 7.63 k tokens/s; computed are 700", "with 2 GiB of memory alone", "memory or disk",
+                  "Buy the disk", "found on it"):  # fmt: skip
+        assert words in shown.stdout, words
+    told = json.loads(call("plan", trace, *ARGUMENTS, *options, "--disk-read", "1GB/s", "--json").stdout)
+    made = plan(read_trace(trace), read_model("llama-3.1-8b"), memory=2**31, strategies=["lru", "lfu"],
+                prefill_rate=700, disk_read=1e9)  # fmt: skip
+    assert list(told) == [*KEYS[:-1], "disk", "curves"] and told["disk"]["choice"] == "disk"
+    assert [price["first_token"] for price in told["disk"]["prices"]] == [p.first_token for p in made.disk.prices]
+    assert told["disk"]["memory"]["gib"] == 2.0
+    monkeypatch.setattr("pagedkv.sim.disk_plan.measure_read_rate", lambda folder: 5e8 if folder == tmp_path else 0)
+    told = json.loads(call("plan", trace, *ARGUMENTS, "--disk-read", tmp_path, "--json").stdout)
+    assert told["disk"]["read_bytes_per_second"] == 5e8
+
+
 def test_options_reach_the_plan(trace):
     options = ("--kv-dtype", "fp8", "--tflops", 990, "--mfu", 0.25, "--decode-rate", 10, "--window-as-full")
     told = json.loads(call("plan", trace, "-m", "gpt-oss-20b", "-s", "lru", *options, "--json").stdout)
@@ -120,6 +138,10 @@ def test_screen_and_report_tell_the_same_figures(trace, tmp_path):
         (("--tflops", "0"), "--tflops: expected a number above 0"),
         (("--mfu", "1.5"), "--mfu: expected a number above 0 and at most 1, got 1.5"),
         (("--decode-rate", "nan"), "--decode-rate: expected"),
+        (("--prefill-rate", "0"), "--prefill-rate: expected a number above 0, got 0.0"),
+        (("--disk-read", "fast"), "--disk-read: expected a rate such as 1.0GB/s, or a folder on the disk to measure"),
+        (("--disk-read", "1GB"), "--disk-read: expected a rate such as 1.0GB/s"),
+        (("--disk-read", "0GB/s"), "--disk-read: expected a rate such as 1.0GB/s"),
         (("--kv-dtype", "int3"), "error: --kv-dtype: expected one of float16"),
         (("--model", "no-such-model"), "expected a config.json, a folder with one, or one of deepseek-v3"),
         (("--model", "{"), "model config inline JSON: expected a JSON object"),

@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from tests.cli.commands import call, start
 
-from pagedkv.cli.replay import ReplayFacts, closed_gap, split_names
+from pagedkv.cli.replay import ReplayFacts, closed_gap
+from pagedkv.cli.replay_options import split_names
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.replayer import ReplayResult, replay
 from pagedkv.sim.sweeps import parse_capacities, spread_capacities
+from pagedkv.sim.tiered import Tiers, TierSpec
 
 KEYS = ["strategy", "blocks", "accesses", "hit_blocks", "hit_ratio", "token_hit_ratio", "reclaimed", "seconds"]
 MINE = """
@@ -224,6 +226,66 @@ def test_a_strategy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeyp
     assert "NotANumber.score_blocks: expected to return integers" in error
 
 
+TIERED = ["pool_hit_blocks", "pool_hit_ratio", "tiers", "restart"]
+
+
+def test_tiers_are_told_in_json_csv_table_and_report(trace, tmp_path):
+    page, file = tmp_path / "page.html", tmp_path / "cells.csv"
+    options = ("-b", "30,60", "-s", "lru,lfu", "--tiers", "host:50,disk:50%", "--restart-at", "50%")
+    text = replayed(trace, *options, "--html", page, "--csv", file)
+    facts = msgspec.json.decode(text, type=ReplayFacts, strict=True)
+    read = read_trace(trace)
+    levels = [TierSpec("host", 50), TierSpec("disk", -(-read.num_distinct // 2))]
+    assert [list(cell) for cell in json.loads(text)["cells"]] == [[*KEYS, *TIERED]] * 4
+    assert json.loads(text)["tiers"] == {
+        "levels": [{"medium": tier.medium, "blocks": tier.blocks, "strategy": "lru"} for tier in levels],
+        "writes": "finish",
+        "exclusive": False,
+        "restart_at": 200,
+    }
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    for cell, row in zip(facts.cells, rows, strict=True):
+        result = replay(read, cell.blocks, cell.strategy, tiers=Tiers(levels, restart_at=200))
+        assert (cell.hit_blocks, cell.pool_hit_blocks) == (result.hit_blocks, result.pool_hit_blocks)
+        assert cell.restart.hit_blocks == result.restart.hit_blocks > 0
+        for found, tier in zip(cell.tiers, result.tiers, strict=True):
+            assert (found.medium, found.hit_blocks, found.hit_tokens) == (tier.medium, tier.hit_blocks, tier.hit_tokens)
+            assert found.written == tier.written > 0 and found.written_share == tier.written / read.num_accesses
+            assert row[f"{tier.medium}_hit_blocks"] == str(tier.hit_blocks)
+        assert row["restart_hit_ratio"] == str(result.restart.hit_ratio)
+    shown = call("replay", trace, *options, env={"COLUMNS": "100"}).stdout
+    first = facts.cells[0]
+    for words in (
+        f"a host tier of 50 blocks (lru) and a disk tier of {levels[1].blocks:,} blocks (lru), written on finish",
+        *("a restart before request 201, at 3 min 20 s", "hit ratio in the 10% after the restart"),
+        *(f"{first.pool_hit_ratio:.2%}", f"{first.tiers[1].hit_ratio:.2%}", f"{first.tiers[1].written:,}"),
+    ):
+        assert words in shown, words
+    report = page.read_text(encoding="utf-8")
+    beneath = f"and a host tier of 50 blocks and a disk tier of {levels[1].blocks:,} blocks"
+    assert f"30 blocks {beneath}" in report or f"60 blocks {beneath}" in report
+    assert "hits in disk" in report and f">{first.tiers[1].written:,}<" in report and "after the restart" in report
+
+
+def test_how_tiers_are_used_can_be_chosen(trace):
+    read, told = read_trace(trace), {}
+    for options, tiers in (
+        (["--exclusive"], Tiers([TierSpec("disk", 90)], "reclaim", True)),
+        (["--tier-writes", "reclaim"], Tiers([TierSpec("disk", 90)], "reclaim")),
+        (["--tier-writes", "second-hit", "--tier-strategy", "lfu"], Tiers([TierSpec("disk", 90, "lfu")], "second-hit")),
+        (["--restart-at", "90s"], Tiers([TierSpec("disk", 90)], restart_at=90)),
+    ):
+        (cell,) = json.loads(replayed(trace, "-b", "40", "-s", "lru", "--tiers", "disk:90", *options))["cells"]
+        result = replay(read, 40, tiers=tiers)
+        told[options[0]] = cell["hit_blocks"], cell["tiers"][0]["written"]
+        assert told[options[0]] == (result.hit_blocks, result.tiers[0].written), options
+    assert len(set(told.values())) >= 3
+    alone = json.loads(replayed(trace, "-b", "40", "-s", "lru", "--restart-at", "1h"))["cells"][0]
+    assert list(alone) == KEYS  # no tiers, and a restart that never comes
+    assert "the restart lies behind the last request" in call("replay", trace, "-b", "40", "--restart-at", "1h").stdout
+
+
 def test_all_strategies_are_those_without_arguments(trace):
     cells = json.loads(replayed(trace, "-b", "30", "-s", "all"))["cells"]
     names = [cell["strategy"] for cell in cells]
@@ -255,6 +317,24 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["--timed", "--decode-rate", "0"], "--decode-rate: expected a number above 0, got 0.0"),
         (["--timed", "--prefill-rate", "nan"], "--prefill-rate: expected a number above 0, got nan"),
         (["--timed", "-s", "lru,optimal"], "the optimum knows no time"),
+        (["--tiers", "tape:5"], "--tiers: expected tiers such as disk:100k or host:20k,disk:25%, got 'tape:5'"),
+        (["--tiers", "disk"], "--tiers: expected tiers such as"),
+        (["--tiers", "disk:many"], "--tiers: expected tiers such as"),
+        (["--tiers", "disk:0"], "tiers: a cache without a block finds nothing, got '0'"),
+        (["--tiers", "disk:5,disk:6"], "--tiers: expected at most one of each medium, got disk, disk"),
+        (["--tiers", ","], "--tiers: expected tiers such as"),
+        (["--tiers", "disk:5", "--tier-writes", "often"], "--tier-writes: expected one of finish, reclaim, second-hit"),
+        (
+            ["--tiers", "disk:5", "--exclusive", "--tier-writes", "finish"],
+            "--exclusive goes with --tier-writes reclaim",
+        ),
+        (["--tiers", "disk:5", "--tier-strategy", "no_such"], "--tier-strategy: expected one of adaptive"),
+        (["--tiers", "disk:5", "-s", "optimal"], "the optimum knows of one pool"),
+        (["--tiers", "disk:5", "--timed"], "--timed knows no tiers and no restart"),
+        (["--exclusive"], "--exclusive needs --tiers"),
+        (["--tier-writes", "finish"], "--tier-writes needs --tiers"),
+        (["--restart-at", "soon"], "--restart-at: expected a moment such as 50%, 90s, 30min or 1h, got 'soon'"),
+        (["--restart-at", "120%"], "--restart-at: expected a moment"),
         (["--jobs", "0"], "error: --jobs: expected an int in 1"),
         (["--json", "--csv", "-"], "both want stdout"),
         (["--csv", "/no/such/folder/cells.csv"], "--csv: expected a file in a folder that exists"),

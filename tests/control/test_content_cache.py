@@ -115,3 +115,34 @@ def test_a_broken_strategy_loses_nothing(answer):
     cache.check()
     assert cache.used_block_count == 0 and cache.free_block_count == 4
     assert cache.run(ids, offsets).tolist()[:2] == [2, 2]
+
+
+@pytest.mark.parametrize("strategy", ["lru", "s3fifo", "sieve", "gdsf", "adaptive"])
+def test_the_tail_of_a_chain_goes_up_to_where_another_one_goes_on(strategy):
+    cache = ContentCache(9, strategy)
+    events = heard_by(cache)
+    ids = np.array([1, 2, 3, 4, 1, 2, 5], np.int32)
+    cache.run(ids, np.array([0, 4, 7]))
+    del events[:]
+    assert cache.drop_tail(ids[:4]) == 2 and cache.drop_tail(ids[:4]) == 0
+    assert events == [BlockRemoved(3), BlockRemoved(2)]
+    assert (cache.match_prefix([1, 2, 3]), cache.match_prefix([1, 2, 5])) == (2, 3)
+    cache.check()
+    assert cache.drop_tail(np.array([1, 2, 5, 9])) == 3 and cache.cached_block_count == 0
+    cache.check()
+    assert cache.run(ids, np.array([0, 4, 7])).tolist() == [0, 2]
+    cache.check()
+
+
+def test_what_is_in_use_or_pinned_is_not_dropped():
+    cache = ContentCache(9)
+    cache.allocate(1, [1, 2])
+    cache.commit(1)
+    cache.run(np.array([1, 2, 3, 4]), np.array([0, 4]))
+    assert cache.drop_tail(np.array([1, 2, 3, 4])) == 2 and cache.match_prefix([1, 2, 3]) == 2
+    cache.pin(1)
+    cache.free(1)
+    assert cache.drop_tail(np.array([1, 2])) == 0
+    cache.check()
+    with pytest.raises(InvalidOperation, match="ids: expected a flat int32 or int64 array"):
+        cache.drop_tail([1, 2])

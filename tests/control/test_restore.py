@@ -11,21 +11,9 @@ from hypothesis import strategies as st
 from tests.contracts.test_strategy_contract import STRATEGIES
 
 from pagedkv import BlockManager, InvalidOperation
-from pagedkv.control.restore import NO_BLOCK, NO_PARENT, BlockRecords, restore_blocks
+from pagedkv.control.restore import NO_BLOCK, NO_PARENT, BlockRecords, records_of, restore_blocks
 
 SALTS = ["", "a", "b"]
-
-
-def records_of(manager):
-    """What a pool at rest holds, read from the public events and records of its blocks."""
-    count = manager.total_blocks
-    blocks = manager.block_records(np.arange(count))
-    parents = np.where(blocks["indexed"] != 0, np.maximum(blocks["parent"], NO_PARENT), NO_BLOCK).astype(np.int32)
-    salts = np.zeros(count, np.int32)
-    for block in np.flatnonzero((blocks["indexed"] != 0) & (blocks["parent"] < 0)):
-        salts[block] = SALTS.index(manager._namespaces.salt_of(-1 - int(blocks["parent"][block])))
-    ids = manager._state.contents.reshape(count, manager.block_size).copy()
-    return BlockRecords(parents, salts, ids, blocks["last_access"].copy(), blocks["access_count"].copy())
 
 
 def filled(num_blocks=40, block_size=2, seed=0, strategy="lru", turns=60):
@@ -44,7 +32,7 @@ def filled(num_blocks=40, block_size=2, seed=0, strategy="lru", turns=60):
 def test_books_find_what_they_found_before(strategy):
     old, texts = filled(strategy=copy.deepcopy(strategy))
     new = BlockManager(40, 2, strategy=copy.deepcopy(strategy), whole_hits=True)
-    found = restore_blocks(new, records_of(old), SALTS)
+    found = restore_blocks(new, *records_of(old))
     new.check()
     assert found.sum() == new.cached_block_count == old.cached_block_count > 10
     for ids, salt in texts:
@@ -61,7 +49,7 @@ def test_books_find_what_they_found_before(strategy):
 def test_the_least_recently_used_goes_first_as_it_would_have():
     old, _ = filled(turns=30)
     new = BlockManager(40, 2, whole_hits=True)
-    restore_blocks(new, records_of(old), SALTS)
+    restore_blocks(new, *records_of(old))
     gone = {manager: [] for manager in (old, new)}
     for manager, removed in gone.items():
         manager.subscribe(lambda event, removed=removed: removed.append(event) if "Removed" in repr(event) else None)
@@ -69,6 +57,22 @@ def test_the_least_recently_used_goes_first_as_it_would_have():
         manager.check()
     assert len(gone[old]) > 30
     assert [event.block_id for event in gone[new]] == [event.block_id for event in gone[old]]
+
+
+def test_the_records_are_those_of_the_findable_blocks():
+    books = BlockManager(6, 2, whole_hits=True)
+    assert (records_of(books)[0].parents == NO_BLOCK).all() and records_of(books)[1] == []
+    for turn, (ids, salt) in enumerate([([1, 2, 3, 4], "b"), ([1, 2, 5, 6], "b"), ([1, 2], "a"), ([7], "a")]):
+        books.allocate(turn, ids, cache_salt=salt)
+        books.commit(turn)
+        books.free(turn)
+    records, salts = records_of(books)
+    assert salts == ["b", "a"]
+    assert records.parents.tolist() == [NO_PARENT, 0, 0, NO_PARENT, NO_BLOCK, NO_BLOCK]
+    assert records.salts[[0, 3]].tolist() == [0, 1]
+    assert records.token_ids[:4].tolist() == [[1, 2], [3, 4], [5, 6], [1, 2]]
+    assert records.access_counts[:4].tolist() == [2, 1, 1, 1]
+    assert np.argsort(records.last_access[:4], kind="stable").tolist() == [1, 0, 2, 3]
 
 
 def test_a_chain_with_a_gap_is_lost_from_the_gap_on():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,7 +15,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from pagedkv.cli.replay import require_strategies, split_names
+from pagedkv.cli.replay_options import require_strategies, split_names
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,
@@ -38,11 +40,11 @@ from pagedkv.cli.terminal import (
 from pagedkv.errors import InvalidOperation
 from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.validate import require_size
+from pagedkv.validate import require_number, require_size
 
 if TYPE_CHECKING:
     from pagedkv.sim.model_shape import ModelShape
-    from pagedkv.sim.plan_types import Memory, Plan, Size
+    from pagedkv.sim.plan_types import DiskPlan, Memory, Plan, Size
 
 
 def parse_size(option: str, text: str) -> int:
@@ -51,6 +53,20 @@ def parse_size(option: str, text: str) -> int:
         return require_size(option, text)
     except InvalidOperation as error:
         raise Failure(error.reason) from None
+
+
+def parse_rate(option: str, text: str, measure: Callable[[Path], float]) -> float:
+    """Return the bytes per second that ``"1.0GB/s"`` stands for, or at which the disk of a folder is measured."""
+    size, slash, unit = text.rpartition("/")
+    if slash and unit.strip().lower() == "s":
+        with suppress(InvalidOperation):
+            return require_size(option, size)
+    if not Path(text).is_dir():
+        raise Failure(f"{option}: expected a rate such as 1.0GB/s, or a folder on the disk to measure, got {text!r}")
+    try:
+        return measure(Path(text))
+    except OSError as error:
+        raise Failure(f"{option}: {text} cannot be measured: {error.strerror or error}") from None
 
 
 # The options of ``pagedkv plan``. What the command needs is imported when it runs.
@@ -66,6 +82,8 @@ EXAMPLES = """Say how much KV cache a model needs for real traffic, what it save
   pagedkv plan trace.jsonl --model qwen3-8b --kv-dtype fp8 --strategies lru,s3fifo --html plan.html
 
   pagedkv plan trace.jsonl --model config.json --tflops 990 --mfu 0.4 --json
+
+  pagedkv plan trace.jsonl.gz --model ./my-model --memory 8GiB --disk-read 1.0GB/s --prefill-rate 700
 
 The model is a config.json, a folder with one, JSON text, or the name of a known shape; no weights are read.
 """
@@ -118,6 +136,25 @@ def plan(
     decode_tokens_per_second: Annotated[
         float, option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
     ] = 50.0,
+    prefill_rate: Annotated[
+        float | None,
+        option(
+            "--prefill-rate",
+            "--prefill",
+            help="Prompt tokens per second, as measured, in place of the two above.",
+            default=False,
+            panel=_RATE,
+        ),
+    ] = None,
+    disk_read: Annotated[
+        str | None,
+        option(
+            "--disk-read",
+            help="Also price a disk beneath the memory that reads at 1.0GB/s, or as a folder on it is measured to.",
+            default=False,
+            panel=_RATE,
+        ),
+    ] = None,
     format: FormatOption = None,
     block_tokens: BlockTokensOption = None,
     skip_bad: SkipBadOption = False,
@@ -129,6 +166,7 @@ def plan(
     """Read model and trace, make the plan, show it."""
     with failures_in_one_line(debug, context):
         from pagedkv.sim import planner
+        from pagedkv.sim.disk_plan import measure_read_rate
         from pagedkv.sim.model_shape import read_model
         from pagedkv.sim.plan_types import Hardware
         from pagedkv.sim.reading import read_trace
@@ -140,6 +178,9 @@ def plan(
             require_strategies(names)
         hardware = Hardware(tflops, mfu, decode_tokens_per_second)
         require_writable("--html", html)
+        read_rate = None if disk_read is None else parse_rate("--disk-read", disk_read, measure_read_rate)
+        if prefill_rate is not None:
+            require_number("prefill_rate", prefill_rate, 0, above=True)
         shape = read_model(model, kv_dtype=kv_dtype, window_as_full=window_as_full)
         console = notes()
         with progress_bar(console) as bar:
@@ -153,6 +194,8 @@ def plan(
                 memory=size,
                 strategies=names,
                 hardware=hardware,
+                prefill_rate=prefill_rate,
+                disk_read=read_rate,
                 jobs=jobs,
                 progress=bar("replaying"),
             )
@@ -190,6 +233,12 @@ def _print_screen(plan: Plan, console: Console) -> None:
     console.print(
         Panel(Text(plan.verdict.text), title="verdict", title_align="left", border_style=_COLORS[plan.verdict.kind])
     )
+    if plan.disk:
+        console.print()
+        console.print(facts_table(_disk_facts(plan.disk)))
+        console.print()
+        console.print(_disk_table(plan, plan.disk))
+        console.print(Panel(Text(plan.disk.advice), title="memory or disk", title_align="left", border_style="cyan"))
 
 
 def _given(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -253,6 +302,32 @@ def _memory_table(plan: Plan, memory: Memory) -> Table:
     return table
 
 
+def _disk_facts(disk: DiskPlan) -> Iterator[tuple[str, str]]:
+    load, prefill = short(disk.load_tokens_per_second), short(disk.prefill_tokens_per_second)
+    yield "disk", f"{short(disk.read_bytes_per_second)}B/s give {load} tokens/s; computed are {prefill}"
+    without, memory = duration(disk.first_token_without), format_bytes(disk.memory.bytes)
+    yield "first token", f"after {without} without a cache, {duration(disk.first_token)} with {memory} of memory alone"
+
+
+def _disk_table(plan: Plan, disk: DiskPlan) -> Table:
+    """Lay out the price of every share, in memory alone and with a disk, and when the first token comes."""
+    names = ("share", "hit ratio", "disk", "found on it", "first token", "memory instead", "first token")
+    table = _figures("Memory with a disk beneath", *(Column(name, justify="right") for name in names))
+    for price in disk.prices:
+        is_target = price.share == plan.target
+        table.add_row(
+            f"{'> ' if is_target else ''}{share(price.share)}",
+            percent(price.hit_ratio),
+            format_bytes(price.disk_bytes) if price.disk_blocks else "none",
+            percent(price.disk_hit_ratio),
+            duration(price.first_token),
+            format_bytes(price.memory_alone.bytes),
+            duration(price.first_token_memory),
+            style="bold" if is_target else None,
+        )
+    return table
+
+
 def _around(plan: Plan) -> Iterator[tuple[str, str]]:
     load, rate = plan.load, f"{plan.hardware.tflops:g} TFLOP/s × {plan.hardware.mfu:g}"
     yield "prefill", f"{flops(plan.prefill_flops)} without a cache, {duration(plan.prefill_seconds)} at {rate}"
@@ -304,6 +379,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             "active_parameters": model.parameters.active,
         },
         **{name: _plain(getattr(plan, name)) for name in _TOLD_AS_IT_IS},
+        **({"disk": _plain(plan.disk)} if plan.disk else {}),
         "curves": [
             {
                 "strategy": line.name,

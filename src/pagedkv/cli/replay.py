@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from pagedkv.cli.replay_options import Tiering, strategies_of, timing_of
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,
@@ -40,83 +38,14 @@ from pagedkv.cli.terminal import (
     require_writable,
     write_file,
 )
-from pagedkv.errors import InvalidOperation
+from pagedkv.format import duration
 from pagedkv.sim.baselines import LRU, OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve
     from pagedkv.sim.replayer import ReplayResult, Timing
+    from pagedkv.sim.tiered import Tiers
     from pagedkv.sim.trace import Trace
-
-
-_ONLINE = (LRU, "fifo", "lfu", "s3fifo", "adaptive")
-_ALL = "all"
-_FOLDED = {LRU, OPTIMAL, _ALL}
-"""Names that tables and reports compare with, whatever case they were asked for in."""
-
-
-def split_names(text: str) -> list[str]:
-    """Split ``--strategies`` at the commas, but not at those between the arguments of one: ``a,b:x=1,y=2,c``."""
-    names: list[str] = []
-    for part in text.split(","):
-        is_argument = re.match(r"\s*\w+\s*=", part) or (names and names[-1].count("(") > names[-1].count(")"))
-        if names and is_argument:
-            names[-1] += f",{part}"
-        elif part.strip():
-            names.append(part.strip())
-    return [name.lower() if name.lower() in _FOLDED else name for name in names]
-
-
-def _strategies(text: str | None, strategy_from: list[str], timed: bool) -> list[str]:
-    """Return every strategy that is asked for, once."""
-    names = [*_ONLINE, *([] if timed else [OPTIMAL])] if text is None else split_names(text)
-    if timed and {OPTIMAL, _ALL} & set(names):
-        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
-    names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
-    require_strategies(names, strategy_from)
-    return list(dict.fromkeys([*names, *strategy_from]))
-
-
-def require_strategies(names: list[str], strategy_from: Sequence[str] = ()) -> None:
-    """Find out before the trace is read, which may take minutes, that a strategy does not exist.
-
-    ``module:Class`` may name a module in the folder at hand, as ``python -m`` would find it.
-    """
-    from pagedkv.sim.sweeps import imported_strategy, named_strategy
-
-    if not names:
-        raise Failure("--strategies: expected names such as lru,s3fifo, got none")
-    is_asked = any(":" in name and "=" not in name for name in (*names, *strategy_from))  # no "priority:levels=3"
-    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    for name in names:
-        named_strategy(name)
-    for name in strategy_from:
-        if name.endswith(".py") or ".py:" in name:
-            raise Failure(f"--strategy-from: expected module:Class, not a file, got {name!r}")
-        imported_strategy(name)
-
-
-def _all_strategies() -> list[str]:
-    """Return every strategy that needs no arguments, and the optimum."""
-    from pagedkv.control.strategies import parse_strategy, strategy_names
-
-    names = []
-    for name in strategy_names():
-        with suppress(InvalidOperation):
-            parse_strategy(name)
-            names.append(name)
-    return [*names, OPTIMAL]
-
-
-def _timing(timed: bool, prefill_rate: float | None, decode_rate: float | None) -> Timing | None:
-    from pagedkv.sim.replayer import Timing
-
-    for flag, rate in (("--prefill-rate", prefill_rate), ("--decode-rate", decode_rate)):
-        if rate is not None and not timed:
-            raise Failure(f"{flag} needs --timed")
-    rates = {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate}
-    return Timing(**{name: rate for name, rate in rates.items() if rate is not None}) if timed else None
 
 
 # The options of ``pagedkv replay``. What the command needs is imported when it runs.
@@ -133,10 +62,12 @@ EXAMPLES = """Replay a trace of real requests and count the cache hits, for ever
 
   pagedkv replay chat.jsonl.gz --blocks 20k --timed --prefill-rate 8000
 
+  pagedkv replay chat.jsonl.gz --blocks 2k --tiers host:10k,disk:25% --restart-at 50%
+
 A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
 """
 
-_WHAT, _TIME, _OUTPUT = "What to replay", "In time", "What to show"
+_WHAT, _TIME, _TIERS, _OUTPUT = "What to replay", "In time", "Tiers beneath the pool", "What to show"
 
 
 def replay(
@@ -183,6 +114,39 @@ def replay(
         float | None,
         option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
     ] = None,
+    tiers: Annotated[
+        str | None,
+        option(
+            "--tiers",
+            help="Host memory, a disk, or both, the fastest first, with their sizes as --blocks has them: disk:100k.",
+            default=False,
+            panel=_TIERS,
+        ),
+    ] = None,
+    tier_writes: Annotated[
+        str | None,
+        option(
+            "--tier-writes",
+            help="When a chain is stored: finish (its request ends), reclaim (the level above drops it), second-hit.",
+            default="finish; reclaim with --exclusive",
+            panel=_TIERS,
+        ),
+    ] = None,
+    exclusive: Annotated[
+        bool, option("--exclusive", help="What is loaded leaves the tier, and comes back when reclaimed.", panel=_TIERS)
+    ] = False,
+    tier_strategy: Annotated[
+        str, option("--tier-strategy", help="What a full tier gives up first: a registered name.", panel=_TIERS)
+    ] = LRU,
+    restart_at: Annotated[
+        str | None,
+        option(
+            "--restart-at",
+            help="Empty the pool and the host tier there: 50% of the requests, or 90s, 30min, 1h into the trace.",
+            default=False,
+            panel=_TIERS,
+        ),
+    ] = None,
     jobs: JobsOption = None,
     ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel="How")] = False,
     json: JsonOption = False,
@@ -203,8 +167,9 @@ def replay(
             raise Failure("--json and --csv - both want stdout; give --csv a file")
         require_writable("--html", html)
         require_writable("--csv", None if csv in (None, "-") else Path(csv))
-        names = _strategies(strategies, strategy_from or [], timed)
-        timing = _timing(timed, prefill_tokens_per_second, decode_tokens_per_second)
+        asked = Tiering(tiers, tier_writes, exclusive, tier_strategy, restart_at)
+        names = strategies_of(strategies, strategy_from or [], timed, asked.is_asked)
+        timing = timing_of(timed, prefill_tokens_per_second, decode_tokens_per_second)
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(
@@ -215,19 +180,23 @@ def replay(
             if not read.num_requests:
                 raise Failure(f"TRACE: expected requests, {trace} has none")
             capacities = parse_capacities(blocks, read.num_distinct) if read.has_content else [1]
-            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, progress=bar("replaying"))
-            lru = lru_curve(read) if curve or (html is not None and timing is None) else None
+            beneath = asked.made(read) if read.has_content else None
+            show = bar("replaying")
+            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, tiers=beneath, progress=show)
+            is_plain = timing is None and beneath is None
+            lru = lru_curve(read) if curve or (html is not None and is_plain) else None
         if html is not None:
             from pagedkv.sim.report import replay_report
 
-            write_file("--html", html, replay_report(read, results, curve=lru, command=command_line(context)))
+            of_pool = lru if beneath is None else None  # what tiers find is on no curve of the pool
+            write_file("--html", html, replay_report(read, results, curve=of_pool, command=command_line(context)))
         if csv is not None:
             _write_csv(results, timing is not None, csv)
         shown = lru if curve else None
         if json:
-            print_json(_replay_facts(read, results, shown, timing))
+            print_json(_replay_facts(read, results, shown, timing, beneath))
         elif csv != "-":
-            _print_tables(read, results, shown, timing, output())
+            _print_tables(read, results, shown, timing, beneath, output())
 
 
 # Replays as tables: a column for every capacity, a row for every strategy under each measure.
@@ -274,14 +243,47 @@ _IN_TIME = (
 _SPEED = _Measure("million block accesses per second", _speed, ".1f")
 
 
-def _cell_tables(results: Sequence[ReplayResult], timed: bool, width: int) -> Iterator[Table | Text]:
+def _in_tiers(tiers: Tiers | None) -> Iterator[_Measure]:
+    """Yield the measures of a replay with tiers, or with a restart."""
+    if tiers is None:
+        return
+    if tiers.levels:
+        yield _Measure("hit ratio of the pool", lambda cells, *cell: cells[cell].pool_hit_ratio, ".2%")
+    for place, tier in enumerate(tiers.levels):
+        of = partial(lambda place, name, cells, *cell: getattr(cells[cell].tiers[place], name), place)
+        yield _Measure(f"hit ratio of the {tier.medium} tier", partial(of, "hit_ratio"), ".2%")
+        yield _Measure(f"blocks written to the {tier.medium} tier", partial(of, "written"), ",.0f")
+        yield _Measure("  as a share of all blocks touched", partial(of, "written_share"), ".2%")
+    if tiers.restart_at is not None:
+        yield _Measure("hit ratio in the 10% after the restart", _after_restart, ".2%", marks_best=True)
+
+
+def _after_restart(cells: Cells, strategy: str, blocks: int) -> float | None:
+    restart = cells[strategy, blocks].restart
+    return None if restart is None else restart.hit_ratio
+
+
+def _told_tiers(tiers: Tiers, trace: Trace) -> str:
+    """Say in a line what lies beneath the pool."""
+    levels = [f"a {tier.medium} tier of {tier.blocks:,} blocks ({tier.strategy})" for tier in tiers.levels]
+    kind = "exclusive" if tiers.exclusive else f"written on {tiers.writes}"
+    parts = [f"{' and '.join(levels)}, {kind}"] if levels else []
+    if tiers.restart_at is not None and tiers.restart_at < trace.num_requests:
+        at = duration(float(trace.times[tiers.restart_at]))
+        parts.append(f"a restart before request {tiers.restart_at + 1:,}, at {at}")
+    return "; ".join(parts) if parts else "the restart lies behind the last request"
+
+
+def _cell_tables(
+    results: Sequence[ReplayResult], timed: bool, tiers: Tiers | None, width: int
+) -> Iterator[Table | Text]:
     """Lay out the results, in as many tables beneath each other as the width of the terminal asks for."""
     cells: Cells = {(result.strategy, result.blocks): result for result in results}
     strategies = list(dict.fromkeys(result.strategy for result in results))
     capacities = sorted({result.blocks for result in results})
     names = max(max(map(len, strategies), default=0) + 2, 20)
     per_table = max(1, (width - names) // _COLUMN_WIDTH)
-    measures = [*_ALWAYS, *(_IN_TIME if timed else ()), _SPEED]
+    measures = [*_ALWAYS, *_in_tiers(tiers), *(_IN_TIME if timed else ()), _SPEED]
     for first in range(0, len(capacities), per_table):
         yield _cell_table(cells, strategies, capacities[first : first + per_table], measures)
     if any(_best(cells, strategies, blocks, _ALWAYS[0]) is not None for blocks in capacities):
@@ -344,8 +346,30 @@ def _curve_table(curve: CurveFacts) -> Table:
 _POINTS_PER_DOUBLING = 8
 
 
+class TierFacts(msgspec.Struct):
+    """What a tier did in one replay; `written_share` is of all blocks that requests touched."""
+
+    medium: str
+    hit_blocks: int
+    hit_ratio: float
+    hit_tokens: int
+    token_hit_ratio: float
+    written: int
+    written_share: float
+
+
+class RestartFacts(msgspec.Struct):
+    """What the tenth of the requests after a restart found; `request` is the first of them, from 0."""
+
+    request: int
+    requests: int
+    accesses: int
+    hit_blocks: int
+    hit_ratio: float
+
+
 class CellFacts(msgspec.Struct):
-    """One replay; `preempted` and `refused` with ``--timed`` only."""
+    """One replay; `preempted` and `refused` with ``--timed`` only, the last four with tiers or a restart only."""
 
     strategy: str
     blocks: int
@@ -357,6 +381,10 @@ class CellFacts(msgspec.Struct):
     seconds: float
     preempted: int | msgspec.UnsetType = msgspec.UNSET
     refused: int | msgspec.UnsetType = msgspec.UNSET
+    pool_hit_blocks: int | msgspec.UnsetType = msgspec.UNSET
+    pool_hit_ratio: float | msgspec.UnsetType = msgspec.UNSET
+    tiers: list[TierFacts] | msgspec.UnsetType = msgspec.UNSET
+    restart: RestartFacts | None | msgspec.UnsetType = msgspec.UNSET
 
 
 class TraceFacts(msgspec.Struct):
@@ -382,19 +410,44 @@ class CurveFacts(msgspec.Struct):
     token_hit_ratio: list[float]
 
 
+class TierGiven(msgspec.Struct):
+    """A tier that was asked for."""
+
+    medium: str
+    blocks: int
+    strategy: str
+
+
+class TiersGiven(msgspec.Struct):
+    """The tiers that were asked for, and how they are used; `restart_at` is the first request after the restart."""
+
+    levels: list[TierGiven]
+    writes: str
+    exclusive: bool
+    restart_at: int | None
+
+
 class ReplayFacts(msgspec.Struct):
-    """What ``pagedkv replay --json`` prints; `timing` with ``--timed`` only, `curve` with ``--curve`` only."""
+    """What ``pagedkv replay --json`` prints; the last three with ``--timed``, ``--curve`` and ``--tiers`` only."""
 
     cells: list[CellFacts]
     trace: TraceFacts
     timing: dict[str, float] | msgspec.UnsetType = msgspec.UNSET
     curve: CurveFacts | msgspec.UnsetType = msgspec.UNSET
+    tiers: TiersGiven | msgspec.UnsetType = msgspec.UNSET
 
 
 def _replay_facts(
-    trace: Trace, results: Sequence[ReplayResult], curve: HitCurve | None, timing: Timing | None
+    trace: Trace,
+    results: Sequence[ReplayResult],
+    curve: HitCurve | None,
+    timing: Timing | None,
+    tiers: Tiers | None,
 ) -> ReplayFacts:
     facts = ReplayFacts(_cells(results, timing is not None), _trace(trace))
+    if tiers is not None:
+        levels = [TierGiven(tier.medium, tier.blocks, str(tier.strategy)) for tier in tiers.levels]
+        facts.tiers = TiersGiven(levels, tiers.writes, tiers.exclusive, tiers.restart_at)
     if timing is not None:
         facts.timing = msgspec.to_builtins(timing)
     if curve is not None:
@@ -407,6 +460,7 @@ def _print_tables(
     results: Sequence[ReplayResult],
     curve: HitCurve | None,
     timing: Timing | None,
+    tiers: Tiers | None,
     console: Console,
 ) -> None:
     """Show the trace in a line, and the results as tables that fit the terminal."""
@@ -418,7 +472,9 @@ def _print_tables(
         ),
         soft_wrap=True,
     )
-    for table in _cell_tables(results, timing is not None, console.width):
+    if tiers is not None:
+        console.print(Text(f"beneath the pool {_told_tiers(tiers, trace)}"), soft_wrap=True)
+    for table in _cell_tables(results, timing is not None, tiers, console.width):
         console.print(table)
     if curve is not None:
         console.print(_curve_table(_curve(curve, [result.blocks for result in results], 1)))
@@ -427,7 +483,7 @@ def _print_tables(
 def _write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
     """Write a line for every cell to a file, or to stdout for ``-``."""
     text = io.StringIO(newline="")
-    rows = [msgspec.to_builtins(cell) for cell in _cells(results, timed)]
+    rows = [_columns(cell) for cell in _cells(results, timed)]
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -439,10 +495,24 @@ def _write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
 
 def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:
     cells = [msgspec.convert(result, CellFacts, from_attributes=True) for result in results]
-    if not timed:
-        for cell in cells:
+    for cell in cells:
+        if not timed:
             cell.preempted = cell.refused = msgspec.UNSET
+        if not cell.tiers and not cell.restart:
+            cell.pool_hit_blocks = cell.pool_hit_ratio = cell.tiers = cell.restart = msgspec.UNSET
     return cells
+
+
+def _columns(cell: CellFacts) -> dict[str, object]:
+    """Return a cell as a flat row: ``disk_hit_blocks`` is that of its disk tier."""
+    row: dict[str, object] = msgspec.to_builtins(cell)
+    row.pop("tiers", None)
+    row.pop("restart", None)
+    for tier in cell.tiers or ():
+        row |= {f"{tier.medium}_{key}": value for key, value in msgspec.to_builtins(tier).items() if key != "medium"}
+    if cell.restart:
+        row |= {f"restart_{key}": value for key, value in msgspec.to_builtins(cell.restart).items()}
+    return row
 
 
 def _trace(trace: Trace) -> TraceFacts:

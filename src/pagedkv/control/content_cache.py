@@ -9,10 +9,10 @@ import numpy.typing as npt
 
 from pagedkv.control.events import stored_blocks
 from pagedkv.control.manager import BlockManager
-from pagedkv.control.pool import drop_block, share_block, take_block, use_block
-from pagedkv.control.prefix import find_child, link_child
+from pagedkv.control.pool import drop_block, put_back, share_block, take_block, use_block
+from pagedkv.control.prefix import find_child, link_child, walk
 from pagedkv.control.protocol import EvictionStrategy, block_scores, block_view, room_for
-from pagedkv.control.reclaim import lowest_leaf
+from pagedkv.control.reclaim import evict_leaf, lowest_leaf
 from pagedkv.control.sequences import carry_out_reclaims
 from pagedkv.control.state import State
 from pagedkv.errors import bad_argument
@@ -108,6 +108,23 @@ def run_requests(
         hits[i] = found
 
 
+@compiled
+def drop_chain_tail(state: State, namespace: int, ids: npt.NDArray[np.int64]) -> int:
+    """Evict the cached blocks of a chain from its end up to one that is in use, pinned, or continued by another chain.
+
+    Returns how many.
+    """
+    state = borrowed(state)
+    path = np.empty(len(ids), np.int32)
+    found, _ = walk(state, namespace, ids, path)
+    left = found
+    while left > 0 and state.blocks[path[left - 1]].heap_pos != 0:
+        left -= 1
+        evict_leaf(state, path[left])
+        put_back(state, path[left])
+    return found - left
+
+
 Ids = npt.NDArray[Any]
 
 
@@ -163,6 +180,28 @@ class ContentCache(BlockManager):
             else:
                 run_requests(self._state.packed, namespace, ids, offsets, path, hits)
         return hits
+
+    def drop_tail(self, ids: Ids) -> int:
+        """Give up the cached blocks of a chain, the last one first, up to one that another chain continues.
+
+        To the strategy they are evicted. Blocks that are in use or pinned stay, and so does what is before them.
+
+        Parameters
+        ----------
+        ids : int32 or int64 [num_blocks]
+            Content ids.
+
+        Returns
+        -------
+        int
+            How many blocks are free now.
+        """
+        ids = _flat("ids", ids, (np.int32, np.int64)).astype(np.int64)
+        with self._lock:
+            self._begin()
+            dropped = int(drop_chain_tail(self._state.packed, self._enter_namespace(""), ids))
+            self._finish(0)
+        return dropped
 
     def has_room(self, ids: Ids, more: int = 0) -> bool:
         """Tell whether a request of these content ids, and `more` blocks behind them, fits now; changes nothing."""

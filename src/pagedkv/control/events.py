@@ -256,22 +256,30 @@ class EventFeed:
                 logger.exception("a subscriber failed on %s", type(event).__name__)
 
     def _read(self, state: State) -> list[CacheEvent]:
+        parents, size = state.blocks["parent"], state.counter("block_size")
         roots: dict[int, int] = {}
-        return [self._event(state, entry, roots) for entry in state.log[: state.counter("log_len")].tolist()]
+        events: list[CacheEvent] = []
+        for entry in state.log[: state.counter("log_len")].tolist():
+            if entry > 0:
+                events.append(self._stored(entry - 1, parents, state.contents, size, roots))
+            else:
+                events.append(BlockRemoved(BlockId(-entry - 1)) if entry < 0 else AllBlocksCleared())
+        return events
 
-    def _event(self, state: State, entry: int, roots: dict[int, int]) -> CacheEvent:
-        if entry > 0:
-            return self._stored(state, entry - 1, roots)
-        return BlockRemoved(BlockId(-entry - 1)) if entry < 0 else AllBlocksCleared()
-
-    def _stored(self, state: State, block: int, roots: dict[int, int]) -> BlockStored:
-        size = int(state.counters[0].block_size)
-        parent = above = int(state.blocks[block].parent)
+    def _stored(
+        self,
+        block: int,
+        parents: npt.NDArray[np.int32],
+        contents: npt.NDArray[np.int64],
+        size: int,
+        roots: dict[int, int],
+    ) -> BlockStored:
+        parent = above = parents.item(block)
         # The roots of this batch are remembered: a chain of n blocks is walked once, not n times.
         while above >= 0 and above not in roots:
-            above = int(state.blocks[above].parent)
+            above = parents.item(above)
         roots[block] = roots.get(above, above)
-        ids = tuple(state.contents[block * size : (block + 1) * size].tolist())
+        ids = tuple(contents[block * size : (block + 1) * size].tolist())
         salt = self._namespaces.salt_of(-1 - roots[block])
         return BlockStored(BlockId(block), BlockId(parent) if parent >= 0 else None, ids, salt)
 

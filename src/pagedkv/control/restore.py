@@ -1,4 +1,4 @@
-"""Filling the books of an empty pool from records of what its blocks hold, as after a restart."""
+"""Records of what the blocks of a pool hold, and filling the books of an empty pool from them, as after a restart."""
 
 from __future__ import annotations
 
@@ -41,6 +41,33 @@ class BlockRecords(NamedTuple):
     token_ids: npt.NDArray[np.int64]
     last_access: npt.NDArray[np.int64]
     access_counts: npt.NDArray[np.int32]
+
+
+def records_of(books: BlockManager) -> tuple[BlockRecords, list[str]]:
+    """Return what `restore_blocks` needs to make the findable blocks of a pool findable in another one.
+
+    Parameters
+    ----------
+    books : BlockManager
+
+    Returns
+    -------
+    BlockRecords, list of str
+        The records, and the salts that they count.
+    """
+    with books._lock:
+        blocks, contents = books._state.blocks, books._state.contents
+        exists, is_root = blocks["indexed"] != 0, blocks["parent"] < 0
+        namespaces = -1 - blocks["parent"]
+        used = np.unique(namespaces[exists & is_root])
+        records = BlockRecords(
+            parents=np.where(exists, np.where(is_root, NO_PARENT, blocks["parent"]), NO_BLOCK).astype(np.int32),
+            salts=(np.searchsorted(used, namespaces) * (exists & is_root)).astype(np.int32),
+            token_ids=contents.reshape(-1, books.block_size).copy(),
+            last_access=blocks["last_access"].copy(),
+            access_counts=blocks["access_count"].copy(),
+        )
+        return records, [books._namespaces.salt_of(number) for number in used.tolist()]
 
 
 def restore_blocks(books: BlockManager, records: BlockRecords, salts: Sequence[str]) -> npt.NDArray[np.bool_]:

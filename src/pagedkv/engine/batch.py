@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.plan import BatchPlan
-from pagedkv.engine.request import Sequence, shares_prefixes
+from pagedkv.engine.request import Sequence, SequenceState, shares_prefixes
 from pagedkv.engine.runner import Runner
 
 Ids = npt.NDArray[np.int64]
@@ -159,3 +159,23 @@ def must_restart(sequence: Sequence, runner: Runner) -> bool:
     if limit is None or sequence.computed != limit or sequence.pending != 1:
         return False
     return whole_length(sequence, runner) > limit and sequence.request.params.streaming is None
+
+
+# Beams of one search go together.
+
+
+def belong_together(one: Sequence, other: Sequence) -> bool:
+    """Tell whether two sequences are one, or beams of one search."""
+    return one is other or (one.request is other.request and one.request.beams is not None)
+
+
+def fellows(sequence: Sequence) -> list[Sequence]:
+    """Return the running sequences that are preempted together with this one, itself among them if it runs."""
+    together = [sequence] if sequence.request.beams is None else sequence.request.sequences
+    return [each for each in together if each.is_running]
+
+
+def is_ready(sequence: Sequence) -> bool:
+    """Beams are compared with each other, so they choose their next tokens in one step."""
+    request = sequence.request
+    return request.beams is None or all(b.state is SequenceState.RUNNING and b.pending == 1 for b in request.sequences)

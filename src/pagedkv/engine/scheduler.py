@@ -46,7 +46,10 @@ from pagedkv.engine.batch import (
     Batch,
     Ids,
     ScheduledChunk,
+    belong_together,
     common_prefix,
+    fellows,
+    is_ready,
     make_batch,
     may_share,
     must_restart,
@@ -186,8 +189,8 @@ class Admission:
             victim = self._scheduler.choose([each for each in rule(newcomer, staying) if each.request not in spared])
             if victim is None:
                 return []
-            going += _fellows(victim)
-            staying = [sequence for sequence in staying if not _belong_together(sequence, victim)]
+            going += fellows(victim)
+            staying = [sequence for sequence in staying if not belong_together(sequence, victim)]
         return going
 
     def _of_lower_priority(self, newcomer: Sequence, running: list[Sequence]) -> list[Sequence]:
@@ -206,11 +209,11 @@ class Admission:
                 break
             texts = [sequence for sequence in running if sequence.request.tenant == tenant]
             first = min(texts, key=rank)
-            others = [sequence for sequence in texts if not _belong_together(sequence, first)]
+            others = [sequence for sequence in texts if not belong_together(sequence, first)]
             may_go = [
                 each
                 for each in others
-                if held.part(tenant, *self._scheduler.room.size(*_fellows(each), sign=-1)) >= then
+                if held.part(tenant, *self._scheduler.room.size(*fellows(each), sign=-1)) >= then
             ]
             if may_go:
                 return may_go
@@ -307,7 +310,7 @@ def _next_of(lines: dict[str, deque[Sequence]], held: Holdings) -> Sequence | No
     """
     if not lines:
         return None
-    tenant = min(lines, key=lambda tenant: (not _fellows(lines[tenant][0]), held.part(tenant)))
+    tenant = min(lines, key=lambda tenant: (not fellows(lines[tenant][0]), held.part(tenant)))
     sequence = lines[tenant].popleft()
     if not lines[tenant]:
         del lines[tenant]
@@ -477,7 +480,7 @@ class Scheduler:
         if self.runner.restarts_beyond is not None:
             for sequence in [sequence for sequence in self.running if must_restart(sequence, self.runner)]:
                 self.preempt(sequence)
-        decoding = [sequence for sequence in self.running if sequence.pending == 1 and _is_ready(sequence)]
+        decoding = [sequence for sequence in self.running if sequence.pending == 1 and is_ready(sequence)]
         chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
         room = self.max_batch_tokens - len(chunks)
         for chunk in chunks:
@@ -552,7 +555,7 @@ class Scheduler:
 
     def _victim(self) -> Sequence | None:
         first = min(self.running, key=lambda sequence: sequence.rank)
-        candidates = [sequence for sequence in self.running if not _belong_together(sequence, first)]
+        candidates = [sequence for sequence in self.running if not belong_together(sequence, first)]
         if self.has_tenants:
             candidates = self._admission.of_who_holds_most(candidates)
         return self.choose(candidates)
@@ -605,19 +608,3 @@ class Scheduler:
         the prefixes were forgotten meanwhile.
         """
         self.preempt(self._victim() or self.running[0])
-
-
-def _belong_together(one: Sequence, other: Sequence) -> bool:
-    return one is other or (one.request is other.request and one.request.beams is not None)
-
-
-def _fellows(sequence: Sequence) -> list[Sequence]:
-    """Return the running sequences that are preempted together with this one, itself among them if it runs."""
-    together = [sequence] if sequence.request.beams is None else sequence.request.sequences
-    return [each for each in together if each.is_running]
-
-
-def _is_ready(sequence: Sequence) -> bool:
-    """Beams are compared with each other, so they choose their next tokens in one step."""
-    request = sequence.request
-    return request.beams is None or all(b.state is SequenceState.RUNNING and b.pending == 1 for b in request.sequences)

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from pagedkv.sim.replayer import ReplayResult, Timing, replay
     from pagedkv.sim.sweeps import sweep
     from pagedkv.sim.synth import synthesize
+    from pagedkv.sim.tiered import Tiers, TierSpec
     from pagedkv.sim.trace import Trace, write_trace
     from pagedkv.sim.trace_stats import describe
 
 __all__ = [
     "HitCurve",
     "ReplayResult",
+    "TierSpec",
+    "Tiers",
     "Timing",
     "Trace",
     "describe",
@@ -44,6 +47,7 @@ _HOMES = {
     "replayer": ("ReplayResult", "Timing", "replay"),
     "sweeps": ("sweep",),
     "synth": ("synthesize",),
+    "tiered": ("TierSpec", "Tiers"),
     "trace": ("Trace", "write_trace"),
     "trace_stats": ("describe",),
 }

@@ -69,6 +69,24 @@ class HitCurve:
         ratios = np.asarray(hits[places] / max(1, whole), np.float64)
         return float(ratios) if np.ndim(blocks) == 0 else ratios
 
+    def split(self, *blocks: int, tokens: bool = False) -> Floats:
+        """Return the hit ratios of a pool and of the tiers beneath it, float64 [levels], given the blocks of each.
+
+        Exact where every level is LRU, every request is stored in every tier when it ends, and what is loaded stays
+        there: each level then holds what a pool of its size would, so a tier finds what the curve gains beyond the
+        largest level above it. A restart takes hits away from the pool alone, and the disk has them where it is no
+        smaller. Other strategies, writing at another time and exclusive tiers have to be replayed.
+
+        Parameters
+        ----------
+        *blocks : int
+            Capacities from 0, that of the pool first.
+        tokens : bool
+            Whether token hit ratios are asked for.
+        """
+        reach = np.maximum.accumulate(self.at(np.array(blocks, np.int64), tokens=tokens))
+        return np.diff(reach, prepend=0.0)
+
     def blocks_for(self, hit_ratio: float, *, tokens: bool = False) -> int | None:
         """Return the fewest blocks that reach this hit ratio, or None where none do; `tokens` for the token ratio."""
         if not hit_ratio >= 0:

@@ -21,8 +21,8 @@ import numpy as np
 from pagedkv.jit import compiled
 from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.curves import HitCurve
-from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
-from pagedkv.sim.trace import Int32s, Int64s, Trace, require_content
+from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.trace import MAX_BLOCKS, Int32s, Int64s, Trace, require_content
 from pagedkv.validate import require_int
 
 _NEVER = -1

@@ -114,6 +114,70 @@ class Memory:
     all: tuple[Size, ...]
 
 
+@dataclass(frozen=True)
+class DiskPrice:
+    """What a share of the attainable hit ratio costs in memory, and in memory with a disk beneath it.
+
+    Attributes
+    ----------
+    share : float
+        What is wanted, 0.9 for 90% of what a cache without a limit finds.
+    memory_alone : Size
+        The smallest memory under LRU that reaches it.
+    disk_blocks, disk_bytes : int
+        Of the disk that reaches it instead: it holds what `memory_alone` would. 0 where the memory beside it does.
+    hit_ratio, disk_hit_ratio : float
+        Blocks found in both, and in the disk alone, over blocks touched.
+    first_token : float
+        Seconds until prefill is done, with memory and disk: loading and computing, the mean of all requests.
+    first_token_memory : float
+        With `memory_alone` instead.
+    """
+
+    share: float
+    memory_alone: Size
+    disk_blocks: int
+    disk_bytes: int
+    hit_ratio: float
+    disk_hit_ratio: float
+    first_token: float
+    first_token_memory: float
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Memory or disk: what each share of the attainable costs, how soon the first token comes, and what to buy.
+
+    Requests are taken to be stored on the disk when they end, LRU to rule both, and prefill to begin at once.
+
+    Attributes
+    ----------
+    read_bytes_per_second : float
+    load_tokens_per_second, prefill_tokens_per_second : float
+        Tokens that the disk gives, and that are computed: the mean of the trace.
+    memory : Size
+        Beside the disk: the given memory, or what running requests hold at the peak.
+    first_token, first_token_without : float
+        Seconds until prefill is done with that memory and no disk, and without a cache; means of all requests.
+    prices : tuple of DiskPrice
+        For 80, 90 and 95% and the target, ascending.
+    choice : str
+        ``"disk"``, ``"memory"`` or ``"neither"``.
+    advice : str
+        Why, in a sentence or two.
+    """
+
+    read_bytes_per_second: float
+    load_tokens_per_second: float
+    prefill_tokens_per_second: float
+    memory: Size
+    first_token: float
+    first_token_without: float
+    prices: tuple[DiskPrice, ...]
+    choice: str
+    advice: str
+
+
 @dataclass(frozen=True, eq=False)
 class Line:
     """A curve: hit ratios by capacity, ascending.
@@ -239,6 +303,8 @@ class Plan:
         strategy and the optimum have the `hits` of every request, the others none.
     shown_blocks : int or None
         The given memory; without it the best strategy's capacity at the target.
+    disk : DiskPlan or None
+        Whether to buy memory or a disk, where a read rate was given and there is something to reuse.
     """
 
     trace_name: str
@@ -270,3 +336,4 @@ class Plan:
     curve: HitCurve = field(repr=False)
     runs: tuple[ReplayResult, ...] = field(repr=False)
     shown_blocks: int | None
+    disk: DiskPlan | None = None

@@ -14,11 +14,12 @@ from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.format import format_bytes, percent, share
 from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee, lru_curve
+from pagedkv.sim.disk_plan import price_disk
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
-from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.sweeps import Progress, sweep
-from pagedkv.sim.trace import Floats, Int64s, Trace, require_content
+from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What runs at the same time: the blocks that requests hold while they are served.
@@ -357,6 +358,8 @@ def plan(
     memory: int | None = None,
     strategies: Sequence[str] | None = None,
     hardware: Hardware | None = None,
+    prefill_rate: float | None = None,
+    disk_read: float | None = None,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -376,6 +379,10 @@ def plan(
         To compare beside LRU; `default_strategies` where none are named.
     hardware : Hardware, optional
         To turn FLOPs into seconds.
+    prefill_rate : float, optional
+        Tokens per second of prefill as measured, the mean of prompts like these; in place of the rate of `hardware`.
+    disk_read : float, optional
+        Bytes per second that a disk reads: also price a disk tier beneath the pool.
     jobs : int, optional
         Processes that replay; by default this one alone, and one a core where a round takes longer than their start.
     progress : callable, optional
@@ -400,13 +407,29 @@ def plan(
     if not trace.num_accesses:
         raise bad_argument("trace", "at least one request with a block", f"{trace.name!r} with none")
     wanted, names, hardware = checked_share(target), checked_names(strategies), hardware or Hardware()
+    if prefill_rate is not None:
+        hardware = at_prefill_rate(prefill_rate, trace, model, hardware)
+    if disk_read is not None:
+        disk_read = require_number("disk_read", disk_read, 0, 1e15, above=True)
     load = estimate_load(trace, model, hardware)
     if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
         raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
     fitting = None if memory is None else blocks_in(memory, trace, model, load)
     curve = lru_curve(trace)
     search = Search(trace, model, jobs, progress)
-    return _Planner(trace, model, hardware, wanted, names, curve, search, load).made(memory, fitting)
+    planner = _Planner(trace, model, hardware, wanted, names, curve, search, load)
+    made = planner.made(memory, fitting)
+    if disk_read is None or not made.levels:
+        return made
+    beside = planner.size(LRU, fitting or min(max(1, load.peak_blocks), MAX_BLOCKS))
+    return replace(made, disk=price_disk(made, beside, disk_read))
+
+
+def at_prefill_rate(rate: float, trace: Trace, model: ModelShape, hardware: Hardware) -> Hardware:
+    """Return hardware that computes the prompts of a trace at so many tokens per second."""
+    rate = require_number("prefill_rate", rate, 0, 1e12, above=True)
+    flops = float(model.prefill_flops(trace.input_tokens).sum()) / max(1, trace.num_tokens)
+    return replace(hardware, tflops=rate * flops / 1e12, mfu=1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ import dataclasses
 import heapq
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,8 +20,10 @@ import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.sim.trace import Trace, require_content
-from pagedkv.validate import require_int, require_number
+from pagedkv.errors import bad_argument
+from pagedkv.sim.tiered import Restart, TieredReplay, TierResult, Tiers, TierSpec
+from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
+from pagedkv.validate import require_int, require_number, shown
 
 # What one replay found: one cell of the table strategies × capacities.
 
@@ -49,6 +52,10 @@ class ReplayResult:
         Blocks found by every request; empty where the method does not give them.
     preempted, refused : int
         Timed replay: running requests that had to give their blocks back, and requests larger than the pool.
+    tiers : tuple of TierResult
+        Replay with tiers: what each of them did. All hits above are those of the pool and the tiers together.
+    restart : Restart or None
+        Replay with a restart: what was found after it.
     """
 
     strategy: str
@@ -63,6 +70,8 @@ class ReplayResult:
     hits: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     preempted: int = 0
     refused: int = 0
+    tiers: tuple[TierResult, ...] = ()
+    restart: Restart | None = None
 
     @classmethod
     def of(
@@ -81,6 +90,16 @@ class ReplayResult:
             seconds=seconds,
             hits=hits,
         )
+
+    @property
+    def pool_hit_blocks(self) -> int:
+        """Blocks found in the pool itself."""
+        return self.hit_blocks - sum(tier.hit_blocks for tier in self.tiers)
+
+    @property
+    def pool_hit_ratio(self) -> float:
+        """Blocks found in the pool itself over blocks touched; 0.0 for a trace without blocks."""
+        return self.pool_hit_blocks / self.accesses if self.accesses else 0.0
 
     @property
     def hit_ratio(self) -> float:
@@ -199,11 +218,14 @@ def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timin
 
 # One replay: the requests of a trace through the control plane that serves models.
 
-MAX_BLOCKS = 2**31 - 2
-
 
 def replay(
-    trace: Trace, blocks: int, strategy: str | EvictionStrategy = "lru", *, timing: Timing | None = None
+    trace: Trace,
+    blocks: int,
+    strategy: str | EvictionStrategy = "lru",
+    *,
+    timing: Timing | None = None,
+    tiers: Tiers | Sequence[TierSpec] | None = None,
 ) -> ReplayResult:
     """Replay a trace and count the hits.
 
@@ -217,6 +239,8 @@ def replay(
     timing : Timing, optional
         Without it a request comes and goes at once. With it a request holds its blocks from its arrival until it is
         served, so concurrency takes room, and running requests may be preempted.
+    tiers : Tiers or sequence of TierSpec, optional
+        Tiers beneath the pool, the fastest first, or a restart. Not together with `timing`.
 
     Returns
     -------
@@ -225,11 +249,18 @@ def replay(
     Raises
     ------
     InvalidOperation
-        If the trace carries lengths only, `blocks` is out of range, or the strategy is unknown or returns something
-        else than scores.
+        If the trace carries lengths only, `blocks` is out of range, the strategy is unknown or returns something
+        else than scores, or `tiers` and `timing` are given.
+
+    Examples
+    --------
+    >>> replay(trace, 2_000, tiers=[TierSpec("disk", 20_000)]).tiers[0].hit_ratio  # doctest: +SKIP
     """
     require_content(trace)
+    tiers = as_tiers(tiers, timing)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
+    if tiers is not None:
+        return _replay_tiered(trace, blocks, strategy, tiers)
     # A pool larger than the trace ever fills finds the same hits in less memory.
     most = trace.num_distinct if timing is None else trace.num_accesses + int(_output_blocks(trace).sum())
     cache = ContentCache(min(blocks, max(1, most)), strategy)
@@ -240,3 +271,21 @@ def replay(
     seconds = time.perf_counter() - started
     reclaimed = cache.stats.blocks_reclaimed
     return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)
+
+
+def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) -> Tiers | None:
+    """Return the tiers to replay with; None for the pool alone."""
+    if tiers is not None and not isinstance(tiers, Tiers):
+        tiers = Tiers(tuple(tiers)) if len(tiers) else None
+    if tiers is not None and timing is not None:
+        raise bad_argument("tiers", "none together with timing: tiers know no time", shown(tiers))
+    return tiers
+
+
+def _replay_tiered(trace: Trace, blocks: int, strategy: str | EvictionStrategy, tiers: Tiers) -> ReplayResult:
+    made = TieredReplay(trace, blocks, strategy, tiers)
+    started = time.perf_counter()
+    made.run()
+    seconds = time.perf_counter() - started
+    result = ReplayResult.of(trace, str(strategy), blocks, made.hits, reclaimed=made.reclaimed, seconds=seconds)
+    return dataclasses.replace(result, tiers=made.results(), restart=made.restart())

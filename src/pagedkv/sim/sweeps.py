@@ -27,8 +27,9 @@ from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_nam
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.sim.replayer import MAX_BLOCKS, ReplayResult, Timing, replay
-from pagedkv.sim.trace import Trace, require_content
+from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay
+from pagedkv.sim.tiered import DISK, HOST, Tiers, TierSpec
+from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
 from pagedkv.validate import require_int
 
 Progress = Callable[[int, int], None]
@@ -46,6 +47,7 @@ class Cell:
     strategy: EvictionStrategy | None  # None for the optimum
     blocks: int
     timing: Timing | None = None
+    tiers: Tiers | None = None
 
     def try_out(self, trace: Trace) -> None:
         """Replay the first requests: everything is compiled afterwards, and a strategy that cannot work has failed."""
@@ -64,7 +66,7 @@ class Cell:
 
                 result = optimal(trace, blocks)
             else:
-                result = replay(trace, blocks, copy.deepcopy(self.strategy), timing=self.timing)
+                result = replay(trace, blocks, copy.deepcopy(self.strategy), timing=self.timing, tiers=self.tiers)
         except Exception as error:
             raise self.failure(error) from error
         return replace(result, strategy=self.name)
@@ -128,6 +130,7 @@ def imported_strategy(text: str) -> EvictionStrategy:
 
 _NUMBER = re.compile(r"(\d[\d_]*(?:\.\d+)?)\s*([kmg%]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+_SOME_CAPACITIES = "capacities such as 1000,10k,25% or auto"
 
 
 def parse_capacities(text: str, num_distinct: int) -> list[int]:
@@ -143,7 +146,7 @@ def parse_capacities(text: str, num_distinct: int) -> list[int]:
         else:
             capacities.append(_capacity(part, num_distinct))
     if not capacities:
-        raise bad_argument("blocks", "capacities such as 1000,10k,25% or auto", f"{text!r}")
+        raise bad_argument("blocks", _SOME_CAPACITIES, f"{text!r}")
     return list(dict.fromkeys(capacities))
 
 
@@ -152,16 +155,47 @@ def spread_capacities(num_distinct: int, count: int = 8) -> list[int]:
     return sorted({max(1, math.ceil(num_distinct / 2**halvings)) for halvings in range(count)})
 
 
-def _capacity(part: str, num_distinct: int) -> int:
+_SOME_TIERS = "tiers such as disk:100k or host:20k,disk:25%"
+
+
+def parse_tiers(text: str, num_distinct: int, strategy: str = "lru") -> tuple[TierSpec, ...]:
+    """Return the tiers that ``"host:20k,disk:25%"`` names, the fastest first; sizes as `parse_capacities` has them."""
+    tiers = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        medium, colon, size = part.partition(":")
+        if medium.lower() not in (HOST, DISK) or not colon:
+            raise bad_argument("tiers", _SOME_TIERS, f"{part!r}")
+        tiers.append(TierSpec(medium.lower(), _capacity(size.strip(), num_distinct, "tiers", _SOME_TIERS), strategy))
+    if not tiers:
+        raise bad_argument("tiers", _SOME_TIERS, f"{text!r}")
+    return tuple(tiers)
+
+
+_MOMENT = re.compile(r"(\d+(?:\.\d+)?)\s*(%|s|min|h)", re.IGNORECASE)
+_SECONDS = {"s": 1, "min": 60, "h": 3600}
+
+
+def parse_moment(text: str, trace: Trace) -> int:
+    """Return the first request after a moment: ``50%`` of the requests; ``90s``, ``30min``, ``1h`` into the trace."""
+    match = _MOMENT.fullmatch(text.strip())
+    if match is None or (match[2] == "%" and not 0 <= float(match[1]) <= 100):
+        raise bad_argument("restart_at", "a moment such as 50%, 90s, 30min or 1h", f"{text!r}")
+    number, unit = float(match[1]), match[2].lower()
+    if unit == "%":
+        return int(round(number / 100 * trace.num_requests, 6))
+    return int(np.searchsorted(trace.times, number * _SECONDS[unit]))
+
+
+def _capacity(part: str, num_distinct: int, name: str = "blocks", wanted: str = _SOME_CAPACITIES) -> int:
     match = _NUMBER.fullmatch(part)
     if match is None:
-        raise bad_argument("blocks", "capacities such as 1000,10k,25% or auto", f"{part!r}")
+        raise bad_argument(name, wanted, f"{part!r}")
     number, unit = float(match[1].replace("_", "")), match[2].lower()
     blocks = number / 100 * num_distinct if unit == "%" else number * _UNITS[unit]
     whole = math.ceil(round(blocks, 6)) if unit == "%" else round(blocks, 6)
     if whole != int(whole) or not 1 <= whole <= MAX_BLOCKS:
         reason = "a cache without a block finds nothing" if not whole else f"expected whole blocks, 1 … {MAX_BLOCKS}"
-        raise InvalidOperation(f"blocks: {reason}, got {part!r}")
+        raise InvalidOperation(f"{name}: {reason}, got {part!r}")
     return int(whole)
 
 
@@ -298,6 +332,8 @@ def _without_interrupts() -> Iterator[None]:
 _RAY_PATIENCE = 5.0  # seconds
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
+_TIERED_WORK = 20
+"""How many plain accesses take as long as one of a replay with tiers."""
 
 
 def sweep(
@@ -308,6 +344,7 @@ def sweep(
     jobs: int | None = None,
     ray: bool = False,
     timing: Timing | None = None,
+    tiers: Tiers | Sequence[TierSpec] | None = None,
     progress: Progress | None = None,
 ) -> list[ReplayResult]:
     """Replay a trace once for every strategy and capacity.
@@ -329,6 +366,8 @@ def sweep(
         The classes of strategies must be importable there.
     timing : Timing, optional
         Let requests hold their blocks for as long as they are served; the optimum knows no time.
+    tiers : Tiers or sequence of TierSpec, optional
+        Beneath the pool of every cell; the optimum knows none.
     progress : callable, optional
         Called here with (cells done, cells asked for) at the start and after each cell.
 
@@ -347,10 +386,11 @@ def sweep(
     MissingExtra
         If `ray` is asked for and not installed.
     """
-    cells = _cells(trace, strategies, blocks, timing)
+    tiers = as_tiers(tiers, timing)
+    cells = _cells(trace, strategies, blocks, timing, tiers)
     if ray:
         return _collected(_run_on_ray(_connected_ray(), trace, cells), len(cells), progress)
-    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses)
+    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses * (1 if tiers is None else _TIERED_WORK))
     if jobs == 1:
         try_out(trace, cells)
         return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)
@@ -361,7 +401,11 @@ def sweep(
 
 
 def _cells(
-    trace: Trace, strategies: Sequence[str | EvictionStrategy], blocks: Sequence[int], timing: Timing | None
+    trace: Trace,
+    strategies: Sequence[str | EvictionStrategy],
+    blocks: Sequence[int],
+    timing: Timing | None,
+    tiers: Tiers | None,
 ) -> list[Cell]:
     require_content(trace)
     for name, values in (("strategies", strategies), ("blocks", blocks)):
@@ -372,7 +416,9 @@ def _cells(
     for name, strategy in named:
         if strategy is None and timing is not None:
             raise bad_argument("strategies", f"no {name!r} together with timing: the optimum knows no time")
-    return [Cell(name, strategy, number, timing) for name, strategy in named for number in capacities]
+        if strategy is None and tiers is not None:
+            raise bad_argument("strategies", f"no {name!r} together with tiers: the optimum knows of one pool")
+    return [Cell(name, strategy, number, timing, tiers) for name, strategy in named for number in capacities]
 
 
 def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:

@@ -25,6 +25,9 @@ Floats = npt.NDArray[np.float64]
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
 
+MAX_BLOCKS = 2**31 - 2
+"""The largest capacity that is replayed."""
+
 NO_PARENT = -1
 NO_SESSION = -1
 

@@ -94,6 +94,7 @@ def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
         curve_section(evidence, replays),
         text.levels_section(plan),
         text.memory_section(plan),
+        text.disk_section(plan),
         *_details(evidence),
         text.load_section(plan),
         trace_section(evidence),

@@ -51,6 +51,12 @@ class Evidence:
         return self.trace.attainable_hit_ratio
 
     @cached_property
+    def beneath(self) -> str:
+        """The tiers beneath every pool, to follow its size; empty without any."""
+        tiers = self.results[0].tiers if self.results else ()
+        return "".join(f" and a {tier.medium} tier of {count(tier.blocks)} blocks" for tier in tiers)
+
+    @cached_property
     def capacities(self) -> list[int]:
         """Every capacity that was replayed, ascending."""
         return sorted({result.blocks for result in self.results})

@@ -11,7 +11,7 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.plan_types import Level, Plan, Size
 from pagedkv.sim.report.charts import counts, ratios, section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
-from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, tag
+from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, short, tag
 from pagedkv.sim.trace import Trace
 
 _NEARLY_ALL = 0.95
@@ -37,7 +37,7 @@ def verdict(evidence: Evidence) -> str:
     best = evidence.best
     if best is None:
         return f"At most {percent(evidence.attainable)} of the blocks can be found again"
-    where = evidence.size(best.blocks)
+    where = evidence.size(best.blocks) + evidence.beneath
     share = best.hit_ratio / evidence.attainable
     if share >= _NEARLY_ALL:
         return f"Large enough: {best.strategy} in {where} finds {percent(share)} of all that can be found"
@@ -93,10 +93,16 @@ def results_section(evidence: Evidence) -> Markup | None:
     return section(
         "results",
         "Strategies and sizes",
-        tag("p", f"{note}. The best strategy of each size is marked.", class_="lede"),
+        tag("p", f"{note}. The best strategy of each size is marked.", _counted(evidence), class_="lede"),
         table("Hit ratio by strategy and size", heads, rows, class_="matrix"),
         every_replay(evidence),
     )
+
+
+def _counted(evidence: Evidence) -> str | None:
+    if not evidence.beneath:
+        return None
+    return f" Sizes are those of the pool; counted is what it{evidence.beneath} found together."
 
 
 def _size_head(evidence: Evidence, blocks: int) -> Markup | str:
@@ -125,6 +131,10 @@ def every_replay(evidence: Evidence) -> Markup:
     is_timed = any(result.preempted or result.refused for result in evidence.results)
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "reclaimed", "seconds"]
     heads += ["preempted", "refused"] if is_timed else []
+    media = [tier.medium for tier in evidence.results[0].tiers] if evidence.results else []
+    heads += [f"{what} {medium}" for medium in media for what in ("hits in", "written to")]
+    restarts = any(result.restart for result in evidence.results)
+    heads += ["after the restart"] if restarts else []
     rows = [
         [
             result.strategy,
@@ -134,6 +144,8 @@ def every_replay(evidence: Evidence) -> Markup:
             *counts([result.reclaimed]),
             (f"{result.seconds:.3f}", result.seconds),
             *counts((result.preempted, result.refused) if is_timed else ()),
+            *counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written)),
+            *ratios([result.restart.hit_ratio] if result.restart else ()),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
@@ -285,6 +297,35 @@ def memory_section(plan: Plan) -> Markup | None:
         f"With {format_bytes(plan.memory.bytes)}",
         tag("p", f"{count(plan.memory.blocks)} blocks fit.", class_="lede"),
         table("The given memory", heads, rows),
+    )
+
+
+def disk_section(plan: Plan) -> Markup | None:
+    """Return the price of every share in memory and on a disk, and what to buy."""
+    disk = plan.disk
+    if disk is None:
+        return None
+    rows: list[list[object]] = [
+        [
+            (share(price.share), price.share),
+            *ratios((price.hit_ratio, price.disk_hit_ratio)),
+            (format_bytes(price.disk_bytes) if price.disk_blocks else "none", price.disk_bytes),
+            (duration(price.first_token), price.first_token),
+            (format_bytes(price.memory_alone.bytes), price.memory_alone.bytes),
+            (duration(price.first_token_memory), price.first_token_memory),
+        ]
+        for price in disk.prices
+    ]
+    heads = ["of the attainable", "hit ratio", "found on disk", "disk", "first token", "memory instead", "first token"]
+    rates = (
+        f" The disk gives {short(disk.load_tokens_per_second)} tokens/s, "
+        f"computed are {short(disk.prefill_tokens_per_second)}."
+    )
+    return section(
+        "disk",
+        f"A disk beneath {format_bytes(disk.memory.bytes)} of memory",
+        tag("p", disk.advice, rates, class_="lede"),
+        table("Memory or disk", heads, rows, class_="matrix"),
     )
 
 

@@ -1,0 +1,136 @@
+"""What ``pagedkv replay`` and ``pagedkv plan`` are asked for: strategies, rates and tiers, as options name them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pagedkv.cli.terminal import Failure
+from pagedkv.errors import InvalidOperation
+from pagedkv.sim.baselines import LRU, OPTIMAL
+from pagedkv.validate import require_choice
+
+if TYPE_CHECKING:
+    from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.tiered import Tiers
+    from pagedkv.sim.trace import Trace
+
+_ONLINE = (LRU, "fifo", "lfu", "s3fifo", "adaptive")
+_ALL = "all"
+_FOLDED = {LRU, OPTIMAL, _ALL}
+"""Names that tables and reports compare with, whatever case they were asked for in."""
+
+
+def split_names(text: str) -> list[str]:
+    """Split ``--strategies`` at the commas, but not at those between the arguments of one: ``a,b:x=1,y=2,c``."""
+    names: list[str] = []
+    for part in text.split(","):
+        is_argument = re.match(r"\s*\w+\s*=", part) or (names and names[-1].count("(") > names[-1].count(")"))
+        if names and is_argument:
+            names[-1] += f",{part}"
+        elif part.strip():
+            names.append(part.strip())
+    return [name.lower() if name.lower() in _FOLDED else name for name in names]
+
+
+def strategies_of(text: str | None, strategy_from: list[str], timed: bool, tiered: bool) -> list[str]:
+    """Return every strategy that is asked for, once."""
+    names = [*_ONLINE, *([] if timed or tiered else [OPTIMAL])] if text is None else split_names(text)
+    if timed and {OPTIMAL, _ALL} & set(names):
+        raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
+    if tiered and {OPTIMAL, _ALL} & set(names):
+        raise Failure("the optimum knows of one pool, without tiers or a restart: leave optimal and all out")
+    if timed and tiered:
+        raise Failure("--timed knows no tiers and no restart: leave one of them out")
+    names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
+    require_strategies(names, strategy_from)
+    return list(dict.fromkeys([*names, *strategy_from]))
+
+
+def require_strategies(names: list[str], strategy_from: Sequence[str] = ()) -> None:
+    """Find out before the trace is read, which may take minutes, that a strategy does not exist.
+
+    ``module:Class`` may name a module in the folder at hand, as ``python -m`` would find it.
+    """
+    from pagedkv.sim.sweeps import imported_strategy, named_strategy
+
+    if not names:
+        raise Failure("--strategies: expected names such as lru,s3fifo, got none")
+    is_asked = any(":" in name and "=" not in name for name in (*names, *strategy_from))  # no "priority:levels=3"
+    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    for name in names:
+        named_strategy(name)
+    for name in strategy_from:
+        if name.endswith(".py") or ".py:" in name:
+            raise Failure(f"--strategy-from: expected module:Class, not a file, got {name!r}")
+        imported_strategy(name)
+
+
+def _all_strategies() -> list[str]:
+    """Return every strategy that needs no arguments, and the optimum."""
+    from pagedkv.control.strategies import parse_strategy, strategy_names
+
+    names = []
+    for name in strategy_names():
+        with suppress(InvalidOperation):
+            parse_strategy(name)
+            names.append(name)
+    return [*names, OPTIMAL]
+
+
+def timing_of(timed: bool, prefill_rate: float | None, decode_rate: float | None) -> Timing | None:
+    """Return the rates of a replay in time; None without ``--timed``."""
+    from pagedkv.sim.replayer import Timing
+
+    for flag, rate in (("--prefill-rate", prefill_rate), ("--decode-rate", decode_rate)):
+        if rate is not None and not timed:
+            raise Failure(f"{flag} needs --timed")
+    rates = {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate}
+    return Timing(**{name: rate for name, rate in rates.items() if rate is not None}) if timed else None
+
+
+@dataclass(frozen=True)
+class Tiering:
+    """What the options say of tiers and of a restart."""
+
+    tiers: str | None
+    writes: str | None
+    exclusive: bool
+    strategy: str
+    restart_at: str | None
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether there is anything but the pool; `Failure` where options do not go together."""
+        from pagedkv.control.strategies import parse_strategy
+
+        for flag, given in (("--tier-writes", self.writes), ("--exclusive", self.exclusive)):
+            if given and self.tiers is None:
+                raise Failure(f"{flag} needs --tiers")
+        if self.exclusive and self.writes not in (None, "reclaim"):
+            raise Failure(f"--exclusive goes with --tier-writes reclaim, got {self.writes}")
+        require_choice("tier_writes", self.writes or "finish", ("finish", "reclaim", "second-hit"))
+        try:
+            parse_strategy(self.strategy)
+        except InvalidOperation as error:
+            raise Failure(f"--tier-strategy: {error.reason.removeprefix('strategy: ')}") from None
+        return self.tiers is not None or self.restart_at is not None
+
+    def made(self, trace: Trace) -> Tiers | None:
+        """Return the tiers beneath the pool of every cell, if any."""
+        from pagedkv.sim.sweeps import parse_moment, parse_tiers
+        from pagedkv.sim.tiered import Tiers
+
+        if not self.is_asked:
+            return None
+        levels = () if self.tiers is None else parse_tiers(self.tiers, trace.num_distinct, self.strategy)
+        writes = self.writes or ("reclaim" if self.exclusive else "finish")
+        restart_at = None if self.restart_at is None else parse_moment(self.restart_at, trace)
+        return Tiers(levels, writes, self.exclusive, restart_at)
