@@ -111,7 +111,19 @@ def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
     return Batch(chunks, plan, ids, np.concatenate(wanted))
 
 
-# Where a chunk has to end, and what sequences could share.
+# Where a chunk has to end, what may follow it, and what sequences could share.
+
+
+def drafts(sequence: Sequence, room: int, runner: Runner) -> Ids:
+    """Return guesses at what a decoding sequence writes next, to be verified in one step."""
+    request, params = sequence.request, sequence.request.params
+    # The token that follows the drafts is chosen in the same pass.
+    most = min(params.prompt_lookup or 0, room, request.max_tokens - len(sequence.output_ids) - 1)
+    if most <= 0 or params.streaming or request.num_unforked or not runner.chunkable or runner.has_states:
+        return NO_DRAFTS
+    from pagedkv.engine.prompt_lookup import propose
+
+    return propose(sequence.ids, most)
 
 
 def streaming_room(sequence: Sequence) -> int:

@@ -44,10 +44,10 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.engine.batch import (
     NO_DRAFTS,
     Batch,
-    Ids,
     ScheduledChunk,
     belong_together,
     common_prefix,
+    drafts,
     fellows,
     is_ready,
     make_batch,
@@ -486,7 +486,8 @@ class Scheduler:
         for chunk in chunks:
             if chunk.sequence.request.params.prompt_lookup and room > 0:
                 tenant = chunk.sequence.request.tenant
-                chunk.drafts = self._drafts(chunk.sequence, room if shares is None else min(room, shares[tenant]))
+                most = room if shares is None else min(room, shares[tenant])
+                chunk.drafts = drafts(chunk.sequence, most, self.runner)
                 room -= len(chunk.drafts)
                 self.charge(tenant, len(chunk.drafts), shares)
         for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=rank):
@@ -504,17 +505,6 @@ class Scheduler:
                 room -= count
                 self.charge(sequence.request.tenant, count, shares)
         return chunks
-
-    def _drafts(self, sequence: Sequence, room: int) -> Ids:
-        request, params = sequence.request, sequence.request.params
-        # The token that follows the drafts is chosen in the same pass.
-        most = min(params.prompt_lookup, room, request.max_tokens - len(sequence.output_ids) - 1)
-        runner = self.runner
-        if most <= 0 or params.streaming or request.num_unforked or not runner.chunkable or runner.has_states:
-            return NO_DRAFTS
-        from pagedkv.engine.prompt_lookup import propose
-
-        return propose(sequence.ids, most)
 
     def _grow(self, chunks: list[ScheduledChunk]) -> tuple[list[ScheduledChunk], BatchPlan | None]:
         """Make room for the new tokens of `chunks`; drafts, then victims, go if there is too little."""
