@@ -347,3 +347,24 @@ def test_a_tier_that_nobody_closed_lets_its_process_end(tmp_path):
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
     with opened(tmp_path / "tier", "1MB", BlockFormat("m", 1, 8)) as tier:
         assert tier.stats.restored == 2
+
+
+def test_texts_that_begin_alike_and_are_stored_at_once_are_all_found_after_a_restart(tmp_path):
+    head = np.arange(8 * SIZE)
+    texts = [np.concatenate([head, np.full(3 * SIZE, i)]) for i in range(6)]
+    with opened(tmp_path / "tier") as tier:
+        stores = [tier.store(ids, payload(ids)) for ids in (head, *texts)]
+        assert [stored.result(60) for stored in stores] == [8] + 6 * [11]
+        assert tier.stats.stored == 8 + 6 * 3, "a block was written twice"
+    with opened(tmp_path / "tier") as tier:
+        for ids in texts:
+            assert (loaded(tier, ids) == payload(ids)).all() and len(loaded(tier, ids)) == 11
+
+
+def test_a_store_that_waits_for_another_is_forgotten_with_it(tmp_path):
+    with opened(tmp_path / "tier") as tier:
+        texts = [np.concatenate([np.arange(8 * SIZE), np.full(3 * SIZE, i)]) for i in range(4)]
+        stores = [tier.store(ids, payload(ids)) for ids in texts]
+        tier.clear()
+        assert all(stored.result(60) in (0, 11) for stored in stores) and tier.match(texts[3]).result() == 0
+        tier.books.check()

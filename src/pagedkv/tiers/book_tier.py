@@ -6,7 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -215,6 +215,7 @@ class BookTier:
         self._stats = TierStats()
         self._lock = threading.RLock()
         self._threads: ThreadPoolExecutor | None = None
+        self._storing: list[_Storing] = []
 
     def open(self, block: BlockFormat) -> BookTier:
         """Get ready to hold such blocks, and find those that are there from before; returns the tier.
@@ -335,12 +336,46 @@ class BookTier:
             As for ``match``; if `rows` are not like that.
         """
         ids, salt = self._text(token_ids, cache_salt)
-        first = self._first_block(ids, rows)
+        self._first_block(ids, rows)
         began = time.perf_counter()
         with self._lock:
+            self._require_open()
+            before, clears = self._store_before(ids, salt), self._clears
+            if before is None:
+                stored = self._store(ids, salt, rows, clears, began)
+            else:
+                stored = _after(before, lambda: self._store(ids, salt, rows, clears, began))
+            if not stored.done():
+                entry = (ids, salt, stored)
+                self._storing.append(entry)
+                stored.add_done_callback(lambda _: self._end_of_store(entry))
+            return stored
+
+    def _store_before(self, ids: Ints, salt: str) -> Future[int] | None:
+        """Return the last store under way of a text that begins alike, beyond what is there already.
+
+        Both at once would give the same blocks two slots each, and records behind one of them a parent that is let go.
+        """
+        size = self._block.block_size
+        there = self._books.match_prefix(ids, salt) if self._storing else 0
+        for other, other_salt, stored in reversed(self._storing):
+            length = min(len(ids), len(other), there + size)
+            if salt == other_salt and length > there and (ids[:length] == other[:length]).all():
+                return stored
+        return None
+
+    def _end_of_store(self, entry: _Storing) -> None:
+        with self._lock:
+            self._storing = [each for each in self._storing if each is not entry]
+
+    def _store(self, ids: Ints, salt: str, rows: Rows, clears: int, began: float) -> Future[int]:
+        """Begin to write what is not there."""
+        with self._lock:
             threads = self._require_open()
-            there = self._count_good(ids, salt)
             wanted = len(ids) // self._block.block_size
+            first, there = wanted - len(rows), self._count_good(ids, salt)
+            if clears != self._clears:
+                return answered(0)
             if there < first or self._slots.is_read_only:
                 return answered(there)
             chain = self._hold(ids, salt)
@@ -349,7 +384,7 @@ class BookTier:
             granted = self._budget.take(len(missing), self._block.block_bytes)
             end_at = int(missing[granted]) if granted < len(missing) else len(chain.slots)
             self._count(skipped=end_at - first - granted, refused=wanted - end_at)
-            missing, clears = missing[:granted], self._clears
+            missing = missing[:granted]
             sums = np.zeros(len(chain.slots), np.uint64)
 
             def write(places: Ints) -> None:
@@ -381,8 +416,13 @@ class BookTier:
 
     def close(self) -> None:
         """Finish what is under way and let go of the medium. A second call does nothing; it can be opened again."""
-        with self._lock:
-            threads, self._threads = self._threads, None
+        while True:
+            with self._lock:
+                storing = [stored for *_, stored in self._storing]
+                if not storing:
+                    threads, self._threads = self._threads, None
+                    break
+            wait(storing)
         if threads is None:
             return
         threads.shutdown()
@@ -517,6 +557,31 @@ class BookTier:
 
     def _count(self, **changes: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in changes.items()})
+
+
+_Storing = tuple[Ints, str, Future[int]]  # the text and the salt of a store under way
+
+
+def _after(before: Future[int], begin: Callable[[], Future[int]]) -> Future[int]:
+    """Return a future of what is begun once another one is done."""
+    answer: Future[int] = Future()
+    answer.set_running_or_notify_cancel()
+
+    def end(begun: Future[int]) -> None:
+        error = begun.exception()
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(begun.result())
+
+    def start(_: Future[int]) -> None:
+        try:
+            begin().add_done_callback(end)
+        except BaseException as error:
+            answer.set_exception(error)
+
+    before.add_done_callback(start)
+    return answer
 
 
 def checksums(rows: Rows, places: Ints) -> Sums:
