@@ -269,6 +269,29 @@ def test_a_context_closes_tiers(tmp_path):
     assert not tier.is_open
 
 
+def test_who_opens_a_tier_closes_it(tmp_path):
+    runner = FakeRunner(64, 4)
+    tier = disk(tmp_path).open(runner.block_format())
+    for _ in range(2):
+        with LLM(runner, tiers=[tier]) as llm:
+            runner.cache.clear_prefix_cache()
+            output = llm.generate([PROMPT], SamplingParams(**EIGHT))[0]
+        assert tier.is_open
+    assert output.num_cached_tokens == 28
+    tier.close()
+
+
+def test_what_a_pool_keeps_for_itself_is_not_given_up_by_a_tier():
+    """A text that the pool has all the time is used, if not in the tier; it is the last one that goes there."""
+    tier = HostTier(16 * 64)
+    core = engine(128, tiers=[tier])
+    for i in range(8):
+        answer_of(core, new(f"hot {i}"), new(f"cold {i}", [i] * 20, max_tokens=2))
+        settle(core)
+    assert tier.match(PROMPT).result() == 7
+    tier.books.check()
+
+
 def test_one_that_cannot_be_opened_leaves_none_open(tmp_path):
     first = disk(tmp_path)
     (tmp_path / "other").mkdir()

@@ -111,8 +111,8 @@ class LLM:
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     tiers : sequence of Tier
         Where K and V are kept beyond the pool, nearest first: ``[DiskTier("chats", "50GB")]``. They are opened for this
-        model and closed with :meth:`close`. Models whose prefixes cannot be reused by blocks alone go without, with a
-        line in the log.
+        model and closed with :meth:`close`; one that is open already is closed by whoever opened it. Models whose
+        prefixes cannot be reused by blocks alone go without, with a line in the log.
 
     Attributes
     ----------
@@ -288,7 +288,7 @@ class LLM:
             self.reset()
 
     def close(self) -> None:
-        """Finish what is under way between pool and tiers, and close these; a second call does nothing.
+        """Finish what is under way between pool and tiers, and close those opened here; a second call does nothing.
 
         Raises
         ------

@@ -309,7 +309,7 @@ class Offload:
         self.ladder.clear()
 
     def close(self) -> None:
-        """Finish what is under way and close all tiers."""
+        """Finish what is under way and close the tiers."""
         for sequence in list(self._arrivals):
             self.forget(sequence)
         self.ladder.close()

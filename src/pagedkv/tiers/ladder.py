@@ -19,6 +19,9 @@ from pagedkv.validate import shown
 MOST_STAGED = 2**30
 """Bytes of blocks that are on their way at once, in either direction: what is beyond waits, or is not stored."""
 
+LONGEST_GOODBYE = 10.0
+"""Seconds that what is under way has when all is closed; a tier that was opened here finishes it in any case."""
+
 REFUSALS_UNTIL_TRIED = 32
 """A tier that was too slow so often in a row is tried again, as its rate may be another one by now."""
 
@@ -176,12 +179,12 @@ class Load:
 
 
 class Ladder:
-    """Tiers in the order in which they are asked, nearest first; open as long as this is. None of its calls waits.
+    """Tiers in the order in which they are asked, nearest first. None of its calls waits, but for `close`.
 
     Parameters
     ----------
     tiers : sequence of Tier
-        Those with a method ``open`` that are not open yet are opened.
+        Those with a method ``open`` that are not open yet are opened, and closed with this; others are their owner's.
     block : BlockFormat
     most_staged : int
         Bytes on their way at once.
@@ -204,7 +207,7 @@ class Ladder:
 
     def __init__(self, tiers: Sequence[Tier], block: BlockFormat, *, most_staged: int = MOST_STAGED) -> None:
         self.block = block
-        open_tiers(tiers, block)
+        self._opened = open_tiers(tiers, block)
         self.rungs = [Rung(tier) for tier in tiers]
         self.news = threading.Event()
         self.on_news: Callable[[], None] = lambda: None
@@ -281,6 +284,8 @@ class Ladder:
     def store(self, ids: Any, cache_salt: str, read: Callable[[int], Rows]) -> None:
         """Hand whole blocks of a text to every tier that lacks some; they are copied before this returns.
 
+        A tier that has them all learns that they are in use, so that it gives up others first.
+
         Parameters
         ----------
         ids : int64
@@ -293,6 +298,10 @@ class Ladder:
         # Who has not answered gets all: to wait for it would take longer than to copy.
         firsts = [min(count, _answer(*pair) if pair[1].done() else 0) for pair in zip(self.rungs, asked, strict=True)]
         lacking = [(rung, first) for rung, first in zip(self.rungs, firsts, strict=True) if first < count]
+        nothing = np.empty((0, self.block.block_bytes), np.uint8)
+        for rung, first in zip(self.rungs, firsts, strict=True):
+            if first == count:
+                _asked(rung, lambda tier: tier.store(ids, nothing, cache_salt))
         if not lacking:
             return
         start = min(firsts)
@@ -374,8 +383,12 @@ class Ladder:
             raise TierError(self.rungs[0].tier.medium, f"a tier was not cleared: {faults[0]}") from faults[0]
 
     def close(self) -> None:
-        """Finish what is under way and close every tier."""
-        close_tiers([rung.tier for rung in self.rungs])
+        """Finish what is under way, and close the tiers that were opened here."""
+        until = time.monotonic() + LONGEST_GOODBYE
+        while self._staged and time.monotonic() < until:
+            self.news.clear()
+            self.news.wait(0.05)
+        close_tiers(self._opened)
 
 
 def _asked(rung: Rung, call: Callable[[Tier], Future[int]]) -> Future[int]:
