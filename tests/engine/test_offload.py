@@ -269,6 +269,21 @@ def test_a_context_closes_tiers(tmp_path):
     assert not tier.is_open
 
 
+def test_other_weights_after_a_clear_have_other_blocks(tmp_path):
+    """What is stored by new weights must not be found by those of before, in whichever order they come."""
+    runner, weights = FakeRunner(64, 4), ["old"]
+    runner.block_format = lambda: BlockFormat(weights[0], 4, 64)
+    with LLM(runner, tiers=[disk(tmp_path), HostTier("1MB").open(BlockFormat("old", 4, 64))]) as llm:
+        weights[0] = "new"
+        llm.clear_prefix_cache()
+        assert [each.medium for each in llm.stats().tiers] == ["DISK"]
+        llm.generate([PROMPT], SamplingParams(**EIGHT))
+    for weights[0], cached in (("new", 28), ("old", 0)):
+        runner.cache.clear_prefix_cache()
+        with LLM(runner, tiers=[disk(tmp_path)]) as llm:
+            assert llm.generate([PROMPT], SamplingParams(**EIGHT))[0].num_cached_tokens == cached
+
+
 def test_who_opens_a_tier_closes_it(tmp_path):
     runner = FakeRunner(64, 4)
     tier = disk(tmp_path).open(runner.block_format())
@@ -369,7 +384,7 @@ def test_memory_on_its_way_is_bounded():
                 tier.answer()
             core.step()
     core.runner.cache.clear_prefix_cache()
-    ladder._most_staged = 3 * 64
+    ladder._loading.most = 3 * 64
     for name in "ab":
         core.add(new(name, [ord(name) % 31, *PROMPT]))
     tier.answer(), tier.answer()

@@ -11,6 +11,7 @@ Whoever gives up its blocks, at its end or for others, is stored before: so a pr
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Iterator
@@ -57,15 +58,13 @@ def ladder_for(runner: Runner, tiers: Iterable[Tier]) -> Ladder | None:
         return None
     model = getattr(runner, "model", None)
     if hasattr(runner, "block_format"):
-        block = runner.block_format()
-    elif model is not None:
-        from pagedkv.hf.pool import block_format
-
-        cache: Any = runner.cache
-        block = block_format(model, cache)
-    else:
+        return Ladder(tiers, runner.block_format)
+    if model is None:
         raise bad_argument("tiers", "a runner with a model, or with a method block_format()", type(runner).__name__)
-    return Ladder(tiers, block)
+    from pagedkv.hf.pool import block_format
+
+    cache: Any = runner.cache
+    return Ladder(tiers, lambda: block_format(model, cache))
 
 
 class Arrival:
@@ -132,6 +131,8 @@ class Offload:
         self.prefill = Rate()
         self._seq_ids = seq_ids
         self._arrivals: dict[Sequence, Arrival] = {}
+        self._asking: dict[Sequence, Arrival] = {}  # of these, those of which no load has begun yet
+        self._loading: dict[Sequence, Arrival] = {}  # and those that have loads, for others to share
 
     # Loads.
 
@@ -145,12 +146,13 @@ class Offload:
             arrival = self._arrivals[sequence] = Arrival(sequence, self._held(sequence))
         if len(ids):
             arrival.asked = self.ladder.match(ids, sequence.request.cache_salt)
+            self._asking[sequence] = arrival
         self._begin(arrival)
 
     def poll(self) -> None:
         """Begin the loads of those whose tiers have answered meanwhile."""
         self.ladder.news.clear()
-        for arrival in self._arrivals.values():
+        for arrival in list(self._asking.values()):
             self._begin(arrival)
 
     def awaits(self, sequence: Sequence) -> bool:
@@ -176,7 +178,7 @@ class Offload:
 
     def bring(self, sequence: Sequence) -> None:
         """Put what has come for a text into the pool, findable; the text is about to be admitted."""
-        arrival = self._arrivals.pop(sequence, None)
+        arrival = self._arrivals.get(sequence)
         if arrival is None:
             return
         first, stop = arrival.come()
@@ -185,17 +187,20 @@ class Offload:
             parts = [(load.first, load.rows[: max(0, min(stop, upto) - load.first)]) for load, upto in arrival.parts]
             with contextlib.suppress(OutOfMemory):  # then it is computed
                 place_rows(self.cache, next(self._seq_ids), ids, parts, sequence.request.cache_salt)
-        arrival.leave()
+        self.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
-        """Follow the end of a text that waits."""
+        """Let go of what tiers have of a text that waits no longer."""
         arrival = self._arrivals.pop(sequence, None)
         if arrival is not None:
+            self._asking.pop(sequence, None)
+            self._loading.pop(sequence, None)
             arrival.leave()
 
     def patience(self) -> float:
         """Return how many seconds until a text goes on without its load; 0 where one came since :meth:`poll`."""
-        awaited = [arrival for arrival in self._arrivals.values() if not arrival.is_settled]
+        begun = [arrival for arrival in self._loading.values() if not arrival.is_settled]
+        awaited = [*begun, *self._asking.values()]
         if self.ladder.news.is_set() or not awaited:
             return 0.0
         now = time.monotonic()
@@ -238,14 +243,16 @@ class Offload:
             parts += [(load, load.stop) for load in loads]
         arrival.counts, arrival.start = [], held
         arrival.parts = parts + arrival.parts
+        del self._asking[sequence]
+        if arrival.parts:
+            self._loading[sequence] = arrival
 
     def _shared(self, arrival: Arrival, start: int, stop: int) -> tuple[list[tuple[Load, int]], int]:
         """Join the loads of other texts that begin alike, from block `start` on; returns them, and where they end."""
         mine = arrival.sequence
         parts: list[tuple[Load, int]] = []
-        others = [other for other in self._arrivals.values() if other is not arrival and other.parts]
-        for other in others[-MOST_COMPARED:]:
-            if other.sequence.request.cache_salt != mine.request.cache_salt:
+        for other in itertools.islice(reversed(self._loading.values()), MOST_COMPARED):
+            if other is arrival or other.sequence.request.cache_salt != mine.request.cache_salt:
                 continue
             common = min(stop, common_prefix(self._text(mine), self._text(other.sequence)) // self._size)
             for load, upto in other.parts:
@@ -272,6 +279,7 @@ class Offload:
         for rung in late or self.ladder.rungs:
             rung.count(late=1)
         arrival.asked, arrival.counts = [], []
+        self._asking.pop(arrival.sequence, None)
         for load, _ in [part for part in arrival.parts if not part[0].is_done]:
             load.leave()
         arrival.parts = [part for part in arrival.parts if part[0].is_done]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from pagedkv.tiers.book_tier import BookTier
 from pagedkv.tiers.tier import BlockFormat, Rows, Tier
 from pagedkv.validate import shown
 
-MOST_STAGED = 2**30
-"""Bytes of blocks that are on their way at once, in either direction: what is beyond waits, or is not stored."""
+logger = logging.getLogger("pagedkv")
+
+MOST_STAGED = 2**29
+"""Bytes of blocks that are on their way at once, in each direction: what is beyond waits, or is not stored."""
 
 LONGEST_GOODBYE = 10.0
 """Seconds that what is under way has when all is closed; a tier that was opened here finishes it in any case."""
@@ -178,6 +182,38 @@ class Load:
             self._let_go(self.rows.nbytes)
 
 
+class Staging:
+    """Memory for blocks on their way in one direction, counted in bytes. Any thread may use it.
+
+    Attributes
+    ----------
+    taken : int
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most, self.taken = most, 0
+        self._lock = threading.Lock()
+
+    def take(self, num_blocks: int, block_bytes: int, *, at_once: bool = False) -> int:
+        """Take memory for so many blocks, or for as many as there is room, and return how many.
+
+        If all of them are wanted `at_once`, it is for all or none; but what is alone on its way has as much as it
+        needs, or, where less will do, at least one block.
+        """
+        with self._lock:
+            room = max((self.most - self.taken) // block_bytes, 0 if self.taken else 1)
+            granted = min(num_blocks, room)
+            if at_once and granted < num_blocks:
+                granted = 0 if self.taken else num_blocks
+            self.taken += granted * block_bytes
+        return granted
+
+    def give_back(self, num_bytes: int) -> None:
+        """Count memory as free."""
+        with self._lock:
+            self.taken -= num_bytes
+
+
 class Ladder:
     """Tiers in the order in which they are asked, nearest first. None of its calls waits, but for `close`.
 
@@ -185,9 +221,11 @@ class Ladder:
     ----------
     tiers : sequence of Tier
         Those with a method ``open`` that are not open yet are opened, and closed with this; others are their owner's.
-    block : BlockFormat
+    block_of : callable
+        Returns what the blocks are of: a BlockFormat. It is asked again when all is cleared, as the weights may be
+        others then.
     most_staged : int
-        Bytes on their way at once.
+        Bytes on their way at once, in each direction.
 
     Raises
     ------
@@ -205,14 +243,16 @@ class Ladder:
         Called then, in a thread of the tier.
     """
 
-    def __init__(self, tiers: Sequence[Tier], block: BlockFormat, *, most_staged: int = MOST_STAGED) -> None:
-        self.block = block
-        self._opened = open_tiers(tiers, block)
+    def __init__(
+        self, tiers: Sequence[Tier], block_of: Callable[[], BlockFormat], *, most_staged: int = MOST_STAGED
+    ) -> None:
+        self.block, self._block_of = block_of(), block_of
+        self._opened = open_tiers(tiers, self.block)
         self.rungs = [Rung(tier) for tier in tiers]
         self.news = threading.Event()
         self.on_news: Callable[[], None] = lambda: None
-        self._most_staged, self._staged = most_staged, 0
-        self._lock = threading.Lock()
+        self._loading, self._storing = Staging(most_staged), Staging(most_staged)
+        self._lock = threading.Lock()  # of what several tiers count together
 
     # Loads.
 
@@ -253,7 +293,7 @@ class Ladder:
             seconds = None if seconds_per_block is None else wanted * seconds_per_block
             if wanted <= 0 or not rung.is_worth(wanted * size, seconds):
                 continue
-            granted = self._stage(wanted)
+            granted = self._loading.take(wanted, size)
             if not granted and not loads:
                 return None
             if granted:
@@ -264,7 +304,7 @@ class Ladder:
         return loads
 
     def _begun(self, rung: Rung, ids: Any, cache_salt: str, first: int, stop: int) -> Load:
-        load = Load(rung, first, stop, self.block.block_bytes, self._unstage)
+        load = Load(rung, first, stop, self.block.block_bytes, partial(self._let_go, self._loading))
         began, text = time.perf_counter(), ids[: stop * self.block.block_size]
 
         def end(future: Future[int]) -> None:
@@ -305,7 +345,7 @@ class Ladder:
         if not lacking:
             return
         start = min(firsts)
-        if self._stage(count - start, at_once=True) == 0:
+        if not self._storing.take(count - start, self.block.block_bytes, at_once=True):
             for rung, _ in lacking:
                 rung.count(dropped=1)
             return
@@ -325,35 +365,19 @@ class Ladder:
                 left[0] -= 1
                 is_last = left[0] == 0
             if is_last:
-                self._unstage(rows.nbytes)
+                self._let_go(self._storing, rows.nbytes)
 
         _asked(rung, lambda tier: tier.store(ids, rows[skipped:], cache_salt)).add_done_callback(end)
 
     # Both.
 
-    def _stage(self, num_blocks: int, at_once: bool = False) -> int:
-        """Take memory for so many blocks, or for as many as there are, and return how many.
-
-        Alone on its way, a text gets at least one block.
-        """
-        size = self.block.block_bytes
-        with self._lock:
-            free = self._most_staged - self._staged
-            granted = min(num_blocks, max(free // size, 0 if self._staged else 1))
-            if at_once and granted < num_blocks and self._staged:
-                granted = 0
-            granted = num_blocks if at_once and granted else granted
-            self._staged += granted * size
-        return granted
-
     @property
     def staged_bytes(self) -> int:
         """Bytes of blocks that are on their way, in either direction."""
-        return self._staged
+        return self._loading.taken + self._storing.taken
 
-    def _unstage(self, num_bytes: int) -> None:
-        with self._lock:
-            self._staged -= num_bytes
+    def _let_go(self, staging: Staging, num_bytes: int) -> None:
+        staging.give_back(num_bytes)
         self._tell()
 
     def _tell(self) -> None:
@@ -366,12 +390,12 @@ class Ladder:
         return tuple(rung.figures for rung in self.rungs)
 
     def clear(self) -> None:
-        """Let every tier forget everything.
+        """Let every tier forget everything; they are opened anew if the weights are others by now.
 
         Raises
         ------
         TierError
-            If one refuses; the others have forgotten.
+            If one refuses; the others have forgotten. A tier that cannot be opened anew is left out from then on.
         """
         faults: list[Exception] = []
         for rung in self.rungs:
@@ -379,13 +403,27 @@ class Ladder:
                 rung.tier.clear()
             except Exception as error:
                 faults.append(error)
+        block = self._block_of()
+        if block != self.block:
+            self._open_for(block)
         if faults:
             raise TierError(self.rungs[0].tier.medium, f"a tier was not cleared: {faults[0]}") from faults[0]
+
+    def _open_for(self, block: BlockFormat) -> None:
+        """Open the tiers that were opened here for other blocks; those that others opened are left out."""
+        mine = self._opened
+        rungs, self.rungs, self._opened = self.rungs, [], []
+        if len(mine) < len(rungs):
+            logger.warning("the weights are others now: tiers that were opened for those before are left out")
+        close_tiers(mine)
+        self.block = block
+        self._opened = open_tiers(mine, block)
+        self.rungs = [rung for rung in rungs if any(rung.tier is tier for tier in self._opened)]
 
     def close(self) -> None:
         """Finish what is under way, and close the tiers that were opened here."""
         until = time.monotonic() + LONGEST_GOODBYE
-        while self._staged and time.monotonic() < until:
+        while self.staged_bytes and time.monotonic() < until:
             self.news.clear()
             self.news.wait(0.05)
         close_tiers(self._opened)
