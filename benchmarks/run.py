@@ -39,8 +39,9 @@ NAMES = (
     "engine",
     "serving",
     "fairness",
+    "tiers",
 )
-BUDGET = 570.0
+BUDGET = 900.0
 PACKAGES = ("numpy", "numba", "torch", "transformers")
 
 Row = dict[str, Any]
