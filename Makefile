@@ -62,7 +62,7 @@ format: $(STAMP) ## sort imports and format all files
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
 
-bench: $(STAMP) ## all benchmarks, in under 10 minutes, into docs/benchmarks.md
+bench: $(STAMP) ## all benchmarks, in about a quarter of an hour, into docs/benchmarks.md
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## remove .venv, caches and builds
