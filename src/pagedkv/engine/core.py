@@ -233,6 +233,22 @@ class EngineCore:
             self.scheduler.offload.clear()
         return count
 
+    def pin(self, token_ids: Iterable[int], cache_salt: str = "") -> int:
+        """Keep the leading blocks of a text that are in the pool until all is forgotten; returns how many tokens.
+
+        Raises
+        ------
+        OutOfMemory
+            If not one block of the pool is free.
+        """
+        cache, seq_id = self.runner.cache, self.scheduler.new_seq_id()
+        info = cache.allocate(seq_id, [*token_ids, 0], cache_salt=cache_salt)  # the last token is never found
+        if info.num_cached_tokens:
+            cache.pin(seq_id, info.num_cached_tokens)
+        cache.free(seq_id)
+        count: int = info.num_cached_tokens
+        return count
+
     @contextmanager
     def without_tiers(self) -> Iterator[None]:
         """Leave the tiers alone for a while: nothing is looked up there, stored or forgotten."""

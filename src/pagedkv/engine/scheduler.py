@@ -385,6 +385,10 @@ class Scheduler:
         """Whether several tenants have something to compute."""
         return len(self.tenants) > 1
 
+    def new_seq_id(self) -> int:
+        """Return an id that no sequence of the cache has."""
+        return next(self._seq_ids)
+
     def new_sequence(self, request: Request, index: int = 0) -> Sequence:
         """Return a sequence of a request, which waits for its turn."""
         sequence = Sequence(request, index, next(self._seq_ids))
