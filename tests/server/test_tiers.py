@@ -13,9 +13,11 @@ from tests.contracts.user_tiers import DictTier
 from tests.engine.fakes import FakeRunner
 from tests.server.asgi import client_of
 from tests.server.fakes import shipped_tokenizer
-from tests.server.local import SMALL, process
+from tests.server.local import SMALL, process, thread
 
 from pagedkv.engine import LLM, AsyncEngine, offload
+from pagedkv.server import ServerConfig
+from pagedkv.server.warm import pin_prompts, read_prompts
 from pagedkv.tiers import Tier
 
 CHAT = [
@@ -36,22 +38,27 @@ def cached_of(answer: dict[str, Any]) -> int:
 
 
 def test_a_chat_goes_on_after_a_restart(tmp_path):
-    (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
-    options = [*SMALL, "--disk", str(tmp_path / "disk"), "--disk-size", "20MB"]
-    with process(tmp_path / "log", *options) as server:
+    from pagedkv.cli.loading import load_model
+    from pagedkv.cli.serve import EngineOptions, TierOptions, _engine
+    from pagedkv.models import shipped_model_path
+
+    disk = ["--disk", str(tmp_path / "disk"), "--disk-size", "20MB"]
+    with process(tmp_path / "log", *SMALL, *disk) as server:
         first = chat(server.url)
         assert cached_of(first) == 0
         assert server.stop() == 0
-    with process(tmp_path / "log", *options, "--warm", str(tmp_path / "prompts.json")) as server:
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    tiers = TierOptions(disk=tmp_path / "disk", disk_size="20MB")
+    engine = _engine(EngineOptions(num_blocks=64), load_model(shipped_model_path(), "cpu"), tiers)
+    (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
+    pinned = pin_prompts(engine, ServerConfig(), read_prompts([tmp_path / "prompts.json"]))
+    with thread(engine) as server:
         cache = httpx.get(f"{server.url}/v1/cache").json()
         (tier,) = cache["tiers"]
-        assert cache["blocks"]["pinned"] > 3 and tier["medium"] == "DISK" and tier["loads"] >= cache["blocks"]["pinned"]
+        assert cache["blocks"]["pinned"] == pinned.blocks == tier["loads"] > 3 and tier["medium"] == "DISK"
         again = chat(server.url)
-        tokens = again["usage"]["prompt_tokens"]
-        assert cached_of(again) == (tokens - 1) // 16 * 16 > 64
+        assert cached_of(again) == (again["usage"]["prompt_tokens"] - 1) // 16 * 16 > 64
         assert again["choices"] == first["choices"]
-        assert server.stop() == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 class LateTier(DictTier):
