@@ -93,7 +93,7 @@ def test_tiers_are_told_by_medium(engine):
     far = TierFigures(medium="DISK", blocks=70, total_blocks=100, corrupt=1, late=4, **figures)
     without = samples_of(ServerMetrics(server_state(engine)).text())
     assert not any("tier" in key[0] or "offload" in key[0] for key in without)
-    engine.tiers = (near, far, replace(far, blocks=1))
+    engine.tier_figures = (near, far, replace(far, blocks=1))
     seen = samples_of(ServerMetrics(server_state(engine, vllm_metrics=True)).text())
     assert seen["pagedkv:tier_blocks_used", ("medium", "DISK")] == 71
     assert seen["pagedkv:tier_blocks_capacity", ("medium", "CPU")] == 10

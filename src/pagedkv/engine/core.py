@@ -29,6 +29,7 @@ from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, Ti
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.tiers.ladder import Ladder
+from pagedkv.tiers.tier import Tier
 from pagedkv.validate import require_int
 
 logger = logging.getLogger("pagedkv")
@@ -118,6 +119,12 @@ class EngineCore:
             max_num_seqs=scheduler.max_num_seqs,
             max_batch_tokens=scheduler.max_batch_tokens,
         )
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Where K and V are kept beyond the pool, nearest first."""
+        offload = self.scheduler.offload
+        return () if offload is None else tuple(rung.tier for rung in offload.ladder.rungs)
 
     @property
     def has_work(self) -> bool:
