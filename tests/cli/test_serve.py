@@ -22,7 +22,7 @@ pytest.importorskip("fastapi")
 def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
     result = CliRunner().invoke(app, ["serve", *arguments], env=env)
     assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if "compiling its kernels" not in line]
     assert len(lines) == 1 and lines[0].startswith("pagedkv: error: ")
     return lines[0]
 
@@ -46,6 +46,8 @@ def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--disk", "chats"], "--disk: expected --disk-size beside it"),
         (["--disk-size", "5GB"], "--disk-size: expected --disk beside it"),
         (["--disk", "chats", "--disk-size", "much"], "--disk-size: expected a size such as 40GiB or 80GB, got 'much'"),
+        (["--host-memory", "8GiB"], "--host-memory: expected a pool on a device, got one on the CPU"),
+        (["--host-memory", "8"], "--host-memory: expected a size such as 40GiB or 80GB, got '8'"),
         (["--warm", "/nowhere"], "--warm: cannot read /nowhere: No such file"),
     ],
 )
@@ -73,6 +75,13 @@ def test_directories_that_cannot_be_had(tmp_path: Path) -> None:
     assert "--disk-size: expected at least" in said("small", "1kB")
     with DiskTier(tmp_path / "used", "1MB").open(BlockFormat("ours", 16, 512)):
         assert f"is in use by process {os.getpid()}" in said("used")
+
+
+def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
+    from pagedkv.cli.serve import TierOptions
+
+    both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB")
+    assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK"] and TierOptions().tiers() == []
 
 
 def test_cuda_graphs_without_a_device() -> None:

@@ -38,6 +38,7 @@ from pagedkv.validate import require_size
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
     from pagedkv.server.warm import Pinned
+    from pagedkv.tiers import Tier
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -78,6 +79,9 @@ class TierOptions:
         None, "A directory for keys and values: chats go on after a restart.", group=_TIERS, shown=False
     )
     disk_size: str | None = setting(None, "Bytes that it may take, such as 50GB.", group=_TIERS, shown=False)
+    host_memory: str | None = setting(
+        None, "Memory of the host for them, such as 8GiB, for pools on a device.", group=_TIERS, shown=False
+    )
     warm: tuple[str, ...] = setting(
         (),
         "A file with a system prompt, or a JSON list of them, to compute and pin before the port opens.",
@@ -89,8 +93,24 @@ class TierOptions:
         if (self.disk is None) != (self.disk_size is None):
             missing, given = ("--disk-size", "--disk") if self.disk_size is None else ("--disk", "--disk-size")
             raise Failure(f"{given}: expected {missing} beside it")
-        if self.disk_size is not None:
-            require_size("disk_size", self.disk_size)
+        for name in self.sizes:
+            require_size(name, getattr(self, name))
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that were given, nearest first."""
+        return [name for name in ("host_memory", "disk_size") if getattr(self, name) is not None]
+
+    def tiers(self) -> list[Tier]:
+        """Return the tiers, nearest first."""
+        from pagedkv.tiers import DiskTier, HostTier
+
+        made: list[Tier] = []
+        if self.host_memory is not None:
+            made.append(HostTier(self.host_memory))
+        if self.disk is not None and self.disk_size is not None:
+            made.append(DiskTier(self.disk, self.disk_size))
+        return made
 
 
 EXAMPLES = """Serve a language model behind the API that OpenAI's clients speak.
@@ -148,6 +168,8 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
     from pagedkv.server.run import listen, run, show_logs
     from pagedkv.server.warm import pin_prompts, read_prompts
 
+    if tiers.host_memory is not None and options.device.startswith("cpu"):
+        raise Failure("--host-memory: expected a pool on a device, got one on the CPU, which is in that memory already")
     require_events(config)
     prompts = read_prompts(tiers.warm)
     console = notes()
@@ -166,7 +188,6 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
 
 def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
-    from pagedkv.tiers import DiskTier
 
     model, given = loaded.model, asdict(options)
     del given["device"]
@@ -175,14 +196,13 @@ def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> 
         import torch
 
         model = model.to(getattr(torch, dtype))
-    if tiers.disk is not None:
-        given["tiers"] = [DiskTier(tiers.disk, str(tiers.disk_size))]
     try:
-        return AsyncEngine(LLM(model, loaded.tokenizer, **given))
+        return AsyncEngine(LLM(model, loaded.tokenizer, tiers=tiers.tiers(), **given))
     except InvalidOperation as error:
         if error.argument != "size":
             raise
-        raise Failure(f"--disk-{error.reason}") from None
+        flags = " or ".join(f"--{name.replace('_', '-')}" for name in tiers.sizes)
+        raise Failure(f"{flags}{error.reason.removeprefix('size')}") from None
 
 
 def _shown(host: str) -> str:
@@ -213,7 +233,8 @@ def _greet(
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
     }
     for tier in engine.stats().tiers:
-        facts["disk"] = f"{tiers.disk}, {tier.blocks:,} of {tier.total_blocks:,} blocks"
+        name, place = ("disk", f"{tiers.disk}, ") if tier.medium == "DISK" else ("host memory", "")
+        facts[name] = f"{place}{tier.blocks:,} of {tier.total_blocks:,} blocks"
     if pinned.prompts:
         facts["pinned"] = f"{pinned.prompts:,} prompts, {pinned.tokens:,} tokens in {pinned.blocks:,} blocks"
     table = facts_table(facts.items())
