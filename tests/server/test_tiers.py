@@ -139,3 +139,15 @@ async def test_a_tier_that_fails_costs_nobody_an_answer():
         (figures,) = (await client.get("/v1/cache")).json()["tiers"]
         assert figures["failed"] >= 10 and figures["medium"] == "REMOTE"
     await engine.shutdown()
+
+
+def test_a_tier_that_cannot_be_closed_does_not_keep_a_server_from_ending(caplog):
+    class Stuck(DictTier):
+        def close(self):
+            super().close()
+            raise OSError("the disk is gone")
+
+    with thread(new_engine(Stuck(4))) as server:
+        body = {"prompt": list(range(40)), "max_tokens": 4}
+        assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert "a tier was not closed" in caplog.text and "the disk is gone" in caplog.text

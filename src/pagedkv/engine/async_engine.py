@@ -281,7 +281,7 @@ class AsyncEngine:
         return self._core.runner.cache.subscribe(callback)
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Stop, and close the tiers; requests that come now get EngineDead.
+        """Stop, and close the tiers; requests that come now get EngineDead. A tier that cannot be closed is logged.
 
         Parameters
         ----------
@@ -299,7 +299,10 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.llm.close)
+        try:
+            await asyncio.to_thread(self.llm.close)
+        except Exception:  # what it stored may be lost; whoever shuts down goes on with the rest
+            logger.exception("a tier was not closed")
 
     # ---------------------------------------------------------------- from any thread
 
