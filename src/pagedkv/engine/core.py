@@ -248,7 +248,7 @@ class EngineCore:
         OutOfMemory
             If not one block of the pool is free.
         """
-        cache, seq_id = self.runner.cache, self.scheduler.new_seq_id()
+        cache, seq_id = self.runner.cache, next(self.scheduler.seq_ids)
         info = cache.allocate(seq_id, [*token_ids, 0], cache_salt=cache_salt)  # the last token is never found
         if info.num_cached_tokens:
             cache.pin(seq_id, info.num_cached_tokens)
