@@ -65,7 +65,7 @@ async def test_what_was_pinned_is_found_by_every_chat_and_never_reclaimed(tmp_pa
     settings = {**settings, "api_keys": keys}
     engine, prompts = new_engine(), prompts_of(tmp_path, [SYSTEM])
     pinned = await asyncio.to_thread(pin_prompts, engine, ServerConfig(**settings), prompts)
-    assert pinned.prompts == 1 and pinned.blocks * 4 == pinned.tokens > 20 * max(1, len(keys))
+    assert pinned.blocks * 4 == pinned.tokens > 20 * max(1, len(keys))
     assert engine.stats().blocks_used == 0 and engine.snapshot().counts()["pinned"] == pinned.blocks
     async with client_of(engine, **settings) as client:
         for round_ in range(3):
@@ -93,6 +93,9 @@ def test_half_of_the_pool_is_the_most(tmp_path):
         "what both begin with is once there"
     )
     assert pin_prompts(engine, shared, []) == Pinned()
+    assert pin_prompts(new_engine(2 * pinned.blocks), shared, prompts) == pinned
+    with pytest.raises(InvalidOperation, match=f"at most {pinned.blocks - 1} blocks"):
+        pin_prompts(new_engine(2 * pinned.blocks - 1), shared, prompts)
 
 
 def test_without_reuse_there_is_nothing_to_pin(tmp_path):

@@ -235,8 +235,8 @@ def _greet(
     for tier in engine.stats().tiers:
         name, place = ("disk", f"{tiers.disk}, ") if tier.medium == "DISK" else ("host memory", "")
         facts[name] = f"{place}{tier.blocks:,} of {tier.total_blocks:,} blocks"
-    if pinned.prompts:
-        facts["pinned"] = f"{pinned.prompts:,} prompts, {pinned.tokens:,} tokens in {pinned.blocks:,} blocks"
+    if pinned.tokens:
+        facts["pinned"] = f"{pinned.tokens:,} tokens in {pinned.blocks:,} blocks"
     table = facts_table(facts.items())
     console.print(Panel(table, title="pagedkv serves", title_align="left", expand=False, border_style="green"))
     console.print(Text(example_curl(url, with_key=bool(keys)) + "\n"), soft_wrap=True)

@@ -33,9 +33,8 @@ _WAYS_ON = ("a", "1")
 
 @dataclass(frozen=True)
 class Pinned:
-    """What was pinned: prompts, tokens of all of them, and blocks of the pool."""
+    """What was pinned: tokens of all prompts, and the blocks of the pool that they take."""
 
-    prompts: int = 0
     tokens: int = 0
     blocks: int = 0
 
@@ -108,7 +107,7 @@ def pin_prompts(engine: AsyncEngine, config: ServerConfig, prompts: Sequence[lis
     )
     if blocks and not tokens:
         raise InvalidOperation("warm: the prefixes of this model are not reused", "warm")
-    return Pinned(len(texts), tokens, blocks)
+    return Pinned(tokens, blocks)
 
 
 async def _encode(engine: AsyncEngine, config: ServerConfig, prompts: Sequence[list[ChatMessage]]) -> list[Ids]:
