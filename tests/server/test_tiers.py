@@ -143,6 +143,9 @@ async def test_a_tier_that_fails_costs_nobody_an_answer():
 
 def test_a_tier_that_cannot_be_closed_does_not_keep_a_server_from_ending(caplog):
     class Stuck(DictTier):
+        def open(self, block):
+            """Be closed by the server, too."""
+
         def close(self):
             super().close()
             raise OSError("the disk is gone")
