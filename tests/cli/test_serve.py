@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import socket
 from dataclasses import fields
 from pathlib import Path
@@ -21,7 +22,7 @@ pytest.importorskip("fastapi")
 def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
     result = CliRunner().invoke(app, ["serve", *arguments], env=env)
     assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
+    lines = [line for line in result.stderr.strip().splitlines() if "compiling its kernels" not in line]
     assert len(lines) == 1 and lines[0].startswith("pagedkv: error: ")
     return lines[0]
 
@@ -42,6 +43,12 @@ def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--record-events", "/nowhere/events"], "--record-events: cannot write"),
         (["--events-endpoint", "nowhere"], "--events-endpoint: expected an address"),
         (["--block-size", "0", "--port", "0"], "--block-size: expected an int"),
+        (["--disk", "chats"], "--disk: expected --disk-size beside it"),
+        (["--disk-size", "5GB"], "--disk-size: expected --disk beside it"),
+        (["--disk", "chats", "--disk-size", "much"], "--disk-size: expected a size such as 40GiB or 80GB, got 'much'"),
+        (["--host-memory", "8GiB"], "--host-memory: expected a pool on a device, got one on the CPU"),
+        (["--host-memory", "8"], "--host-memory: expected a size such as 40GiB or 80GB, got '8'"),
+        (["--warm", "/nowhere"], "--warm: cannot read /nowhere: No such file"),
     ],
 )
 def test_wrong_options_are_named(arguments: list[str], text: str) -> None:
@@ -53,6 +60,28 @@ def test_a_port_that_is_in_use() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert "in use" in failure("--port", str(taken.getsockname()[1]))
+
+
+def test_directories_that_cannot_be_had(tmp_path: Path) -> None:
+    from pagedkv.tiers import BlockFormat, DiskTier
+
+    def said(name: str, size: str = "10MB") -> str:
+        return failure("--port", "0", "--disk", str(tmp_path / name), "--disk-size", size)
+
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("years of work")
+    assert "expected an empty directory or a tier's, got one with 'thesis.tex'" in said("theirs")
+    assert (tmp_path / "theirs" / "thesis.tex").read_text() == "years of work"
+    assert "--disk-size: expected at least" in said("small", "1kB")
+    with DiskTier(tmp_path / "used", "1MB").open(BlockFormat("ours", 16, 512)):
+        assert f"is in use by process {os.getpid()}" in said("used")
+
+
+def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
+    from pagedkv.cli.serve import TierOptions
+
+    both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB")
+    assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK"] and TierOptions().tiers() == []
 
 
 def test_cuda_graphs_without_a_device() -> None:
@@ -97,10 +126,15 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("server.toml", 'port = 9000\napi_keys = ["a", "b"]\nblock_size = 8\nmax_queue = 3\nprefix_caching = false\n'),
+        (
+            "server.toml",
+            'port = 9000\napi_keys = ["a", "b"]\nblock_size = 8\nmax_queue = 3\nprefix_caching = false\n'
+            'disk = "/chats"\ndisk_size = "2GB"\nwarm = ["one.txt", "two.json"]\n',
+        ),
         (
             "server.json",
-            '{"port": 9000, "api_keys": ["a", "b"], "block_size": 8, "max_queue": 3, "prefix_caching": false}',
+            '{"port": 9000, "api_keys": ["a", "b"], "block_size": 8, "max_queue": 3, "prefix_caching": false, '
+            '"disk": "/chats", "disk_size": "2GB", "warm": ["one.txt", "two.json"]}',
         ),
     ],
 )
@@ -115,9 +149,10 @@ def test_a_config_file_sets_what_no_option_does(
     file.write_text(text)
     result = CliRunner().invoke(app, ["serve", "--config", str(file), "--max-queue", "7"])
     assert result.exit_code == 0, result.output
-    _, engine, config = taken
+    _, engine, config, tiers = taken
     assert (engine.block_size, engine.prefix_caching, engine.max_num_seqs) == (8, False, 256)
     assert (config.port, config.api_keys, config.max_queue, config.host) == (9000, ("a", "b"), 7, "127.0.0.1")
+    assert (tiers.disk, tiers.disk_size, tiers.warm) == (Path("/chats"), "2GB", ("one.txt", "two.json"))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from pagedkv.cli.top_screen import BlockMapView, HelpScreen, TopApp
 from pagedkv.control.types import BLOCK_KINDS, CACHED, FREE, SHARED
 from pagedkv.engine.snapshot import encode
 from pagedkv.format import duration
+from pagedkv.tiers.ladder import TierFigures
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +132,56 @@ def test_the_history_gives_rates(snapshots):
     assert len(history.course("usage")) == 20
     history.add(snapshots[3])
     assert len(history.course("usage")) == 1, "a step back begins anew"
+
+
+def with_tiers(snapshots):
+    """The same snapshots with a disk that fills up and a user's tier that says nothing of its size."""
+    return [
+        dataclasses.replace(
+            snapshot,
+            stats=dataclasses.replace(
+                snapshot.stats,
+                tiers=(
+                    TierFigures(medium="DISK", blocks=10 * i, total_blocks=400, hits=i, read_bytes=i * 2**20),
+                    TierFigures(medium="REMOTE", written_bytes=i * 4096, corrupt=2),
+                ),
+            ),
+        )
+        for i, snapshot in enumerate(snapshots)
+    ]
+
+
+def test_tiers_are_lines_with_rates(snapshots):
+    history = History()
+    for snapshot in with_tiers(snapshots[:11]):
+        history.add(snapshot)
+    disk, remote = (line.replace("\u00a0", " ") for line in history.tier_lines())
+    assert disk == f"DISK   {'█' * 6}{'░' * 18}  100 of 400 blocks  reads 2 MiB/s  writes 0 B/s  10 hits"
+    assert remote == "REMOTE blocks not told  reads 0 B/s  writes 8 KiB/s  0 hits  2 corrupt"
+    history.add(snapshots[11])
+    assert history.tier_lines() == []
+
+
+def test_tiers_stand_under_the_map(tmp_path, snapshots):
+    def recorded(name, some):
+        recording = Recording(tmp_path / name)
+        for snapshot in some:
+            recording.add(snapshot)
+        recording.close()
+        return SnapshotFile(tmp_path / name)
+
+    async def two(app, pilot):
+        await pilot.press("p")
+        lines = text_of(app, "#tiers").splitlines()
+        assert [line.split()[0] for line in lines] == ["DISK", "REMOTE"]
+        map_, tiers, block = (app.query_one(name).region for name in ("#map", "#tiers", "#block"))
+        assert map_.bottom <= tiers.y < block.y and tiers.height == 2
+
+    async def none(app, pilot):
+        assert not app.query_one("#tiers").display
+
+    drive(recorded("with", with_tiers(snapshots)), two, interval=0.05)
+    drive(recorded("without", snapshots), none, interval=0.05)
 
 
 def test_a_recording_is_read_back(recorded, snapshots):

@@ -102,3 +102,14 @@ def test_snapshots_are_equal_by_value():
     assert snap == manager.snapshot(), "a plan changes nothing"
     manager.touch(1)
     assert snap != manager.snapshot() != BlockManager(5, 2).snapshot()
+
+
+def test_a_block_tells_its_tokens_and_what_is_before_it():
+    cache = BlockManager(8, 2)
+    table = cache.allocate(1, [1, 2, 3, 4, 5]).block_table.tolist()
+    first, second, third = (cache.block(place) for place in table)
+    assert (second.parent_id, second.token_ids) == (None, ()), "not yet findable"
+    cache.commit(1)
+    assert (first.parent_id, first.token_ids) == (None, (1, 2))
+    assert (second.parent_id, second.token_ids) == (first.id, (3, 4))
+    assert (third.parent_id, third.token_ids) == (None, ())

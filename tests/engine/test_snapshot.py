@@ -14,6 +14,7 @@ from pagedkv import BlockManager, InvalidOperation
 from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.snapshot import MOST_POINTS, EngineStats, TickClock, decode, encode, take_snapshot
+from pagedkv.tiers.ladder import TierFigures
 
 
 @pytest.fixture
@@ -68,6 +69,15 @@ def test_encoding_is_exact_and_small(snapshot):
             np.array_equal(mine, other) and mine.dtype == other.dtype if isinstance(mine, np.ndarray) else mine == other
         )
         assert same, field.name
+
+
+def test_snapshots_with_tiers_and_those_from_before_are_read(snapshot):
+    tier = TierFigures(medium="DISK", blocks=3, total_blocks=9, read_seconds=0.5)
+    made = dataclasses.replace(snapshot, stats=dataclasses.replace(snapshot.stats, tiers=(tier,)))
+    assert decode(encode(made)).stats == made.stats
+    frame = msgspec.msgpack.decode(encode(made))
+    del frame["stats"]["tiers"]
+    assert decode(msgspec.msgpack.encode(frame)).stats == snapshot.stats
 
 
 def test_a_large_calm_pool_takes_few_bytes():

@@ -17,6 +17,7 @@ from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import install_error_handlers
 from pagedkv.server.model import ServedModel
 from pagedkv.server.state import ServerState
+from pagedkv.tiers.ladder import TierFigures
 
 
 class FakeRequest:
@@ -46,10 +47,12 @@ class FakeEngine:
         self.at_once = at_once
         self.counts = dict.fromkeys(("prompt_tokens", "generation_tokens", "prefix_queries", "prefix_hits"), 0)
         self.preemptions = self.numbers = self.snapshots = 0
+        self.tier_figures: tuple[TierFigures, ...] = ()
+        self.tiers: tuple[Any, ...] = ()
         self.lock = threading.Lock()
         self.is_alive = True
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(f"t{i}" for i in ids))
-        self.subscribe = self.cache.subscribe
+        self.subscribe, self.block = self.cache.subscribe, self.cache.block
         self.sizes = EngineSizes(
             block_size=16,
             total_blocks=num_blocks,
@@ -121,6 +124,7 @@ class FakeEngine:
             block_size=cache.block_size,
             reclaimed=cache.stats.blocks_reclaimed,
             evictions=cache.stats.total_evictions,
+            tiers=self.tier_figures,
             **self.counts,
         )
 

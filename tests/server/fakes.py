@@ -66,7 +66,8 @@ class FakeEngine:
             max_batch_tokens=512,
         )
         self.cache = BlockManager(1024, 16)
-        self.subscribe = self.cache.subscribe
+        self.subscribe, self.block = self.cache.subscribe, self.cache.block
+        self.tiers: tuple[Any, ...] = ()
 
     @property
     def running(self) -> int:

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
+from tests.contracts.user_tiers import DictTier
+from tests.engine import fakes
+from tests.engine.test_offload import settle
 from tests.server.fake_snapshots import FakeEngine, server_state
 
 from pagedkv import BlockManager, InvalidOperation, MissingExtra
-from pagedkv.engine.kv_events import KvEventLog
+from pagedkv.engine.kv_events import KvEventLog, append_event_batch
 from pagedkv.server import events
 from pagedkv.server.events import (
     END_OF_REPLAY,
@@ -22,6 +25,7 @@ from pagedkv.server.events import (
     stays_here,
 )
 from pagedkv.sim.reading import read_trace
+from pagedkv.tiers import DiskTier
 
 ANYWHERE = "tcp://127.0.0.1:0"
 
@@ -79,6 +83,110 @@ def test_removals_of_blocks_from_before_are_not_told():
     log = KvEventLog(cache)
     cache.allocate(2, 4)
     assert log.take() is None
+
+
+def test_what_was_there_before_is_told_with_what_continues_it():
+    caches = [BlockManager(16, 4), BlockManager(16, 4)]
+    early = KvEventLog(caches[0])
+    for cache in caches:
+        cache.allocate(1, list(range(8)), cache_salt="tenant")
+        cache.commit(1)
+    late = KvEventLog(caches[1])
+    for cache in caches:
+        cache.commit(cache.append_batch([1], [[8, 9, 10, 11]]))
+    (told,), (again,) = stored(early.take()), stored(late.take())
+    assert told == again and again["token_ids"] == list(range(12)) and again["parent_block_hash"] is None
+
+
+SYSTEM = list(range(13))
+
+
+def serve_over(tier, *requests):
+    """Return the events of a cold and of a warm engine over a tier."""
+    batches = []
+    for _ in range(2):
+        core = fakes.engine(tiers=[tier()])
+        log = KvEventLog(core.runner.cache, core.tiers)
+        for each in requests:
+            core.add(each())
+            fakes.run(core)
+            settle(core)
+        core.close()
+        batches.append(log.take()[1])
+    return batches
+
+
+@pytest.mark.parametrize("salt", ["", "tenant"])
+def test_blocks_have_the_same_name_in_pool_and_tier(tmp_path, salt):
+    def asked(name, prompt):
+        return lambda: fakes.request(name, prompt, cache_salt=salt, max_tokens=1, ignore_eos=True)
+
+    first, longer = asked("a", SYSTEM), asked("b", [*SYSTEM[:12], *range(20, 29)])
+    (cold, warm) = serve_over(lambda: DiskTier(tmp_path / "tier", "1MB"), first, longer)
+    assert {event["type"] for event in cold + warm} == {"BlockStored"}
+    told = {medium: named(cold, medium) for medium in ("GPU", "DISK")}
+    assert told["GPU"] == told["DISK"] and len(told["GPU"]) == 3 + 2
+    assert named(warm, "GPU") == told["GPU"]
+    assert not named(warm, "DISK"), "it was there when the tier was opened"
+    (more,) = serve_over(lambda: DiskTier(tmp_path / "tier", "1MB"), asked("c", [*SYSTEM[:12], *range(30, 21, -1)]))[:1]
+    assert named(more, "DISK") == named(more, "GPU") and len(named(more, "DISK")) == 5, "with what it continues"
+
+
+def named(told, medium):
+    """Return which tokens stand behind which name, for a medium, once it is sure that parents came before."""
+    found = {}
+    for event in (event for event in told if event["type"] == "BlockStored" and event["medium"] == medium):
+        assert event["parent_block_hash"] is None or event["parent_block_hash"] in found
+        size = event["block_size"]
+        for place, number in enumerate(event["block_hashes"]):
+            found[number] = tuple(event["token_ids"][place * size : (place + 1) * size])
+    return found
+
+
+def test_readers_take_what_the_pool_stored_alone(tmp_path):
+    asked = [fakes.request(name, [int(name)] * 13, max_tokens=1, ignore_eos=True) for name in "12"]
+    (events, _) = serve_over(lambda: DiskTier(tmp_path / "tier", "1MB"), *(lambda each=each: each for each in asked))
+    assert {event["medium"] for event in events} == {"GPU", "DISK"}
+    traces = []
+    for name, some in (("all", events), ("pool", [event for event in events if event["medium"] == "GPU"])):
+        with (tmp_path / name).open("wb") as file:
+            append_event_batch(file, [1.0, some, 0])
+        traces.append(read_trace(tmp_path / name))
+    assert traces[0].ids.tolist() == traces[1].ids.tolist() and traces[0].num_requests == traces[1].num_requests == 2
+
+
+def test_clearing_tells_all_and_a_tier_of_its_own_blocks(tmp_path):
+    core = fakes.engine(tiers=[DiskTier(tmp_path / "tier", "1MB")])
+    log = KvEventLog(core.runner.cache, core.tiers)
+
+    def ask(name):
+        core.add(fakes.request(name, SYSTEM, max_tokens=1, ignore_eos=True))
+        fakes.run(core)
+        settle(core)
+        return log.take()[1]
+
+    names = {*named(ask("a"), "DISK")}
+    core.tiers[0].clear()
+    (removed,) = log.take()[1]
+    assert removed == {"type": "BlockRemoved", "block_hashes": removed["block_hashes"], "medium": "DISK"}
+    assert {*removed["block_hashes"]} == names
+    core.runner.cache.clear_prefix_cache()
+    assert log.take()[1] == [{"type": "AllBlocksCleared"}]
+    again = ask("b")
+    assert {*named(again, "DISK")} == {*named(again, "GPU")} == names
+    core.clear_prefix_cache()
+    assert log.take()[1] == [{"type": "AllBlocksCleared"}], "who hears it forgets what tiers have, too"
+    core.close()
+    log.close()
+
+
+def test_a_user_tier_without_books_tells_nothing():
+    core = fakes.engine(tiers=[DictTier(4)])
+    log = KvEventLog(core.runner.cache, core.tiers)
+    core.add(fakes.request("a", SYSTEM, max_tokens=1, ignore_eos=True))
+    fakes.run(core)
+    assert {event["medium"] for event in log.take()[1]} == {"GPU"}
+    core.close()
 
 
 @pytest.mark.parametrize(

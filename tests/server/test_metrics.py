@@ -15,6 +15,7 @@ from pagedkv import BlockManager
 from pagedkv.engine import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.server import metrics
 from pagedkv.server.metrics import VLLMS, BlockLives, ServerMetrics
+from pagedkv.tiers.ladder import TierFigures
 
 # What vLLM's own Grafana board and the inference gateway ask for.
 READ_BY_OTHERS = [
@@ -84,6 +85,27 @@ def test_counters_rise_with_the_engine_and_never_fall(engine):
     assert before["pagedkv:blocks_reclaimed_total",] == stats.reclaimed > 0
     assert before["pagedkv:kv_cache_usage_perc",] == stats.blocks_used / 96 <= 1
     assert before["pagedkv:cache_config_info", ("block_size", "16"), ("num_gpu_blocks", "96")] == 1
+
+
+def test_tiers_are_told_by_medium(engine):
+    figures = {"loads": 3, "stores": 5, "read_bytes": 300, "written_bytes": 500, "read_seconds": 0.5}
+    near = TierFigures(medium="CPU", blocks=7, total_blocks=10, hits=2, **figures)
+    far = TierFigures(medium="DISK", blocks=70, total_blocks=100, corrupt=1, late=4, **figures)
+    without = samples_of(ServerMetrics(server_state(engine)).text())
+    assert not any("tier" in key[0] or "offload" in key[0] for key in without)
+    engine.tier_figures = (near, far, replace(far, blocks=1))
+    seen = samples_of(ServerMetrics(server_state(engine, vllm_metrics=True)).text())
+    assert seen["pagedkv:tier_blocks_used", ("medium", "DISK")] == 71
+    assert seen["pagedkv:tier_blocks_capacity", ("medium", "CPU")] == 10
+    for name, medium, value in [
+        ("hits", "CPU", 2), ("loads", "CPU", 3), ("loads", "DISK", 6), ("stores", "DISK", 10), ("corrupt", "DISK", 2),
+        ("late", "DISK", 8), ("gated", "CPU", 0), ("failed", "DISK", 0), ("dropped", "CPU", 0),
+    ]:  # fmt: skip
+        assert seen[f"pagedkv:tier_{name}_total", ("medium", medium)] == value
+    assert seen["pagedkv:tier_bytes_total", ("direction", "write"), ("medium", "DISK")] == 1000
+    assert seen["pagedkv:tier_seconds_total", ("direction", "read"), ("medium", "CPU")] == 0.5
+    for name, value in [("load_bytes", 900), ("store_bytes", 1500), ("load_time", 1.5), ("store_time", 0)]:
+        assert seen[f"vllm:kv_offload_{name}_total",] == seen[f"pagedkv:kv_offload_{name}_total",] == value
 
 
 def output(written, *, finished=False, arrived=100.0, n=1):

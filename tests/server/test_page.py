@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 import threading
 import time
@@ -12,6 +14,7 @@ from tests.server.fake_snapshots import FakeEngine
 from tests.server.local import make_engine, settle, thread
 
 from pagedkv.engine.snapshot import take_snapshot
+from pagedkv.tiers.ladder import TierFigures
 
 PATIENCE = 30.0
 COUNTS = "return [...document.querySelectorAll('#legend b')].map((b) => Number(b.textContent.replaceAll(',', '')))"
@@ -206,6 +209,38 @@ def test_a_large_pool_is_drawn(window, served, monkeypatch):
     assert dict(zip(big.counts(), counts, strict=True)) == big.counts()
     assert wait_for(window, "return Number(document.getElementById('drawn').dataset.milliseconds)") > 0
     assert window.run("return document.getElementById('map').clientHeight") <= 470
+    assert window.console() == []
+
+
+TIERS = """
+return [...document.querySelectorAll('#tiers li')].map((band) => {
+  const [name, bar, words] = band.children;
+  return [name.textContent, bar.hidden ? null : bar.firstChild.clientWidth / bar.clientWidth, words.textContent];
+})"""
+
+
+@pytest.mark.parametrize(("width", "is_dark"), [(1280, False), (320, True)])
+def test_tiers_are_bands_under_the_pool(window, served, monkeypatch, width, is_dark):
+    engine, step = FakeEngine(64), itertools.count(1)
+
+    def snapshot():
+        now = next(step)
+        disk = TierFigures(medium="DISK", blocks=25, total_blocks=100, hits=1, read_bytes=now << 20)
+        engine.tier_figures = (disk, TierFigures(medium="<b>mine", hits=1200, corrupt=2, failed=1))
+        return dataclasses.replace(engine.snapshot(), taken=1000.0 + now)
+
+    monkeypatch.setattr(served.engine, "snapshot", snapshot)
+    time.sleep(0.3)  # until the last real snapshot is old
+    open_page(window, served.url, width, is_dark)
+    disk, mine = wait_for(window, TIERS, lambda bands: len(bands) == 2 and "reads 1 MiB/s" in bands[0][2])
+    assert disk == ["DISK", pytest.approx(0.25, abs=0.02), "25 of 100 blocks, reads 1 MiB/s, writes 0 B/s, 1 hit"]
+    told = "blocks not told, reads 0 B/s, writes 0 B/s, 1,200 hits, 2 blocks corrupt, 1 call failed"
+    assert mine == ["<b>mine", None, told]
+    below = "return document.getElementById('tiers').getBoundingClientRect().top >= {}"
+    assert window.run(below.format("document.getElementById('map').getBoundingClientRect().bottom"))
+    assert window.run("return document.documentElement.scrollWidth") <= width
+    monkeypatch.setattr(served.engine, "snapshot", FakeEngine(64).snapshot)
+    assert wait_for(window, "return document.getElementById('tiers').hidden")
     assert window.console() == []
 
 

@@ -30,16 +30,19 @@ from pagedkv.cli.terminal import (
     read_text,
     threads_for,
 )
-from pagedkv.errors import MissingExtra
+from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.models import shipped_model_path
 from pagedkv.server.config import ServerConfig, setting
+from pagedkv.validate import require_size
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
+    from pagedkv.server.warm import Pinned
+    from pagedkv.tiers import Tier
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_MODEL, _POOL, _KEYS = "The model", "The pool and the batch", "Who may call"
+_MODEL, _POOL, _TIERS, _KEYS = "The model", "The pool and the batch", "Beyond the pool", "Who may call"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,48 @@ class EngineOptions:
         require_kv_dtype(self.kv_dtype)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TierOptions:
+    """What is kept beyond the pool, and what is never given up in it."""
+
+    disk: Path | None = setting(
+        None, "A directory for keys and values: chats go on after a restart.", group=_TIERS, shown=False
+    )
+    disk_size: str | None = setting(None, "Bytes that it may take, such as 50GB.", group=_TIERS, shown=False)
+    host_memory: str | None = setting(
+        None, "Memory of the host for them, such as 8GiB, for pools on a device.", group=_TIERS, shown=False
+    )
+    warm: tuple[str, ...] = setting(
+        (),
+        "A file with a system prompt, or a JSON list of them, to compute and pin before the port opens.",
+        group=_TIERS,
+        shown=False,
+    )
+
+    def __post_init__(self) -> None:
+        if (self.disk is None) != (self.disk_size is None):
+            missing, given = ("--disk-size", "--disk") if self.disk_size is None else ("--disk", "--disk-size")
+            raise Failure(f"{given}: expected {missing} beside it")
+        for name in self.sizes:
+            require_size(name, getattr(self, name))
+
+    @property
+    def sizes(self) -> list[str]:
+        """The sizes that were given, nearest first."""
+        return [name for name in ("host_memory", "disk_size") if getattr(self, name) is not None]
+
+    def tiers(self) -> list[Tier]:
+        """Return the tiers, nearest first."""
+        from pagedkv.tiers import DiskTier, HostTier
+
+        made: list[Tier] = []
+        if self.host_memory is not None:
+            made.append(HostTier(self.host_memory))
+        if self.disk is not None and self.disk_size is not None:
+            made.append(DiskTier(self.disk, self.disk_size))
+        return made
+
+
 EXAMPLES = """Serve a language model behind the API that OpenAI's clients speak.
 
 [bold]Examples[/bold]
@@ -75,6 +120,8 @@ EXAMPLES = """Serve a language model behind the API that OpenAI's clients speak.
   pagedkv serve
 
   pagedkv serve ./my-model --port 9000 --api-key-file keys.txt
+
+  pagedkv serve --disk /var/cache/pagedkv --disk-size 50GB --warm system-prompt.txt
 
   pagedkv serve --config server.toml
 
@@ -87,7 +134,7 @@ requests end.
 """
 
 
-@options_from(EngineOptions, ServerConfig)
+@options_from(EngineOptions, TierOptions, ServerConfig)
 def serve(
     context: typer.Context,
     model: Annotated[
@@ -112,29 +159,34 @@ def serve(
                 raise MissingExtra(module, "serve")
         engine_options = from_options(EngineOptions, options)
         check_folder(folder)
-        run(folder, engine_options, from_options(ServerConfig, options))
+        run(folder, engine_options, from_options(ServerConfig, options), from_options(TierOptions, options))
 
 
-def run(folder: Path, options: EngineOptions, config: ServerConfig) -> None:
+def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierOptions) -> None:
     """Serve the model of a folder until a signal comes."""
     from pagedkv.server.events import require_events
     from pagedkv.server.run import listen, run, show_logs
+    from pagedkv.server.warm import pin_prompts, read_prompts
 
+    if tiers.host_memory is not None and options.device.startswith("cpu"):
+        raise Failure("--host-memory: expected a pool on a device, got one on the CPU, which is in that memory already")
     require_events(config)
+    prompts = read_prompts(tiers.warm)
     console = notes()
     with listen(config) as listener:
         with library_notices(console), console.status("loading the model"):
             loaded = load_model(folder, options.device)
-            engine = _engine(options, loaded)
+            engine = _engine(options, loaded, tiers)
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
-        with threads_for(loaded.model):
+        with threads_for(loaded.model), engine.llm:
             with library_notices(console), console.status("warming up"):
                 engine.llm.warm_up()
+                pinned = pin_prompts(engine, config, prompts)
             show_logs(config)
-            run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config))
+            run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config, tiers, pinned))
 
 
-def _engine(options: EngineOptions, loaded: LoadedModel) -> AsyncEngine:
+def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
 
     model, given = loaded.model, asdict(options)
@@ -144,7 +196,13 @@ def _engine(options: EngineOptions, loaded: LoadedModel) -> AsyncEngine:
         import torch
 
         model = model.to(getattr(torch, dtype))
-    return AsyncEngine(LLM(model, loaded.tokenizer, **given))
+    try:
+        return AsyncEngine(LLM(model, loaded.tokenizer, tiers=tiers.tiers(), **given))
+    except InvalidOperation as error:
+        if error.argument != "size":
+            raise
+        flags = " or ".join(f"--{name.replace('_', '-')}" for name in tiers.sizes)
+        raise Failure(f"{flags}{error.reason.removeprefix('size')}") from None
 
 
 def _shown(host: str) -> str:
@@ -160,7 +218,9 @@ def example_curl(url: str, *, with_key: bool) -> str:
     return f'curl {url}/v1/completions{key} \\\n  -H "Content-Type: application/json" \\\n  -d {shlex.quote(body)}'
 
 
-def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig) -> None:
+def _greet(
+    console: Console, url: str, engine: AsyncEngine, config: ServerConfig, tiers: TierOptions, pinned: Pinned
+) -> None:
     sizes = engine.sizes
     megabytes = sizes.bytes_per_block * sizes.total_blocks / 1e6
     keys = len(set(config.api_keys))
@@ -172,6 +232,11 @@ def _greet(console: Console, url: str, engine: AsyncEngine, config: ServerConfig
         "blocks": f"{sizes.total_blocks:,} of {sizes.block_size} tokens, {megabytes:,.1f} MB of K and V",
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
     }
+    for tier in engine.stats().tiers:
+        name, place = ("disk", f"{tiers.disk}, ") if tier.medium == "DISK" else ("host memory", "")
+        facts[name] = f"{place}{tier.blocks:,} of {tier.total_blocks:,} blocks"
+    if pinned.tokens:
+        facts["pinned"] = f"{pinned.tokens:,} tokens in {pinned.blocks:,} blocks"
     table = facts_table(facts.items())
     console.print(Panel(table, title="pagedkv serves", title_align="left", expand=False, border_style="green"))
     console.print(Text(example_curl(url, with_key=bool(keys)) + "\n"), soft_wrap=True)

@@ -6,11 +6,12 @@ import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pagedkv.cli.terminal import Failure
-from pagedkv.format import duration
+from pagedkv.format import duration, format_bytes
 
 if TYPE_CHECKING:
     import httpx
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, RequestRecord
+    from pagedkv.tiers.ladder import TierFigures
 
 
 # Rows, lines and cells of the map, as pure functions of a frozen snapshot.
@@ -134,6 +136,24 @@ def fold(snapshot: EngineSnapshot, room: int, near: str | None = None) -> MapCel
     return MapCells(kinds, per_cell)
 
 
+BAND = 24
+
+
+def tier_line(tier: TierFigures, before: TierFigures, seconds: float) -> str:
+    """Return what there is to say of a tier, its counters before that many seconds for the rates."""
+    filled = "blocks not told"
+    if tier.total_blocks:
+        full = round(BAND * tier.blocks / tier.total_blocks)
+        filled = f"{'█' * full}{'░' * (BAND - full)}  {tier.blocks:,} of {tier.total_blocks:,} blocks"
+    read, written = (
+        format_bytes(max(0, getattr(tier, name) - getattr(before, name)) / seconds)
+        for name in ("read_bytes", "written_bytes")
+    )
+    said = [filled, f"reads {read}/s", f"writes {written}/s", f"{tier.hits:,} hits"]
+    said += [f"{count:,} {word}" for count, word in ((tier.corrupt, "corrupt"), (tier.failed, "failed")) if count]
+    return f"{tier.medium:<7}{'  '.join(said)}"
+
+
 # Rates, from one snapshot to the next.
 
 POINTS = 240
@@ -176,6 +196,13 @@ class History:
     def course(self, name: str) -> list[float]:
         """Return a figure over time, the newest last."""
         return [float(getattr(figures, name)) for figures in self.figures]
+
+    def tier_lines(self) -> list[str]:
+        """Return a line for each tier of the last snapshot: how full it is, reads, writes and hits."""
+        (now, stats), (then, before) = self._seen[-1], self._since(RATE_SECONDS)
+        seconds = max(now - then, 1e-9)
+        pairs = zip_longest(stats.tiers, before.tiers[: len(stats.tiers)])
+        return [tier_line(tier, tier if earlier is None else earlier, seconds) for tier, earlier in pairs]
 
     def _figures(self, snapshot: EngineSnapshot) -> Figures:
         stats = snapshot.stats

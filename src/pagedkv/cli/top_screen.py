@@ -270,6 +270,7 @@ class TopApp(App[str | None]):
                     yield Sparkline([], id=f"course-{name}")
         yield Static(id="legend")
         yield BlockMapView(id="map")
+        yield Static(id="tiers", markup=False)
         yield Static(id="block")
         table: DataTable[Any] = DataTable(id="requests", cursor_type="row", zebra_stripes=True)
         yield table
@@ -329,6 +330,7 @@ class TopApp(App[str | None]):
         self._draw_tiles(figures)
         self._draw_legend(snapshot)
         self._draw_requests()
+        self._draw_tiers()
         view = self._view.query_one(BlockMapView)
         view.snapshot = snapshot
         self._draw_block(view.cursor)
@@ -359,6 +361,11 @@ class TopApp(App[str | None]):
         per_cell = self._view.query_one(BlockMapView).blocks_per_cell
         words.append("a cell is a block" if per_cell == 1 else f"a cell is {per_cell:,} blocks", "dim")
         self._view.query_one("#legend", Static).update(words)
+
+    def _draw_tiers(self) -> None:
+        lines, bands = self.history.tier_lines(), self._view.query_one("#tiers", Static)
+        bands.display = bool(lines)
+        bands.update("\n".join(lines))
 
     def _draw_requests(self) -> None:
         if self.snapshot is None:

@@ -303,6 +303,19 @@ class KvBlock:
         return self.num_tokens >= self.capacity
 
     @property
+    def parent_id(self) -> BlockId | None:
+        """The block before it in its prefix; None for the first one, and for a block that cannot be found."""
+        record = self._record
+        return BlockId(int(record.parent)) if record.indexed and record.parent >= 0 else None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens; none for a block that cannot be found."""
+        state: State = self._owner._state
+        start = self._place * self.capacity
+        return tuple(state.contents[start : start + self.capacity].tolist()) if self._record.indexed else ()
+
+    @property
     def remaining(self) -> int:
         """How many further tokens fit."""
         return max(0, self.capacity - self.num_tokens)

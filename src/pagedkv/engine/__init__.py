@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.sampling_params import SamplingParams
     from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
     from pagedkv.errors import EngineDead, RequestRefused
+    from pagedkv.tiers.ladder import TierFigures
 
 __all__ = [
     "AsyncEngine",
@@ -29,6 +30,7 @@ __all__ = [
     "RequestOutput",
     "RequestRefused",
     "SamplingParams",
+    "TierFigures",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "RequestOutput": "pagedkv.engine.request",
     "RequestRefused": "pagedkv.errors",
     "SamplingParams": "pagedkv.engine.sampling_params",
+    "TierFigures": "pagedkv.tiers.ladder",
 }
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.events import CacheEvent
-from pagedkv.control.types import CacheStats, HotPrefix
+from pagedkv.control.types import CacheStats, HotPrefix, KvBlock
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.request import RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import EngineDead, PagedKvError
+from pagedkv.tiers.tier import Tier
 
 # Outputs for coroutines: the latest one, never a queue that grows.
 
@@ -219,6 +220,11 @@ class AsyncEngine:
         return self._core.sizes
 
     @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Where K and V are kept beyond the pool, nearest first."""
+        return self._core.tiers
+
+    @property
     def tokenizer(self) -> Any:
         """That of the model; None if there is none."""
         return self.llm.tokenizer
@@ -265,12 +271,17 @@ class AsyncEngine:
         """Return copies of the records of some blocks, with the fields of the pool's own; never waits."""
         return self._core.runner.cache.block_records(block_ids)
 
+    def block(self, block_id: int) -> KvBlock:
+        """Return a live view of a block of the pool."""
+        block: KvBlock = self._core.runner.cache.block(block_id)
+        return block
+
     def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
         """Call back with every event of the cache, in the engine's thread; returns what ends it."""
         return self._core.runner.cache.subscribe(callback)
 
     async def shutdown(self, drain: bool = True, timeout: float | None = None) -> None:
-        """Stop, and close the tiers; requests that come now get EngineDead.
+        """Stop, and close the tiers; requests that come now get EngineDead. A tier that cannot be closed is logged.
 
         Parameters
         ----------
@@ -288,7 +299,10 @@ class AsyncEngine:
             self._wake.notify()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
-        await asyncio.to_thread(self.llm.close)
+        try:
+            await asyncio.to_thread(self.llm.close)
+        except Exception:  # what it stored may be lost; whoever shuts down goes on with the rest
+            logger.exception("a tier was not closed")
 
     # ---------------------------------------------------------------- from any thread
 

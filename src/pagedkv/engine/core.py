@@ -29,6 +29,7 @@ from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, Ti
 from pagedkv.engine.text import OutputText
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.tiers.ladder import Ladder
+from pagedkv.tiers.tier import Tier
 from pagedkv.validate import require_int
 
 logger = logging.getLogger("pagedkv")
@@ -118,6 +119,12 @@ class EngineCore:
             max_num_seqs=scheduler.max_num_seqs,
             max_batch_tokens=scheduler.max_batch_tokens,
         )
+
+    @property
+    def tiers(self) -> tuple[Tier, ...]:
+        """Where K and V are kept beyond the pool, nearest first."""
+        offload = self.scheduler.offload
+        return () if offload is None else tuple(rung.tier for rung in offload.ladder.rungs)
 
     @property
     def has_work(self) -> bool:
@@ -231,6 +238,22 @@ class EngineCore:
         count: int = self.runner.cache.clear_prefix_cache()
         if self.scheduler.offload is not None:
             self.scheduler.offload.clear()
+        return count
+
+    def pin(self, token_ids: Iterable[int], cache_salt: str = "") -> int:
+        """Keep the leading blocks of a text that are in the pool until all is forgotten; returns how many tokens.
+
+        Raises
+        ------
+        OutOfMemory
+            If not one block of the pool is free.
+        """
+        cache, seq_id = self.runner.cache, next(self.scheduler.seq_ids)
+        info = cache.allocate(seq_id, [*token_ids, 0], cache_salt=cache_salt)  # the last token is never found
+        if info.num_cached_tokens:
+            cache.pin(seq_id, info.num_cached_tokens)
+        cache.free(seq_id)
+        count: int = info.num_cached_tokens
         return count
 
     @contextmanager

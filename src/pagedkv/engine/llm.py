@@ -280,6 +280,35 @@ class LLM:
         """
         return self.core.reset()
 
+    def pin(self, prompt: Prompt, *, cache_salt: str = "") -> int:
+        """Keep the whole blocks of a text in the pool for the texts that begin with it, until all is forgotten.
+
+        They are brought from tiers or computed.
+
+        Parameters
+        ----------
+        prompt : str or list of int
+        cache_salt : str
+            Of the texts that are to find it.
+
+        Returns
+        -------
+        int
+            How many tokens of it are pinned: 0 where prefixes are not reused.
+
+        Raises
+        ------
+        RequestRefused
+            If it is too long.
+        OutOfMemory
+            If there is no room.
+        """
+        ids = self.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        self.generate([ids], SamplingParams(max_tokens=1, ignore_eos=True), cache_salt=cache_salt)
+        size = self.sizes.block_size
+        with self._turn:
+            return self.core.pin(ids[: len(ids) // size * size], cache_salt)
+
     def warm_up(self) -> None:
         """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`, tiers aside."""
         pool = self.sizes.total_blocks * self.sizes.block_size

@@ -377,8 +377,8 @@ class Scheduler:
         self.num_cached_tokens = 0
         self._admission = Admission(self)
         # Downwards: strategies break ties by id, and among equals the newest should go first.
-        self._seq_ids = itertools.count(NEWEST_SEQ_ID, -1)
-        self.offload = None if ladder is None else Offload(runner.cache, ladder, self._seq_ids)
+        self.seq_ids = itertools.count(NEWEST_SEQ_ID, -1)
+        self.offload = None if ladder is None else Offload(runner.cache, ladder, self.seq_ids)
 
     @property
     def has_tenants(self) -> bool:
@@ -387,7 +387,7 @@ class Scheduler:
 
     def new_sequence(self, request: Request, index: int = 0) -> Sequence:
         """Return a sequence of a request, which waits for its turn."""
-        sequence = Sequence(request, index, next(self._seq_ids))
+        sequence = Sequence(request, index, next(self.seq_ids))
         self.waiting.add(sequence)
         self.tenants[request.tenant] += 1
         self._admission.stuck.discard(request.tenant)
@@ -397,7 +397,7 @@ class Scheduler:
 
     def fork(self, sequence: Sequence, index: int) -> Sequence:
         """Return a running twin of a running sequence; both share every block until one of them writes."""
-        twin = sequence.twin(index, next(self._seq_ids))
+        twin = sequence.twin(index, next(self.seq_ids))
         self.cache.fork(sequence.seq_id, twin.seq_id)
         self.runner.fork(sequence.seq_id, twin.seq_id)
         self.running.append(twin)

@@ -154,6 +154,28 @@ class Prefix(BaseModel):
     text: str | None = Field(None, description="Its beginning, where the operator lets it be shown.")
 
 
+class CacheTier(BaseModel):
+    """What a tier holds and has done since the server started."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    medium: str
+    blocks: int = Field(description="That it holds; 0 where it does not say.")
+    total_blocks: int = Field(description="That it has room for; 0 where it does not say.")
+    hits: int = Field(description="Texts that got something from it.")
+    loads: int = Field(description="Blocks that came from it and were right.")
+    stores: int = Field(description="Blocks that were handed to it and are there now.")
+    corrupt: int = Field(description="Blocks that were not what was stored.")
+    late: int = Field(description="Texts that did not wait any longer for it.")
+    gated: int = Field(description="Texts that were computed, as this is faster.")
+    failed: int = Field(description="Calls that it answered by an error.")
+    dropped: int = Field(description="Texts that were not stored, as too much was on its way.")
+    read_bytes: int
+    written_bytes: int
+    read_seconds: float
+    write_seconds: float
+
+
 class Cache(BaseModel):
     """The cache at one moment."""
 
@@ -170,6 +192,7 @@ class Cache(BaseModel):
     num_requests: int
     hottest_prefixes: list[Prefix]
     stats: dict[str, int | float]
+    tiers: list[CacheTier] = Field(description="Beyond the pool, nearest first.")
 
 
 @cache_router.get("/v1/cache", summary="What is in the cache")
@@ -200,7 +223,8 @@ async def show_cache(
             )
             for prefix in snapshot.prefixes
         ],
-        stats=dataclasses.asdict(stats),
+        stats={name: value for name, value in dataclasses.asdict(stats).items() if name != "tiers"},
+        tiers=[CacheTier.model_validate(tier) for tier in stats.tiers],
     )
 
 

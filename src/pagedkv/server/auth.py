@@ -51,6 +51,18 @@ def salt_of(caller: Caller, client_salt: str | None) -> str:
     return _digest(caller.tenant, client_salt or "", purpose="pagedkv-salt")
 
 
+def salts_of(config: ServerConfig) -> list[str]:
+    """Return the salts of requests that bring none of their own: one for each key whose cache is its own."""
+    if config.shared_cache or not config.api_keys:
+        return [""]
+    keys = dict.fromkeys((*config.api_keys, *config.operator_keys))
+    return [salt_of(Caller(tenant=_tenant_of(key)), None) for key in keys]
+
+
+def _tenant_of(key: str) -> str:
+    return _digest(key, purpose="pagedkv-tenant")
+
+
 def _find(token: str, keys: Iterable[str]) -> str | None:
     # All keys are compared, and by digests of one length: how long it takes tells nothing about them.
     given, found = _digest(token, purpose="pagedkv-auth"), None
@@ -100,7 +112,7 @@ async def caller_of(request: Request, server: Server, credentials: Credentials) 
     key = _authenticated(config, credentials)
     if key is None:
         return Caller()
-    caller = Caller(_name_of(key), "" if config.shared_cache else _digest(key, purpose="pagedkv-tenant"))
+    caller = Caller(_name_of(key), "" if config.shared_cache else _tenant_of(key))
     request.scope["pagedkv.caller"] = caller.name
     return caller
 

@@ -209,7 +209,7 @@ def require_events(config: ServerConfig) -> None:
 
 @asynccontextmanager
 async def kv_events(state: ServerState) -> AsyncIterator[None]:
-    """Publish and record the events of the engine's cache, where the operator wants them."""
+    """Publish and record the events of the engine's cache and tiers, where the operator wants them."""
     config = state.config
     if config.events_endpoint is None and config.record_events is None:
         yield
@@ -228,7 +228,7 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
                 logger.warning("KV events leave this machine without token ids; --events-token-ids sends them, too")
             told = (lambda batch: batch) if tells_all else without_token_ids
             takers.append(lambda batch: publisher.publish(batch_bytes(told(batch))))
-        log = KvEventLog(state.engine)
+        log = KvEventLog(state.engine, state.engine.tiers)
         stack.callback(log.close)
         try:
             async with in_background(_pass_on(log, takers)):

@@ -101,6 +101,7 @@ _PAGE_FILES = {
     "charts.js": "text/javascript; charset=utf-8",
     "stream.js": "text/javascript; charset=utf-8",
     "tables.js": "text/javascript; charset=utf-8",
+    "tiers.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
 }
 _PAGE_HEADERS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from pagedkv.engine import RequestOutput
+from pagedkv.engine import RequestOutput, TierFigures
 from pagedkv.server.auth import Operator
 from pagedkv.server.background import in_background
 from pagedkv.server.errors import ApiError
@@ -53,6 +53,10 @@ VLLMS = frozenset(
         "kv_block_idle_before_evict_seconds",
         "kv_block_reuse_gap_seconds",
         "cache_config",
+        "kv_offload_load_bytes",
+        "kv_offload_load_time",
+        "kv_offload_store_bytes",
+        "kv_offload_store_time",
     }
 )
 """Metrics that vLLM has under the same name, with the same meaning and unit."""
@@ -77,6 +81,29 @@ _COUNTERS = (
     ("engine_bookkeeping_seconds", "Of it outside of the model and the sampler", "bookkeeping_seconds"),
     ("draft_tokens", "Tokens guessed by prompt lookup", "draft_tokens"),
     ("accepted_tokens", "Of them those that turned out right", "accepted_tokens"),
+)
+
+# Of tiers, by medium; those of one medium together.
+_TIER_GAUGES = (
+    ("tier_blocks_used", "Blocks that a tier holds, where it says", "blocks"),
+    ("tier_blocks_capacity", "Blocks that it has room for, where it says", "total_blocks"),
+)
+_TIER_COUNTERS = (
+    ("tier_hits", "Texts that got something from a tier", "hits"),
+    ("tier_loads", "Blocks that came from it and were right", "loads"),
+    ("tier_stores", "Blocks that it stored", "stores"),
+    ("tier_corrupt", "Blocks that were not what was stored: misses", "corrupt"),
+    ("tier_late", "Texts that did not wait any longer for it", "late"),
+    ("tier_gated", "Texts that were computed, as this is faster", "gated"),
+    ("tier_failed", "Calls that it answered by an error", "failed"),
+    ("tier_dropped", "Texts that were not stored, as too much was on its way", "dropped"),
+)
+_DIRECTIONS = {"read": ("read_bytes", "read_seconds"), "write": ("written_bytes", "write_seconds")}
+_OFFLOAD = (
+    ("kv_offload_load_bytes", "Bytes that came from all tiers", "read_bytes"),
+    ("kv_offload_load_time", "Seconds that this took, added up", "read_seconds"),
+    ("kv_offload_store_bytes", "Bytes that all tiers stored", "written_bytes"),
+    ("kv_offload_store_time", "Seconds that this took, added up", "write_seconds"),
 )
 
 
@@ -115,6 +142,39 @@ class EngineCounters(Collector):
         sizes = {"block_size": str(stats.block_size), "num_gpu_blocks": str(stats.blocks_total)}
         info.add_metric(values, sizes)
         yield info
+        if stats.tiers:
+            yield from self._tiers(stats.tiers)
+
+    def _tiers(self, tiers: Sequence[TierFigures]) -> Iterable[Metric]:
+        """Yield what is known of tiers."""
+        names, values = tuple(self._labels), tuple(self._labels.values())
+        by_medium: dict[str, list[TierFigures]] = {}
+        for tier in tiers:
+            by_medium.setdefault(tier.medium, []).append(tier)
+
+        def total(of: Iterable[TierFigures], field: str) -> float:
+            return float(sum(getattr(tier, field) for tier in of))
+
+        made: list[tuple[type[Any], tuple[tuple[str, str, str], ...]]] = [
+            (GaugeMetricFamily, _TIER_GAUGES),
+            (CounterMetricFamily, _TIER_COUNTERS),
+        ]
+        for kind, listed in made:
+            for name, text, field in listed:
+                metric = kind(OURS + name, text, labels=(*names, "medium"))
+                for medium, some in by_medium.items():
+                    metric.add_metric((*values, medium), total(some, field))
+                yield metric
+        for place, (name, text) in enumerate((("tier_bytes", "Bytes moved"), ("tier_seconds", "Time of it, added up"))):
+            counter = CounterMetricFamily(OURS + name, text, labels=(*names, "medium", "direction"))
+            for medium, some in by_medium.items():
+                for direction, fields in _DIRECTIONS.items():
+                    counter.add_metric((*values, medium, direction), total(some, fields[place]))
+            yield counter
+        for name, text, field in _OFFLOAD:
+            counter = CounterMetricFamily(OURS + name, text, labels=names)
+            counter.add_metric(values, total(tiers, field))
+            yield counter
 
 
 # Lifetimes of cached blocks: how long they live, idle before they are reclaimed, and wait for their next use.

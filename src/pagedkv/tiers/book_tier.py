@@ -15,6 +15,7 @@ import numpy.typing as npt
 import xxhash
 
 from pagedkv.control.arguments import parse_tokens
+from pagedkv.control.events import BlockStored, CacheEvent
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.prefix import checked_salt
 from pagedkv.control.protocol import EvictionStrategy
@@ -33,6 +34,7 @@ THREADS = 4
 # What one call of a thread moves: enough for the rate of a disk, and little enough that a chain is shared by threads.
 _PIECE_BYTES, _PIECE_BLOCKS = 2 * 2**20, 256
 _SECONDS_OF_A_DAY = 86_400
+_MOST_SALTS = 10_000
 
 
 class Kept(NamedTuple):
@@ -211,6 +213,7 @@ class BookTier:
         self._checksums = np.zeros(0, np.uint64)  # by slot
         self._doubtful: set[int] = set()  # slots of findable blocks that are not to be believed
         self._seq_ids = itertools.count(1)
+        self._salts: dict[str, str] = {}  # by what stands for them, those that were given of late
         self._clears = 0
         self._stats = TierStats()
         self._lock = threading.RLock()
@@ -262,6 +265,19 @@ class BookTier:
     def books(self) -> BlockManager:
         """Which block lies where: to be read, subscribed to and checked."""
         return self._books
+
+    def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
+        """Call `callback` with every event of the books until what is returned is called; salts are as they were given.
+
+        See :meth:`pagedkv.BlockManager.subscribe`. Nothing is told of what was found when the tier was opened.
+        """
+
+        def hear(event: CacheEvent) -> None:
+            if isinstance(event, BlockStored):
+                event = replace(event, cache_salt=self._salts.get(event.cache_salt, event.cache_salt))
+            callback(event)
+
+        return self._books.subscribe(hear)
 
     @property
     def stats(self) -> TierStats:
@@ -450,7 +466,13 @@ class BookTier:
         if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_TOKEN:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise bad_argument("token_ids", f"ids in 0 … {MAX_TOKEN}", f"{wrong}")
-        return ids, self._slots.name_of_salt(checked_salt(cache_salt))
+        name = self._slots.name_of_salt(checked_salt(cache_salt))
+        if name not in self._salts:
+            with self._lock:
+                if len(self._salts) >= _MOST_SALTS:
+                    del self._salts[next(iter(self._salts))]
+                self._salts[name] = cache_salt
+        return ids, name
 
     def _first_block(self, ids: Ints, rows: Rows, is_filled: bool = False) -> int:
         """Return the block that the first of the rows is for."""

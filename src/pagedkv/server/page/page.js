@@ -4,12 +4,14 @@ import { makeCharts } from "./charts.js";
 import { BlockMap, KINDS } from "./map.js";
 import { Watch } from "./stream.js";
 import { lastUse, prefixTable, requestTable } from "./tables.js";
+import { Tiers } from "./tiers.js";
 
 const find = (id) => document.getElementById(id);
 const map = new BlockMap(find("map"));
 const charts = makeCharts(document);
 const requests = requestTable(find("requests"));
 const prefixes = prefixTable(find("prefixes"));
+const tiers = new Tiers(find("tiers"));
 const MOST_HOLDERS = 4;
 const number = (value) => value.toLocaleString("en");
 let pointedRow = null, latest = null, isPaused = false, isFresh = false, isDue = false, walksByKeys = false;
@@ -26,6 +28,7 @@ function show(snapshot) {
   if (isPaused) return;
   if (snapshot.blocks) map.blocks = snapshot.blocks;
   for (const chart of charts) chart.add(snapshot, latest);
+  tiers.add(snapshot);
   latest = snapshot;
   isFresh = true;
   drawSoon();
@@ -72,6 +75,7 @@ function tell() {
   find("about").textContent = `${latest.model} · strategy ${latest.strategy}`;
   find("pool-size").textContent = `${number(latest.num_blocks)} of ${number(latest.block_size)} tokens`;
   map.canvas.setAttribute("aria-label", `Block map: ${KINDS.map((kind, i) => `${counts[i]} ${kind}`).join(", ")}`);
+  tiers.draw();
   requests.fill(latest.requests);
   prefixes.fill(latest.prefixes);
 }
