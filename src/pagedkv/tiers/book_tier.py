@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from pagedkv.control.arguments import parse_tokens
 from pagedkv.control.events import BlockStored, CacheEvent
@@ -22,10 +21,8 @@ from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.control.restore import BlockRecords, restore_blocks
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.tiers.tier import BlockFormat, Rows, answered
+from pagedkv.tiers.transfers import Ints, Sums, after, checksums, run_pieces
 from pagedkv.validate import shown
-
-Ints = npt.NDArray[np.int64]
-Sums = npt.NDArray[np.uint64]
 
 MAX_TOKEN = 2**31 - 1
 """Token ids lie in records as int32."""
@@ -153,6 +150,9 @@ class TierStats:
     written_bytes: int = 0
     read_seconds: float = 0.0
     write_seconds: float = 0.0
+
+
+_Storing = tuple[Ints, str, Future[int]]  # the text and the salt of a store under way
 
 
 class _Chain(NamedTuple):
@@ -334,7 +334,7 @@ class BookTier:
             def end() -> int:
                 return self._end_load(chain, wanted, is_right[first:], first, began)
 
-            return _run(threads, self._pieces(chain, np.arange(first, count)), read, end)
+            return run_pieces(threads, self._pieces(chain, np.arange(first, count)), read, end)
 
     def store(self, token_ids: Any, rows: Rows, cache_salt: str = "") -> Future[int]:
         """Keep the last blocks of a text; answers how many leading blocks of it are there then.
@@ -360,7 +360,7 @@ class BookTier:
             if before is None:
                 stored = self._store(ids, salt, rows, clears, began)
             else:
-                stored = _after(before, lambda: self._store(ids, salt, rows, clears, began))
+                stored = after(before, lambda: self._store(ids, salt, rows, clears, began))
             if not stored.done():
                 entry = (ids, salt, stored)
                 self._storing.append(entry)
@@ -411,7 +411,7 @@ class BookTier:
             def end() -> int:
                 return self._end_store(chain, ids, salt, missing, sums, end_at, clears, began)
 
-            return _run(threads, self._pieces(chain, missing), write, end)
+            return run_pieces(threads, self._pieces(chain, missing), write, end)
 
     def clear(self) -> None:
         """Forget everything; what is being stored now is forgotten, too.
@@ -579,71 +579,3 @@ class BookTier:
 
     def _count(self, **changes: float) -> None:
         self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in changes.items()})
-
-
-_Storing = tuple[Ints, str, Future[int]]  # the text and the salt of a store under way
-
-
-def _after(before: Future[int], begin: Callable[[], Future[int]]) -> Future[int]:
-    """Return a future of what is begun once another one is done."""
-    answer: Future[int] = Future()
-    answer.set_running_or_notify_cancel()
-
-    def end(begun: Future[int]) -> None:
-        error = begun.exception()
-        if error is not None:
-            answer.set_exception(error)
-        else:
-            answer.set_result(begun.result())
-
-    def start(_: Future[int]) -> None:
-        try:
-            begin().add_done_callback(end)
-        except BaseException as error:
-            answer.set_exception(error)
-
-    before.add_done_callback(start)
-    return answer
-
-
-def checksums(rows: Rows, places: Ints) -> Sums:
-    """Return the checksums of some rows, never 0."""
-    return np.array([xxhash.xxh3_64_intdigest(rows[place]) or 1 for place in places.tolist()], np.uint64)
-
-
-def _run(
-    threads: ThreadPoolExecutor, pieces: list[Ints], work: Callable[[Ints], None], end: Callable[[], int]
-) -> Future[int]:
-    """Let threads work on all pieces; the last one to finish calls `end`, whose answer is the future's.
-
-    An OSError of the work is no answer of the future: `end` finds out what was not done. Any other is.
-    """
-    answer: Future[int] = Future()
-    answer.set_running_or_notify_cancel()  # so that nobody can cancel it while its rows are in use
-    done: list[BaseException | None] = []
-    lock = threading.Lock()
-
-    def note(piece: Future[None]) -> None:
-        with lock:
-            done.append(piece.exception())
-            if len(done) < len(pieces):
-                return
-        finish()
-
-    def finish() -> None:
-        try:
-            count = end()
-        except BaseException as error:
-            answer.set_exception(error)
-            return
-        faults = [error for error in done if error is not None and not isinstance(error, OSError)]
-        if faults:
-            answer.set_exception(faults[0])
-        else:
-            answer.set_result(count)
-
-    if not pieces:
-        finish()
-    for piece in pieces:
-        threads.submit(work, piece).add_done_callback(note)
-    return answer

@@ -12,8 +12,9 @@ from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import OutOfMemory, bad_argument
 from pagedkv.format import format_bytes
 from pagedkv.machine import cuda_devices
-from pagedkv.tiers.book_tier import BookTier, Entries, Ints, Kept
+from pagedkv.tiers.book_tier import BookTier, Entries, Kept
 from pagedkv.tiers.tier import BlockFormat, Rows
+from pagedkv.tiers.transfers import Ints
 from pagedkv.validate import require_size
 
 

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.restore import NO_PARENT, restore_blocks
-from pagedkv.tiers.book_tier import Ints, Kept, checksums
+from pagedkv.tiers.book_tier import Kept
 from pagedkv.tiers.slab import Slab
 from pagedkv.tiers.tier import BlockFormat
+from pagedkv.tiers.transfers import Ints, checksums
 
 _PIECE_BYTES = 8 * 2**20
 _PAUSE = 0.2  # seconds, in which whoever overwrites a slot comes to its record

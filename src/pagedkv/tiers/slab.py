@@ -39,8 +39,9 @@ from pagedkv.control.restore import NO_BLOCK, NO_PARENT, BlockRecords
 from pagedkv.errors import TierError, bad_argument
 from pagedkv.format import format_bytes
 from pagedkv.jit import borrowed, compiled, mix64
-from pagedkv.tiers.book_tier import Entries, Ints, Kept, Sums
+from pagedkv.tiers.book_tier import Entries, Kept
 from pagedkv.tiers.tier import BlockFormat, Rows
+from pagedkv.tiers.transfers import Ints, Sums
 
 try:
     import fcntl
