@@ -184,3 +184,29 @@ def test_what_follows_a_cut_is_never_found():
     manager.commit(1)
     assert manager.match_prefix([*range(4), *range(50, 58), 1]) == 4
     manager.check()
+
+
+def test_what_lived_when_the_cache_was_cleared_is_never_found():
+    """Its K and V may be those of old weights, and so may those of its forks and of what it goes on with."""
+    manager, ids = BlockManager(20, block_size=4), list(range(12))
+    manager.allocate(1, ids[:8])
+    manager.commit(1)
+    manager.clear_prefix_cache()
+    manager.fork(1, 2)
+    for seq_id in (1, 2):
+        manager.append(seq_id, ids[8:])
+        manager.commit(seq_id)
+        manager.free(seq_id)
+    assert manager.match_prefix([*ids, 1]) == 0 == manager.cached_block_count
+    committed(manager, 3, ids)
+    assert manager.match_prefix([*ids, 1]) == 12
+    manager.check()
+
+
+def test_clearing_leaves_free_blocks_empty():
+    manager = BlockManager(20, block_size=4)
+    committed(manager, 1, list(range(12)))
+    manager.free(1)
+    assert manager.clear_prefix_cache() == 3
+    manager.check()
+    assert not manager.snapshot().num_tokens.any()

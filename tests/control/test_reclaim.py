@@ -72,9 +72,11 @@ def test_reclaim_gives_up_leaves_in_lru_order(chains, order):
         manager.free(seq_id)
     state = manager._state
     left = set(np.flatnonzero(manager.snapshot().cached).tolist())
+    num_left = len(left)
     while left:
         leaves = left - {int(state.blocks[block].parent) for block in left}
         lowest = min(leaves, key=lambda block: (int(state.blocks[block].score), block))
         assert reclaim_one(state.packed) == lowest
         left.discard(lowest)
     assert state.counters[0].heap_size == 0 and state.counters[0].cached == 0
+    assert manager.stats.blocks_reclaimed == num_left

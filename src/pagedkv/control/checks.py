@@ -116,6 +116,7 @@ def _check_free_blocks(state: State) -> None:
     never = state.blocks[fresh:]
     _require(not never["ref_count"].any() and not never["indexed"].any(), "a never used block is in use")
     _require(not state.blocks["pins"][free].any(), "a free block is pinned")
+    _require(not state.blocks["num_tokens"][free].any(), "a free block holds tokens")
 
 
 def _check_trie(state: State) -> None:
