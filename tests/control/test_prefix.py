@@ -210,3 +210,20 @@ def test_clearing_leaves_free_blocks_empty():
     assert manager.clear_prefix_cache() == 3
     manager.check()
     assert not manager.snapshot().num_tokens.any()
+
+
+def test_a_block_that_was_copied_on_write_is_found_by_all_its_tokens():
+    """Those from before the copy too, and not by what the copy may have held before."""
+    manager = BlockManager(20, block_size=4)
+    manager.allocate(1, [5, 6])
+    manager.fork(1, 2)
+    for seq_id, ids in ((2, [7, 8]), (1, [9, 8])):
+        manager.append(seq_id, ids)
+        manager.commit(seq_id)
+    assert [manager.match_prefix([5, 6, *ids, 1]) for ids in ([7, 8], [9, 8])] == [4, 4]
+    assert manager.match_prefix([0, 0, 7, 8, 1]) == 0
+    manager.truncate(1, 3)  # of a block that stays findable
+    manager.append(1, [3])
+    manager.commit(1)
+    assert manager.match_prefix([5, 6, 9, 3, 1]) == 4
+    manager.check()
