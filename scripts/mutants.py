@@ -85,7 +85,8 @@ def copied_tree() -> Iterator[Path]:
 
 def run_tests(root: Path, tests: Iterable[str], limit: float, **variables: str) -> bool | None:
     """Return whether the tests of a tree pass; None where they are not done in time, as a loop without end is not."""
-    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    fixed = {"PYTHONPATH": str(root / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HYPOTHESIS_PROFILE": "fail_fast"}
+    environment = os.environ | fixed | variables
     environment.pop("CI", None)  # there a browser that is missing is a failure
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     with tempfile.TemporaryFile() as out:

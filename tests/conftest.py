@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from pagedkv.machine import cuda_devices
 
@@ -20,6 +20,10 @@ if not cuda_devices():
 # Compiling and a busy machine make single examples slow; how long one takes is not what these tests are about.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=1000)
+# What fails is not made smaller, which may take minutes.
+settings.register_profile(
+    "fail_fast", parent=settings.get_profile("default"), phases=[Phase.explicit, Phase.reuse, Phase.generate]
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
