@@ -157,11 +157,13 @@ def test_a_fork_without_a_slot_changes_nothing():
     cache.check()
 
 
-def test_what_was_taken_back_leaves_no_snapshot():
+@pytest.mark.parametrize("seq_id", [1, 2])
+def test_what_was_taken_back_leaves_no_snapshot(seq_id):
     cache = manager()
     cache.allocate(1, list(range(9)))  # the state is of nine tokens
     cache.truncate(1, 8)
-    cache.commit(1)
+    cache.fork(1, 2)
+    cache.commit(seq_id)
     assert counts(cache)[1] == 0 and cache.match_blocks([*range(8), 9]) == 8
 
 
