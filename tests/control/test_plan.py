@@ -58,6 +58,18 @@ def test_a_plan_follows_from_the_tables(lens, grown, sink, window, size):
         assert getattr(again, name).tolist() == getattr(plan, name).tolist(), name
 
 
+@pytest.mark.parametrize("left", [6, 5, 4])
+def test_a_sequence_that_is_taken_back_to_its_sinks_has_no_hole(left):
+    manager = BlockManager(20, 4)
+    manager.allocate(1, 20)
+    manager.apply_streaming_llm(1, 6, 4)
+    assert manager.plan([1], 1).holes.tolist() == [[6, 8]]
+    manager.truncate(1, left)
+    assert np.diff(manager.plan([1], 1).holes).item() == 0
+    assert manager.get_sequence(1).num_blocks == (left + 3) // 4
+    manager.check()
+
+
 def test_dtypes_and_shapes():
     manager = BlockManager(10, 2)
     manager.allocate(1, 3)

@@ -227,3 +227,42 @@ def test_a_block_that_was_copied_on_write_is_found_by_all_its_tokens():
     manager.commit(1)
     assert manager.match_prefix([5, 6, 9, 3, 1]) == 4
     manager.check()
+
+
+def test_tokens_that_are_not_known_are_never_found():
+    """Nor what follows them, whatever their block holds from before."""
+    manager = BlockManager(1, block_size=4)
+    committed(manager, 1, [5, 6, 7, 8])
+    manager.free(1)
+    manager.allocate(2, 3)
+    manager.append(2, [8])
+    manager.commit(2)
+    assert manager.match_prefix([5, 6, 7, 8, 1]) == 0 == manager.match_prefix([0, 0, 0, 8, 1])
+    assert not manager.snapshot().indexed.any()
+    manager.check()
+
+
+def test_what_is_not_committed_is_not_found():
+    """The tokens behind those of a plan, though they are known."""
+    manager, ids = BlockManager(20, block_size=4), list(range(16))
+    manager.allocate(1, ids[:8])
+    plan = manager.plan([1])
+    manager.append(1, ids[8:])
+    manager.commit(plan)
+    assert manager.match_prefix([*ids, 1]) == 8
+    manager.commit(1)
+    assert manager.match_prefix([*ids, 1]) == 16
+
+
+def test_a_pinned_block_stays_as_it_is_when_the_only_sequence_that_holds_it_goes_on_elsewhere():
+    manager, ids = BlockManager(20, block_size=4), list(range(8))
+    committed(manager, 1, ids)
+    manager.pin(1)
+    manager.free(1)
+    assert manager.allocate(2, [*ids, 9]).num_cached_tokens == 8
+    manager.truncate(2, 7)
+    manager.append(2, [99])
+    manager.commit(2)
+    assert manager.match_prefix([*ids, 1]) == 8 == manager.match_prefix([*ids[:7], 99, 1])
+    assert manager.snapshot().pinned.sum() == 2
+    manager.check()
