@@ -123,6 +123,14 @@ def test_padded_rows_are_never_found(model, cache):
     assert cache.num_cached_tokens == 0
 
 
+def test_padded_rows_are_never_found_where_beams_have_chosen_them(model, cache):
+    ids, mask = left_padded(2, 30)
+    expected = stock(build("llama"), ids, attention_mask=mask, num_beams=2)
+    assert torch.equal(paged(model, ids, cache, attention_mask=mask, num_beams=2), expected)
+    assert [cache.manager.match_prefix(row) for row in (ids[0].tolist(), ids[1].tolist())] == [29, 0]
+    assert cache.manager.match_prefix(ids[1, 5:].tolist()) == 0
+
+
 def test_padding_is_not_found_in_a_text_of_the_same_ids(model, cache):
     ids, mask = left_padded(2, 30)
     paged(model, ids, cache, attention_mask=torch.ones_like(mask))

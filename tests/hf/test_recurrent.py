@@ -92,6 +92,15 @@ def test_a_text_is_not_gone_on_from_where_no_state_was_computed():
         runner.forward(runner.cache.plan([0], 1), [5], [0])
 
 
+def test_a_state_is_taken_back_by_no_more_than_the_last_forward_pass():
+    runner = load_runner(build("lfm2"), num_blocks=32, block_size=4)
+    step(runner, {0: [1, 2, 3, 4, 5]})
+    step(runner, {0: [6, 7]})
+    runner.cache.truncate(0, 4)
+    with pytest.raises(InvalidOperation, match="S0 to go on after token 7, got 4"):
+        runner.forward(runner.cache.append_batch([0], [[9]]), [9], [0])
+
+
 def test_states_are_counted_in_bytes_and_sized_by_them():
     seen = []
     runner = load_runner(build("lfm2"), num_blocks=8, num_states=lambda size: seen.append(size) or 5)

@@ -68,9 +68,8 @@ class SequenceBatch:
             reused = self._matched(ids)
         try:
             for row in ids:
-                # One token more than is cached, because allocate never counts the last one as cached.
-                info = self._open(row[: reused + 1] if reused else 0)
-                reused = min(reused, info.num_cached_tokens)
+                # One token more than is cached, because allocate never counts the last one as cached: so it is no more.
+                reused = self._open(row[: reused + 1] if reused else 0).num_cached_tokens
             if (
                 self._manager.total_states
                 and len({self._info(seq_id).num_cached_tokens for seq_id in self.seq_ids}) > 1
