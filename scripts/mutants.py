@@ -109,7 +109,7 @@ def run_plain(root: Path, tests: Iterable[str], limit: float) -> bool | None:
     if not quick:
         return True
     left_out = [f"--deselect={test}" for test in slow]
-    return run_tests(root, [*quick, *left_out, f"--timeout={limit / 5}"], limit, NUMBA_DISABLE_JIT="1")
+    return run_tests(root, [*quick, *left_out, f"--timeout={limit / 10}"], limit, NUMBA_DISABLE_JIT="1")
 
 
 def chosen(everything: list[Mutant], only: str, sample: int | None, seed: int) -> list[Mutant]:

@@ -30,6 +30,12 @@ def test_the_same_prompt_is_computed_behind_its_last_block_boundary():
     assert core.runner.batches[:2] == [[12], [1]]
 
 
+def test_the_same_prompt_of_whole_blocks_is_computed_from_its_last_but_one_boundary_on():
+    core = recurrent()
+    assert served(core, request("a", HEAD[:12], max_tokens=1)) == [0]
+    assert served(core, request("b", HEAD[:12], max_tokens=1)) == [8]
+
+
 def test_the_next_turn_of_a_conversation_reuses_the_answer():
     core = recurrent()
     first = request("a", HEAD, max_tokens=9, ignore_eos=True)
