@@ -358,6 +358,29 @@ def test_what_is_being_stored_is_not_found_and_what_is_cleared_meanwhile_never_i
     assert tier.books.free_block_count == 20
 
 
+def test_a_damaged_block_that_is_rewritten_while_it_is_read_is_believed():
+    slots, ids = Gate(20), text(3)
+    tier = BookTier(slots).open(BLOCK)
+    tier.store(ids, payload(ids)).result()
+    slots.slots[slots.slots.index(payload(ids)[1].tobytes())] = b"\0" * BYTES
+
+    def read_and_wait(*arguments):
+        ListSlots.read(slots, *arguments)
+        slots._wait()
+
+    slots.read = read_and_wait
+    slots.go_on.clear()
+    slots.reached.clear()
+    load = tier.load(ids, np.zeros((3, BYTES), np.uint8))
+    assert slots.reached.wait(60)
+    slots.read = lambda *arguments: ListSlots.read(slots, *arguments)
+    slots.write = lambda *arguments: ListSlots.write(slots, *arguments)
+    assert len(loaded(tier, ids)) == 1
+    assert tier.store(ids, payload(ids, version=1)[1:]).result(60) == 3
+    slots.go_on.set()
+    assert load.result(60) == 1 and tier.match(ids).result() == 3
+
+
 def test_what_is_being_loaded_is_not_given_up():
     slots = Gate(6)
     tier = BookTier(slots).open(BLOCK)

@@ -100,6 +100,25 @@ def test_what_was_cleared_stays_cleared(kept):
         assert tier.stats.restored == 3 and tier.match(text(9)).result() == 0
 
 
+def test_what_is_cleared_while_it_is_stored_does_not_come_back(kept, monkeypatch):
+    reached, go_on, write = threading.Event(), threading.Event(), slab_module.Slab.write
+
+    def write_later(self, *arguments):
+        reached.set()
+        assert go_on.wait(60)
+        write(self, *arguments)
+
+    monkeypatch.setattr(slab_module.Slab, "write", write_later)
+    with opened(kept) as tier:
+        stored = tier.store(text(3, 4), payload(text(3, 4)))
+        assert reached.wait(60)
+        tier.clear()
+        go_on.set()
+        assert stored.result(60) == 0
+    with opened(kept) as tier:
+        assert tier.stats.restored == 0
+
+
 def test_it_grows_and_shrinks(kept):
     with opened(kept, 2 * ROOM) as tier:
         assert tier.books.total_blocks == 128 and tier.stats.restored == 11
