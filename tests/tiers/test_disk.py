@@ -128,6 +128,18 @@ def test_it_grows_and_shrinks(kept):
         tier.books.check()
 
 
+def test_a_salt_has_another_name_in_another_directory(tmp_path):
+    """So that records of one tell nobody who else has the same."""
+    names = set()
+    for name in ("a", "b"):
+        with opened(tmp_path / name) as tier:
+            tier.store(text(1), payload(text(1)), "secret").result()
+            names.add(tier._slots.name_of_salt("secret"))
+            tier.clear()
+            names.add(tier._slots.name_of_salt("secret"))
+    assert len(names) == 4
+
+
 @pytest.mark.parametrize("block_bytes", [1, 4095, 4096, 4097, 12_288])
 def test_its_files_are_never_larger_than_it_may_be(tmp_path, block_bytes):
     block = BlockFormat("model", 24, block_bytes)

@@ -128,6 +128,14 @@ def test_a_load_that_fails_leaves_nothing_of_a_block_that_the_pool_has_in_part(l
     other.check()
 
 
+def test_blocks_that_are_not_written_yet_are_not_stored():
+    pool = cache()
+    tier = HostTier("1MB").open(block_of(pool))
+    computed(pool, 1, IDS[:40])
+    pool.append(1, IDS[40:])
+    assert demote(pool, tier, 1, IDS).result() == 2 == tier.match(IDS).result()
+
+
 def test_one_flipped_bit_costs_what_is_behind_it(tmp_path):
     pool = cache()
     computed(pool, 1, IDS)
@@ -171,6 +179,8 @@ def test_what_cannot_be_moved_changes_nothing():
     assert full.num_sequences == 1 and full.match_prefix(IDS) == 0
     with pytest.raises(InvalidOperation, match="token_ids: expected 75, the tokens of S1, got 74"):
         demote(pool, tier, 1, IDS[:-1])
+    with pytest.raises(InvalidOperation, match="token_ids: expected 75, the tokens of S1, got 76"):
+        demote(pool, tier, 1, [*IDS, 1])
     with pytest.raises(InvalidOperation, match="recurrent states"):
         promote(cache(num_states=2), tier, 1, IDS)
     pool.apply_streaming_llm(1, 16, 16)
