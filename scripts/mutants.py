@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from pagedkv.kernel_cache import kernel_files  # noqa: E402
 
-LIST = ROOT / "tests" / "mutants.toml"
+LISTED = tomllib.loads((ROOT / "tests" / "mutants.toml").read_text())
 COPIED = ("src", "tests", "docs", "scripts", "benchmarks", "pyproject.toml", "constraints.txt", "Makefile", "README.md")
 WANTED = 0.95
 
@@ -60,14 +60,8 @@ class Mutant:
 
 def mutants() -> list[Mutant]:
     """Read the list; ``tests`` is the name of one of its suites."""
-    listed = tomllib.loads(LIST.read_text())
-    suites = {name: tuple(tests) for name, tests in listed["suites"].items()}
-    return [Mutant(**{**each, "tests": suites[each["tests"]]}) for each in listed["mutants"]]
-
-
-def slow_in_plain() -> list[str]:
-    """Read which files and tests are left to the compiler."""
-    return list(tomllib.loads(LIST.read_text())["slow_in_plain"])
+    suites = {name: tuple(tests) for name, tests in LISTED["suites"].items()}
+    return [Mutant(**{**each, "tests": suites[each["tests"]]}) for each in LISTED["mutants"]]
 
 
 @contextmanager
@@ -104,7 +98,7 @@ def run_tests(root: Path, tests: Iterable[str], limit: float, **variables: str) 
 
 def run_plain(root: Path, tests: Iterable[str], limit: float) -> bool | None:
     """Run the tests that are quick in plain Python; a single one takes a few seconds there."""
-    slow = slow_in_plain()
+    slow = LISTED["slow_in_plain"]
     quick = [test for test in tests if test not in slow]
     if not quick:
         return True
