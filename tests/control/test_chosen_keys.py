@@ -55,16 +55,31 @@ def test_no_sequence_ids_lie_in_one_run(ids, factor):
     manager.check()
 
 
-def test_token_ids_with_their_highest_bits_set_do_not_cancel_out():
+@pytest.mark.parametrize("guess", [1, STEP, 0xBF58476D1CE4E5B9])
+def test_sequence_ids_that_fit_another_factor_than_the_secret_one_lie_apart(guess):
+    """Whoever knows how ids are mixed, but not the factor of this cache, cannot choose ids of one place."""
+    mixed = [n * pow(guess, -1, 2**64) % 2**64 for n in range(1000)]
+    ids = [(each ^ each >> 32) * BACK % 2**64 for each in mixed]
+    manager = BlockManager(4, 4)
+    manager._state.counters[0].factor = 3**39
+    for seq_id in ids:
+        manager.allocate(seq_id, 0)
+    assert steps_to_find(manager, ids) < 8 * len(ids)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(1 << 62, 1 << 62 | 1 << 31), (1 << 62 | 1 << 31 | 1, 1 << 62)], ids=["plain", "folded"]
+)
+def test_token_ids_with_their_highest_bits_set_do_not_cancel_out(first, second):
     """Two blocks of which one has bit 62 set in a token and what that becomes undone in the next."""
-    collisions = 0
+    collisions, other = 0, [5 ^ first, 6 ^ second]
     for _ in range(64):
         manager = BlockManager(64, 2)
-        for seq_id, ids in enumerate([[5, 6], [5 | 1 << 62, 6 ^ (1 << 62 | 1 << 31)]]):
+        for seq_id, ids in enumerate([[5, 6], other]):
             manager.allocate(seq_id, ids)
             manager.commit(seq_id)
         collisions += np.count_nonzero(manager._state.buckets) < 2
-        assert manager.match_prefix([5, 6, 7]) == 2 == manager.match_prefix([5 | 1 << 62, 6 ^ (1 << 62 | 1 << 31), 7])
+        assert manager.match_prefix([5, 6, 7]) == 2 == manager.match_prefix([*other, 7])
     assert collisions < 12  # of 64: half of them before, one in a hundred by chance
 
 

@@ -75,6 +75,25 @@ def test_the_records_are_those_of_the_findable_blocks():
     assert np.argsort(records.last_access[:4], kind="stable").tolist() == [1, 0, 2, 3]
 
 
+@pytest.mark.parametrize("strategy", ["lru", "fifo", "sieve", "s3fifo"])
+def test_strategies_see_blocks_in_the_order_of_their_last_use(strategy):
+    books, ones, removed = BlockManager(3, 1, strategy=strategy, whole_hits=True), np.ones(3, np.int32), []
+    ids, ticks = np.arange(3, dtype=np.int64)[:, None], np.array([5, 3, 4], np.int64)
+    restore_blocks(books, BlockRecords(NO_PARENT * ones, 0 * ones, ids, ticks, ones), [""])
+    books.subscribe(removed.append)
+    books.allocate(1, 3)
+    assert [event.block_id for event in removed] == [1, 2, 0]
+
+
+def test_free_blocks_among_restored_ones_are_taken_in_order():
+    books, ones = BlockManager(5, 1, whole_hits=True), np.ones(5, np.int32)
+    parents = np.array([NO_BLOCK, NO_BLOCK, NO_PARENT, NO_BLOCK, NO_BLOCK], np.int32)
+    restore_blocks(
+        books, BlockRecords(parents, 0 * ones, np.zeros((5, 1), np.int64), np.zeros(5, np.int64), ones), [""]
+    )
+    assert books.allocate(1, 4).block_ids == (0, 1, 3, 4)
+
+
 def test_a_chain_with_a_gap_is_lost_from_the_gap_on():
     parents = np.array([NO_PARENT, 0, NO_BLOCK, 2, 1], np.int32)
     ids = np.arange(5, dtype=np.int64)[:, None]
