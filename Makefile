@@ -47,7 +47,7 @@ test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as p
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
 
-mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: an hour)
+mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: half an hour)
 	@$(BIN)/python scripts/mutants.py $(ARGS)
 
 check: $(STAMP) ## ruff, ruff format --check, mypy --strict

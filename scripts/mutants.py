@@ -1,7 +1,7 @@
 """Plant one-line faults in a copy of the tree, one at a time, and see whether the tests that matter notice.
 
 The faults stand in tests/mutants.toml. A fault in a kernel meets its tests in plain Python first, where nothing has to
-be compiled; what lives meets all of them compiled. Run from the root of the repository; all take about HOURS::
+be compiled; what lives meets all of them compiled. Run from the root of the repository; it takes about half an hour::
 
     python scripts/mutants.py
     python scripts/mutants.py --only control/prefix
