@@ -119,6 +119,24 @@ def test_what_is_cleared_while_it_is_stored_does_not_come_back(kept, monkeypatch
         assert tier.stats.restored == 0
 
 
+def test_a_block_from_before_is_no_child_of_what_took_the_place_of_its_parent(tmp_path):
+    """As where a power cut kept one page of each file from being written."""
+    path, room = tmp_path / "tier", ROOM // 32  # two slots
+    old, new = text(2), text(2, 2)
+    with opened(path, room) as tier:
+        tier.store(old, payload(old)).result()
+    before = contents(path)
+    with opened(path, room) as tier:
+        for ids in (text(2, 1), new):  # the first of `new` lies where the first of `old` lay
+            assert tier.store(ids, payload(ids)).result() == 2
+    for name in ("records", "slab"):
+        half = len(before[name]) // 2
+        (path / name).write_bytes((path / name).read_bytes()[:half] + before[name][half:])
+    with opened(path, room) as tier:
+        assert tier.stats.restored == 1
+        assert tier.match(new).result() == 1 == tier.match(np.concatenate([new[:SIZE], old[SIZE:]])).result()
+
+
 def test_it_grows_and_shrinks(kept):
     with opened(kept, 2 * ROOM) as tier:
         assert tier.books.total_blocks == 128 and tier.stats.restored == 11
