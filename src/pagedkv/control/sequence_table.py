@@ -227,8 +227,11 @@ def resolve_rows(state: State, seq_ids: npt.NDArray[np.int64], rows: npt.NDArray
     """Find the rows of a batch; answers NOT_FOUND or REPEATED with the place in the batch."""
     counters = state.counters[0]
     counters.stamp += 1
+    row, used = -1, counters.rows_used
     for i in range(len(seq_ids)):
-        row = find_row(state, seq_ids[i])
+        row += 1  # sequences that came one after the other often go on together: no search then
+        if row >= used or state.sequences[row].seq_id != seq_ids[i] or state.sequences[row].marks & LIVE == 0:
+            row = find_row(state, seq_ids[i])
         if row < 0:
             return NOT_FOUND, i
         record = state.sequences[row]
