@@ -108,6 +108,15 @@ def test_a_chat_goes_on_after_a_restart(tmp_path):
     assert output.num_cached_tokens == 36 and tokens_of(output) == alone(new("two", more))
 
 
+def test_of_a_last_whole_block_all_but_one_token_are_loaded(tmp_path):
+    core = engine(tiers=[disk(tmp_path)])
+    answer_of(core, new(prompt=[*PROMPT, 1, 2, 3]))
+    core.close()
+    core = engine(tiers=[disk(tmp_path)])
+    output = answer_of(core, new(prompt=[*PROMPT, 1, 2, 3]))["one"]
+    assert output.num_cached_tokens == 31 and tokens_of(output) == alone(new(prompt=[*PROMPT, 1, 2, 3]))
+
+
 def test_what_was_preempted_comes_back_from_a_tier():
     wanted = {name: alone(new(name, [i] * 21, max_tokens=30)) for i, name in enumerate("abcd")}
     tier = HostTier("1MB")

@@ -208,8 +208,8 @@ class Offload:
         return max(0.0, min(waits, default=LONGEST_WAIT))
 
     def _text(self, sequence: Sequence) -> Ids:
-        """Return the whole blocks of a text that can be found: the last token is always computed."""
-        return sequence.ids[: (sequence.length - 1) // self._size * self._size]
+        """Return the whole blocks of a text: of one that ends with its last token all other tokens can be shared."""
+        return sequence.ids[: sequence.length // self._size * self._size]
 
     def _held(self, sequence: Sequence) -> int:
         """Return how many leading blocks of a text the pool has."""
