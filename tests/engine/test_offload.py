@@ -199,6 +199,29 @@ def test_nobody_waits_longer_than_it_takes_to_compute(monkeypatch):
     assert core.scheduler.offload.ladder.staged_bytes == 0
 
 
+def test_a_text_that_is_looked_up_anew_has_all_its_patience_again():
+    tier = MutedTier(4)
+    core = engine(tiers=[tier])
+    core.add(new())
+    tier.answer()
+    run(core)
+    while tier.asked:
+        tier.answer()
+    core.add(new("two"))
+    tier.answer()
+    sequence, offloading = next(iter(core.scheduler.waiting)), core.scheduler.offload
+    offloading.poll()
+    assert not offloading.awaits(sequence)  # the pool has it all
+    offloading._arrivals[sequence].since = -1e9
+    core.runner.cache.clear_prefix_cache()
+    assert offloading.awaits(sequence) and len(tier.asked) == 1
+    tier.answer()
+    offloading.poll()
+    tier.answer()
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and core.stats().tiers[0].late == 0
+
+
 def test_what_is_computed_sooner_is_not_loaded():
     core = engine(tiers=[HostTier("1MB")])
     answer_of(core, new())

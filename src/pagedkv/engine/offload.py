@@ -144,6 +144,7 @@ class Offload:
         arrival = self._arrivals.get(sequence)
         if arrival is None:
             arrival = self._arrivals[sequence] = Arrival(sequence, self._held(sequence))
+        arrival.since = None
         if len(ids):
             arrival.asked = self.ladder.match(ids, sequence.request.cache_salt)
             self._asking[sequence] = arrival
