@@ -213,9 +213,9 @@ class Offload:
         return sequence.ids[: sequence.length // self._size * self._size]
 
     def _held(self, sequence: Sequence) -> int:
-        """Return how many leading blocks of a text the pool has."""
-        tokens: int = self.cache.match_blocks(self._text(sequence), sequence.request.cache_salt)
-        return tokens // self._size
+        """Return how many leading blocks of a text the pool has, and if only one with its last token lacks, all."""
+        tokens: int = self.cache.match_blocks(sequence.ids, sequence.request.cache_salt)
+        return (tokens + self._size) // self._size if sequence.length == tokens + self._size else tokens // self._size
 
     def _begin(self, arrival: Arrival) -> None:
         """Begin to load what tiers have and the pool has not, if they have all answered and there is memory for it."""
