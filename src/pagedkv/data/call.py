@@ -149,7 +149,7 @@ def _first_fault(
         if not 0 <= start <= end or start > seq_lens[i]:
             return 4, i, start, end
         num_slots = np.int64(seq_lens[i]) + (end - start if start < seq_lens[i] else 0)
-        needed = (num_slots + block_size - 1) // block_size
+        needed = int((num_slots + block_size - 1) // block_size)
         if needed > block_tables.shape[1]:
             return 5, i, block_tables.shape[1], needed
         for j in range(needed):
