@@ -141,8 +141,9 @@ class EngineCore:
 
     def wait(self) -> None:
         """Wait as long as all requests wait for tiers."""
-        if self.patience and self.scheduler.offload is not None:
-            self.scheduler.offload.ladder.news.wait(self.patience)
+        offload, patience = self.scheduler.offload, self.patience
+        if patience and offload is not None:
+            offload.ladder.news.wait(patience)
 
     def add(self, request: Request) -> None:
         """Take a request in.

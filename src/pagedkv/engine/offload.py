@@ -313,12 +313,14 @@ class Offload:
 
     def clear(self) -> None:
         """Forget what is on its way, and all that tiers hold."""
-        for sequence in list(self._arrivals):
-            self.forget(sequence)
+        self._forget_all()
         self.ladder.clear()
 
     def close(self) -> None:
         """Finish what is under way and close the tiers."""
+        self._forget_all()
+        self.ladder.close()
+
+    def _forget_all(self) -> None:
         for sequence in list(self._arrivals):
             self.forget(sequence)
-        self.ladder.close()
