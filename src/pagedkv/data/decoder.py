@@ -1,4 +1,4 @@
-"""What a decoder-only transformer is made of: the weights and the rules of its forward pass, whatever model they are of.
+"""What a decoder-only transformer is made of: weights, and the rules of its forward pass, whatever model they are of.
 
 A description holds the tensors of the model itself wherever they lie row by row as they are needed, so it takes no
 memory of its own; what has another order (a transposed weight, interleaved heads) is a copy.
@@ -159,7 +159,7 @@ class Layer:
     attention_post_norm, mlp_post_norm : Norm, optional
         Over what they return, before it is added.
     is_parallel : bool
-        Whether the MLP reads what attention reads, before anything is added: through `mlp_norm` where there is one, else
+        Whether the MLP reads what attention reads, before anything is added: through `mlp_norm` if there is one, else
         through `attention_norm`.
     residual_scale : float
     """
