@@ -16,10 +16,11 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import llvmlite.binding  # type: ignore[import-untyped]
 import numba
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
@@ -108,7 +109,7 @@ def _every(number: float) -> Any:
 
 
 def _every_int(number: int, kind: Any = INTS) -> Any:
-    return ir.Constant(kind, [number] * LANES)
+    return ir.Constant(kind, [number] * kind.count)
 
 
 def _llvm(builder: Any, name: str, *args: Any) -> Any:
@@ -124,7 +125,8 @@ def _shuffled(builder: Any, x: Any, y: Any, order: Any) -> Any:
 def _spread(builder: Any, scalar: Any, kind: Any) -> Any:
     """Return a vector of one number."""
     undefined = ir.Constant(kind, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, scalar, INT(0)), undefined, _every_int(0))
+    first = builder.insert_element(undefined, scalar, INT(0))
+    return builder.shuffle_vector(first, undefined, _every_int(0, ir.VectorType(INT, kind.count)))
 
 
 def _greater_of(builder: Any, x: Any, y: Any) -> Any:
@@ -160,14 +162,13 @@ def _read(builder: Any, dtype: Any, address: Any, count: int) -> Any:
     return bits
 
 
-def _read_part(builder: Any, dtype: Any, address: Any, count: Any) -> Any:
-    """Return the first `count` numbers and zeros behind; nothing else is read."""
-    pointer = _vector_at(builder, address, LANES)
-    kind, width = pointer.type.pointee, dtype.bitwidth
-    mask = builder.icmp_unsigned(
-        "<", ir.Constant(INTS, list(range(LANES))), _spread(builder, builder.trunc(count, INT), INTS)
-    )
-    name = f"llvm.masked.load.v{LANES}{'f32' if width == 32 else f'i{width}'}.p0"
+def _read_part(builder: Any, dtype: Any, address: Any, count: Any, size: int = LANES) -> Any:
+    """Return the first `count` numbers and zeros behind, `size` of them; nothing else is read."""
+    pointer = _vector_at(builder, address, size)
+    kind, width, places = pointer.type.pointee, dtype.bitwidth, ir.VectorType(INT, size)
+    limit = _spread(builder, builder.trunc(count, INT), places)
+    mask = builder.icmp_unsigned("<", ir.Constant(places, list(range(size))), limit)
+    name = f"llvm.masked.load.v{size}{'f32' if width == 32 else f'i{width}'}.p0"
     signature = ir.FunctionType(kind, [pointer.type, INT, mask.type, kind])
     function = cgutils.get_or_insert_function(builder.module, signature, name)
     return builder.call(function, [pointer, INT(width // 8), mask, ir.Constant(kind, None)])
@@ -453,3 +454,189 @@ def fetch_add(counters: Array, index: int, amount: int) -> int:
     """
     counters[index] += amount
     return int(counters[index]) - amount
+
+
+# Dot products.
+
+
+class _Bfloat(ir.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+_BFLOATS = ir.VectorType(_Bfloat(), 2 * LANES)
+
+
+def has_bfloat16_products() -> bool:
+    """Tell whether the processor that Numba compiles for multiplies pairs of bfloat16 (AVX-512 BF16)."""
+    features = numba.config.CPU_FEATURES
+    if features is None and not numba.config.CPU_NAME:
+        return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
+    return "+avx512bf16" in (features or "")
+
+
+def _paired(builder: Any, bits: Any, dtype: Any) -> Any:
+    """Return twice as many numbers as there are lanes as bfloat16, without rounding."""
+    if dtype == types.uint16:
+        return builder.bitcast(bits, _BFLOATS)
+    numbers = builder.sitofp(builder.sext(bits, ir.VectorType(INT, 2 * LANES)), ir.VectorType(FLOAT, 2 * LANES))
+    return builder.fptrunc(numbers, _BFLOATS)
+
+
+def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
+    """Add the products of two vectors of float32, or of pairs of bfloat16, to a sum of each lane."""
+    if x.type == VECTOR:
+        return _llvm(builder, "fma", x, y, total)
+    kind = ir.FunctionType(VECTOR, [VECTOR, _BFLOATS, _BFLOATS])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [total, x, y])
+
+
+class _Runs:
+    """Some runs of one array, read side by side, as what is multiplied."""
+
+    def __init__(self, context: Any, builder: Any, array: Any, value: Any, indices: Any, width: int) -> None:
+        data = context.make_array(array)(context, builder, value).data
+        places = cgutils.unpack_tuple(builder, indices)
+        self._builder, self._dtype, self._width = builder, array.dtype, width
+        self._starts = [builder.gep(data, [place]) for place in places]
+
+    def at(self, offset: Any, count: Any = None) -> list[Any]:
+        """Return a vector of each run, behind `count` numbers of zeros if that is given."""
+        builder, found = self._builder, []
+        for start in self._starts:
+            address = builder.gep(start, [offset])
+            if count is None:
+                bits = _read(builder, self._dtype, address, self._width)
+            else:
+                bits = _read_part(builder, self._dtype, address, count, self._width)
+            widen = _widened_bits if self._width == LANES else _paired
+            found.append(widen(builder, bits, self._dtype))
+        return found
+
+
+def _dot_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Build the loop along the runs, and what is left of them behind whole vectors."""
+    x, rows, y, columns, _, out = signature.args
+    width = 2 * LANES if x.dtype == types.uint16 else LANES
+    count = args[4]
+    left = _Runs(context, builder, x, args[0], args[1], width)
+    right = _Runs(context, builder, y, args[2], args[3], width)
+    step, index = ir.Constant(count.type, width), count.type
+
+    def added(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
+        weights, result = right.at(offset, rest), []
+        for i, number in enumerate(left.at(offset, rest)):
+            some = totals[i * len(weights) : (i + 1) * len(weights)]
+            result += [_multiplied(builder, number, y, total) for y, total in zip(weights, some, strict=True)]
+        return result
+
+    start = builder.block
+    head, body = builder.append_basic_block("head"), builder.append_basic_block("body")
+    tail, done = builder.append_basic_block("tail"), builder.append_basic_block("done")
+    whole = builder.sub(count, builder.urem(count, step))
+    builder.branch(head)
+    builder.position_at_end(head)
+    offset = builder.phi(index)
+    totals = [builder.phi(VECTOR) for _ in range(rows.count * columns.count)]
+    builder.cbranch(builder.icmp_signed("<", offset, whole), body, tail)
+    builder.position_at_end(body)
+    sums_of_body, next_offset = added(totals, offset), builder.add(offset, step)
+    builder.branch(head)
+    for phi, first, later in zip(
+        [offset, *totals], [index(0), *[_every(0.0)] * len(totals)], [next_offset, *sums_of_body], strict=True
+    ):
+        phi.add_incoming(first, start)
+        phi.add_incoming(later, body)
+    builder.position_at_end(tail)
+    rest = builder.sub(count, whole)
+    more = builder.append_basic_block("more")
+    builder.cbranch(builder.icmp_signed(">", rest, index(0)), more, done)
+    builder.position_at_end(more)
+    sums_of_rest = added(totals, whole, rest)
+    builder.branch(done)
+    builder.position_at_end(done)
+    ended = []
+    for total, with_rest in zip(totals, sums_of_rest, strict=True):
+        phi = builder.phi(VECTOR)
+        phi.add_incoming(total, tail)
+        phi.add_incoming(with_rest, more)
+        ended.append(phi)
+    data = context.make_array(out)(context, builder, args[5]).data
+    for first in range(0, len(ended), LANES):
+        _write(builder, builder.gep(data, [index(first)]), _totals(builder, ended[first : first + LANES]))
+    return context.get_dummy_value()
+
+
+def _totals(builder: Any, parts: list[Any]) -> Any:
+    """Return the sum over all lanes of each part, in the first lanes; neighbours are added first."""
+    parts = parts + [_every(0.0)] * ((1 << (len(parts) - 1).bit_length()) - len(parts))
+    levels = LANES.bit_length() - 1
+    for _ in range(levels):
+        pairs = zip(parts[::2], parts[1::2], strict=True) if len(parts) > 1 else [(parts[0], parts[0])]
+        parts = [_pair_sums(builder, *pair) for pair in pairs]
+    return parts[0]
+
+
+@_typed(lambda x, rows, y, columns, count, out: (types.void(x, rows, y, columns, types.int64, out), _dot_tile))
+def dot_tile(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, out: Array) -> None:
+    """Write the dot products of runs of `count` numbers of x, which begin at `rows`, and of y, at `columns`, to `out`.
+
+    Rows and columns are tuples; ``out[row * len(columns) + column]``, float32, has room for a multiple of `LANES`. A
+    product's order of additions depends on `count` alone. x is float32, and y any kind that `load` takes; or x is
+    uint16, bfloat16, and y is uint16 or int8, where the processor `has_bfloat16_products`.
+    """
+    width = 2 * LANES if x.dtype == np.uint16 else LANES
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            left, right = _widened(x[row : row + count]), _widened(y[column : column + count])
+            products = np.resize(
+                np.append(left * right, np.zeros(-count % width, np.float32)), -(-count // width) * width
+            )
+            sums = (
+                products.reshape(-1, width // LANES, LANES, order="C").sum(axis=1)
+                if width > LANES
+                else products.reshape(-1, LANES)
+            )
+            total = np.zeros(LANES, np.float32)
+            for some in sums:
+                total = total + some
+            while len(total) > 1:
+                total = total[::2] + total[1::2]
+            out[i * len(columns) + j] = total[0]
+
+
+def _sigmoid(builder: Any, x: Any) -> Any:
+    size = _llvm(builder, "fabs", x)
+    power = _exp2(builder, builder.fmul(size, _every(-1 / math.log(2))))
+    share = builder.fdiv(_every(1.0), builder.fadd(_every(1.0), power))
+    return builder.select(builder.fcmp_unordered("<", x, _every(0.0)), builder.fmul(power, share), share)
+
+
+@_of_lanes(_sigmoid)
+def sigmoid(x: Lanes) -> Lanes:
+    """Return 1 / (1 + e ** -x), to float32's precision."""
+    with np.errstate(over="ignore"):
+        return (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
+
+
+def _write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
+    if dtype == types.uint16:
+        value = builder.bitcast(builder.fptrunc(value, ir.VectorType(_Bfloat(), LANES)), SHORTS)
+    elif dtype == types.int16:
+        value = builder.bitcast(builder.fptrunc(value, HALVES), SHORTS)
+    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = dtype.bitwidth // 8
+
+
+@_at_index(_write_narrowed, types.void, lanes)
+def store_narrowed(array: Array, index: int, value: Lanes) -> None:
+    """Write all lanes to ``array[index:]``: as they are, or the bits of the nearest bfloat16 or float16."""
+    array[index : index + LANES] = [narrowed(number, array) for number in value]
