@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import platform
+import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -183,6 +186,42 @@ def _prefetch(builder: Any, dtype: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # to read, keep in all levels, data
+
+
+def _load_count(builder: Any, dtype: Any, address: Any) -> Any:
+    return builder.load_atomic(address, "acquire", dtype.bitwidth // 8)
+
+
+_PAUSE = {
+    "x86_64": ("llvm.x86.sse2.pause", []),
+    "amd64": ("llvm.x86.sse2.pause", []),
+    "aarch64": ("llvm.aarch64.hint", [INT(1)]),
+    "arm64": ("llvm.aarch64.hint", [INT(1)]),
+}
+"""How a processor is told that a loop only waits, by the name of its kind."""
+_GIVE_WAY = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
+
+
+def _nothing_but(build: Build) -> Callable[[Function], Function]:
+    """Compile a function without arguments and result to ``build(builder)``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        build(builder)
+        return context.get_dummy_value()
+
+    return _typed(lambda: (types.void(), generate))
+
+
+def _pause(builder: Any) -> None:
+    if platform.machine().lower() in _PAUSE:
+        name, args = _PAUSE[platform.machine().lower()]
+        kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args)
+
+
+def _give_way(builder: Any) -> None:
+    kind = ir.FunctionType(INT, [])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, _GIVE_WAY), [])
 
 
 def _any_greater(builder: Any, x: Any, y: Any) -> Any:
@@ -640,3 +679,19 @@ def _write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
 def store_narrowed(array: Array, index: int, value: Lanes) -> None:
     """Write all lanes to ``array[index:]``: as they are, or the bits of the nearest bfloat16 or float16."""
     array[index : index + LANES] = [narrowed(number, array) for number in value]
+@_at_index(_load_count, types.int64)
+def load_count(counters: Array, index: int) -> int:
+    """Return ``counters[index]``, int64, read anew each time, and see what was written before it was added to."""
+    return int(counters[index])
+
+
+@_nothing_but(_pause)
+def pause() -> None:
+    """Tell the processor that this loop waits for another thread: 20 to 50 ns."""
+    return
+
+
+@_nothing_but(_give_way)
+def give_way() -> None:
+    """Let another thread that is ready have this processor; return at once, within 1 µs, where there is none."""
+    time.sleep(0)
