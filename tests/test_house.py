@@ -20,7 +20,6 @@ MOST_DEPTH = 11
 LONG = {
     "pagedkv.control.manager": "BlockManager, whole: a third of it is the documentation of its public calls",
     "pagedkv.control.sequences": "the compiled calls on sequences, which share their tables and holes",
-    "pagedkv.data.cpu_kernels": "one compile unit: the decode loop and what is inlined into it",
     "pagedkv.data.gpu_kernels": "one compile unit: Triton inlines what a kernel calls from its own module",
     "pagedkv.sim.report.charts": "the charts of the report over one canvas",
 }

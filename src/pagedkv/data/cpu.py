@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numba
@@ -20,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pagedkv.data.call import AttentionCall
-from pagedkv.data.cpu_kernels import Rules, Shape, Strides, attend_items, partial_size, plan_items
+from pagedkv.data.cpu_kernels import Bases, Strides, attend_items
+from pagedkv.data.cpu_plan import Rules, Shape, partial_size, plan_items
 from pagedkv.data.quantised import dequantised
 from pagedkv.errors import InvalidOperation
 from pagedkv.spec import MAX_COUNT
@@ -41,6 +41,7 @@ _BITS = {
     torch.float8_e4m3fn: torch.uint8,
 }
 """How a tensor is shown to the kernels, which tell the narrow types apart by it."""
+_AT_ONCE = Bases(0, 0, 0, 0, 0, 0)
 _NO_FLOATS = np.zeros(0, np.float32)
 _workspace = threading.local()
 
@@ -53,21 +54,18 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
         )
     batch, shape = call.host_batch, _shape(call)
     window = call.window or _NO_WINDOW
-    items, first_item, num_positions, num_partials, most_quads = plan_items(
-        batch.seq_lens, batch.cu_seqlens_q, few_queries, window, shape
-    )
-    if len(items):
-        num_bytes = num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
+    rules = _rules(call, window)
+    plan = plan_items(*batch.arrays, few_queries, rules, shape)
+    if len(plan.items):
+        num_bytes = plan.num_positions * shape.num_kv_heads * (shape.head_dim + shape.v_head_dim) * shape.item_bytes
         threads = num_threads() if num_bytes >= PARALLEL_BYTES else 1
         # Few long items are cut by heads as well, which changes no result.
-        num_parts = min(shape.num_kv_heads, -(-4 * threads // len(items))) if threads > 1 else 1
+        num_parts = min(shape.num_kv_heads, -(-4 * threads // len(plan.items))) if threads > 1 else 1
         arguments = (
-            np.zeros(1 + batch.num_sequences, np.int64),
+            np.zeros(plan.num_counters, np.int64),
             num_parts,
-            items,
-            first_item,
-            most_quads,
-            _scratch(num_partials * partial_size(shape.v_head_dim)),
+            plan,
+            _scratch(plan.num_partials * partial_size(shape.v_head_dim)),
             _flat(call.queries),
             _flat(call.keys),
             _flat(call.values),
@@ -75,10 +73,12 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
             None if call.value_scales is None else _flat(call.value_scales),
             _flat(call.out),
             _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
-            *batch.arrays,
+            batch.block_tables,
+            batch.holes,
+            _AT_ONCE,
             shape,
             _strides(call),
-            _rules(call, window),
+            rules,
         )
         run_in_threads(attend_items, arguments, threads)
     if len(call.queries) > few_queries:
@@ -246,36 +246,12 @@ def _products(call: AttentionCall, queries: Tensor, keys: Tensor, values: Tensor
 
 # Batch-invariant attention: a result depends on a query and what it sees alone, to the last bit.
 #
-# Torch's matrix products change their order of additions with the number of rows, the decode kernels do not. So long
-# prompts are cut into pieces that the kernels take, each of them a sequence that ends earlier.
+# Torch's matrix products change their order of additions with the number of rows, the kernels do not.
 
 
 def attend_batch_invariant(call: AttentionCall) -> None:
     """Fill ``call.out``."""
-    attend(_in_pieces(call) if call.causal else call, few_queries=MAX_COUNT)
-
-
-def _in_pieces(call: AttentionCall) -> AttentionCall:
-    """Cut the query tokens of each sequence into pieces of at most ``FEW_QUERIES``."""
-    batch = call.host_batch
-    if len(call.queries) <= FEW_QUERIES:
-        return call
-    counts = np.diff(batch.cu_seqlens_q)
-    num_pieces = -(-counts // FEW_QUERIES)
-    if (num_pieces <= 1).all():
-        return call
-    rows = np.repeat(np.arange(len(counts)), num_pieces)
-    place = np.arange(len(rows)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-    ends = np.minimum((place + 1) * FEW_QUERIES, counts[rows])  # in query tokens of the sequence
-    starts = np.append(batch.cu_seqlens_q[rows] + place * FEW_QUERIES, batch.cu_seqlens_q[-1])
-    pieces = replace(
-        batch,
-        block_tables=batch.block_tables[rows],
-        seq_lens=(batch.seq_lens[rows] - counts[rows] + ends).astype(np.int32),
-        cu_seqlens_q=starts.astype(np.int32),
-        holes=batch.holes[rows],
-    )
-    return replace(call, batch=pieces, into=call.out)
+    attend(call, few_queries=MAX_COUNT)
 
 
 # Threads: a kernel runs in torch's own.

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.data.cpu_plan import SPLIT, TILE, Plan, Rules, Shape, padded, partial_size
 from pagedkv.data.simd import (
     LANES,
     ROWS,
@@ -51,17 +52,6 @@ Ints = npt.NDArray[np.int64]
 NOTHING = np.float32(-np.inf)
 
 
-class Shape(NamedTuple):
-    """Sizes of the pool and the heads."""
-
-    block_size: int
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    v_head_dim: int
-    item_bytes: int
-
-
 class Strides(NamedTuple):
     """Distances in elements."""
 
@@ -80,25 +70,15 @@ class Strides(NamedTuple):
     scale_head: int
 
 
-class Rules(NamedTuple):
-    """What happens to a score, and which keys a query sees."""
+class Bases(NamedTuple):
+    """Elements of the flat arrays before this call's own: one array may hold the keys and values of all layers."""
 
-    scale: np.float32
-    cap: np.float32
-    causal: bool
-    window: int
-
-
-@compiled
-def padded(dim: int) -> int:
-    """Return a row's length in whole lanes."""
-    return (dim + LANES - 1) // LANES * LANES
-
-
-@compiled
-def partial_size(v_head_dim: int) -> int:
-    """Return the floats that four rows leave behind: maximum and sum by lane, then the weighted values."""
-    return 2 * LANES + ROWS * padded(v_head_dim)
+    query: int
+    key: int
+    value: int
+    key_scale: int
+    value_scale: int
+    out: int
 
 
 # The inner loops: one tile of tokens, four query rows at a time.
@@ -109,8 +89,6 @@ def partial_size(v_head_dim: int) -> int:
 # see a stream. Scores are powers of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 +
 # row]``.
 
-TILE = 32
-"""Positions whose scores are held at a time."""
 STEP = 4
 """Tokens that are visited for all heads before the next ones."""
 AHEAD_BYTES = 8192
@@ -357,64 +335,11 @@ def _add_row(
     store(partials, at, fma(z, value_z, fma(y, value_y, row)))
 
 
-SPLIT = 512
-"""Positions of a work item: 2 MB of bfloat16 keys and values at 8 heads of 128."""
-
-
-@inlined
-def _first_position(seq_len: int, num_queries: int, window: int) -> int:
-    """Return where to begin: at a tile's edge, so that the tiles of a query do not depend on the queries beside it."""
-    return max(0, seq_len - num_queries - window + 1) // TILE * TILE
-
-
-@compiled
-def plan_items(
-    seq_lens: Array, cu_seqlens_q: Array, most_queries: int, window: int, shape: Shape
-) -> tuple[Ints, Ints, int, int, int]:
-    """Cut the sequences of at most ``most_queries`` query tokens into items.
-
-    Returns
-    -------
-    items : int64 [num_items, 4]
-        Sequence, first and last (exclusive) position, first of its partials.
-    first_item : int64 [n + 1]
-    num_positions, num_partials, most_quads : int
-        Over all items; over all items; of one head in one item.
-    """
-    n = len(seq_lens)
-    first_item = np.zeros(n + 1, np.int64)
-    for i in range(n):
-        seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
-        count = 0
-        if 0 < num_queries <= most_queries:
-            low = _first_position(seq_len, num_queries, window)
-            count = (seq_len - 1) // SPLIT - low // SPLIT + 1
-        first_item[i + 1] = first_item[i] + count
-    items = np.empty((first_item[n], 4), np.int64)
-    num_positions, num_partials, most_quads = 0, 0, 0
-    for i in range(n):
-        seq_len, num_queries = int(seq_lens[i]), int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
-        low = _first_position(seq_len, num_queries, window)
-        quads = (num_queries * shape.group + ROWS - 1) // ROWS
-        for item in range(first_item[i], first_item[i + 1]):
-            split = low // SPLIT + item - first_item[i]
-            items[item, 0] = i
-            items[item, 1] = max(low, split * SPLIT)
-            items[item, 2] = min(seq_len, (split + 1) * SPLIT)
-            items[item, 3] = num_partials
-            num_positions += items[item, 2] - items[item, 1]
-            num_partials += quads * shape.num_kv_heads
-            most_quads = max(most_quads, quads)
-    return items, first_item, num_positions, num_partials, most_quads
-
-
 @compiled
 def attend_items(
     counters: Ints,
     num_parts: int,
-    items: Ints,
-    first_item: Ints,
-    most_quads: int,
+    plan: Plan,
     partials: Floats,
     queries: Array,
     keys: Array,
@@ -424,46 +349,55 @@ def attend_items(
     out: Array,
     sinks: Floats,
     block_tables: Array,
-    seq_lens: Array,
-    cu_seqlens_q: Array,
     holes: Array,
+    bases: Bases,
     shape: Shape,
     strides: Strides,
     rules: Rules,
 ) -> None:
-    """Work on items, each for ``1 / num_parts`` of the kv heads, until none is left. Runs in every thread.
+    """Work on the items of a plan, each for ``1 / num_parts`` of the kv heads, until none is left.
 
-    ``counters[0]`` counts the parts of items that were taken; ``counters[1 + i]`` those of sequence i that are done.
-    Without scales keys and values are what they are, and nothing for scales is compiled. With them a key's scale
-    multiplies its scores, and a value's scale its weight, once for all elements.
+    Runs in every thread. ``counters`` are ``plan.num_counters`` zeros: of the parts of items that were taken, then for
+    each piece and for each item of those that are done. ``partials`` are ``plan.num_partials * partial_size`` floats;
+    what they hold does not matter. Without scales keys and values are what they are, and nothing for scales is
+    compiled. With them a key's scale multiplies its scores, and a value's scale its weight, once for all elements.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
     size = partial_size(shape.v_head_dim)
-    packed = np.empty(heads * most_quads * ROWS * padded(shape.head_dim), np.float32)
-    scores = np.empty(heads * most_quads * ROWS * TILE, np.float32)
+    packed = np.empty(heads * plan.most_quads * ROWS * padded(shape.head_dim), np.float32)
+    scores = np.empty(heads * plan.most_quads * ROWS * TILE, np.float32)
     key_at = np.empty(SPLIT + 2 * TILE, np.int64)
     value_at = np.empty(SPLIT + 2 * TILE, np.int64)
     scales = np.empty(0 if key_scales is None else 2 * heads * SPLIT, np.float32)
+    items, pieces = plan.items, plan.pieces
     while True:
         work = fetch_add(counters, 0, 1)
         if work >= len(items) * num_parts:
             return
         item, part = work // num_parts, work % num_parts
-        sequence, start, end, partial = items[item, 0], items[item, 1], items[item, 2], items[item, 3]
+        start, end = items[item, 2], items[item, 3]
+        piece = plan.members[items[item, 0]]
+        sequence, first_query, num_queries = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
         first_head = min(part * heads, shape.num_kv_heads)
         num_heads = min(heads, shape.num_kv_heads - first_head)
-        first_query = int(cu_seqlens_q[sequence])
-        num_queries = int(cu_seqlens_q[sequence + 1]) - first_query
         num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
+        split = start // SPLIT - pieces[piece, 7]
+        partial = pieces[piece, 5] + split * num_quads * shape.num_kv_heads
         at = (partial + first_head * num_quads) * size
-        _locate(block_tables[sequence], holes[sequence], start, end, first_head, shape, strides, key_at, value_at)
+        table, hole = block_tables[sequence], holes[sequence]
+        _locate(table, hole, start, end, first_head, bases, shape, strides, key_at, value_at)
         if key_scales is not None and value_scales is not None:
-            table, hole, half = block_tables[sequence], holes[sequence], heads * SPLIT
-            _gather_scales(key_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0)
-            _gather_scales(value_scales, table, hole, start, end, first_head, num_heads, shape, strides, scales, half)
-        _pack(queries, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
+            to_key, to_value = bases.key_scale, bases.value_scale
+            half = heads * SPLIT
+            _gather_scales(
+                key_scales, to_key, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0
+            )
+            _gather_scales(
+                value_scales, to_value, table, hole, start, end, first_head, num_heads, shape, strides, scales, half
+            )
+        _pack(queries, bases, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
         _clear(partials, at, num_heads * num_quads, size)
-        query_position = int(seq_lens[sequence]) - num_queries
+        query_position = pieces[piece, 3]
         for tile in range(0, end - start, TILE):
             count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
             score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
@@ -480,10 +414,8 @@ def attend_items(
                 if key_scales is not None:
                     rescale(scores, at_score, count, scales, heads * SPLIT + scale_at)
             add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
-        num_works = (first_item[sequence + 1] - first_item[sequence]) * num_parts
-        if fetch_add(counters, 1 + sequence, 1) == num_works - 1:
-            some = items[first_item[sequence] : first_item[sequence + 1], 3]
-            _combine(partials, some, first_query, num_queries, num_quads, sinks, out, shape, strides)
+        if fetch_add(counters, 1 + piece, 1) == pieces[piece, 8] * num_parts - 1:
+            _combine(partials, pieces[piece], sinks, out, bases, shape, strides)
 
 
 @called
@@ -493,6 +425,7 @@ def _locate(
     start: int,
     end: int,
     first_head: int,
+    bases: Bases,
     shape: Shape,
     strides: Strides,
     key_at: Ints,
@@ -504,8 +437,10 @@ def _locate(
         if slot >= hole[0]:
             slot += hole[1] - hole[0]
         block, offset = np.int64(table[slot // shape.block_size]), slot % shape.block_size
-        key_at[i] = block * strides.key_block + offset * strides.key + first_head * strides.key_head
-        value_at[i] = block * strides.value_block + offset * strides.value + first_head * strides.value_head
+        key_at[i] = bases.key + block * strides.key_block + offset * strides.key
+        key_at[i] += first_head * strides.key_head
+        value_at[i] = bases.value + block * strides.value_block + offset * strides.value
+        value_at[i] += first_head * strides.value_head
     for i in range(end - start, end - start + 2 * TILE):
         key_at[i] = key_at[end - start - 1]
         value_at[i] = value_at[end - start - 1]
@@ -514,6 +449,7 @@ def _locate(
 @called
 def _gather_scales(
     pool: Floats,
+    base: int,
     table: Array,
     hole: Array,
     start: int,
@@ -531,7 +467,7 @@ def _gather_scales(
         if slot >= hole[0]:
             slot += hole[1] - hole[0]
         block, offset = np.int64(table[slot // shape.block_size]), slot % shape.block_size
-        at = block * strides.scale_block + offset * strides.scale + first_head * strides.scale_head
+        at = base + block * strides.scale_block + offset * strides.scale + first_head * strides.scale_head
         for head in range(num_heads):
             scales[to + head * SPLIT + i] = pool[at + head * strides.scale_head]
     for head in range(num_heads):
@@ -542,6 +478,7 @@ def _gather_scales(
 @called
 def _pack(
     queries: Array,
+    bases: Bases,
     first_query: int,
     num_queries: int,
     first_head: int,
@@ -559,7 +496,7 @@ def _pack(
         for row in range(padded_rows):
             to = (head * padded_rows + row) * width
             query_head = (first_head + head) * shape.group + row % shape.group
-            at = (first_query + row // shape.group) * strides.query + query_head * strides.query_head
+            at = bases.query + (first_query + row // shape.group) * strides.query + query_head * strides.query_head
             for i in range(0, width, LANES):
                 count = min(LANES, shape.head_dim - i) if row < rows else 0
                 value = load(queries, at + i) if count == LANES else zeros()
@@ -579,16 +516,17 @@ def _clear(partials: Floats, at: int, count: int, size: int) -> None:
 @called
 def _combine(
     partials: Floats,
-    firsts: Ints,
-    first_query: int,
-    num_queries: int,
-    num_quads: int,
+    piece: Ints,
     sinks: Floats,
     out: Array,
+    bases: Bases,
     shape: Shape,
     strides: Strides,
 ) -> None:
-    """Put the partial softmaxes of a sequence together, in the order of its items, and write the result."""
+    """Put the partial softmaxes of a piece together, in the order of its splits, and write the result."""
+    first_query, num_queries, first_partial, num_splits = piece[1], piece[2], piece[5], piece[6]
+    num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
+    num_partials = num_quads * shape.num_kv_heads
     width, size = padded(shape.v_head_dim), partial_size(shape.v_head_dim)
     logits, shares = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     result = np.empty(ROWS * width, np.float32)
@@ -598,13 +536,13 @@ def _combine(
             query_head = head * shape.group + (first_row + lane % ROWS) % shape.group
             logits[lane] = sinks[query_head] if len(sinks) else NOTHING
         top = load(logits, 0)
-        for first in firsts:
-            top = maximum(load(partials, (first + quad) * size), top)
+        for split in range(num_splits):
+            top = maximum(load(partials, (first_partial + split * num_partials + quad) * size), top)
         base = finite_or_zero(top)
         total = exp2(sub(load(logits, 0), base))
         result[:] = 0
-        for first in firsts:
-            at = (first + quad) * size
+        for split in range(num_splits):
+            at = (first_partial + split * num_partials + quad) * size
             share = exp2(sub(load(partials, at), base))
             total = fma(load(partials, at + LANES), share, total)
             store(shares, 0, share)
@@ -615,7 +553,7 @@ def _combine(
         store(shares, 0, total)
         for row in range(min(ROWS, num_queries * shape.group - first_row)):
             token, member = (first_row + row) // shape.group, (first_row + row) % shape.group
-            to = (first_query + token) * strides.out + (head * shape.group + member) * strides.out_head
+            to = bases.out + (first_query + token) * strides.out + (head * shape.group + member) * strides.out_head
             factor = np.float32(1) / shares[row] if shares[row] != 0 else np.float32(0)
             for d in range(shape.v_head_dim):
                 out[to + d] = narrowed(result[row * width + d] * factor, out)
