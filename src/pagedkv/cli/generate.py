@@ -347,7 +347,7 @@ def write(
     )
     pool = PoolWatch(runner)
     # In gather mode a prompt is computed at once, as the model's own generate() does.
-    chunk = CHUNK if runner.mode == "ragged" else max(CHUNK, len(ids))
+    chunk = CHUNK if runner.mode != "gather" else max(CHUNK, len(ids))
     llm = LLM(pool, loaded.tokenizer, max_batch_tokens=chunk, max_num_seqs=options.rows)
     clock = Clock()
     with watch_compiles(clock.see):

@@ -31,8 +31,8 @@ multiplying matrices wins: measured on one core over 512 and 4,096 keys, the two
 heads of 32, at 32 to 64 for 12 of 64, and beyond 64 for 32 of 128."""
 PARALLEL_BYTES = 1 << 18
 """Keys and values that are worth a second thread."""
-_NO_WINDOW = 1 << 40
-_LOG2_E = math.log2(math.e)
+NO_WINDOW = 1 << 40
+LOG2_E = math.log2(math.e)
 _BITS = {
     torch.float32: torch.float32,
     torch.bfloat16: torch.uint16,
@@ -53,7 +53,7 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
             f"queries: backend 'cpu': expected a tensor on the CPU, got one on {call.queries.device}"
         )
     batch, shape = call.host_batch, _shape(call)
-    window = call.window or _NO_WINDOW
+    window = call.window or NO_WINDOW
     rules = _rules(call, window)
     plan = plan_items(*batch.arrays, few_queries, rules, shape)
     if len(plan.items):
@@ -66,13 +66,13 @@ def attend(call: AttentionCall, few_queries: int = FEW_QUERIES) -> None:
             num_parts,
             plan,
             _scratch(plan.num_partials * partial_size(shape.v_head_dim)),
-            _flat(call.queries),
-            _flat(call.keys),
-            _flat(call.values),
-            None if call.key_scales is None else _flat(call.key_scales),
-            None if call.value_scales is None else _flat(call.value_scales),
-            _flat(call.out),
-            _NO_FLOATS if call.sinks is None else (call.sinks.float() * _LOG2_E).contiguous().numpy(),
+            flat_bits(call.queries),
+            flat_bits(call.keys),
+            flat_bits(call.values),
+            None if call.key_scales is None else flat_bits(call.key_scales),
+            None if call.value_scales is None else flat_bits(call.value_scales),
+            flat_bits(call.out),
+            _NO_FLOATS if call.sinks is None else (call.sinks.float() * LOG2_E).contiguous().numpy(),
             batch.block_tables,
             batch.holes,
             _AT_ONCE,
@@ -112,11 +112,11 @@ def _strides(call: AttentionCall) -> Strides:
 
 def _rules(call: AttentionCall, window: int) -> Rules:
     if call.softcap is None:
-        return Rules(np.float32(call.scale * _LOG2_E), np.float32(0), call.causal, window)
-    return Rules(np.float32(call.scale / call.softcap), np.float32(call.softcap * _LOG2_E), call.causal, window)
+        return Rules(np.float32(call.scale * LOG2_E), np.float32(0), call.causal, window)
+    return Rules(np.float32(call.scale / call.softcap), np.float32(call.softcap * LOG2_E), call.causal, window)
 
 
-def _flat(tensor: Tensor) -> npt.NDArray[Any]:
+def flat_bits(tensor: Tensor) -> npt.NDArray[Any]:
     """Return the memory from the tensor's first element to its last one as one array."""
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     array: npt.NDArray[Any] = tensor.as_strided((extent,), (1,)).view(_BITS[tensor.dtype]).numpy()

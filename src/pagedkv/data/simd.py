@@ -498,7 +498,7 @@ def fetch_add(counters: Array, index: int, amount: int) -> int:
 # Dot products.
 
 
-class _Bfloat(ir.Type):
+class _Bfloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite has no name for."""
 
     def _to_string(self) -> str:
@@ -679,6 +679,8 @@ def _write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
 def store_narrowed(array: Array, index: int, value: Lanes) -> None:
     """Write all lanes to ``array[index:]``: as they are, or the bits of the nearest bfloat16 or float16."""
     array[index : index + LANES] = [narrowed(number, array) for number in value]
+
+
 @_at_index(_load_count, types.int64)
 def load_count(counters: Array, index: int) -> int:
     """Return ``counters[index]``, int64, read anew each time, and see what was written before it was added to."""
@@ -695,3 +697,13 @@ def pause() -> None:
 def give_way() -> None:
     """Let another thread that is ready have this processor; return at once, within 1 µs, where there is none."""
     time.sleep(0)
+
+
+def _write_scalar(builder: Any, dtype: Any, address: Any, number: Any) -> None:
+    builder.store(_narrowed_to(builder, dtype, number), address)
+
+
+@_at_index(_write_scalar, types.void, types.float32)
+def put(array: Array, index: int, number: float | np.floating[Any]) -> None:
+    """Write one float32 to ``array[index]``, narrowed as by `narrowed`; the index may be negative, and is no wrap."""
+    array[index] = narrowed(number, array)

@@ -60,7 +60,7 @@ class Way:
     chunkable: bool
 
 
-WAYS = (Way("ragged", True), Way("gather", True), Way("gather", False))
+WAYS = (Way("compiled", True), Way("ragged", True), Way("gather", True), Way("gather", False))
 """The fastest first."""
 
 
@@ -73,18 +73,22 @@ class Passed:
     reasons: dict[Way, str] = field(default_factory=dict)
 
 
-def sit_exam(model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any = None) -> Passed:
+def sit_exam(
+    model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any = None, *, may_compile: bool = True
+) -> Passed:
     """Find the way in which a model is to be run.
 
     Parameters
     ----------
     model : PreTrainedModel
         In eval mode.
-    mode : {"auto", "ragged", "gather"}
+    mode : {"auto", "compiled", "ragged", "gather"}
         Which ways are tried.
     block_size : int
     kv_dtype : optional
         Of the stored K and V.
+    may_compile : bool
+        Whether mode ``"compiled"`` is tried.
 
     Returns
     -------
@@ -104,21 +108,22 @@ def sit_exam(model: Any, mode: str = "auto", block_size: int = 16, kv_dtype: Any
         except Exception as error:
             name = f"{type(model).__name__}: {error}"
             raise bad_argument("model", "one that computes logits of token ids alone", name) from error
-        return _first_right(model, mode, exam)
+        modes = {way.mode for way in WAYS if mode in ("auto", way.mode)} - (set() if may_compile else {"compiled"})
+        return _first_right(model, mode, [way for way in WAYS if way.mode in modes], exam)
 
 
-def _first_right(model: Any, mode: str, exam: Exam) -> Passed:
+def _first_right(model: Any, mode: str, ways: list[Way], exam: Exam) -> Passed:
     exam.require_causal()
     reasons: dict[Way, str] = {}
-    for way in [way for way in WAYS if mode in ("auto", way.mode)]:
+    for way in ways:
         try:
             return Passed(way, exam.tried(way), reasons)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model does with tokens of other sequences, or with handles
             failure, reasons[way] = error, str(error).removeprefix("Invalid operation: ") or repr(error)
-    if mode == "ragged":
-        raise InvalidOperation(f"mode: 'ragged' is not for {type(model).__name__}: {reasons[way]}") from failure
+    if mode in ("compiled", "ragged"):
+        raise InvalidOperation(f"mode: {mode!r} is not for {type(model).__name__}: {reasons[way]}") from failure
     raise InvalidOperation(f"model: no cache is right for {type(model).__name__}: {reasons[way]}") from failure
 
 
@@ -215,7 +220,7 @@ class Exam:
         config, runner = self._model.config, self._runner(way)
         if way.chunkable and has_changing_rope(config):
             raise InvalidOperation("its rotary frequencies change with the longest text of a batch")
-        if way.mode == "ragged" and runner.has_states:
+        if way.mode in ("compiled", "ragged") and runner.has_states:
             raise InvalidOperation("it has layers that keep a state outside of K and V")
         right = self._plain if way.chunkable else self.in_pieces(DynamicCache(config=config))
         error = self._error(runner, way, right)

@@ -23,7 +23,7 @@ from pagedkv.validate import require_int
 
 logger = logging.getLogger("pagedkv")
 
-MODES = ("auto", "ragged", "gather")
+MODES = ("auto", "compiled", "ragged", "gather")
 
 
 def load_runner(
@@ -59,8 +59,8 @@ def load_runner(
     kv_dtype : str or torch.dtype, optional
         Of the stored K and V; that of the keys by default. ``"int8"`` and ``"fp8"`` are quantised; the mode is proved
         without.
-    mode : {"auto", "ragged", "gather"}
-        ``"ragged"`` fails where ``"auto"`` would go over to gather mode.
+    mode : {"auto", "compiled", "ragged", "gather"}
+        ``"auto"`` takes the first that is right for the model; one that was asked for fails where it is not.
     batch_invariant : bool
         Whether logits in ragged mode on the CPU are to have the same bits whatever else is in a batch and however a
         text is cut (see docs/huggingface.md). It costs time in float32 where fewer than four tokens are computed.
@@ -98,7 +98,9 @@ def load_runner(
     paged_layers("model", model.config)  # refuses a model without attention layers, whatever the mode
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
-    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype)
+    if is_quantised and mode == "compiled":
+        raise bad_argument("mode", "another one for quantised keys and values", f"{mode!r}")
+    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype, may_compile=not is_quantised)
     _warn(model, passed)
     proved = passed.runner
     spec = proved.cache.spec
@@ -140,7 +142,9 @@ def _warn(model: Any, passed: Passed) -> None:
     """Say why a model is not run in the best way."""
     name = type(model).__name__
     for way, reason in passed.reasons.items():
-        if way.mode == "ragged":
+        if way.mode == "compiled":
+            logger.info("%s runs by its own modules, layer by layer: %s", name, reason)
+        elif way.mode == "ragged":
             logger.warning("%s runs in gather mode, sequence by sequence: %s", name, reason)
         else:
             logger.warning("%s takes prompts whole, never in chunks: %s", name, reason)

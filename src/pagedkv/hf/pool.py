@@ -15,6 +15,7 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.sequence_table import find_row
+from pagedkv.data.call import Batch
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.tiers.fingerprint import fingerprint_of
@@ -47,6 +48,16 @@ class ModelKvCache(PagedKvCache):
             record = state.sequence(find_row(state.packed, sequence_key(seq_id)))
             ids: Ids = state.contents.reshape(-1, self.block_size)[table[: record.num_indexed]].ravel()
             return ids
+
+    def checked(self, plan: BatchPlan) -> tuple[Batch, Ids]:
+        """Return the arrays of a plan and its slots, after seeing that it is of now and names nothing outside."""
+        self._finish_what_was_interrupted()
+        slots = self._slot_index(plan).slots.numpy()
+        batch = self._batch_of(plan)
+        assert isinstance(batch, Batch)  # a BatchPlan has no other
+        batch.check(self.total_blocks, self.block_size)
+        batch.require_total(len(slots))
+        return batch, slots
 
     def when_cleared(self, follow: Callable[[], None]) -> None:
         """Call this after each ``clear_prefix_cache()``."""

@@ -29,6 +29,7 @@ from pagedkv.hf.compat import (
     paged_layer,
     restarts_beyond,
 )
+from pagedkv.hf.compiled import CompiledModel
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
 from pagedkv.hf.pool import LayerTable, ModelKvCache, by_token, visible_slots
@@ -194,14 +195,15 @@ class ModelRunner:
     One step is ``plan = runner.cache.append_batch(…)`` (or ``plan(…)``), ``runner.forward(plan, …)`` and
     ``runner.cache.commit(plan)``. Not for several threads at once.
 
-    In ``"ragged"`` mode the tokens of all sequences go through the model as one row, without padding, and attention
+    In ``"compiled"`` mode a step is one compiled call over the model's own weights (see docs/huggingface.md). In
+    ``"ragged"`` mode the tokens of all sequences go through the model as one row, without padding, and attention
     reads the blocks in place. In ``"gather"`` mode the model sees one sequence after the other, with all of its K and V
     as dense tensors: slower, for every model.
 
     Attributes
     ----------
     cache : PagedKvCache
-    mode : {"ragged", "gather"}
+    mode : {"compiled", "ragged", "gather"}
     model : PreTrainedModel
     vocab_size : int
         Elements of a row of logits.
@@ -253,6 +255,7 @@ class ModelRunner:
         self._ragged_cache = forward_cache(self._recurrent.layers, self._recurrent.paged, self._ragged)
         self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
+        self._compiled = CompiledModel(model, cache, self.table) if mode == "compiled" else None
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_rows = "logits_to_keep" in accepted
@@ -312,6 +315,8 @@ class ModelRunner:
             return torch.empty(0, self.vocab_size, device=self.model.device)
         positions = self._positions(plan) if plan.num_dropped.any() else plan.positions.copy()
         with torch.no_grad():
+            if self._compiled is not None:
+                return self._compiled.forward(plan, ids, positions, rows)
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)

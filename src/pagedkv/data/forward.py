@@ -1,0 +1,480 @@
+"""Forward: a decoder over a paged cache, run as one compiled call from token ids to logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pagedkv.data import forward_kernels as kernels
+from pagedkv.data.call import Batch
+from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
+from pagedkv.data.cpu_plan import Rules, Shape, partial_size, plan_items
+from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
+from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
+from pagedkv.data.simd import LANES, has_bfloat16_products
+from pagedkv.data.storage import KvStorage
+from pagedkv.data.team import num_threads, run_in_threads
+from pagedkv.errors import InvalidOperation
+from pagedkv.spec import MAX_COUNT
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+MAX_ROWS = 256
+"""Rows that go through all layers together: enough for products to be bound by arithmetic, and few enough for what lies
+between two of them to stay in the caches."""
+ITEMS = 48
+"""How many items a product of few rows is cut into: what the last one takes is what threads wait for."""
+MIN_ANGLES = 2048
+"""Positions whose cosines and sines are made at first; twice as many when a text is longer."""
+
+
+def _round_up(size: int) -> int:
+    return -(-size // LANES) * LANES
+
+
+@dataclass(frozen=True, slots=True)
+class _Buffer:
+    """Rows of activations: where row 0 begins, and how far apart rows are, in elements."""
+
+    start: int
+    width: int
+
+
+class _Arena:
+    """Room for buffers of `rows` rows in one flat array."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows, self.size = rows, 0
+
+    def buffer(self, width: int) -> _Buffer:
+        """Return room for rows that begin and end at whole vectors."""
+        buffer = _Buffer(self.size, _round_up(width))
+        self.size += self._rows * buffer.width
+        return buffer
+
+
+class _Constants:
+    """Small float32 vectors, one after the other, each followed by zeros to a whole vector."""
+
+    def __init__(self) -> None:
+        self._parts: list[Floats] = []
+        self._size = 0
+
+    def place(self, vector: Tensor | None) -> int:
+        """Return where a vector begins; -1 for none."""
+        if vector is None:
+            return -1
+        start, numbers = self._size, vector.detach().float().flatten().numpy()
+        self._parts.append(np.pad(numbers, (0, _round_up(len(numbers)) - len(numbers))))
+        self._size += len(self._parts[-1])
+        return start
+
+    def array(self) -> Floats:
+        """Return all of them."""
+        return np.concatenate([*self._parts, np.zeros(LANES, np.float32)])
+
+
+class Program:
+    """The operations of a decoder, phase by phase.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    storage : KvStorage
+        Whose layers are those of the decoder, in their order.
+    max_rows : int
+    """
+
+    def __init__(self, decoder: Decoder, storage: KvStorage, max_rows: int = MAX_ROWS) -> None:
+        self.decoder, self.storage, self.max_rows = decoder, storage, max_rows
+        self.weights = flat_bits(decoder.embedding)
+        self._base = decoder.embedding
+        self.memory = flat_bits(storage.keys(0))
+        self._memory_base = storage.keys(0)
+        self._constants = _Constants()
+        self._floats, self._acts = _Arena(max_rows), _Arena(max_rows)
+        self._operations: list[dict[str, Any]] = []
+        self._phases: list[int] = []
+        self.ropes: list[Rope] = []
+        self.rope_operations: list[tuple[int, int]] = []  # operation, place in `ropes`
+        self.sets: list[tuple[Shape, int]] = []  # shape and window of layers that attend to the same
+        self._build()
+        self.constants = self._constants.array()
+        self.num_floats, self.num_acts = self._floats.size, self._acts.size
+        self.phases = np.array([*self._phases, len(self._operations)])
+        self.operations = np.zeros(len(self._operations), OPERATION)
+        for record, fields in zip(self.operations, self._operations, strict=True):
+            for name, given in fields.items():
+                record[name] = given
+
+    def _build(self) -> None:
+        decoder, hidden = self.decoder, self.decoder.embedding.shape[1]
+        self._x = self._floats.buffer(hidden)
+        self._h, self._parallel_h = self._acts.buffer(hidden), self._acts.buffer(hidden)
+        self._post = self._floats.buffer(hidden)
+        attentions = [layer.attention for layer in decoder.layers]
+        self._heads = self._floats.buffer(max(map(_heads_size, attentions)))
+        self._attended = self._acts.buffer(max(each.num_q_heads * each.v_head_dim for each in attentions))
+        inner = max(_inner_size(layer.mlp) for layer in decoder.layers)
+        self._up = self._floats.buffer(2 * _round_up(inner))
+        self._inner = self._acts.buffer(inner)
+        self._embed()
+        for number, layer in enumerate(decoder.layers):
+            self._layer(number, layer)
+        self._norm(decoder.norm, self._x, self._h, picked=True)
+        scale, softcap = decoder.logit_scale, decoder.logit_softcap or 0.0
+        vocabulary = len(decoder.head.weight)
+        self._phase()
+        self._linear(decoder.head, self._h, _Buffer(-1, vocabulary), scale=scale, softcap=softcap, rows=1)
+
+    # --- operations ----------------------------------------------------------------------------------------------
+
+    def _phase(self) -> None:
+        self._phases.append(len(self._operations))
+
+    def _add(self, code: int, source: _Buffer, target: _Buffer, **fields: Any) -> None:
+        absent = dict.fromkeys(("bias", "factor", "query_norm", "key_norm", "rope", "sinks"), -1)
+        places = {"source": source.start, "source_width": source.width}
+        places |= {"target": target.start, "target_width": target.width}
+        self._operations.append(absent | {"code": code, "scale": 1.0} | places | fields)
+
+    def _place_of(self, weight: Tensor) -> int:
+        """Return where a weight begins, in elements from the first of the embedding."""
+        if weight.dtype != self._base.dtype or weight.stride(1) != 1:
+            raise InvalidOperation(f"weights of {self._base.dtype} and of {weight.dtype}")
+        apart = weight.data_ptr() - self._base.data_ptr()
+        if apart % weight.element_size():
+            raise InvalidOperation("weights that are not aligned to their elements")
+        return apart // weight.element_size()
+
+    def _embed(self) -> None:
+        decoder = self.decoder
+        fields = {}
+        if decoder.positions is not None:
+            fields = {"positions": self._place_of(decoder.positions), "position_offset": decoder.position_offset}
+            if decoder.positions.stride(0) != decoder.embedding.shape[1]:
+                raise InvalidOperation("learned positions of rows that are apart")
+        self._phase()
+        self._add(
+            kernels.EMBED,
+            self._x,
+            self._x,
+            weight=0,
+            row_stride=decoder.embedding.stride(0),
+            size_out=decoder.embedding.shape[1],
+            scale=decoder.embedding_scale,
+            **fields,
+        )
+        if decoder.embedding_norm is not None:
+            self._norm(decoder.embedding_norm, self._x, self._x, goes=kernels.TO_FLOATS)
+
+    def _norm(
+        self, norm: Norm | None, source: _Buffer, target: _Buffer, *, picked: bool = False, **fields: Any
+    ) -> None:
+        """Add a phase that normalises rows; without a norm they are handed on."""
+        self._phase()
+        given = {}
+        if norm is not None:
+            places = {"factor": self._constants.place(norm.weight), "bias": self._constants.place(norm.bias)}
+            given = {"function": 1, "eps": norm.eps, "is_centred": norm.is_centred} | places
+        size = self.decoder.embedding.shape[1]
+        self._add(kernels.NORM, source, target, size_out=size, rows=picked, picked=picked, **given | fields)
+
+    def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
+        """Add a product to the phase; its outputs go to the elements from `at` on."""
+        size_out, size_in = linear.weight.shape
+        columns = max(kernels.TILE_COLUMNS, _round_up_to(-(-size_out // ITEMS), kernels.TILE_COLUMNS))
+        self._add(
+            kernels.LINEAR,
+            source,
+            _Buffer(target.start + at, target.width),
+            size_in=size_in,
+            size_out=size_out,
+            weight=self._place_of(linear.weight),
+            row_stride=linear.weight.stride(0),
+            bias=self._constants.place(linear.bias),
+            columns=columns,
+            **{"goes": kernels.TO_FLOATS} | fields,
+        )
+
+    def _layer(self, number: int, layer: Layer) -> None:
+        self._norm(layer.attention_norm, self._x, self._h)
+        mlp_input = self._h
+        self._attention(number, layer.attention)
+        if layer.is_parallel and layer.mlp_norm is not None:
+            mlp_input = self._parallel_h
+            self._norm(layer.mlp_norm, self._x, mlp_input)
+        self._residual(layer.attention.output, self._attended, layer.attention_post_norm, layer.residual_scale)
+        if not layer.is_parallel:
+            self._norm(layer.mlp_norm, self._x, self._h)
+        if isinstance(layer.mlp, Experts):
+            raise InvalidOperation("a mixture of experts")
+        self._mlp(layer.mlp, mlp_input)
+        self._residual(layer.mlp.down, self._inner, layer.mlp_post_norm, layer.residual_scale)
+
+    def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
+        self._phase()
+        if post_norm is None:
+            self._linear(linear, source, self._x, goes=kernels.ADDED, scale=scale)
+        else:
+            self._linear(linear, source, self._post)
+            self._norm(post_norm, self._post, self._x, goes=kernels.ADDED, scale=scale)
+
+    def _attention(self, number: int, attention: Attention) -> None:
+        dim, v_dim, num_kv_heads = attention.head_dim, attention.v_head_dim, attention.num_kv_heads
+        query_size = attention.num_q_heads * dim
+        value_at = query_size + num_kv_heads * dim
+        self._phase()
+        self._linear(attention.query, self._h, self._heads)
+        self._linear(attention.key, self._h, self._heads, query_size)
+        self._linear(attention.value, self._h, self._heads, value_at)
+        keys, values = (_by_token(self.storage, side(number)) for side in (self.storage.keys, self.storage.values))
+        places = {
+            "num_q_heads": attention.num_q_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": dim,
+            "v_head_dim": v_dim,
+        }
+        for name, side in (("key", keys), ("value", values)):
+            if side.dtype != self._memory_base.dtype:
+                raise InvalidOperation("layers of several dtypes of K and V")
+            places[f"{name}_base"] = (side.data_ptr() - self._memory_base.data_ptr()) // side.element_size()
+            strides = zip((f"{name}_block", name, f"{name}_head"), side.stride()[:3], strict=True)
+            places |= dict(strides)
+        self._phase()
+        if attention.rope is not None:
+            if attention.rope not in self.ropes:
+                self.ropes.append(attention.rope)
+            self.rope_operations.append((len(self._operations), self.ropes.index(attention.rope)))
+        self._add(kernels.HEADS, self._heads, self._heads, **places, **self._head_norms(attention), **_turns(attention))
+        self._phase()
+        softcap, scale = attention.softcap, attention.scale
+        self._add(
+            kernels.ATTEND,
+            self._heads,
+            self._attended,
+            **places,
+            scale=scale * LOG2_E if softcap is None else scale / softcap,
+            softcap=0.0 if softcap is None else softcap * LOG2_E,
+            sinks=max(0, self._constants.place(None if attention.sinks is None else attention.sinks.float() * LOG2_E)),
+            num_sinks=0 if attention.sinks is None else attention.num_q_heads,
+            layer=number,
+            window=attention.window or NO_WINDOW,
+            set=self._set_of(attention),
+        )
+
+    def _head_norms(self, attention: Attention) -> dict[str, Any]:
+        norms = [norm for norm in (attention.query_norm, attention.key_norm) if norm is not None]
+        if not norms:
+            return {}
+        if any(norm.bias is not None or norm.weight is None for norm in norms):
+            raise InvalidOperation("norms of queries or keys with a bias or without a weight")
+        sizes = {len(norm.weight) for norm in norms if norm.weight is not None}
+        if len({(norm.eps, norm.is_centred) for norm in norms}) > 1:
+            raise InvalidOperation("norms of queries and keys that differ")
+        query, key = attention.query_norm, attention.key_norm
+        return {
+            "query_norm": -1 if query is None else self._constants.place(query.weight),
+            "key_norm": -1 if key is None else self._constants.place(key.weight),
+            "eps": norms[0].eps,
+            "is_centred": norms[0].is_centred,
+            "norm_size": attention.head_dim if sizes == {attention.head_dim} else 0,
+        }
+
+    def _set_of(self, attention: Attention) -> int:
+        dim, v_dim = attention.head_dim, attention.v_head_dim
+        group = attention.num_q_heads // attention.num_kv_heads
+        item_bytes = self._memory_base.element_size()
+        block_size = self.storage.spec.block_size
+        shape = Shape(block_size, attention.num_kv_heads, group, dim, v_dim, item_bytes)
+        kind = (shape, attention.window or NO_WINDOW)
+        if kind not in self.sets:
+            self.sets.append(kind)
+        return self.sets.index(kind)
+
+    def _mlp(self, mlp: Mlp, source: _Buffer) -> None:
+        size = len(mlp.up.weight)
+        gate_at = _round_up(size)
+        self._phase()
+        if mlp.gate is not None:
+            self._linear(mlp.gate, source, self._up, gate_at)
+        self._linear(mlp.up, source, self._up)
+        self._phase()
+        function = ACTIVATIONS.index(mlp.activation)
+        positions = gate_at if mlp.gate is not None else 0
+        self._add(kernels.ACTIVATE, self._up, self._inner, size_out=size, function=function, positions=positions)
+
+
+def _round_up_to(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _heads_size(attention: Attention) -> int:
+    dim, v_dim = attention.head_dim, attention.v_head_dim
+    return attention.num_q_heads * dim + attention.num_kv_heads * (dim + v_dim)
+
+
+def _inner_size(mlp: Mlp | Experts) -> int:
+    one = mlp.experts[0] if isinstance(mlp, Experts) else mlp
+    return len(one.up.weight)
+
+
+def _turns(attention: Attention) -> dict[str, Any]:
+    rope = attention.rope
+    if rope is None:
+        return {}
+    return {"rope": 0, "rope_width": rope.width, "is_interleaved": rope.is_interleaved}
+
+
+def _by_token(storage: KvStorage, blocks: Tensor) -> Tensor:
+    """Return ``[num_blocks, block_size, num_kv_heads, dim]`` whatever the layout."""
+    return blocks.transpose(1, 2) if storage.spec.layout == "HND" else blocks
+
+
+class Forward:
+    """A decoder over a storage, ready to run.
+
+    Parameters
+    ----------
+    decoder : Decoder
+        Its weights are read in place and must stay where they are.
+    storage : KvStorage
+        On the CPU, not quantised, with a layer for each of the decoder's.
+
+    Raises
+    ------
+    InvalidOperation
+        If the decoder has something that is not computed here.
+    """
+
+    def __init__(self, decoder: Decoder, storage: KvStorage) -> None:
+        self._program = Program(decoder, storage)
+        program = self._program
+        is_narrow = program.weights.dtype == np.uint16 and has_bfloat16_products()
+        self._floats = np.zeros(program.num_floats, np.float32)
+        self._acts = np.zeros(program.num_acts, np.uint16 if is_narrow else np.float32)
+        self._counters = np.zeros(LINE * len(program.phases), np.int64)
+        self._angles = np.zeros(LANES, np.float32)
+        self._num_angles = 0
+        self._partials = np.zeros(0, np.float32)
+        self._vocab_size = len(decoder.head.weight)
+
+    def __call__(
+        self,
+        batch: Batch,
+        slots: Ints,
+        ids: Ints,
+        positions: Ints,
+        wanted: Ints,
+    ) -> Tensor:
+        """Write K and V of a ragged batch and return some logits.
+
+        Parameters
+        ----------
+        batch : Batch
+            Checked for the storage.
+        slots : int64 [total_tokens]
+            Where K and V of the query tokens go.
+        ids, positions : int64 [total_tokens]
+            Token ids below the vocabulary's size, and rotary or learned positions.
+        wanted : int64 [k]
+            The query tokens whose logits are wanted.
+
+        Returns
+        -------
+        float32 Tensor [k, vocab_size]
+        """
+        logits = torch.empty(len(wanted), self._vocab_size)
+        order = np.argsort(wanted, kind="stable")
+        is_sorted = bool((wanted[1:] >= wanted[:-1]).all())
+        ordered = wanted if is_sorted else wanted[order]
+        self._reach(int(positions.max()))
+        total, done = len(ids), 0
+        for first in range(0, total, self._program.max_rows):
+            last = min(total, first + self._program.max_rows)
+            low, high = np.searchsorted(ordered, (first, last)).tolist()
+            span = slice(first, last)
+            part = batch if last - first == total else _window(batch, first, last)
+            self._run(part, ids[span], positions[span], slots[span], ordered[low:high] - first, logits, done)
+            done += high - low
+        return logits if is_sorted else logits[torch.from_numpy(np.argsort(order, kind="stable"))]
+
+    def _reach(self, position: int) -> None:
+        """Have cosines and sines for a position."""
+        program = self._program
+        if position < self._num_angles or not program.ropes:
+            return
+        count = max(MIN_ANGLES, 1 << position.bit_length())
+        parts, starts, size = [], [], 0
+        for rope in program.ropes:
+            cosines, sines = rope.tables(count)
+            parts.append(torch.cat((cosines, sines), 1).float().flatten().numpy())
+            starts.append(size)
+            size += len(parts[-1])
+        self._angles, self._num_angles = np.concatenate(parts), count
+        for operation, rope_number in program.rope_operations:
+            program.operations[operation]["rope"] = starts[rope_number]
+
+    def _run(
+        self, batch: Batch, ids: Ints, positions: Ints, slots: Ints, picked: Ints, logits: Tensor, row: int
+    ) -> None:
+        program, threads = self._program, num_threads()
+        plans = tuple(
+            plan_items(*batch.arrays, MAX_COUNT, Rules(np.float32(1), np.float32(0), True, window), shape)
+            for shape, window in program.sets
+        )
+        size = max(
+            plan.num_partials * partial_size(shape.v_head_dim)
+            for plan, (shape, _) in zip(plans, program.sets, strict=True)
+        )
+        if len(self._partials) < size:
+            self._partials = np.empty(size, np.float32)
+        self._counters[:] = 0
+        arguments = (
+            self._counters,
+            program.phases,
+            program.operations,
+            len(ids),
+            ids,
+            positions,
+            slots,
+            picked,
+            program.weights,
+            program.constants,
+            self._angles,
+            self._floats,
+            self._acts,
+            program.memory,
+            (logits[row:].data_ptr() - self._floats.ctypes.data) // 4 if len(picked) else 0,
+            plans,
+            _num_parts(plans, program, threads),
+            np.zeros((len(program.decoder.layers), max(plan.num_counters for plan in plans)), np.int64),
+            self._partials,
+            batch.block_tables,
+            batch.holes,
+            program.storage.spec.block_size,
+        )
+        run_in_threads(run_program, arguments, threads)
+
+
+def _num_parts(plans: tuple[Any, ...], program: Program, threads: int) -> int:
+    """Return into how many parts by heads an item of attention is cut, so that there is enough to share."""
+    if threads == 1:
+        return 1
+    fewest = min(max(1, len(plan.items)) for plan in plans)
+    return min(min(shape.num_kv_heads for shape, _ in program.sets), -(-4 * threads // fewest))
+
+
+def _window(batch: Batch, first: int, last: int) -> Batch:
+    """Return the sequences that have query tokens in ``[first, last)``, with these alone, and their lengths by then."""
+    begins, ends = batch.cu_seqlens_q[:-1], batch.cu_seqlens_q[1:]
+    rows = np.flatnonzero((begins < last) & (ends > first) & (begins < ends))
+    lens = batch.seq_lens[rows] - (ends[rows] - np.minimum(ends[rows], last))
+    cuts = np.append(np.maximum(begins[rows], first), last) - first
+    return Batch(batch.block_tables[rows], lens.astype(np.int32), cuts.astype(np.int32), batch.holes[rows])

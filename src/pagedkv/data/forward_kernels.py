@@ -1,0 +1,491 @@
+"""The forward pass of a decoder as one compiled call: a list of operations, worked off by all threads together.
+
+Activations are rows of buffers in two flat arrays: float32 sums in ``floats``, and what is multiplied next, narrowed to
+what products take, in ``acts``. An operation is a record that says where its rows come from, where they go, and by
+which weights. Operations that do not need each other's results form a phase. The items of a phase are taken by an
+atomic counter; a thread that finds none left waits until those that have begun are through, so no thread waits for one
+that never came. An item is computed by one thread in one order, and an element of a row depends on that row alone: how
+many rows and threads there are changes no bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pagedkv.data.cpu_kernels import Bases, Strides, attend_items
+from pagedkv.data.cpu_plan import Rules, Shape
+from pagedkv.data.simd import (
+    LANES,
+    add,
+    dot_tile,
+    fetch_add,
+    fma,
+    load,
+    load_part,
+    maximum,
+    mul,
+    put,
+    sigmoid,
+    splat,
+    store,
+    store_narrowed,
+    sub,
+    tanh,
+    zeros,
+)
+from pagedkv.data.team import wait_until
+from pagedkv.jit import called, compiled, inlined
+
+Array = npt.NDArray[Any]
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE = range(6)
+"""What an operation does."""
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
+SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
+TO_ACTS, TO_FLOATS, ADDED = range(3)
+"""What becomes of a row: narrowed into ``acts``, written into ``floats``, or added there."""
+
+_WHOLES = (
+    "code", "rows", "source", "source_width", "target", "target_width", "size_in", "size_out", "goes", "function",
+    "weight", "row_stride", "bias", "factor", "columns", "picked", "is_centred", "positions", "position_offset",
+    "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "key_norm", "norm_size", "rope",
+    "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
+    "value_head", "layer", "set", "window", "sinks", "num_sinks",
+)  # fmt: skip
+_NUMBERS = ("scale", "eps", "softcap")
+OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
+"""One operation. Places are in elements: ``source`` and ``target`` of row 0, ``weight`` and the bases of K and V from
+the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in ``constants``
+(-1 where there is none), ``rope`` in ``angles``. ``rows`` is 1 where only the picked rows take part, and ``picked``
+where the source is read at their places. ``columns`` is the outputs of an item of few rows."""
+
+LINE = 16
+"""Counters of a phase, two cache lines of them: items taken, threads that began (8), threads that are through (9)."""
+FEW_ROWS = 32
+"""Up to so many rows are one block, and the items of a product are cut by ``columns``; more rows are cut as well."""
+ROW_BLOCK = 64
+COLUMN_BLOCK = 64
+TILE_ROWS = 4
+TILE_COLUMNS = 4
+"""Sixteen sums and what they are multiplied from fit into the registers of AVX-512."""
+INNER_COLUMNS = 16
+"""Rows of weights that are multiplied by all rows of a block before the next ones: they stay in the first cache."""
+ROWS_OF_ITEM = 8
+"""Rows of an item that is no product."""
+
+
+@inlined
+def _num_items(operation: Any, rows: int) -> int:
+    if operation.code == LINEAR:
+        if rows <= FEW_ROWS:
+            return (operation.size_out + operation.columns - 1) // operation.columns if rows else 0
+        blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
+        return int(blocks * ((operation.size_out + COLUMN_BLOCK - 1) // COLUMN_BLOCK))
+    if operation.code == ATTEND:
+        return 0
+    return (rows + ROWS_OF_ITEM - 1) // ROWS_OF_ITEM
+
+
+@compiled
+def run_program(
+    counters: Ints,
+    phases: Ints,
+    operations: Array,
+    num_rows: int,
+    ids: Ints,
+    positions: Ints,
+    slots: Ints,
+    picked: Ints,
+    weights: Array,
+    constants: Floats,
+    angles: Floats,
+    floats: Floats,
+    acts: Array,
+    memory: Array,
+    logits: int,
+    sets: Any,
+    num_parts: int,
+    set_counters: Ints,
+    partials: Floats,
+    block_tables: Array,
+    holes: Array,
+    block_size: int,
+) -> None:
+    """Work on the operations, phase by phase, until all are done. Runs in every thread.
+
+    Parameters
+    ----------
+    counters : int64 [phases * LINE]
+        Zeros.
+    phases : int64 [phases + 1]
+        The first operation of each phase.
+    operations : OPERATION [n]
+    num_rows : int
+    ids, positions, slots : int64 [num_rows]
+        Token ids, positions, and the slots of K and V.
+    picked : int64 [k]
+        The rows whose logits are wanted.
+    weights, constants, angles : arrays
+        All weights as one array, float32 [any], float32 cosines and sines.
+    floats, acts : float32 and float32 or uint16 arrays
+        The activations.
+    memory : array
+        K and V of all layers as one array.
+    logits : int
+        Where the logits of the first picked row go, from the first element of `floats`.
+    sets : tuple of Plan
+        What attention has to do, for each kind of layers.
+    """
+    scratch = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
+    for phase in range(len(phases) - 1):
+        line = phase * LINE
+        first, last = phases[phase], phases[phase + 1]
+        fetch_add(counters, line + 8, 1)
+        if operations[first].code == ATTEND:
+            operation = operations[first]
+            attend_items(
+                set_counters[operation.layer],
+                num_parts,
+                sets[operation.set],
+                partials,
+                floats,
+                memory,
+                memory,
+                None,
+                None,
+                acts,
+                constants[operation.sinks : operation.sinks + operation.num_sinks],
+                block_tables,
+                holes,
+                _bases(operation),
+                _shape(operation, block_size, memory),
+                _strides(operation),
+                _rules(operation),
+            )
+        else:
+            while True:
+                item = fetch_add(counters, line, 1)
+                at = first
+                while at < last:
+                    count = _num_items(operations[at], len(picked) if operations[at].rows else num_rows)
+                    if item < count:
+                        break
+                    item -= count
+                    at += 1
+                if at == last:
+                    break
+                operation = operations[at]
+                rows = len(picked) if operation.rows else num_rows
+                if operation.code == LINEAR:
+                    _linear(operation, item, rows, acts, weights, constants, floats, logits, scratch)
+                else:
+                    begin = item * ROWS_OF_ITEM
+                    end = min(rows, begin + ROWS_OF_ITEM)
+                    if operation.code == NORM:
+                        _norm(operation, begin, end, picked, floats, constants, acts)
+                    elif operation.code == HEADS:
+                        _heads(operation, begin, end, positions, slots, floats, constants, angles, memory, block_size)
+                    elif operation.code == ACTIVATE:
+                        _activate(operation, begin, end, floats, acts)
+                    else:
+                        _embed(operation, begin, end, ids, positions, weights, constants, floats)
+        fetch_add(counters, line + 9, 1)
+        wait_until(counters, line + 9, fetch_add(counters, line + 8, 0))
+
+
+@inlined
+def _bases(operation: Any) -> Bases:
+    return Bases(operation.source, operation.key_base, operation.value_base, 0, 0, operation.target)
+
+
+@inlined
+def _shape(operation: Any, block_size: int, memory: Array) -> Shape:
+    group = operation.num_q_heads // operation.num_kv_heads
+    sizes = operation.head_dim, operation.v_head_dim
+    return Shape(block_size, operation.num_kv_heads, group, sizes[0], sizes[1], memory.itemsize)
+
+
+@inlined
+def _strides(operation: Any) -> Strides:
+    return Strides(
+        operation.source_width,
+        operation.head_dim,
+        operation.key_block,
+        operation.key,
+        operation.key_head,
+        operation.value_block,
+        operation.value,
+        operation.value_head,
+        operation.target_width,
+        operation.v_head_dim,
+        0,
+        0,
+        0,
+    )
+
+
+@inlined
+def _rules(operation: Any) -> Rules:
+    return Rules(operation.scale, operation.softcap, True, operation.window)
+
+
+@called
+def _embed(
+    operation: Any, begin: int, end: int, ids: Ints, positions: Ints, weights: Array, constants: Floats, floats: Floats
+) -> None:
+    """Write the embeddings of tokens, scaled, and add learned positions."""
+    size = operation.size_out
+    for row in range(begin, end):
+        at = operation.weight + ids[row] * operation.row_stride
+        to = operation.target + row * operation.target_width
+        factor = operation.scale
+        if operation.factor >= 0:
+            factor *= constants[operation.factor + ids[row]]
+        for i in range(0, size, LANES):
+            number = load(weights, at + i) if i + LANES <= size else load_part(weights, at + i, size - i)
+            number = mul(number, splat(factor))
+            if operation.positions != 0:
+                place = operation.positions + (positions[row] + operation.position_offset) * size + i
+                more = load(weights, place) if i + LANES <= size else load_part(weights, place, size - i)
+                number = add(number, more)
+            store(floats, to + i, number)
+
+
+@inlined
+def _lane_sum(number: Any) -> Any:
+    some = np.empty(LANES, np.float32)
+    store(some, 0, number)
+    for half in (8, 4, 2, 1):
+        for i in range(half):
+            some[i] += some[i + half]
+    return some[0]
+
+
+@inlined
+def _moments(floats: Floats, at: int, size: int, is_centred: int, eps: float) -> tuple[Any, Any]:
+    """Return the mean that is to be taken off, and what is to be multiplied by."""
+    mean = np.float32(0)
+    if is_centred:
+        total = zeros()
+        for i in range(0, size, LANES):
+            total = add(total, load(floats, at + i) if i + LANES <= size else load_part(floats, at + i, size - i))
+        mean = _lane_sum(total) / np.float32(size)
+    squares, middle = zeros(), splat(mean)
+    for i in range(0, size // LANES * LANES, LANES):
+        number = sub(load(floats, at + i), middle)
+        squares = fma(number, number, squares)
+    rest = np.float32(0)
+    for i in range(size // LANES * LANES, size):
+        rest += (floats[at + i] - mean) * (floats[at + i] - mean)
+    variance = (_lane_sum(squares) + rest) / np.float32(size)
+    return mean, np.float32(1) / np.sqrt(variance + np.float32(eps))
+
+
+@called
+def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, constants: Floats, acts: Array) -> None:
+    """Normalise rows, or only hand them on where the operation has no function."""
+    size = operation.size_out
+    for row in range(begin, end):
+        at = operation.source + (picked[row] if operation.picked else row) * operation.source_width
+        to = operation.target + row * operation.target_width
+        mean, factor = np.float32(0), np.float32(1)
+        if operation.function:
+            mean, factor = _moments(floats, at, size, operation.is_centred, operation.eps)
+        middle, by, scale = splat(mean), splat(factor), splat(operation.scale)
+        for i in range(0, size, LANES):
+            # Buffers are as long as whole lanes; what stands behind a row is never multiplied.
+            number = mul(sub(load(floats, at + i), middle), by)
+            if operation.factor >= 0:
+                number = mul(number, load(constants, operation.factor + i))
+            if operation.bias >= 0:
+                number = add(number, load(constants, operation.bias + i))
+            if operation.goes == TO_ACTS:
+                store_narrowed(acts, to + i, number)
+            elif operation.goes == TO_FLOATS:
+                store(floats, to + i, number)
+            else:
+                store(floats, to + i, fma(number, scale, load(floats, to + i)))
+
+
+@called
+def _linear(
+    operation: Any,
+    item: int,
+    rows: int,
+    acts: Array,
+    weights: Array,
+    constants: Floats,
+    floats: Floats,
+    logits: int,
+    scratch: Floats,
+) -> None:
+    """Multiply a block of rows by a block of weights."""
+    if rows <= FEW_ROWS:
+        first_row, last_row, width = 0, rows, operation.columns
+        first_column = item * width
+    else:
+        blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
+        first_row, width = item % blocks * ROW_BLOCK, COLUMN_BLOCK
+        last_row, first_column = min(rows, first_row + ROW_BLOCK), item // blocks * width
+    last_column = min(operation.size_out, first_column + width)
+    target = operation.target if operation.target >= 0 else logits
+    for inner in range(first_column, last_column, INNER_COLUMNS):
+        inner_end = min(last_column, inner + INNER_COLUMNS)
+        row = first_row
+        while row < last_row:
+            # Three rows are computed as four, the last one twice.
+            height = min(TILE_ROWS, last_row - row)
+            for column in range(inner, inner_end, TILE_COLUMNS):
+                _tile(operation, row, height, column, last_column, acts, weights, scratch)
+                to = target + row * operation.target_width + column
+                _put(operation, height, column, min(TILE_COLUMNS, last_column - column), to, constants, floats, scratch)
+            row += height
+
+
+@inlined
+def _tile(
+    operation: Any, row: int, height: int, column: int, last_column: int, acts: Array, weights: Array, scratch: Floats
+) -> None:
+    width, stride, size = operation.source_width, operation.row_stride, operation.size_in
+    x = operation.source + row * width
+    y, last = operation.weight + column * stride, operation.weight + (last_column - 1) * stride
+    columns = (y, min(y + stride, last), min(y + 2 * stride, last), min(y + 3 * stride, last))
+    if height == 1:
+        dot_tile(acts, (x,), weights, columns, size, scratch)
+    elif height == 2:
+        dot_tile(acts, (x, x + width), weights, columns, size, scratch)
+    else:
+        rows = (x, x + width, x + 2 * width, x + (height - 1) * width)
+        dot_tile(acts, rows, weights, columns, size, scratch)
+
+
+@inlined
+def _put(
+    operation: Any, height: int, column: int, width: int, to: int, constants: Floats, floats: Floats, scratch: Floats
+) -> None:
+    """Write the sums of a tile, with what belongs to each output."""
+    for j in range(width):
+        factor = constants[operation.factor + column + j] if operation.factor >= 0 else np.float32(1)
+        bias = constants[operation.bias + column + j] if operation.bias >= 0 else np.float32(0)
+        for i in range(height):
+            number = (scratch[i * TILE_COLUMNS + j] * factor + bias) * operation.scale
+            if operation.softcap > 0:
+                number = operation.softcap * np.float32(math.tanh(number / operation.softcap))
+            place = to + i * operation.target_width + j
+            put(floats, place, number + floats[place] if operation.goes == ADDED else number)
+
+
+@inlined
+def _normalised(floats: Floats, at: int, size: int, norm: int, is_centred: int, eps: float, constants: Floats) -> None:
+    mean, factor = _moments(floats, at, size, is_centred, eps)
+    for i in range(size):
+        floats[at + i] = (floats[at + i] - mean) * factor * constants[norm + i]
+
+
+@inlined
+def _turned(floats: Floats, at: int, operation: Any, position: int, angles: Floats) -> None:
+    half = operation.rope_width // 2
+    cosines = operation.rope + position * operation.rope_width
+    sines = cosines + half
+    apart, step = (1, 2) if operation.is_interleaved else (half, 1)
+    for i in range(half):
+        x, y = floats[at + i * step], floats[at + i * step + apart]
+        cosine, sine = angles[cosines + i], angles[sines + i]
+        floats[at + i * step] = x * cosine - y * sine
+        floats[at + i * step + apart] = y * cosine + x * sine
+
+
+@called
+def _heads(
+    operation: Any,
+    begin: int,
+    end: int,
+    positions: Ints,
+    slots: Ints,
+    floats: Floats,
+    constants: Floats,
+    angles: Floats,
+    memory: Array,
+    block_size: int,
+) -> None:
+    """Normalise and turn queries and keys in their place, and write keys and values to their slots."""
+    dim, v_dim = operation.head_dim, operation.v_head_dim
+    query_size, key_size = operation.num_q_heads * dim, operation.num_kv_heads * dim
+    for row in range(begin, end):
+        query = operation.source + row * operation.source_width
+        key = query + query_size
+        value = key + key_size
+        for at, size, norm in ((query, query_size, operation.query_norm), (key, key_size, operation.key_norm)):
+            if norm >= 0:
+                length = min(size, operation.norm_size) if operation.norm_size else size
+                for head in range(at, at + size, length):
+                    _normalised(floats, head, length, norm, operation.is_centred, operation.eps, constants)
+        if operation.rope >= 0:
+            for head in range(query, value, dim):
+                _turned(floats, head, operation, positions[row], angles)
+        block, offset = slots[row] // block_size, slots[row] % block_size
+        for head in range(operation.num_kv_heads):
+            to = operation.key_base + block * operation.key_block + offset * operation.key + head * operation.key_head
+            for i in range(dim):
+                put(memory, to + i, floats[key + head * dim + i])
+            to = operation.value_base + block * operation.value_block + offset * operation.value
+            to += head * operation.value_head
+            for i in range(v_dim):
+                put(memory, to + i, floats[value + head * v_dim + i])
+
+
+@inlined
+def _gelu(x: Any) -> Any:
+    some = np.empty(LANES, np.float32)
+    store(some, 0, x)
+    for i in range(LANES):
+        some[i] = np.float32(0.5) * some[i] * np.float32(1 + math.erf(some[i] * 0.7071067811865476))
+    return load(some, 0)
+
+
+@inlined
+def _activated(function: int, x: Any) -> Any:
+    if function == SILU:
+        return mul(x, sigmoid(x))
+    if function == GELU_TANH:
+        cube = mul(mul(x, x), mul(x, splat(np.float32(0.044715))))
+        inner = mul(add(x, cube), splat(np.float32(0.7978845608028654)))
+        return mul(mul(x, splat(np.float32(0.5))), add(tanh(inner), splat(np.float32(1))))
+    if function == GELU:
+        return _gelu(x)
+    if function == QUICK_GELU:
+        return mul(x, sigmoid(mul(x, splat(np.float32(1.702)))))
+    x = maximum(x, zeros())
+    return mul(x, x) if function == RELU2 else x
+
+
+@inlined
+def _minimum(x: Any, bound: float) -> Any:
+    return sub(zeros(), maximum(sub(zeros(), x), splat(np.float32(-bound))))
+
+
+@called
+def _activate(operation: Any, begin: int, end: int, floats: Floats, acts: Array) -> None:
+    """Apply the activation; with a gate, which stands behind the other factor, multiply by it."""
+    size = operation.size_out
+    for row in range(begin, end):
+        at = operation.source + row * operation.source_width
+        to = operation.target + row * operation.target_width
+        gate = at + operation.positions
+        for i in range(0, size, LANES):
+            if operation.positions == 0:
+                number = _activated(operation.function, load(floats, at + i))
+            elif operation.function == SWIGLU_OAI:
+                left = _minimum(load(floats, gate + i), 7.0)
+                right = maximum(_minimum(load(floats, at + i), 7.0), splat(np.float32(-7)))
+                left = mul(left, sigmoid(mul(left, splat(np.float32(1.702)))))
+                number = mul(left, add(right, splat(np.float32(1))))
+            else:
+                number = mul(_activated(operation.function, load(floats, gate + i)), load(floats, at + i))
+            store_narrowed(acts, to + i, number)
