@@ -52,10 +52,10 @@ class _Arena:
     def __init__(self, rows: int) -> None:
         self._rows, self.size = rows, 0
 
-    def buffer(self, width: int) -> _Buffer:
+    def buffer(self, width: int, rows: int | None = None) -> _Buffer:
         """Return room for rows that begin and end at whole vectors."""
         buffer = _Buffer(self.size, _round_up(width))
-        self.size += self._rows * buffer.width
+        self.size += (self._rows if rows is None else rows) * buffer.width
         return buffer
 
 
@@ -101,11 +101,13 @@ class Program:
         self._floats, self._acts = _Arena(max_rows), _Arena(max_rows)
         self._operations: list[dict[str, Any]] = []
         self._phases: list[int] = []
+        self._places: list[int] = []
         self.ropes: list[Rope] = []
         self.rope_operations: list[tuple[int, int]] = []  # operation, place in `ropes`
         self.sets: list[tuple[Shape, int]] = []  # shape and window of layers that attend to the same
         self._build()
         self.constants = self._constants.array()
+        self.places = np.array(self._places, np.int64)
         self.num_floats, self.num_acts = self._floats.size, self._acts.size
         self.phases = np.array([*self._phases, len(self._operations)])
         self.operations = np.zeros(len(self._operations), OPERATION)
@@ -121,9 +123,17 @@ class Program:
         attentions = [layer.attention for layer in decoder.layers]
         self._heads = self._floats.buffer(max(map(_heads_size, attentions)))
         self._attended = self._acts.buffer(max(each.num_q_heads * each.v_head_dim for each in attentions))
-        inner = max(_inner_size(layer.mlp) for layer in decoder.layers)
+        inner = max((len(layer.mlp.up.weight) for layer in decoder.layers if isinstance(layer.mlp, Mlp)), default=0)
         self._up = self._floats.buffer(2 * _round_up(inner))
         self._inner = self._acts.buffer(inner)
+        mixtures = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Experts)]
+        self.most_experts = max((len(each.experts) for each in mixtures), default=0)
+        self.most_pairs = self.max_rows * max((each.top_k for each in mixtures), default=0)
+        inner = max((len(each.experts[0].up.weight) for each in mixtures), default=0)
+        self._routed = self._floats.buffer(self.most_experts)
+        self._pair_up = self._floats.buffer(2 * _round_up(inner), self.most_pairs)
+        self._pair_inner = self._acts.buffer(inner, self.most_pairs)
+        self._pair_out = self._floats.buffer(hidden, self.most_pairs)
         self._embed()
         for number, layer in enumerate(decoder.layers):
             self._layer(number, layer)
@@ -191,16 +201,15 @@ class Program:
         size_out, size_in = linear.weight.shape
         columns = max(kernels.TILE_COLUMNS, _round_up_to(-(-size_out // ITEMS), kernels.TILE_COLUMNS))
         self._add(
-            kernels.LINEAR,
-            source,
-            _Buffer(target.start + at, target.width),
+            source=source,
+            target=_Buffer(target.start + at, target.width),
             size_in=size_in,
             size_out=size_out,
             weight=self._place_of(linear.weight),
             row_stride=linear.weight.stride(0),
             bias=self._constants.place(linear.bias),
             columns=columns,
-            **{"goes": kernels.TO_FLOATS} | fields,
+            **{"code": kernels.LINEAR, "goes": kernels.TO_FLOATS} | fields,
         )
 
     def _layer(self, number: int, layer: Layer) -> None:
@@ -214,9 +223,45 @@ class Program:
         if not layer.is_parallel:
             self._norm(layer.mlp_norm, self._x, self._h)
         if isinstance(layer.mlp, Experts):
-            raise InvalidOperation("a mixture of experts")
+            self._experts(layer, layer.mlp, mlp_input)
+            return
         self._mlp(layer.mlp, mlp_input)
         self._residual(layer.mlp.down, self._inner, layer.mlp_post_norm, layer.residual_scale)
+
+    def _experts(self, layer: Layer, mixture: Experts, source: _Buffer) -> None:
+        experts, first = mixture.experts, mixture.experts[0]
+        size, hidden = len(first.up.weight), self.decoder.embedding.shape[1]
+        known = {"num_experts": len(experts), "top_k": mixture.top_k}
+        pairs = {"rows": kernels.PAIRS, **known}
+        self._phase()
+        self._linear(mixture.router, source, self._routed)
+        self._phase()
+        self._add(kernels.ROUTE, self._routed, self._routed, is_renormalised=mixture.is_renormalised, **known)
+        self._phase()
+        if first.gate is not None:
+            gates = [mlp.gate for mlp in experts if mlp.gate is not None]
+            self._expert_linear(gates, source, self._pair_up, _round_up(size), by_pair=1, **pairs)
+        self._expert_linear([mlp.up for mlp in experts], source, self._pair_up, 0, by_pair=1, **pairs)
+        self._activation(first, self._pair_up, self._pair_inner, **pairs)
+        self._phase()
+        self._expert_linear([mlp.down for mlp in experts], self._pair_inner, self._pair_out, 0, **pairs)
+        self._phase()
+        if layer.mlp_post_norm is None:
+            fields = {"goes": kernels.ADDED, "scale": layer.residual_scale}
+            self._add(kernels.COMBINE, self._pair_out, self._x, size_out=hidden, **known, **fields)
+        else:
+            self._add(kernels.COMBINE, self._pair_out, self._post, size_out=hidden, goes=kernels.TO_FLOATS, **known)
+            self._norm(layer.mlp_post_norm, self._post, self._x, goes=kernels.ADDED, scale=layer.residual_scale)
+
+    def _expert_linear(self, linears: list[Linear], source: _Buffer, target: _Buffer, at: int, **fields: Any) -> None:
+        """Add the products of all experts, each with the rows of its pairs."""
+        if len({(each.weight.shape, each.weight.stride()) for each in linears}) > 1:
+            raise InvalidOperation("experts of several shapes")
+        weights = len(self._places)
+        self._places += [self._place_of(each.weight) for each in linears]
+        biases = len(self._places)
+        self._places += [self._constants.place(each.bias) for each in linears]
+        self._linear(linears[0], source, target, at, code=kernels.EXPERTS, weights=weights, biases=biases, **fields)
 
     def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
         self._phase()
@@ -305,10 +350,13 @@ class Program:
         if mlp.gate is not None:
             self._linear(mlp.gate, source, self._up, gate_at)
         self._linear(mlp.up, source, self._up)
+        self._activation(mlp, self._up, self._inner)
+
+    def _activation(self, mlp: Mlp, source: _Buffer, target: _Buffer, **fields: Any) -> None:
+        size, function = len(mlp.up.weight), ACTIVATIONS.index(mlp.activation)
+        gate_at = _round_up(size) if mlp.gate is not None else 0
         self._phase()
-        function = ACTIVATIONS.index(mlp.activation)
-        positions = gate_at if mlp.gate is not None else 0
-        self._add(kernels.ACTIVATE, self._up, self._inner, size_out=size, function=function, positions=positions)
+        self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=gate_at, **fields)
 
 
 def _round_up_to(size: int, multiple: int) -> int:
@@ -318,11 +366,6 @@ def _round_up_to(size: int, multiple: int) -> int:
 def _heads_size(attention: Attention) -> int:
     dim, v_dim = attention.head_dim, attention.v_head_dim
     return attention.num_q_heads * dim + attention.num_kv_heads * (dim + v_dim)
-
-
-def _inner_size(mlp: Mlp | Experts) -> int:
-    one = mlp.experts[0] if isinstance(mlp, Experts) else mlp
-    return len(one.up.weight)
 
 
 def _turns(attention: Attention) -> dict[str, Any]:
@@ -363,6 +406,8 @@ class Forward:
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
         self._partials = np.zeros(0, np.float32)
+        self._routes = np.zeros(1 + program.most_experts + 2 * program.most_pairs, np.int64)
+        self._shares = np.zeros(program.most_pairs, np.float32)
         self._vocab_size = len(decoder.head.weight)
 
     def __call__(
@@ -459,6 +504,9 @@ class Forward:
             batch.block_tables,
             batch.holes,
             program.storage.spec.block_size,
+            program.places,
+            self._routes,
+            self._shares,
         )
         run_in_threads(run_program, arguments, threads)
 

@@ -44,7 +44,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE = range(6)
+EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE, ROUTE, EXPERTS, COMBINE = range(9)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
@@ -56,14 +56,18 @@ _WHOLES = (
     "weight", "row_stride", "bias", "factor", "columns", "picked", "is_centred", "positions", "position_offset",
     "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "key_norm", "norm_size", "rope",
     "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
-    "value_head", "layer", "set", "window", "sinks", "num_sinks",
+    "value_head", "layer", "set", "window", "sinks", "num_sinks", "num_experts", "top_k", "is_renormalised",
+    "weights", "biases", "by_pair",
 )  # fmt: skip
 _NUMBERS = ("scale", "eps", "softcap")
 OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
 """One operation. Places are in elements: ``source`` and ``target`` of row 0, ``weight`` and the bases of K and V from
 the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in ``constants``
-(-1 where there is none), ``rope`` in ``angles``. ``rows`` is 1 where only the picked rows take part, and ``picked``
-where the source is read at their places. ``columns`` is the outputs of an item of few rows."""
+(-1 where there is none), ``rope`` in ``angles``. ``rows`` says which rows take part, and ``picked`` is 1 where the
+source is read at the places of the picked ones. ``columns`` is the outputs of an item of few rows. ``weights`` and
+``biases`` are where the places of each expert's begin in ``places``."""
+ALL, PICKED, PAIRS = range(3)
+"""Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
 LINE = 16
 """Counters of a phase, two cache lines of them: items taken, threads that began (8), threads that are through (9)."""
@@ -81,14 +85,32 @@ ROWS_OF_ITEM = 8
 
 
 @inlined
-def _num_items(operation: Any, rows: int) -> int:
+def _num_rows(operation: Any, num_rows: int, num_picked: int) -> int:
+    if operation.rows == PICKED:
+        return num_picked
+    return int(num_rows * operation.top_k) if operation.rows == PAIRS else num_rows
+
+
+@inlined
+def _num_blocks(operation: Any, rows: int) -> int:
+    """Return how many items a product of so many rows is."""
+    if rows <= FEW_ROWS:
+        return (operation.size_out + operation.columns - 1) // operation.columns if rows else 0
+    blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
+    return int(blocks * ((operation.size_out + COLUMN_BLOCK - 1) // COLUMN_BLOCK))
+
+
+@inlined
+def _num_items(operation: Any, rows: int, routes: Ints) -> int:
     if operation.code == LINEAR:
-        if rows <= FEW_ROWS:
-            return (operation.size_out + operation.columns - 1) // operation.columns if rows else 0
-        blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-        return int(blocks * ((operation.size_out + COLUMN_BLOCK - 1) // COLUMN_BLOCK))
-    if operation.code == ATTEND:
-        return 0
+        return _num_blocks(operation, rows)
+    if operation.code == EXPERTS:
+        count = 0
+        for expert in range(operation.num_experts):
+            count += _num_blocks(operation, routes[expert + 1] - routes[expert])
+        return count
+    if operation.code == ROUTE:
+        return 1
     return (rows + ROWS_OF_ITEM - 1) // ROWS_OF_ITEM
 
 
@@ -116,6 +138,9 @@ def run_program(
     block_tables: Array,
     holes: Array,
     block_size: int,
+    places: Ints,
+    routes: Ints,
+    shares: Floats,
 ) -> None:
     """Work on the operations, phase by phase, until all are done. Runs in every thread.
 
@@ -141,6 +166,10 @@ def run_program(
         Where the logits of the first picked row go, from the first element of `floats`.
     sets : tuple of Plan
         What attention has to do, for each kind of layers.
+    places : int64 [any]
+        Of the weights and biases of experts.
+    routes, shares : int64 and float32 arrays
+        Room for what `_route` finds.
     """
     scratch = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
     for phase in range(len(phases) - 1):
@@ -173,7 +202,8 @@ def run_program(
                 item = fetch_add(counters, line, 1)
                 at = first
                 while at < last:
-                    count = _num_items(operations[at], len(picked) if operations[at].rows else num_rows)
+                    rows = _num_rows(operations[at], num_rows, len(picked))
+                    count = _num_items(operations[at], rows, routes)
                     if item < count:
                         break
                     item -= count
@@ -181,9 +211,47 @@ def run_program(
                 if at == last:
                     break
                 operation = operations[at]
-                rows = len(picked) if operation.rows else num_rows
+                rows = _num_rows(operation, num_rows, len(picked))
                 if operation.code == LINEAR:
-                    _linear(operation, item, rows, acts, weights, constants, floats, logits, scratch)
+                    target = operation.target if operation.target >= 0 else logits
+                    at_weight, bias = operation.weight, operation.bias
+                    _linear(
+                        operation,
+                        item,
+                        0,
+                        rows,
+                        at_weight,
+                        bias,
+                        target,
+                        acts,
+                        weights,
+                        constants,
+                        floats,
+                        routes,
+                        scratch,
+                    )
+                elif operation.code == EXPERTS:
+                    expert, item = _expert_of(operation, item, routes)
+                    first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
+                    at_weight, bias = places[operation.weights + expert], places[operation.biases + expert]
+                    target = operation.target
+                    _linear(
+                        operation,
+                        item,
+                        first_row,
+                        rows,
+                        at_weight,
+                        bias,
+                        target,
+                        acts,
+                        weights,
+                        constants,
+                        floats,
+                        routes,
+                        scratch,
+                    )
+                elif operation.code == ROUTE:
+                    _route(operation, rows, floats, routes, shares)
                 else:
                     begin = item * ROWS_OF_ITEM
                     end = min(rows, begin + ROWS_OF_ITEM)
@@ -193,6 +261,8 @@ def run_program(
                         _heads(operation, begin, end, positions, slots, floats, constants, angles, memory, block_size)
                     elif operation.code == ACTIVATE:
                         _activate(operation, begin, end, floats, acts)
+                    elif operation.code == COMBINE:
+                        _combine(operation, begin, end, floats, routes, shares)
                     else:
                         _embed(operation, begin, end, ids, positions, weights, constants, floats)
         fetch_add(counters, line + 9, 1)
@@ -317,68 +387,162 @@ def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, co
 def _linear(
     operation: Any,
     item: int,
+    first: int,
     rows: int,
+    weight: int,
+    bias: int,
+    target: int,
     acts: Array,
     weights: Array,
     constants: Floats,
     floats: Floats,
-    logits: int,
+    routes: Ints,
     scratch: Floats,
 ) -> None:
-    """Multiply a block of rows by a block of weights."""
+    """Multiply a block of rows, of those from the first on, by a block of weights."""
     if rows <= FEW_ROWS:
-        first_row, last_row, width = 0, rows, operation.columns
+        first_row, last_row, width = first, first + rows, operation.columns
         first_column = item * width
     else:
         blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-        first_row, width = item % blocks * ROW_BLOCK, COLUMN_BLOCK
-        last_row, first_column = min(rows, first_row + ROW_BLOCK), item // blocks * width
+        first_row, width = first + item % blocks * ROW_BLOCK, COLUMN_BLOCK
+        last_row, first_column = min(first + rows, first_row + ROW_BLOCK), item // blocks * width
     last_column = min(operation.size_out, first_column + width)
-    target = operation.target if operation.target >= 0 else logits
+    stride, size = operation.row_stride, operation.size_in
     for inner in range(first_column, last_column, INNER_COLUMNS):
         inner_end = min(last_column, inner + INNER_COLUMNS)
         row = first_row
         while row < last_row:
-            # Three rows are computed as four, the last one twice.
             height = min(TILE_ROWS, last_row - row)
+            x0, x1 = _source(operation, row, routes), _source(operation, row + min(1, height - 1), routes)
+            x2 = _source(operation, row + min(2, height - 1), routes)
+            x3 = _source(operation, row + height - 1, routes)
             for column in range(inner, inner_end, TILE_COLUMNS):
-                _tile(operation, row, height, column, last_column, acts, weights, scratch)
+                y, last = weight + column * stride, weight + (last_column - 1) * stride
+                columns = (y, min(y + stride, last), min(y + 2 * stride, last), min(y + 3 * stride, last))
+                if height == 1:
+                    dot_tile(acts, (x0,), weights, columns, size, scratch)
+                elif height == 2:
+                    dot_tile(acts, (x0, x1), weights, columns, size, scratch)
+                else:  # three rows are computed as four, the last one twice
+                    dot_tile(acts, (x0, x1, x2, x3), weights, columns, size, scratch)
                 to = target + row * operation.target_width + column
-                _put(operation, height, column, min(TILE_COLUMNS, last_column - column), to, constants, floats, scratch)
+                count = min(TILE_COLUMNS, last_column - column)
+                _put(operation, bias, height, column, count, to, constants, floats, scratch)
             row += height
 
 
 @inlined
-def _tile(
-    operation: Any, row: int, height: int, column: int, last_column: int, acts: Array, weights: Array, scratch: Floats
-) -> None:
-    width, stride, size = operation.source_width, operation.row_stride, operation.size_in
-    x = operation.source + row * width
-    y, last = operation.weight + column * stride, operation.weight + (last_column - 1) * stride
-    columns = (y, min(y + stride, last), min(y + 2 * stride, last), min(y + 3 * stride, last))
-    if height == 1:
-        dot_tile(acts, (x,), weights, columns, size, scratch)
-    elif height == 2:
-        dot_tile(acts, (x, x + width), weights, columns, size, scratch)
-    else:
-        rows = (x, x + width, x + 2 * width, x + (height - 1) * width)
-        dot_tile(acts, rows, weights, columns, size, scratch)
+def _source(operation: Any, row: int, routes: Ints) -> int:
+    """Return where the activations of a row begin; that of a pair may be that of its token."""
+    if operation.by_pair:
+        row = routes[operation.num_experts + 1 + row]
+    return int(operation.source + row * operation.source_width)
 
 
 @inlined
 def _put(
-    operation: Any, height: int, column: int, width: int, to: int, constants: Floats, floats: Floats, scratch: Floats
+    operation: Any,
+    bias: int,
+    height: int,
+    column: int,
+    width: int,
+    to: int,
+    constants: Floats,
+    floats: Floats,
+    scratch: Floats,
 ) -> None:
     """Write the sums of a tile, with what belongs to each output."""
     for j in range(width):
         factor = constants[operation.factor + column + j] if operation.factor >= 0 else np.float32(1)
-        bias = constants[operation.bias + column + j] if operation.bias >= 0 else np.float32(0)
+        more = constants[bias + column + j] if bias >= 0 else np.float32(0)
         for i in range(height):
-            number = (scratch[i * TILE_COLUMNS + j] * factor + bias) * operation.scale
+            number = (scratch[i * TILE_COLUMNS + j] * factor + more) * operation.scale
             if operation.softcap > 0:
                 number = operation.softcap * np.float32(math.tanh(number / operation.softcap))
             place = to + i * operation.target_width + j
             put(floats, place, number + floats[place] if operation.goes == ADDED else number)
+
+
+# A mixture of experts: pairs of a token and an expert, sorted by expert, so that each expert's weights are read once.
+#
+# ``routes`` holds the first pair of each expert and their number, then the token of each pair, then the pairs of each
+# token in the order in which its experts were chosen.
+
+
+@inlined
+def _expert_of(operation: Any, item: int, routes: Ints) -> tuple[int, int]:
+    """Return the expert of an item, and which of its items that is."""
+    expert = 0
+    count = _num_blocks(operation, routes[1] - routes[0])
+    while item >= count:
+        item -= count
+        expert += 1
+        count = _num_blocks(operation, routes[expert + 1] - routes[expert])
+    return expert, item
+
+
+@called
+def _route(operation: Any, rows: int, floats: Floats, routes: Ints, shares: Floats) -> None:
+    """Choose the experts of all tokens; ``shares`` are the weights of the pairs of each token."""
+    num_experts, top_k = operation.num_experts, operation.top_k
+    by_token = num_experts + 1 + rows * top_k
+    routes[: num_experts + 1] = 0
+    for row in range(rows):
+        at = operation.source + row * operation.source_width
+        top, total = floats[at], np.float32(0)
+        for expert in range(num_experts):
+            top = max(top, floats[at + expert])
+        for expert in range(num_experts):
+            total += np.exp(floats[at + expert] - top)
+        chosen = np.float32(0)
+        for k in range(top_k):
+            best = -1
+            for expert in range(num_experts):
+                is_free = True
+                for before in range(k):
+                    is_free = is_free and routes[by_token + row * top_k + before] != expert
+                if is_free and (best < 0 or floats[at + expert] > floats[at + best]):
+                    best = expert
+            routes[by_token + row * top_k + k] = best
+            routes[best + 1] += 1
+            share = np.exp(floats[at + best] - top) / total
+            shares[row * top_k + k] = share
+            chosen += share
+        if operation.is_renormalised:
+            for k in range(top_k):
+                shares[row * top_k + k] /= chosen
+    for expert in range(num_experts):
+        routes[expert + 1] += routes[expert]
+    # Each expert's first pair moves on as its pairs are dealt out; afterwards all move back by one expert.
+    for row in range(rows):
+        for k in range(top_k):
+            expert = routes[by_token + row * top_k + k]
+            pair = routes[expert]
+            routes[expert] += 1
+            routes[num_experts + 1 + pair] = row
+            routes[by_token + row * top_k + k] = pair
+    for expert in range(num_experts, 0, -1):
+        routes[expert] = routes[expert - 1]
+    routes[0] = 0
+
+
+@called
+def _combine(operation: Any, begin: int, end: int, floats: Floats, routes: Ints, shares: Floats) -> None:
+    """Sum up what the experts of each token gave."""
+    top_k, size = operation.top_k, operation.size_out
+    num_pairs = routes[operation.num_experts]
+    for row in range(begin, end):
+        to = operation.target + row * operation.target_width
+        for i in range(0, size, LANES):
+            number = zeros()
+            for k in range(top_k):
+                pair = routes[operation.num_experts + 1 + num_pairs + row * top_k + k]
+                at = operation.source + pair * operation.source_width + i
+                number = fma(load(floats, at), splat(shares[row * top_k + k]), number)
+            if operation.goes == ADDED:
+                number = fma(number, splat(operation.scale), load(floats, to + i))
+            store(floats, to + i, number)
 
 
 @inlined
