@@ -23,7 +23,7 @@ def test_the_shipped_model_is_served_in_the_fastest_way():
     assert found == {
         "model": "LlamaForCausalLM",
         "served": True,
-        "mode": "ragged",
+        "mode": "compiled",
         "chunkable": True,
         "reuses_prefixes": True,
         "bytes_of_state": 0,

@@ -30,7 +30,7 @@ def served(num_blocks: int, **options) -> LLM:
     return llm
 
 
-@pytest.mark.parametrize("mode", ["ragged", "gather"])
+@pytest.mark.parametrize("mode", ["compiled", "ragged", "gather"])
 def test_texts_longer_than_the_pool_are_written_without_preemption(mode):
     llm = served(16, mode=mode)  # 64 tokens; the texts have 60 to 90
     assert llm.core.runner.window == 12

@@ -19,7 +19,7 @@ from pagedkv.hf.exam import LENGTHS, NARROW, WAYS, Exam, sit_exam
 
 NEW = 10
 SERVED = {  # mode, and whether prompts are cut
-    "llama": ("ragged", True),
+    "llama": ("compiled", True),
     "llama4_tuned": ("gather", True),
     "phi3": ("gather", False),
     "dynamic": ("gather", False),

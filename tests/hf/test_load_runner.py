@@ -25,7 +25,7 @@ def runner():
 
 def test_a_folder_is_loaded_in_its_own_dtype():
     runner = load_runner(shipped_model_path(), num_blocks=4)
-    assert (runner.mode, runner.vocab_size, runner.max_positions) == ("ragged", 4096, 4096)
+    assert (runner.mode, runner.vocab_size, runner.max_positions) == ("compiled", 4096, 4096)
     assert runner.cache.spec.dtype == "bfloat16"
     assert runner.bytes_per_block == 16 * 4 * 2 * 4 * 32 * 2
     assert not runner.model.training

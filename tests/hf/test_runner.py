@@ -1,4 +1,4 @@
-"""The ragged runner: whatever is in a batch and however it is cut, each text goes on as it would alone."""
+"""The runner, in every mode: whatever is in a batch and however it is cut, each text goes on as it would alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from tests.hf.serving import WHOLE, Request, generated, serve, step
 from pagedkv.hf import ModelRunner, load_runner
 from pagedkv.hf.runner import OneDnnLinears
 
-FAMILIES = [*CONFIGS, *FURTHER]
 GATHERED = {"deepseek_v3", "falcon", "bloom", "llama4", "lfm2"}
+COMPILED = {"llama", "qwen3", "gpt2", "mistral", "gemma2", "gemma3", "gpt_oss"}
+BEST = {
+    name: "gather" if name in GATHERED else "compiled" if name in COMPILED else "ragged"
+    for name in [*CONFIGS, *FURTHER]
+}
+WAYS = [*BEST.items(), *((name, "ragged") for name in sorted(COMPILED))]
+"""Families and modes."""
 BLOCK, NEW = 5, 10
 
 
@@ -37,8 +43,8 @@ def expected(name: str) -> list[list[int]]:
     return [generated(build(name), text, NEW) for text in texts()]
 
 
-def runner_of(name: str, **options: Any) -> ModelRunner:
-    return load_runner(build(name), **{"num_blocks": 400, "block_size": BLOCK, **options})
+def runner_of(name: str, mode: str, **options: Any) -> ModelRunner:
+    return load_runner(build(name), mode=mode, **{"num_blocks": 400, "block_size": BLOCK, **options})
 
 
 def tokens(requests: list[Request]) -> list[list[int]]:
@@ -50,11 +56,15 @@ def assert_all_free(runner: ModelRunner) -> None:
     assert runner.cache.used_block_count == 0
 
 
+@pytest.mark.parametrize("name", BEST)
+def test_a_family_is_run_in_its_best_mode(name):
+    assert runner_of(name, "auto").mode == BEST[name]
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, WHOLE])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_the_tokens_of_generate(name, chunk):
-    runner = runner_of(name, num_states=200)
-    assert runner.mode == ("gather" if name in GATHERED else "ragged")
+@pytest.mark.parametrize(("name", "mode"), WAYS)
+def test_every_family_gives_the_tokens_of_generate(name, mode, chunk):
+    runner = runner_of(name, mode, num_states=200)
     for reuse in (False, True, True):
         served = serve(runner, texts(), NEW, chunk=chunk, reuse=reuse)
         assert tokens(served) == expected(name)
@@ -66,16 +76,16 @@ def test_every_family_gives_the_tokens_of_generate(name, chunk):
     assert_all_free(runner)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_speculation_takes_back_leaves_no_trace(name):
-    runner = runner_of(name)
+@pytest.mark.parametrize(("name", "mode"), WAYS)
+def test_what_speculation_takes_back_leaves_no_trace(name, mode):
+    runner = runner_of(name, mode)
     assert tokens(serve(runner, texts(), NEW, chunk=30, drafts=3)) == expected(name)
     assert_all_free(runner)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_forks_go_on_apart(name):
-    model, runner, start = build(name), runner_of(name), texts()[1]
+@pytest.mark.parametrize(("name", "mode"), WAYS)
+def test_forks_go_on_apart(name, mode):
+    model, runner, start = build(name), runner_of(name, mode), texts()[1]
     step(runner, {0: start[:-1]})
     runner.fork(0, 1)
     runner.cache.fork(0, 1)

@@ -24,12 +24,15 @@ def prompts() -> list[list[int]]:
     return [ids[:100] + ids[start:stop] for start, stop in ends] + [ids[7:9]]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module",
+    params=[(mode, dtype) for mode in ("compiled", "ragged") for dtype in ("float32", "bfloat16")],
+    ids="-".join,
+)
 def runner(request) -> ModelRunner:
-    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=getattr(torch, request.param))
-    runner = load_runner(model, num_blocks=600)
-    assert runner.mode == "ragged"
-    return runner
+    mode, dtype = request.param
+    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=getattr(torch, dtype))
+    return load_runner(model, num_blocks=600, mode=mode)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,7 @@ def test_chunks_drafts_and_company_change_no_bit(runner, alone, chunk, drafts):
 
 def test_without_invariance_tokens_are_the_same():
     model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), dtype=torch.float32)
-    fast, sure = (load_runner(model, num_blocks=600, batch_invariant=on) for on in (False, True))
+    fast, sure = (load_runner(model, num_blocks=600, mode="ragged", batch_invariant=on) for on in (False, True))
     got, expected = serve(fast, prompts(), NEW), serve(sure, prompts(), NEW)
     for one, other in zip(got, expected, strict=True):
         assert one.text == other.text

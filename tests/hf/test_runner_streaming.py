@@ -37,7 +37,7 @@ def feed(runner: ModelRunner, streams: list[int], tokens: list[list[int]], other
     return logits
 
 
-@pytest.mark.parametrize("mode", ["ragged", "gather"])
+@pytest.mark.parametrize("mode", ["compiled", "ragged", "gather"])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_stream_beside_others_equals_a_session(name, mode):
     """120 tokens past sinks and window, so that positions start again several times."""

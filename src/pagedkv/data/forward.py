@@ -318,15 +318,17 @@ class Program:
         norms = [norm for norm in (attention.query_norm, attention.key_norm) if norm is not None]
         if not norms:
             return {}
-        if any(norm.bias is not None or norm.weight is None for norm in norms):
-            raise InvalidOperation("norms of queries or keys with a bias or without a weight")
+        if any(norm.weight is None for norm in norms):
+            raise InvalidOperation("norms of queries or keys without a weight")
         sizes = {len(norm.weight) for norm in norms if norm.weight is not None}
         if len({(norm.eps, norm.is_centred) for norm in norms}) > 1:
             raise InvalidOperation("norms of queries and keys that differ")
         query, key = attention.query_norm, attention.key_norm
         return {
             "query_norm": -1 if query is None else self._constants.place(query.weight),
+            "query_bias": -1 if query is None else self._constants.place(query.bias),
             "key_norm": -1 if key is None else self._constants.place(key.weight),
+            "key_bias": -1 if key is None else self._constants.place(key.bias),
             "eps": norms[0].eps,
             "is_centred": norms[0].is_centred,
             "norm_size": attention.head_dim if sizes == {attention.head_dim} else 0,

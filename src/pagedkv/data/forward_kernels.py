@@ -54,7 +54,8 @@ TO_ACTS, TO_FLOATS, ADDED = range(3)
 _WHOLES = (
     "code", "rows", "source", "source_width", "target", "target_width", "size_in", "size_out", "goes", "function",
     "weight", "row_stride", "bias", "factor", "columns", "picked", "is_centred", "positions", "position_offset",
-    "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "key_norm", "norm_size", "rope",
+    "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "query_bias", "key_norm", "key_bias",
+    "norm_size", "rope",
     "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
     "value_head", "layer", "set", "window", "sinks", "num_sinks", "num_experts", "top_k", "is_renormalised",
     "weights", "biases", "by_pair",
@@ -545,11 +546,13 @@ def _combine(operation: Any, begin: int, end: int, floats: Floats, routes: Ints,
             store(floats, to + i, number)
 
 
-@inlined
-def _normalised(floats: Floats, at: int, size: int, norm: int, is_centred: int, eps: float, constants: Floats) -> None:
-    mean, factor = _moments(floats, at, size, is_centred, eps)
+@called
+def _normalised(floats: Floats, at: int, size: int, norm: int, bias: int, operation: Any, constants: Floats) -> None:
+    """Normalise the elements of one head, or of all heads of a token, in their place."""
+    mean, factor = _moments(floats, at, size, operation.is_centred, operation.eps)
     for i in range(size):
-        floats[at + i] = (floats[at + i] - mean) * factor * constants[norm + i]
+        more = constants[bias + i] if bias >= 0 else np.float32(0)
+        floats[at + i] = (floats[at + i] - mean) * factor * constants[norm + i] + more
 
 
 @inlined
@@ -585,11 +588,14 @@ def _heads(
         query = operation.source + row * operation.source_width
         key = query + query_size
         value = key + key_size
-        for at, size, norm in ((query, query_size, operation.query_norm), (key, key_size, operation.key_norm)):
-            if norm >= 0:
-                length = min(size, operation.norm_size) if operation.norm_size else size
-                for head in range(at, at + size, length):
-                    _normalised(floats, head, length, norm, operation.is_centred, operation.eps, constants)
+        if operation.query_norm >= 0:
+            length = operation.norm_size if operation.norm_size else query_size
+            for head in range(query, key, length):
+                _normalised(floats, head, length, operation.query_norm, operation.query_bias, operation, constants)
+        if operation.key_norm >= 0:
+            length = operation.norm_size if operation.norm_size else key_size
+            for head in range(key, value, length):
+                _normalised(floats, head, length, operation.key_norm, operation.key_bias, operation, constants)
         if operation.rope >= 0:
             for head in range(query, value, dim):
                 _turned(floats, head, operation, positions[row], angles)
