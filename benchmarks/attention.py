@@ -21,9 +21,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pagedkv import paged_attention
-from pagedkv.data.cpu import num_threads, run_in_threads
 from pagedkv.data.quantised import dequantised, quantised
 from pagedkv.data.simd import LANES, add, fetch_add, load, store, zeros
+from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.jit import compiled
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 8, 4, 128

@@ -34,6 +34,7 @@ LONELY = {
     "pagedkv.control.sequence_eviction": "order of whole sequences in plain Python; of blocks it is `reclaim`",
     "pagedkv.data.cpu_kernels": "another compile unit than the dispatch",
     "pagedkv.data.gpu_tuning": "timing of candidates, and their file",
+    "pagedkv.data.team": "threads, which know nothing of attention",
     "pagedkv.engine.beam": "pure rules of the search, tested without an engine",
     "pagedkv.engine.beam_steps": "their application to scheduled sequences",
     "pagedkv.engine.prompt_lookup": "one drafter; others would stand beside it",

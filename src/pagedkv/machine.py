@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return how many cores this process may use: those that it may run on, as its container allows."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, _cores_of_group() or cores)
+
+
+@functools.cache
+def _cores_of_group(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """Return how many whole cores' time a container grants, at least 1; None if it does not limit it."""
+    try:
+        folder = groups / own.read_text().strip().rpartition("::/")[2]
+    except OSError:
+        return None
+    files = [[group / "cpu.max"] for group in (folder, *folder.parents)]
+    files.append([groups / "cpu" / f"cpu.cfs_{word}_us" for word in ("quota", "period")])  # control groups, version 1
+    shares = []
+    for pair in files:
+        try:
+            quota, period = " ".join(file.read_text() for file in pair).split()
+            shares += [max(1, int(quota) // int(period))] if int(quota) > 0 else []
+        except (OSError, ValueError):  # no limit reads "max", or -1
+            continue
+    return min(shares, default=None)
 
 
 def physical_memory() -> int | None:

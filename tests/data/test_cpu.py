@@ -14,7 +14,7 @@ import torch
 from tests.contracts.attention_cases import Case, Shape, make_case
 
 from pagedkv import paged_attention
-from pagedkv.data import cpu, simd
+from pagedkv.data import cpu, simd, team
 from pagedkv.jit import compiled
 
 # Decodes long enough to be split, a guess of four tokens, and a prompt that goes through matrix products.
@@ -28,7 +28,8 @@ def case() -> Case:
 
 
 @pytest.fixture
-def torch_threads():
+def torch_threads(monkeypatch):
+    monkeypatch.setattr(team, "usable_cores", lambda: 64)
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -75,34 +76,6 @@ def test_many_python_threads_at_once(case):
     expected = attend(case)
     with ThreadPoolExecutor(4) as pool:
         assert all(result.equal(expected) for result in pool.map(lambda _: attend(case), range(24)))
-
-
-def test_without_openmp_a_pool_of_threads_does_it(case, monkeypatch, torch_threads):
-    torch_threads(3)
-    expected = attend(case)
-    monkeypatch.setattr(cpu, "_openmp", lambda: None)
-    assert attend(case).equal(expected)
-
-
-@pytest.mark.parametrize("with_openmp", [True, False])
-def test_an_error_in_a_thread_reaches_the_caller(with_openmp, monkeypatch):
-    if not with_openmp:
-        monkeypatch.setattr(cpu, "_openmp", lambda: None)
-
-    def kernel(number):
-        raise MemoryError(f"no room for {number}")
-
-    with pytest.raises(MemoryError, match="no room for 3"):
-        cpu.run_in_threads(kernel, (3,), 2)
-
-
-def test_torch_shares_its_threads_on_linux():
-    if "OpenMP" not in torch.__config__.parallel_info() or not sys.platform.startswith("linux"):
-        pytest.skip("torch has no OpenMP here")
-    seen = []
-    torch.ones(1 << 20).sum()
-    cpu.run_in_threads(lambda: seen.append(1), (), 2)
-    assert len(seen) == 2
 
 
 @compiled
