@@ -8,6 +8,7 @@ reason to refuse: it may matter elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import permutations
@@ -115,8 +116,6 @@ def _require_plain_model(model: Any) -> None:
             raise _refusal(f"{what} with hooks or a forward() of its own")
         if hasattr(module, "parametrizations"):
             raise _refusal(f"{what} with parametrised weights")
-        if isinstance(module, (nn.Linear, Conv1D)) and type(module) not in (nn.Linear, Conv1D):
-            raise _refusal(f"{what}, not a plain Linear")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in TOLERANCE:
             raise _refusal(f"{name} of {parameter.dtype} on {parameter.device}")
@@ -143,13 +142,17 @@ class _Reader:
         self._tolerance = TOLERANCE[self._dtype]
         self._numbers = numbers_of(self._config, self._dtype)
         self._used: list[tuple[int, int]] = []
+        self._text = "."
         limit = longest_text(model.config) or 1000
         places = sorted({0, 1, 2, 5, limit // 2, limit - 1})
         tokens = torch.linspace(1, len(self._embedding) - 1, len(places)).long()
         self._trace: Trace = trace(model, tokens, torch.tensor(places))
         self._calls = [call for call in self._trace.calls if isinstance(call, Call)]
+        self._called = {id(call.module) for call in self._calls}
         self._turns: list[Turn] = []
         for call in self._calls:
+            if isinstance(call.module, (nn.Linear, Conv1D)) and not _is_linear(call):
+                raise _refusal(f"{self._name(call.module)}, not a plain Linear")
             self._turns += turns_of(call, self._trace.positions)
 
     def decoder(self) -> Decoder:
@@ -181,6 +184,7 @@ class _Reader:
             if isinstance(module, nn.ModuleList) and len(module) == len(attended):
                 inside = [{id(each) for each in layer.modules()} for layer in module]
                 if all(id(each) in members for each, members in zip(attended, inside, strict=True)):
+                    self._text = f".{self._names[id(module)]}".rpartition(".")[0] + "."
                     return list(module)
         raise _refusal("one that has no list of layers with one attention each")
 
@@ -199,7 +203,12 @@ class _Reader:
                 self._used.append((each.data_ptr(), each.data_ptr() + each.numel() * each.element_size()))
 
     def _require_all_used(self) -> None:
+        """Refuse a model that holds more, but for what token ids never reach: encoders of images, say."""
         for name, held in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            owner = name.rpartition(".")[0]
+            is_outside = not f".{name}".startswith(self._text)
+            if is_outside and id(self._model.get_submodule(owner)) not in self._called:
+                continue
             first, last = held.data_ptr(), held.data_ptr() + held.numel() * held.element_size()
             is_mask = not held.is_floating_point() or name.endswith("inv_freq")
             if not is_mask and first != last and not any(low <= first and last <= high for low, high in self._used):
@@ -281,14 +290,13 @@ class _Reader:
         """Return what the branches are multiplied by before they are added."""
         attended, added = attended.reshape(start.shape), added.reshape(start.shape)
         if middle is None:
-            scale = fit_factor(attended + added, end, self._numbers, start)
-            error = relative_error(start.float() + scale * (attended.float() + added.float()), end)
+            scale, error = fit_factor(attended + added, end, self._numbers, start)
         else:
             middle = middle.reshape(start.shape)
-            scale = fit_factor(attended, middle, self._numbers, start)
-            error = relative_error(start.float() + scale * attended.float(), middle)
-            error = max(error, relative_error(middle.float() + scale * added.float(), end))
-        if error > self._tolerance:
+            scale, error = fit_factor(attended, middle, self._numbers, start)
+            other, further = fit_factor(added, end, [scale], middle)
+            error = max(error, further) if other == scale else math.inf
+        if error > self._tolerance / 4:
             raise _refusal(f"{name}, which adds up its parts in another way")
         return scale
 
@@ -367,11 +375,17 @@ class _Reader:
         ways = [None, *(turn for turn in self._turns if turn.rope.width <= queries.shape[-1])]
         for turn in ways:
             made = (queries, keys) if turn is None else (turn(queries), turn(keys))
-            factors = [fit_factor(got.float(), want, self._numbers[:1]) for got, want in zip(made, right, strict=True)]
+            factors = [self._multiple(got, want) for got, want in zip(made, right, strict=True)]
             error = max(relative_error(m * f, r) for m, f, r in zip(made, factors, right, strict=True))
             if error < least:
                 least, best = error, (turn, *factors)
         return best
+
+    def _multiple(self, heads: Tensor, right: Tensor) -> float:
+        """Return what heads are multiplied by to be the right ones: 1 if that will do."""
+        if relative_error(heads, right) <= self._tolerance:
+            return 1.0
+        return float((heads.double() * right.double()).sum() / heads.double().square().sum())
 
     # MLPs
 
@@ -425,7 +439,12 @@ class _Reader:
         if len(routers) != 1 or any(_is_linear(other) and other not in routers for other in calls):
             raise _refusal(f"{name}, whose mixture has more than a router and experts")
         router = self._router(routers[0])
-        logits = nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias)
+        logits, own = (
+            nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias),
+            routers[0].output,
+        )
+        if relative_error(own, logits) <= self._tolerance:
+            logits = own  # rounded as its softmax is
         is_renormalised = fit_router(logits, chosen, weights)
         if is_renormalised is None:
             raise _refusal(f"{name}, whose router is no softmax")
@@ -445,11 +464,12 @@ class _Reader:
         norm, states = self._before(self._calls, start)
         embedding = self._model.get_input_embeddings()
         self._take(self._embedding, *(each for each in embedding.buffers() if each.numel() == 1))
+        if states.shape[-1] != self._embedding.shape[-1]:
+            raise _refusal("one whose embeddings have another size than its layers")
         table, offset, added = self._positions(embedding, states)
         embedded = self._embedding.detach()[self._trace.token_ids].reshape(states.shape)
-        scale = fit_factor(embedded, states, self._numbers, added)
-        rest = 0.0 if added is None else added.float()
-        if relative_error(embedded.float() * scale + rest, states) > self._tolerance:
+        scale, error = fit_factor(embedded, states, self._numbers, added)
+        if error > self._tolerance / 4:
             raise _refusal("one that does more with embeddings than to scale them and to add positions")
         return dict(
             embedding=self._embedding.detach(),
@@ -482,14 +502,12 @@ class _Reader:
         if not same(read, states):
             raise _refusal("one that does more with the states of its last layer than to normalise them")
         cap = getattr(self._config, "final_logit_softcapping", None)
-        raw, logits = _rows(call.output), self._trace.logits
-        if cap is not None:  # the same limits for both, so that an arc tangent exists
-            logits = cap * torch.atanh((logits.float() / cap).clamp(-0.999, 0.999))
-        scale = fit_factor(raw, logits.to(raw.dtype), self._numbers)
-        got = raw.float() * scale
-        if cap is not None:
-            got, logits = torch.tanh(got / cap) * cap, self._trace.logits
-        if relative_error(got, logits) > self._tolerance:
+        raw, logits, scale = _rows(call.output), self._trace.logits, 1.0
+        if cap is None:
+            scale, error = fit_factor(raw, logits.to(raw.dtype), self._numbers)
+        else:
+            error = relative_error(torch.tanh(raw.float() / cap) * cap, logits)
+        if error > self._tolerance:
             raise _refusal("one that does more with logits than to scale and to cap them")
         return dict(norm=norm, head=self._linear(call), logit_scale=scale, logit_softcap=cap)
 
