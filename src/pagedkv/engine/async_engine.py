@@ -47,13 +47,14 @@ class Stream:
     def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id, self.loop = request_id, loop
         self.is_over = False
-        self._news: News = EngineDead("nothing came")
-        self._event = asyncio.Event()
+        self._news: News | None = None
+        self._reader: asyncio.Future[None] | None = None  # what it waits for
 
     def put(self, news: News) -> None:
         """Replace what is there; called in the loop."""
         self._news = news
-        self._event.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> Stream:
         return self
@@ -61,9 +62,10 @@ class Stream:
     async def __anext__(self) -> RequestOutput:
         if self.is_over:
             raise StopAsyncIteration
-        await self._event.wait()
-        self._event.clear()
-        news = self._news
+        while (news := self._news) is None:
+            self._reader = self.loop.create_future()
+            await self._reader
+        self._news = None
         if isinstance(news, RequestOutput):
             self.is_over = news.finished
             return news
