@@ -353,7 +353,7 @@ class EngineCore:
         return [output for output in outputs if output is not None]
 
     def _reported(self, request: Request) -> RequestOutput | None:
-        if all(sequence.finish_reason is not None for sequence in request.sequences):
+        if None not in [sequence.finish_reason for sequence in request.sequences]:
             self._counts["finished_requests"] += 1
             return self._ended(request)
         # Beams may still change their minds about every word.
@@ -384,6 +384,7 @@ class StepOutput:
         self._first_row: list[int] = []  # of each chunk
         self._tokens: list[int] = []  # of each row
         self._logprobs: Any = None
+        self._num_written = 0
         self._scored: list[tuple[ScheduledChunk, int]] = []  # prompts, and the first place of their logits
         self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
         place = 0
@@ -398,21 +399,26 @@ class StepOutput:
 
     def _expect(self, chunk: ScheduledChunk, place: int) -> None:
         """Note whose logits stand at `place`: one row a sample that begins here, one more a draft."""
-        sequence, request, drafts = chunk.sequence, chunk.sequence.request, chunk.drafts.tolist()
+        sequence, request = chunk.sequence, chunk.sequence.request
         if request.params.beam_width is not None:
             self._beams.setdefault(request, []).append((sequence.index, place))
             return
         row = self._core.row_of(sequence)
-        self._rows += [row, *(row.ahead((), choice) for choice in range(1, 1 + request.num_unforked))]
-        self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
-        self._places += [place] * (1 + request.num_unforked)
-        self._places += range(place + 1, place + 1 + len(drafts))
+        self._rows.append(row)
+        self._places.append(place)
+        if request.num_unforked:
+            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unforked)]
+            self._places += [place] * request.num_unforked
+        if len(chunk.drafts):
+            drafts = chunk.drafts.tolist()
+            self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
+            self._places += range(place + 1, place + 1 + len(drafts))
 
     def sample(self, logits: Any, sampler: Any) -> None:
         """Choose a token for every row; nothing has changed if this fails."""
         self._logits = logits
         if self._rows:
-            all_in_order = self._places == list(range(len(logits)))
+            all_in_order = self._places == list(range(logits.shape[0]))
             result = sampler.sample(logits if all_in_order else logits[self._places], self._rows)
             self._tokens, self._logprobs = result.token_ids.tolist(), result.logprobs
 
@@ -433,6 +439,7 @@ class StepOutput:
                 self._slide(chunk.sequence.request)
         for request, beams in self._beams.items():
             self._advance_beams(request, sorted(beams))
+        self._core.count(generation_tokens=self._num_written)
         return sorted(touched, key=lambda request: request.number)
 
     def _score_prompt(self, chunk: ScheduledChunk, place: int) -> None:
@@ -450,6 +457,8 @@ class StepOutput:
             return []
         if request.num_unforked:
             return self._tokens[first : first + 1 + request.num_unforked]
+        if not len(chunk.drafts):
+            return self._tokens[first : first + 1]
         right = 0
         for draft in chunk.drafts.tolist():
             if self._tokens[first + right] != draft:
@@ -496,7 +505,7 @@ class StepOutput:
                 sequence.logprobs.append(entries)
                 sequence.cumulative_logprob += entries[token].logprob
             ending = sequence.output_text.add(token)
-            core.count(generation_tokens=1)
+            self._num_written += 1
             if ending is not None:
                 sequence.finish_reason, sequence.stop_reason = ending
                 core.scheduler.drop(sequence)
@@ -509,7 +518,7 @@ class StepOutput:
         if request.first_token is None:
             request.first_token = time.monotonic()
         logits = self._logits[[place for _, place in beams]]
-        core.count(generation_tokens=advance_beams(request, logits, core.scheduler))
+        self._num_written += advance_beams(request, logits, core.scheduler)
 
     def _slide(self, request: Request) -> None:
         """Drop what lies between the sinks and the window of a text without end."""

@@ -192,7 +192,7 @@ class _Connection(asyncio.Protocol):
 
 
 class ConnectionsInUse:
-    """Middleware right below the HTTP server: tells a connection when it has a request, and a request of its connection.
+    """Middleware right below the HTTP server: tells connections and their requests of each other.
 
     Parameters
     ----------
