@@ -187,7 +187,19 @@ def fellows(sequence: Sequence) -> list[Sequence]:
     return [each for each in together if each.is_running]
 
 
-def is_ready(sequence: Sequence) -> bool:
+def _is_ready(sequence: Sequence) -> bool:
     """Beams are compared with each other, so they choose their next tokens in one step."""
     request = sequence.request
     return request.beams is None or all(b.state is SequenceState.RUNNING and b.pending == 1 for b in request.sequences)
+
+
+def decoding_and_reading(running: list[Sequence]) -> tuple[list[ScheduledChunk], list[Sequence]]:
+    """Return the chunks of those that write their next token, and those that have more to compute than one."""
+    decoding, reading = [], []
+    for sequence in running:
+        pending = sequence.length - sequence.computed
+        if pending > 1:
+            reading.append(sequence)
+        elif pending == 1 and _is_ready(sequence):
+            decoding.append(ScheduledChunk(sequence, 1))
+    return decoding, reading

@@ -282,6 +282,6 @@ def likeliest(logits: Floats, patterns: Words, values: Floats, bits: Words, toke
         bits[row] = highest if highest >= 0 else np.int32(np.int32(-highest) - SIZE - np.int32(1))
         if largest > INFINITY:
             bits[row] = largest
-        finite = finite and largest <= INFINITY and -INFINITY < highest < INFINITY
+        finite = finite and bool(largest <= INFINITY and -INFINITY < highest < INFINITY)
     first_of(logits, values, tokens)
     return finite

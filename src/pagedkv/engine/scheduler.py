@@ -48,9 +48,9 @@ from pagedkv.engine.batch import (
     ScheduledChunk,
     belong_together,
     common_prefix,
+    decoding_and_reading,
     drafts,
     fellows,
-    is_ready,
     make_batch,
     may_share,
     must_restart,
@@ -431,11 +431,10 @@ class Scheduler:
         before = self.num_preemptions
         chunks, plan, tokens = self._grow(chunks)
         if self.num_preemptions == before:
+            used = 0 if plan is None else plan.total_tokens
             admitted: list[ScheduledChunk] = []
             try:
-                if self.waiting:
-                    used = sum(chunk.num_query_tokens for chunk in chunks)
-                    self._admission.admit(self.max_batch_tokens - used, shares, admitted)
+                self._admission.admit(self.max_batch_tokens - used, shares, admitted)
             except BaseException:  # a strategy of the user's, for instance; what has grown will not be computed
                 self.recall([*chunks, *admitted])
                 raise
@@ -444,9 +443,7 @@ class Scheduler:
             if admitted:
                 chunks += admitted
                 tokens = query_tokens(chunks)
-                plan = self.cache.plan(
-                    [chunk.sequence.seq_id for chunk in chunks], [p.num_query_tokens for p in chunks]
-                )
+                plan = self.cache.plan([c.sequence.seq_id for c in chunks], [c.num_query_tokens for c in chunks])
         if plan is None:
             if self.running and self.num_preemptions == before:
                 self._resolve_stall()
@@ -483,12 +480,7 @@ class Scheduler:
         if self.runner.restarts_beyond is not None:
             for sequence in [sequence for sequence in self.running if must_restart(sequence, self.runner)]:
                 self.preempt(sequence)
-        chunks, reading = [], []
-        for sequence in self.running:
-            if (pending := sequence.length - sequence.computed) > 1:
-                reading.append(sequence)
-            elif pending == 1 and (sequence.request.beams is None or is_ready(sequence)):
-                chunks.append(ScheduledChunk(sequence, 1))
+        chunks, reading = decoding_and_reading(self.running)
         room = self.max_batch_tokens - len(chunks)
         for chunk in chunks:
             if chunk.sequence.request.params.prompt_lookup and room > 0:
@@ -514,7 +506,7 @@ class Scheduler:
         return chunks
 
     def _grow(self, chunks: list[ScheduledChunk]) -> tuple[list[ScheduledChunk], BatchPlan | None, Any]:
-        """Make room for the new tokens of `chunks`, the last answer; drafts, then victims, go if there is too little."""
+        """Make room for the new tokens of `chunks`, the last value; drafts, then victims, go if there is too little."""
         while chunks:
             tokens = query_tokens(chunks)
             try:
