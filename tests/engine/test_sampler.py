@@ -387,6 +387,23 @@ def test_bad_logits_name_their_requests(bad, temperature):
     assert pickle.loads(pickle.dumps(caught.value)).request_ids == ("b",)
 
 
+FLOATS = [0.0, -0.0, 1e-45, -1e-45, 1.5, -1.5, 3e38, -3e38, np.inf, -np.inf, np.nan]
+
+
+@given(st.lists(st.sampled_from(FLOATS), min_size=1, max_size=12), st.integers(0, 300), st.booleans())
+def test_the_highest_of_any_floats_is_found(values, before, negative_nan):
+    row = np.full(before + len(values), -np.inf, np.float32)
+    row[before:] = values
+    if negative_nan:
+        row.view(np.uint32)[np.isnan(row)] |= 1 << 31
+    logits, rows = torch.from_numpy(row[None]), [row_of(temperature=0)]
+    if np.isfinite(row.max()):  # NaN comes through
+        assert sample(logits, rows) == [row.argmax()]
+    else:
+        with pytest.raises(InvalidLogits):
+            sample(logits, rows)
+
+
 def test_tokens_that_the_model_rules_out_are_never_drawn():
     logits = torch.full((200, VOCAB), -torch.inf)
     logits[:, [4, 90]] = torch.tensor([-1e30, -1e30])

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pagedkv.engine.text import Detokenizer, StopStrings
+from pagedkv.engine import SamplingParams
+from pagedkv.engine import text as text_module
+from pagedkv.engine.request import Request
+from pagedkv.engine.text import Detokenizer, OutputText, StopStrings
 from pagedkv.models import shipped_model_path
 
 CORPUS = [
@@ -134,6 +137,40 @@ def test_bytes_in_any_order_add_up_too(name):
         assert "".join(pieces(Detokenizer(tokenizer), ids)) == decode(tokenizer, ids)
 
     check()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_many_tokens_at_once_show_what_they_show_one_by_one(name, monkeypatch):
+    monkeypatch.setattr(text_module, "AT_ONCE", 5)
+    tokenizer = tokenizer_of(name)
+    size = tokenizer.get_vocab_size() if isinstance(tokenizer, Tokenizer) else len(tokenizer)
+    halves = [*encode(tokenizer, "é€🙂👍🏽日\u200d"), *encode(tokenizer, "x ")]
+    tokens = st.lists(st.one_of(st.integers(0, size - 1), st.sampled_from(halves)), max_size=12)
+
+    @settings(max_examples=80, deadline=None)
+    @given(tokens, st.lists(tokens, max_size=6), st.booleans())
+    def check(prompt: list[int], cuts: list[list[int]], skip: bool) -> None:
+        slow, fast = (Detokenizer(tokenizer, prompt, skip_special_tokens=skip) for _ in range(2))
+        for ids in cuts:
+            assert fast.extend(ids) == "".join(map(slow.push, ids))
+        assert fast.flush() == slow.flush()
+
+    check()
+
+
+def test_a_text_is_told_as_it_was_when_it_was_asked_for():
+    tokenizer = tokenizer_of("shipped")
+    ids = encode(tokenizer, "def f(x): return x")
+    request = Request(request_id="r", prompt_token_ids=[0], params=SamplingParams(max_tokens=len(ids)))
+    request.max_tokens, request.prompt_tuple = len(ids), (0,)
+    text = OutputText(request, tokenizer, frozenset())
+    promised = []
+    for token in ids:
+        text.add(token)
+        promised.append(text.so_far())
+    expected = [decode(tokenizer, ids[: count + 1]) for count in range(len(ids))]
+    assert [tell() for tell in promised] == expected
+    assert text.text == expected[-1]
 
 
 @pytest.mark.parametrize("name", SUBWORD)

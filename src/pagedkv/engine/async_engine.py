@@ -18,7 +18,8 @@ import numpy.typing as npt
 from pagedkv.control.events import CacheEvent
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock
 from pagedkv.engine.llm import LLM
-from pagedkv.engine.request import RequestOutput
+from pagedkv.engine.output import OutputDraft
+from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import EngineDead, PagedKvError
@@ -26,7 +27,7 @@ from pagedkv.tiers.tier import Tier
 
 # Outputs for coroutines: the latest one, never a queue that grows.
 
-News = RequestOutput | PagedKvError
+News = OutputDraft | PagedKvError
 
 
 class Stream:
@@ -47,13 +48,14 @@ class Stream:
     def __init__(self, request_id: str, loop: asyncio.AbstractEventLoop) -> None:
         self.request_id, self.loop = request_id, loop
         self.is_over = False
-        self._news: News = EngineDead("nothing came")
-        self._event = asyncio.Event()
+        self._news: News | None = None
+        self._reader: asyncio.Future[None] | None = None  # what it waits for
 
     def put(self, news: News) -> None:
         """Replace what is there; called in the loop."""
         self._news = news
-        self._event.set()
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def __aiter__(self) -> Stream:
         return self
@@ -61,12 +63,13 @@ class Stream:
     async def __anext__(self) -> RequestOutput:
         if self.is_over:
             raise StopAsyncIteration
-        await self._event.wait()
-        self._event.clear()
-        news = self._news
-        if isinstance(news, RequestOutput):
+        while (news := self._news) is None:
+            self._reader = self.loop.create_future()
+            await self._reader
+        self._news = None
+        if isinstance(news, OutputDraft):
             self.is_over = news.finished
-            return news
+            return news.output()
         self.is_over = True
         if isinstance(news, EngineDead):  # one error for many readers: each raises its own
             raise EngineDead(news.reason) from news.__cause__
@@ -356,7 +359,7 @@ class AsyncEngine:
         try:
             while self._next_jobs():
                 if self._core.has_work:
-                    self._deliver(self._core.step())
+                    self._deliver(self._core.advance())
             self._end(EngineDead("it was shut down"), None)
         except BaseException as error:  # whatever a model can raise: no reader may wait for ever
             logger.exception("a step of the engine failed")
@@ -392,18 +395,19 @@ class AsyncEngine:
         # The id may belong to another request by now.
         if self._streams.get(stream.request_id) is stream:
             del self._streams[stream.request_id]
-            self._core.abort(stream.request_id)
+            self._core.end(stream.request_id)
 
     def _abort(self, request_id: str) -> None:
-        output = self._core.abort(request_id)
-        if output is not None:
-            self._deliver([output])
+        request = self._core.end(request_id)
+        if request is not None:
+            self._deliver([request])
 
-    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
-        """Hand outputs to their streams."""
-        news = [(self._streams[each.request_id], each) for each in outputs if each.request_id in self._streams]
-        for stream, output in news:
-            if output.finished:
+    def _deliver(self, requests: Iterable[Request]) -> None:
+        """Hand what there is of requests to their streams."""
+        streams = self._streams
+        news = [(streams[each.request_id], OutputDraft(each)) for each in requests if each.request_id in streams]
+        for stream, draft in news:
+            if draft.finished:
                 del self._streams[stream.request_id]
         for lost in deliver(news):
             self._take_out(lost)
@@ -420,7 +424,7 @@ class AsyncEngine:
         streams, self._streams = self._streams, {}
         for request_id in streams:
             try:
-                self._core.abort(request_id)
+                self._core.end(request_id)
             except PagedKvError:
                 logger.exception("request %s could not be taken out", request_id)
         deliver([(stream, dead) for stream in streams.values()])

@@ -95,16 +95,16 @@ class Batch:
 
 def query_tokens(chunks: list[ScheduledChunk]) -> Any:
     """Return the token ids of all chunks as ``append_batch`` takes them; most often one each: a flat array then."""
-    if all(chunk.num_query_tokens == 1 for chunk in chunks):
-        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks])
+    if all([chunk.count == 1 and chunk.drafts is NO_DRAFTS for chunk in chunks]):
+        return np.array([chunk.sequence.token(chunk.sequence.computed) for chunk in chunks], np.int64)
     return [chunk.query_ids for chunk in chunks]
 
 
-def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan) -> Batch:
-    """Lay out the forward pass of `chunks`, which `plan` has in the same order."""
-    tokens = query_tokens(chunks)
-    if isinstance(tokens, np.ndarray) and not any(chunk.num_scored for chunk in chunks):
-        return Batch(chunks, plan, tokens, np.flatnonzero([chunk.reaches_end for chunk in chunks]))
+def make_batch(chunks: list[ScheduledChunk], plan: BatchPlan, tokens: Any) -> Batch:
+    """Lay out the forward pass of `chunks`, which `plan` has in the same order, with their `query_tokens`."""
+    if isinstance(tokens, np.ndarray) and not any([chunk.num_scored for chunk in chunks]):
+        ends = [place for place, chunk in enumerate(chunks) if chunk.reaches_end]
+        return Batch(chunks, plan, tokens, np.array(ends, np.int64))
     starts = plan.cu_seqlens_q.tolist()
     wanted = [chunk.wanted(start) for chunk, start in zip(chunks, starts, strict=False)]
     ids = tokens if isinstance(tokens, np.ndarray) else np.concatenate(tokens)
@@ -187,7 +187,19 @@ def fellows(sequence: Sequence) -> list[Sequence]:
     return [each for each in together if each.is_running]
 
 
-def is_ready(sequence: Sequence) -> bool:
+def _is_ready(sequence: Sequence) -> bool:
     """Beams are compared with each other, so they choose their next tokens in one step."""
     request = sequence.request
     return request.beams is None or all(b.state is SequenceState.RUNNING and b.pending == 1 for b in request.sequences)
+
+
+def decoding_and_reading(running: list[Sequence]) -> tuple[list[ScheduledChunk], list[Sequence]]:
+    """Return the chunks of those that write their next token, and those that have more to compute than one."""
+    decoding, reading = [], []
+    for sequence in running:
+        pending = sequence.length - sequence.computed
+        if pending > 1:
+            reading.append(sequence)
+        elif pending == 1 and _is_ready(sequence):
+            decoding.append(ScheduledChunk(sequence, 1))
+    return decoding, reading

@@ -12,16 +12,9 @@ from typing import Any
 
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.batch import Batch, ScheduledChunk
-from pagedkv.engine.beam_steps import advance_beams, beam_outputs, begin_beams
-from pagedkv.engine.request import (
-    CompletionOutput,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    Sequence,
-    prepare,
-    refuse_what_never_fits,
-)
+from pagedkv.engine.beam_steps import advance_beams, begin_beams
+from pagedkv.engine.output import OutputDraft
+from pagedkv.engine.request import Request, RequestOutput, Sequence, prepare, refuse_what_never_fits
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
 from pagedkv.engine.scheduler import Scheduler
@@ -177,6 +170,11 @@ class EngineCore:
         RequestOutput or None
             What there is of it; None if no such request is under way.
         """
+        request = self.end(request_id)
+        return None if request is None else OutputDraft(request).output()
+
+    def end(self, request_id: str) -> Request | None:
+        """End a request as `abort` does; returns it, or None."""
         request = self._requests.get(request_id)
         if request is None:
             return None
@@ -188,10 +186,18 @@ class EngineCore:
                     sequence.output_text.close()
         self._counts["aborted_requests"] += 1
         self._is_idle = False
-        return self._ended(request, aborted=True)
+        request.is_aborted = True
+        return self._ended(request)
 
     def step(self) -> list[RequestOutput]:
         """Make one forward pass and return what it brought, in the order of arrival.
+
+        If the runner or the sampler raises, the step never was: every text goes on from where it stood.
+        """
+        return [OutputDraft(request).output() for request in self.advance()]
+
+    def advance(self) -> list[Request]:
+        """Make one forward pass and return the requests of which there is something to tell, in the order of arrival.
 
         If the runner or the sampler raises, the step never was: every text goes on from where it stood.
         """
@@ -218,15 +224,15 @@ class EngineCore:
         except BaseException:
             self.scheduler.recall(batch.chunks)
             raise
-        reported = [self._reported(request) for request in touched]
         self._clock.mark(batch.plan.tick, time.monotonic())
         if offload is not None:
             offload.measure(batch.num_prompt_tokens, computed - scheduled)
         self._counts["steps"] += 1
         self._seconds["forward"] += computed - scheduled
         self._seconds["sampling"] += sampled - computed
+        reported = [request for request in touched if self._is_news(request)]
         self._seconds["busy"] += time.perf_counter() - started
-        return [output for output in reported if output is not None]
+        return reported
 
     def clear_prefix_cache(self) -> int:
         """Forget all prefixes, in tiers too; returns how many blocks became free. What runs goes on.
@@ -346,23 +352,24 @@ class EngineCore:
         row: SampleRow = sequence.row
         return row
 
-    def _refused(self, error: InvalidLogits) -> list[RequestOutput]:
+    def _refused(self, error: InvalidLogits) -> list[Request]:
         """End the requests for which the model gave no numbers; all others go on."""
         logger.error("%s", error)
-        outputs = [self.abort(request_id) for request_id in error.request_ids]
-        return [output for output in outputs if output is not None]
+        return [request for request in map(self.end, error.request_ids) if request is not None]
 
-    def _reported(self, request: Request) -> RequestOutput | None:
-        if all(sequence.finish_reason is not None for sequence in request.sequences):
+    def _is_news(self, request: Request) -> bool:
+        """Whether somebody wants to know of a request that got tokens; one that is finished is forgotten here."""
+        if None not in [sequence.finish_reason for sequence in request.sequences]:
             self._counts["finished_requests"] += 1
-            return self._ended(request)
+            self._ended(request)
+            return True
         # Beams may still change their minds about every word.
-        return output_of(request) if request.wants_updates and request.beams is None else None
+        return request.wants_updates and request.beams is None
 
-    def _ended(self, request: Request, *, aborted: bool = False) -> RequestOutput:
+    def _ended(self, request: Request) -> Request:
         request.finished = time.monotonic()
         del self._requests[request.request_id]
-        return output_of(request, aborted=aborted)
+        return request
 
 
 # One step's output: which logits are whose, the tokens chosen from them, and what these do to the sequences.
@@ -384,6 +391,7 @@ class StepOutput:
         self._first_row: list[int] = []  # of each chunk
         self._tokens: list[int] = []  # of each row
         self._logprobs: Any = None
+        self._num_written = 0
         self._scored: list[tuple[ScheduledChunk, int]] = []  # prompts, and the first place of their logits
         self._beams: dict[Request, list[tuple[int, int]]] = {}  # live beams, and the places of their logits
         place = 0
@@ -398,21 +406,26 @@ class StepOutput:
 
     def _expect(self, chunk: ScheduledChunk, place: int) -> None:
         """Note whose logits stand at `place`: one row a sample that begins here, one more a draft."""
-        sequence, request, drafts = chunk.sequence, chunk.sequence.request, chunk.drafts.tolist()
+        sequence, request = chunk.sequence, chunk.sequence.request
         if request.params.beam_width is not None:
             self._beams.setdefault(request, []).append((sequence.index, place))
             return
         row = self._core.row_of(sequence)
-        self._rows += [row, *(row.ahead((), choice) for choice in range(1, 1 + request.num_unforked))]
-        self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
-        self._places += [place] * (1 + request.num_unforked)
-        self._places += range(place + 1, place + 1 + len(drafts))
+        self._rows.append(row)
+        self._places.append(place)
+        if request.num_unforked:
+            self._rows += [row.ahead((), choice) for choice in range(1, 1 + request.num_unforked)]
+            self._places += [place] * request.num_unforked
+        if len(chunk.drafts):
+            drafts = chunk.drafts.tolist()
+            self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
+            self._places += range(place + 1, place + 1 + len(drafts))
 
     def sample(self, logits: Any, sampler: Any) -> None:
         """Choose a token for every row; nothing has changed if this fails."""
         self._logits = logits
         if self._rows:
-            all_in_order = self._places == list(range(len(logits)))
+            all_in_order = self._places == list(range(logits.shape[0]))
             result = sampler.sample(logits if all_in_order else logits[self._places], self._rows)
             self._tokens, self._logprobs = result.token_ids.tolist(), result.logprobs
 
@@ -433,6 +446,7 @@ class StepOutput:
                 self._slide(chunk.sequence.request)
         for request, beams in self._beams.items():
             self._advance_beams(request, sorted(beams))
+        self._core.count(generation_tokens=self._num_written)
         return sorted(touched, key=lambda request: request.number)
 
     def _score_prompt(self, chunk: ScheduledChunk, place: int) -> None:
@@ -450,6 +464,8 @@ class StepOutput:
             return []
         if request.num_unforked:
             return self._tokens[first : first + 1 + request.num_unforked]
+        if not len(chunk.drafts):
+            return self._tokens[first : first + 1]
         right = 0
         for draft in chunk.drafts.tolist():
             if self._tokens[first + right] != draft:
@@ -496,7 +512,7 @@ class StepOutput:
                 sequence.logprobs.append(entries)
                 sequence.cumulative_logprob += entries[token].logprob
             ending = sequence.output_text.add(token)
-            core.count(generation_tokens=1)
+            self._num_written += 1
             if ending is not None:
                 sequence.finish_reason, sequence.stop_reason = ending
                 core.scheduler.drop(sequence)
@@ -509,7 +525,7 @@ class StepOutput:
         if request.first_token is None:
             request.first_token = time.monotonic()
         logits = self._logits[[place for _, place in beams]]
-        core.count(generation_tokens=advance_beams(request, logits, core.scheduler))
+        self._num_written += advance_beams(request, logits, core.scheduler)
 
     def _slide(self, request: Request) -> None:
         """Drop what lies between the sinks and the window of a text without end."""
@@ -520,39 +536,3 @@ class StepOutput:
                     sequence.dropped += self._core.runner.cache.apply_streaming_llm(sequence.seq_id, sink, window)
                 except OutOfMemory:  # forks share the window and there is no room for copies
                     self._core.scheduler.preempt(sequence)
-
-
-# Outputs of requests.
-
-
-def output_of(request: Request, *, aborted: bool = False) -> RequestOutput:
-    """Return what there is of a request."""
-    return RequestOutput(
-        request_id=request.request_id,
-        prompt=request.prompt,
-        prompt_token_ids=request.prompt_tuple,
-        outputs=beam_outputs(request, aborted) if request.params.beam_width else [*map(_completion, request.sequences)],
-        finished=request.is_finished,
-        num_cached_tokens=request.num_cached_tokens,
-        metrics=RequestMetrics(
-            arrived=request.arrived,
-            first_scheduled=request.first_scheduled,
-            first_token=request.first_token,
-            finished=request.finished,
-            num_preemptions=request.num_preemptions,
-        ),
-        prompt_logprobs=request.prompt_logprobs,
-    )
-
-
-def _completion(sequence: Sequence) -> CompletionOutput:
-    wants_logprobs = sequence.request.params.logprobs is not None
-    return CompletionOutput(
-        index=sequence.index,
-        text=sequence.output_text.text if sequence.output_text is not None else "",
-        token_ids=tuple(sequence.output_ids),
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-        logprobs=sequence.logprobs.copy() if wants_logprobs else None,
-        cumulative_logprob=sequence.cumulative_logprob if wants_logprobs else None,
-    )

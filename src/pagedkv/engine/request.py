@@ -186,6 +186,7 @@ class Request:
     num_unforked: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
+    is_aborted: bool = False
     prompt_logprobs: list[Any] | None = None
     first_scheduled: float | None = None
     first_token: float | None = None

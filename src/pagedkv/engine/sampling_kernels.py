@@ -239,3 +239,49 @@ def first_of(logits: Floats, values: Floats, tokens: Ints) -> None:
                     start += 1
                 tokens[row] = start
                 break
+
+
+SIZE, INFINITY = np.int32(0x7FFFFFFF), np.int32(0x7F800000)  # of a float32: all bits but the sign, and infinity's
+
+
+@compiled
+def _extremes(words: Words) -> tuple[np.int32, np.int32]:
+    """Return the highest of some float32, given as bit patterns, and the largest whatever its sign: NaN is largest.
+
+    The highest one is told as its pattern without the sign, which is negated where it has one: these have the order of
+    the floats, but that both zeros are equal. Compilers put integers into vectors, but not floats that may be NaN.
+    """
+    highest, largest = np.int32(-SIZE), np.int32(0)
+    for place in range(len(words)):
+        word = words[place]
+        size = np.int32(word & SIZE)
+        highest = max(highest, word if word >= 0 else np.int32(-size))
+        largest = max(largest, size)
+    return highest, largest
+
+
+@compiled
+def likeliest(logits: Floats, patterns: Words, values: Floats, bits: Words, tokens: Ints) -> bool:
+    """Find the highest logit of each row and the lowest id that has it; tells whether all are finite.
+
+    Parameters
+    ----------
+    logits : float32 [n, vocab]
+    patterns : int32 [n, vocab]
+        The same memory, as bit patterns.
+    values : float32 [n]
+        For the highest logits; NaN where a row has one.
+    bits : int32 [n]
+        The same memory.
+    tokens : int64 [n]
+        For their ids; 0 where a row has NaN.
+    """
+    finite = True
+    for row in range(len(tokens)):
+        highest, largest = _extremes(patterns[row])
+        bits[row] = highest if highest >= 0 else np.int32(np.int32(-highest) - SIZE - np.int32(1))
+        if largest > INFINITY:
+            bits[row] = largest
+        finite = finite and bool(largest <= INFINITY and -INFINITY < highest < INFINITY)
+    first_of(logits, values, tokens)
+    return finite

@@ -39,6 +39,7 @@ import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from pagedkv.control.plan import BatchPlan
 from pagedkv.engine.batch import (
@@ -47,9 +48,9 @@ from pagedkv.engine.batch import (
     ScheduledChunk,
     belong_together,
     common_prefix,
+    decoding_and_reading,
     drafts,
     fellows,
-    is_ready,
     make_batch,
     may_share,
     must_restart,
@@ -428,9 +429,9 @@ class Scheduler:
         shares = self._split() if self.has_tenants else None
         chunks = self._continued(shares)
         before = self.num_preemptions
-        chunks, plan = self._grow(chunks)
+        chunks, plan, tokens = self._grow(chunks)
         if self.num_preemptions == before:
-            used = sum(chunk.num_query_tokens for chunk in chunks)
+            used = 0 if plan is None else plan.total_tokens
             admitted: list[ScheduledChunk] = []
             try:
                 self._admission.admit(self.max_batch_tokens - used, shares, admitted)
@@ -441,14 +442,13 @@ class Scheduler:
                 chunks = [chunk for chunk in chunks if chunk.sequence.is_running]
             if admitted:
                 chunks += admitted
-                plan = self.cache.plan(
-                    [chunk.sequence.seq_id for chunk in chunks], [p.num_query_tokens for p in chunks]
-                )
+                tokens = query_tokens(chunks)
+                plan = self.cache.plan([c.sequence.seq_id for c in chunks], [c.num_query_tokens for c in chunks])
         if plan is None:
             if self.running and self.num_preemptions == before:
                 self._resolve_stall()
             return None
-        return make_batch(chunks, plan)
+        return make_batch(chunks, plan, tokens)
 
     def _split(self) -> Counter[str]:
         """Return how many tokens of prompts each tenant may compute in this step."""
@@ -480,8 +480,7 @@ class Scheduler:
         if self.runner.restarts_beyond is not None:
             for sequence in [sequence for sequence in self.running if must_restart(sequence, self.runner)]:
                 self.preempt(sequence)
-        decoding = [sequence for sequence in self.running if sequence.pending == 1 and is_ready(sequence)]
-        chunks = [ScheduledChunk(sequence, 1) for sequence in decoding]
+        chunks, reading = decoding_and_reading(self.running)
         room = self.max_batch_tokens - len(chunks)
         for chunk in chunks:
             if chunk.sequence.request.params.prompt_lookup and room > 0:
@@ -490,7 +489,7 @@ class Scheduler:
                 chunk.drafts = drafts(chunk.sequence, most, self.runner)
                 room -= len(chunk.drafts)
                 self.charge(tenant, len(chunk.drafts), shares)
-        for sequence in sorted((sequence for sequence in self.running if sequence.pending > 1), key=rank):
+        for sequence in sorted(reading, key=rank):
             # What is not cut was computed whole when it was admitted; tokens behind it follow one by one.
             most = sequence.readable if self.runner.chunkable else 1
             count = min(most, room, streaming_room(sequence))
@@ -506,12 +505,12 @@ class Scheduler:
                 self.charge(sequence.request.tenant, count, shares)
         return chunks
 
-    def _grow(self, chunks: list[ScheduledChunk]) -> tuple[list[ScheduledChunk], BatchPlan | None]:
-        """Make room for the new tokens of `chunks`; drafts, then victims, go if there is too little."""
+    def _grow(self, chunks: list[ScheduledChunk]) -> tuple[list[ScheduledChunk], BatchPlan | None, Any]:
+        """Make room for the new tokens of `chunks`, the last value; drafts, then victims, go if there is too little."""
         while chunks:
+            tokens = query_tokens(chunks)
             try:
-                plan = self.cache.append_batch([chunk.sequence.seq_id for chunk in chunks], query_tokens(chunks))
-                return chunks, plan
+                return chunks, self.cache.append_batch([chunk.sequence.seq_id for chunk in chunks], tokens), tokens
             except OutOfMemory:
                 if any(len(chunk.drafts) for chunk in chunks):
                     for chunk in chunks:
@@ -524,7 +523,7 @@ class Scheduler:
                     raise
                 self.preempt(victim)
                 chunks = [chunk for chunk in chunks if chunk.sequence.state is SequenceState.RUNNING]
-        return chunks, None
+        return chunks, None, None
 
     def _slide(self) -> bool:
         """Give back blocks before the window of a sequence, where no layer sees further; whether there were some.

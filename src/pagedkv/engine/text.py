@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from pagedkv.engine.request import FinishReason, Request
 
 HALF = "\ufffd"  # what decoders show for bytes that are no character, or not yet
+AT_ONCE = 64  # tokens that are decoded in one go
 CONTEXT = 6  # tokens of the prompt; the first token of what is decoded may lose a space, the others do not
 
 _byte_ids_of: WeakKeyDictionary[Any, frozenset[int]] = WeakKeyDictionary()
@@ -50,11 +51,28 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take the next token and return the text that it settles; often its own, sometimes none."""
-        self._window.append(token)
-        in_run = token in self._byte_ids or (self._in_run and not self._decode([token]))  # skipped tokens end no run
-        self._in_run = in_run
-        if in_run:
+        return self._take((token,))
+
+    def extend(self, tokens: Sequence[int]) -> str:
+        """Take the next tokens and return the text that they settle, as one after the other would."""
+        return "".join([self._take(tokens[start : start + AT_ONCE]) for start in range(0, len(tokens), AT_ONCE)])
+
+    def _take(self, tokens: Sequence[int]) -> str:
+        settled = 0  # tokens behind which no run of byte tokens is open
+        for place, token in enumerate(tokens, 1):
+            self._in_run = token in self._byte_ids or (self._in_run and not self._decode([token]))  # none ends by skips
+            if not self._in_run:
+                settled = place
+        if not settled:
+            self._window += tokens
             return ""
+        self._window += tokens[:settled]
+        piece = self._settle()
+        self._window += tokens[settled:]
+        return piece
+
+    def _settle(self) -> str:
+        """Return what is whole of the text of the window and not yet out, and forget what is no longer needed."""
         text = self._decode(self._window)
         whole = not text.endswith(HALF)
         piece = self._show(text if whole else text[:-1])
@@ -211,27 +229,30 @@ def end_ids_of(request: Request, eos_token_ids: frozenset[int]) -> frozenset[int
 class OutputText:
     """The text of one sequence: takes its tokens and tells when it ends.
 
+    Tokens become text when somebody asks for it, many at once, and in the thread of who asks; at once only where stop
+    strings are looked for.
+
     Parameters
     ----------
     request : Request
     tokenizer : optional
         Without one there is no text.
     eos_token_ids : frozenset of int
-
-    Attributes
-    ----------
-    text : str
-        What is settled so far: what may become a stop string, or half a character, is held back.
     """
 
-    __slots__ = ("_count", "_detokenizer", "_end_ids", "_max", "_min", "_shows_end", "_stops", "text")
+    __slots__ = (
+        "_count", "_detokenizer", "_end_ids", "_is_closed", "_max", "_min", "_num_decoded", "_shows_end", "_stops",
+        "_text", "_tokens",
+    )  # fmt: skip
 
     def __init__(self, request: Request, tokenizer: Any, eos_token_ids: frozenset[int]) -> None:
         params = request.params
         self._max, self._min, self._count = request.max_tokens, params.min_tokens, 0
         self._end_ids = end_ids_of(request, eos_token_ids)
         self._shows_end = params.include_stop_str_in_output
-        self.text = ""
+        self._text, self._is_closed = "", False
+        self._tokens: list[int] = []  # that are shown
+        self._num_decoded = 0
         self._detokenizer: Detokenizer | None = None
         if tokenizer is not None:
             self._detokenizer = Detokenizer(
@@ -243,24 +264,50 @@ class OutputText:
         """Take the next token; returns why the text ends with it, if it does."""
         self._count += 1
         ends = token in self._end_ids and self._count > self._min
-        if self._detokenizer is not None and (not ends or self._shows_end):
-            self._say(self._detokenizer.push(token))
-        if self._stops is not None and self._stops.matched is not None:
-            return "stop", self._stops.matched
+        if not ends or self._shows_end:
+            self._tokens.append(token)
+        stops = self._stops
+        if stops is not None:
+            self._look_for(stops)
+            if stops.matched is not None:
+                return "stop", stops.matched
         if not ends and self._count < self._max:
             return None
         self.close()
         if ends:
             return "stop", token
-        matched = None if self._stops is None else self._stops.matched
-        return ("length", None) if matched is None else ("stop", matched)
+        return ("length", None) if stops is None or stops.matched is None else ("stop", stops.matched)
 
     def close(self) -> None:
         """Release what is held back: nothing more comes."""
-        if self._detokenizer is not None:
-            self._say(self._detokenizer.flush())
+        self._is_closed = True
         if self._stops is not None:
-            self.text += self._stops.flush()
+            self._look_for(self._stops)
+            self._text += self._stops.flush()
 
-    def _say(self, piece: str) -> None:
-        self.text += piece if self._stops is None else self._stops.push(piece, search=self._count > self._min)
+    @property
+    def text(self) -> str:
+        """What is settled so far: what may become a stop string, or half a character, is held back."""
+        return self.so_far()()
+
+    def so_far(self) -> Callable[[], str]:
+        """Return what gives the present text later, in one thread at a time and in the order of the calls."""
+        if self._stops is not None:
+            return partial(str, self._text)
+        return partial(self._settled, len(self._tokens), self._is_closed)
+
+    def _settled(self, count: int, is_closed: bool) -> str:
+        self._text += self._decoded(count, is_closed)
+        return self._text
+
+    def _look_for(self, stops: StopStrings) -> None:
+        piece = self._decoded(len(self._tokens), self._is_closed)
+        self._text += stops.push(piece, search=self._count > self._min)
+
+    def _decoded(self, count: int, is_closed: bool) -> str:
+        """Return what the tokens up to `count` add to the text; the last ones, if it is closed."""
+        if self._detokenizer is None:
+            return ""
+        piece = self._detokenizer.extend(self._tokens[self._num_decoded : count])
+        self._num_decoded = max(self._num_decoded, count)
+        return piece + self._detokenizer.flush() if is_closed else piece

@@ -105,6 +105,7 @@ class _Connection(asyncio.Protocol):
         self._waiting = b""
         self._timer: asyncio.TimerHandle | None = None
         self._requests = 0
+        self._is_full = False
         self.address = ""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -143,11 +144,17 @@ class _Connection(asyncio.Protocol):
     def eof_received(self) -> bool | None:
         return None if self._inner is None else self._inner.eof_received()
 
+    def may_wait(self) -> bool:
+        """Whether what is sent now may wait for the client, as the buffer is full."""
+        return self._is_full
+
     def pause_writing(self) -> None:
+        self._is_full = True
         if self._inner is not None:
             self._inner.pause_writing()
 
     def resume_writing(self) -> None:
+        self._is_full = False
         if self._inner is not None:
             self._inner.resume_writing()
 
@@ -185,7 +192,7 @@ class _Connection(asyncio.Protocol):
 
 
 class ConnectionsInUse:
-    """Middleware right below the HTTP server: tells a connection when it has a request.
+    """Middleware right below the HTTP server: tells connections and their requests of each other.
 
     Parameters
     ----------
@@ -202,6 +209,7 @@ class ConnectionsInUse:
             await self._app(scope, receive, send)
             return
         connection.begin()
+        scope["pagedkv.may_wait"] = connection.may_wait
         try:
             await self._app(scope, receive, send)
         finally:

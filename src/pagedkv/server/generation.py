@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import ExitStack, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -259,7 +259,16 @@ class Deltas:
         self._told[key] = (max(characters, len(output.text)), len(output.token_ids))
         if output.finish_reason:
             self._ended.add(key)
-        return replace(output, text=text, token_ids=output.token_ids[tokens:], logprobs=logprobs), first
+        delta = CompletionOutput(
+            index=output.index,
+            text=text,
+            token_ids=output.token_ids[tokens:],
+            finish_reason=output.finish_reason,
+            stop_reason=output.stop_reason,
+            logprobs=logprobs,
+            cumulative_logprob=output.cumulative_logprob,
+        )
+        return delta, first
 
 
 # Server-sent events.
@@ -268,14 +277,45 @@ _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 
 
+class EventFrame:
+    """Writes the events of one answer: all hold the same fields, which are encoded once, and one choice each.
+
+    Parameters
+    ----------
+    fields : dict
+    wants_usage : bool
+        Whether the last event holds the usage; the others have it as null then.
+    """
+
+    def __init__(self, fields: dict[str, Any], wants_usage: bool) -> None:
+        self._fields = fields
+        self._head = b"data: " + msgspec.json.encode(fields)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}\n\n' if wants_usage else b"]}\n\n"
+
+    def event(self, choice: dict[str, Any]) -> bytes:
+        """Return the event of a choice."""
+        return self._head + _encode(choice) + self._tail
+
+    def last(self, usage: Usage) -> bytes:
+        """Return the event of the usage."""
+        return _event({**self._fields, "choices": [], "usage": usage.model_dump()})
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _event(fields: dict[str, Any]) -> bytes:
+    return b"data: " + _encode(fields) + b"\n\n"
+
+
 class EventStream(Response):
-    """Sends objects as events, an error as the last of them, and leaves the generation, whatever happens."""
+    """Sends events and leaves the generation, whatever happens."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, chunks: AsyncIterator[dict[str, Any]]) -> None:
+    def __init__(self, generation: Generation, events: AsyncGenerator[bytes, None]) -> None:
         self.status_code, self.background, self.body = 200, None, b""
-        self._generation, self._chunks = generation, chunks
+        self._generation, self._events = generation, events
         self.init_headers(_HEADERS)
         del self.headers["content-length"]
 
@@ -283,7 +323,7 @@ class EventStream(Response):
         """Send it."""
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async with aclosing(self._events()) as events:
+            async with aclosing(self._events) as events:
                 async for event in events:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -291,17 +331,6 @@ class EventStream(Response):
             return
         finally:
             await self._generation.__aexit__()
-
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        try:
-            async for chunk in self._chunks:
-                yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
-        except (ClientLeft, GeneratorExit):
-            raise
-        except Exception as error:
-            # The status is long sent: the error is an event, as OpenAI's clients expect it.
-            yield b"data: " + msgspec.json.encode(api_error_of(error).body) + b"\n\n"
-        yield DONE
 
 
 async def stream(
@@ -314,7 +343,7 @@ async def stream(
 
     What goes wrong before that is raised, so that the client gets the right status. Each event is `frame` with the
     choice of one delta, which `choice_of` makes of the prompt's place, its output, the delta and whether it is the
-    first of its text.
+    first of its text. An error that comes later is the last event but one.
     """
     await generation.__aenter__()
     try:
@@ -324,16 +353,28 @@ async def stream(
         await generation.__aexit__()
         raise
 
-    async def chunks() -> AsyncIterator[dict[str, Any]]:
-        deltas, wants_usage, changed = Deltas(), generation.body.wants_usage, news
-        no_usage = {"usage": None} if wants_usage else {}
-        while changed:
-            for place, output in changed:
-                for text in output.outputs:
-                    if (found := deltas.of(place, text)) is not None:
-                        yield {**frame, "choices": [choice_of(place, output, *found)], **no_usage}
-            changed = await anext(changes, [])
-        if wants_usage:
-            yield {**frame, "choices": [], "usage": usage().model_dump()}
+    async def events() -> AsyncGenerator[bytes, None]:
+        deltas, changed = Deltas(), news
+        wants_usage = generation.body.wants_usage
+        made = EventFrame(frame, wants_usage)
+        try:
+            while changed:
+                told = [
+                    made.event(choice_of(place, output, *found))
+                    for place, output in changed
+                    for text in output.outputs
+                    if (found := deltas.of(place, text)) is not None
+                ]
+                if told:
+                    yield b"".join(told)
+                changed = await anext(changes, [])
+            if wants_usage:
+                yield made.last(usage())
+        except (ClientLeft, GeneratorExit):
+            raise
+        except Exception as error:
+            # The status is long sent: the error is an event, as OpenAI's clients expect it.
+            yield _event(api_error_of(error).body)
+        yield DONE
 
-    return EventStream(generation, chunks())
+    return EventStream(generation, events())

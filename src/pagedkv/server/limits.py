@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -161,7 +162,8 @@ class SlowReaders:
     ----------
     app : ASGI application
     seconds : float
-        For each message. What the kernel and the HTTP server buffer counts as taken.
+        For each message. What the kernel and the HTTP server buffer counts as taken. Where a connection tells whether
+        its buffer is full, there is no need for a clock as long as it is not.
     """
 
     def __init__(self, app: ASGIApp, seconds: float) -> None:
@@ -173,10 +175,13 @@ class SlowReaders:
             await self._app(scope, receive, send)
             return
         is_late = False
+        may_wait: Callable[[], bool] = scope.get("pagedkv.may_wait", lambda: True)
 
         async def bounded(message: Message) -> None:
             nonlocal is_late
             if not is_late:
+                if not may_wait():
+                    return await send(message)
                 try:
                     async with asyncio.timeout(self._seconds):
                         return await send(message)

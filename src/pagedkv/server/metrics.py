@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +16,16 @@ import numpy.typing as npt
 from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
+from prometheus_client.utils import floatToGoString
 
 from pagedkv.engine import RequestOutput, TierFigures
 from pagedkv.server.auth import Operator
@@ -251,7 +260,6 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000,
 
 _HISTOGRAMS = {
     "time_to_first_token_seconds": ("From the arrival of a request to its first token", _FIRST_TOKEN),
-    "inter_token_latency_seconds": ("Between two tokens of a text", _NEXT_TOKEN),
     "e2e_request_latency_seconds": ("From the arrival of a request to its last token", _REQUEST),
     "request_queue_time_seconds": ("From the arrival of a request until it is first computed", _REQUEST),
     "request_prefill_time_seconds": ("From then until the first token", _REQUEST),
@@ -263,6 +271,28 @@ _HISTOGRAMS = {
     "kv_block_idle_before_evict_seconds": ("From the last use of a block until it is reclaimed", _BLOCK_SECONDS),
     "kv_block_reuse_gap_seconds": ("Between two uses of a block by different sequences", _BLOCK_SECONDS),
 }
+
+
+class _Gaps(Collector):
+    """A histogram of the times between tokens: each takes a moment, and several equal ones no longer."""
+
+    def __init__(self, name: str, text: str, labels: dict[str, str]) -> None:
+        self._name, self._text, self._labels = OURS + name, text, labels
+        self._counts = [0] * (len(_NEXT_TOKEN) + 1)
+        self._sum = 0.0
+
+    def observe(self, seconds: float, times: int) -> None:
+        """Take a time that came so many times."""
+        self._counts[bisect_left(_NEXT_TOKEN, seconds)] += times
+        self._sum += seconds * times
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield the metric."""
+        bounds = [*map(floatToGoString, _NEXT_TOKEN), "+Inf"]
+        buckets = [*zip(bounds, map(float, accumulate(self._counts)), strict=True)]
+        family = HistogramMetricFamily(self._name, self._text, labels=tuple(self._labels))
+        family.add_metric(tuple(self._labels.values()), buckets=buckets, sum_value=self._sum)
+        yield family
 
 
 class ServerMetrics:
@@ -296,6 +326,8 @@ class ServerMetrics:
             self._ended.labels(**self._labels, finished_reason=reason)
         for reason in ("aborted", "timeout", "error"):
             self._failed.labels(**self._labels, reason=reason)
+        self._gaps = _Gaps("inter_token_latency_seconds", "Between two tokens of a text", self._labels)
+        self._registry.register(self._gaps)
         self._published = _Published(self._registry, state.config.vllm_metrics)
         self._progress: dict[str, tuple[float, int]] = {}
         self.lives = BlockLives(state.engine.block_records, state.engine.sizes.total_blocks)
@@ -313,8 +345,7 @@ class ServerMetrics:
         elif written > before[1] and before[1]:
             texts = sum(not choice.finished for choice in output.outputs) or 1
             each = (now - before[0]) * min(texts, written - before[1]) / (written - before[1])
-            for _ in range(written - before[1]):
-                self._histograms["inter_token_latency_seconds"].observe(each)
+            self._gaps.observe(each, written - before[1])
         if before is None or written > before[1]:
             self._progress[output.request_id] = (now, written)
 
