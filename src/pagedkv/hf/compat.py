@@ -28,6 +28,7 @@ try:
         LinearAttentionLayer,
     )
     from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+    from transformers.pytorch_utils import Conv1D
 except ModuleNotFoundError as error:
     if (error.name or "").partition(".")[0] != "transformers":
         raise
@@ -37,6 +38,7 @@ __all__ = [
     "AttentionInterface",
     "AttentionMaskInterface",
     "Cache",
+    "Conv1D",
     "DynamicCache",
     "LayerStore",
     "ModuleState",
@@ -48,6 +50,7 @@ __all__ = [
     "has_changing_rope",
     "has_states",
     "is_causal_mask",
+    "is_hooked",
     "longest_text",
     "module_states",
     "paged_layer",
@@ -80,6 +83,13 @@ def attention_by(name: str, config: Any) -> Iterator[None]:
 def _rope_types(config: Any) -> set[str]:
     given = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return {str(one.get("rope_type")) for one in (given, *given.values()) if isinstance(one, dict)}
+
+
+def is_hooked(module: Any) -> bool:
+    """Tell whether a module has hooks, but for those by which transformers returns inner states, or another forward."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    others = [hook for hook in hooks if getattr(hook, "__module__", "") != "transformers.utils.output_capturing"]
+    return bool(others) or "forward" in vars(module)
 
 
 def has_changing_rope(config: Any) -> bool:

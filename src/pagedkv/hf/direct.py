@@ -206,7 +206,7 @@ def attend_blocks(
     """
     _require_handles(key, value, attention_mask)
     assert isinstance(key, PagedStates) and isinstance(attention_mask, PagedMask)
-    _require_plain(module, dropout, is_causal, sliding_window, attention_mask.window, kwargs)
+    require_plain(module, dropout, is_causal, sliding_window, attention_mask.window, kwargs)
     rows, heads, tokens, dim = query.shape
     if attention_mask.shape[0] not in (1, rows) or attention_mask.shape[2:] != (tokens, key.shape[2]):
         raise bad_argument("attention_mask", f"[{rows}, 1, {tokens}, {key.shape[2]}]", f"{list(attention_mask.shape)}")
@@ -242,7 +242,7 @@ def _require_handles(key: Any, value: Any, mask: Any) -> None:
         )
 
 
-def _require_plain(
+def require_plain(
     module: Any,
     dropout: float,
     is_causal: bool | None,

@@ -30,6 +30,7 @@ from pagedkv.hf.compat import (
     require_cache_argument,
 )
 from pagedkv.hf.direct import DIRECT
+from pagedkv.hf.fitting import relative_error
 from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 
@@ -325,7 +326,7 @@ class Exam:
             if error > tolerance:
                 tolerance = max(tolerance, min(2 * self._own_noise(), MOST_TOLERANCE))
         else:
-            error = float((got - expected).norm() / expected.norm())
+            error = relative_error(got, expected)
         if error <= tolerance:
             return ""
         return f"its logits are off by {error:.2g} of their size, expected at most {tolerance:g}"

@@ -1,0 +1,247 @@
+"""Which of the usual rules a module follows, found out by numbers: norms, activations, rotary positions, factors.
+
+A rule is right if it gives what the module gave; names of classes are never asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pagedkv.data.decoder import Norm, Rope
+from pagedkv.hf.tracing import Call
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""How far one operation may be from its rule, in relation to its size: rounding, and nothing of another rule."""
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return how far numbers are from others in relation to their size; infinity if they are not comparable."""
+    if got.numel() != expected.numel():
+        return math.inf
+    got, expected = got.float().reshape(-1), expected.float().reshape(-1)
+    distance, size = float((got - expected).norm()), float(expected.norm())
+    error = distance / size if size else (math.inf if distance else 0.0)
+    return math.inf if math.isnan(error) else error
+
+
+# Factors
+
+
+def numbers_of(config: Any, dtype: torch.dtype) -> list[float]:
+    """Return what a model may multiply by: 1, and the numbers of its config, as they stand and rounded to a dtype."""
+    given = [float(value) for value in vars(config).values() if type(value) in (int, float) and 1e-6 < value < 1e6]
+    given += [1 / value for value in given] + [config.hidden_size**0.5]
+    rounded = [float(torch.tensor(value).to(dtype)) for value in given]
+    return [1.0, *given, *(value for value in rounded if math.isfinite(value) and value)]
+
+
+def fit_factor(states: Tensor, target: Tensor, numbers: list[float], rest: Tensor | None = None) -> float:
+    """Return the factor for which ``factor * states + rest`` is nearest to `target`: one of some numbers, or any."""
+    base = torch.zeros(()) if rest is None else rest.float()
+
+    def error(factor: float) -> float:
+        scaled = (states.float() * factor).to(states.dtype).float() + base
+        return relative_error(scaled.to(target.dtype), target)
+
+    flat = states.double().reshape(-1)
+    measured = float((target.double() - base.double()).reshape(-1) @ flat / (flat @ flat).clamp(min=1e-300))
+    near = [number for number in numbers if abs(number - measured) <= 0.02 * abs(measured)] or numbers[:1]
+    best = min(near, key=error)
+    return best if error(best) <= TOLERANCE[target.dtype] else measured
+
+
+# Norms
+
+
+def fit_norm(module: nn.Module, width: int, dtype: torch.dtype) -> Norm | None:
+    """Return the norm over rows of a width that a module is, if it is one.
+
+    It is asked about small numbers, too, where what is added to the variance shows.
+    """
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    dtype = dtype if weight is None else weight.dtype
+    if any(each is not None and each.shape != (width,) for each in (weight, bias)):
+        return None
+    names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
+    eps = next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
+    eps = torch.finfo(dtype).eps if eps is None else float(eps)
+    rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows[1] *= 1e-3
+    rows += rows.abs().mean(1, keepdim=True) / 2  # the mean is not zero
+    try:
+        with torch.no_grad():
+            right = module(rows)
+    except Exception:  # it takes something else
+        return None
+    if not isinstance(right, Tensor):
+        return None
+    scale = torch.ones(width) if weight is None else weight.detach().float()
+    offset = None if bias is None else bias.detach().float()
+    found = [Norm(w, offset, eps, centred) for w in (scale, 1 + scale) for centred in (False, True)]
+    best = min(found, key=lambda norm: relative_error(normalised(norm, rows), right))
+    if any(relative_error(normalised(best, rows)[row], right[row]) > TOLERANCE[dtype] for row in range(2)):
+        return None
+    return best
+
+
+def normalised(norm: Norm, states: Tensor) -> Tensor:
+    """Return rows as a norm makes them, in float32."""
+    x = states.float()
+    if norm.is_centred:
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
+    x = x if norm.weight is None else x * norm.weight
+    return x if norm.bias is None else x + norm.bias
+
+
+# Activations
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def activated(name: str, up: Tensor, gate: Tensor | None) -> Tensor:
+    """Return what a pair of factors of an MLP comes to, or one alone, in float32."""
+    up = up.float()
+    if gate is None:
+        return ACTIVATIONS[name](up)
+    gate = gate.float()
+    if name == "swiglu_oai":
+        gate = gate.clamp(max=7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1)
+    return ACTIVATIONS[name](gate) * up
+
+
+def known_activations(modules: Iterable[nn.Module]) -> list[str]:
+    """Return the activations that some modules are, in float32, where the like of gelu can be told apart; else all."""
+    grid = torch.linspace(-6, 6, 97)
+    names = []
+    for module in modules:
+        try:
+            with torch.no_grad():
+                got = module(grid)
+        except Exception:  # no function of numbers
+            continue
+        if isinstance(got, Tensor) and got.shape == grid.shape:
+            names += [name for name, rule in ACTIVATIONS.items() if relative_error(got, rule(grid)) < 1e-5]
+    return names or [*ACTIVATIONS, "swiglu_oai"]
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """How the rows of `up` and of `gate` lie in those of one weight."""
+
+    up: slice
+    gate: slice | None = None
+
+
+def halves(num_rows: int, intermediate_size: int) -> list[Halves]:
+    """Return how the factors of an MLP may lie in so many rows: one alone, side by side, or in turns."""
+    if num_rows == intermediate_size:
+        return [Halves(slice(None))]
+    if num_rows != 2 * intermediate_size:
+        return []
+    first, second = slice(0, intermediate_size), slice(intermediate_size, None)
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    return [Halves(second, first), Halves(first, second), Halves(odd, even), Halves(even, odd)]
+
+
+def ways_to_activate(rows: Halves, names: Iterable[str]) -> Iterator[str]:
+    """Yield the activations that there may be with or without a gate."""
+    return (name for name in names if rows.gate is not None or name != "swiglu_oai")
+
+
+# Rotary positions
+
+
+@dataclass(slots=True, eq=False)
+class Turn:
+    """One way to turn heads: a rope, and its tables at the positions of a trace, ``[num_tokens, width / 2]``."""
+
+    rope: Rope
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, heads: Tensor) -> Tensor:
+        """Turn ``[num_tokens, num_heads, head_dim]``, in float32."""
+        width, x = self.rope.width, heads.float()
+        one, two = self._pair(x[..., :width])
+        cos, sin = self.cos[:, None], self.sin[:, None]
+        turned = one * cos - two * sin, two * cos + one * sin
+        joined = torch.stack(turned, -1).flatten(-2) if self.rope.is_interleaved else torch.cat(turned, -1)
+        return torch.cat((joined, x[..., width:]), -1)
+
+    def _pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rope.is_interleaved:
+            return x[..., ::2], x[..., 1::2]
+        first, second = x.chunk(2, -1)
+        return first, second
+
+
+def turns_of(call: Call, positions: Tensor) -> list[Turn]:
+    """Return the ways to turn heads by the cosines and sines that a module returns, if it returns some."""
+    raw = _raw_tables(call, positions)
+    if raw is None:
+        return []
+    turns = []
+    width = raw[0].shape[-1]
+    middle, full = slice(0, width // 2), slice(None)
+    shapes: list[tuple[slice, int]] = []
+    if width % 2 == 0 and all(torch.equal(*each.chunk(2, -1)) for each in raw):
+        shapes.append((middle, width))
+    if width % 2 == 0 and all(torch.equal(each[:, ::2], each[:, 1::2]) for each in raw):
+        shapes.append((slice(0, None, 2), width))
+    shapes.append((full, 2 * width))
+    for columns, size in shapes:
+        tables = _tables(call, columns)
+        turns += [
+            Turn(Rope(tables, size, interleaved), raw[0][:, columns], raw[1][:, columns])
+            for interleaved in (False, True)
+        ]
+    return turns
+
+
+def _tables(call: Call, columns: slice) -> Callable[[int], tuple[Tensor, Tensor]]:
+    def tables(num_positions: int) -> tuple[Tensor, Tensor]:
+        found = _raw_tables(call, torch.arange(num_positions))
+        assert found is not None
+        return found[0][:, columns].contiguous(), found[1][:, columns].contiguous()
+
+    return tables
+
+
+def _raw_tables(call: Call, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Ask a rotary module anew, in float32, for other positions."""
+    returned = call.returned
+    if torch.is_tensor(returned) and not returned.is_complex() or any(True for _ in call.module.parameters()):
+        return None
+    if not torch.is_tensor(returned) and not (isinstance(returned, tuple) and len(returned) == 2):
+        return None
+
+    def renewed(given: Any) -> Any:
+        if not isinstance(given, Tensor):
+            return given
+        return torch.zeros(1, 1, 1) if given.is_floating_point() else positions[None]
+
+    args, kwargs = map(renewed, call.args), {name: renewed(given) for name, given in call.kwargs.items()}
+    with torch.no_grad():
+        got = call.module(*args, **kwargs)
+    pair = (got.real, got.imag) if torch.is_tensor(got) else got
+    if not all(torch.is_tensor(each) and each.dim() >= 2 and each.is_floating_point() for each in pair):
+        return None
+    cos, sin = (each.reshape(-1, each.shape[-1]).float() for each in pair)
+    return (cos, sin) if cos.shape == sin.shape and len(cos) == len(positions) else None

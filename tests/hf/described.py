@@ -1,0 +1,124 @@
+"""Small models of the families that a description reaches, everything about them random: norms, biases, sinks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import transformers
+from tests.hf.models import _COMMON, VOCAB
+
+_SMALL = _COMMON | {"num_hidden_layers": 2, "max_position_embeddings": 128}
+_TYPES = ["sliding_attention", "full_attention"]
+_HEADS = {"head_dim": 24}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _SMALL | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", _SMALL | {"sliding_window": 6} | _HEADS),
+    "qwen2": ("Qwen2", _SMALL | {"use_sliding_window": True, "sliding_window": 6, "layer_types": _TYPES}),
+    "qwen3": ("Qwen3", _SMALL | _HEADS),
+    "smollm3": ("SmolLM3", _SMALL | {"no_rope_layers": [1, 0], "tie_word_embeddings": False}),
+    "gemma": ("Gemma", _SMALL | _HEADS),
+    "gemma2": (
+        "Gemma2",
+        _SMALL
+        | _HEADS
+        | dict(
+            sliding_window=6,
+            layer_types=_TYPES,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+            query_pre_attn_scalar=16,
+        ),
+    ),
+    "gemma3": (
+        "Gemma3",
+        _SMALL
+        | _HEADS
+        | dict(
+            sliding_window=6,
+            layer_types=_TYPES,
+            query_pre_attn_scalar=16,
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", rope_theta=1e6, factor=8.0),
+                sliding_attention=dict(rope_type="default", rope_theta=1e4),
+            ),
+            config_class="Gemma3TextConfig",
+        ),
+    ),
+    "phi3": (
+        "Phi3",
+        _SMALL | {"rope_parameters": dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)},
+    ),
+    "granite": (
+        "Granite",
+        _SMALL | dict(embedding_multiplier=3.0, residual_multiplier=0.22, attention_multiplier=0.3, logits_scaling=1.7),
+    ),
+    "olmo2": ("Olmo2", _SMALL),
+    "starcoder2": ("Starcoder2", _SMALL | {"sliding_window": 6, "use_bias": True}),
+    "gpt2": (
+        "GPT2",
+        dict(
+            vocab_size=VOCAB,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            scale_attn_by_inverse_layer_idx=True,
+            model_class="GPT2LMHeadModel",
+        ),
+    ),
+    "gpt_neox": (
+        "GPTNeoX",
+        _SMALL | {"rope_parameters": dict(rope_theta=1e4, rope_type="default", partial_rotary_factor=0.25)},
+    ),
+    "gpt_neox_in_turn": ("GPTNeoX", _SMALL | {"use_parallel_residual": False, "hidden_act": "gelu_new"}),
+    "opt": (
+        "OPT",
+        dict(
+            vocab_size=VOCAB,
+            hidden_size=64,
+            ffn_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            word_embed_proj_dim=64,
+        ),
+    ),
+    "phi": ("Phi", _SMALL | {"qk_layernorm": True}),
+    "cohere": ("Cohere", _SMALL | {"logit_scale": 0.4}),
+    "glm4": ("Glm4", _SMALL | {"head_dim": 16, "attention_bias": True}),
+    "nemotron": ("Nemotron", _SMALL),
+}
+
+
+@functools.cache
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Return a model in which nothing is one or zero for want of training."""
+    stem, options = FAMILIES[name]
+    options = dict(options)
+    config_class = options.pop("config_class", f"{stem}Config")
+    model_class = options.pop("model_class", f"{stem}ForCausalLM")
+    torch.manual_seed(0)
+    model = getattr(transformers, model_class)(getattr(transformers, config_class)(**options))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0.0, 0.15)
+            else:
+                is_norm = "norm" in key or ".ln" in key
+                parameter.add_(torch.randn_like(parameter) * (0.3 if is_norm else 0.5))
+    return model.to(dtype).eval()
+
+
+def right_logits(model: Any, token_ids: torch.Tensor) -> torch.Tensor:
+    """Return the model's own logits of one text."""
+    with torch.no_grad():
+        logits: torch.Tensor = model(token_ids[None]).logits[0].float()
+    return logits
+
+
+def text(num_tokens: int = 20) -> torch.Tensor:
+    """Return the ids of a text."""
+    return torch.randint(1, VOCAB, (num_tokens,), generator=torch.Generator().manual_seed(3))
