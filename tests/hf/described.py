@@ -90,6 +90,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", _SMALL | {"logit_scale": 0.4}),
     "glm4": ("Glm4", _SMALL | {"head_dim": 16, "attention_bias": True}),
     "nemotron": ("Nemotron", _SMALL),
+    "mixtral": ("Mixtral", _SMALL | dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        _SMALL
+        | dict(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, mlp_only_layers=[0], norm_topk_prob=True
+        ),
+    ),
+    "olmoe": ("Olmoe", _SMALL | dict(num_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": (
+        "GptOss",
+        _SMALL
+        | dict(
+            head_dim=16,
+            sliding_window=6,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=_TYPES,
+            intermediate_size=32,
+            rope_parameters=dict(
+                rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32, truncate=False
+            ),
+        ),
+    ),
 }
 
 

@@ -9,23 +9,26 @@ reason to refuse: it may matter elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pagedkv.data.decoder import Attention, Decoder, Layer, Linear, Mlp, Norm
+from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import Conv1D, has_changing_rope, is_hooked, longest_text
 from pagedkv.hf.fitting import (
     TOLERANCE,
     Halves,
+    Stack,
     Turn,
     activated,
+    fit_experts,
     fit_factor,
     fit_norm,
+    fit_router,
     halves,
     known_activations,
     numbers_of,
@@ -248,7 +251,7 @@ class _Reader:
         others = [call for call in calls if isinstance(call, Call) and id(call.module) not in inside]
         name = self._name(calls[-1].module)
         attention = self._attention(of_attention, asked)
-        mlp = self._mlp(others, name)
+        mlp = self._mixture(others, name) or self._mlp(others, name)
 
         attention_norm, read = self._before(others, attention.input)
         if not same(read, start):
@@ -400,6 +403,41 @@ class _Reader:
         mlp = Mlp(_rows_of(sources, numbers[rows.up]), self._linear(down), gate, activation)
         return _Branch(mlp, linears[0].input, down.output)
 
+    def _mixture(self, calls: list[Any], name: str) -> _Branch | None:
+        """Return a mixture of experts, if the layer has one."""
+        call = next((call for call in calls if any(each.dim() == 3 for each in _own_parameters(call))), None)
+        if call is None:
+            return None
+        found = fit_experts(call, known_activations(_plain_leaves(calls)))
+        if found is None:
+            raise _refusal(f"{self._name(call.module)}, whose experts compute in another way")
+        stack, rows, activation = found
+        self._take(*_own_parameters(call))
+        if stack.ups.stride(2) != 1:  # it stands transposed
+            stack = replace(stack, ups=stack.ups.contiguous(), downs=stack.downs.contiguous())
+        num_experts, given = len(stack.ups), [*call.args, *call.kwargs.values()]
+        chosen = next(each for each in given if torch.is_tensor(each) and not each.is_floating_point())
+        weights = next(
+            (each for each in given if torch.is_tensor(each) and each.shape == chosen.shape and each is not chosen),
+            chosen,
+        )
+        routers = [other for other in calls if _routes(other, call, num_experts)]
+        if len(routers) != 1 or any(_is_linear(other) and other not in routers for other in calls):
+            raise _refusal(f"{name}, whose mixture has more than a router and experts")
+        router = self._router(routers[0])
+        logits = nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias)
+        is_renormalised = fit_router(logits, chosen, weights)
+        if is_renormalised is None:
+            raise _refusal(f"{name}, whose router is no softmax")
+        experts = [_expert(stack, number, rows, activation) for number in range(num_experts)]
+        return _Branch(Experts(router, experts, chosen.shape[1], is_renormalised), call.input, call.output)
+
+    def _router(self, call: Call) -> Linear:
+        module: Any = call.module
+        bias = getattr(module, "bias", None)
+        self._take(module.weight, bias)
+        return Linear(module.weight.detach(), None if bias is None else bias.detach().float())
+
     # Beginning and end
 
     def _begin(self, start: Tensor) -> dict[str, Any]:
@@ -458,6 +496,32 @@ class _Reader:
 
 def _is_linear(call: Any) -> bool:
     return isinstance(call, Call) and type(call.module) in (nn.Linear, Conv1D)
+
+
+def _own_parameters(call: Any) -> list[nn.Parameter]:
+    return list(call.module.parameters(recurse=False)) if isinstance(call, Call) else []
+
+
+def _routes(call: Call, experts: Call, num_experts: int) -> bool:
+    """Tell whether a module has a row of weights for each expert and reads what they read."""
+    assert experts.input is not None
+    shapes = [each.shape for each in _own_parameters(call) if each.dim() > 1]
+    return (
+        shapes == [(num_experts, experts.input.shape[-1])]
+        and call.input is not None
+        and same(call.input, experts.input)
+    )
+
+
+def _expert(stack: Stack, number: int, rows: Halves, activation: str) -> Mlp:
+    ups = stack.ups[number], None if stack.up_bias is None else stack.up_bias[number]
+    down = Linear(stack.downs[number], None if stack.down_bias is None else stack.down_bias[number])
+    up, gate = (
+        None if part is None else Linear(ups[0][part], None if ups[1] is None else ups[1][part])
+        for part in (rows.up, rows.gate)
+    )
+    assert up is not None
+    return Mlp(up, down, gate, activation)
 
 
 def _plain_leaves(calls: list[Call]) -> list[nn.Module]:

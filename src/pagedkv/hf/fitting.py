@@ -165,6 +165,117 @@ def ways_to_activate(rows: Halves, names: Iterable[str]) -> Iterator[str]:
     return (name for name in names if rows.gate is not None or name != "swiglu_oai")
 
 
+# Mixtures of experts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stack:
+    """The weights of all experts in two tensors, an expert's rows one after the other in each.
+
+    Attributes
+    ----------
+    ups : Tensor [num_experts, num_rows, hidden_size]
+        Of `up`, or of `up` and `gate`; without memory of its own if it stands transposed in the module.
+    downs : Tensor [num_experts, hidden_size, intermediate_size]
+    up_bias : Tensor [num_experts, num_rows], optional
+    down_bias : Tensor [num_experts, hidden_size], optional
+    """
+
+    ups: Tensor
+    downs: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def expert(self, number: int, states: Tensor, rows: Halves, activation: str) -> Tensor:
+        """Return what an expert makes of some states, in float32."""
+        factors = states.float() @ self.ups[number].float().T
+        factors = factors if self.up_bias is None else factors + self.up_bias[number]
+        gate = None if rows.gate is None else factors[..., rows.gate]
+        out = activated(activation, factors[..., rows.up], gate) @ self.downs[number].float().T
+        return out if self.down_bias is None else out + self.down_bias[number]
+
+
+def stacks_of(module: nn.Module, hidden_size: int) -> list[Stack]:
+    """Return the ways in which the weights of all experts may stand in a module; none if it holds something else."""
+    held = dict(module.named_parameters())
+    up = next((name for name in ("gate_up_proj", "up_proj") if name in held), "")
+    names = {up, "down_proj", f"{up}_bias", "down_proj_bias"}
+    if not up or "down_proj" not in held or not held.keys() <= names:
+        return []
+    biases = [
+        None if bias is None else bias.detach().float() for bias in map(held.get, (f"{up}_bias", "down_proj_bias"))
+    ]
+    weights = held[up].detach(), held["down_proj"].detach()
+    if any(weight.dim() != 3 for weight in weights):
+        return []
+    turned = weights[0].transpose(1, 2), weights[1].transpose(1, 2)
+    return [
+        Stack(ups, downs, *biases) for ups, downs in (weights, turned) if ups.shape[2] == hidden_size == downs.shape[1]
+    ]
+
+
+def fit_experts(call: Call, names: list[str]) -> tuple[Stack, Halves, str] | None:
+    """Return how the experts of a module stand in it and what they compute, if that is known.
+
+    They are asked about large numbers, too, where factors that are cut off show.
+    """
+    hidden, module = call.input, call.module
+    given = [*call.args, *call.kwargs.values()]
+    chosen = next((each for each in given if torch.is_tensor(each) and not each.is_floating_point()), None)
+    stacks = [] if hidden is None else stacks_of(module, hidden.shape[-1])
+    if not stacks or hidden is None or chosen is None:
+        return None
+    num_experts, top_k = len(stacks[0].ups), chosen.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, hidden.shape[-1], generator=generator)
+    states[1] *= (
+        20 / (stacks[0].ups[-1].float() @ states[1] if len(stacks) == 1 else states[1] * 4).square().mean().sqrt()
+    )
+    states = states.to(hidden.dtype)
+    index = torch.stack([torch.arange(top_k), num_experts - 1 - torch.arange(top_k)])
+    weights = torch.rand(2, top_k, generator=generator).to(hidden.dtype)
+
+    def renewed(each: Any) -> Any:
+        if not torch.is_tensor(each):
+            return each
+        return states if each is hidden else weights if each.is_floating_point() else index.to(each.dtype)
+
+    right = module(*map(renewed, call.args), **{name: renewed(each) for name, each in call.kwargs.items()})
+    best, least = None, TOLERANCE[hidden.dtype]
+    for stack in stacks:
+        for rows in halves(stack.ups.shape[1], stack.downs.shape[2]):
+            for name in ways_to_activate(rows, names):
+                errors = []
+                for row, experts in enumerate(index.tolist()):
+                    parts = [stack.expert(expert, states[row], rows, name) for expert in experts]
+                    made = sum(part * weight for part, weight in zip(parts, weights[row].float(), strict=True))
+                    errors.append(relative_error(torch.as_tensor(made), right[row]))
+                if max(errors) < least:
+                    best, least = (stack, rows, name), max(errors)
+    return best
+
+
+def fit_router(logits: Tensor, chosen: Tensor, weights: Tensor) -> bool | None:
+    """Return whether the weights of the chosen experts add up to 1; None if they are no part of a softmax.
+
+    Parameters
+    ----------
+    logits : Tensor [num_tokens, num_experts]
+    chosen : int64 Tensor [num_tokens, top_k]
+    weights : Tensor [num_tokens, top_k]
+    """
+    tolerance = TOLERANCE[weights.dtype]
+    picked = logits.float().gather(1, chosen)
+    greatest = logits.float().topk(chosen.shape[1]).values
+    if relative_error(picked.sort(descending=True).values, greatest) > tolerance:
+        return None
+    shares = logits.float().softmax(-1).gather(1, chosen)
+    for is_renormalised, right in ((True, picked.softmax(-1)), (False, shares)):
+        if relative_error(weights, right) <= tolerance:
+            return is_renormalised
+    return None
+
+
 # Rotary positions
 
 
