@@ -8,6 +8,7 @@ reason to refuse: it may matter elsewhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import permutations
@@ -281,14 +282,13 @@ class _Reader:
         """Return what the branches are multiplied by before they are added."""
         attended, added = attended.reshape(start.shape), added.reshape(start.shape)
         if middle is None:
-            scale = fit_factor(attended + added, end, self._numbers, start)
-            error = relative_error(start.float() + scale * (attended.float() + added.float()), end)
+            scale, error = fit_factor(attended + added, end, self._numbers, start)
         else:
             middle = middle.reshape(start.shape)
-            scale = fit_factor(attended, middle, self._numbers, start)
-            error = relative_error(start.float() + scale * attended.float(), middle)
-            error = max(error, relative_error(middle.float() + scale * added.float(), end))
-        if error > self._tolerance:
+            scale, error = fit_factor(attended, middle, self._numbers, start)
+            other, further = fit_factor(added, end, [scale], middle)
+            error = max(error, further) if other == scale else math.inf
+        if error > self._tolerance / 4:
             raise _refusal(f"{name}, which adds up its parts in another way")
         return scale
 
@@ -367,11 +367,17 @@ class _Reader:
         ways = [None, *(turn for turn in self._turns if turn.rope.width <= queries.shape[-1])]
         for turn in ways:
             made = (queries, keys) if turn is None else (turn(queries), turn(keys))
-            factors = [fit_factor(got.float(), want, self._numbers[:1]) for got, want in zip(made, right, strict=True)]
+            factors = [self._multiple(got, want) for got, want in zip(made, right, strict=True)]
             error = max(relative_error(m * f, r) for m, f, r in zip(made, factors, right, strict=True))
             if error < least:
                 least, best = error, (turn, *factors)
         return best
+
+    def _multiple(self, heads: Tensor, right: Tensor) -> float:
+        """Return what heads are multiplied by to be the right ones: 1 if that will do."""
+        if relative_error(heads, right) <= self._tolerance:
+            return 1.0
+        return float((heads.double() * right.double()).sum() / heads.double().square().sum())
 
     # MLPs
 
@@ -447,9 +453,8 @@ class _Reader:
         self._take(self._embedding, *(each for each in embedding.buffers() if each.numel() == 1))
         table, offset, added = self._positions(embedding, states)
         embedded = self._embedding.detach()[self._trace.token_ids].reshape(states.shape)
-        scale = fit_factor(embedded, states, self._numbers, added)
-        rest = 0.0 if added is None else added.float()
-        if relative_error(embedded.float() * scale + rest, states) > self._tolerance:
+        scale, error = fit_factor(embedded, states, self._numbers, added)
+        if error > self._tolerance / 4:
             raise _refusal("one that does more with embeddings than to scale them and to add positions")
         return dict(
             embedding=self._embedding.detach(),
@@ -482,14 +487,12 @@ class _Reader:
         if not same(read, states):
             raise _refusal("one that does more with the states of its last layer than to normalise them")
         cap = getattr(self._config, "final_logit_softcapping", None)
-        raw, logits = _rows(call.output), self._trace.logits
-        if cap is not None:  # the same limits for both, so that an arc tangent exists
-            logits = cap * torch.atanh((logits.float() / cap).clamp(-0.999, 0.999))
-        scale = fit_factor(raw, logits.to(raw.dtype), self._numbers)
-        got = raw.float() * scale
-        if cap is not None:
-            got, logits = torch.tanh(got / cap) * cap, self._trace.logits
-        if relative_error(got, logits) > self._tolerance:
+        raw, logits, scale = _rows(call.output), self._trace.logits, 1.0
+        if cap is None:
+            scale, error = fit_factor(raw, logits.to(raw.dtype), self._numbers)
+        else:
+            error = relative_error(torch.tanh(raw.float() / cap) * cap, logits)
+        if error > self._tolerance:
             raise _refusal("one that does more with logits than to scale and to cap them")
         return dict(norm=norm, head=self._linear(call), logit_scale=scale, logit_softcap=cap)
 

@@ -43,19 +43,28 @@ def numbers_of(config: Any, dtype: torch.dtype) -> list[float]:
     return [1.0, *given, *(value for value in rounded if math.isfinite(value) and value)]
 
 
-def fit_factor(states: Tensor, target: Tensor, numbers: list[float], rest: Tensor | None = None) -> float:
-    """Return the factor for which ``factor * states + rest`` is nearest to `target`: one of some numbers, or any."""
-    base = torch.zeros(()) if rest is None else rest.float()
+def fit_factor(states: Tensor, target: Tensor, numbers: list[float], rest: Tensor | None = None) -> tuple[float, float]:
+    """Return the factor for which ``factor * states + rest`` is `target`, and how far it is from that.
+
+    It is one of some numbers if one will do. Every element counts alike, whatever its size: a few of them may be so
+    large that in a sum of squares nothing else shows.
+    """
+    right = target.float().reshape(-1)
+    base = torch.zeros_like(right) if rest is None else rest.float().reshape(-1)
+    unit = right.abs() + base.abs()
+    unit += 1e-6 * unit.mean() + 1e-30
+    scaled, wanted = states.float().reshape(-1) / unit, (right - base) / unit
+    measured = float(wanted.double() @ scaled.double() / scaled.double().square().sum().clamp(min=1e-300))
 
     def error(factor: float) -> float:
-        scaled = (states.float() * factor).to(states.dtype).float() + base
-        return relative_error(scaled.to(target.dtype), target)
+        made = (states.float() * factor).to(states.dtype).float().reshape(-1) / unit
+        return float((made - wanted).square().mean().sqrt())
 
-    flat = states.double().reshape(-1)
-    measured = float((target.double() - base.double()).reshape(-1) @ flat / (flat @ flat).clamp(min=1e-300))
-    near = [number for number in numbers if abs(number - measured) <= 0.02 * abs(measured)] or numbers[:1]
+    near = [1.0, *(number for number in numbers if abs(number - measured) <= 0.1 * abs(measured))]
     best = min(near, key=error)
-    return best if error(best) <= TOLERANCE[target.dtype] else measured
+    if error(best) > min(TOLERANCE[target.dtype] / 4, 2 * error(measured) + 1e-6):
+        best = measured
+    return best, error(best)
 
 
 # Norms
@@ -71,8 +80,7 @@ def fit_norm(module: nn.Module, width: int, dtype: torch.dtype) -> Norm | None:
     if any(each is not None and each.shape != (width,) for each in (weight, bias)):
         return None
     names = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-    eps = next((getattr(module, name) for name in names if getattr(module, name, None) is not None), None)
-    eps = torch.finfo(dtype).eps if eps is None else float(eps)
+    said = [float(getattr(module, name)) for name in names if getattr(module, name, None) is not None]
     rows = torch.randn(2, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows[1] *= 1e-3
     rows += rows.abs().mean(1, keepdim=True) / 2  # the mean is not zero
@@ -85,7 +93,12 @@ def fit_norm(module: nn.Module, width: int, dtype: torch.dtype) -> Norm | None:
         return None
     scale = torch.ones(width) if weight is None else weight.detach().float()
     offset = None if bias is None else bias.detach().float()
-    found = [Norm(w, offset, eps, centred) for w in (scale, 1 + scale) for centred in (False, True)]
+    found = [
+        Norm(w, offset, eps, centred)
+        for eps in said or (1e-5, 1e-6, 1e-12, torch.finfo(dtype).eps)
+        for w in (scale, 1 + scale)
+        for centred in (False, True)
+    ]
     best = min(found, key=lambda norm: relative_error(normalised(norm, rows), right))
     if any(relative_error(normalised(best, rows)[row], right[row]) > TOLERANCE[dtype] for row in range(2)):
         return None
@@ -228,9 +241,7 @@ def fit_experts(call: Call, names: list[str]) -> tuple[Stack, Halves, str] | Non
     num_experts, top_k = len(stacks[0].ups), chosen.shape[-1]
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, hidden.shape[-1], generator=generator)
-    states[1] *= (
-        20 / (stacks[0].ups[-1].float() @ states[1] if len(stacks) == 1 else states[1] * 4).square().mean().sqrt()
-    )
+    states[1] *= 20 / max(float((stack.ups[-1].float() @ states[1]).square().mean().sqrt()) for stack in stacks)
     states = states.to(hidden.dtype)
     index = torch.stack([torch.arange(top_k), num_experts - 1 - torch.arange(top_k)])
     weights = torch.rand(2, top_k, generator=generator).to(hidden.dtype)
