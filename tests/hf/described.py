@@ -19,7 +19,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", _SMALL | {"use_sliding_window": True, "sliding_window": 6, "layer_types": _TYPES}),
     "qwen3": ("Qwen3", _SMALL | _HEADS),
     "smollm3": ("SmolLM3", _SMALL | {"no_rope_layers": [1, 0], "tie_word_embeddings": False}),
-    "gemma": ("Gemma", _SMALL | _HEADS),
+    "gemma": ("Gemma", _SMALL | _HEADS | {"hidden_size": 72}),  # whose root is another number in half precision
     "gemma2": (
         "Gemma2",
         _SMALL
@@ -90,6 +90,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", _SMALL | {"logit_scale": 0.4}),
     "glm4": ("Glm4", _SMALL | {"head_dim": 16, "attention_bias": True}),
     "nemotron": ("Nemotron", _SMALL),
+    "olmo": ("Olmo", _SMALL),
+    "exaone4": ("Exaone4", _SMALL | dict(sliding_window=6, layer_types=_TYPES)),
+    "gpt_bigcode": (
+        "GPTBigCode",
+        dict(vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, multi_query=True),
+    ),
+    "stablelm": ("StableLm", _SMALL | dict(use_parallel_residual=True, use_qkv_bias=True)),
+    "granitemoe": ("GraniteMoe", _SMALL | dict(num_local_experts=4, num_experts_per_tok=2)),
     "mixtral": ("Mixtral", _SMALL | dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": (
         "Qwen3Moe",
@@ -117,10 +125,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mla": (  # latent attention
+        "DeepseekV3",
+        _SMALL | dict(num_key_value_heads=4, kv_lora_rank=24, q_lora_rank=32, qk_rope_head_dim=8, v_head_dim=12),
+    ),
+    "other_limit": ("GptOss", FAMILIES["gpt_oss"][1] | {"swiglu_limit": 3.0}),
+    "other_alpha": ("GptOss", FAMILIES["gpt_oss"][1] | {"swiglu_alpha": 1.0}),
+    "clipped": ("Olmoe", FAMILIES["olmoe"][1] | {"clip_qkv": 0.5}),
+    "scaled_by_position": (
+        "Ministral3",
+        _SMALL
+        | dict(
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                llama_4_scaling_beta=0.1,
+            )
+        ),
+    ),
+    "shared_expert": (
+        "Qwen2Moe",
+        _SMALL
+        | dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48, shared_expert_intermediate_size=48),
+    ),
+    "norm_after_rope": ("HunYuanDenseV1", _SMALL | {"head_dim": 16}),
+    "other_activation": ("Llama", _SMALL | {"hidden_act": "mish"}),
+    "post_norm": ("OPT", FAMILIES["opt"][1] | {"do_layer_norm_before": False}),
+    "projected": ("OPT", FAMILIES["opt"][1] | {"word_embed_proj_dim": 32}),
+}
+
+
 @functools.cache
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return a model in which nothing is one or zero for want of training."""
-    stem, options = FAMILIES[name]
+    stem, options = (FAMILIES | REFUSED)[name]
     options = dict(options)
     config_class = options.pop("config_class", f"{stem}Config")
     model_class = options.pop("model_class", f"{stem}ForCausalLM")

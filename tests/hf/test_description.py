@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from tests.hf.described import FAMILIES, right_logits, text, tiny
+from tests.hf.described import FAMILIES, REFUSED, right_logits, text, tiny
 from tests.hf.models import build
 from tests.hf.plain_decoder import logits_of
 from torch import nn
@@ -26,12 +27,71 @@ def test_a_description_gives_the_logits_of_the_model(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "granite", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "granite", "gpt2", "gpt_neox", "qwen3_moe", "gpt_oss"])
 def test_a_description_in_half_precision(name, dtype):
+    """Rounding is the model's own matter: the twin, in float32, is the model in float32 with the same weights."""
     model = tiny(name, dtype)
     described = describe(model)
     assert described.embedding.dtype == described.layers[0].attention.query.weight.dtype == dtype
-    assert distance(logits_of(described, text()), right_logits(model, text())) < 0.05
+    got = logits_of(described, text())
+    assert distance(got, right_logits(model, text())) < 0.05
+    assert distance(got, right_logits(copy.deepcopy(model).float(), text())) < 1e-5
+
+
+def test_what_is_rounded_in_half_precision_is_described_as_rounded():
+    assert describe(tiny("gemma")).embedding_scale == pytest.approx(72**0.5, rel=1e-6)
+    assert describe(tiny("gemma", torch.bfloat16)).embedding_scale == 8.5
+
+
+def of_layers(part, **new):
+    """Return a change of a decoder: of all its layers, or of their attention or MLP."""
+
+    def change(decoder):
+        layers = []
+        for layer in decoder.layers:
+            whole = (
+                replace(layer, **new)
+                if part is None
+                else replace(layer, **{part: replace(getattr(layer, part), **new)})
+            )
+            layers.append(whole)
+        return replace(decoder, layers=layers)
+
+    return change
+
+
+def of_experts(decoder):
+    experts = [[replace(each, activation="silu") for each in layer.mlp.experts] for layer in decoder.layers]
+    mlps = [replace(layer.mlp, experts=each) for layer, each in zip(decoder.layers, experts, strict=True)]
+    return replace(decoder, layers=[replace(each, mlp=mlp) for each, mlp in zip(decoder.layers, mlps, strict=True)])
+
+
+MATTERS = {
+    "window": ("mistral", of_layers("attention", window=None)),
+    "softcap": ("gemma2", of_layers("attention", softcap=None)),
+    "logit_softcap": ("gemma2", lambda decoder: replace(decoder, logit_softcap=None)),
+    "scale": ("granite", of_layers("attention", scale=0.25)),
+    "embedding_scale": ("granite", lambda decoder: replace(decoder, embedding_scale=1.0)),
+    "residual_scale": ("granite", of_layers(None, residual_scale=1.0)),
+    "logit_scale": ("granite", lambda decoder: replace(decoder, logit_scale=1.0)),
+    "sinks": ("gpt_oss", of_layers("attention", sinks=None)),
+    "activation": ("gpt_oss", of_experts),
+    "is_renormalised": ("mixtral", of_layers("mlp", is_renormalised=False)),
+    "position_offset": ("opt", lambda decoder: replace(decoder, position_offset=0)),
+    "positions": ("gpt2", lambda decoder: replace(decoder, positions=None)),
+    "rope": ("llama", of_layers("attention", rope=None)),
+    "query_norm": ("qwen3", of_layers("attention", query_norm=None)),
+    "is_parallel": ("gpt_neox", of_layers(None, is_parallel=False)),
+    "attention_post_norm": ("gemma3", of_layers(None, attention_post_norm=None)),
+    "gelu": ("gpt2", of_layers("mlp", activation="gelu")),
+}
+
+
+@pytest.mark.parametrize("what", MATTERS)
+def test_what_is_described_matters(what):
+    name, change = MATTERS[what]
+    described = describe(tiny(name))
+    assert distance(logits_of(change(described), text()), logits_of(described, text())) > 2e-5
 
 
 def test_weights_are_used_in_place():
@@ -127,7 +187,7 @@ def parametrize(model):
     nn.utils.parametrizations.weight_norm(model.model.layers[0].mlp.down_proj)
 
 
-REFUSED = {
+PECULIAR = {
     "training": (lambda model: model.train(), "training"),
     "hook": (hook, "model.norm, a LlamaRMSNorm with hooks"),
     "forward": (replace_forward, "model.norm, a LlamaRMSNorm with hooks or a forward"),
@@ -137,14 +197,17 @@ REFUSED = {
     "buffer": (add_buffer, "layers.0.factor, which has no place"),
     "parametrised": (parametrize, "parametrised"),
     "float64": (lambda model: model.double(), "torch.float64"),
-    "mixed": (lambda model: model.lm_head.to(torch.bfloat16), ""),
+    "mixed": (lambda model: model.lm_head.to(torch.bfloat16), "cannot be traced"),
+    "axes": (lambda model: model.config.rope_parameters.update(mrope_section=[4, 2, 2]), "several axes"),
+    "quantised": (lambda model: setattr(model.config, "quantization_config", {"bits": 4}), "quantised"),
+    "cross": (lambda model: setattr(model.config, "add_cross_attention", True), "cross attention"),
     "meta": (lambda model: model.to("meta"), "meta"),
 }
 
 
-@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("what", PECULIAR)
 def test_what_is_not_plain_is_refused(what):
-    change, reason = REFUSED[what]
+    change, reason = PECULIAR[what]
     model = copy.deepcopy(tiny("llama"))
     change(model)
     with pytest.raises(InvalidOperation, match="model: expected a decoder of the usual pattern") as error:
@@ -160,12 +223,49 @@ def test_what_is_not_plain_is_refused(what):
         ("bloom", "aten.add.Tensor on the mask"),
         ("deepseek_v3", "self_attn"),
         ("gemma4", "on the mask"),
-        ("llama4", ""),
-        ("lfm2", ""),
-        ("falcon_h1", ""),
+        ("llama4", "causal or sliding-window mask"),
+        ("lfm2", "no list of layers with one attention each"),
+        ("falcon_h1", "MLP is not two factors"),
+        ("both_ways", "causal or sliding-window mask"),
     ],
 )
 def test_other_patterns_are_refused(name, reason):
     with pytest.raises(InvalidOperation, match="model: expected a decoder of the usual pattern") as error:
         describe(build(name))
     assert reason in str(error.value)
+
+
+REASONS = {
+    "mla": "whose projections are not queries, keys, values and an output",
+    "other_limit": "experts compute in another way",
+    "other_alpha": "experts compute in another way",
+    "clipped": "clips queries",
+    "scaled_by_position": "makes queries, keys and values in another way",
+    "shared_expert": "more than a router and experts",
+    "norm_after_rope": "makes queries, keys and values in another way",
+    "other_activation": "unknown activation",
+    "post_norm": "adds up its parts in another way",
+    "projected": "embeddings have another size",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_nearly_follows_the_pattern_is_refused(name):
+    with pytest.raises(InvalidOperation, match="model: expected a decoder of the usual pattern") as error:
+        describe(tiny(name))
+    assert REASONS[name] in str(error.value)
+
+
+def test_hooks_of_transformers_itself_are_no_reason():
+    model = copy.deepcopy(tiny("llama"))
+    model(text()[None], output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    describe(model)
+
+
+def test_tables_are_those_of_any_length():
+    rope = describe(tiny("gpt_oss")).layers[0].attention.rope
+    few, many = rope.tables(3), rope.tables(50)
+    assert all(table.dtype == torch.float32 and table.is_contiguous() for table in many)
+    assert all(torch.equal(one, other[:3]) for one, other in zip(few, many, strict=True))
+    assert float(few[0][0, 0]) > 1.1  # scaled for attention, as yarn is

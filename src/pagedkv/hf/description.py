@@ -116,8 +116,6 @@ def _require_plain_model(model: Any) -> None:
             raise _refusal(f"{what} with hooks or a forward() of its own")
         if hasattr(module, "parametrizations"):
             raise _refusal(f"{what} with parametrised weights")
-        if isinstance(module, (nn.Linear, Conv1D)) and type(module) not in (nn.Linear, Conv1D):
-            raise _refusal(f"{what}, not a plain Linear")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu" or parameter.dtype not in TOLERANCE:
             raise _refusal(f"{name} of {parameter.dtype} on {parameter.device}")
@@ -144,13 +142,17 @@ class _Reader:
         self._tolerance = TOLERANCE[self._dtype]
         self._numbers = numbers_of(self._config, self._dtype)
         self._used: list[tuple[int, int]] = []
+        self._text = "."
         limit = longest_text(model.config) or 1000
         places = sorted({0, 1, 2, 5, limit // 2, limit - 1})
         tokens = torch.linspace(1, len(self._embedding) - 1, len(places)).long()
         self._trace: Trace = trace(model, tokens, torch.tensor(places))
         self._calls = [call for call in self._trace.calls if isinstance(call, Call)]
+        self._called = {id(call.module) for call in self._calls}
         self._turns: list[Turn] = []
         for call in self._calls:
+            if isinstance(call.module, (nn.Linear, Conv1D)) and not _is_linear(call):
+                raise _refusal(f"{self._name(call.module)}, not a plain Linear")
             self._turns += turns_of(call, self._trace.positions)
 
     def decoder(self) -> Decoder:
@@ -182,6 +184,7 @@ class _Reader:
             if isinstance(module, nn.ModuleList) and len(module) == len(attended):
                 inside = [{id(each) for each in layer.modules()} for layer in module]
                 if all(id(each) in members for each, members in zip(attended, inside, strict=True)):
+                    self._text = f".{self._names[id(module)]}".rpartition(".")[0] + "."
                     return list(module)
         raise _refusal("one that has no list of layers with one attention each")
 
@@ -200,7 +203,12 @@ class _Reader:
                 self._used.append((each.data_ptr(), each.data_ptr() + each.numel() * each.element_size()))
 
     def _require_all_used(self) -> None:
+        """Refuse a model that holds more, but for what token ids never reach: encoders of images, say."""
         for name, held in [*self._model.named_parameters(), *self._model.named_buffers()]:
+            owner = name.rpartition(".")[0]
+            is_outside = not f".{name}".startswith(self._text)
+            if is_outside and id(self._model.get_submodule(owner)) not in self._called:
+                continue
             first, last = held.data_ptr(), held.data_ptr() + held.numel() * held.element_size()
             is_mask = not held.is_floating_point() or name.endswith("inv_freq")
             if not is_mask and first != last and not any(low <= first and last <= high for low, high in self._used):
@@ -431,7 +439,12 @@ class _Reader:
         if len(routers) != 1 or any(_is_linear(other) and other not in routers for other in calls):
             raise _refusal(f"{name}, whose mixture has more than a router and experts")
         router = self._router(routers[0])
-        logits = nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias)
+        logits, own = (
+            nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias),
+            routers[0].output,
+        )
+        if relative_error(own, logits) <= self._tolerance:
+            logits = own  # rounded as its softmax is
         is_renormalised = fit_router(logits, chosen, weights)
         if is_renormalised is None:
             raise _refusal(f"{name}, whose router is no softmax")
@@ -451,6 +464,8 @@ class _Reader:
         norm, states = self._before(self._calls, start)
         embedding = self._model.get_input_embeddings()
         self._take(self._embedding, *(each for each in embedding.buffers() if each.numel() == 1))
+        if states.shape[-1] != self._embedding.shape[-1]:
+            raise _refusal("one whose embeddings have another size than its layers")
         table, offset, added = self._positions(embedding, states)
         embedded = self._embedding.detach()[self._trace.token_ids].reshape(states.shape)
         scale, error = fit_factor(embedded, states, self._numbers, added)
