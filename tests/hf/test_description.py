@@ -256,6 +256,22 @@ def test_what_nearly_follows_the_pattern_is_refused(name):
     assert REASONS[name] in str(error.value)
 
 
+def test_norms_may_stay_in_float32():
+    model = copy.deepcopy(tiny("gpt_oss", torch.bfloat16))
+    for name, module in model.named_modules():
+        if "norm" in name:
+            module.float()
+    described = describe(model)
+    assert described.norm.weight.data_ptr() == model.model.norm.weight.data_ptr()
+    assert distance(logits_of(described, text()), right_logits(copy.deepcopy(model).float(), text())) < 1e-5
+
+
+def test_an_encoder_that_token_ids_never_reach_is_left_aside():
+    model = copy.deepcopy(tiny("llama"))
+    model.encoder = nn.Linear(3, 3).eval()
+    assert distance(logits_of(describe(model), text()), right_logits(model, text())) < 1e-5
+
+
 def test_hooks_of_transformers_itself_are_no_reason():
     model = copy.deepcopy(tiny("llama"))
     model(text()[None], output_hidden_states=True)

@@ -23,7 +23,6 @@ from pagedkv.hf.compat import Conv1D, has_changing_rope, is_hooked, longest_text
 from pagedkv.hf.fitting import (
     TOLERANCE,
     Halves,
-    Stack,
     Turn,
     activated,
     fit_experts,
@@ -310,7 +309,7 @@ class _Reader:
         outputs = [call for call in linears if calls.index(call) > place]
         if not inputs or len(outputs) != 1 or not all(same(call.input, inputs[0].input) for call in inputs):
             raise _refusal(f"{name}, whose projections are not queries, keys, values and an output")
-        if relative_error(outputs[0].input, asked.output) > self._tolerance:
+        if relative_error(outputs[0].input, asked.output):
             raise _refusal(f"{name}, which does more with what it attended to than to project it")
         norms = [call for call in calls[:place] if _may_be_norm(call)]
         parts = self._projections(name, inputs, norms, asked)
@@ -429,26 +428,20 @@ class _Reader:
         self._take(*_own_parameters(call))
         if stack.ups.stride(2) != 1:  # it stands transposed
             stack = replace(stack, ups=stack.ups.contiguous(), downs=stack.downs.contiguous())
-        num_experts, given = len(stack.ups), [*call.args, *call.kwargs.values()]
-        chosen = next(each for each in given if torch.is_tensor(each) and not each.is_floating_point())
-        weights = next(
-            (each for each in given if torch.is_tensor(each) and each.shape == chosen.shape and each is not chosen),
-            chosen,
-        )
+        num_experts, given = len(stack.ups), [each for each in call.given if torch.is_tensor(each)]
+        chosen = next(each for each in given if not each.is_floating_point())
+        weights = next((each for each in given if each.shape == chosen.shape and each is not chosen), chosen)
         routers = [other for other in calls if _routes(other, call, num_experts)]
         if len(routers) != 1 or any(_is_linear(other) and other not in routers for other in calls):
             raise _refusal(f"{name}, whose mixture has more than a router and experts")
         router = self._router(routers[0])
-        logits, own = (
-            nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias),
-            routers[0].output,
-        )
-        if relative_error(own, logits) <= self._tolerance:
-            logits = own  # rounded as its softmax is
-        is_renormalised = fit_router(logits, chosen, weights)
+        logits = nn.functional.linear(_rows(call.input).float(), router.weight.float(), router.bias)
+        if relative_error(routers[0].output, logits) <= self._tolerance:
+            logits = routers[0].output  # rounded as its softmax is
+        is_renormalised = fit_router(logits, chosen, weights, self._tolerance)
         if is_renormalised is None:
             raise _refusal(f"{name}, whose router is no softmax")
-        experts = [_expert(stack, number, rows, activation) for number in range(num_experts)]
+        experts = [stack.mlp(number, rows, activation) for number in range(num_experts)]
         return _Branch(Experts(router, experts, chosen.shape[1], is_renormalised), call.input, call.output)
 
     def _router(self, call: Call) -> Linear:
@@ -529,17 +522,6 @@ def _routes(call: Call, experts: Call, num_experts: int) -> bool:
         and call.input is not None
         and same(call.input, experts.input)
     )
-
-
-def _expert(stack: Stack, number: int, rows: Halves, activation: str) -> Mlp:
-    ups = stack.ups[number], None if stack.up_bias is None else stack.up_bias[number]
-    down = Linear(stack.downs[number], None if stack.down_bias is None else stack.down_bias[number])
-    up, gate = (
-        None if part is None else Linear(ups[0][part], None if ups[1] is None else ups[1][part])
-        for part in (rows.up, rows.gate)
-    )
-    assert up is not None
-    return Mlp(up, down, gate, activation)
 
 
 def _plain_leaves(calls: list[Call]) -> list[nn.Module]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pagedkv.data.decoder import Norm, Rope
+from pagedkv.data.decoder import Linear, Mlp, Norm, Rope
 from pagedkv.hf.tracing import Call
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -141,7 +141,7 @@ def activated(name: str, up: Tensor, gate: Tensor | None) -> Tensor:
 
 def known_activations(modules: Iterable[nn.Module]) -> list[str]:
     """Return the activations that some modules are, in float32, where the like of gelu can be told apart; else all."""
-    grid = torch.linspace(-6, 6, 97)
+    grid = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-50.0, -15.0, 15.0, 50.0])])
     names = []
     for module in modules:
         try:
@@ -150,7 +150,7 @@ def known_activations(modules: Iterable[nn.Module]) -> list[str]:
         except Exception:  # no function of numbers
             continue
         if isinstance(got, Tensor) and got.shape == grid.shape:
-            names += [name for name, rule in ACTIVATIONS.items() if relative_error(got, rule(grid)) < 1e-5]
+            names += [name for name, rule in ACTIVATIONS.items() if torch.allclose(got, rule(grid), 1e-5, 1e-5)]
     return names or [*ACTIVATIONS, "swiglu_oai"]
 
 
@@ -199,13 +199,15 @@ class Stack:
     up_bias: Tensor | None
     down_bias: Tensor | None
 
-    def expert(self, number: int, states: Tensor, rows: Halves, activation: str) -> Tensor:
-        """Return what an expert makes of some states, in float32."""
-        factors = states.float() @ self.ups[number].float().T
-        factors = factors if self.up_bias is None else factors + self.up_bias[number]
-        gate = None if rows.gate is None else factors[..., rows.gate]
-        out = activated(activation, factors[..., rows.up], gate) @ self.downs[number].float().T
-        return out if self.down_bias is None else out + self.down_bias[number]
+    def mlp(self, number: int, rows: Halves, activation: str) -> Mlp:
+        """Return one expert."""
+
+        def part(weight: Tensor, bias: Tensor | None, rows: slice) -> Linear:
+            return Linear(weight[number, rows], None if bias is None else bias[number, rows])
+
+        gate = None if rows.gate is None else part(self.ups, self.up_bias, rows.gate)
+        up, down = part(self.ups, self.up_bias, rows.up), part(self.downs, self.down_bias, slice(None))
+        return Mlp(up, down, gate, activation)
 
 
 def stacks_of(module: nn.Module, hidden_size: int) -> list[Stack]:
@@ -233,8 +235,7 @@ def fit_experts(call: Call, names: list[str]) -> tuple[Stack, Halves, str] | Non
     They are asked about large numbers, too, where factors that are cut off show.
     """
     hidden, module = call.input, call.module
-    given = [*call.args, *call.kwargs.values()]
-    chosen = next((each for each in given if torch.is_tensor(each) and not each.is_floating_point()), None)
+    chosen = next((each for each in call.given if torch.is_tensor(each) and not each.is_floating_point()), None)
     stacks = [] if hidden is None else stacks_of(module, hidden.shape[-1])
     if not stacks or hidden is None or chosen is None:
         return None
@@ -244,29 +245,40 @@ def fit_experts(call: Call, names: list[str]) -> tuple[Stack, Halves, str] | Non
     states[1] *= 20 / max(float((stack.ups[-1].float() @ states[1]).square().mean().sqrt()) for stack in stacks)
     states = states.to(hidden.dtype)
     index = torch.stack([torch.arange(top_k), num_experts - 1 - torch.arange(top_k)])
-    weights = torch.rand(2, top_k, generator=generator).to(hidden.dtype)
+    weights = torch.zeros(2, top_k)
+    weights[:, 0] = 0.75  # the others count for nothing: two experts are enough
 
     def renewed(each: Any) -> Any:
         if not torch.is_tensor(each):
             return each
-        return states if each is hidden else weights if each.is_floating_point() else index.to(each.dtype)
+        return (
+            states if each is hidden else weights.to(each.dtype) if each.is_floating_point() else index.to(each.dtype)
+        )
 
     right = module(*map(renewed, call.args), **{name: renewed(each) for name, each in call.kwargs.items()})
     best, least = None, TOLERANCE[hidden.dtype]
     for stack in stacks:
+        experts = [stack.mlp(number, Halves(slice(None)), "") for number in (0, num_experts - 1)]
+        factors = [_product(mlp.up, row) for mlp, row in zip(experts, states, strict=True)]
+        downs = [Linear(mlp.down.weight.float(), mlp.down.bias) for mlp in experts]
         for rows in halves(stack.ups.shape[1], stack.downs.shape[2]):
             for name in ways_to_activate(rows, names):
-                errors = []
-                for row, experts in enumerate(index.tolist()):
-                    parts = [stack.expert(expert, states[row], rows, name) for expert in experts]
-                    made = sum(part * weight for part, weight in zip(parts, weights[row].float(), strict=True))
-                    errors.append(relative_error(torch.as_tensor(made), right[row]))
-                if max(errors) < least:
-                    best, least = (stack, rows, name), max(errors)
+                made = [
+                    _product(down, activated(name, each[rows.up], None if rows.gate is None else each[rows.gate]))
+                    for down, each in zip(downs, factors, strict=True)
+                ]
+                error = max(relative_error(0.75 * got, want) for got, want in zip(made, right, strict=True))
+                if error < least:
+                    best, least = (stack, rows, name), error
     return best
 
 
-def fit_router(logits: Tensor, chosen: Tensor, weights: Tensor) -> bool | None:
+def _product(linear: Linear, states: Tensor) -> Tensor:
+    """Return what a linear layer makes of some states, in float32."""
+    return F.linear(states.float(), linear.weight.float(), linear.bias)
+
+
+def fit_router(logits: Tensor, chosen: Tensor, weights: Tensor, tolerance: float) -> bool | None:
     """Return whether the weights of the chosen experts add up to 1; None if they are no part of a softmax.
 
     Parameters
@@ -274,8 +286,9 @@ def fit_router(logits: Tensor, chosen: Tensor, weights: Tensor) -> bool | None:
     logits : Tensor [num_tokens, num_experts]
     chosen : int64 Tensor [num_tokens, top_k]
     weights : Tensor [num_tokens, top_k]
+    tolerance : float
+        How far they may be off, in relation to their size.
     """
-    tolerance = TOLERANCE[weights.dtype]
     picked = logits.float().gather(1, chosen)
     greatest = logits.float().topk(chosen.shape[1]).values
     if relative_error(picked.sort(descending=True).values, greatest) > tolerance:

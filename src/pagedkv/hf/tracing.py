@@ -36,9 +36,14 @@ class Call:
     returned: Any
 
     @property
+    def given(self) -> list[Any]:
+        """All that it got."""
+        return [*self.args, *self.kwargs.values()]
+
+    @property
     def input(self) -> Tensor | None:
         """The first tensor that it got."""
-        return next((each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor)), None)
+        return next((each for each in self.given if isinstance(each, Tensor)), None)
 
     @property
     def output(self) -> Tensor | None:
