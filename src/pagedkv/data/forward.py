@@ -138,10 +138,14 @@ class Program:
         for number, layer in enumerate(decoder.layers):
             self._layer(number, layer)
         self._norm(decoder.norm, self._x, self._h, picked=True)
-        scale, softcap = decoder.logit_scale, decoder.logit_softcap or 0.0
         vocabulary = len(decoder.head.weight)
         self._phase()
-        self._linear(decoder.head, self._h, _Buffer(-1, vocabulary), scale=scale, softcap=softcap, rows=1)
+        logits = _Buffer(-1, vocabulary)
+        self._linear(decoder.head, self._h, logits, scale=decoder.logit_scale, rows=kernels.PICKED)
+        if decoder.logit_softcap is not None:
+            self._phase()
+            fields = {"size_out": vocabulary, "softcap": decoder.logit_softcap, "rows": kernels.PICKED}
+            self._add(kernels.CAP, logits, logits, **fields)
 
     # --- operations ----------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from pagedkv.data.simd import (
     fetch_add,
     fma,
     load,
+    load_fours,
     load_part,
     maximum,
     mul,
@@ -32,8 +33,10 @@ from pagedkv.data.simd import (
     sigmoid,
     splat,
     store,
+    store_fours,
     store_narrowed,
     sub,
+    take,
     tanh,
     zeros,
 )
@@ -44,7 +47,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE, ROUTE, EXPERTS, COMBINE = range(9)
+EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE, ROUTE, EXPERTS, COMBINE, CAP = range(10)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
@@ -262,6 +265,8 @@ def run_program(
                         _heads(operation, begin, end, positions, slots, floats, constants, angles, memory, block_size)
                     elif operation.code == ACTIVATE:
                         _activate(operation, begin, end, floats, acts)
+                    elif operation.code == CAP:
+                        _cap(operation, begin, end, floats, logits)
                     elif operation.code == COMBINE:
                         _combine(operation, begin, end, floats, routes, shares)
                     else:
@@ -454,15 +459,57 @@ def _put(
     scratch: Floats,
 ) -> None:
     """Write the sums of a tile, with what belongs to each output."""
+    if width < TILE_COLUMNS:
+        _put_part(operation, bias, height, column, width, to, constants, floats, scratch)
+        return
+    # Fewer rows than four stand in the lanes of the others, too.
+    apart = operation.target_width
+    second = to + apart if height > 1 else to
+    places = (to, second, to + 2 * apart, to + (height - 1) * apart) if height > 2 else (to, second, to, second)
+    value = load(scratch, 0)
+    if operation.factor >= 0:
+        at = operation.factor + column
+        value = mul(value, load_fours(constants, (at, at, at, at)))
+    if bias >= 0:
+        at = bias + column
+        value = add(value, load_fours(constants, (at, at, at, at)))
+    if operation.scale != 1:
+        value = mul(value, splat(operation.scale))
+    if operation.goes == ADDED:
+        value = add(value, load_fours(floats, places))
+    store_fours(floats, places, value)
+
+
+@called
+def _put_part(
+    operation: Any,
+    bias: int,
+    height: int,
+    column: int,
+    width: int,
+    to: int,
+    constants: Floats,
+    floats: Floats,
+    scratch: Floats,
+) -> None:
+    """Write the sums of a tile of fewer outputs than four."""
     for j in range(width):
         factor = constants[operation.factor + column + j] if operation.factor >= 0 else np.float32(1)
         more = constants[bias + column + j] if bias >= 0 else np.float32(0)
         for i in range(height):
             number = (scratch[i * TILE_COLUMNS + j] * factor + more) * operation.scale
-            if operation.softcap > 0:
-                number = operation.softcap * np.float32(math.tanh(number / operation.softcap))
             place = to + i * operation.target_width + j
             put(floats, place, number + floats[place] if operation.goes == ADDED else number)
+
+
+@called
+def _cap(operation: Any, begin: int, end: int, floats: Floats, logits: int) -> None:
+    """Soft-cap logits."""
+    for row in range(begin, end):
+        at = logits + row * operation.target_width
+        for i in range(operation.size_out):
+            number = take(floats, at + i) / operation.softcap
+            put(floats, at + i, operation.softcap * np.float32(math.tanh(number)))
 
 
 # A mixture of experts: pairs of a token and an expert, sorted by expert, so that each expert's weights are read once.

@@ -699,6 +699,12 @@ def give_way() -> None:
     time.sleep(0)
 
 
+@_at_index(lambda builder, dtype, address: builder.load(address), types.float32)
+def take(array: Array, index: int) -> Any:
+    """Return ``array[index]``, float32; the index may be negative, and is no wrap."""
+    return array[index]
+
+
 def _write_scalar(builder: Any, dtype: Any, address: Any, number: Any) -> None:
     builder.store(_narrowed_to(builder, dtype, number), address)
 
@@ -707,3 +713,54 @@ def _write_scalar(builder: Any, dtype: Any, address: Any, number: Any) -> None:
 def put(array: Array, index: int, number: float | np.floating[Any]) -> None:
     """Write one float32 to ``array[index]``, narrowed as by `narrowed`; the index may be negative, and is no wrap."""
     array[index] = narrowed(number, array)
+
+
+# Four rows of four numbers, as a tile of sums has them.
+
+_FOUR = ir.VectorType(FLOAT, LANES // 4)
+
+
+def _of_array(build: Build, result: Any, *others: Any) -> Callable[[Function], Function]:
+    """Compile a function of an array, places in it and more to ``build(builder, addresses, *more)``."""
+
+    def typing(array: Any, places: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = context.make_array(array)(context, builder, args[0]).data
+            at = cgutils.unpack_tuple(builder, args[1])
+            addresses = [builder.bitcast(builder.gep(data, [place]), _FOUR.as_pointer()) for place in at]
+            built = build(builder, addresses, *args[2:])
+            return context.get_dummy_value() if result == types.void else built
+
+        return result(array, places, *others), generate
+
+    return _typed(typing)
+
+
+def _read_fours(builder: Any, addresses: Any) -> Any:
+    parts = []
+    for address in addresses:
+        part = builder.load(address)
+        part.align = 4
+        parts.append(part)
+    while len(parts) > 1:
+        size = 2 * parts[0].type.count
+        parts = [_shuffled(builder, x, y, range(size)) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def _write_fours(builder: Any, addresses: Any, value: Any) -> None:
+    for i, address in enumerate(addresses):
+        builder.store(_shuffled(builder, value, value, range(4 * i, 4 * i + 4)), address).align = 4
+
+
+@_of_array(_read_fours, lanes)
+def load_fours(array: Array, places: tuple[int, int, int, int]) -> Lanes:
+    """Return four numbers, float32, from each of four places."""
+    return np.concatenate([array[place : place + 4] for place in places])
+
+
+@_of_array(_write_fours, types.void, lanes)
+def store_fours(array: Array, places: tuple[int, int, int, int], value: Lanes) -> None:
+    """Write four lanes, float32, to each of four places, one after the other."""
+    for i, place in enumerate(places):
+        array[place : place + 4] = value[4 * i : 4 * i + 4]
