@@ -37,6 +37,7 @@ NAMES = (
     "curves",
     "replay",
     "engine",
+    "overhead",
     "serving",
     "fairness",
     "tiers",

@@ -142,6 +142,23 @@ async def test_who_does_not_read_at_all_loses_the_request() -> None:
     assert [call.ended for call in engine.calls] == ["aborted"] and inner.state.server.admission.inside == 0
 
 
+@pytest.mark.parametrize("full", [True, False])
+async def test_only_a_client_whose_buffer_is_full_is_timed(full: bool) -> None:
+    taken: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start"})
+
+    async def take(message: Any) -> None:
+        await asyncio.sleep(0.2)
+        taken.append(message["type"])
+
+    timed = SlowReaders(app, 0.02)
+    scope = {"type": "http", "pagedkv.may_wait": lambda: full}
+    await timed(scope, take, take)
+    assert taken == ([] if full else ["http.response.start"])
+
+
 async def test_a_server_that_drains_takes_nothing_new_and_says_so() -> None:
     engine = FakeEngine(delay=0.01)
     async with client_of(engine) as client:

@@ -27,7 +27,7 @@ import pagedkv.server.run as server_run
 from pagedkv.server import ServerConfig, create_app
 from pagedkv.server.app import ROUTERS
 from pagedkv.server.background import quiet_collections
-from pagedkv.server.connections import AT_ONCE, Connections
+from pagedkv.server.connections import AT_ONCE, Connections, ConnectionsInUse
 from pagedkv.server.generation import Generation
 
 pytestmark = pytest.mark.anyio
@@ -265,6 +265,22 @@ def test_many_connections_are_taken_in_one_turn_and_the_port_is_free_at_the_end(
         worker.join(30)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(address, timeout=10)
+
+
+async def test_a_request_is_told_whether_the_buffer_of_its_connection_is_full() -> None:
+    protocol: Any = Connections(10, 60).protocol_around(asyncio.Protocol)(app_state={})
+    protocol.connection_made(Wire())
+    seen: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        for change in (protocol.pause_writing, protocol.resume_writing):
+            seen.append(scope["pagedkv.may_wait"]())
+            change()
+            seen.append(scope["pagedkv.may_wait"]())
+
+    await ConnectionsInUse(app)({"type": "http", "state": {"pagedkv.connection": protocol}}, app, app)
+    assert seen == [False, True, True, False]
+    protocol.connection_lost(None)
 
 
 async def test_a_connection_that_says_nothing_has_no_http_protocol() -> None:

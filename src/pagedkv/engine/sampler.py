@@ -294,29 +294,30 @@ class Sampler:
         if all(work):
             tokens = _worked(logits, best, tokens, rows)
         elif any(work):
-            places = torch.as_tensor(np.flatnonzero(work), device=logits.device)
-            few = places.cpu().numpy()
-            tokens[few] = _worked(logits[places], best[places], tokens[few], list(compress(rows, work)))
+            few = np.flatnonzero(work)
+            chosen = logits[torch.as_tensor(few, device=logits.device)]
+            tokens[few] = _worked(chosen, best[few], tokens[few], list(compress(rows, work)))
         return SampleResult(tokens, _logprobs(logits, rows, tokens))
 
 
-def _likeliest(logits: Tensor) -> tuple[Tensor, Ids, bool]:
+def _likeliest(logits: Tensor) -> tuple[Logits, Ids, bool]:
     """Return the highest logit of each row, the lowest id that has it, and whether all of them are finite."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
-        best, chosen = logits.max(dim=-1)
-        return best, chosen.cpu().numpy(), bool(torch.isfinite(best).all())
+        values, chosen = logits.max(dim=-1)
+        best: Logits = values.to("cpu", torch.float32).numpy()
+        return best, chosen.cpu().numpy(), bool(np.isfinite(best).all())
     arrays = logits.contiguous().numpy()
-    highest, tokens = np.empty(len(arrays), np.float32), np.empty(len(arrays), np.int64)
-    finite = likeliest(arrays, arrays.view(np.int32), highest, highest.view(np.int32), tokens)
-    return torch.from_numpy(highest), tokens, finite
+    best, tokens = np.empty(len(arrays), np.float32), np.empty(len(arrays), np.int64)
+    finite = likeliest(arrays, arrays.view(np.int32), best, best.view(np.int32), tokens)
+    return best, tokens, finite
 
 
-def _not_finite(best: Tensor, rows: Sequence[SampleRow]) -> InvalidLogits:
-    bad = (~torch.isfinite(best)).nonzero()[:, 0].tolist()
+def _not_finite(best: Logits, rows: Sequence[SampleRow]) -> InvalidLogits:
+    bad = np.flatnonzero(~np.isfinite(best)).tolist()
     return InvalidLogits(tuple(dict.fromkeys(rows[place].request_id for place in bad)))
 
 
-def _worked(logits: Tensor, best: Tensor, tokens: Ids, rows: Sequence[SampleRow]) -> Ids:
+def _worked(logits: Tensor, best: Logits, tokens: Ids, rows: Sequence[SampleRow]) -> Ids:
     """Choose tokens for rows that are more than an argmax of raw logits; `best` and `tokens` are of these."""
     if any(row.shapes for row in rows):
         logits = logits.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
@@ -325,15 +326,14 @@ def _worked(logits: Tensor, best: Tensor, tokens: Ids, rows: Sequence[SampleRow]
             if row.shapes:
                 row.shape(arrays[place])
         best, chosen, _ = _likeliest(logits)
-        tokens = np.where(np.isneginf(best.numpy()), tokens, chosen)
-    highest: Logits = best.to("cpu", torch.float32).numpy()
-    chance = np.array([not row.params.greedy for row in rows]) & ~np.isneginf(highest)
+        tokens = np.where(np.isneginf(best), tokens, chosen)
+    chance = np.array([not row.params.greedy for row in rows]) & ~np.isneginf(best)
     if chance.any():
         logits = logits.to("cpu", torch.float32).contiguous()
         places = np.flatnonzero(chance)
         if len(places) < len(rows):
-            logits, highest, rows = logits[torch.as_tensor(places)], highest[places], list(compress(rows, chance))
-        tokens[places] = _drawn(logits, highest, rows)
+            logits, best, rows = logits[torch.as_tensor(places)], best[places], list(compress(rows, chance))
+        tokens[places] = _drawn(logits, best, rows)
     return tokens
 
 
