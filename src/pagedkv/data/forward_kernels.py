@@ -41,7 +41,7 @@ from pagedkv.data.simd import (
     zeros,
 )
 from pagedkv.data.team import wait_until
-from pagedkv.jit import called, compiled, inlined
+from pagedkv.jit import borrowed, called, compiled, inlined
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -175,6 +175,26 @@ def run_program(
     routes, shares : int64 and float32 arrays
         Room for what `_route` finds.
     """
+    counters = borrowed(counters)
+    phases = borrowed(phases)
+    operations = borrowed(operations)
+    ids = borrowed(ids)
+    positions = borrowed(positions)
+    slots = borrowed(slots)
+    picked = borrowed(picked)
+    weights = borrowed(weights)
+    constants = borrowed(constants)
+    angles = borrowed(angles)
+    floats = borrowed(floats)
+    acts = borrowed(acts)
+    memory = borrowed(memory)
+    set_counters = borrowed(set_counters)
+    partials = borrowed(partials)
+    block_tables = borrowed(block_tables)
+    holes = borrowed(holes)
+    places = borrowed(places)
+    routes = borrowed(routes)
+    shares = borrowed(shares)
     scratch = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
     for phase in range(len(phases) - 1):
         line = phase * LINE
@@ -316,6 +336,11 @@ def _embed(
     operation: Any, begin: int, end: int, ids: Ints, positions: Ints, weights: Array, constants: Floats, floats: Floats
 ) -> None:
     """Write the embeddings of tokens, scaled, and add learned positions."""
+    ids = borrowed(ids)
+    positions = borrowed(positions)
+    weights = borrowed(weights)
+    constants = borrowed(constants)
+    floats = borrowed(floats)
     size = operation.size_out
     for row in range(begin, end):
         at = operation.weight + ids[row] * operation.row_stride
@@ -366,6 +391,10 @@ def _moments(floats: Floats, at: int, size: int, is_centred: int, eps: float) ->
 @called
 def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, constants: Floats, acts: Array) -> None:
     """Normalise rows, or only hand them on where the operation has no function."""
+    picked = borrowed(picked)
+    floats = borrowed(floats)
+    constants = borrowed(constants)
+    acts = borrowed(acts)
     size = operation.size_out
     for row in range(begin, end):
         at = operation.source + (picked[row] if operation.picked else row) * operation.source_width
@@ -406,6 +435,12 @@ def _linear(
     scratch: Floats,
 ) -> None:
     """Multiply a block of rows, of those from the first on, by a block of weights."""
+    acts = borrowed(acts)
+    weights = borrowed(weights)
+    constants = borrowed(constants)
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    scratch = borrowed(scratch)
     if rows <= FEW_ROWS:
         first_row, last_row, width = first, first + rows, operation.columns
         first_column = item * width
@@ -493,6 +528,9 @@ def _put_part(
     scratch: Floats,
 ) -> None:
     """Write the sums of a tile of fewer outputs than four."""
+    constants = borrowed(constants)
+    floats = borrowed(floats)
+    scratch = borrowed(scratch)
     for j in range(width):
         factor = constants[operation.factor + column + j] if operation.factor >= 0 else np.float32(1)
         more = constants[bias + column + j] if bias >= 0 else np.float32(0)
@@ -505,6 +543,7 @@ def _put_part(
 @called
 def _cap(operation: Any, begin: int, end: int, floats: Floats, logits: int) -> None:
     """Soft-cap logits."""
+    floats = borrowed(floats)
     for row in range(begin, end):
         at = logits + row * operation.target_width
         for i in range(operation.size_out):
@@ -533,6 +572,9 @@ def _expert_of(operation: Any, item: int, routes: Ints) -> tuple[int, int]:
 @called
 def _route(operation: Any, rows: int, floats: Floats, routes: Ints, shares: Floats) -> None:
     """Choose the experts of all tokens; ``shares`` are the weights of the pairs of each token."""
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    shares = borrowed(shares)
     num_experts, top_k = operation.num_experts, operation.top_k
     by_token = num_experts + 1 + rows * top_k
     routes[: num_experts + 1] = 0
@@ -578,6 +620,9 @@ def _route(operation: Any, rows: int, floats: Floats, routes: Ints, shares: Floa
 @called
 def _combine(operation: Any, begin: int, end: int, floats: Floats, routes: Ints, shares: Floats) -> None:
     """Sum up what the experts of each token gave."""
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    shares = borrowed(shares)
     top_k, size = operation.top_k, operation.size_out
     num_pairs = routes[operation.num_experts]
     for row in range(begin, end):
@@ -596,6 +641,8 @@ def _combine(operation: Any, begin: int, end: int, floats: Floats, routes: Ints,
 @called
 def _normalised(floats: Floats, at: int, size: int, norm: int, bias: int, operation: Any, constants: Floats) -> None:
     """Normalise the elements of one head, or of all heads of a token, in their place."""
+    floats = borrowed(floats)
+    constants = borrowed(constants)
     mean, factor = _moments(floats, at, size, operation.is_centred, operation.eps)
     for i in range(size):
         more = constants[bias + i] if bias >= 0 else np.float32(0)
@@ -629,6 +676,12 @@ def _heads(
     block_size: int,
 ) -> None:
     """Normalise and turn queries and keys in their place, and write keys and values to their slots."""
+    positions = borrowed(positions)
+    slots = borrowed(slots)
+    floats = borrowed(floats)
+    constants = borrowed(constants)
+    angles = borrowed(angles)
+    memory = borrowed(memory)
     dim, v_dim = operation.head_dim, operation.v_head_dim
     query_size, key_size = operation.num_q_heads * dim, operation.num_kv_heads * dim
     for row in range(begin, end):
@@ -690,6 +743,8 @@ def _minimum(x: Any, bound: float) -> Any:
 @called
 def _activate(operation: Any, begin: int, end: int, floats: Floats, acts: Array) -> None:
     """Apply the activation; with a gate, which stands behind the other factor, multiply by it."""
+    floats = borrowed(floats)
+    acts = borrowed(acts)
     size = operation.size_out
     for row in range(begin, end):
         at = operation.source + row * operation.source_width
