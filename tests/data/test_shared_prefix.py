@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagedkv.data.attention import paged_attention
-from pagedkv.data.cpu_plan import ITEM, MOST_QUERIES, PIECE, SPLIT, Rules, Shape, plan_items
+from pagedkv.data.cpu_plan import ITEM, PIECE, SPLIT, Rules, Shape, plan_items
 from pagedkv.data.quantised import GREATEST
 
 NUM_BLOCKS, HEADS = 400, 2
@@ -66,7 +66,7 @@ def check(batch: dict[str, np.ndarray], dtype: torch.dtype, block_size: int, gro
 
 def items_of(batch: dict[str, np.ndarray], block_size: int = 16, group: int = 1) -> Any:
     rules = Rules(np.float32(1), np.float32(0), True, 1 << 40)
-    plan = plan_items(*batch.values(), MOST_QUERIES, rules, Shape(block_size, HEADS, group, 16, 16, 4))
+    plan = plan_items(*batch.values(), rules, Shape(block_size, HEADS, group, 16, 16, 4))
     items = plan.items
     return [
         (sorted(plan.pieces[plan.members[a : a + n], PIECE.sequence].tolist()), start, end, num_before)

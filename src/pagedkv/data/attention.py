@@ -17,7 +17,7 @@ from pagedkv.validate import require_choice
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu:attend",
-    "cpu_invariant": "pagedkv.data.cpu:attend_batch_invariant",
+    "cpu_invariant": "pagedkv.data.cpu:attend",
     "flashinfer": "pagedkv.data.gpu_flashinfer:attend",
     "reference": "pagedkv.data.reference:attend",
     "triton": "pagedkv.data.gpu:attend",

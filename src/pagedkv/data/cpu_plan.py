@@ -139,17 +139,16 @@ def plan_items(
     seq_lens: Array,
     cu_seqlens_q: Array,
     holes: Array,
-    most_queries: int,
     rules: Rules,
     shape: Shape,
 ) -> Plan:
-    """Plan for the sequences of at most ``most_queries`` query tokens.
+    """Plan for all sequences.
 
     A sequence that is cut into pieces has work enough for all threads: each of them is one item, without partials. Else
     each split of a sequence is an item; and where sequences begin with the same blocks, their rows are scored against
     them together.
     """
-    pieces, num_partials = _cut(seq_lens, cu_seqlens_q, most_queries, rules, shape)
+    pieces, num_partials = _cut(seq_lens, cu_seqlens_q, rules, shape)
     most_items, most_quads, num_positions = 0, 0, 0
     for p in range(len(pieces)):
         # At most one for each tile.
@@ -203,18 +202,15 @@ def _put(
 
 
 @called
-def _cut(seq_lens: Array, cu_seqlens_q: Array, most_queries: int, rules: Rules, shape: Shape) -> tuple[Ints, int]:
+def _cut(seq_lens: Array, cu_seqlens_q: Array, rules: Rules, shape: Shape) -> tuple[Ints, int]:
     """Return the pieces of all sequences, nothing shared as yet, and how many partials they need."""
     count = 0
     for i in range(len(seq_lens)):
         num_queries = int(cu_seqlens_q[i + 1] - cu_seqlens_q[i])
-        if num_queries <= most_queries:
-            count += (num_queries + MOST_QUERIES - 1) // MOST_QUERIES
+        count += (num_queries + MOST_QUERIES - 1) // MOST_QUERIES
     pieces, num_partials, p = np.zeros((count, len(PIECE)), np.int64), 0, 0
     for i in range(len(seq_lens)):
         first, last, seq_len = int(cu_seqlens_q[i]), int(cu_seqlens_q[i + 1]), int(seq_lens[i])
-        if last - first > most_queries:
-            continue
         for query in range(first, last, MOST_QUERIES):
             num_queries, position = min(MOST_QUERIES, last - query), seq_len - last + query
             end = position + num_queries if rules.causal else seq_len

@@ -20,7 +20,6 @@ from pagedkv.data.simd import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.errors import InvalidOperation
-from pagedkv.spec import MAX_COUNT
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -473,7 +472,7 @@ class Forward:
     ) -> None:
         program, threads = self._program, num_threads()
         plans = tuple(
-            plan_items(*batch.arrays, MAX_COUNT, Rules(np.float32(1), np.float32(0), True, window), shape)
+            plan_items(*batch.arrays, Rules(np.float32(1), np.float32(0), True, window), shape)
             for shape, window in program.sets
         )
         size = max(
