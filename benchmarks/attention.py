@@ -29,6 +29,7 @@ from pagedkv.jit import compiled
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 8, 4, 128
 BATCH, CONTEXT = 16, 1024
 PROMPT, LONG = 2048, 32_768
+SHARING, PREFIX = 32, 512
 BANDWIDTH_BYTES = 1 << 28
 CHUNK = 1 << 18
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -217,12 +218,48 @@ def quantised_rows(read: Way, rounds: int) -> list[Row]:
 
 def prefill_rows(rounds: int) -> list[Row]:
     rows = []
+    flops = 2 * KV_HEADS * GROUP * HEAD_DIM * PROMPT**2  # of a causal prompt: half of all products
     for name, dtype in DTYPES.items():
         batch = Batch(1, PROMPT, PROMPT, dtype)
         require_equal(batch.paged(), batch.prefill())
         seconds = take_turns({"paged": batch.paged, "sdpa": batch.prefill}, rounds)
-        note = f"{PROMPT} tokens; {statistics.median(seconds['paged']) * 1e3:.0f} ms"
+        time_of = statistics.median(seconds["paged"])
+        note = f"{PROMPT} tokens; {time_of * 1e3:.0f} ms"
         rows.append(row(f"prefill {name} / SDPA", ratio(seconds["sdpa"], seconds["paged"]), 0.95, note))
+        speed = flops / time_of / 1e9
+        rows.append(row(f"prefill {name}", speed, None, f"{num_threads()} threads", "GFLOP/s"))
+    return rows
+
+
+def shared_rows(rounds: int) -> list[Row]:
+    """Texts that begin with the same blocks, against the same texts in blocks of their own."""
+    rng, blocks = np.random.default_rng(0), PREFIX // BLOCK_SIZE
+    own = rng.integers(48, 113, SHARING)
+    width = blocks + -(-int(own.max()) // BLOCK_SIZE)
+    order = rng.permutation(blocks + SHARING * width).astype(np.int32)
+    shared, apart = order[:blocks], order[blocks:].reshape(SHARING, width)
+    lengths = {
+        "seq_lens": (PREFIX + own).astype(np.int32),
+        "cu_seqlens_q": np.arange(SHARING + 1, dtype=np.int32),
+    }
+    tables = apart.copy()
+    tables[:, :blocks] = shared
+    rows = []
+    for name, dtype in DTYPES.items():
+        pool = torch.empty(2, len(order), BLOCK_SIZE, KV_HEADS, HEAD_DIM).normal_().to(dtype)
+        pool[:, apart[:, :blocks].astype(np.int64)] = pool[:, None, shared.astype(np.int64)]
+        queries = torch.empty(SHARING, KV_HEADS * GROUP, HEAD_DIM).normal_().to(dtype)
+
+        def attend(tables: Any, pool: torch.Tensor = pool, queries: torch.Tensor = queries) -> torch.Tensor:
+            return paged_attention(queries, *pool, block_tables=tables, **lengths, scale=HEAD_DIM**-0.5)
+
+        if not attend(tables).equal(attend(apart)):
+            raise SystemExit("a prefix that is read once changes the results")
+        seconds = take_turns({"shared": lambda: attend(tables), "apart": lambda: attend(apart)}, rounds)
+        note = (
+            f"{SHARING} texts behind {PREFIX} tokens; {statistics.median(seconds['shared']) * 1e3:.1f} ms, bits equal"
+        )
+        rows.append(row(f"decode {name}, common prefix", ratio(seconds["apart"], seconds["shared"]), None, note))
     return rows
 
 
@@ -262,6 +299,7 @@ def main() -> None:
             *rows,
             long_row(2 * options.rounds),
             *prefill_rows(max(3, options.rounds // 2)),
+            *shared_rows(options.rounds),
         ]
     print("| what | value | target | met | note |\n| --- | --- | --- | --- | --- |")
     for line in rows:

@@ -17,7 +17,7 @@ from pagedkv import paged_attention
 from pagedkv.data import cpu, simd, team
 from pagedkv.jit import compiled
 
-# Decodes long enough to be split, a guess of four tokens, and a prompt that goes through matrix products.
+# Decodes long enough to be split, a guess of four tokens, and a prompt.
 SEQUENCES = [(1700, 1, 0, 0), (40, 1, 3, 9), (600, 4, 0, 0), (90, 60, 0, 0), (2300, 1, 0, 0)]
 SHAPE = Shape(SEQUENCES, num_kv_heads=3, group=4, head_dim=64, v_head_dim=48, sinks=True, options={"window": 2000})
 
@@ -48,14 +48,13 @@ def attend(case: Case, rows: slice | None = None) -> torch.Tensor:
 
 def test_a_sequence_alone_gives_the_same_bits_as_in_a_batch(case, torch_threads):
     together, cu_seqlens = attend(case), case.options["cu_seqlens_q"]
-    for i, (_, q_len, _, _) in enumerate(SEQUENCES):
-        if q_len <= cpu.FEW_QUERIES:
-            assert attend(case, slice(i, i + 1)).equal(together[cu_seqlens[i] : cu_seqlens[i + 1]])
+    for i in range(len(SEQUENCES)):
+        assert attend(case, slice(i, i + 1)).equal(together[cu_seqlens[i] : cu_seqlens[i + 1]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
 def test_the_number_of_threads_changes_no_bit(dtype, torch_threads):
-    shape = Shape([s for s in SEQUENCES if s[1] <= cpu.FEW_QUERIES], num_kv_heads=5, dtype=dtype, head_dim=128)
+    shape = Shape(SEQUENCES, num_kv_heads=5, dtype=dtype, head_dim=128)
     case = make_case(shape)
     results = []
     for count in (1, 2, 3):

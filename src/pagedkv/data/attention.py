@@ -17,7 +17,7 @@ from pagedkv.validate import require_choice
 
 BACKENDS = {
     "cpu": "pagedkv.data.cpu:attend",
-    "cpu_invariant": "pagedkv.data.cpu:attend_batch_invariant",
+    "cpu_invariant": "pagedkv.data.cpu:attend",
     "flashinfer": "pagedkv.data.gpu_flashinfer:attend",
     "reference": "pagedkv.data.reference:attend",
     "triton": "pagedkv.data.gpu:attend",
@@ -89,7 +89,7 @@ def paged_attention(
         Receives the result; of the queries' dtype.
     backend : {"auto", "cpu", "cpu_invariant", "triton", "flashinfer", "reference"}
         ``"auto"`` takes ``"cpu"`` for CPU tensors and ``"triton"`` for CUDA tensors (``"reference"`` where there is no
-        Triton); ``"cpu_invariant"`` gives every query the same bits however its sequence is cut into calls;
+        Triton); ``"cpu_invariant"`` is another name of ``"cpu"``;
         ``"triton"`` takes CPU tensors too in Triton's interpreter (``TRITON_INTERPRET=1``), for tests.
 
     Returns
@@ -105,9 +105,8 @@ def paged_attention(
 
     Notes
     -----
-    On the CPU a sequence of up to ``cpu.FEW_QUERIES`` query tokens gets the same bits whatever else is in the batch and
-    however many threads there are; longer prompts go through torch's matrix products, which promise neither, unless
-    the backend is ``"cpu_invariant"``, which takes longer for them. Threads
+    On the CPU a query token gets the same bits however its sequence is cut into calls, whatever else is in the batch
+    and however many threads there are. What sequences begin with in common, by their tables, is read once. Threads
     are torch's: ``torch.set_num_threads`` sets how many. Calls from several Python threads may overlap.
     """
     call = AttentionCall(

@@ -84,6 +84,8 @@ class Batch:
         None, until it is checked, stands for no holes.
     checked_for : (int, int), optional
         Blocks of the pool, and tokens of a block.
+    plans : dict
+        What a backend planned for it, for the calls of other layers.
     """
 
     block_tables: Int32Array
@@ -91,6 +93,7 @@ class Batch:
     cu_seqlens_q: Int32Array
     holes: Int32Array
     checked_for: tuple[int, int] | None = field(default=None, kw_only=True)
+    plans: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def num_sequences(self) -> int:

@@ -14,16 +14,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.cpu_plan import SPLIT, TILE, Plan, Rules, Shape, padded, partial_size
+from pagedkv.data.cpu_plan import ITEM, PIECE, SPLIT, TILE, Plan, Rules, Shape, padded, partial_size, quads_of
 from pagedkv.data.simd import (
     LANES,
     ROWS,
     add,
+    add_products_16,
+    add_products_64,
     any_greater,
+    dots,
     exp2,
     fetch_add,
     finite_or_zero,
     fma,
+    give_way,
     load,
     load_part,
     maximum,
@@ -35,10 +39,8 @@ from pagedkv.data.simd import (
     splat_at,
     spread,
     store,
-    store_half,
     sub,
     sum_by_row,
-    sums,
     tanh,
     zeros,
 )
@@ -81,6 +83,48 @@ class Bases(NamedTuple):
     out: int
 
 
+class Quad(NamedTuple):
+    """Columns of the list of an item's fours of rows.
+
+    Where the partial of the first head is and how far it is to the next one; where the thread's own states are; where
+    the piece begins, and which of its rows is the first. Some row sees the positions from low up to ``end``, all see
+    those from ``all_low`` up to ``all_end``.
+    """
+
+    partial: int
+    next_head: int
+    own: int
+    merged: int
+    position: int
+    first_row: int
+    low: int
+    end: int
+    all_low: int
+    all_end: int
+
+
+QUAD = Quad(*range(10))
+
+
+class Room(NamedTuple):
+    """What a thread works in.
+
+    Rows of queries; scores, keys and values of a tile; two numbers for each lane; for each four of rows the partial
+    softmax of a split and that of all splits before; scales, and places of keys and values, of a split.
+    """
+
+    packed: Floats
+    scores: Floats
+    key_tile: Floats
+    value_tile: Floats
+    factors: Floats
+    own: Floats
+    scales: Floats
+    quads: Ints
+    key_at: Ints
+    value_at: Ints
+
+
 # The inner loops: one tile of tokens, four query rows at a time.
 #
 # What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a
@@ -91,6 +135,8 @@ class Bases(NamedTuple):
 
 STEP = 4
 """Tokens that are visited for all heads before the next ones."""
+FEW_QUADS = 4
+"""Up to that many fours of rows of a head read keys and values where they lie; a copy of a tile serves more."""
 AHEAD_BYTES = 8192
 """How far ahead of its use a row is asked for."""
 
@@ -107,7 +153,7 @@ def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_byt
 
 
 @inlined
-def score_tile(
+def score_few(
     packed: Floats,
     num_heads: int,
     num_quads: int,
@@ -120,56 +166,40 @@ def score_tile(
     scores: Floats,
 ) -> None:
     """Score the rows of all heads against a tile's keys."""
-    width = padded(shape.head_dim)
     step, ahead = _visit(count, strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
     for token in range(0, count, step):
         for head in range(num_heads):
-            for quad in range(head * num_quads, (head + 1) * num_quads):
-                to = quad * ROWS * TILE + token * ROWS
-                at = quad * ROWS * width
-                first = tile + token
-                _score_keys(
-                    packed, at, keys, key_at, first, step, head * strides.key_head, ahead, shape.head_dim, scores, to
-                )
+            head_at = head * strides.key_head
+            for i in range(token, token + step, STEP):
+                to = (head * num_quads * TILE + i) * ROWS
+                at = head * num_quads * ROWS * padded(shape.head_dim)
+                _score_keys(packed, at, num_quads, keys, key_at, tile + i, head_at, ahead, shape.head_dim, scores, to)
 
 
 @inlined
 def _score_keys(
     packed: Floats,
     at: int,
+    num_quads: int,
     keys: Array,
     key_at: Ints,
     first: int,
-    count: int,
     head_at: int,
     ahead: int,
     dim: int,
     scores: Floats,
     to: int,
 ) -> None:
-    """Score four rows against ``count`` keys, two at a time: eight sums in flight hide the latency of one."""
+    """Score the rows of a head against four keys."""
     width = padded(dim)
-    for i in range(first, first + count, 2):
-        x, y = key_at[i] + head_at, key_at[i + 1] + head_at
-        x_ahead, y_ahead = key_at[i + ahead] + head_at, key_at[i + 1 + ahead] + head_at
-        x0, x1, x2, x3 = zeros(), zeros(), zeros(), zeros()
-        y0, y1, y2, y3 = zeros(), zeros(), zeros(), zeros()
+    for i in range(first + ahead, first + ahead + STEP):
         for d in range(0, width, LANES):
-            prefetch(keys, x_ahead + d)
-            prefetch(keys, y_ahead + d)
-            if d + LANES <= dim:
-                key_x, key_y = load(keys, x + d), load(keys, y + d)
-            else:
-                key_x, key_y = load_part(keys, x + d, dim - d), load_part(keys, y + d, dim - d)
-            query = load(packed, at + d)
-            x0, y0 = fma(query, key_x, x0), fma(query, key_y, y0)
-            query = load(packed, at + width + d)
-            x1, y1 = fma(query, key_x, x1), fma(query, key_y, y1)
-            query = load(packed, at + 2 * width + d)
-            x2, y2 = fma(query, key_x, x2), fma(query, key_y, y2)
-            query = load(packed, at + 3 * width + d)
-            x3, y3 = fma(query, key_x, x3), fma(query, key_y, y3)
-        store_half(scores, to + (i - first) * ROWS, sums(x0, x1, x2, x3, y0, y1, y2, y3))
+            prefetch(keys, key_at[i] + head_at + d)
+    w, x = key_at[first] + head_at, key_at[first + 1] + head_at
+    y, z = key_at[first + 2] + head_at, key_at[first + 3] + head_at
+    for quad in range(num_quads):
+        result = dots(packed, at + quad * ROWS * width, width, keys, w, x, y, z, dim)
+        store(scores, to + quad * ROWS * TILE, result)
 
 
 @called
@@ -211,7 +241,9 @@ def mask(
 
 
 @inlined
-def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int) -> None:
+def softmax(
+    scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int, factors: Floats
+) -> None:
     """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved."""
     before = load(partials, partial)
     top = before
@@ -229,7 +261,6 @@ def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int,
     store(partials, partial + LANES, fma(load(partials, partial + LANES), factor, sum_by_row(total)))
     if any_greater(top, before):
         width = padded(v_head_dim)
-        factors = np.empty(LANES, np.float32)
         store(factors, 0, factor)
         for row in range(ROWS):
             row_factor = splat_at(factors, row)
@@ -239,9 +270,9 @@ def softmax(scores: Floats, at: int, count: int, partials: Floats, partial: int,
 
 
 @inlined
-def add_tile(
+def add_few(
     partials: Floats,
-    at: int,
+    quads: Ints,
     num_heads: int,
     num_quads: int,
     values: Array,
@@ -257,13 +288,11 @@ def add_tile(
     step, ahead = _visit(count, strides.value, strides.value_head, dim, num_heads, shape.item_bytes)
     for token in range(0, count, step):
         for head in range(num_heads):
-            for quad in range(head * num_quads, (head + 1) * num_quads):
-                to = at + quad * partial_size(dim) + 2 * LANES
-                weights = quad * ROWS * TILE + token * ROWS
-                first, head_at = tile + token, head * strides.value_head
-                _add_values(
-                    partials, to, values, value_at, first, step, head_at, ahead, shape.v_head_dim, scores, weights
-                )
+            head_at = head * strides.value_head
+            for quad in range(num_quads):
+                to = quads[quad, QUAD.partial] + head * quads[quad, QUAD.next_head] + 2 * LANES
+                weights = ((head * num_quads + quad) * TILE + token) * ROWS
+                _add_values(partials, to, values, value_at, tile + token, step, head_at, ahead, dim, scores, weights)
 
 
 @inlined
@@ -335,6 +364,126 @@ def _add_row(
     store(partials, at, fma(z, value_z, fma(y, value_y, row)))
 
 
+# Many rows of a head: a tile's keys and values are widened once for all of them.
+
+
+@inlined
+def _widen(array: Array, places: Ints, first: int, count: int, dim: int, tile: Floats) -> None:
+    """Copy rows, as float32 and with zeros to whole lanes; those of the next tile are asked for."""
+    width = padded(dim)
+    for i in range(count):
+        at, ahead, to = places[first + i], places[first + TILE + i], i * width
+        for d in range(0, width, LANES):
+            prefetch(array, ahead + d)
+            some = load(array, at + d) if d + LANES <= dim else load_part(array, at + d, dim - d)
+            store(tile, to + d, some)
+
+
+@inlined
+def _score_many(packed: Floats, at: int, tile: Floats, count: int, dim: int, scores: Floats) -> None:
+    """Score four rows against the keys of a tile."""
+    width = padded(dim)
+    for i in range(0, count, STEP):
+        key = i * width
+        store(
+            scores, i * ROWS, dots(packed, at, width, tile, key, key + width, key + 2 * width, key + 3 * width, width)
+        )
+
+
+@inlined
+def _add_many(partials: Floats, at: int, tile: Floats, scores: Floats, count: int, dim: int) -> None:
+    """Add the weighted values of a tile to four rows."""
+    width = padded(dim)
+    d = 0
+    while d + 4 * LANES <= width:
+        add_products_64(partials, at + d, width, tile, d, scores, 0, count)
+        d += 4 * LANES
+    while d < width:
+        add_products_16(partials, at + d, width, tile, d, scores, 0, count)
+        d += LANES
+
+
+@called
+def _room(heads: int, most_quads: int, with_scales: bool, shape: Shape) -> Room:
+    """Return the arrays that a thread works in."""
+    width, v_width = padded(shape.head_dim), padded(shape.v_head_dim)
+    return Room(
+        np.empty(max(heads * FEW_QUADS, most_quads) * ROWS * width, np.float32),
+        np.empty(heads * FEW_QUADS * ROWS * TILE, np.float32),
+        np.empty(TILE * width, np.float32),
+        np.empty(TILE * v_width, np.float32),
+        np.empty(2 * LANES, np.float32),
+        np.empty(2 * max(1, most_quads) * partial_size(shape.v_head_dim), np.float32),
+        np.empty(2 * heads * SPLIT if with_scales else 0, np.float32),
+        np.empty((most_quads, len(QUAD)), np.int64),
+        np.empty(SPLIT + 2 * TILE, np.int64),
+        np.empty(SPLIT + 2 * TILE, np.int64),
+    )
+
+
+@called
+def _wait(counters: Ints, first: int, count: int, num_parts: int) -> None:
+    """Wait until other threads are done with items."""
+    for i in range(first, first + count):
+        while fetch_add(counters, i, 0) < num_parts:
+            give_way()
+
+
+@called
+def _attend_head(
+    packed: Floats,
+    num_quads: int,
+    quads: Ints,
+    states: Floats,
+    place: int,
+    keys: Array,
+    values: Array,
+    key_scales: Floats | None,
+    value_scales: Floats | None,
+    sequence: int,
+    start: int,
+    end: int,
+    head: int,
+    block_tables: Array,
+    holes: Array,
+    room: Room,
+    bases: Bases,
+    shape: Shape,
+    strides: Strides,
+    rules: Rules,
+) -> None:
+    """Let the rows of one head attend to positions of one split; their states are in the column ``place``."""
+    table, hole, width = block_tables[sequence], holes[sequence], padded(shape.head_dim)
+    scores = room.scores
+    _locate(table, hole, start, end, head, bases, shape, strides, room.key_at, room.value_at)
+    if key_scales is not None and value_scales is not None:
+        _gather_scales(key_scales, bases.key_scale, table, hole, start, end, head, 1, shape, strides, room.scales, 0)
+        _gather_scales(
+            value_scales, bases.value_scale, table, hole, start, end, head, 1, shape, strides, room.scales, SPLIT
+        )
+    for tile in range(0, end - start, TILE):
+        count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
+        position = start + tile
+        _widen(keys, room.key_at, tile, count, shape.head_dim, room.key_tile)
+        _widen(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
+        for quad in range(num_quads):
+            if position + count <= quads[quad, QUAD.low] or position >= quads[quad, QUAD.end]:
+                continue
+            at = quads[quad, place]
+            _score_many(packed, quad * ROWS * width, room.key_tile, count, shape.head_dim, scores)
+            if key_scales is not None:
+                rescale(scores, 0, count, room.scales, tile)
+            if rules.cap > 0:
+                soft_cap(scores, 0, count, rules.cap)
+            if position < quads[quad, QUAD.all_low] or position + count > min(end, quads[quad, QUAD.all_end]):
+                first_row = quads[quad, QUAD.first_row]
+                mask(scores, 0, position, count, end, quads[quad, QUAD.position], first_row, shape.group, rules)
+            softmax(scores, 0, count, states, at, shape.v_head_dim, room.factors)
+            if key_scales is not None:
+                rescale(scores, 0, count, room.scales, SPLIT + tile)
+            _add_many(states, at + 2 * LANES, room.value_tile, scores, count, shape.v_head_dim)
+
+
 @compiled
 def attend_items(
     counters: Ints,
@@ -361,61 +510,180 @@ def attend_items(
     each piece and for each item of those that are done. ``partials`` are ``plan.num_partials * partial_size`` floats;
     what they hold does not matter. Without scales keys and values are what they are, and nothing for scales is
     compiled. With them a key's scale multiplies its scores, and a value's scale its weight, once for all elements.
+
+    A thread waits for nothing but items that another one has taken already.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
-    size = partial_size(shape.v_head_dim)
-    packed = np.empty(heads * plan.most_quads * ROWS * padded(shape.head_dim), np.float32)
-    scores = np.empty(heads * plan.most_quads * ROWS * TILE, np.float32)
-    key_at = np.empty(SPLIT + 2 * TILE, np.int64)
-    value_at = np.empty(SPLIT + 2 * TILE, np.int64)
-    scales = np.empty(0 if key_scales is None else 2 * heads * SPLIT, np.float32)
-    items, pieces = plan.items, plan.pieces
+    room = _room(heads, plan.most_quads, key_scales is not None, shape)
+    packed, own, quads = room.packed, room.own, room.quads
+    items, pieces, done = plan.items, plan.pieces, 1 + len(plan.pieces)
     while True:
         work = fetch_add(counters, 0, 1)
         if work >= len(items) * num_parts:
             return
         item, part = work // num_parts, work % num_parts
-        start, end = items[item, 2], items[item, 3]
-        piece = plan.members[items[item, 0]]
-        sequence, first_query, num_queries = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
+        start, end, is_whole = items[item, ITEM.start], items[item, ITEM.end], items[item, ITEM.is_whole]
         first_head = min(part * heads, shape.num_kv_heads)
         num_heads = min(heads, shape.num_kv_heads - first_head)
-        num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
-        split = start // SPLIT - pieces[piece, 7]
-        partial = pieces[piece, 5] + split * num_quads * shape.num_kv_heads
-        at = (partial + first_head * num_quads) * size
-        table, hole = block_tables[sequence], holes[sequence]
-        _locate(table, hole, start, end, first_head, bases, shape, strides, key_at, value_at)
-        if key_scales is not None and value_scales is not None:
-            to_key, to_value = bases.key_scale, bases.value_scale
-            half = heads * SPLIT
-            _gather_scales(
-                key_scales, to_key, table, hole, start, end, first_head, num_heads, shape, strides, scales, 0
+        piece = plan.members[items[item, ITEM.first_member]]
+        sequence = pieces[piece, PIECE.sequence]
+        num_quads = _list_quads(plan, item, first_head, shape, rules, quads)
+        if items[item, ITEM.num_before]:
+            _wait(counters, done + items[item, ITEM.first_before], items[item, ITEM.num_before], num_parts)
+        elif not is_whole:
+            _clear(partials, quads, num_quads, QUAD.partial, num_heads, shape)
+        if num_quads <= FEW_QUADS and not is_whole:
+            _pack(queries, bases, plan, item, first_head, num_heads, num_quads, shape, strides, rules, packed)
+            _attend_few(
+                packed,
+                num_quads,
+                num_heads,
+                quads,
+                partials,
+                keys,
+                values,
+                key_scales,
+                value_scales,
+                sequence,
+                start,
+                end,
+                first_head,
+                block_tables,
+                holes,
+                room,
+                bases,
+                shape,
+                strides,
+                rules,
             )
-            _gather_scales(
-                value_scales, to_value, table, hole, start, end, first_head, num_heads, shape, strides, scales, half
-            )
-        _pack(queries, bases, first_query, num_queries, first_head, num_heads, shape, strides, rules, packed)
-        _clear(partials, at, num_heads * num_quads, size)
-        query_position = pieces[piece, 3]
-        for tile in range(0, end - start, TILE):
-            count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
-            score_tile(packed, num_heads, num_quads, keys, key_at, tile, count, shape, strides, scores)
-            for quad in range(num_heads * num_quads):
-                at_score = quad * ROWS * TILE
-                scale_at = quad // num_quads * SPLIT + tile
+        else:
+            states, place = (own, QUAD.own) if is_whole else (partials, QUAD.partial)
+            for head in range(first_head, first_head + num_heads):
+                _pack(queries, bases, plan, item, head, 1, num_quads, shape, strides, rules, packed)
+                if is_whole:
+                    _begin(own, quads, num_quads, head, sinks, shape, room.factors)
+                split = start
+                while split < end:
+                    stop = min(end, (split // SPLIT + 1) * SPLIT)
+                    if is_whole:
+                        _clear(own, quads, num_quads, QUAD.own, 1, shape)
+                    _attend_head(
+                        packed,
+                        num_quads,
+                        quads,
+                        states,
+                        place,
+                        keys,
+                        values,
+                        key_scales,
+                        value_scales,
+                        sequence,
+                        split,
+                        stop,
+                        head,
+                        block_tables,
+                        holes,
+                        room,
+                        bases,
+                        shape,
+                        strides,
+                        rules,
+                    )
+                    for quad in range(num_quads):
+                        if is_whole:
+                            _merge(own, quads[quad, QUAD.merged], own, quads[quad, QUAD.own], shape, room.factors)
+                        else:
+                            quads[quad, QUAD.partial] += quads[quad, QUAD.next_head]
+                    split = stop
+                if is_whole:
+                    _write(own, quads, num_quads, pieces[piece], head, out, bases, shape, strides)
+            if is_whole:
+                continue
+        fetch_add(counters, done + item, 1)
+        first_member = items[item, ITEM.first_member]
+        for member in range(first_member, first_member + items[item, ITEM.num_members]):
+            piece = plan.members[member]
+            if fetch_add(counters, 1 + piece, 1) == pieces[piece, PIECE.num_items] * num_parts - 1:
+                _combine(partials, own, quads, pieces[piece], sinks, out, bases, shape, strides, room.factors)
+
+
+@called
+def _attend_few(
+    packed: Floats,
+    num_quads: int,
+    num_heads: int,
+    quads: Ints,
+    partials: Floats,
+    keys: Array,
+    values: Array,
+    key_scales: Floats | None,
+    value_scales: Floats | None,
+    sequence: int,
+    start: int,
+    end: int,
+    first_head: int,
+    block_tables: Array,
+    holes: Array,
+    room: Room,
+    bases: Bases,
+    shape: Shape,
+    strides: Strides,
+    rules: Rules,
+) -> None:
+    """Let a few rows of several heads attend to positions of one split."""
+    table, hole, scores = block_tables[sequence], holes[sequence], room.scores
+    heads = len(scores) // (FEW_QUADS * ROWS * TILE)
+    _locate(table, hole, start, end, first_head, bases, shape, strides, room.key_at, room.value_at)
+    if key_scales is not None and value_scales is not None:
+        base, to = bases.key_scale, heads * SPLIT
+        _gather_scales(key_scales, base, table, hole, start, end, first_head, num_heads, shape, strides, room.scales, 0)
+        base = bases.value_scale
+        _gather_scales(
+            value_scales, base, table, hole, start, end, first_head, num_heads, shape, strides, room.scales, to
+        )
+    for tile in range(0, end - start, TILE):
+        count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
+        score_few(packed, num_heads, num_quads, keys, room.key_at, tile, count, shape, strides, scores)
+        for head in range(num_heads):
+            for quad in range(num_quads):
+                at_score, scale_at = (head * num_quads + quad) * ROWS * TILE, head * SPLIT + tile
+                position, first_row = quads[quad, QUAD.position], quads[quad, QUAD.first_row]
+                state = quads[quad, QUAD.partial] + head * quads[quad, QUAD.next_head]
                 if key_scales is not None:
-                    rescale(scores, at_score, count, scales, scale_at)
+                    rescale(scores, at_score, count, room.scales, scale_at)
                 if rules.cap > 0:
                     soft_cap(scores, at_score, count, rules.cap)
-                first_row = quad % num_quads * ROWS
-                mask(scores, at_score, start + tile, count, end, query_position, first_row, shape.group, rules)
-                softmax(scores, at_score, count, partials, at + quad * partial_size(shape.v_head_dim), shape.v_head_dim)
+                mask(scores, at_score, start + tile, count, end, position, first_row, shape.group, rules)
+                softmax(scores, at_score, count, partials, state, shape.v_head_dim, room.factors)
                 if key_scales is not None:
-                    rescale(scores, at_score, count, scales, heads * SPLIT + scale_at)
-            add_tile(partials, at, num_heads, num_quads, values, value_at, tile, count, shape, strides, scores)
-        if fetch_add(counters, 1 + piece, 1) == pieces[piece, 8] * num_parts - 1:
-            _combine(partials, pieces[piece], sinks, out, bases, shape, strides)
+                    rescale(scores, at_score, count, room.scales, heads * SPLIT + scale_at)
+        add_few(partials, quads, num_heads, num_quads, values, room.value_at, tile, count, shape, strides, scores)
+
+
+@called
+def _list_quads(plan: Plan, item: int, first_head: int, shape: Shape, rules: Rules, quads: Ints) -> int:
+    """List the fours of rows that an item has of a head, and return how many there are."""
+    num_quads, size = 0, partial_size(shape.v_head_dim)
+    first_member = plan.items[item, ITEM.first_member]
+    for member in range(first_member, first_member + plan.items[item, ITEM.num_members]):
+        piece = plan.pieces[plan.members[member]]
+        num_queries, position, end = piece[PIECE.num_queries], piece[PIECE.position], piece[PIECE.end]
+        count = quads_of(num_queries, shape)
+        split = plan.items[item, ITEM.start] // SPLIT - piece[PIECE.low] // SPLIT
+        partial = piece[PIECE.first_partial] + (split * shape.num_kv_heads + first_head) * count
+        for quad in range(count):
+            to, row = num_quads + quad, quad * ROWS
+            first = position + row // shape.group
+            last = position + min(num_queries - 1, (row + ROWS - 1) // shape.group)
+            quads[to, QUAD.partial] = (partial + quad) * size
+            quads[to, QUAD.next_head] = count * size
+            quads[to, QUAD.own], quads[to, QUAD.merged] = 2 * to * size, (2 * to + 1) * size
+            quads[to, QUAD.position], quads[to, QUAD.first_row] = position, row
+            quads[to, QUAD.low], quads[to, QUAD.all_low] = first - rules.window + 1, last - rules.window + 1
+            quads[to, QUAD.end] = last + 1 if rules.causal else end
+            quads[to, QUAD.all_end] = first + 1 if rules.causal else end
+        num_quads += count
+    return num_quads
 
 
 @called
@@ -432,15 +700,19 @@ def _locate(
     value_at: Ints,
 ) -> None:
     """Find where the positions start … end lie; the last one is repeated behind, for what looks ahead."""
+    key_base = bases.key + first_head * strides.key_head
+    value_base = bases.value + first_head * strides.value_head
+    offset, key_block, value_block = shape.block_size, key_base, value_base
     for i in range(end - start):
-        slot = start + i
-        if slot >= hole[0]:
-            slot += hole[1] - hole[0]
-        block, offset = np.int64(table[slot // shape.block_size]), slot % shape.block_size
-        key_at[i] = bases.key + block * strides.key_block + offset * strides.key
-        key_at[i] += first_head * strides.key_head
-        value_at[i] = bases.value + block * strides.value_block + offset * strides.value
-        value_at[i] += first_head * strides.value_head
+        if offset == shape.block_size or start + i == hole[0]:
+            slot = start + i
+            if slot >= hole[0]:
+                slot += hole[1] - hole[0]
+            block, offset = int(table[slot // shape.block_size]), slot % shape.block_size
+            key_block, value_block = key_base + block * strides.key_block, value_base + block * strides.value_block
+        key_at[i] = key_block + offset * strides.key
+        value_at[i] = value_block + offset * strides.value
+        offset += 1
     for i in range(end - start, end - start + 2 * TILE):
         key_at[i] = key_at[end - start - 1]
         value_at[i] = value_at[end - start - 1]
@@ -479,81 +751,133 @@ def _gather_scales(
 def _pack(
     queries: Array,
     bases: Bases,
-    first_query: int,
-    num_queries: int,
+    plan: Plan,
+    item: int,
     first_head: int,
     num_heads: int,
+    num_quads: int,
     shape: Shape,
     strides: Strides,
     rules: Rules,
     packed: Floats,
 ) -> None:
     """Copy queries, scaled, to rows of whole lanes: row ``token * group + head of the group`` of each kv head."""
-    width, rows = padded(shape.head_dim), num_queries * shape.group
-    padded_rows = (rows + ROWS - 1) // ROWS * ROWS
-    scale = splat(rules.scale)
-    for head in range(num_heads):
-        for row in range(padded_rows):
-            to = (head * padded_rows + row) * width
-            query_head = (first_head + head) * shape.group + row % shape.group
-            at = bases.query + (first_query + row // shape.group) * strides.query + query_head * strides.query_head
-            for i in range(0, width, LANES):
-                count = min(LANES, shape.head_dim - i) if row < rows else 0
-                value = load(queries, at + i) if count == LANES else zeros()
-                if 0 < count < LANES:
-                    value = load_part(queries, at + i, count)
-                store(packed, to + i, mul(value, scale))
+    width, scale, first = padded(shape.head_dim), splat(rules.scale), 0
+    first_member = plan.items[item, ITEM.first_member]
+    for member in range(first_member, first_member + plan.items[item, ITEM.num_members]):
+        piece = plan.pieces[plan.members[member]]
+        rows, padded_rows = piece[PIECE.num_queries] * shape.group, quads_of(piece[PIECE.num_queries], shape) * ROWS
+        for head in range(num_heads):
+            for row in range(padded_rows):
+                to = (head * num_quads * ROWS + first + row) * width
+                query_head = (first_head + head) * shape.group + row % shape.group
+                query = piece[PIECE.first_query] + row // shape.group
+                at = bases.query + query * strides.query + query_head * strides.query_head
+                for i in range(0, width, LANES):
+                    count = min(LANES, shape.head_dim - i) if row < rows else 0
+                    value = load(queries, at + i) if count == LANES else zeros()
+                    if 0 < count < LANES:
+                        value = load_part(queries, at + i, count)
+                    store(packed, to + i, mul(value, scale))
+        first += padded_rows
+
+
+# Partial softmaxes of four rows: the maximum and the sum of each row in its lanes, then the weighted values.
 
 
 @called
-def _clear(partials: Floats, at: int, count: int, size: int) -> None:
-    for i in range(count):
-        store(partials, at + i * size, splat(NOTHING))
-        for j in range(LANES, size, LANES):
-            store(partials, at + i * size + j, zeros())
+def _clear(states: Floats, quads: Ints, num_quads: int, place: int, num_heads: int, shape: Shape) -> None:
+    """Make states of nothing, in the column ``place`` of each four of rows, for some heads."""
+    size = partial_size(shape.v_head_dim)
+    for quad in range(num_quads):
+        for head in range(num_heads):
+            at = quads[quad, place] + head * quads[quad, QUAD.next_head]
+            store(states, at, splat(NOTHING))
+            for i in range(at + LANES, at + size, LANES):
+                store(states, i, zeros())
+
+
+@called
+def _begin(states: Floats, quads: Ints, num_quads: int, head: int, sinks: Floats, shape: Shape, few: Floats) -> None:
+    """Make states that have seen nothing but the sinks, to merge others into."""
+    _clear(states, quads, num_quads, QUAD.merged, 1, shape)
+    for quad in range(num_quads):
+        at = quads[quad, QUAD.merged]
+        if len(sinks):
+            for lane in range(LANES):
+                few[lane] = sinks[head * shape.group + (quads[quad, QUAD.first_row] + lane % ROWS) % shape.group]
+            top = load(few, 0)
+            store(states, at, top)
+            store(states, at + LANES, exp2(sub(top, finite_or_zero(top))))
+
+
+@called
+def _merge(states: Floats, to: int, others: Floats, at: int, shape: Shape, few: Floats) -> None:
+    """Add what one state has seen to another."""
+    width = padded(shape.v_head_dim)
+    top = maximum(load(others, at), load(states, to))
+    base = finite_or_zero(top)
+    kept, added = exp2(sub(load(states, to), base)), exp2(sub(load(others, at), base))
+    store(states, to, top)
+    store(states, to + LANES, fma(load(others, at + LANES), added, mul(load(states, to + LANES), kept)))
+    store(few, 0, kept)
+    store(few, LANES, added)
+    for row in range(ROWS):
+        row_kept, row_added = splat_at(few, row), splat_at(few, LANES + row)
+        for i in range(2 * LANES + row * width, 2 * LANES + (row + 1) * width, LANES):
+            store(states, to + i, fma(load(others, at + i), row_added, mul(load(states, to + i), row_kept)))
+
+
+@called
+def _write(
+    states: Floats,
+    quads: Ints,
+    num_quads: int,
+    piece: Ints,
+    head: int,
+    out: Array,
+    bases: Bases,
+    shape: Shape,
+    strides: Strides,
+) -> None:
+    """Write the results of some rows of a piece."""
+    width, rows = padded(shape.v_head_dim), piece[PIECE.num_queries] * shape.group
+    for quad in range(num_quads):
+        for row in range(min(ROWS, rows - quads[quad, QUAD.first_row])):
+            place, at = quads[quad, QUAD.first_row] + row, quads[quad, QUAD.merged]
+            query, query_head = (
+                piece[PIECE.first_query] + place // shape.group,
+                head * shape.group + place % shape.group,
+            )
+            to = bases.out + query * strides.out + query_head * strides.out_head
+            total, first = states[at + LANES + row], at + 2 * LANES + row * width
+            factor = np.float32(1) / total if total != 0 else np.float32(0)
+            for d in range(shape.v_head_dim):
+                out[to + d] = narrowed(states[first + d] * factor, out)
 
 
 @called
 def _combine(
     partials: Floats,
+    own: Floats,
+    quads: Ints,
     piece: Ints,
     sinks: Floats,
     out: Array,
     bases: Bases,
     shape: Shape,
     strides: Strides,
+    few: Floats,
 ) -> None:
-    """Put the partial softmaxes of a piece together, in the order of its splits, and write the result."""
-    first_query, num_queries, first_partial, num_splits = piece[1], piece[2], piece[5], piece[6]
-    num_quads = (num_queries * shape.group + ROWS - 1) // ROWS
-    num_partials = num_quads * shape.num_kv_heads
-    width, size = padded(shape.v_head_dim), partial_size(shape.v_head_dim)
-    logits, shares = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    result = np.empty(ROWS * width, np.float32)
-    for quad in range(shape.num_kv_heads * num_quads):
-        head, first_row = quad // num_quads, quad % num_quads * ROWS
-        for lane in range(LANES):
-            query_head = head * shape.group + (first_row + lane % ROWS) % shape.group
-            logits[lane] = sinks[query_head] if len(sinks) else NOTHING
-        top = load(logits, 0)
-        for split in range(num_splits):
-            top = maximum(load(partials, (first_partial + split * num_partials + quad) * size), top)
-        base = finite_or_zero(top)
-        total = exp2(sub(load(logits, 0), base))
-        result[:] = 0
-        for split in range(num_splits):
-            at = (first_partial + split * num_partials + quad) * size
-            share = exp2(sub(load(partials, at), base))
-            total = fma(load(partials, at + LANES), share, total)
-            store(shares, 0, share)
-            for row in range(ROWS):
-                row_share = splat_at(shares, row)
-                for d in range(row * width, (row + 1) * width, LANES):
-                    store(result, d, fma(row_share, load(partials, at + 2 * LANES + d), load(result, d)))
-        store(shares, 0, total)
-        for row in range(min(ROWS, num_queries * shape.group - first_row)):
-            token, member = (first_row + row) // shape.group, (first_row + row) % shape.group
-            to = bases.out + (first_query + token) * strides.out + (head * shape.group + member) * strides.out_head
-            factor = np.float32(1) / shares[row] if shares[row] != 0 else np.float32(0)
-            for d in range(shape.v_head_dim):
-                out[to + d] = narrowed(result[row * width + d] * factor, out)
+    """Merge the partial softmaxes of a piece, in the order of its splits, and write the result."""
+    size, num_quads = partial_size(shape.v_head_dim), quads_of(piece[PIECE.num_queries], shape)
+    num_splits = (piece[PIECE.end] - 1) // SPLIT - piece[PIECE.low] // SPLIT + 1
+    for quad in range(num_quads):
+        quads[quad, QUAD.first_row], quads[quad, QUAD.merged] = quad * ROWS, quad * size
+    for head in range(shape.num_kv_heads):
+        _begin(own, quads, num_quads, head, sinks, shape, few)
+        for quad in range(num_quads):
+            for split in range(num_splits):
+                partial = piece[PIECE.first_partial] + (split * shape.num_kv_heads + head) * num_quads + quad
+                _merge(own, quad * size, partials, partial * size, shape, few)
+        _write(own, quads, num_quads, piece, head, out, bases, shape, strides)

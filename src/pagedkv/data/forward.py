@@ -20,7 +20,6 @@ from pagedkv.data.simd import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.errors import InvalidOperation
-from pagedkv.spec import MAX_COUNT
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -28,8 +27,10 @@ Floats = npt.NDArray[np.float32]
 MAX_ROWS = 256
 """Rows that go through all layers together: enough for products to be bound by arithmetic, and few enough for what lies
 between two of them to stay in the caches."""
-ITEMS = 48
-"""How many items a product of few rows is cut into: what the last one takes is what threads wait for."""
+ITEM_BYTES = 1 << 16
+MOST_ITEMS = 128
+"""A product of few rows is cut into items of so many bytes of weights, but not into more items: to take one costs a
+tenth of a microsecond, and what the last one takes is what threads wait for."""
 MIN_ANGLES = 2048
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
 
@@ -203,7 +204,8 @@ class Program:
     def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
         size_out, size_in = linear.weight.shape
-        columns = max(kernels.TILE_COLUMNS, _round_up_to(-(-size_out // ITEMS), kernels.TILE_COLUMNS))
+        row_bytes = size_in * linear.weight.element_size()
+        columns = _round_up(max(-(-ITEM_BYTES // row_bytes), -(-size_out // MOST_ITEMS)))
         self._add(
             source=source,
             target=_Buffer(target.start + at, target.width),
@@ -365,10 +367,6 @@ class Program:
         self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=gate_at, **fields)
 
 
-def _round_up_to(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
-
-
 def _heads_size(attention: Attention) -> int:
     dim, v_dim = attention.head_dim, attention.v_head_dim
     return attention.num_q_heads * dim + attention.num_kv_heads * (dim + v_dim)
@@ -406,8 +404,9 @@ class Forward:
         self._program = Program(decoder, storage)
         program = self._program
         is_narrow = program.weights.dtype == np.uint16 and has_bfloat16_products()
-        self._floats = np.zeros(program.num_floats, np.float32)
-        self._acts = np.zeros(program.num_acts, np.uint16 if is_narrow else np.float32)
+        # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
+        self._floats = torch.zeros(program.num_floats).numpy()
+        self._acts = torch.zeros(program.num_acts, dtype=torch.uint16 if is_narrow else torch.float32).numpy()
         self._counters = np.zeros(LINE * len(program.phases), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
@@ -477,7 +476,7 @@ class Forward:
     ) -> None:
         program, threads = self._program, num_threads()
         plans = tuple(
-            plan_items(*batch.arrays, MAX_COUNT, Rules(np.float32(1), np.float32(0), True, window), shape)
+            plan_items(*batch.arrays, Rules(np.float32(1), np.float32(0), True, window), shape)
             for shape, window in program.sets
         )
         size = max(

@@ -248,12 +248,6 @@ def _pair_sums(builder: Any, x: Any, y: Any) -> Any:
     return builder.fadd(evens, odds)
 
 
-def _sums(builder: Any, *parts: Any) -> Any:
-    while len(parts) > 1:
-        parts = tuple(_pair_sums(builder, *pair) for pair in zip(parts[::2], parts[1::2], strict=True))
-    return _pair_sums(builder, parts[0], parts[0])
-
-
 def _by_row(builder: Any, x: Any, combine: Build) -> Any:
     """Combine all lanes of one row; each of them gets the result."""
     step = ROWS
@@ -359,16 +353,6 @@ def store(array: Array, index: int, value: Lanes) -> None:
     array[index : index + LANES] = value
 
 
-@_at_index(
-    lambda builder, dtype, at, value: _write(builder, at, _shuffled(builder, value, value, range(8))),
-    types.void,
-    lanes,
-)
-def store_half(array: Array, index: int, value: Lanes) -> None:
-    """Write the first eight lanes to ``array[index:]``, float32."""
-    array[index : index + 8] = value[:8]
-
-
 @_at_index(_prefetch, types.void)
 def prefetch(array: Array, index: int) -> None:
     """Ask for the cache line of ``array[index]``, which may lie anywhere."""
@@ -433,12 +417,6 @@ def finite_or_zero(x: Lanes) -> Lanes:
 def any_greater(x: Lanes, y: Lanes) -> bool:
     """Tell whether any lane of x is greater than that of y."""
     return bool((x > y).any())
-
-
-@_of_lanes(_sums)
-def sums(a: Lanes, b: Lanes, c: Lanes, d: Lanes, e: Lanes, f: Lanes, g: Lanes, h: Lanes) -> Lanes:
-    """Return the sum over all lanes of each of eight values, in the first eight lanes."""
-    return np.resize(np.array([value.sum() for value in (a, b, c, d, e, f, g, h)], np.float32), LANES)
 
 
 @_of_lanes(lambda builder, x: _by_row(builder, x, lambda a, b: _greater_of(builder, a, b)))
@@ -764,3 +742,171 @@ def store_fours(array: Array, places: tuple[int, int, int, int], value: Lanes) -
     """Write four lanes, float32, to each of four places, one after the other."""
     for i, place in enumerate(places):
         array[place : place + 4] = value[4 * i : 4 * i + 4]
+
+
+# Small products of matrices, whose sums stay in registers: left to itself LLVM would keep them in memory.
+
+
+def _summed(builder: Any, parts: list[Any]) -> Any:
+    """Return a vector of the sums over the lanes of sixteen vectors, in their order: halves are added to halves."""
+    size = LANES // 2
+    while len(parts) > 1:
+        kept = [lane if not lane & size else LANES + lane for lane in range(LANES)]
+        moved = [lane ^ size if not lane & size else LANES + (lane ^ size) for lane in range(LANES)]
+        pairs = list(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
+        parts = [builder.fadd(_shuffled(builder, *pair, kept), _shuffled(builder, *pair, moved)) for pair in pairs]
+        size //= 2
+    return parts[0]
+
+
+def _counted(builder: Any, end: Any, step: int, sums: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> Any:
+    """Build ``for i in range(0, end, step): sums = body(i, sums)``, with the sums in registers; return them."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", end.type(0), end), loop, after)
+    builder.position_at_end(loop)
+    index, phis = builder.phi(end.type), [builder.phi(VECTOR) for _ in sums]
+    new = body(index, phis)
+    following, last = builder.add(index, end.type(step)), builder.block
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+    builder.position_at_end(after)
+    index.add_incoming(end.type(0), before)
+    index.add_incoming(following, last)
+    results = []
+    for start, phi, value in zip(sums, phis, new, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, last)
+        result = builder.phi(VECTOR)
+        result.add_incoming(start, before)
+        result.add_incoming(value, last)
+        results.append(result)
+    return results
+
+
+def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row_data, key_data = (
+            context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, rows), (3, keys))
+        )
+        begin, apart, dim = args[1], args[2], args[8]
+        row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, dim.type(i)))]) for i in range(ROWS)]
+        key_at = [builder.gep(key_data, [place]) for place in args[4:8]]
+
+        def multiply(index: Any, sums: list[Any], read: Callable[[Any], Any]) -> list[Any]:
+            some = [_widened_bits(builder, read(builder.gep(place, [index])), keys.dtype) for place in key_at]
+            each = [_read(builder, types.float32, builder.gep(place, [index]), LANES) for place in row_at]
+            return [_llvm(builder, "fma", each[i % ROWS], some[i // ROWS], total) for i, total in enumerate(sums)]
+
+        whole = builder.and_(dim, dim.type(-LANES))
+        sums = [_every(0.0)] * LANES
+        sums = _counted(
+            builder,
+            whole,
+            LANES,
+            sums,
+            lambda i, sums: multiply(i, sums, lambda at: _read(builder, keys.dtype, at, LANES)),
+        )
+        # What is left of a row, at most once.
+        rest = builder.sub(dim, whole)
+        sums = _counted(
+            builder,
+            rest,
+            LANES,
+            sums,
+            lambda i, sums: multiply(whole, sums, lambda at: _read_part(builder, keys.dtype, at, rest)),
+        )
+        return _summed(builder, sums)
+
+    return lanes(rows, types.int64, types.int64, keys, *[types.int64] * 5), generate
+
+
+@_typed(_dots_of)
+def dots(rows: Array, at: int, width: int, keys: Array, a: int, b: int, c: int, d: int, dim: int) -> Lanes:
+    """Return the products of four rows, ``width`` apart from ``at`` on, and the keys at a, b, c and d.
+
+    Lane ``4 * key + row``. A lane's sum is over every sixteenth number in their order; then halves are added to halves.
+    """
+    result = np.empty(LANES, np.float32)
+    for lane in range(LANES):
+        sums = np.zeros(LANES, np.float32)
+        for i in range(0, dim, LANES):
+            key = (a, b, c, d)[lane // ROWS] + i
+            some = load(keys, key) if i + LANES <= dim else load_part(keys, key, dim - i)
+            sums = fma(load(rows, at + lane % ROWS * width + i), some, sums)
+        result[lane] = sums.sum()
+    return result
+
+
+def _add_products_of(vectors: int) -> Callable[..., Any]:
+    def typing(sums: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = [context.make_array(sums)(context, builder, args[i]).data for i in (0, 3, 5)]
+            at, width, value_at, weight_at, count = args[1], args[2], args[4], args[6], args[7]
+            number = width.type
+            places = [
+                builder.gep(data[0], [builder.add(at, builder.add(builder.mul(width, number(row)), number(i * LANES)))])
+                for row in range(ROWS)
+                for i in range(vectors)
+            ]
+
+            def add_token(token: Any, totals: list[Any]) -> list[Any]:
+                value = builder.gep(data[1], [builder.add(value_at, builder.mul(width, token))])
+                weight = builder.gep(data[2], [builder.add(weight_at, builder.mul(token, number(ROWS)))])
+                some = [
+                    _read(builder, types.float32, builder.gep(value, [number(i * LANES)]), LANES)
+                    for i in range(vectors)
+                ]
+                each = [
+                    _spread(builder, builder.load(builder.gep(weight, [number(row)])), VECTOR) for row in range(ROWS)
+                ]
+                return [
+                    _llvm(builder, "fma", each[i // vectors], some[i % vectors], total)
+                    for i, total in enumerate(totals)
+                ]
+
+            totals = [_read(builder, types.float32, place, LANES) for place in places]
+            for place, total in zip(places, _counted(builder, count, 1, totals, add_token), strict=True):
+                _write(builder, place, total)
+            return context.get_dummy_value()
+
+        integer = types.int64
+        return types.void(sums, integer, integer, sums, integer, sums, integer, integer), generate
+
+    return typing
+
+
+def _add_products(
+    vectors: int,
+    sums: Array,
+    at: int,
+    width: int,
+    values: Array,
+    value_at: int,
+    weights: Array,
+    weight_at: int,
+    count: int,
+) -> None:
+    for token in range(count):
+        for row in range(ROWS):
+            weight = splat_at(weights, weight_at + token * ROWS + row)
+            for i in range(0, vectors * LANES, LANES):
+                place = at + row * width + i
+                store(sums, place, fma(weight, load(values, value_at + token * width + i), load(sums, place)))
+
+
+@_typed(_add_products_of(4))
+def add_products_64(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Add ``count`` rows of 64 values, ``width`` apart, to four rows of sums, ``width`` apart, token by token.
+
+    The weight of a token in a row is at ``4 * token + row``; all is float32.
+    """
+    _add_products(4, sums, at, width, values, value_at, weights, weight_at, count)
+
+
+@_typed(_add_products_of(1))
+def add_products_16(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Do the same for sixteen values."""
+    _add_products(1, sums, at, width, values, value_at, weights, weight_at, count)
