@@ -94,11 +94,10 @@ class EngineProcess:
         Bytes of memory with all libraries imported and nothing loaded.
     """
 
-    def __init__(self, spec: Spec, threads: int) -> None:
+    def __init__(self, spec: Spec, threads: int, env: dict[str, str]) -> None:
         self.spec = spec
         self._log = tempfile.TemporaryFile()
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)} | spec.env
-        environment = {name: value for name, value in environment.items() if value != ""}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(threads)} | env | spec.env
         arguments = (spec.engine, spec.model, spec.dtype, str(threads), json.dumps(spec.options))
         self._process = subprocess.Popen(
             [spec.python, str(WORKER), *arguments],

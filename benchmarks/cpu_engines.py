@@ -3,13 +3,14 @@
 transformers always takes part, in float32, and vLLM, OpenVINO GenAI and llama.cpp where ``--peers`` names a file that
 says where they are; docs/performance.md says how to install them and how the file looks. All get the same token ids and
 the same number of threads, and write greedily. Processor time and memory are those of the whole process tree. What is
-compared is the best round of each; the read bandwidth is measured between the turns of work a.
+compared is the best round of each, by the clock; ``--busy`` compares processor time, and has threads that wait sleep,
+for a machine that does other work, too. The read bandwidth is measured between the turns of work a.
 
 Works: a one stream, b the first token of a long prompt, c many requests with a common system prompt, w the same with
 the system prompt cached, d chats in turns. Exact sizes: cpu_engine_works.py.
 
     python benchmarks/cpu_engines.py [--model FOLDER] [--dtype float32 bfloat16 int8] [--work a b c w d] [--rounds N]
-        [--threads N] [--peers FILE] [--only NAME …] [--serve] [--short] [--json FILE]
+        [--threads N] [--peers FILE] [--only NAME …] [--serve] [--short] [--busy] [--json FILE]
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ class Run:
     """All that was measured of the engines of one dtype."""
 
     dtype: str
+    busy: bool = False
     engines: dict[str, EngineProcess] = field(default_factory=dict)
     outcomes: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
     expected: dict[str, list[list[list[int]]]] = field(default_factory=dict)
@@ -92,7 +94,11 @@ class Run:
     reads: list[float] = field(default_factory=list)
 
     def best(self, work: str, name: str) -> Outcome:
-        return min(self.outcomes[work, name], key=lambda outcome: outcome.seconds)
+        return min(self.outcomes[work, name], key=self.time)
+
+    def time(self, outcome: Outcome) -> float:
+        """Return what is compared."""
+        return outcome.processor if self.busy else outcome.seconds
 
 
 def own_specs(dtype: str, folder: Path) -> list[Spec]:
@@ -126,7 +132,7 @@ def start(run: Run, specs: list[Spec], source: Source, threads: int, short: bool
     """Load all engines and let each compile and allocate what it wants."""
     for spec in specs:
         try:
-            engine = EngineProcess(spec, threads)
+            engine = EngineProcess(spec, threads, {"OMP_WAIT_POLICY": "passive"} if run.busy else {})
             run.engines[spec.name] = engine
             rng, wide = random.Random(1), spec.engine != "transformers"
             engine.ask([source.cut(rng, 300 if wide and not short else 40)], 4)
@@ -158,7 +164,7 @@ def take_turns(run: Run, works: Iterable[str], rounds: int, source: Source, size
             for name in names[turn:] + names[:turn]:
                 one_turn(run, work, name, number, source, sizes)
                 if work == "a":
-                    run.reads += [timed(read) for _ in range(3)]
+                    run.reads += [timed(read, time.process_time if run.busy else time.perf_counter) for _ in range(3)]
 
 
 def one_turn(run: Run, work: str, name: str, number: int, source: Source, sizes: Sizes) -> None:
@@ -179,10 +185,10 @@ def one_turn(run: Run, work: str, name: str, number: int, source: Source, sizes:
         run.expected[work].append(outcome.texts)
 
 
-def timed(call: Any) -> float:
-    begun = time.perf_counter()
+def timed(call: Any, clock: Any) -> float:
+    begun = clock()
     call()
-    return time.perf_counter() - begun
+    return float(clock() - begun)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
@@ -221,12 +227,14 @@ def work_rows(run: Run, work: str) -> list[Row]:
     title, rows = f"{run.dtype} {work}, {TITLES[work]}", []
     for name in names:
         best = run.best(work, name)
-        value, unit = (1 / best.seconds, "tokens/s") if work == "a" else (best.seconds, "s")
+        value, unit = run.time(best), "s"
+        if work == "a":
+            value, unit = 1 / max(1e-9, value), "tokens/s"
         rows.append(row(f"{title}: {name}", value, unit, shown(work, best) + equal_texts(run, work, name)))
     if OURS not in names:
         return rows
-    ours = run.best(work, OURS).seconds
-    times = {name: run.best(work, name).seconds / ours for name in names if name != OURS}
+    ours = max(1e-9, run.time(run.best(work, OURS)))
+    times = {name: run.time(run.best(work, name)) / ours for name in names if name != OURS}
     peers = {name: ratio for name, ratio in times.items() if run.engines[name].spec.engine != "transformers"}
     if peers:
         best_peer = min(peers, key=peers.__getitem__)
@@ -241,7 +249,7 @@ def limit_row(run: Run, read_numbers: int, threads: int) -> Row:
     """Hold a step of one stream against reading the weights once."""
     bandwidth = BANDWIDTH_BYTES / min(run.reads)
     limit = read_numbers * BYTES[run.dtype] / bandwidth
-    step = run.best("a", OURS).seconds
+    step = run.time(run.best("a", OURS))
     note = f"{1e3 * step:.1f} ms a token, {1e3 * limit:.1f} ms to read {read_numbers / 1e6:.1f}M weights once at "
     note += f"{bandwidth / 1e9:.1f} GB/s, read by {threads} threads in this run"
     return row(f"{run.dtype} a: step / bandwidth limit", step / limit, "×", note, LIMIT[run.dtype], at_most=True)
@@ -278,9 +286,11 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     weights = "random weights in the shape of SmolLM2-135M" if options.model is None else f"{options.model.name}"
     sizes = SHORT if options.short else FULL
     what = f"{sizes.long_prompt} tokens in b; {sizes.requests} requests, {sizes.system} tokens shared, {sizes.new} new"
-    rows.append(row("model", numbers[0] / 1e6, "M weights", f"{weights}, {options.threads} threads; {what} in c and w"))
+    compared = "processor time is compared" if options.busy else "time by the clock is compared"
+    note = f"{weights}, {options.threads} threads; {what} in c and w; {compared}"
+    rows.append(row("model", numbers[0] / 1e6, "M weights", note))
     for dtype in options.dtype:
-        run = Run(dtype)
+        run = Run(dtype, options.busy)
         try:
             specs = own_specs(dtype, folder) + peer_specs(options.peers, dtype, options.only)
             start(run, specs, source, options.threads, options.short)
@@ -306,6 +316,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these peers alone")
     parser.add_argument("--serve", action="store_true", help="the servers, too")
     parser.add_argument("--short", action="store_true", help="less of everything")
+    parser.add_argument("--busy", action="store_true", help="the machine does other work, too")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     options = parser.parse_args()
     options.work = options.work or list("abcw" if options.short else "abcwd")
