@@ -39,12 +39,7 @@ class Pagedkv:
         self._make, self._params = LLM, SamplingParams
 
     def load(self, model: str, dtype: str, options: dict[str, Any]) -> None:
-        source: Any = model
-        if dtype == "int8":
-            options = {"weights": "int8", **options}
-        elif dtype != "float32":
-            source = _loaded(model, dtype)
-        self._llm = self._make(source, **options)
+        self._llm = self._make(model, **options)
         self.facts = {"pool": self._llm.core.runner.bytes_per_block * options["num_blocks"]}
 
     def generate(self, prompts: list[Tokens], count: int) -> list[Tokens]:

@@ -55,9 +55,9 @@ class Outcome:
 class Source:
     """Prompts: pieces of this project's documentation, or of ids drawn at random where there is no tokenizer."""
 
-    def __init__(self, folder: Path) -> None:
-        file = folder / "tokenizer.json"
-        if file.exists():
+    def __init__(self, folder: Path | None) -> None:
+        file = folder / "tokenizer.json" if folder else None
+        if file is not None and file.exists():
             from tokenizers import Tokenizer
 
             pages = sorted((HERE.parent / "docs").glob("*.md"))

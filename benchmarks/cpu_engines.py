@@ -40,6 +40,7 @@ BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
 NUM_BLOCKS = 800
 SEEN = {"c": 4, "w": 4, "d": 1}
 """How many texts transformers writes of a work that it is not timed in."""
+REFERENCE_WORKS = {"float32": "ab", "bfloat16": "a", "int8": "a"}
 BEST_PEER = {"a": 1.1, "b": 1.0, "c": 1.1, "w": 1.1, "d": 1.0}
 PLAIN = {"float32": 2.7, "bfloat16": 5.0}
 LIMIT = {"float32": 1.25, "bfloat16": 1.25, "int8": 1.6}
@@ -52,18 +53,25 @@ Row = dict[str, Any]
 
 
 @contextlib.contextmanager
-def model_folder(named: Path | None) -> Iterator[Path]:
-    """Yield the folder of the model: a random one of the shape of SmolLM2-135M if none is named."""
-    if named is not None:
-        yield named
-        return
-    from transformers import LlamaConfig, LlamaForCausalLM
+def model_folders(named: Path | None) -> Iterator[dict[str, Path]]:
+    """Yield a folder for each dtype; the model is a random one of the shape of SmolLM2-135M if none is named.
 
-    torch.manual_seed(0)
+    Weights of 8 bits are made of those in bfloat16 by whoever loads them.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
     with tempfile.TemporaryDirectory() as folder:
-        config = LlamaConfig(initializer_range=0.08, bos_token_id=None, eos_token_id=None, **SHAPE)
-        LlamaForCausalLM(config).save_pretrained(folder)
-        yield Path(folder)
+        folders = {"float32": Path(folder, "float32"), "bfloat16": Path(folder, "bfloat16")}
+        if named is None:
+            torch.manual_seed(0)
+            config = LlamaConfig(initializer_range=0.08, bos_token_id=None, eos_token_id=None, **SHAPE)
+            model: Any = LlamaForCausalLM(config)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(named, dtype=torch.float32)
+        for dtype, path in folders.items():
+            model.to(getattr(torch, dtype)).save_pretrained(path)
+        del model
+        yield folders | {"int8": folders["bfloat16"]}
 
 
 def parameters(folder: Path) -> tuple[int, int]:
@@ -101,15 +109,15 @@ class Run:
         return outcome.processor if self.busy else outcome.seconds
 
 
-def own_specs(dtype: str, folder: Path) -> list[Spec]:
+def own_specs(dtype: str, folders: dict[str, Path]) -> list[Spec]:
     """Return the engines that need nothing installed."""
-    here = {"model": str(folder), "python": sys.executable}
+    options: dict[str, Any] = {"num_blocks": NUM_BLOCKS} | ({"weights": "int8"} if dtype == "int8" else {})
     specs = [
-        Spec(OURS, "pagedkv", dtype=dtype, options={"num_blocks": NUM_BLOCKS}, **here),
-        Spec(REFERENCE, "transformers", dtype="float32", works="ab" if dtype == "float32" else "a", **here),
+        Spec(OURS, "pagedkv", str(folders[dtype]), dtype, sys.executable, options=options),
+        Spec(REFERENCE, "transformers", str(folders["float32"]), "float32", sys.executable, REFERENCE_WORKS[dtype]),
     ]
     if dtype == "bfloat16":
-        specs.append(Spec("transformers bfloat16", "transformers", dtype=dtype, works="ab", **here))
+        specs.append(Spec("transformers bfloat16", "transformers", str(folders[dtype]), dtype, sys.executable, "ab"))
     return specs
 
 
@@ -200,7 +208,7 @@ def row(
     """Return one line of the table."""
     value = None if value is None else round(value, 3)
     met = None if target is None or value is None else (value <= target if at_most else value >= target)
-    note += "; MISSED in this run" if met is False else ""
+    note = "; ".join(filter(None, (note, "MISSED in this run" if met is False else "")))
     return {"name": name, "value": value, "unit": unit, "target": target, "met": met, "note": note}
 
 
@@ -280,9 +288,9 @@ def rows_of(run: Run, works: list[str], numbers: tuple[int, int], threads: int) 
     return rows + memory_rows(run, numbers[0])
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
+def measure(options: argparse.Namespace, folders: dict[str, Path]) -> list[Row]:
     """Measure one dtype after the other."""
-    source, numbers, rows = Source(folder), parameters(folder), []
+    source, numbers, rows = Source(options.model), parameters(folders["float32"]), []
     weights = "random weights in the shape of SmolLM2-135M" if options.model is None else f"{options.model.name}"
     sizes = SHORT if options.short else FULL
     what = f"{sizes.long_prompt} tokens in b; {sizes.requests} requests, {sizes.system} tokens shared, {sizes.new} new"
@@ -292,15 +300,15 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Row]:
     for dtype in options.dtype:
         run = Run(dtype, options.busy)
         try:
-            specs = own_specs(dtype, folder) + peer_specs(options.peers, dtype, options.only)
+            specs = own_specs(dtype, folders) + peer_specs(options.peers, dtype, options.only)
             start(run, specs, source, options.threads, options.short)
             take_turns(run, options.work, options.rounds, source, sizes)
             rows += rows_of(run, options.work, numbers, options.threads)
         finally:
             for engine in run.engines.values():
                 engine.close()
-        if options.serve:
-            rows += server_rows(folder, dtype, options.peers, options.rounds)
+        if options.serve and options.model is not None:
+            rows += server_rows(options.model, dtype, options.peers, options.rounds)
     return rows
 
 
@@ -322,8 +330,8 @@ def main() -> None:
     options.work = options.work or list("abcw" if options.short else "abcwd")
     options.rounds = options.rounds or (1 if options.short else 3)
     torch.set_num_threads(options.threads)
-    with model_folder(options.model) as folder:
-        rows = measure(options, folder)
+    with model_folders(options.model) as folders:
+        rows = measure(options, folders)
     print("| what | measured | target | met | note |\n| --- | ---: | ---: | --- | --- |")
     for line in rows:
         value = "" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
