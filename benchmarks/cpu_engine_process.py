@@ -7,11 +7,14 @@ import json
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+IDLE = 0.1
+"""A machine is idle while less than this part of its cores is used."""
 WORKER = Path(__file__).with_name("cpu_engine_worker.py")
 PROC = Path("/proc")
 Tokens = list[int]
@@ -64,6 +67,26 @@ def processor_seconds(pid: int) -> float:
             fields = (PROC / str(each) / "stat").read_text().rpartition(")")[2].split()
             total += int(fields[11]) + int(fields[12])
     return total / os.sysconf("SC_CLK_TCK")
+
+
+def machine_seconds() -> float:
+    """Return the processor time that the whole machine has spent, on anything."""
+    try:
+        fields = (PROC / "stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, interrupts, soft = map(int, fields[:7])
+    return (user + nice + system + interrupts + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_until_idle(most: float) -> None:
+    """Wait until hardly anything runs on the machine, but only so many seconds."""
+    end = time.monotonic() + most
+    while time.monotonic() < end:
+        begun = machine_seconds()
+        time.sleep(0.5)
+        if machine_seconds() - begun < IDLE * 0.5 * (os.cpu_count() or 1):
+            return
 
 
 def memory(pid: int, name: str) -> int:
@@ -147,6 +170,10 @@ class EngineProcess:
         answer = self._read()
         processor = processor_seconds(self._process.pid) - begun
         return Answer(answer["seconds"], processor, answer["tokens"])
+
+    def processor_seconds(self) -> float:
+        """Return the processor time so far."""
+        return processor_seconds(self._process.pid)
 
     def peak(self) -> int:
         """Return the most bytes of memory since the libraries were imported."""

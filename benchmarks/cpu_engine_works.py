@@ -50,6 +50,8 @@ class Outcome:
     processor: float
     texts: list[Tokens]
     note: str = ""
+    others: float = 0.0
+    """Part of the cores that other processes had meanwhile."""
 
 
 class Source:

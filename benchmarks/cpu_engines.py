@@ -4,13 +4,14 @@ transformers always takes part, in float32, and vLLM, OpenVINO GenAI and llama.c
 says where they are; docs/performance.md says how to install them and how the file looks. All get the same token ids and
 the same number of threads, and write greedily. Processor time and memory are those of the whole process tree. What is
 compared is the best round of each, by the clock; ``--busy`` compares processor time, and has threads that wait sleep,
-for a machine that does other work, too. The read bandwidth is measured between the turns of work a.
+for a machine that does other work, too, and ``--wait`` has every turn wait until the machine is idle. The read bandwidth
+is measured between the turns of work a.
 
 Works: a one stream, b the first token of a long prompt, c many requests with a common system prompt, w the same with
 the system prompt cached, d chats in turns. Exact sizes: cpu_engine_works.py.
 
     python benchmarks/cpu_engines.py [--model FOLDER] [--dtype float32 bfloat16 int8] [--work a b c w d] [--rounds N]
-        [--threads N] [--peers FILE] [--only NAME …] [--serve] [--short] [--busy] [--json FILE]
+        [--threads N] [--peers FILE] [--only NAME …] [--serve] [--short] [--busy] [--wait SECONDS] [--json FILE]
 """
 
 from __future__ import annotations
@@ -18,19 +19,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import struct
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention import BANDWIDTH_BYTES, reader
-from cpu_engine_process import EngineFailed, EngineProcess, Spec
+from cpu_engine_process import EngineFailed, EngineProcess, Spec, machine_seconds, wait_until_idle
 from cpu_engine_servers import server_rows
 from cpu_engine_works import FULL, SHORT, TITLES, WORKS, Outcome, Sizes, Source
 from tiers import SHAPE
@@ -95,6 +97,7 @@ class Run:
 
     dtype: str
     busy: bool = False
+    wait: float = 0.0
     engines: dict[str, EngineProcess] = field(default_factory=dict)
     outcomes: dict[tuple[str, str], list[Outcome]] = field(default_factory=dict)
     expected: dict[str, list[list[list[int]]]] = field(default_factory=dict)
@@ -182,10 +185,15 @@ def one_turn(run: Run, work: str, name: str, number: int, source: Source, sizes:
     is_timed = work in engine.spec.works
     if not is_timed and (number or name != REFERENCE or run.dtype != "float32"):
         return
+    wait_until_idle(run.wait)
+    begun, all_begun, own_begun = time.perf_counter(), machine_seconds(), engine.processor_seconds()
     try:
         outcome = WORKS[work](engine.ask, source, rng, sizes, None if is_timed else SEEN[work])
     except EngineFailed as error:
         return fail(run, name, error)
+    others = machine_seconds() - all_begun - (engine.processor_seconds() - own_begun)
+    cores = (os.cpu_count() or 1) * (time.perf_counter() - begun)
+    outcome = replace(outcome, others=max(0.0, others / cores))
     if is_timed:
         run.outcomes.setdefault((work, name), []).append(outcome)
         say(f"{run.dtype} {work} {number} {name}: {shown(work, outcome)}")
@@ -215,9 +223,12 @@ def row(
 def shown(work: str, outcome: Outcome) -> str:
     """Say how long a work took."""
     if work == "a":
-        milliseconds, processor = 1e3 * outcome.seconds, 1e3 * outcome.processor
-        return f"{1 / outcome.seconds:.1f} tokens/s, {milliseconds:.1f} ms a token, {processor:.1f} ms CPU"
-    return f"{outcome.seconds:.2f} s, {outcome.processor:.1f} s CPU" + (f"; {outcome.note}" if outcome.note else "")
+        text = f"{1 / outcome.seconds:.1f} tokens/s, {1e3 * outcome.seconds:.1f} ms a token"
+        text += f", {1e3 * outcome.processor:.1f} ms CPU"
+    else:
+        text = f"{outcome.seconds:.2f} s, {outcome.processor:.1f} s CPU"
+    others = f"other processes had {100 * outcome.others:.0f}% of the cores" if outcome.others > 0.05 else ""
+    return "; ".join(filter(None, (text, outcome.note, others)))
 
 
 def equal_texts(run: Run, work: str, name: str) -> str:
@@ -298,7 +309,7 @@ def measure(options: argparse.Namespace, folders: dict[str, Path]) -> list[Row]:
     note = f"{weights}, {options.threads} threads; {what} in c and w; {compared}"
     rows.append(row("model", numbers[0] / 1e6, "M weights", note))
     for dtype in options.dtype:
-        run = Run(dtype, options.busy)
+        run = Run(dtype, options.busy, options.wait)
         try:
             specs = own_specs(dtype, folders) + peer_specs(options.peers, dtype, options.only)
             start(run, specs, source, options.threads, options.short)
@@ -325,6 +336,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="the servers, too")
     parser.add_argument("--short", action="store_true", help="less of everything")
     parser.add_argument("--busy", action="store_true", help="the machine does other work, too")
+    parser.add_argument("--wait", type=float, default=0.0, help="seconds at most that a turn waits for an idle machine")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     options = parser.parse_args()
     options.work = options.work or list("abcw" if options.short else "abcwd")
