@@ -3,9 +3,9 @@
 transformers always takes part, in float32, and vLLM, OpenVINO GenAI and llama.cpp where ``--peers`` names a file that
 says where they are; docs/performance.md says how to install them and how the file looks. All get the same token ids and
 the same number of threads, and write greedily. Processor time and memory are those of the whole process tree. What is
-compared is the best round of each, by the clock; ``--busy`` compares processor time, and has threads that wait sleep,
-for a machine that does other work, too, and ``--wait`` has every turn wait until the machine is idle. The read bandwidth
-is measured between the turns of work a.
+compared is the best round of each, by the clock. On a machine that does other work ``--wait`` has every turn wait until
+it is idle, or ``--busy`` compares processor time and has threads that wait sleep. The read bandwidth is measured between
+the turns of work a.
 
 Works: a one stream, b the first token of a long prompt, c many requests with a common system prompt, w the same with
 the system prompt cached, d chats in turns. Exact sizes: cpu_engine_works.py.
