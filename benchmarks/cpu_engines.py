@@ -4,8 +4,8 @@ transformers always takes part, in float32, and vLLM, OpenVINO GenAI and llama.c
 says where they are; docs/performance.md says how to install them and how the file looks. All get the same token ids and
 the same number of threads, and write greedily. Processor time and memory are those of the whole process tree. What is
 compared is the best round of each, by the clock. On a machine that does other work ``--wait`` has every turn wait until
-it is idle, or ``--busy`` compares processor time and has threads that wait sleep. The read bandwidth is measured between
-the turns of work a.
+it is idle, or ``--busy`` compares processor time and has threads that wait sleep. The read bandwidth is measured
+between the turns of work a.
 
 Works: a one stream, b the first token of a long prompt, c many requests with a common system prompt, w the same with
 the system prompt cached, d chats in turns. Exact sizes: cpu_engine_works.py.
