@@ -130,6 +130,13 @@ class EngineProcess:
             text=True,
             env=environment,
         )
+        try:
+            self._load()
+        except EngineFailed:
+            self.close()
+            raise
+
+    def _load(self) -> None:
         self._read()
         forget_peak(self._process.pid)
         self.bare = memory(self._process.pid, "VmRSS")
@@ -189,3 +196,6 @@ class EngineProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for stream in (self._process.stdout, self._log):
+            if stream is not None:
+                stream.close()
