@@ -3,9 +3,9 @@
 transformers always takes part, in float32, and vLLM, OpenVINO GenAI and llama.cpp where ``--peers`` names a file that
 says where they are; docs/performance.md says how to install them and how the file looks. All get the same token ids and
 the same number of threads, and write greedily. Processor time and memory are those of the whole process tree. What is
-compared is the best round of each, by the clock. On a machine that does other work ``--wait`` has every turn wait until
-it is idle, or ``--busy`` compares processor time and has threads that wait sleep. The read bandwidth is measured
-between the turns of work a.
+compared is the best round of each, by the clock. A turn waits until the machine is idle, but not for long: some engines
+spin on after an answer. On a machine that does other work ``--busy`` compares processor time and has threads that wait
+sleep. The read bandwidth is measured between the turns of work a.
 
 Works: a one stream, b the first token of a long prompt, c many requests with a common system prompt, w the same with
 the system prompt cached, d chats in turns. Exact sizes: cpu_engine_works.py.
@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="the servers, too")
     parser.add_argument("--short", action="store_true", help="less of everything")
     parser.add_argument("--busy", action="store_true", help="the machine does other work, too")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds at most that a turn waits for an idle machine")
+    parser.add_argument("--wait", type=float, default=2.0, help="seconds at most that a turn waits for an idle machine")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     options = parser.parse_args()
     options.work = options.work or list("abcw" if options.short else "abcwd")
