@@ -112,14 +112,14 @@ class Run:
         return outcome.processor if self.busy else outcome.seconds
 
 
-def own_specs(dtype: str, folders: dict[str, Path]) -> list[Spec]:
+def own_specs(dtype: str, folders: dict[str, Path], short: bool) -> list[Spec]:
     """Return the engines that need nothing installed."""
     options: dict[str, Any] = {"num_blocks": NUM_BLOCKS} | ({"weights": "int8"} if dtype == "int8" else {})
     specs = [
         Spec(OURS, "pagedkv", str(folders[dtype]), dtype, sys.executable, options=options),
         Spec(REFERENCE, "transformers", str(folders["float32"]), "float32", sys.executable, REFERENCE_WORKS[dtype]),
     ]
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and not short:
         specs.append(Spec("transformers bfloat16", "transformers", str(folders[dtype]), dtype, sys.executable, "ab"))
     return specs
 
@@ -299,28 +299,35 @@ def rows_of(run: Run, works: list[str], numbers: tuple[int, int], threads: int) 
     return rows + memory_rows(run, numbers[0])
 
 
-def measure(options: argparse.Namespace, folders: dict[str, Path]) -> list[Row]:
-    """Measure one dtype after the other."""
-    source, numbers, rows = Source(options.model), parameters(folders["float32"]), []
+def measure(options: argparse.Namespace, folders: dict[str, Path]) -> Iterator[list[Row]]:
+    """Measure one dtype after the other; yields the lines of each."""
+    source, numbers = Source(options.model), parameters(folders["float32"])
     weights = "random weights in the shape of SmolLM2-135M" if options.model is None else f"{options.model.name}"
     sizes = SHORT if options.short else FULL
     what = f"{sizes.long_prompt} tokens in b; {sizes.requests} requests, {sizes.system} tokens shared, {sizes.new} new"
     compared = "processor time is compared" if options.busy else "time by the clock is compared"
     note = f"{weights}, {options.threads} threads; {what} in c and w; {compared}"
-    rows.append(row("model", numbers[0] / 1e6, "M weights", note))
+    yield [row("model", numbers[0] / 1e6, "M weights", note)]
     for dtype in options.dtype:
         run = Run(dtype, options.busy, options.wait)
         try:
-            specs = own_specs(dtype, folders) + peer_specs(options.peers, dtype, options.only)
+            specs = own_specs(dtype, folders, options.short) + peer_specs(options.peers, dtype, options.only)
             start(run, specs, source, options.threads, options.short)
             take_turns(run, options.work, options.rounds, source, sizes)
-            rows += rows_of(run, options.work, numbers, options.threads)
+            yield rows_of(run, options.work, numbers, options.threads)
         finally:
             for engine in run.engines.values():
                 engine.close()
         if options.serve and options.model is not None:
-            rows += server_rows(options.model, dtype, options.peers, options.rounds)
-    return rows
+            yield server_rows(options.model, dtype, options.peers, options.rounds)
+
+
+def printed(line: Row) -> str:
+    """Return a line of the table."""
+    value = "" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
+    target = "" if line["target"] is None else f"{line['target']:g}"
+    met = {None: "", True: "yes", False: "**no**"}[line["met"]]
+    return f"| {line['name']} | {value} | {target} | {met} | {line['note']} |"
 
 
 def main() -> None:
@@ -342,16 +349,15 @@ def main() -> None:
     options.work = options.work or list("abcw" if options.short else "abcwd")
     options.rounds = options.rounds or (1 if options.short else 3)
     torch.set_num_threads(options.threads)
-    with model_folders(options.model) as folders:
-        rows = measure(options, folders)
     print("| what | measured | target | met | note |\n| --- | ---: | ---: | --- | --- |")
-    for line in rows:
-        value = "" if line["value"] is None else f"{line['value']:.4g} {line['unit']}"
-        target = "" if line["target"] is None else f"{line['target']:g}"
-        met = {None: "", True: "yes", False: "**no**"}[line["met"]]
-        print(f"| {line['name']} | {value} | {target} | {met} | {line['note']} |")
-    if options.json:
-        options.json.write_text(json.dumps(rows, ensure_ascii=False))
+    rows: list[Row] = []
+    with model_folders(options.model) as folders:
+        for lines in measure(options, folders):
+            rows += lines
+            for line in lines:
+                print(printed(line), flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(rows, ensure_ascii=False))
 
 
 if __name__ == "__main__":
