@@ -31,12 +31,12 @@ def asked(benchmarks):
     """Do a work with an engine that answers 7 and takes a second for a call and a tenth for a token."""
     works, process = benchmarks("cpu_engine_works"), benchmarks("cpu_engine_process")
 
-    def do(work, most=None):
-        calls = []
+    def do(work, most=None, extra=()):
+        calls, extra = [], list(extra)
 
         def ask(prompts, count):
             calls.append(([list(prompt) for prompt in prompts], count))
-            seconds = 1 + count / 10
+            seconds = 1 + count / 10 + (extra.pop(0) if extra else 0)
             return process.Answer(seconds, 2 * seconds, [[7] * count for _ in prompts])
 
         outcome = works.WORKS[work](ask, works.Source(None), random.Random(0), works.SHORT, most)
@@ -46,11 +46,16 @@ def asked(benchmarks):
 
 
 def test_a_stream_is_timed_without_its_prompt(asked):
-    sizes, calls, outcome = asked("a")
-    (first, one), (second, many) = calls
-    assert (one, many) == (1, sizes.stream + 1) and len(first[0]) == len(second[0]) == sizes.prompt
-    assert first[0][0] != second[0][0]  # or the second would be found in a cache
+    sizes, calls, outcome = asked("a", extra=[50.0])  # the first call is disturbed
+    assert [count for _, count in calls] == [1, sizes.stream + 1, 1]
+    assert {len(prompts[0]) for prompts, _ in calls} == {sizes.prompt}
+    assert len({prompts[0][0] for prompts, _ in calls}) == 3  # or the later ones would be found in a cache
     assert outcome.seconds == pytest.approx(0.1) and outcome.processor == pytest.approx(0.2)
+
+
+def test_a_disturbed_prompt_does_not_make_a_stream_fast(asked):
+    sizes, _, outcome = asked("a", extra=[50.0, 0.0, 50.0])
+    assert outcome.seconds == pytest.approx((1 + (sizes.stream + 1) / 10) / sizes.stream)
 
 
 @pytest.mark.parametrize("work", ["c", "w"])
