@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,15 +56,23 @@ def made_prompts(count: int) -> list[str]:
 
 
 class Server:
-    """One server process on a free port."""
+    """One server process on a free port; what `settings` holds goes into every request."""
 
-    def __init__(self, name: str, command: list[str], model: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        model: str,
+        settings: Mapping[str, Any] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         self.name, self.model = name, model
+        self.settings = {"max_tokens": NEW_TOKENS, **(settings or {})}
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile()
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(env or {})
         self._process = subprocess.Popen(
             [*command, "--port", str(port)], stdout=self._log, stderr=subprocess.STDOUT, env=offline
         )
@@ -118,7 +127,7 @@ class Load:
 
 async def ask(client: httpx.AsyncClient, server: Server, number: int, prompt: str, load: Load) -> None:
     """Send one request and read its stream."""
-    body = {"model": server.model, "prompt": prompt, "max_tokens": NEW_TOKENS, "temperature": 0, "stream": True}
+    body = {"model": server.model, "prompt": prompt, "temperature": 0, "stream": True, **server.settings}
     begun, last, text = time.perf_counter(), 0.0, ""
     try:
         async with client.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
