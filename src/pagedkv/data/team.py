@@ -14,7 +14,8 @@ from __future__ import annotations
 import atexit
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from queue import SimpleQueue
 from typing import Any
 
@@ -232,3 +233,21 @@ def _forget_helpers() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_helpers)
 atexit.register(lambda: _team.stop())
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Let torch's operations run in the calling thread alone.
+
+    OpenMP's threads go on spinning for milliseconds after an operation of torch that they took part in, and hold the
+    cores that the team needs next; between two steps of a model that is worse than what they save.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

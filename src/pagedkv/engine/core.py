@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pagedkv.control.types import CacheStats
+from pagedkv.data.team import torch_alone
 from pagedkv.engine.batch import Batch, ScheduledChunk
 from pagedkv.engine.beam_steps import advance_beams, begin_beams
 from pagedkv.engine.output import OutputDraft
@@ -215,9 +216,10 @@ class EngineCore:
         try:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
-            output.sample(logits, self._sampler)
-            sampled = time.perf_counter()
-            touched = output.apply()
+            with torch_alone():
+                output.sample(logits, self._sampler)
+                sampled = time.perf_counter()
+                touched = output.apply()
         except InvalidLogits as error:
             self.scheduler.recall(batch.chunks)
             return self._refused(error)
