@@ -102,6 +102,8 @@ def load_runner(
         raise bad_argument("mode", "another one for quantised keys and values", f"{mode!r}")
     passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype, may_compile=not is_quantised)
     _warn(model, passed)
+    if is_quantised and passed.way.mode == "ragged":
+        logger.info("%s runs by its own modules, layer by layer: keys and values are quantised", type(model).__name__)
     proved = passed.runner
     spec = proved.cache.spec
     block_bytes = replace(spec, dtype=kv_dtype or spec.dtype, block_size=block_size).block_memory_bytes
