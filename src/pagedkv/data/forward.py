@@ -525,7 +525,7 @@ class Forward:
             self._acts,
             program.memory,
             (logits[row:].data_ptr() - self._floats.ctypes.data) // 4 if len(picked) else 0,
-            plans,
+            plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
             _num_parts(plans, program, threads),
             np.zeros((len(program.decoder.layers), max(plan.num_counters for plan in plans)), np.int64),
             self._partials,
