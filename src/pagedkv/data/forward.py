@@ -410,8 +410,9 @@ class Forward:
         program = self._program
         is_narrow = program.weights.dtype == np.uint16 and has_bfloat16_products()
         # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
-        self._floats = torch.zeros(program.num_floats).numpy()
-        self._acts = torch.zeros(program.num_acts, dtype=torch.uint16 if is_narrow else torch.float32).numpy()
+        of_acts = torch.uint16 if is_narrow else torch.float32
+        self._floats = torch.zeros(program.num_floats, dtype=torch.float32, device="cpu").numpy()
+        self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         self._counters = np.zeros(LINE * len(program.phases), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
