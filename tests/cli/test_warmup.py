@@ -42,6 +42,13 @@ with watch_compiles(lambda name, seconds: compiled.append(name)):
             tier.match(range(50)).result()
             tier.load(range(40), numpy.zeros((2, 5000), numpy.uint8)).result()
             tier.clear()
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+    from pagedkv.hf import load_runner
+    sizes = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    types = ["sliding_attention", "full_attention"]
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, num_key_value_heads=2, layer_types=types))
+    for model in (LlamaForCausalLM(LlamaConfig(**sizes)), gemma):
+        load_runner(model.bfloat16(), num_blocks=20, mode="compiled")
 print(compiled)
 """
 

@@ -58,7 +58,7 @@ class Pair:
 
     def __init__(self, recorder, model=None, **options):
         model = copy.deepcopy(build("llama", layers=1) if model is None else model).to(DEVICE)
-        self.runners = [load_runner(model, **SMALL | options) for _ in range(2)]
+        self.runners = [load_runner(model, mode="ragged", **SMALL | options) for _ in range(2)]
         self.runners[1].record_decoding(recorder)
 
     @property
@@ -200,6 +200,7 @@ def test_the_option_reaches_the_runner(recorder, monkeypatch):
     assert not asked and runner.num_recordings == 0
     runner = LLM(model, num_blocks=8, block_size=4, cuda_graphs=True).core.runner
     assert [device.type for device in asked] == [DEVICE.type] and runner._graphs._record is recorder
+    assert runner.mode == "ragged"
 
 
 # --- models that cannot be recorded ------------------------------------------------------------------------------
@@ -265,8 +266,9 @@ def test_refusals(monkeypatch):
         load_runner(model, num_blocks=8, cuda_graphs=True)
     with pytest.raises(InvalidOperation, match="cuda_graphs: expected a model on a CUDA device, got one on cpu"):
         LLM(model, num_blocks=8, cuda_graphs=True)
-    with pytest.raises(InvalidOperation, match="cuda_graphs: expected False in mode 'gather', got True"):
-        load_runner(model, num_blocks=8, mode="gather", cuda_graphs=True)
+    for mode in ("gather", "compiled"):
+        with pytest.raises(InvalidOperation, match=f"cuda_graphs: expected False in mode '{mode}', got True"):
+            load_runner(model, num_blocks=8, mode=mode, cuda_graphs=True)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     monkeypatch.setattr(load, "has_triton", lambda: False)
     with pytest.raises(MissingExtra, match="triton is not installed"):

@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 def logits(model, **options):
     """Two prompts in one batch, a fork, and three steps of what they choose."""
-    runner = load_runner(model, num_blocks=32, block_size=4, batch_invariant=False, **options)
+    runner = load_runner(model, num_blocks=32, block_size=4, mode="ragged", batch_invariant=False, **options)
     cache, prompts = runner.cache, {1: list(range(9)), 2: list(range(20, 25))}
     for seq_id, ids in prompts.items():
         cache.allocate(seq_id, ids)

@@ -37,6 +37,8 @@ from transformers import (
 )
 
 from pagedkv import BlockManager, InvalidOperation, OutOfMemory
+from pagedkv.data import forward
+from pagedkv.hf import load_runner, streaming
 from pagedkv.hf.streaming import StreamingSession, blocks_for_streaming
 from pagedkv.models import shipped_model_path
 
@@ -315,8 +317,10 @@ def test_reset_forgets_everything():
 # ---------------------------------------------------------------- what must not happen
 
 
+@pytest.mark.parametrize("mode", ["compiled", "ragged"])
 @pytest.mark.parametrize("fed", [0, 3, 24, 25, 26, 90])
-def test_a_failed_pass_changes_nothing(fed):
+def test_a_failed_pass_changes_nothing(fed, mode, monkeypatch):
+    monkeypatch.setattr(streaming, "load_runner", functools.partial(load_runner, mode=mode))
     model, ids = built(llama), random_ids(120)
     session, twin = (StreamingSession(model, SINKS, WINDOW, block_size=3, rebase_at=46) for _ in range(2))
     for each in (session, twin):
@@ -327,7 +331,8 @@ def test_a_failed_pass_changes_nothing(fed):
         raise KeyboardInterrupt
 
     hook = model.model.layers[1].register_forward_hook(fail)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(forward, "run_in_threads", lambda kernel, arguments, threads: fail(kernel(*arguments)))
         session.feed([5])
     hook.remove()
     assert session.num_tokens == fed

@@ -36,6 +36,10 @@ What is there already is not compiled again. The code is for this processor and 
 """
 
 
+OF_MODELS = ("float32", "bfloat16", "float16")
+"""The dtypes that a model may have."""
+
+
 class Clock:
     """The time of a run, and the part of it in which kernels were compiled: once on a machine, not once a text."""
 
@@ -102,6 +106,7 @@ def warmup(
             work["tiers"] = partial(use_tiers, strategies)
         work |= {f"attention, {each}": partial(use_attention, each) for each in wanted}
         if engine and find_spec("torch") and find_spec("transformers"):
+            work |= {f"forward pass, {each}": partial(use_runner, each) for each in wanted if each in OF_MODELS}
             work["engine"] = use_engine
         report = compile_all(work)
         if json:
@@ -213,6 +218,18 @@ def use_attention(dtype: str) -> None:
         cache.write(0, keys, keys, plan)
         cache.attend(0, queries, plan)
         cache.commit(plan)
+
+
+def use_runner(dtype: str) -> None:
+    """Run the shipped model in this dtype over a pool: the forward pass is compiled once for all models."""
+    import torch
+
+    from pagedkv.cli.loading import load_model
+    from pagedkv.hf import load_runner
+    from pagedkv.models import shipped_model_path
+
+    model = load_model(shipped_model_path(), "cpu").model.to(getattr(torch, dtype))
+    load_runner(model, num_blocks=8)
 
 
 def use_engine() -> None:

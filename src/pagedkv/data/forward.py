@@ -19,7 +19,8 @@ from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_progr
 from pagedkv.data.simd import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
+from pagedkv.spec import MAX_COUNT
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -110,6 +111,8 @@ class Program:
         self.constants = self._constants.array()
         self.places = np.array(self._places, np.int64)
         self.num_floats, self.num_acts = self._floats.size, self._acts.size
+        table = decoder.positions
+        self.num_positions = MAX_COUNT if table is None else len(table) - decoder.position_offset
         self.phases = np.array([*self._phases, len(self._operations)])
         self.operations = np.zeros(len(self._operations), OPERATION)
         for record, fields in zip(self.operations, self._operations, strict=True):
@@ -292,7 +295,9 @@ class Program:
             "head_dim": dim,
             "v_head_dim": v_dim,
         }
-        for name, side in (("key", keys), ("value", values)):
+        for name, side, size in (("key", keys, dim), ("value", values, v_dim)):
+            if side.shape[2:] != (num_kv_heads, size):
+                raise InvalidOperation(f"{name}s of shape {[num_kv_heads, size]} in blocks of {list(side.shape[2:])}")
             if side.dtype != self._memory_base.dtype:
                 raise InvalidOperation("layers of several dtypes of K and V")
             places[f"{name}_base"] = (side.data_ptr() - self._memory_base.data_ptr()) // side.element_size()
@@ -405,8 +410,9 @@ class Forward:
         program = self._program
         is_narrow = program.weights.dtype == np.uint16 and has_bfloat16_products()
         # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
-        self._floats = torch.zeros(program.num_floats).numpy()
-        self._acts = torch.zeros(program.num_acts, dtype=torch.uint16 if is_narrow else torch.float32).numpy()
+        of_acts = torch.uint16 if is_narrow else torch.float32
+        self._floats = torch.zeros(program.num_floats, dtype=torch.float32, device="cpu").numpy()
+        self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         self._counters = np.zeros(LINE * len(program.phases), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
@@ -439,21 +445,39 @@ class Forward:
         Returns
         -------
         float32 Tensor [k, vocab_size]
+
+        Raises
+        ------
+        InvalidOperation
+            If a position is negative, or beyond the learned ones; nothing is written.
         """
-        logits = torch.empty(len(wanted), self._vocab_size)
-        order = np.argsort(wanted, kind="stable")
-        is_sorted = bool((wanted[1:] >= wanted[:-1]).all())
-        ordered = wanted if is_sorted else wanted[order]
-        self._reach(int(positions.max()))
-        total, done = len(ids), 0
-        for first in range(0, total, self._program.max_rows):
-            last = min(total, first + self._program.max_rows)
-            low, high = np.searchsorted(ordered, (first, last)).tolist()
+        program, total = self._program, len(ids)
+        self._require_positions(positions, total)
+        places: Ints | None = None
+        if not (wanted[1:] > wanted[:-1]).all():
+            wanted, places = np.unique(wanted, return_inverse=True)
+        logits = torch.empty(len(wanted), self._vocab_size, dtype=torch.float32, device="cpu")
+        done = 0
+        for first in range(0, total, program.max_rows):
+            last = min(total, first + program.max_rows)
+            low, high = np.searchsorted(wanted, (first, last)).tolist()
             span = slice(first, last)
             part = batch if last - first == total else _window(batch, first, last)
-            self._run(part, ids[span], positions[span], slots[span], ordered[low:high] - first, logits, done)
+            self._run(part, ids[span], positions[span], slots[span], wanted[low:high] - first, logits, done)
             done += high - low
-        return logits if is_sorted else logits[torch.from_numpy(np.argsort(order, kind="stable"))]
+        return logits if places is None else logits[torch.from_numpy(places)]
+
+    def _require_positions(self, positions: Ints, count: int) -> None:
+        """Refuse positions that no table has; have cosines and sines for all others."""
+        if positions.shape != (count,) or positions.dtype != np.int64:
+            raise bad_argument("positions", f"{count} int64", f"{positions.dtype} {list(positions.shape)}")
+        # As unsigned numbers negative ones are huge: one pass finds both kinds.
+        greatest = int(positions.view(np.uint64).max()) if count else 0
+        limit = self._program.num_positions
+        if greatest >= limit:
+            wrong = int(positions[positions.view(np.uint64) >= limit][0])
+            raise bad_argument("positions", f"0 … {limit - 1}, as the model has", f"{wrong}")
+        self._reach(greatest)
 
     def _reach(self, position: int) -> None:
         """Have cosines and sines for a position."""
@@ -502,7 +526,7 @@ class Forward:
             self._acts,
             program.memory,
             (logits[row:].data_ptr() - self._floats.ctypes.data) // 4 if len(picked) else 0,
-            plans,
+            plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
             _num_parts(plans, program, threads),
             np.zeros((len(program.decoder.layers), max(plan.num_counters for plan in plans)), np.int64),
             self._partials,

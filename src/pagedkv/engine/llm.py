@@ -100,7 +100,7 @@ class LLM:
         As of :class:`pagedkv.PagedKvCache`.
     kv_dtype : str or torch.dtype, optional
         Of the stored K and V; that of the model by default. ``"int8"`` and ``"fp8"`` are quantised.
-    mode : {"auto", "ragged", "gather"}
+    mode : {"auto", "compiled", "ragged", "gather"}
         How the model is run; see :func:`pagedkv.hf.load_runner`.
     num_states : int, optional
         Slots for the states of recurrent layers, as of :func:`pagedkv.hf.load_runner`. By default two for each of

@@ -60,7 +60,7 @@ def describe(model: Any) -> Decoder:
     """
     _require_plain_model(model)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("cpu"):
             return _Reader(model).decoder()
     except MemoryError:
         raise
@@ -144,7 +144,7 @@ class _Reader:
         self._text = "."
         limit = longest_text(model.config) or 1000
         places = sorted({0, 1, 2, 5, limit // 2, limit - 1})
-        tokens = torch.linspace(1, len(self._embedding) - 1, len(places)).long()
+        tokens = torch.linspace(1, len(self._embedding) - 1, len(places), dtype=torch.float64).long()
         self._trace: Trace = trace(model, tokens, torch.tensor(places))
         self._calls = [call for call in self._trace.calls if isinstance(call, Call)]
         self._called = {id(call.module) for call in self._calls}
@@ -576,5 +576,7 @@ def _rows_of(sources: list[Linear], rows: Tensor) -> Linear:
     weight = torch.cat([source.weight for source in sources])[rows]
     if all(source.bias is None for source in sources):
         return Linear(weight)
-    biases = [torch.zeros(len(each.weight)) if each.bias is None else each.bias for each in sources]
+    biases = [
+        torch.zeros(len(each.weight), dtype=torch.float32) if each.bias is None else each.bias for each in sources
+    ]
     return Linear(weight, torch.cat(biases)[rows])

@@ -91,7 +91,7 @@ def fit_norm(module: nn.Module, width: int, dtype: torch.dtype) -> Norm | None:
         return None
     if not isinstance(right, Tensor):
         return None
-    scale = torch.ones(width) if weight is None else weight.detach().float()
+    scale = torch.ones(width, dtype=torch.float32) if weight is None else weight.detach().float()
     offset = None if bias is None else bias.detach().float()
     found = [
         Norm(w, offset, eps, centred)
@@ -141,7 +141,7 @@ def activated(name: str, up: Tensor, gate: Tensor | None) -> Tensor:
 
 def known_activations(modules: Iterable[nn.Module]) -> list[str]:
     """Return the activations that some modules are, in float32, where the like of gelu can be told apart; else all."""
-    grid = torch.cat([torch.linspace(-6, 6, 97), torch.tensor([-50.0, -15.0, 15.0, 50.0])])
+    grid = torch.tensor([*range(-48, 49), -400, -120, 120, 400], dtype=torch.float32) / 8
     names = []
     for module in modules:
         try:
@@ -245,7 +245,7 @@ def fit_experts(call: Call, names: list[str]) -> tuple[Stack, Halves, str] | Non
     states[1] *= 20 / max(float((stack.ups[-1].float() @ states[1]).square().mean().sqrt()) for stack in stacks)
     states = states.to(hidden.dtype)
     index = torch.stack([torch.arange(top_k), num_experts - 1 - torch.arange(top_k)])
-    weights = torch.zeros(2, top_k)
+    weights = torch.zeros(2, top_k, dtype=torch.float32)
     weights[:, 0] = 0.75  # the others count for nothing: two experts are enough
 
     def renewed(each: Any) -> Any:
@@ -352,7 +352,8 @@ def turns_of(call: Call, positions: Tensor) -> list[Turn]:
 
 def _tables(call: Call, columns: slice) -> Callable[[int], tuple[Tensor, Tensor]]:
     def tables(num_positions: int) -> tuple[Tensor, Tensor]:
-        found = _raw_tables(call, torch.arange(num_positions))
+        with torch.device("cpu"):  # whatever the default is
+            found = _raw_tables(call, torch.arange(num_positions))
         assert found is not None
         return found[0][:, columns].contiguous(), found[1][:, columns].contiguous()
 
@@ -370,7 +371,7 @@ def _raw_tables(call: Call, positions: Tensor) -> tuple[Tensor, Tensor] | None:
     def renewed(given: Any) -> Any:
         if not isinstance(given, Tensor):
             return given
-        return torch.zeros(1, 1, 1) if given.is_floating_point() else positions[None]
+        return torch.zeros(1, 1, 1, dtype=torch.float32) if given.is_floating_point() else positions[None]
 
     args, kwargs = map(renewed, call.args), {name: renewed(given) for name, given in call.kwargs.items()}
     with torch.no_grad():

@@ -100,8 +100,11 @@ def load_runner(
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
     if is_quantised and mode == "compiled":
         raise bad_argument("mode", "another one for quantised keys and values", f"{mode!r}")
-    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype, may_compile=not is_quantised)
+    may_compile = not is_quantised and not cuda_graphs
+    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype, may_compile=may_compile)
     _warn(model, passed)
+    if is_quantised and passed.way.mode == "ragged":
+        logger.info("%s runs by its own modules, layer by layer: keys and values are quantised", type(model).__name__)
     proved = passed.runner
     spec = proved.cache.spec
     block_bytes = replace(spec, dtype=kv_dtype or spec.dtype, block_size=block_size).block_memory_bytes
@@ -130,8 +133,8 @@ def _checked_states(num_states: int | Callable[[int], int], proved: ModelRunner)
 
 
 def _require_graphs(model: Any, mode: str) -> None:
-    if mode == "gather":
-        raise bad_argument("cuda_graphs", "False in mode 'gather'", "True")
+    if mode in ("compiled", "gather"):
+        raise bad_argument("cuda_graphs", f"False in mode {mode!r}", "True")
     if model.device.type != "cuda":
         raise bad_argument("cuda_graphs", "a model on a CUDA device", f"one on {model.device}")
     if not has_triton():

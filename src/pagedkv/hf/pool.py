@@ -29,6 +29,8 @@ class ModelKvCache(PagedKvCache):
 
     numerics = ""
     """How K and V are computed, besides what the config of the model says; a part of the fingerprint of its blocks."""
+    num_clears = 0
+    """How often ``clear_prefix_cache()`` was called: the weights of the model may be others since the last time."""
     _follow_clear: Callable[[], None] | None = None
 
     def settle(self, dtype: Any, device: Any) -> None:
@@ -65,6 +67,7 @@ class ModelKvCache(PagedKvCache):
 
     def clear_prefix_cache(self) -> int:
         """Make every cached block free, those of tiers that are open behind the pool, too; returns how many here."""
+        self.num_clears += 1
         count = super().clear_prefix_cache()
         if self._follow_clear is not None:
             self._follow_clear()

@@ -17,6 +17,7 @@ from torch.nn import Linear, functional
 
 from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
+from pagedkv.data.decoder import Decoder
 from pagedkv.data.forward import Forward
 from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation, bad_argument
@@ -208,32 +209,45 @@ class CompiledModel:
         if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
             raise InvalidOperation("Numba does not compile here")
         self._model, self._cache, self._table = model, cache, table
-        self._decoder = describe(model)
+        self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._decoder: Decoder | None = describe(model)
+        self._num_clears = cache.num_clears
         self._forward: Forward | None = None
-
-    def reload(self) -> None:
-        """Look at the model anew: its weights may be others."""
-        self._decoder, self._forward = describe(self._model), None
 
     def forward(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         """Write K and V of the query tokens of a plan and return the logits of some of them, float32."""
+        batch, slots = self._cache.checked(plan)
+        longest = int((plan.seq_lens + plan.num_dropped).max())
+        if positions.size and int(positions.max()) >= longest:
+            raise bad_argument("plan", f"positions below {longest}, the length of a text", f"{positions.max()}")
+        if self._num_clears != self._cache.num_clears:
+            self._forget()
         if self._forward is None:
             self._forward = self._made()
-        batch, slots = self._cache.checked(plan)
         return self._forward(batch, slots, ids, positions, rows)
 
+    def _forget(self) -> None:
+        """Let the model be looked at anew: since prefixes were forgotten its weights may be others."""
+        self._num_clears = self._cache.num_clears
+        self._decoder = self._forward = None
+
     def _made(self) -> Forward:
-        for number, layer in enumerate(self._decoder.layers):
+        decoder = describe(self._model) if self._decoder is None else self._decoder
+        if len(decoder.embedding) < self._vocab_size:
+            raise bad_argument("model", f"embeddings of {self._vocab_size} tokens", f"{len(decoder.embedding)}")
+        for number, layer in enumerate(decoder.layers):
             if number not in self._table.numbers:
                 sizes = layer.attention.head_dim, layer.attention.v_head_dim
                 kept = (
-                    torch.empty(1, layer.attention.num_kv_heads, 0, size, dtype=self._model.dtype) for size in sizes
+                    torch.empty(1, layer.attention.num_kv_heads, 0, size, dtype=self._model.dtype, device="cpu")
+                    for size in sizes
                 )
                 self._table.place(number, *kept)
-        storage = self._cache.storage
-        if storage.spec.is_quantised:
+        if self._cache.spec.is_quantised:
             raise InvalidOperation("keys and values are quantised")
-        return Forward(self._decoder, storage)
+        made = Forward(decoder, self._cache.storage)
+        self._decoder = decoder
+        return made
 
 
 # The runner.
