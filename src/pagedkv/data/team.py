@@ -53,6 +53,11 @@ def wait_until(counters: Ints, index: int, value: int) -> None:
         give_way()
 
 
+def is_interpreted() -> bool:
+    """Tell whether nothing is compiled (``NUMBA_DISABLE_JIT=1``)."""
+    return _INTERPRETED
+
+
 def num_threads() -> int:
     """Return how many threads a kernel may use: as many as torch, but not more than there are processors for them.
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -20,6 +19,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.data.decoder import Decoder
 from pagedkv.data.forward import Forward
 from pagedkv.data.storage import SlotIndex
+from pagedkv.data.team import is_interpreted
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import (
     Cache,
@@ -206,7 +206,7 @@ class CompiledModel:
     """
 
     def __init__(self, model: Any, cache: ModelKvCache, table: LayerTable) -> None:
-        if numba.config.DISABLE_JIT:  # type: ignore[attr-defined]
+        if is_interpreted():
             raise InvalidOperation("Numba does not compile here")
         self._model, self._cache, self._table = model, cache, table
         self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
