@@ -505,7 +505,11 @@ def _paired(builder: Any, bits: Any, dtype: Any) -> Any:
     if dtype == types.uint16:
         return builder.bitcast(bits, _BFLOATS)
     numbers = builder.sitofp(builder.sext(bits, ir.VectorType(INT, 2 * LANES)), ir.VectorType(FLOAT, 2 * LANES))
-    return builder.fptrunc(numbers, _BFLOATS)
+    halves = [_shuffled(builder, numbers, numbers, range(first, first + LANES)) for first in (LANES, 0)]
+    # One instruction for both halves: LLVM makes two of a truncation, and a third that joins them.
+    kind = ir.FunctionType(_BFLOATS, [VECTOR, VECTOR])
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), halves)
 
 
 def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
