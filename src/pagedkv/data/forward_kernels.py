@@ -67,9 +67,10 @@ _NUMBERS = ("scale", "eps", "softcap")
 OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
 """One operation. Places are in elements: ``source`` and ``target`` of row 0, ``weight`` and the bases of K and V from
 the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in ``constants``
-(-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too. ``rows`` says
-which rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones. ``columns`` is the
-outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in ``places``."""
+(-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too. ``rows`` says which
+rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones. ``columns`` is the
+outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in
+``places``."""
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
