@@ -273,7 +273,6 @@ class CompiledModel:
         return made
 
 
-
 class _Emptied:
     """A model whose weights are let go: it keeps its modules, its config and its dtype, and runs no more."""
 
