@@ -42,6 +42,7 @@ NAMES = (
     "serving",
     "fairness",
     "tiers",
+    "weights",
 )
 OPTIONS = {"cpu_engines": ["--short"]}
 BUDGET = 900.0

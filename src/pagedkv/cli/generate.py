@@ -14,7 +14,7 @@ import typer
 from rich.status import Status
 
 from pagedkv.cli.block_map import BlockMap
-from pagedkv.cli.loading import KV_DTYPES, LoadedModel, check_folder, load_model
+from pagedkv.cli.loading import KV_DTYPES, WEIGHTS, LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import (
     DebugOption,
     Failure,
@@ -97,6 +97,9 @@ class GenerateRequest:
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", group=_SAMPLING)
     seed: int = setting(0, "The same seed writes the same text.", group=_SAMPLING)
     device: str = setting("cpu", "A torch device: cpu, cuda, cuda:1.", group=_SAMPLING)
+    weights: str | None = setting(
+        None, "Weights in 8 bits: int8, on the CPU, in compiled mode.", shown="as stored", group=_SAMPLING
+    )
     block_size: int = setting(16, "Tokens per block.", group=_POOL)
     num_blocks: int | None = setting(None, "Blocks of the pool.", shown="what the call can need", group=_POOL)
     kv_dtype: str | None = setting(
@@ -117,6 +120,7 @@ class GenerateRequest:
         from pagedkv import parse_strategy
 
         require_kv_dtype(self.kv_dtype)
+        require_weights(self.weights)
         for flag, value, low, high in (
             ("-n", self.samples, 1, _MAX_COUNT),
             ("--beams", self.beams, 1, _MAX_COUNT),
@@ -225,6 +229,12 @@ def require_kv_dtype(name: str | None) -> None:
         raise Failure(f"--kv-dtype: expected {', '.join(KV_DTYPES)}, got {name}")
 
 
+def require_weights(name: str | None) -> None:
+    """Raise ``Failure`` where ``--weights`` was given and cannot be."""
+    if name is not None and name not in WEIGHTS:
+        raise Failure(f"--weights: expected {', '.join(WEIGHTS)}, got {name}")
+
+
 @options_from(GenerateRequest)
 def generate(
     context: typer.Context,
@@ -255,7 +265,7 @@ def run(options: GenerateRequest) -> None:
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
         echoed = prompt if options.echo and not is_chat else ""
         screen = Screen(echoed, options.samples, console.status(doing), silent=options.json)
-        with threads_for(loaded.model), screen:
+        with threads_for(loaded.model.num_parameters()), screen:
             output, pool, took = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
     report = report_of(options, prompt, output, pool, took)
@@ -343,6 +353,7 @@ def write(
         block_size=options.block_size,
         strategy=options.strategy,
         kv_dtype=options.kv_dtype,
+        weights=options.weights,
         num_states=2 * options.rows,
     )
     pool = PoolWatch(runner)

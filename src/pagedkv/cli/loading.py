@@ -17,6 +17,7 @@ from pagedkv.cli.terminal import Failure
 
 # Of keys and values in the cache, the most exact first.
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+WEIGHTS = ("int8",)
 
 
 @dataclass(frozen=True)

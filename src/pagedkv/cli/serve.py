@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from pagedkv.cli.generate import require_kv_dtype
+from pagedkv.cli.generate import require_kv_dtype, require_weights
 from pagedkv.cli.loading import LoadedModel, check_folder, load_model
 from pagedkv.cli.terminal import (
     ConfigOption,
@@ -51,6 +51,9 @@ class EngineOptions:
 
     device: str = setting("cpu", "A torch device: cpu, cuda, cuda:1.", group=_MODEL)
     dtype: str = setting("auto", "auto (as stored), float32, bfloat16, float16.", group=_MODEL)
+    weights: str | None = setting(
+        None, "Weights in 8 bits: int8, on the CPU, in compiled mode.", shown="as stored", group=_MODEL
+    )
     cuda_graphs: bool = setting(False, "Replay decode steps as CUDA graphs; not yet tried.", group=_MODEL)
     num_blocks: int | None = setting(None, "Blocks of the pool.", group=_POOL, shown="from the memory")
     kv_dtype: str | None = setting(
@@ -69,6 +72,10 @@ class EngineOptions:
         if self.dtype not in DTYPES:
             raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {self.dtype}")
         require_kv_dtype(self.kv_dtype)
+        require_weights(self.weights)
+        for name, plain in (("device", "cpu"), ("dtype", "auto")):
+            if self.weights is not None and getattr(self, name) != plain:
+                raise Failure(f"--{name}: expected {plain} beside --weights, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +183,11 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
     with listen(config) as listener:
         with library_notices(console), console.status("loading the model"):
             loaded = load_model(folder, options.device)
-            engine = _engine(options, loaded, tiers)
+            num_parameters = loaded.model.num_parameters()
+            engine = _engine(options, folder, loaded, tiers)
+            del loaded  # of a model in 8 bits nothing else holds the weights
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
-        with threads_for(loaded.model), engine.llm:
+        with threads_for(num_parameters), engine.llm:
             with library_notices(console), console.status("warming up"):
                 engine.llm.warm_up()
                 pinned = pin_prompts(engine, config, prompts)
@@ -186,10 +195,12 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
             run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config, tiers, pinned))
 
 
-def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
+def _engine(options: EngineOptions, folder: Path, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
 
-    model, given = loaded.model, asdict(options)
+    given = asdict(options)
+    # Of a folder the engine lets go of the weights that it quantises.
+    model: Any = loaded.model if options.weights is None else folder
     del given["device"]
     dtype = given.pop("dtype")
     if dtype != "auto":

@@ -349,7 +349,7 @@ _SMALL = 100_000_000
 
 
 @contextmanager
-def threads_for(model: Any) -> Iterator[None]:
+def threads_for(num_parameters: int) -> Iterator[None]:
     """Let torch run on one thread while a small model writes; ``OMP_NUM_THREADS`` in the environment has its way.
 
     On cores that other processes use too, threads that wait for each other after every small product cost far more
@@ -358,7 +358,7 @@ def threads_for(model: Any) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < _SMALL:
+    if "OMP_NUM_THREADS" not in os.environ and num_parameters < _SMALL:
         torch.set_num_threads(1)
     try:
         yield

@@ -14,17 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Linear:
-    """``y = x @ weight.T + bias``.
+    """``y = scale * (x @ weight.T) + bias``.
 
     Attributes
     ----------
     weight : Tensor [num_out, num_in]
-        float32, bfloat16 or float16; the elements of a row side by side, rows at any distance.
+        float32, bfloat16 or float16, or int8 with a scale; the elements of a row side by side, rows at any distance.
     bias : float32 Tensor [num_out], optional
+    scale : float32 Tensor [num_out], optional
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +184,8 @@ class Decoder:
     ----------
     embedding : Tensor [vocab_size, hidden_size]
         May be the weight of `head`.
+    embedding_row_scale : float32 Tensor [vocab_size], optional
+        What the rows of an int8 embedding are multiplied by.
     layers : list of Layer
     head : Linear
     norm, embedding_norm : Norm, optional
@@ -202,6 +206,7 @@ class Decoder:
     head: Linear
     norm: Norm | None = None
     embedding_norm: Norm | None = None
+    embedding_row_scale: Tensor | None = None
     embedding_scale: float = 1.0
     positions: Tensor | None = None
     position_offset: int = 0

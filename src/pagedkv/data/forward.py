@@ -157,7 +157,7 @@ class Program:
         self._phases.append(len(self._operations))
 
     def _add(self, code: int, source: _Buffer, target: _Buffer, **fields: Any) -> None:
-        absent = dict.fromkeys(("bias", "factor", "query_norm", "key_norm", "rope", "sinks"), -1)
+        absent = dict.fromkeys(("bias", "factor", "query_norm", "key_norm", "rope", "sinks", "learned"), -1)
         places = {"source": source.start, "source_width": source.width}
         places |= {"target": target.start, "target_width": target.width}
         self._operations.append(absent | {"code": code, "scale": 1.0} | places | fields)
@@ -173,11 +173,6 @@ class Program:
 
     def _embed(self) -> None:
         decoder = self.decoder
-        fields = {}
-        if decoder.positions is not None:
-            fields = {"positions": self._place_of(decoder.positions), "position_offset": decoder.position_offset}
-            if decoder.positions.stride(0) != decoder.embedding.shape[1]:
-                raise InvalidOperation("learned positions of rows that are apart")
         self._phase()
         self._add(
             kernels.EMBED,
@@ -187,7 +182,9 @@ class Program:
             row_stride=decoder.embedding.stride(0),
             size_out=decoder.embedding.shape[1],
             scale=decoder.embedding_scale,
-            **fields,
+            factor=self._constants.place(decoder.embedding_row_scale),
+            learned=self._constants.place(decoder.positions),
+            position_offset=decoder.position_offset,
         )
         if decoder.embedding_norm is not None:
             self._norm(decoder.embedding_norm, self._x, self._x, goes=kernels.TO_FLOATS)
@@ -217,6 +214,7 @@ class Program:
             weight=self._place_of(linear.weight),
             row_stride=linear.weight.stride(0),
             bias=self._constants.place(linear.bias),
+            factor=self._constants.place(linear.scale),
             columns=columns,
             **{"code": kernels.LINEAR, "goes": kernels.TO_FLOATS} | fields,
         )
@@ -270,7 +268,10 @@ class Program:
         self._places += [self._place_of(each.weight) for each in linears]
         biases = len(self._places)
         self._places += [self._constants.place(each.bias) for each in linears]
-        self._linear(linears[0], source, target, at, code=kernels.EXPERTS, weights=weights, biases=biases, **fields)
+        factors = len(self._places)
+        self._places += [self._constants.place(each.scale) for each in linears]
+        starts = {"weights": weights, "biases": biases, "factors": factors}
+        self._linear(linears[0], source, target, at, code=kernels.EXPERTS, **starts, **fields)
 
     def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
         self._phase()
@@ -398,6 +399,9 @@ class Forward:
         Its weights are read in place and must stay where they are.
     storage : KvStorage
         On the CPU, not quantised, with a layer for each of the decoder's.
+    dtype : torch.dtype, optional
+        What is multiplied by int8 weights: bfloat16 is narrowed to that where the processor multiplies it; anything
+        else is float32.
 
     Raises
     ------
@@ -405,10 +409,11 @@ class Forward:
         If the decoder has something that is not computed here.
     """
 
-    def __init__(self, decoder: Decoder, storage: KvStorage) -> None:
+    def __init__(self, decoder: Decoder, storage: KvStorage, dtype: torch.dtype | None = None) -> None:
         self._program = Program(decoder, storage)
         program = self._program
-        is_narrow = program.weights.dtype == np.uint16 and has_bfloat16_products()
+        kind = dtype if decoder.embedding.dtype == torch.int8 else decoder.embedding.dtype
+        is_narrow = kind == torch.bfloat16 and has_bfloat16_products()
         # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
         of_acts = torch.uint16 if is_narrow else torch.float32
         self._floats = torch.zeros(program.num_floats, dtype=torch.float32, device="cpu").numpy()

@@ -61,15 +61,16 @@ _WHOLES = (
     "norm_size", "rope",
     "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
     "value_head", "layer", "set", "window", "sinks", "num_sinks", "num_experts", "top_k", "is_renormalised",
-    "weights", "biases", "by_pair",
+    "weights", "biases", "factors", "by_pair", "learned",
 )  # fmt: skip
 _NUMBERS = ("scale", "eps", "softcap")
 OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
 """One operation. Places are in elements: ``source`` and ``target`` of row 0, ``weight`` and the bases of K and V from
 the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in ``constants``
-(-1 where there is none), ``rope`` in ``angles``. ``rows`` says which rows take part, and ``picked`` is 1 where the
-source is read at the places of the picked ones. ``columns`` is the outputs of an item of few rows. ``weights`` and
-``biases`` are where the places of each expert's begin in ``places``."""
+(-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too. ``rows`` says which
+rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones. ``columns`` is the
+outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in
+``places``."""
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
@@ -171,7 +172,7 @@ def run_program(
     sets : tuple of Plan
         What attention has to do, for each kind of layers.
     places : int64 [any]
-        Of the weights and biases of experts.
+        Of the weights, biases and factors of experts.
     routes, shares : int64 and float32 arrays
         Room for what `_route` finds.
     """
@@ -238,7 +239,7 @@ def run_program(
                 rows = _num_rows(operation, num_rows, len(picked))
                 if operation.code == LINEAR:
                     target = operation.target if operation.target >= 0 else logits
-                    at_weight, bias = operation.weight, operation.bias
+                    at_weight, bias, factor = operation.weight, operation.bias, operation.factor
                     _linear(
                         operation,
                         item,
@@ -246,6 +247,7 @@ def run_program(
                         rows,
                         at_weight,
                         bias,
+                        factor,
                         target,
                         acts,
                         weights,
@@ -258,6 +260,7 @@ def run_program(
                     expert, item = _expert_of(operation, item, routes)
                     first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
                     at_weight, bias = places[operation.weights + expert], places[operation.biases + expert]
+                    factor = places[operation.factors + expert]
                     target = operation.target
                     _linear(
                         operation,
@@ -266,6 +269,7 @@ def run_program(
                         rows,
                         at_weight,
                         bias,
+                        factor,
                         target,
                         acts,
                         weights,
@@ -351,10 +355,9 @@ def _embed(
         for i in range(0, size, LANES):
             number = load(weights, at + i) if i + LANES <= size else load_part(weights, at + i, size - i)
             number = mul(number, splat(factor))
-            if operation.positions != 0:
-                place = operation.positions + (positions[row] + operation.position_offset) * size + i
-                more = load(weights, place) if i + LANES <= size else load_part(weights, place, size - i)
-                number = add(number, more)
+            if operation.learned >= 0:
+                place = operation.learned + (positions[row] + operation.position_offset) * size + i
+                number = add(number, load(constants, place))
             store(floats, to + i, number)
 
 
@@ -426,6 +429,7 @@ def _linear(
     rows: int,
     weight: int,
     bias: int,
+    factor: int,
     target: int,
     acts: Array,
     weights: Array,
@@ -469,7 +473,7 @@ def _linear(
                     dot_tile(acts, (x0, x1, x2, x3), weights, columns, size, scratch)
                 to = target + row * operation.target_width + column
                 count = min(TILE_COLUMNS, last_column - column)
-                _put(operation, bias, height, column, count, to, constants, floats, scratch)
+                _put(operation, bias, factor, height, column, count, to, constants, floats, scratch)
             row += height
 
 
@@ -485,6 +489,7 @@ def _source(operation: Any, row: int, routes: Ints) -> int:
 def _put(
     operation: Any,
     bias: int,
+    factor: int,
     height: int,
     column: int,
     width: int,
@@ -495,15 +500,15 @@ def _put(
 ) -> None:
     """Write the sums of a tile, with what belongs to each output."""
     if width < TILE_COLUMNS:
-        _put_part(operation, bias, height, column, width, to, constants, floats, scratch)
+        _put_part(operation, bias, factor, height, column, width, to, constants, floats, scratch)
         return
     # Fewer rows than four stand in the lanes of the others, too.
     apart = operation.target_width
     second = to + apart if height > 1 else to
     places = (to, second, to + 2 * apart, to + (height - 1) * apart) if height > 2 else (to, second, to, second)
     value = load(scratch, 0)
-    if operation.factor >= 0:
-        at = operation.factor + column
+    if factor >= 0:
+        at = factor + column
         value = mul(value, load_fours(constants, (at, at, at, at)))
     if bias >= 0:
         at = bias + column
@@ -519,6 +524,7 @@ def _put(
 def _put_part(
     operation: Any,
     bias: int,
+    factor: int,
     height: int,
     column: int,
     width: int,
@@ -532,10 +538,10 @@ def _put_part(
     floats = borrowed(floats)
     scratch = borrowed(scratch)
     for j in range(width):
-        factor = constants[operation.factor + column + j] if operation.factor >= 0 else np.float32(1)
+        by = constants[factor + column + j] if factor >= 0 else np.float32(1)
         more = constants[bias + column + j] if bias >= 0 else np.float32(0)
         for i in range(height):
-            number = (scratch[i * TILE_COLUMNS + j] * factor + more) * operation.scale
+            number = (scratch[i * TILE_COLUMNS + j] * by + more) * operation.scale
             place = to + i * operation.target_width + j
             put(floats, place, number + floats[place] if operation.goes == ADDED else number)
 

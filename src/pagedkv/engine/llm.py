@@ -107,6 +107,8 @@ class LLM:
         ``max_num_seqs`` texts, or an eighth of the memory that is free, if that is less.
     cuda_graphs : bool
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
+    weights : {"int8"}, optional
+        What the weights are quantised to; as of :func:`pagedkv.hf.load_runner`, too.
     tenant_weights : mapping, optional
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     tiers : sequence of Tier
@@ -142,6 +144,7 @@ class LLM:
         mode: str = "auto",
         num_states: int | None = None,
         cuda_graphs: bool = False,
+        weights: str | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         tiers: Sequence[Tier] = (),
     ) -> None:
@@ -161,6 +164,7 @@ class LLM:
                 eviction_threshold=eviction_threshold,
                 num_states=default_states(model, max_num_seqs) if num_states is None else num_states,
                 cuda_graphs=cuda_graphs,
+                weights=weights,
             )
         self.tokenizer = _tokenizer_of(model if tokenizer is None else tokenizer)
         self.core = EngineCore(

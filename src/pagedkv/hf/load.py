@@ -12,14 +12,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pagedkv.control.protocol import EvictionStrategy
 from pagedkv.data.gpu_device import has_triton
-from pagedkv.errors import MissingExtra, bad_argument
+from pagedkv.data.weights import WEIGHTS
+from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.hf.compat import paged_layers
 from pagedkv.hf.exam import Passed, sit_exam
 from pagedkv.hf.graphs import CudaRecorder
 from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec
-from pagedkv.validate import require_int
+from pagedkv.validate import require_int, shown
 
 logger = logging.getLogger("pagedkv")
 
@@ -39,6 +40,7 @@ def load_runner(
     batch_invariant: bool = True,
     cuda_graphs: bool = False,
     num_states: int | Callable[[int], int] = 64,
+    weights: str | None = None,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -71,6 +73,10 @@ def load_runner(
         Slots for the states of recurrent, convolution and linear-attention layers: one for each sequence at a time, the
         rest for snapshots of them, by which prefixes are reused. A callable is given the bytes of one. None are made
         where a model has no such layers.
+    weights : {"int8"}, optional
+        What the weights are quantised to, row by row, after the exam; as they are by default. For the compiled mode,
+        and K and V that are not quantised. A model that came from a folder lets go of its own weights and runs no more;
+        one that was given keeps them.
 
     Returns
     -------
@@ -80,15 +86,18 @@ def load_runner(
     ------
     InvalidOperation
         If an argument is out of range, the model has no attention layer, is not causal or has an encoder, no way of
-        running it is right, or not the ragged mode that was asked for, or CUDA graphs were and the model is on no CUDA
-        device.
+        running it is right, or not the mode that was asked for, or that its weights are to be quantised for, or CUDA
+        graphs were asked for and the model is on no CUDA device.
     MissingExtra
         If CUDA graphs were asked for and Triton is not installed.
     """
     if mode not in MODES:
         raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
     require_int("block_size", block_size, 1, 2**31 - 1)
-    if isinstance(model, (str, PathLike)):
+    if weights is not None:
+        _check_weights(weights, mode)
+    is_given = not isinstance(model, (str, PathLike))
+    if not is_given:
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
         raise bad_argument("model", "a folder or a PreTrainedModel", f"{type(model).__name__}")
@@ -100,8 +109,14 @@ def load_runner(
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
     if is_quantised and mode == "compiled":
         raise bad_argument("mode", "another one for quantised keys and values", f"{mode!r}")
-    may_compile = not is_quantised and not cuda_graphs
-    passed = sit_exam(model, mode, block_size, None if is_quantised else kv_dtype, may_compile=may_compile)
+    if is_quantised and weights is not None:
+        raise bad_argument("kv_dtype", f"one that is not quantised, for weights in {weights}", f"{kv_dtype!r}")
+    kept_dtype = None if is_quantised else kv_dtype
+    if weights is None:
+        may_compile = not is_quantised and not cuda_graphs
+        passed = sit_exam(model, mode, block_size, kept_dtype, may_compile=may_compile)
+    else:
+        passed = _compiled_exam(model, block_size, kept_dtype, weights)
     _warn(model, passed)
     if is_quantised and passed.way.mode == "ragged":
         logger.info("%s runs by its own modules, layer by layer: keys and values are quantised", type(model).__name__)
@@ -124,7 +139,30 @@ def load_runner(
         logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
     elif cuda_graphs:
         runner.record_decoding(CudaRecorder(model.device))
+    if weights is not None:
+        if not is_given:
+            runner.streams.measure_ahead()
+        del passed, proved  # which hold on to weights
+        runner.quantise_weights(keeps_model=is_given)
     return runner
+
+
+def _check_weights(weights: Any, mode: str) -> None:
+    if weights not in WEIGHTS:
+        raise bad_argument("weights", f"None or {', '.join(map(repr, WEIGHTS))}", shown(weights))
+    if mode not in ("auto", "compiled"):
+        raise bad_argument("mode", f"'auto' or 'compiled' for weights in {weights}", f"{mode!r}")
+
+
+def _compiled_exam(model: Any, block_size: int, kv_dtype: Any, weights: str) -> Passed:
+    """Sit the exam for the one mode in which weights can be quantised."""
+    try:
+        return sit_exam(model, "compiled", block_size, kv_dtype)
+    except InvalidOperation as error:
+        if not error.reason.startswith("mode: "):
+            raise
+        reason = error.reason.removeprefix("mode: ")
+        raise bad_argument("weights", "None", f"{weights!r}, and mode {reason}") from error
 
 
 def _checked_states(num_states: int | Callable[[int], int], proved: ModelRunner) -> int:

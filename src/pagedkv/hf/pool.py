@@ -146,7 +146,7 @@ _NO_PART |= {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"}
 """Settings in which K and V have no part, and that differ between a model that was made and the same one loaded."""
 
 
-def block_format(model: Any, cache: ModelKvCache) -> BlockFormat:
+def block_format(model: Any, cache: ModelKvCache, weights: Mapping[str, Tensor] | None = None) -> BlockFormat:
     """Return what a tier must know of the blocks of a pool: their size, and whatever K and V depend on.
 
     The fingerprint is over all weights and buffers of the model, which are read, its config, adapters of PEFT that are
@@ -158,6 +158,8 @@ def block_format(model: Any, cache: ModelKvCache) -> BlockFormat:
     model : PreTrainedModel
     cache : ModelKvCache
         Which has seen K and V of the model, and so knows their shapes.
+    weights : mapping of str to Tensor, optional
+        What is computed with in place of the model's own weights and buffers.
 
     Returns
     -------
@@ -180,7 +182,10 @@ def block_format(model: Any, cache: ModelKvCache) -> BlockFormat:
         "adapters": _adapters(model),
         "versions": [version(name).split(".")[:2] for name in ("torch", "transformers")],
     }
-    weights = dict(model.named_buffers()) | model.state_dict()
+    if weights is None:
+        weights = dict(model.named_buffers()) | model.state_dict()
+        if any(not parameter.numel() for parameter in model.parameters()):
+            raise bad_argument("model", "one that has its weights", "one that a runner has taken them from")
     try:
         fingerprint = fingerprint_of(weights, settings, cache.spec)
     except (NotImplementedError, AttributeError) as error:

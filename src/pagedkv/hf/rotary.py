@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -400,6 +401,14 @@ class RunnerStreams:
             self.follow(
                 measured_rope(self._model, num_visible, self._limit(num_sinks, num_visible - num_sinks)), num_visible
             )
+
+    def measure_ahead(self) -> None:
+        """Measure the model for whatever may stream, as it will not run later; where it cannot, that is said then."""
+        window = getattr(self._model.config.get_text_config(decoder=True), "sliding_window", None)
+        for num_visible in (2**22, window):
+            if num_visible and self.keys is None:
+                with contextlib.suppress(InvalidOperation):
+                    self.follow(measured_rope(self._model, num_visible, HALF_REBASE_AT), num_visible)
 
     def follow(self, rope: Rope, num_visible: int, rebase_at: int | None = None) -> None:
         """Take what was measured already, and where positions are to start again if that is not the usual place."""

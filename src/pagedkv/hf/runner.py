@@ -20,6 +20,7 @@ from pagedkv.data.decoder import Decoder
 from pagedkv.data.forward import Forward
 from pagedkv.data.storage import SlotIndex
 from pagedkv.data.team import is_interpreted
+from pagedkv.data.weights import quantised
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import (
     Cache,
@@ -32,12 +33,13 @@ from pagedkv.hf.compat import (
     paged_layer,
     restarts_beyond,
 )
-from pagedkv.hf.description import describe
+from pagedkv.hf.description import describe, tensors_of
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
-from pagedkv.hf.pool import LayerTable, ModelKvCache, by_token, visible_slots
+from pagedkv.hf.pool import LayerTable, ModelKvCache, block_format, by_token, visible_slots
 from pagedkv.hf.recurrent import RecurrentStates
 from pagedkv.hf.rotary import RunnerStreams
+from pagedkv.tiers.tier import BlockFormat
 
 # Forward caches: what a ModelRunner hands to a model for one pass, over a ragged batch or over one sequence.
 #
@@ -213,6 +215,26 @@ class CompiledModel:
         self._decoder: Decoder | None = describe(model)
         self._num_clears = cache.num_clears
         self._forward: Forward | None = None
+        self._is_quantised = self._is_emptied = False
+
+    def quantise(self, *, keeps_model: bool) -> None:
+        """Compute with weights in int8 from here on; unless the model is kept, its own are let go layer by layer."""
+        let_go = None if keeps_model else _Emptied(self._model)
+        decoder = describe(self._model) if self._decoder is None else self._decoder
+        self._decoder, self._forward = quantised(decoder, let_go), None
+        self._is_quantised, self._is_emptied = True, not keeps_model
+        if let_go is not None:
+            let_go.close()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all tensors that are computed with."""
+        return {f"{i}": tensor for i, tensor in enumerate(tensors_of(self._described()))}
+
+    def _described(self) -> Decoder:
+        if self._decoder is None:
+            decoder = describe(self._model)
+            return quantised(decoder) if self._is_quantised else decoder
+        return self._decoder
 
     def forward(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         """Write K and V of the query tokens of a plan and return the logits of some of them, float32."""
@@ -229,10 +251,11 @@ class CompiledModel:
     def _forget(self) -> None:
         """Let the model be looked at anew: since prefixes were forgotten its weights may be others."""
         self._num_clears = self._cache.num_clears
-        self._decoder = self._forward = None
+        if not self._is_emptied:
+            self._decoder = self._forward = None
 
     def _made(self) -> Forward:
-        decoder = describe(self._model) if self._decoder is None else self._decoder
+        decoder = self._described()
         if len(decoder.embedding) < self._vocab_size:
             raise bad_argument("model", f"embeddings of {self._vocab_size} tokens", f"{len(decoder.embedding)}")
         for number, layer in enumerate(decoder.layers):
@@ -245,9 +268,34 @@ class CompiledModel:
                 self._table.place(number, *kept)
         if self._cache.spec.is_quantised:
             raise InvalidOperation("keys and values are quantised")
-        made = Forward(decoder, self._cache.storage)
+        made = Forward(decoder, self._cache.storage, self._model.dtype)
         self._decoder = decoder
         return made
+
+
+class _Emptied:
+    """A model whose weights are let go: it keeps its modules, its config and its dtype, and runs no more."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._owners: dict[int, list[torch.nn.Parameter]] = {}
+        for parameter in model.parameters():
+            self._owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
+
+    def __call__(self, matrices: list[Tensor]) -> None:
+        for matrix in matrices:
+            for parameter in self._owners.pop(matrix.untyped_storage().data_ptr(), []):
+                parameter.data = parameter.data.new_empty(0)
+
+    def close(self) -> None:
+        """Let go of the rest."""
+        for parameter in self._model.parameters():
+            parameter.data = parameter.data.new_empty(0)
+        self._owners, self._model.forward = {}, _refuse_to_run
+
+
+def _refuse_to_run(*args: Any, **kwargs: Any) -> None:
+    raise bad_argument("model", "one that has its weights", "one whose runner has them in int8: load the folder anew")
 
 
 # The runner.
@@ -324,6 +372,7 @@ class ModelRunner:
         self.streams = RunnerStreams(model, cache)
         self._graphs: DecodeGraphs | None = None
         self._compiled = CompiledModel(model, cache, self.table) if mode == "compiled" else None
+        self._has_own_weights = False
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_rows = "logits_to_keep" in accepted
@@ -343,6 +392,25 @@ class ModelRunner:
         self.window = other.window
         self.table.follow(other.table)
         self._recurrent.follow(other._recurrent)
+
+    def quantise_weights(self, *, keeps_model: bool = True) -> None:
+        """Compute with weights in int8 from here on, in compiled mode.
+
+        Parameters
+        ----------
+        keeps_model : bool
+            Whether the model keeps its own weights. If not, their memory is free afterwards and it cannot run.
+        """
+        if self._compiled is None:
+            raise InvalidOperation(f"weights: int8 is for mode 'compiled', not {self.mode!r}")
+        self._compiled.quantise(keeps_model=keeps_model)
+        self._has_own_weights = True
+        self.cache.numerics += ", int8 weights"
+
+    def block_format(self) -> BlockFormat:
+        """Return what a tier must know of the blocks of the pool: see :func:`pagedkv.hf.block_format`."""
+        weights = self._compiled.weights() if self._compiled is not None and self._has_own_weights else None
+        return block_format(self.model, self.cache, weights)
 
     def record_decoding(self, record: Record) -> None:
         """Record decode steps and replay them from now on, in ragged mode.
