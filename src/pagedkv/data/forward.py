@@ -25,13 +25,17 @@ from pagedkv.spec import MAX_COUNT
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
-MAX_ROWS = 256
-"""Rows that go through all layers together: enough for products to be bound by arithmetic, and few enough for what lies
-between two of them to stay in the caches."""
+MOST_ROWS, FEWEST_ROWS = 512, 256
+MAX_ROW_BYTES = 64 << 20
+"""How many rows go through all layers together: as many as fit into so many bytes of activations, as each such block of
+rows reads all weights once more; 256 are enough for products to be bound by arithmetic."""
 ITEM_BYTES = 1 << 16
 MOST_ITEMS = 128
 """A product of few rows is cut into items of so many bytes of weights, but not into more items: to take one costs a
 tenth of a microsecond, and what the last one takes is what threads wait for."""
+INNER_BYTES = 24 << 10
+"""Weights that are multiplied by all rows of a block before the next ones: with four rows of activations they stay in
+the first cache."""
 MIN_ANGLES = 2048
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
 
@@ -93,7 +97,7 @@ class Program:
     max_rows : int
     """
 
-    def __init__(self, decoder: Decoder, storage: KvStorage, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, decoder: Decoder, storage: KvStorage, max_rows: int) -> None:
         self.decoder, self.storage, self.max_rows = decoder, storage, max_rows
         self.weights = flat_bits(decoder.embedding)
         self._base = decoder.embedding
@@ -206,6 +210,9 @@ class Program:
         size_out, size_in = linear.weight.shape
         row_bytes = size_in * linear.weight.element_size()
         columns = _round_up(max(-(-ITEM_BYTES // row_bytes), -(-size_out // MOST_ITEMS)))
+        inner = max(
+            kernels.TILE_COLUMNS, min(LANES, INNER_BYTES // row_bytes) // kernels.TILE_COLUMNS * kernels.TILE_COLUMNS
+        )
         self._add(
             source=source,
             target=_Buffer(target.start + at, target.width),
@@ -216,6 +223,7 @@ class Program:
             bias=self._constants.place(linear.bias),
             factor=self._constants.place(linear.scale),
             columns=columns,
+            inner=inner,
             **{"code": kernels.LINEAR, "goes": kernels.TO_FLOATS} | fields,
         )
 
@@ -373,6 +381,17 @@ class Program:
         self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=gate_at, **fields)
 
 
+def _rows_at_once(decoder: Decoder) -> int:
+    hidden, inner = decoder.embedding.shape[1], 0
+    for layer in decoder.layers:
+        if isinstance(layer.mlp, Experts):
+            inner = max(inner, layer.mlp.top_k * (len(layer.mlp.experts[0].up.weight) + hidden))
+        else:
+            inner = max(inner, len(layer.mlp.up.weight))
+    row_bytes = 4 * (8 * hidden + 3 * inner)
+    return max(FEWEST_ROWS, min(MOST_ROWS, MAX_ROW_BYTES // row_bytes))
+
+
 def _heads_size(attention: Attention) -> int:
     dim, v_dim = attention.head_dim, attention.v_head_dim
     return attention.num_q_heads * dim + attention.num_kv_heads * (dim + v_dim)
@@ -410,7 +429,7 @@ class Forward:
     """
 
     def __init__(self, decoder: Decoder, storage: KvStorage, dtype: torch.dtype | None = None) -> None:
-        self._program = Program(decoder, storage)
+        self._program = Program(decoder, storage, _rows_at_once(decoder))
         program = self._program
         kind = dtype if decoder.embedding.dtype == torch.int8 else decoder.embedding.dtype
         is_narrow = kind == torch.bfloat16 and has_bfloat16_products()

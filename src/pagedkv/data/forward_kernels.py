@@ -56,7 +56,8 @@ TO_ACTS, TO_FLOATS, ADDED = range(3)
 
 _WHOLES = (
     "code", "rows", "source", "source_width", "target", "target_width", "size_in", "size_out", "goes", "function",
-    "weight", "row_stride", "bias", "factor", "columns", "picked", "is_centred", "positions", "position_offset",
+    "weight", "row_stride", "bias", "factor", "columns", "inner", "picked", "is_centred", "positions",
+    "position_offset",
     "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "query_bias", "key_norm", "key_bias",
     "norm_size", "rope",
     "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
@@ -83,8 +84,6 @@ COLUMN_BLOCK = 64
 TILE_ROWS = 4
 TILE_COLUMNS = 4
 """Sixteen sums and what they are multiplied from fit into the registers of AVX-512."""
-INNER_COLUMNS = 16
-"""Rows of weights that are multiplied by all rows of a block before the next ones: they stay in the first cache."""
 ROWS_OF_ITEM = 8
 """Rows of an item that is no product."""
 
@@ -454,8 +453,8 @@ def _linear(
         last_row, first_column = min(first + rows, first_row + ROW_BLOCK), item // blocks * width
     last_column = min(operation.size_out, first_column + width)
     stride, size = operation.row_stride, operation.size_in
-    for inner in range(first_column, last_column, INNER_COLUMNS):
-        inner_end = min(last_column, inner + INNER_COLUMNS)
+    for inner in range(first_column, last_column, operation.inner):
+        inner_end = min(last_column, inner + operation.inner)
         row = first_row
         while row < last_row:
             height = min(TILE_ROWS, last_row - row)
