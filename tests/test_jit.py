@@ -472,3 +472,44 @@ def test_a_kernel_is_kept_apart_for_python_and_as_a_part_of_others(tmp_path: Pat
     for call in calls:
         printed = run(f"import parts; print(parts.{call}(20))", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
         assert printed.splitlines()[0] == {"part": "21", "whole": "42"}[call]
+
+
+COUNTED_PARTS = """
+import gc
+from pagedkv.jit import called, compiled, watch_compiles
+
+@called
+def part(number):
+    return number + 1
+
+@compiled
+def whole(number):
+    return 2 * part(number)
+
+@compiled
+def wrong(number):
+    return number.no_such_thing
+
+seen = []
+with watch_compiles(lambda name, seconds: seen.append(gc.isenabled())):
+    whole(20)
+try:
+    wrong(20)
+except Exception as error:
+    seen.append(type(error).__name__)
+print(seen, gc.isenabled())
+(code,) = part._part.overloads.values()
+print(code.library._codegen._engine.is_symbol_defined(code.fndesc.llvm_func_name))
+"""
+
+
+def test_python_collects_no_garbage_during_a_compile_alone(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(COUNTED_PARTS)
+    printed = run("import parts", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
+    assert "[False, False, 'TypingError'] True" in printed
+
+
+def test_a_part_has_no_machine_code_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(COUNTED_PARTS)
+    printed = run("import parts", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
+    assert printed.splitlines()[1] == "False"

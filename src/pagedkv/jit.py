@@ -11,6 +11,8 @@ import numba
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.core.imputils import builtin_registry
 from numba.core.registry import CPUDispatcher
 from numba.core.typing.templates import AttributeTemplate
@@ -51,6 +53,51 @@ def _as_plain_python(function: Function) -> Function:
     return run  # type: ignore[return-value]
 
 
+class _NoEnvironment:
+    """What a library that is never run has for its `codegen` when Numba tells it the environment of its functions."""
+
+    def set_env(self, name: str, environment: Any) -> None:
+        """Do nothing: without an address there is no place for it."""
+
+
+class _PartLibrary(JITCodeLibrary):
+    """The code of a part, which is only linked into its callers: neither optimised nor put into machine code.
+
+    Numba would do both for every part by itself, and then again within each of its callers.
+    """
+
+    @property
+    def codegen(self) -> Any:
+        return _NoEnvironment()
+
+    def _optimize_final_module(self) -> None:
+        pass
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        self._ensure_finalized()
+        return 0
+
+    def serialize_using_object_code(self) -> tuple[str, str, bytes]:
+        return self.serialize_using_bitcode()  # type: ignore[no-any-return]
+
+
+class _PartCompiler(Compiler):
+    """Numba's compiler, which puts its result into such a library."""
+
+    def compile_extra(self, function: Any) -> Any:
+        self.state.library = _PartLibrary(self.state.targetctx.codegen(), function.__qualname__)
+        return super().compile_extra(function)
+
+
+# What the two rely on is not public: where Numba has it no longer, parts are compiled like other functions.
+_SEAMS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic_globals", "serialize_using_bitcode")
+_PART_COMPILER = _PartCompiler if all(hasattr(JITCodeLibrary, name) for name in _SEAMS) else Compiler
+
+
 class _Kernel(CPUDispatcher):
     """A compiled function that Python calls and other kernels call, compiled apart for the two.
 
@@ -59,11 +106,21 @@ class _Kernel(CPUDispatcher):
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, on_disk: bool = False, part_on_disk: bool = False, **for_kernels: bool
+        self,
+        function: Callable[..., Any],
+        *,
+        on_disk: bool = False,
+        part_on_disk: bool = False,
+        has_address: bool = False,
+        **for_kernels: bool,
     ) -> None:
         options = {"nopython": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
         super().__init__(function, targetoptions=options)
-        self._part = CPUDispatcher(function, targetoptions=options | {"no_cpython_wrapper": True} | for_kernels)
+        self._part = CPUDispatcher(
+            function,
+            targetoptions=options | {"no_cpython_wrapper": True} | for_kernels,
+            pipeline_class=Compiler if has_address else _PART_COMPILER,
+        )
         manage(self, on_disk=on_disk)
         manage(self._part, on_disk=part_on_disk)
 
@@ -111,7 +168,7 @@ def pointed(function: Function) -> Function:
     """
     if numba.config.DISABLE_JIT:
         return _as_plain_python(function)
-    return _Kernel(function, part_on_disk=True)  # type: ignore[return-value]
+    return _Kernel(function, part_on_disk=True, has_address=True)  # type: ignore[return-value]
 
 
 def formula(function: Function) -> Function:
