@@ -629,18 +629,11 @@ def dot_tile(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...]
     width = 2 * LANES if x.dtype == np.uint16 else LANES
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            left, right = _widened(x[row : row + count]), _widened(y[column : column + count])
-            products = np.resize(
-                np.append(left * right, np.zeros(-count % width, np.float32)), -(-count // width) * width
-            )
-            sums = (
-                products.reshape(-1, width // LANES, LANES, order="C").sum(axis=1)
-                if width > LANES
-                else products.reshape(-1, LANES)
-            )
+            products = np.zeros(-(-count // width) * width, np.float32)
+            products[:count] = _widened(x[row : row + count]) * _widened(y[column : column + count])
             total = np.zeros(LANES, np.float32)
-            for some in sums:
-                total = total + some
+            for some in products.reshape(-1, LANES, width // LANES):
+                total = total + some.sum(axis=1)
             while len(total) > 1:
                 total = total[::2] + total[1::2]
             out[i * len(columns) + j] = total[0]
