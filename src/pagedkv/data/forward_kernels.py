@@ -236,37 +236,20 @@ def run_program(
                     break
                 operation = operations[at]
                 rows = _num_rows(operation, num_rows, len(picked))
-                if operation.code == LINEAR:
+                if operation.code in (LINEAR, EXPERTS):
+                    first_row, weight, bias, factor = 0, operation.weight, operation.bias, operation.factor
+                    if operation.code == EXPERTS:
+                        expert, item = _expert_of(operation, item, routes)
+                        first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
+                        weight, bias = places[operation.weights + expert], places[operation.biases + expert]
+                        factor = places[operation.factors + expert]
                     target = operation.target if operation.target >= 0 else logits
-                    at_weight, bias, factor = operation.weight, operation.bias, operation.factor
-                    _linear(
-                        operation,
-                        item,
-                        0,
-                        rows,
-                        at_weight,
-                        bias,
-                        factor,
-                        target,
-                        acts,
-                        weights,
-                        constants,
-                        floats,
-                        routes,
-                        scratch,
-                    )
-                elif operation.code == EXPERTS:
-                    expert, item = _expert_of(operation, item, routes)
-                    first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
-                    at_weight, bias = places[operation.weights + expert], places[operation.biases + expert]
-                    factor = places[operation.factors + expert]
-                    target = operation.target
                     _linear(
                         operation,
                         item,
                         first_row,
                         rows,
-                        at_weight,
+                        weight,
                         bias,
                         factor,
                         target,
