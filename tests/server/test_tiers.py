@@ -49,7 +49,8 @@ def test_a_chat_goes_on_after_a_restart(tmp_path):
         assert server.stop() == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
     tiers = TierOptions(disk=tmp_path / "disk", disk_size="20MB")
-    engine = _engine(EngineOptions(num_blocks=64), load_model(shipped_model_path(), "cpu"), tiers)
+    folder = shipped_model_path()
+    engine = _engine(EngineOptions(num_blocks=64), folder, load_model(folder, "cpu"), tiers)
     (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
     pinned = pin_prompts(engine, ServerConfig(), read_prompts([tmp_path / "prompts.json"]))
     with thread(engine) as server:
