@@ -65,7 +65,9 @@ def test_cells_change_while_requests_run(window, served):
     open_page(window, served.url)
     wait_for(window, COUNTS, lambda counts: sum(counts) == 256)
     before = picture(window)
-    writers = [threading.Thread(target=write, args=(served.url, f"import os\n# {i}\ndef main():\n")) for i in range(4)]
+    writers = [
+        threading.Thread(target=write, args=(served.url, f"import os\n# {i}\ndef main():\n", 900)) for i in range(4)
+    ]
     for writer in writers:
         writer.start()
     wait_for(window, COUNTS, lambda counts: counts[1] + counts[2] > 0)
