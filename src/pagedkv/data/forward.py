@@ -245,7 +245,7 @@ class Program:
 
     def _experts(self, layer: Layer, mixture: Experts, source: _Buffer) -> None:
         experts, first = mixture.experts, mixture.experts[0]
-        size, hidden = len(first.up.weight), self.decoder.embedding.shape[1]
+        hidden = self.decoder.embedding.shape[1]
         known = {"num_experts": len(experts), "top_k": mixture.top_k}
         pairs = {"rows": kernels.PAIRS, **known}
         self._phase()
@@ -255,7 +255,7 @@ class Program:
         self._phase()
         if first.gate is not None:
             gates = [mlp.gate for mlp in experts if mlp.gate is not None]
-            self._expert_linear(gates, source, self._pair_up, _round_up(size), by_pair=1, **pairs)
+            self._expert_linear(gates, source, self._pair_up, _gate_at(first), by_pair=1, **pairs)
         self._expert_linear([mlp.up for mlp in experts], source, self._pair_up, 0, by_pair=1, **pairs)
         self._activation(first, self._pair_up, self._pair_inner, **pairs)
         self._phase()
@@ -279,7 +279,8 @@ class Program:
         factors = len(self._places)
         self._places += [self._constants.place(each.scale) for each in linears]
         starts = {"weights": weights, "biases": biases, "factors": factors}
-        self._linear(linears[0], source, target, at, code=kernels.EXPERTS, **starts, **fields)
+        shape = Linear(linears[0].weight)  # biases and scales are found by expert
+        self._linear(shape, source, target, at, code=kernels.EXPERTS, **starts, **fields)
 
     def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
         self._phase()
@@ -366,19 +367,16 @@ class Program:
         return self.sets.index(kind)
 
     def _mlp(self, mlp: Mlp, source: _Buffer) -> None:
-        size = len(mlp.up.weight)
-        gate_at = _round_up(size)
         self._phase()
         if mlp.gate is not None:
-            self._linear(mlp.gate, source, self._up, gate_at)
+            self._linear(mlp.gate, source, self._up, _gate_at(mlp))
         self._linear(mlp.up, source, self._up)
         self._activation(mlp, self._up, self._inner)
 
     def _activation(self, mlp: Mlp, source: _Buffer, target: _Buffer, **fields: Any) -> None:
         size, function = len(mlp.up.weight), ACTIVATIONS.index(mlp.activation)
-        gate_at = _round_up(size) if mlp.gate is not None else 0
         self._phase()
-        self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=gate_at, **fields)
+        self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=_gate_at(mlp), **fields)
 
 
 def _rows_at_once(decoder: Decoder) -> int:
@@ -390,6 +388,11 @@ def _rows_at_once(decoder: Decoder) -> int:
             inner = max(inner, len(layer.mlp.up.weight))
     row_bytes = 4 * (8 * hidden + 3 * inner)
     return max(FEWEST_ROWS, min(MOST_ROWS, MAX_ROW_BYTES // row_bytes))
+
+
+def _gate_at(mlp: Mlp) -> int:
+    """Return how far behind the other factor a gate stands; 0 where there is none."""
+    return 0 if mlp.gate is None else _round_up(len(mlp.up.weight))
 
 
 def _heads_size(attention: Attention) -> int:
