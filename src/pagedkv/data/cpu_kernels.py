@@ -29,16 +29,20 @@ from pagedkv.data.simd import (
     fma,
     give_way,
     load,
+    load_fours,
     load_part,
     maximum,
     maximum_by_row,
     mul,
     narrowed,
     prefetch,
+    raised,
+    seen,
     splat,
     splat_at,
     spread,
     store,
+    store_narrowed,
     sub,
     sum_by_row,
     tanh,
@@ -52,6 +56,9 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 NOTHING = np.float32(-np.inf)
+MARGIN = np.float32(8)
+"""Powers of two by which a score may exceed the number that is taken off: weights stay exact, and most tiles change no
+maximum (Dao, FlashAttention-4, 2025)."""
 
 
 class Strides(NamedTuple):
@@ -227,29 +234,34 @@ def mask(
     first_row: int,
     group: int,
     rules: Rules,
+    few: Floats,
 ) -> None:
     """Hide the keys that a row does not see, and what stands behind the item's end."""
+    is_whole = True
     for row in range(ROWS):
         query = query_position + (first_row + row) // group
-        low = query - rules.window + 1
-        high = min(end, query + 1) if rules.causal else end
-        if low <= position and position + count <= high:
-            continue
-        for i in range(count):
-            if not low <= position + i < high:
-                scores[at + i * ROWS + row] = NOTHING
+        low = query - rules.window + 1 - position
+        high = (min(end, query + 1) if rules.causal else end) - position
+        is_whole = is_whole and low <= 0 and count <= high
+        few[row], few[ROWS + row] = min(max(low, 0), count), min(max(high, 0), count)
+    if is_whole:
+        return
+    lows, highs = load_fours(few, (0, 0, 0, 0)), load_fours(few, (ROWS, ROWS, ROWS, ROWS))
+    for i in range(0, count * ROWS, LANES):
+        first = splat(np.float32(i // ROWS))
+        store(scores, at + i, seen(load(scores, at + i), first, lows, highs))
 
 
 @inlined
 def softmax(
     scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int, factors: Floats
 ) -> None:
-    """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved."""
+    """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved by far."""
     before = load(partials, partial)
     top = before
     for i in range(at, at + count * ROWS, LANES):
         top = maximum(load(scores, i), top)
-    top = maximum_by_row(top)
+    top = raised(maximum_by_row(top), before, splat(MARGIN))
     base = finite_or_zero(top)  # of a row that has seen nothing yet
     total = zeros()
     for i in range(at, at + count * ROWS, LANES):
@@ -408,17 +420,25 @@ def _room(heads: int, most_quads: int, with_scales: bool, shape: Shape) -> Room:
     """Return the arrays that a thread works in."""
     width, v_width = padded(shape.head_dim), padded(shape.v_head_dim)
     return Room(
-        np.empty(max(heads * FEW_QUADS, most_quads) * ROWS * width, np.float32),
-        np.empty(heads * FEW_QUADS * ROWS * TILE, np.float32),
-        np.empty(TILE * width, np.float32),
-        np.empty(TILE * v_width, np.float32),
-        np.empty(2 * LANES, np.float32),
-        np.empty(2 * max(1, most_quads) * partial_size(shape.v_head_dim), np.float32),
-        np.empty(2 * heads * SPLIT if with_scales else 0, np.float32),
+        _floats(max(heads * FEW_QUADS, most_quads) * ROWS * width),
+        _floats(heads * FEW_QUADS * ROWS * TILE),
+        _floats(TILE * width),
+        _floats(TILE * v_width),
+        _floats(2 * LANES),
+        _floats(2 * max(1, most_quads) * partial_size(shape.v_head_dim)),
+        _floats(2 * heads * SPLIT if with_scales else 0),
         np.empty((most_quads, len(QUAD)), np.int64),
         np.empty(SPLIT + 2 * TILE, np.int64),
         np.empty(SPLIT + 2 * TILE, np.int64),
     )
+
+
+@called
+def _floats(count: int) -> Floats:
+    """Return floats that begin at a cache line: a vector that crosses two of them takes twice as long to load."""
+    room = np.empty(count + LANES, np.float32)
+    first = -room.ctypes.data // room.itemsize % LANES
+    return room[first : first + count]
 
 
 @called
@@ -477,7 +497,18 @@ def _attend_head(
                 soft_cap(scores, 0, count, rules.cap)
             if position < quads[quad, QUAD.all_low] or position + count > min(end, quads[quad, QUAD.all_end]):
                 first_row = quads[quad, QUAD.first_row]
-                mask(scores, 0, position, count, end, quads[quad, QUAD.position], first_row, shape.group, rules)
+                mask(
+                    scores,
+                    0,
+                    position,
+                    count,
+                    end,
+                    quads[quad, QUAD.position],
+                    first_row,
+                    shape.group,
+                    rules,
+                    room.factors,
+                )
             softmax(scores, 0, count, states, at, shape.v_head_dim, room.factors)
             if key_scales is not None:
                 rescale(scores, 0, count, room.scales, SPLIT + tile)
@@ -653,7 +684,9 @@ def _attend_few(
                     rescale(scores, at_score, count, room.scales, scale_at)
                 if rules.cap > 0:
                     soft_cap(scores, at_score, count, rules.cap)
-                mask(scores, at_score, start + tile, count, end, position, first_row, shape.group, rules)
+                mask(
+                    scores, at_score, start + tile, count, end, position, first_row, shape.group, rules, room.factors
+                )
                 softmax(scores, at_score, count, partials, state, shape.v_head_dim, room.factors)
                 if key_scales is not None:
                     rescale(scores, at_score, count, room.scales, heads * SPLIT + scale_at)
@@ -852,7 +885,10 @@ def _write(
             to = bases.out + query * strides.out + query_head * strides.out_head
             total, first = states[at + LANES + row], at + 2 * LANES + row * width
             factor = np.float32(1) / total if total != 0 else np.float32(0)
-            for d in range(shape.v_head_dim):
+            whole = shape.v_head_dim // LANES * LANES
+            for d in range(0, whole, LANES):
+                store_narrowed(out, to + d, mul(load(states, first + d), splat(factor)))
+            for d in range(whole, shape.v_head_dim):
                 out[to + d] = narrowed(states[first + d] * factor, out)
 
 

@@ -107,6 +107,14 @@ def _at_index(build: Build, result: Any, *others: Any) -> Callable[[Function], F
 # What is built of LLVM.
 
 
+def _has(feature: str) -> bool:
+    """Tell whether the processor that Numba compiles for has a feature, by LLVM's name."""
+    features = numba.config.CPU_FEATURES
+    if features is None and not numba.config.CPU_NAME:
+        return bool(llvmlite.binding.get_host_cpu_features().get(feature))
+    return f"+{feature}" in (features or "").split(",")
+
+
 def _every(number: float) -> Any:
     return ir.Constant(VECTOR, [number] * LANES)
 
@@ -265,18 +273,32 @@ def _polynomial(builder: Any, x: Any, coefficients: list[float]) -> Any:
 
 
 def _exp2(builder: Any, x: Any) -> Any:
-    """2 ** x for x <= 0: the Taylor series over -½ … ½, then the exponent's bits. Below 2 ** -126 it is 0."""
+    """2 ** x for x that rounds to no more than 127: a polynomial over -½ … ½, then the exponent."""
     low = _every(-126.0)
-    bounded = builder.select(builder.fcmp_ordered(">", x, low), x, low)
-    whole = _llvm(builder, "floor", builder.fadd(bounded, _every(0.5)))
-    result = _polynomial(builder, builder.fsub(bounded, whole), _TAYLOR)
+    if _has("avx512f"):  # which scales by a power of two, to numbers below 2 ** -126, too
+        low = _every(-150.0)
+    bounded = builder.select(builder.fcmp_ordered("<", x, low), low, x)
+    whole = _llvm(builder, "roundeven", bounded)
+    rest = builder.fsub(bounded, whole)
+    result = _llvm(builder, "fma", _polynomial(builder, rest, _POWERS), rest, _every(1.0))
+    if _has("avx512f"):
+        kind = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR, SHORT, INT])
+        scale = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.scalef.ps.512")
+        return builder.call(scale, [result, whole, _every(0.0), SHORT(-1), INT(4)])
     exponent = builder.shl(builder.fptosi(whole, INTS), _every_int(23))
     result = builder.bitcast(builder.add(builder.bitcast(result, INTS), exponent), VECTOR)
     result = builder.select(builder.fcmp_ordered("<", x, low), _every(0.0), result)
     return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
 
 
-_TAYLOR = [float(np.float32(math.log(2) ** k / math.factorial(k))) for k in range(8)]
+def _fitted_powers() -> list[float]:
+    """Return c with 2 ** x = 1 + x(c₀ + c₁x + …) for |x| <= ½."""
+    x = np.polynomial.chebyshev.chebpts1(64) / 2
+    fit = np.polynomial.Polynomial.fit(x, np.expm1(x * math.log(2)) / x, 5)
+    return [float(np.float32(c)) for c in fit.convert().coef]
+
+
+_POWERS = _fitted_powers()
 _SMALL = 0.625
 
 
@@ -419,6 +441,27 @@ def any_greater(x: Lanes, y: Lanes) -> bool:
     return bool((x > y).any())
 
 
+@_of_lanes(
+    lambda builder, x, y, gap: builder.select(builder.fcmp_ordered(">", x, builder.fadd(y, gap)), x, y),
+)
+def raised(x: Lanes, y: Lanes, gap: Lanes) -> Lanes:
+    """Return x where it is greater than ``y + gap``, else y."""
+    return np.where(x > y + gap, x, y)
+
+
+def _seen(builder: Any, x: Any, first: Any, low: Any, high: Any) -> Any:
+    token = builder.fadd(first, ir.Constant(VECTOR, [float(lane // ROWS) for lane in range(LANES)]))
+    inside = builder.and_(builder.fcmp_ordered(">=", token, low), builder.fcmp_ordered("<", token, high))
+    return builder.select(inside, x, _every(-math.inf))
+
+
+@_of_lanes(_seen)
+def seen(x: Lanes, first: Lanes, low: Lanes, high: Lanes) -> Lanes:
+    """Return the scores of tokens from ``first`` on that lie in ``low`` … ``high``, and -inf for others."""
+    token = first + np.arange(LANES, dtype=np.float32) // ROWS
+    return np.where((low <= token) & (token < high), x, np.float32(-np.inf))
+
+
 @_of_lanes(lambda builder, x: _by_row(builder, x, lambda a, b: _greater_of(builder, a, b)))
 def maximum_by_row(x: Lanes) -> Lanes:
     """Return the maximum of each row in all of the row's lanes."""
@@ -433,8 +476,8 @@ def sum_by_row(x: Lanes) -> Lanes:
 
 @_of_lanes(_exp2)
 def exp2(x: Lanes) -> Lanes:
-    """Return 2 ** x for x <= 0, to float32's precision."""
-    return np.where(x < -126, np.float32(0), np.exp2(x))
+    """Return 2 ** x for x below 127, to float32's precision; below 2 ** -126 it may be 0."""
+    return np.exp2(x)
 
 
 @_of_lanes(_tanh)
@@ -494,10 +537,7 @@ _BFLOATS = ir.VectorType(_Bfloat(), 2 * LANES)
 
 def has_bfloat16_products() -> bool:
     """Tell whether the processor that Numba compiles for multiplies pairs of bfloat16 (AVX-512 BF16)."""
-    features = numba.config.CPU_FEATURES
-    if features is None and not numba.config.CPU_NAME:
-        return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16"))
-    return "+avx512bf16" in (features or "")
+    return _has("avx512bf16")
 
 
 def _paired(builder: Any, bits: Any, dtype: Any) -> Any:
