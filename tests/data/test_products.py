@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from pagedkv.data.simd import dot_tile, has_bfloat16_products
+from pagedkv.data.simd_llvm import has_bfloat16_products
+from pagedkv.data.simd_products import dot_tile
 from pagedkv.data.team import torch_alone
 from pagedkv.jit import compiled
 

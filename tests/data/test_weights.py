@@ -8,7 +8,8 @@ import torch
 from tests.hf.described import tiny
 
 from pagedkv import InvalidOperation
-from pagedkv.data.simd import dot_tile, has_bfloat16_products
+from pagedkv.data.simd_llvm import has_bfloat16_products
+from pagedkv.data.simd_products import dot_tile
 from pagedkv.data.weights import CHUNK, quantised, quantised_rows
 from pagedkv.hf.description import describe, tensors_of
 from pagedkv.jit import compiled

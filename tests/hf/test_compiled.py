@@ -87,8 +87,9 @@ def test_half_precision_is_near_what_float32_gives(name, dtype):
     """Of the same weights, whose rounding in the module itself is several times as much; so no exam is sat."""
     runner = ModelRunner(tiny(name, dtype), ModelKvCache(200, 4, num_layers=0), "compiled")
     text = texts(runner.vocab_size)[2]
-    exact = right_logits(copy.deepcopy(tiny(name, dtype)).float(), torch.tensor(text))
-    limit = 5e-2 if "moe" in name else 2e-2  # rounding decides ties between experts
+    exact, limit = right_logits(copy.deepcopy(tiny(name, dtype)).float(), torch.tensor(text)), 2e-2
+    if "moe" in name:  # rounding decides ties between experts, in the module as here
+        limit = max(limit, distance(right_logits(tiny(name, dtype), torch.tensor(text)).float(), exact))
     assert distance(logits_of(runner, text, WHOLE), exact) < limit
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.call import AttentionCall, Batch
-from pagedkv.data.cpu_kernels import Bases, Strides, attend_items
+from pagedkv.data.cpu_kernels import Bases, attend_items
 from pagedkv.data.cpu_plan import Plan, Rules, Shape, partial_size, plan_items
+from pagedkv.data.cpu_tiles import Strides
+from pagedkv.data.simd_llvm import has_bfloat16_products
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.errors import InvalidOperation
 
@@ -30,7 +32,7 @@ _BITS = {
 }
 """How a tensor is shown to the kernels, which tell the narrow types apart by it."""
 _AT_ONCE = Bases(0, 0, 0, 0, 0, 0)
-_NO_FLOATS = np.zeros(0, np.float32)
+_NO_FLOATS, _NO_BFLOATS = np.zeros(0, np.float32), np.zeros(0, np.uint16)
 _workspace = threading.local()
 
 
@@ -60,6 +62,7 @@ def attend(call: AttentionCall) -> None:
             None if call.key_scales is None else flat_bits(call.key_scales),
             None if call.value_scales is None else flat_bits(call.value_scales),
             flat_bits(call.out),
+            _multiplied(call),
             _NO_FLOATS if call.sinks is None else (call.sinks.float() * LOG2_E).contiguous().numpy(),
             batch.block_tables,
             batch.holes,
@@ -69,6 +72,12 @@ def attend(call: AttentionCall) -> None:
             rules,
         )
         run_in_threads(attend_items, arguments, threads)
+
+
+def _multiplied(call: AttentionCall) -> npt.NDArray[Any]:
+    """Return an array of what is multiplied: bfloat16 where all are, and the processor multiplies it."""
+    dtypes = {each.dtype for each in (call.queries, call.keys, call.values, call.out)}
+    return _NO_BFLOATS if dtypes == {torch.bfloat16} and has_bfloat16_products() else _NO_FLOATS
 
 
 def _planned(batch: Batch, rules: Rules, shape: Shape) -> Plan:

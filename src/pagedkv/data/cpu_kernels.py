@@ -15,68 +15,52 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.data.cpu_plan import ITEM, PIECE, SPLIT, TILE, Plan, Rules, Shape, padded, partial_size, quads_of
+from pagedkv.data.cpu_tiles import (
+    FEW_QUADS,
+    NOTHING,
+    QUAD,
+    STEP,
+    Strides,
+    add_few,
+    add_many,
+    in_steps,
+    mask,
+    pair_up,
+    rescale,
+    row_width,
+    score_few,
+    score_in_place,
+    score_many,
+    soft_cap,
+    softmax,
+    widen,
+)
 from pagedkv.data.simd import (
-    LANES,
-    ROWS,
-    add,
-    add_products_16,
-    add_products_64,
-    any_greater,
-    dots,
     exp2,
     fetch_add,
     finite_or_zero,
     fma,
     give_way,
+    is_bfloat16,
     load,
-    load_fours,
     load_part,
     maximum,
-    maximum_by_row,
     mul,
     narrowed,
-    prefetch,
-    raised,
-    seen,
     splat,
     splat_at,
-    spread,
     store,
     store_narrowed,
     sub,
-    sum_by_row,
-    tanh,
     zeros,
 )
+from pagedkv.data.simd_llvm import LANES, ROWS
 from pagedkv.jit import called, compiled, inlined
-
-# What the CPU kernels are told: sizes, distances, rules; and how long their rows are.
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-NOTHING = np.float32(-np.inf)
-MARGIN = np.float32(8)
-"""Powers of two by which a score may exceed the number that is taken off: weights stay exact, and most tiles change no
-maximum (Dao, FlashAttention-4, 2025)."""
-
-
-class Strides(NamedTuple):
-    """Distances in elements."""
-
-    query: int
-    query_head: int
-    key_block: int
-    key: int
-    key_head: int
-    value_block: int
-    value: int
-    value_head: int
-    out: int
-    out_head: int
-    scale_block: int
-    scale: int
-    scale_head: int
+LINE_BYTES = 64
 
 
 class Bases(NamedTuple):
@@ -90,37 +74,15 @@ class Bases(NamedTuple):
     out: int
 
 
-class Quad(NamedTuple):
-    """Columns of the list of an item's fours of rows.
-
-    Where the partial of the first head is and how far it is to the next one; where the thread's own states are; where
-    the piece begins, and which of its rows is the first. Some row sees the positions from low up to ``end``, all see
-    those from ``all_low`` up to ``all_end``.
-    """
-
-    partial: int
-    next_head: int
-    own: int
-    merged: int
-    position: int
-    first_row: int
-    low: int
-    end: int
-    all_low: int
-    all_end: int
-
-
-QUAD = Quad(*range(10))
-
-
 class Room(NamedTuple):
     """What a thread works in.
 
-    Rows of queries; scores, keys and values of a tile; two numbers for each lane; for each four of rows the partial
-    softmax of a split and that of all splits before; scales, and places of keys and values, of a split.
+    Rows of queries, as what is multiplied: where they are bfloat16, so are the weights of values, and both stand in
+    pairs in the lanes of float32. Scores, keys and values of a tile; two numbers for each lane; for each four of rows
+    the partial softmax of a split and that of all splits before; scales, and places of keys and values, of a split.
     """
 
-    packed: Floats
+    packed: Array
     scores: Floats
     key_tile: Floats
     value_tile: Floats
@@ -132,295 +94,12 @@ class Room(NamedTuple):
     value_at: Ints
 
 
-# The inner loops: one tile of tokens, four query rows at a time.
-#
-# What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a
-# time, so a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in
-# memory, a few at a time for all heads, and asked for ahead of that: a head's row is too short for the hardware to
-# see a stream. Scores are powers of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 +
-# row]``.
-
-STEP = 4
-"""Tokens that are visited for all heads before the next ones."""
-FEW_QUADS = 4
-"""Up to that many fours of rows of a head read keys and values where they lie; a copy of a tile serves more."""
-AHEAD_BYTES = 8192
-"""How far ahead of its use a row is asked for."""
-
-
-@inlined
-def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_bytes: int) -> tuple[int, int]:
-    """Return how many tokens to visit per head, and how many tokens ahead to ask for rows.
-
-    Where the heads of a token lie side by side (NHD) it is a few, else (HND) all tokens of the tile.
-    """
-    side_by_side = head < row
-    row_bytes = (num_heads if side_by_side else 1) * width * item_bytes
-    return (STEP if side_by_side else count), min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
-
-
-@inlined
-def score_few(
-    packed: Floats,
-    num_heads: int,
-    num_quads: int,
-    keys: Array,
-    key_at: Ints,
-    tile: int,
-    count: int,
-    shape: Shape,
-    strides: Strides,
-    scores: Floats,
-) -> None:
-    """Score the rows of all heads against a tile's keys."""
-    step, ahead = _visit(count, strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
-    for token in range(0, count, step):
-        for head in range(num_heads):
-            head_at = head * strides.key_head
-            for i in range(token, token + step, STEP):
-                to = (head * num_quads * TILE + i) * ROWS
-                at = head * num_quads * ROWS * padded(shape.head_dim)
-                _score_keys(packed, at, num_quads, keys, key_at, tile + i, head_at, ahead, shape.head_dim, scores, to)
-
-
-@inlined
-def _score_keys(
-    packed: Floats,
-    at: int,
-    num_quads: int,
-    keys: Array,
-    key_at: Ints,
-    first: int,
-    head_at: int,
-    ahead: int,
-    dim: int,
-    scores: Floats,
-    to: int,
-) -> None:
-    """Score the rows of a head against four keys."""
-    width = padded(dim)
-    for i in range(first + ahead, first + ahead + STEP):
-        for d in range(0, width, LANES):
-            prefetch(keys, key_at[i] + head_at + d)
-    w, x = key_at[first] + head_at, key_at[first + 1] + head_at
-    y, z = key_at[first + 2] + head_at, key_at[first + 3] + head_at
-    for quad in range(num_quads):
-        result = dots(packed, at + quad * ROWS * width, width, keys, w, x, y, z, dim)
-        store(scores, to + quad * ROWS * TILE, result)
-
-
 @called
-def rescale(scores: Floats, at: int, count: int, scales: Floats, scale_at: int) -> None:
-    """Multiply the scores, or the weights, of four rows by the scale that each token's quantised numbers have."""
-    for i in range(0, count * ROWS, LANES):
-        store(scores, at + i, mul(load(scores, at + i), spread(scales, scale_at + i // ROWS)))
-
-
-@called
-def soft_cap(scores: Floats, at: int, count: int, cap: np.float32) -> None:
-    """Turn scores, scaled by 1 / soft-cap, into soft-capped ones."""
-    for i in range(at, at + count * ROWS, LANES):
-        store(scores, i, mul(tanh(load(scores, i)), splat(cap)))
-
-
-@called
-def mask(
-    scores: Floats,
-    at: int,
-    position: int,
-    count: int,
-    end: int,
-    query_position: int,
-    first_row: int,
-    group: int,
-    rules: Rules,
-    few: Floats,
-) -> None:
-    """Hide the keys that a row does not see, and what stands behind the item's end."""
-    is_whole = True
-    for row in range(ROWS):
-        query = query_position + (first_row + row) // group
-        low = query - rules.window + 1 - position
-        high = (min(end, query + 1) if rules.causal else end) - position
-        is_whole = is_whole and low <= 0 and count <= high
-        few[row], few[ROWS + row] = min(max(low, 0), count), min(max(high, 0), count)
-    if is_whole:
-        return
-    lows, highs = load_fours(few, (0, 0, 0, 0)), load_fours(few, (ROWS, ROWS, ROWS, ROWS))
-    for i in range(0, count * ROWS, LANES):
-        first = splat(np.float32(i // ROWS))
-        store(scores, at + i, seen(load(scores, at + i), first, lows, highs))
-
-
-@inlined
-def softmax(
-    scores: Floats, at: int, count: int, partials: Floats, partial: int, v_head_dim: int, factors: Floats
-) -> None:
-    """Turn the scores of four rows into weights; what they had gathered is rescaled only when a maximum moved by far."""
-    before = load(partials, partial)
-    top = before
-    for i in range(at, at + count * ROWS, LANES):
-        top = maximum(load(scores, i), top)
-    top = raised(maximum_by_row(top), before, splat(MARGIN))
-    base = finite_or_zero(top)  # of a row that has seen nothing yet
-    total = zeros()
-    for i in range(at, at + count * ROWS, LANES):
-        weight = exp2(sub(load(scores, i), base))
-        store(scores, i, weight)
-        total = add(total, weight)
-    factor = exp2(sub(before, base))
-    store(partials, partial, top)
-    store(partials, partial + LANES, fma(load(partials, partial + LANES), factor, sum_by_row(total)))
-    if any_greater(top, before):
-        width = padded(v_head_dim)
-        store(factors, 0, factor)
-        for row in range(ROWS):
-            row_factor = splat_at(factors, row)
-            begin = partial + 2 * LANES + row * width
-            for i in range(begin, begin + width, LANES):
-                store(partials, i, mul(load(partials, i), row_factor))
-
-
-@inlined
-def add_few(
-    partials: Floats,
-    quads: Ints,
-    num_heads: int,
-    num_quads: int,
-    values: Array,
-    value_at: Ints,
-    tile: int,
-    count: int,
-    shape: Shape,
-    strides: Strides,
-    scores: Floats,
-) -> None:
-    """Add a tile's weighted values to the rows of all heads."""
-    dim = shape.v_head_dim
-    step, ahead = _visit(count, strides.value, strides.value_head, dim, num_heads, shape.item_bytes)
-    for token in range(0, count, step):
-        for head in range(num_heads):
-            head_at = head * strides.value_head
-            for quad in range(num_quads):
-                to = quads[quad, QUAD.partial] + head * quads[quad, QUAD.next_head] + 2 * LANES
-                weights = ((head * num_quads + quad) * TILE + token) * ROWS
-                _add_values(partials, to, values, value_at, tile + token, step, head_at, ahead, dim, scores, weights)
-
-
-@inlined
-def _add_values(
-    partials: Floats,
-    to: int,
-    values: Array,
-    value_at: Ints,
-    first: int,
-    count: int,
-    head_at: int,
-    ahead: int,
-    dim: int,
-    scores: Floats,
-    weights: int,
-) -> None:
-    """Add ``count`` weighted values to four rows, four at a time: a row is loaded and stored once for them."""
-    width = padded(dim)
-    for i in range(first, first + count, STEP):
-        w = weights + (i - first) * ROWS
-        w0, x0, y0, z0 = _weights(scores, w)
-        w1, x1, y1, z1 = _weights(scores, w + 1)
-        w2, x2, y2, z2 = _weights(scores, w + 2)
-        w3, x3, y3, z3 = _weights(scores, w + 3)
-        at_w, at_x = value_at[i] + head_at, value_at[i + 1] + head_at
-        at_y, at_z = value_at[i + 2] + head_at, value_at[i + 3] + head_at
-        ahead_w, ahead_x = value_at[i + ahead] + head_at, value_at[i + 1 + ahead] + head_at
-        ahead_y, ahead_z = value_at[i + 2 + ahead] + head_at, value_at[i + 3 + ahead] + head_at
-        for d in range(0, width, LANES):
-            if d + LANES <= dim:
-                value_w, value_x = load(values, at_w + d), load(values, at_x + d)
-                value_y, value_z = load(values, at_y + d), load(values, at_z + d)
-            else:
-                value_w, value_x = load_part(values, at_w + d, dim - d), load_part(values, at_x + d, dim - d)
-                value_y, value_z = load_part(values, at_y + d, dim - d), load_part(values, at_z + d, dim - d)
-            prefetch(values, ahead_w + d)
-            prefetch(values, ahead_x + d)
-            prefetch(values, ahead_y + d)
-            prefetch(values, ahead_z + d)
-            at = to + d
-            _add_row(partials, at, w0, x0, y0, z0, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + width, w1, x1, y1, z1, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + 2 * width, w2, x2, y2, z2, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + 3 * width, w3, x3, y3, z3, value_w, value_x, value_y, value_z)
-
-
-@inlined
-def _weights(scores: Floats, at: int) -> tuple[Any, Any, Any, Any]:
-    """Return the weights of one row for four tokens, each in all lanes."""
-    first, second = splat_at(scores, at), splat_at(scores, at + ROWS)
-    return first, second, splat_at(scores, at + 2 * ROWS), splat_at(scores, at + 3 * ROWS)
-
-
-@inlined
-def _add_row(
-    partials: Floats,
-    at: int,
-    w: Any,
-    x: Any,
-    y: Any,
-    z: Any,
-    value_w: Any,
-    value_x: Any,
-    value_y: Any,
-    value_z: Any,
-) -> None:
-    """Add four weighted values to the lanes of one row."""
-    row = fma(x, value_x, fma(w, value_w, load(partials, at)))
-    store(partials, at, fma(z, value_z, fma(y, value_y, row)))
-
-
-# Many rows of a head: a tile's keys and values are widened once for all of them.
-
-
-@inlined
-def _widen(array: Array, places: Ints, first: int, count: int, dim: int, tile: Floats) -> None:
-    """Copy rows, as float32 and with zeros to whole lanes; those of the next tile are asked for."""
-    width = padded(dim)
-    for i in range(count):
-        at, ahead, to = places[first + i], places[first + TILE + i], i * width
-        for d in range(0, width, LANES):
-            prefetch(array, ahead + d)
-            some = load(array, at + d) if d + LANES <= dim else load_part(array, at + d, dim - d)
-            store(tile, to + d, some)
-
-
-@inlined
-def _score_many(packed: Floats, at: int, tile: Floats, count: int, dim: int, scores: Floats) -> None:
-    """Score four rows against the keys of a tile."""
-    width = padded(dim)
-    for i in range(0, count, STEP):
-        key = i * width
-        store(
-            scores, i * ROWS, dots(packed, at, width, tile, key, key + width, key + 2 * width, key + 3 * width, width)
-        )
-
-
-@inlined
-def _add_many(partials: Floats, at: int, tile: Floats, scores: Floats, count: int, dim: int) -> None:
-    """Add the weighted values of a tile to four rows."""
-    width = padded(dim)
-    d = 0
-    while d + 4 * LANES <= width:
-        add_products_64(partials, at + d, width, tile, d, scores, 0, count)
-        d += 4 * LANES
-    while d < width:
-        add_products_16(partials, at + d, width, tile, d, scores, 0, count)
-        d += LANES
-
-
-@called
-def _room(heads: int, most_quads: int, with_scales: bool, shape: Shape) -> Room:
+def _room(heads: int, most_quads: int, with_scales: bool, shape: Shape, like: Array) -> Room:
     """Return the arrays that a thread works in."""
-    width, v_width = padded(shape.head_dim), padded(shape.v_head_dim)
+    width, v_width = row_width(shape.head_dim, like), padded(shape.v_head_dim)
     return Room(
-        _floats(max(heads * FEW_QUADS, most_quads) * ROWS * width),
+        aligned(max(heads * FEW_QUADS, most_quads) * ROWS * width, like),
         _floats(heads * FEW_QUADS * ROWS * TILE),
         _floats(TILE * width),
         _floats(TILE * v_width),
@@ -435,9 +114,14 @@ def _room(heads: int, most_quads: int, with_scales: bool, shape: Shape) -> Room:
 
 @called
 def _floats(count: int) -> Floats:
-    """Return floats that begin at a cache line: a vector that crosses two of them takes twice as long to load."""
-    room = np.empty(count + LANES, np.float32)
-    first = -room.ctypes.data // room.itemsize % LANES
+    return aligned(count, np.empty(0, np.float32))
+
+
+@inlined
+def aligned(count: int, like: Array) -> Array:
+    """Return room that begins at a cache line: a vector that crosses two of them takes twice as long to load."""
+    room = np.empty(count + LINE_BYTES, like.dtype)
+    first = -room.ctypes.data % LINE_BYTES // like.itemsize
     return room[first : first + count]
 
 
@@ -451,7 +135,7 @@ def _wait(counters: Ints, first: int, count: int, num_parts: int) -> None:
 
 @called
 def _attend_head(
-    packed: Floats,
+    packed: Array,
     num_quads: int,
     quads: Ints,
     states: Floats,
@@ -473,7 +157,7 @@ def _attend_head(
     rules: Rules,
 ) -> None:
     """Let the rows of one head attend to positions of one split; their states are in the column ``place``."""
-    table, hole, width = block_tables[sequence], holes[sequence], padded(shape.head_dim)
+    table, hole, width = block_tables[sequence], holes[sequence], row_width(shape.head_dim, packed)
     scores = room.scores
     _locate(table, hole, start, end, head, bases, shape, strides, room.key_at, room.value_at)
     if key_scales is not None and value_scales is not None:
@@ -482,15 +166,22 @@ def _attend_head(
             value_scales, bases.value_scale, table, hole, start, end, head, 1, shape, strides, room.scales, SPLIT
         )
     for tile in range(0, end - start, TILE):
-        count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
+        count = in_steps(end - start - tile, packed)
         position = start + tile
-        _widen(keys, room.key_at, tile, count, shape.head_dim, room.key_tile)
-        _widen(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
+        if is_bfloat16(packed):
+            pair_up(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
+        else:
+            widen(keys, room.key_at, tile, count, shape.head_dim, room.key_tile)
+            widen(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
         for quad in range(num_quads):
             if position + count <= quads[quad, QUAD.low] or position >= quads[quad, QUAD.end]:
                 continue
             at = quads[quad, place]
-            _score_many(packed, quad * ROWS * width, room.key_tile, count, shape.head_dim, scores)
+            if is_bfloat16(packed):
+                at_row = quad * ROWS * width
+                score_in_place(packed, at_row, keys, room.key_at, tile, count, shape.head_dim, rules.scale, scores)
+            else:
+                score_many(packed, quad * ROWS * width, room.key_tile, count, shape.head_dim, scores)
             if key_scales is not None:
                 rescale(scores, 0, count, room.scales, tile)
             if rules.cap > 0:
@@ -509,10 +200,10 @@ def _attend_head(
                     rules,
                     room.factors,
                 )
-            softmax(scores, 0, count, states, at, shape.v_head_dim, room.factors)
+            softmax(scores, 0, count, states, at, shape.v_head_dim, packed, room.factors)
             if key_scales is not None:
                 rescale(scores, 0, count, room.scales, SPLIT + tile)
-            _add_many(states, at + 2 * LANES, room.value_tile, scores, count, shape.v_head_dim)
+            add_many(states, at + 2 * LANES, room.value_tile, scores, count, shape.v_head_dim, packed)
 
 
 @compiled
@@ -527,6 +218,7 @@ def attend_items(
     key_scales: Floats | None,
     value_scales: Floats | None,
     out: Array,
+    like: Array,
     sinks: Floats,
     block_tables: Array,
     holes: Array,
@@ -541,11 +233,13 @@ def attend_items(
     each piece and for each item of those that are done. ``partials`` are ``plan.num_partials * partial_size`` floats;
     what they hold does not matter. Without scales keys and values are what they are, and nothing for scales is
     compiled. With them a key's scale multiplies its scores, and a value's scale its weight, once for all elements.
+    ``like`` is any array of what is multiplied: float32; or uint16 where keys and values are bfloat16, and queries and
+    weights shall be narrowed to that, on a processor that `has_bfloat16_products`.
 
     A thread waits for nothing but items that another one has taken already.
     """
     heads = (shape.num_kv_heads + num_parts - 1) // num_parts
-    room = _room(heads, plan.most_quads, key_scales is not None, shape)
+    room = _room(heads, plan.most_quads, key_scales is not None, shape, like)
     packed, own, quads = room.packed, room.own, room.quads
     items, pieces, done = plan.items, plan.pieces, 1 + len(plan.pieces)
     while True:
@@ -640,7 +334,7 @@ def attend_items(
 
 @called
 def _attend_few(
-    packed: Floats,
+    packed: Array,
     num_quads: int,
     num_heads: int,
     quads: Ints,
@@ -673,8 +367,8 @@ def _attend_few(
             value_scales, base, table, hole, start, end, first_head, num_heads, shape, strides, room.scales, to
         )
     for tile in range(0, end - start, TILE):
-        count = (min(TILE, end - start - tile) + STEP - 1) // STEP * STEP
-        score_few(packed, num_heads, num_quads, keys, room.key_at, tile, count, shape, strides, scores)
+        count = in_steps(end - start - tile, packed)
+        score_few(packed, num_heads, num_quads, keys, room.key_at, tile, count, shape, strides, rules.scale, scores)
         for head in range(num_heads):
             for quad in range(num_quads):
                 at_score, scale_at = (head * num_quads + quad) * ROWS * TILE, head * SPLIT + tile
@@ -684,13 +378,13 @@ def _attend_few(
                     rescale(scores, at_score, count, room.scales, scale_at)
                 if rules.cap > 0:
                     soft_cap(scores, at_score, count, rules.cap)
-                mask(
-                    scores, at_score, start + tile, count, end, position, first_row, shape.group, rules, room.factors
-                )
-                softmax(scores, at_score, count, partials, state, shape.v_head_dim, room.factors)
+                mask(scores, at_score, start + tile, count, end, position, first_row, shape.group, rules, room.factors)
+                softmax(scores, at_score, count, partials, state, shape.v_head_dim, packed, room.factors)
                 if key_scales is not None:
                     rescale(scores, at_score, count, room.scales, heads * SPLIT + scale_at)
-        add_few(partials, quads, num_heads, num_quads, values, room.value_at, tile, count, shape, strides, scores)
+        add_few(
+            partials, quads, num_heads, num_quads, values, room.value_at, tile, count, shape, strides, packed, scores
+        )
 
 
 @called
@@ -792,10 +486,14 @@ def _pack(
     shape: Shape,
     strides: Strides,
     rules: Rules,
-    packed: Floats,
+    packed: Array,
 ) -> None:
-    """Copy queries, scaled, to rows of whole lanes: row ``token * group + head of the group`` of each kv head."""
-    width, scale, first = padded(shape.head_dim), splat(rules.scale), 0
+    """Copy queries to rows of whole vectors: row ``token * group + head of the group`` of each kv head.
+
+    They are scaled, unless they are narrowed: then their scores are.
+    """
+    width, first = row_width(shape.head_dim, packed), 0
+    scale = splat(np.float32(1) if is_bfloat16(packed) else rules.scale)
     first_member = plan.items[item, ITEM.first_member]
     for member in range(first_member, first_member + plan.items[item, ITEM.num_members]):
         piece = plan.pieces[plan.members[member]]
@@ -811,7 +509,7 @@ def _pack(
                     value = load(queries, at + i) if count == LANES else zeros()
                     if 0 < count < LANES:
                         value = load_part(queries, at + i, count)
-                    store(packed, to + i, mul(value, scale))
+                    store_narrowed(packed, to + i, mul(value, scale))
         first += padded_rows
 
 

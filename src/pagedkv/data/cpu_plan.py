@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.simd import LANES, ROWS
+from pagedkv.data.simd_llvm import LANES, ROWS
 from pagedkv.jit import called, compiled, inlined
 
 Array = npt.NDArray[Any]

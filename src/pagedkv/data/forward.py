@@ -13,10 +13,10 @@ from torch import Tensor
 from pagedkv.data import forward_kernels as kernels
 from pagedkv.data.call import Batch
 from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
-from pagedkv.data.cpu_plan import Rules, Shape, partial_size, plan_items
+from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
 from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
-from pagedkv.data.simd import LANES, has_bfloat16_products
+from pagedkv.data.simd_llvm import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.errors import InvalidOperation, bad_argument
@@ -33,6 +33,9 @@ ITEM_BYTES = 1 << 16
 MOST_ITEMS = 128
 """A product of few rows is cut into items of so many bytes of weights, but not into more items: to take one costs a
 tenth of a microsecond, and what the last one takes is what threads wait for."""
+SHORT_ITEMS, LONG_ITEMS = 4, 32
+"""Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
+takes up to a millisecond, and threads wait for the last one."""
 INNER_BYTES = 24 << 10
 """Weights that are multiplied by all rows of a block before the next ones: with four rows of activations they stay in
 the first cache."""
@@ -95,10 +98,12 @@ class Program:
     storage : KvStorage
         Whose layers are those of the decoder, in their order.
     max_rows : int
+    act_bytes : int
+        Of each number that is multiplied.
     """
 
-    def __init__(self, decoder: Decoder, storage: KvStorage, max_rows: int) -> None:
-        self.decoder, self.storage, self.max_rows = decoder, storage, max_rows
+    def __init__(self, decoder: Decoder, storage: KvStorage, max_rows: int, act_bytes: int) -> None:
+        self.decoder, self.storage, self.max_rows, self._act_bytes = decoder, storage, max_rows, act_bytes
         self.weights = flat_bits(decoder.embedding)
         self._base = decoder.embedding
         self.memory = flat_bits(storage.keys(0))
@@ -132,14 +137,12 @@ class Program:
         self._heads = self._floats.buffer(max(map(_heads_size, attentions)))
         self._attended = self._acts.buffer(max(each.num_q_heads * each.v_head_dim for each in attentions))
         inner = max((len(layer.mlp.up.weight) for layer in decoder.layers if isinstance(layer.mlp, Mlp)), default=0)
-        self._up = self._floats.buffer(2 * _round_up(inner))
         self._inner = self._acts.buffer(inner)
         mixtures = [layer.mlp for layer in decoder.layers if isinstance(layer.mlp, Experts)]
         self.most_experts = max((len(each.experts) for each in mixtures), default=0)
         self.most_pairs = self.max_rows * max((each.top_k for each in mixtures), default=0)
         inner = max((len(each.experts[0].up.weight) for each in mixtures), default=0)
         self._routed = self._floats.buffer(self.most_experts)
-        self._pair_up = self._floats.buffer(2 * _round_up(inner), self.most_pairs)
         self._pair_inner = self._acts.buffer(inner, self.most_pairs)
         self._pair_out = self._floats.buffer(hidden, self.most_pairs)
         self._embed()
@@ -210,8 +213,11 @@ class Program:
         size_out, size_in = linear.weight.shape
         row_bytes = size_in * linear.weight.element_size()
         columns = _round_up(max(-(-ITEM_BYTES // row_bytes), -(-size_out // MOST_ITEMS)))
+        if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
+            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), kernels.COLUMN_BLOCK)
+        panel_row = size_in * self._act_bytes
         inner = max(
-            kernels.TILE_COLUMNS, min(LANES, INNER_BYTES // row_bytes) // kernels.TILE_COLUMNS * kernels.TILE_COLUMNS
+            kernels.TILE_COLUMNS, min(LANES, INNER_BYTES // panel_row) // kernels.TILE_COLUMNS * kernels.TILE_COLUMNS
         )
         self._add(
             source=source,
@@ -246,41 +252,46 @@ class Program:
     def _experts(self, layer: Layer, mixture: Experts, source: _Buffer) -> None:
         experts, first = mixture.experts, mixture.experts[0]
         hidden = self.decoder.embedding.shape[1]
-        known = {"num_experts": len(experts), "top_k": mixture.top_k}
+        known: dict[str, Any] = {"num_experts": len(experts), "top_k": mixture.top_k}
         pairs = {"rows": kernels.PAIRS, **known}
         self._phase()
         self._linear(mixture.router, source, self._routed)
         self._phase()
         self._add(kernels.ROUTE, self._routed, self._routed, is_renormalised=mixture.is_renormalised, **known)
         self._phase()
-        if first.gate is not None:
-            gates = [mlp.gate for mlp in experts if mlp.gate is not None]
-            self._expert_linear(gates, source, self._pair_up, _gate_at(first), by_pair=1, **pairs)
-        self._expert_linear([mlp.up for mlp in experts], source, self._pair_up, 0, by_pair=1, **pairs)
-        self._activation(first, self._pair_up, self._pair_inner, **pairs)
+        ups, gates = [mlp.up for mlp in experts], [mlp.gate for mlp in experts if mlp.gate is not None]
+        fields = _activation(first) | self._starts(gates, "gates", "gate_biases", "gate_factors")
+        _require_alike([*ups, *gates])
+        self._expert_linear(ups, source, self._pair_inner, by_pair=1, **pairs, **fields)
         self._phase()
-        self._expert_linear([mlp.down for mlp in experts], self._pair_inner, self._pair_out, 0, **pairs)
+        self._expert_linear([mlp.down for mlp in experts], self._pair_inner, self._pair_out, **pairs)
         self._phase()
         if layer.mlp_post_norm is None:
-            fields = {"goes": kernels.ADDED, "scale": layer.residual_scale}
-            self._add(kernels.COMBINE, self._pair_out, self._x, size_out=hidden, **known, **fields)
+            known |= {"goes": kernels.ADDED, "scale": layer.residual_scale}
+            self._add(kernels.COMBINE, self._pair_out, self._x, size_out=hidden, **known)
         else:
             self._add(kernels.COMBINE, self._pair_out, self._post, size_out=hidden, goes=kernels.TO_FLOATS, **known)
             self._norm(layer.mlp_post_norm, self._post, self._x, goes=kernels.ADDED, scale=layer.residual_scale)
 
-    def _expert_linear(self, linears: list[Linear], source: _Buffer, target: _Buffer, at: int, **fields: Any) -> None:
+    def _expert_linear(self, linears: list[Linear], source: _Buffer, target: _Buffer, **fields: Any) -> None:
         """Add the products of all experts, each with the rows of its pairs."""
-        if len({(each.weight.shape, each.weight.stride()) for each in linears}) > 1:
-            raise InvalidOperation("experts of several shapes")
-        weights = len(self._places)
-        self._places += [self._place_of(each.weight) for each in linears]
-        biases = len(self._places)
-        self._places += [self._constants.place(each.bias) for each in linears]
-        factors = len(self._places)
-        self._places += [self._constants.place(each.scale) for each in linears]
-        starts = {"weights": weights, "biases": biases, "factors": factors}
+        _require_alike(linears)
+        starts = self._starts(linears, "weights", "biases", "factors")
         shape = Linear(linears[0].weight)  # biases and scales are found by expert
-        self._linear(shape, source, target, at, code=kernels.EXPERTS, **starts, **fields)
+        self._linear(shape, source, target, **{"code": kernels.EXPERTS} | starts | fields)
+
+    def _starts(self, linears: list[Linear], *names: str) -> dict[str, int]:
+        """Note where the weights, biases and scales of experts are; return where each of the three lists begins."""
+        lists = (
+            [self._place_of(each.weight) for each in linears],
+            [self._constants.place(each.bias) for each in linears],
+            [self._constants.place(each.scale) for each in linears],
+        )
+        starts = {}
+        for name, places in zip(names, lists, strict=True):
+            starts[name] = len(self._places)
+            self._places += places
+        return starts
 
     def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
         self._phase()
@@ -299,12 +310,8 @@ class Program:
         self._linear(attention.key, self._h, self._heads, query_size)
         self._linear(attention.value, self._h, self._heads, value_at)
         keys, values = (_by_token(self.storage, side(number)) for side in (self.storage.keys, self.storage.values))
-        places = {
-            "num_q_heads": attention.num_q_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": dim,
-            "v_head_dim": v_dim,
-        }
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": dim, "v_head_dim": v_dim}
+        places = {"num_q_heads": attention.num_q_heads} | sizes
         for name, side, size in (("key", keys, dim), ("value", values, v_dim)):
             if side.shape[2:] != (num_kv_heads, size):
                 raise InvalidOperation(f"{name}s of shape {[num_kv_heads, size]} in blocks of {list(side.shape[2:])}")
@@ -368,15 +375,25 @@ class Program:
 
     def _mlp(self, mlp: Mlp, source: _Buffer) -> None:
         self._phase()
-        if mlp.gate is not None:
-            self._linear(mlp.gate, source, self._up, _gate_at(mlp))
-        self._linear(mlp.up, source, self._up)
-        self._activation(mlp, self._up, self._inner)
+        self._linear(mlp.up, source, self._inner, **_activation(mlp), **self._gate(mlp))
 
-    def _activation(self, mlp: Mlp, source: _Buffer, target: _Buffer, **fields: Any) -> None:
-        size, function = len(mlp.up.weight), ACTIVATIONS.index(mlp.activation)
-        self._phase()
-        self._add(kernels.ACTIVATE, source, target, size_out=size, function=function, positions=_gate_at(mlp), **fields)
+    def _gate(self, mlp: Mlp) -> dict[str, int]:
+        gate = mlp.gate
+        if gate is None:
+            return {}
+        _require_alike([mlp.up, gate])
+        places = self._place_of(gate.weight), self._constants.place(gate.bias), self._constants.place(gate.scale)
+        return dict(zip(("gate", "gate_bias", "gate_factor"), places, strict=True))
+
+
+def _activation(mlp: Mlp) -> dict[str, int]:
+    """Return what a product needs whose outputs are activated."""
+    return {"is_activated": 1, "function": ACTIVATIONS.index(mlp.activation), "has_gate": int(mlp.gate is not None)}
+
+
+def _require_alike(linears: list[Linear]) -> None:
+    if len({(each.weight.shape, each.weight.stride()) for each in linears}) > 1:
+        raise InvalidOperation("weights of one operation that have several shapes")
 
 
 def _rows_at_once(decoder: Decoder) -> int:
@@ -386,13 +403,8 @@ def _rows_at_once(decoder: Decoder) -> int:
             inner = max(inner, layer.mlp.top_k * (len(layer.mlp.experts[0].up.weight) + hidden))
         else:
             inner = max(inner, len(layer.mlp.up.weight))
-    row_bytes = 4 * (8 * hidden + 3 * inner)
+    row_bytes = 4 * (8 * hidden + inner)
     return max(FEWEST_ROWS, min(MOST_ROWS, MAX_ROW_BYTES // row_bytes))
-
-
-def _gate_at(mlp: Mlp) -> int:
-    """Return how far behind the other factor a gate stands; 0 where there is none."""
-    return 0 if mlp.gate is None else _round_up(len(mlp.up.weight))
 
 
 def _heads_size(attention: Attention) -> int:
@@ -432,14 +444,16 @@ class Forward:
     """
 
     def __init__(self, decoder: Decoder, storage: KvStorage, dtype: torch.dtype | None = None) -> None:
-        self._program = Program(decoder, storage, _rows_at_once(decoder))
-        program = self._program
         kind = dtype if decoder.embedding.dtype == torch.int8 else decoder.embedding.dtype
         is_narrow = kind == torch.bfloat16 and has_bfloat16_products()
+        self._program = Program(decoder, storage, _rows_at_once(decoder), 2 if is_narrow else 4)
+        program = self._program
         # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
         of_acts = torch.uint16 if is_narrow else torch.float32
         self._floats = torch.zeros(program.num_floats, dtype=torch.float32, device="cpu").numpy()
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
+        # Attention multiplies what products do where keys and values are that, too.
+        self._like = self._acts if program.memory.dtype == np.uint16 else self._floats
         self._counters = np.zeros(LINE * len(program.phases), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
@@ -551,6 +565,7 @@ class Forward:
             self._angles,
             self._floats,
             self._acts,
+            self._like,
             program.memory,
             (logits[row:].data_ptr() - self._floats.ctypes.data) // 4 if len(picked) else 0,
             plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
@@ -572,7 +587,8 @@ def _num_parts(plans: tuple[Any, ...], program: Program, threads: int) -> int:
     if threads == 1:
         return 1
     fewest = min(max(1, len(plan.items)) for plan in plans)
-    return min(min(shape.num_kv_heads for shape, _ in program.sets), -(-4 * threads // fewest))
+    wanted = LONG_ITEMS if any(plan.items[:, ITEM.is_whole].any() for plan in plans) else SHORT_ITEMS
+    return min(min(shape.num_kv_heads for shape, _ in program.sets), -(-wanted * threads // fewest))
 
 
 def _window(batch: Batch, first: int, last: int) -> Batch:

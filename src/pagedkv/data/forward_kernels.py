@@ -11,19 +11,19 @@ many rows and threads there are changes no bit.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.cpu_kernels import Bases, Strides, attend_items
+from pagedkv.data.cpu_kernels import Bases, aligned, attend_items
 from pagedkv.data.cpu_plan import Rules, Shape
+from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.simd import (
-    LANES,
     add,
-    dot_tile,
     fetch_add,
     fma,
+    is_int8,
     load,
     load_fours,
     load_part,
@@ -40,6 +40,8 @@ from pagedkv.data.simd import (
     tanh,
     zeros,
 )
+from pagedkv.data.simd_llvm import LANES
+from pagedkv.data.simd_products import dot_tile
 from pagedkv.data.team import wait_until
 from pagedkv.jit import borrowed, called, compiled, inlined
 
@@ -47,7 +49,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-EMBED, NORM, LINEAR, HEADS, ATTEND, ACTIVATE, ROUTE, EXPERTS, COMBINE, CAP = range(10)
+EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP = range(9)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
@@ -63,6 +65,7 @@ _WHOLES = (
     "rope_width", "is_interleaved", "key_base", "key_block", "key", "key_head", "value_base", "value_block", "value",
     "value_head", "layer", "set", "window", "sinks", "num_sinks", "num_experts", "top_k", "is_renormalised",
     "weights", "biases", "factors", "by_pair", "learned",
+    "is_activated", "has_gate", "gate", "gate_bias", "gate_factor", "gates", "gate_biases", "gate_factors",
 )  # fmt: skip
 _NUMBERS = ("scale", "eps", "softcap")
 OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
@@ -71,7 +74,7 @@ the first element of the array that stands for all of their kind, ``bias``, ``fa
 (-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too. ``rows`` says which
 rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones. ``columns`` is the
 outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in
-``places``."""
+``places``. Where it ``is_activated`` the outputs go to ``acts`` by way of the ``function``, times those of a gate."""
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
@@ -84,8 +87,29 @@ COLUMN_BLOCK = 64
 TILE_ROWS = 4
 TILE_COLUMNS = 4
 """Sixteen sums and what they are multiplied from fit into the registers of AVX-512."""
+BLOCK = ROW_BLOCK * COLUMN_BLOCK
+"""Outputs of a block, of which an activation takes up to two."""
+FEW_ROWS_OF_INT8 = 8
+"""More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
 ROWS_OF_ITEM = 8
 """Rows of an item that is no product."""
+
+
+class Tile(NamedTuple):
+    """Rows and outputs that one item computes."""
+
+    first_row: int
+    last_row: int
+    first_column: int
+    last_column: int
+
+
+class Matrix(NamedTuple):
+    """Where a weight, its bias and its factors begin; -1 where there is none."""
+
+    weight: int
+    bias: int
+    factor: int
 
 
 @inlined
@@ -133,6 +157,7 @@ def run_program(
     angles: Floats,
     floats: Floats,
     acts: Array,
+    like: Array,
     memory: Array,
     logits: int,
     sets: Any,
@@ -164,6 +189,8 @@ def run_program(
         All weights as one array, float32 [any], float32 cosines and sines.
     floats, acts : float32 and float32 or uint16 arrays
         The activations.
+    like : array
+        Any array of what attention multiplies.
     memory : array
         K and V of all layers as one array.
     logits : int
@@ -195,7 +222,8 @@ def run_program(
     places = borrowed(places)
     routes = borrowed(routes)
     shares = borrowed(shares)
-    scratch = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32)
+    scratch, block = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32), aligned(2 * BLOCK, floats)
+    panel = aligned(_panel_size(operations) if is_int8(weights) else 0, acts)
     for phase in range(len(phases) - 1):
         line = phase * LINE
         first, last = phases[phase], phases[phase + 1]
@@ -213,6 +241,7 @@ def run_program(
                 None,
                 None,
                 acts,
+                like,
                 constants[operation.sinks : operation.sinks + operation.num_sinks],
                 block_tables,
                 holes,
@@ -237,29 +266,52 @@ def run_program(
                 operation = operations[at]
                 rows = _num_rows(operation, num_rows, len(picked))
                 if operation.code in (LINEAR, EXPERTS):
-                    first_row, weight, bias, factor = 0, operation.weight, operation.bias, operation.factor
+                    first_row, expert = 0, -1
                     if operation.code == EXPERTS:
                         expert, item = _expert_of(operation, item, routes)
                         first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
-                        weight, bias = places[operation.weights + expert], places[operation.biases + expert]
-                        factor = places[operation.factors + expert]
-                    target = operation.target if operation.target >= 0 else logits
-                    _linear(
-                        operation,
-                        item,
-                        first_row,
-                        rows,
-                        weight,
-                        bias,
-                        factor,
-                        target,
-                        acts,
-                        weights,
-                        constants,
-                        floats,
-                        routes,
-                        scratch,
-                    )
+                    tile = _tile_of(operation, item, first_row, rows)
+                    up = _matrix(operation, expert, places)
+                    if operation.is_activated:
+                        begin = -(tile.first_row * COLUMN_BLOCK + tile.first_column)
+                        _multiply(
+                            operation,
+                            tile,
+                            up,
+                            begin,
+                            COLUMN_BLOCK,
+                            acts,
+                            weights,
+                            constants,
+                            block,
+                            routes,
+                            scratch,
+                            panel,
+                        )
+                        if operation.has_gate:
+                            gate = _gate(operation, expert, places)
+                            begin += BLOCK
+                            _multiply(
+                                operation,
+                                tile,
+                                gate,
+                                begin,
+                                COLUMN_BLOCK,
+                                acts,
+                                weights,
+                                constants,
+                                block,
+                                routes,
+                                scratch,
+                                panel,
+                            )
+                        _activate(operation, tile, block, acts)
+                    else:
+                        target = operation.target if operation.target >= 0 else logits
+                        apart = operation.target_width
+                        _multiply(
+                            operation, tile, up, target, apart, acts, weights, constants, floats, routes, scratch, panel
+                        )
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)
                 else:
@@ -269,8 +321,6 @@ def run_program(
                         _norm(operation, begin, end, picked, floats, constants, acts)
                     elif operation.code == HEADS:
                         _heads(operation, begin, end, positions, slots, floats, constants, angles, memory, block_size)
-                    elif operation.code == ACTIVATE:
-                        _activate(operation, begin, end, floats, acts)
                     elif operation.code == CAP:
                         _cap(operation, begin, end, floats, logits)
                     elif operation.code == COMBINE:
@@ -403,30 +453,9 @@ def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, co
                 store(floats, to + i, fma(number, scale, load(floats, to + i)))
 
 
-@called
-def _linear(
-    operation: Any,
-    item: int,
-    first: int,
-    rows: int,
-    weight: int,
-    bias: int,
-    factor: int,
-    target: int,
-    acts: Array,
-    weights: Array,
-    constants: Floats,
-    floats: Floats,
-    routes: Ints,
-    scratch: Floats,
-) -> None:
-    """Multiply a block of rows, of those from the first on, by a block of weights."""
-    acts = borrowed(acts)
-    weights = borrowed(weights)
-    constants = borrowed(constants)
-    floats = borrowed(floats)
-    routes = borrowed(routes)
-    scratch = borrowed(scratch)
+@inlined
+def _tile_of(operation: Any, item: int, first: int, rows: int) -> Tile:
+    """Return the block of an item of a product of some rows, from the first on."""
     if rows <= FEW_ROWS:
         first_row, last_row, width = first, first + rows, operation.columns
         first_column = item * width
@@ -434,29 +463,188 @@ def _linear(
         blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
         first_row, width = first + item % blocks * ROW_BLOCK, COLUMN_BLOCK
         last_row, first_column = min(first + rows, first_row + ROW_BLOCK), item // blocks * width
-    last_column = min(operation.size_out, first_column + width)
+    return Tile(first_row, last_row, first_column, min(operation.size_out, first_column + width))
+
+
+@inlined
+def _matrix(operation: Any, expert: int, places: Ints) -> Matrix:
+    if expert < 0:
+        return Matrix(operation.weight, operation.bias, operation.factor)
+    weight, bias = places[operation.weights + expert], places[operation.biases + expert]
+    return Matrix(weight, bias, places[operation.factors + expert])
+
+
+@inlined
+def _gate(operation: Any, expert: int, places: Ints) -> Matrix:
+    if expert < 0:
+        return Matrix(operation.gate, operation.gate_bias, operation.gate_factor)
+    weight, bias = places[operation.gates + expert], places[operation.gate_biases + expert]
+    return Matrix(weight, bias, places[operation.gate_factors + expert])
+
+
+@called
+def _multiply(
+    operation: Any,
+    tile: Tile,
+    matrix: Matrix,
+    target: int,
+    apart: int,
+    acts: Array,
+    weights: Array,
+    constants: Floats,
+    floats: Floats,
+    routes: Ints,
+    scratch: Floats,
+    panel: Array,
+) -> None:
+    """Multiply a block of rows by a block of weights; output ``column`` of a row is ``apart`` from that of the next."""
+    acts = borrowed(acts)
+    weights = borrowed(weights)
+    constants = borrowed(constants)
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    scratch = borrowed(scratch)
+    panel = borrowed(panel)
     stride, size = operation.row_stride, operation.size_in
-    for inner in range(first_column, last_column, operation.inner):
-        inner_end = min(last_column, inner + operation.inner)
-        row = first_row
-        while row < last_row:
-            height = min(TILE_ROWS, last_row - row)
-            x0, x1 = _source(operation, row, routes), _source(operation, row + min(1, height - 1), routes)
-            x2 = _source(operation, row + min(2, height - 1), routes)
-            x3 = _source(operation, row + height - 1, routes)
-            for column in range(inner, inner_end, TILE_COLUMNS):
-                y, last = weight + column * stride, weight + (last_column - 1) * stride
-                columns = (y, min(y + stride, last), min(y + 2 * stride, last), min(y + 3 * stride, last))
-                if height == 1:
-                    dot_tile(acts, (x0,), weights, columns, size, scratch)
-                elif height == 2:
-                    dot_tile(acts, (x0, x1), weights, columns, size, scratch)
-                else:  # three rows are computed as four, the last one twice
-                    dot_tile(acts, (x0, x1, x2, x3), weights, columns, size, scratch)
-                to = target + row * operation.target_width + column
-                count = min(TILE_COLUMNS, last_column - column)
-                _put(operation, bias, factor, height, column, count, to, constants, floats, scratch)
-            row += height
+    for inner in range(tile.first_column, tile.last_column, operation.inner):
+        inner_end = min(tile.last_column, inner + operation.inner)
+        first = matrix.weight + inner * stride
+        if is_int8(weights) and tile.last_row - tile.first_row > FEW_ROWS_OF_INT8:
+            width = (size + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
+            _widen(weights, first, stride, inner_end - inner, size, width, panel)
+            _multiply_panel(
+                operation,
+                tile,
+                matrix,
+                target,
+                apart,
+                acts,
+                panel,
+                0,
+                width,
+                inner,
+                inner_end,
+                constants,
+                floats,
+                routes,
+                scratch,
+            )
+        else:
+            _multiply_panel(
+                operation,
+                tile,
+                matrix,
+                target,
+                apart,
+                acts,
+                weights,
+                first,
+                stride,
+                inner,
+                inner_end,
+                constants,
+                floats,
+                routes,
+                scratch,
+            )
+
+
+@inlined
+def _multiply_panel(
+    operation: Any,
+    tile: Tile,
+    matrix: Matrix,
+    target: int,
+    apart: int,
+    acts: Array,
+    weights: Array,
+    first: int,
+    stride: int,
+    inner: int,
+    inner_end: int,
+    constants: Floats,
+    floats: Floats,
+    routes: Ints,
+    scratch: Floats,
+) -> None:
+    """Multiply a block of rows by the weights of the outputs inner … inner_end, the first of which begins at first."""
+    size, row = operation.size_in, tile.first_row
+    whole_end = inner + (inner_end - inner) // TILE_COLUMNS * TILE_COLUMNS
+    while row < tile.last_row:
+        height = min(TILE_ROWS, tile.last_row - row)
+        x0, x1 = _source(operation, row, routes), _source(operation, row + min(1, height - 1), routes)
+        x2 = _source(operation, row + min(2, height - 1), routes)
+        x3 = _source(operation, row + height - 1, routes)
+        to = target + row * apart
+        # The only row of a step is what reads weights at the memory's speed: nothing else in its loop.
+        if height == 1:
+            for column in range(inner, whole_end, TILE_COLUMNS):
+                dot_tile(acts, (x0,), weights, _four_from(first + (column - inner) * stride, stride), size, scratch)
+                _put(operation, matrix, 1, column, to + column, apart, constants, floats, scratch)
+        elif height == 2:
+            for column in range(inner, whole_end, TILE_COLUMNS):
+                dot_tile(acts, (x0, x1), weights, _four_from(first + (column - inner) * stride, stride), size, scratch)
+                _put(operation, matrix, 2, column, to + column, apart, constants, floats, scratch)
+        else:  # three rows are computed as four, the last one twice
+            for column in range(inner, whole_end, TILE_COLUMNS):
+                columns = _four_from(first + (column - inner) * stride, stride)
+                dot_tile(acts, (x0, x1, x2, x3), weights, columns, size, scratch)
+                _put(operation, matrix, height, column, to + column, apart, constants, floats, scratch)
+        if whole_end < inner_end:
+            last = first + (whole_end - inner) * stride
+            count = inner_end - whole_end
+            _multiply_rest(acts, (x0, x1, x2, x3), weights, last, stride, count, size, scratch)
+            _put_rest(operation, matrix, height, whole_end, count, to + whole_end, apart, constants, floats, scratch)
+        row += height
+
+
+@inlined
+def _four_from(first: int, stride: int) -> tuple[int, int, int, int]:
+    return first, first + stride, first + 2 * stride, first + 3 * stride
+
+
+@called
+def _multiply_rest(
+    acts: Array,
+    rows: tuple[int, int, int, int],
+    weights: Array,
+    first: int,
+    stride: int,
+    count: int,
+    size: int,
+    scratch: Floats,
+) -> None:
+    """Multiply four rows by the last outputs, fewer than four."""
+    acts = borrowed(acts)
+    weights = borrowed(weights)
+    scratch = borrowed(scratch)
+    columns = (first, first + min(1, count - 1) * stride, first + (count - 1) * stride, first + (count - 1) * stride)
+    dot_tile(acts, rows, weights, columns, size, scratch)
+
+
+@inlined
+def _panel_size(operations: Array) -> int:
+    """Return the most that the weights of one panel take, in what is multiplied."""
+    size = 0
+    for operation in operations:
+        size = max(size, operation.inner * ((operation.size_in + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)))
+    return int(size)
+
+
+@called
+def _widen(weights: Array, first: int, stride: int, count: int, size: int, width: int, panel: Array) -> None:
+    """Copy rows of weights as what is multiplied, with zeros to whole vectors."""
+    weights = borrowed(weights)
+    panel = borrowed(panel)
+    for column in range(count):
+        at, to = first + column * stride, column * width
+        for i in range(0, width, LANES):
+            some = zeros()
+            if i + LANES <= size:
+                some = load(weights, at + i)
+            elif i < size:
+                some = load_part(weights, at + i, size - i)
+            store_narrowed(panel, to + i, some)
 
 
 @inlined
@@ -470,30 +658,25 @@ def _source(operation: Any, row: int, routes: Ints) -> int:
 @inlined
 def _put(
     operation: Any,
-    bias: int,
-    factor: int,
+    matrix: Matrix,
     height: int,
     column: int,
-    width: int,
     to: int,
+    apart: int,
     constants: Floats,
     floats: Floats,
     scratch: Floats,
 ) -> None:
     """Write the sums of a tile, with what belongs to each output."""
-    if width < TILE_COLUMNS:
-        _put_part(operation, bias, factor, height, column, width, to, constants, floats, scratch)
-        return
     # Fewer rows than four stand in the lanes of the others, too.
-    apart = operation.target_width
     second = to + apart if height > 1 else to
     places = (to, second, to + 2 * apart, to + (height - 1) * apart) if height > 2 else (to, second, to, second)
     value = load(scratch, 0)
-    if factor >= 0:
-        at = factor + column
+    if matrix.factor >= 0:
+        at = matrix.factor + column
         value = mul(value, load_fours(constants, (at, at, at, at)))
-    if bias >= 0:
-        at = bias + column
+    if matrix.bias >= 0:
+        at = matrix.bias + column
         value = add(value, load_fours(constants, (at, at, at, at)))
     if operation.scale != 1:
         value = mul(value, splat(operation.scale))
@@ -503,14 +686,14 @@ def _put(
 
 
 @called
-def _put_part(
+def _put_rest(
     operation: Any,
-    bias: int,
-    factor: int,
+    matrix: Matrix,
     height: int,
     column: int,
     width: int,
     to: int,
+    apart: int,
     constants: Floats,
     floats: Floats,
     scratch: Floats,
@@ -520,11 +703,11 @@ def _put_part(
     floats = borrowed(floats)
     scratch = borrowed(scratch)
     for j in range(width):
-        by = constants[factor + column + j] if factor >= 0 else np.float32(1)
-        more = constants[bias + column + j] if bias >= 0 else np.float32(0)
+        by = constants[matrix.factor + column + j] if matrix.factor >= 0 else np.float32(1)
+        more = constants[matrix.bias + column + j] if matrix.bias >= 0 else np.float32(0)
         for i in range(height):
             number = (scratch[i * TILE_COLUMNS + j] * by + more) * operation.scale
-            place = to + i * operation.target_width + j
+            place = to + i * apart + j
             put(floats, place, number + floats[place] if operation.goes == ADDED else number)
 
 
@@ -729,23 +912,22 @@ def _minimum(x: Any, bound: float) -> Any:
 
 
 @called
-def _activate(operation: Any, begin: int, end: int, floats: Floats, acts: Array) -> None:
-    """Apply the activation; with a gate, which stands behind the other factor, multiply by it."""
-    floats = borrowed(floats)
+def _activate(operation: Any, tile: Tile, block: Floats, acts: Array) -> None:
+    """Apply the activation to a block of outputs; with a gate, whose block is the second one, multiply by it."""
+    block = borrowed(block)
     acts = borrowed(acts)
-    size = operation.size_out
-    for row in range(begin, end):
-        at = operation.source + row * operation.source_width
-        to = operation.target + row * operation.target_width
-        gate = at + operation.positions
-        for i in range(0, size, LANES):
-            if operation.positions == 0:
-                number = _activated(operation.function, load(floats, at + i))
+    for row in range(tile.first_row, tile.last_row):
+        at = (row - tile.first_row) * COLUMN_BLOCK
+        to = operation.target + row * operation.target_width + tile.first_column
+        for i in range(0, tile.last_column - tile.first_column, LANES):
+            number = load(block, at + i)
+            if not operation.has_gate:
+                number = _activated(operation.function, number)
             elif operation.function == SWIGLU_OAI:
-                left = _minimum(load(floats, gate + i), 7.0)
-                right = maximum(_minimum(load(floats, at + i), 7.0), splat(np.float32(-7)))
+                left = _minimum(load(block, BLOCK + at + i), 7.0)
+                right = maximum(_minimum(number, 7.0), splat(np.float32(-7)))
                 left = mul(left, sigmoid(mul(left, splat(np.float32(1.702)))))
                 number = mul(left, add(right, splat(np.float32(1))))
             else:
-                number = mul(_activated(operation.function, load(floats, gate + i)), load(floats, at + i))
+                number = mul(_activated(operation.function, load(block, BLOCK + at + i)), number)
             store_narrowed(acts, to + i, number)

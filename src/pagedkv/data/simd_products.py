@@ -1,0 +1,440 @@
+"""Products that keep their sums in registers: dot products of rows and columns, and small products of matrices.
+
+Left to itself LLVM would keep the sums in memory. What is multiplied is float32, or pairs of bfloat16 where the
+processor multiplies those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
+from numba.core import cgutils
+
+from pagedkv.data import simd_llvm as llvm
+from pagedkv.data.simd import fma, load, narrowed, splat_at, store
+from pagedkv.data.simd_llvm import (
+    FLOAT,
+    INT,
+    LANES,
+    ROWS,
+    SHORT,
+    VECTOR,
+    Array,
+    Build,
+    Function,
+    Lanes,
+    has_bfloat16_products,
+    lanes,
+)
+
+# Dot products.
+
+
+def _paired(builder: Any, bits: Any, dtype: Any) -> Any:
+    """Return twice as many numbers as there are lanes as bfloat16, without rounding."""
+    if dtype == types.uint16:
+        return builder.bitcast(bits, llvm.BFLOATS)
+    numbers = builder.sitofp(builder.sext(bits, ir.VectorType(INT, 2 * LANES)), ir.VectorType(FLOAT, 2 * LANES))
+    halves = [llvm.shuffled(builder, numbers, numbers, range(first, first + LANES)) for first in (LANES, 0)]
+    # One instruction for both halves: LLVM makes two of a truncation, and a third that joins them.
+    kind = ir.FunctionType(llvm.BFLOATS, [VECTOR, VECTOR])
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), halves)
+
+
+def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
+    """Add the products of two vectors of float32, or of pairs of bfloat16, to a sum of each lane."""
+    if x.type == VECTOR:
+        return llvm.call(builder, "fma", x, y, total)
+    kind = ir.FunctionType(VECTOR, [VECTOR, llvm.BFLOATS, llvm.BFLOATS])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512bf16.dpbf16ps.512")
+    return builder.call(function, [total, x, y])
+
+
+class _Runs:
+    """Some runs of one array, read side by side, as what is multiplied."""
+
+    def __init__(self, context: Any, builder: Any, array: Any, value: Any, indices: Any, width: int) -> None:
+        data = context.make_array(array)(context, builder, value).data
+        self._places = cgutils.unpack_tuple(builder, indices)
+        self._builder, self._dtype, self._width = builder, array.dtype, width
+        self._starts = [builder.gep(data, [place]) for place in self._places]
+
+    def fetch_next(self, offset: Any) -> None:
+        """Ask for the runs behind these, as many and as far apart: of int8 the processor fetches too few by itself."""
+        if self._dtype != types.int8 or len(self._places) < 2:
+            return
+        builder, places = self._builder, self._places
+        step = builder.mul(builder.sub(places[1], places[0]), places[0].type(len(places)))
+        for start in self._starts:
+            llvm.prefetch(builder, self._dtype, builder.gep(start, [builder.add(offset, step)]))
+
+    def at(self, offset: Any, count: Any = None) -> list[Any]:
+        """Return a vector of each run, behind `count` numbers of zeros if that is given."""
+        builder, found = self._builder, []
+        for start in self._starts:
+            address = builder.gep(start, [offset])
+            if count is None:
+                bits = llvm.read(builder, self._dtype, address, self._width)
+            else:
+                bits = llvm.read_part(builder, self._dtype, address, count, self._width)
+            widen = llvm.widened_bits if self._width == LANES else _paired
+            found.append(widen(builder, bits, self._dtype))
+        return found
+
+
+def _dot_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Build the sums of lanes, and their totals."""
+    sums = _along_runs(context, builder, signature, args)
+    data = context.make_array(signature.args[5])(context, builder, args[5]).data
+    for first in range(0, len(sums), LANES):
+        place = builder.gep(data, [args[4].type(first)])
+        llvm.write(builder, place, _totals(builder, sums[first : first + LANES]))
+    return context.get_dummy_value()
+
+
+def _along_runs(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Build the loop along the runs, and what is left of them behind whole vectors."""
+    x, rows, y, columns = signature.args[:4]
+    width, count = _run_of(x), args[4]
+    left = _Runs(context, builder, x, args[0], args[1], width)
+    right = _Runs(context, builder, y, args[2], args[3], width)
+
+    def added(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
+        weights, result = right.at(offset, rest), []
+        for i, number in enumerate(left.at(offset, rest)):
+            some = totals[i * len(weights) : (i + 1) * len(weights)]
+            result += [_multiplied(builder, number, y, total) for y, total in zip(weights, some, strict=True)]
+        return result
+
+    whole = builder.and_(count, count.type(-width))
+    sums = [llvm.every(0.0)] * (rows.count * columns.count)
+    sums = _counted(builder, whole, width, sums, lambda i, sums: added(sums, i))
+    rest = builder.sub(count, whole)  # at most once
+    return _counted(builder, rest, width, sums, lambda i, sums: added(sums, whole, rest))  # type: ignore[no-any-return]
+
+
+def _totals(builder: Any, parts: list[Any]) -> Any:
+    """Return the sum over all lanes of each part, in the first lanes; neighbours are added first."""
+    parts = parts + [llvm.every(0.0)] * ((1 << (len(parts) - 1).bit_length()) - len(parts))
+    levels = LANES.bit_length() - 1
+    for _ in range(levels):
+        pairs = zip(parts[::2], parts[1::2], strict=True) if len(parts) > 1 else [(parts[0], parts[0])]
+        parts = [llvm.pair_sums(builder, *pair) for pair in pairs]
+    return parts[0]
+
+
+@llvm.typed(lambda x, rows, y, columns, count, out: (types.void(x, rows, y, columns, types.int64, out), _dot_tile))
+def dot_tile(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, out: Array) -> None:
+    """Write the dot products of runs of `count` numbers of x, which begin at `rows`, and of y, at `columns`, to `out`.
+
+    Rows and columns are tuples; ``out[row * len(columns) + column]``, float32, has room for a multiple of `LANES`. A
+    product's order of additions depends on `count` alone. x is float32, and y any kind that `load` takes; or x is
+    uint16, bfloat16, and y is uint16 or int8, where the processor `has_bfloat16_products`.
+    """
+    width = 2 * LANES if x.dtype == np.uint16 else LANES
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            products = np.zeros(-(-count // width) * width, np.float32)
+            products[:count] = llvm.widened(x[row : row + count]) * llvm.widened(y[column : column + count])
+            total = np.zeros(LANES, np.float32)
+            for some in products.reshape(-1, LANES, width // LANES):
+                total = total + some.sum(axis=1)
+            while len(total) > 1:
+                total = total[::2] + total[1::2]
+            out[i * len(columns) + j] = total[0]
+
+
+# Products of four rows and some keys, and of weights and values.
+
+
+def _summed(builder: Any, parts: list[Any]) -> Any:
+    """Return a vector of the sums over the lanes of sixteen vectors, in their order: halves are added to halves."""
+    size = LANES // 2
+    while len(parts) > 1:
+        kept = [lane if not lane & size else LANES + lane for lane in range(LANES)]
+        moved = [lane ^ size if not lane & size else LANES + (lane ^ size) for lane in range(LANES)]
+        pairs = list(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
+        parts = [
+            builder.fadd(llvm.shuffled(builder, *pair, kept), llvm.shuffled(builder, *pair, moved)) for pair in pairs
+        ]
+        size //= 2
+    return parts[0]
+
+
+def _counted(builder: Any, end: Any, step: int, sums: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> Any:
+    """Build ``for i in range(0, end, step): sums = body(i, sums)``, with the sums in registers; return them."""
+    before, loop, after = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", end.type(0), end), loop, after)
+    builder.position_at_end(loop)
+    index, phis = builder.phi(end.type), [builder.phi(VECTOR) for _ in sums]
+    new = body(index, phis)
+    following, last = builder.add(index, end.type(step)), builder.block
+    builder.cbranch(builder.icmp_signed("<", following, end), loop, after)
+    builder.position_at_end(after)
+    index.add_incoming(end.type(0), before)
+    index.add_incoming(following, last)
+    results = []
+    for start, phi, value in zip(sums, phis, new, strict=True):
+        phi.add_incoming(start, before)
+        phi.add_incoming(value, last)
+        result = builder.phi(VECTOR)
+        result.add_incoming(start, before)
+        result.add_incoming(value, last)
+        results.append(result)
+    return results
+
+
+def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
+    step = _run_of(rows)
+    widen = llvm.widened_bits if step == LANES else _paired
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if step > LANES and keys.dtype != rows.dtype:  # never run
+            return llvm.every(0.0)
+        row_data, key_data = (
+            context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, rows), (3, keys))
+        )
+        begin, apart, dim = args[1], args[2], args[8]
+        row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, dim.type(i)))]) for i in range(ROWS)]
+        key_at = [builder.gep(key_data, [place]) for place in args[4:8]]
+
+        def multiply(index: Any, sums: list[Any], read: Callable[[Any], Any]) -> list[Any]:
+            some = [widen(builder, read(builder.gep(place, [index])), keys.dtype) for place in key_at]
+            each = [
+                widen(builder, llvm.read(builder, rows.dtype, builder.gep(place, [index]), step), rows.dtype)
+                for place in row_at
+            ]
+            return [_multiplied(builder, each[i % ROWS], some[i // ROWS], total) for i, total in enumerate(sums)]
+
+        whole = builder.and_(dim, dim.type(-step))
+        sums = [llvm.every(0.0)] * LANES
+        sums = _counted(
+            builder,
+            whole,
+            step,
+            sums,
+            lambda i, sums: multiply(i, sums, lambda at: llvm.read(builder, keys.dtype, at, step)),
+        )
+        # What is left of a row, at most once.
+        rest = builder.sub(dim, whole)
+        sums = _counted(
+            builder,
+            rest,
+            step,
+            sums,
+            lambda i, sums: multiply(whole, sums, lambda at: llvm.read_part(builder, keys.dtype, at, rest, step)),
+        )
+        return _summed(builder, sums)
+
+    return lanes(rows, types.int64, types.int64, keys, *[types.int64] * 5), generate
+
+
+@llvm.typed(_dots_of)
+def dots(rows: Array, at: int, width: int, keys: Array, a: int, b: int, c: int, d: int, dim: int) -> Lanes:
+    """Return the products of four rows, ``width`` apart from ``at`` on, and the keys at a, b, c and d.
+
+    Lane ``4 * key + row``. A lane's sum is over every sixteenth number, or pair of bfloat16, in their order; then
+    halves are added to halves. Rows are float32, or uint16 as keys are, where the processor `has_bfloat16_products`;
+    they are as long as whole vectors of their kind.
+    """
+    result, step = np.empty(LANES, np.float32), LANES * 4 // rows.itemsize
+    for lane in range(LANES):
+        sums = np.zeros(LANES, np.float32)
+        for i in range(0, dim, step):
+            key, row, count = (a, b, c, d)[lane // ROWS] + i, at + lane % ROWS * width + i, min(step, dim - i)
+            products = np.zeros(step, np.float32)
+            products[:count] = llvm.widened(rows[row : row + count]) * llvm.widened(keys[key : key + count])
+            sums = sums + products.reshape(LANES, -1).sum(axis=1)
+        while len(sums) > 1:
+            sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+        result[lane] = sums[0]
+    return result
+
+
+def _run_of(array: Any) -> int:
+    """Return how many numbers a vector of what is multiplied has."""
+    return 2 * LANES if array.dtype == types.uint16 else LANES
+
+
+# Pairs of bfloat16, in lanes as if they were float32: what is multiplied where `has_bfloat16_products`.
+
+
+def _bits_of_pairs(builder: Any, halves: list[Any]) -> Any:
+    """Return the numbers of two vectors of as many bfloat16 as there are lanes, one of each after the other."""
+    order = [place for lane in range(LANES) for place in (lane, LANES + lane)]
+    return builder.bitcast(llvm.shuffled(builder, halves[0], halves[1], order), VECTOR)
+
+
+def _of_two(build: Build, *others: Any) -> Callable[[Function], Function]:
+    """Compile a function of an array, two places in it and more to the pairs of ``build(builder, dtype, address, …)``.
+
+    Arrays of other kinds than uint16 have no pairs: what is compiled for them is never run.
+    """
+
+    def typing(array: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if array.dtype != types.uint16:
+                return llvm.every(0.0)
+            data = context.make_array(array)(context, builder, args[0]).data
+            places = [builder.gep(data, [place]) for place in args[1:3]]
+            return _bits_of_pairs(builder, [build(builder, array.dtype, place, *args[3:]) for place in places])
+
+        return lanes(array, types.int64, types.int64, *others), generate
+
+    return llvm.typed(typing)
+
+
+def _pairs(first: Array, second: Array) -> Lanes:
+    return np.stack((first, second), axis=1).reshape(-1).view(np.float32)
+
+
+@_of_two(lambda builder, dtype, at: llvm.read(builder, dtype, at, LANES))
+def load_pairs(array: Array, first: int, second: int) -> Lanes:
+    """Return pairs of ``array[first : first + LANES]`` and as many from ``second`` on, uint16."""
+    return _pairs(array[first : first + LANES], array[second : second + LANES])
+
+
+@_of_two(lambda builder, dtype, at, count: llvm.read_part(builder, dtype, at, count), types.int64)
+def load_pairs_part(array: Array, first: int, second: int, count: int) -> Lanes:
+    """Return pairs of ``count`` numbers each and zeros behind; nothing else is read."""
+    parts = np.zeros((2, LANES), np.uint16)
+    parts[:, :count] = array[first : first + count], array[second : second + count]
+    return _pairs(*parts)
+
+
+def _paired_tokens(builder: Any, x: Any, y: Any) -> Any:
+    if not has_bfloat16_products():
+        return llvm.every(0.0)
+    kind = ir.FunctionType(llvm.BFLOATS, [VECTOR, VECTOR])
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    narrow = builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [y, x])
+    narrow = builder.bitcast(narrow, ir.VectorType(SHORT, 2 * LANES))
+    return builder.bitcast(llvm.shuffled(builder, narrow, narrow, _TOKENS_IN_PAIRS), VECTOR)
+
+
+_TOKENS_IN_PAIRS = [
+    2 * ROWS * pair + ROWS * token + row for pair in range(LANES // ROWS) for row in range(ROWS) for token in range(2)
+]
+
+
+@llvm.of_lanes(_paired_tokens)
+def paired(x: Lanes, y: Lanes) -> Lanes:
+    """Return numbers of four tokens each, of four rows, as pairs of bfloat16: lane ``4 * pair of tokens + row``."""
+    bits = np.array([narrowed(number, np.empty(0, np.uint16)) for number in (*x, *y)], np.uint16)
+    return bits[_TOKENS_IN_PAIRS].view(np.float32)
+
+
+def _add_pairs(builder: Any, x: Any, y: Any, total: Any) -> Any:
+    if not has_bfloat16_products():
+        return total
+    return _multiplied(builder, builder.bitcast(x, llvm.BFLOATS), builder.bitcast(y, llvm.BFLOATS), total)
+
+
+@llvm.of_lanes(_add_pairs)
+def add_pairs(x: Lanes, y: Lanes, total: Lanes) -> Lanes:
+    """Return ``total`` and the products of both numbers of each pair."""
+    products = llvm.widened(x.view(np.uint16)) * llvm.widened(y.view(np.uint16))
+    pairs: Lanes = products.reshape(LANES, 2).sum(axis=1)
+    return total + pairs
+
+
+def _add_products_of(vectors: int, combine: Build) -> Callable[..., Any]:
+    def typing(sums: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            data = [context.make_array(sums)(context, builder, args[i]).data for i in (0, 3, 5)]
+            at, width, value_at, weight_at, count = args[1], args[2], args[4], args[6], args[7]
+            number = width.type
+            places = [
+                builder.gep(data[0], [builder.add(at, builder.add(builder.mul(width, number(row)), number(i * LANES)))])
+                for row in range(ROWS)
+                for i in range(vectors)
+            ]
+
+            def add_token(token: Any, totals: list[Any]) -> list[Any]:
+                value = builder.gep(data[1], [builder.add(value_at, builder.mul(width, token))])
+                weight = builder.gep(data[2], [builder.add(weight_at, builder.mul(token, number(ROWS)))])
+                some = [
+                    llvm.read(builder, types.float32, builder.gep(value, [number(i * LANES)]), LANES)
+                    for i in range(vectors)
+                ]
+                each = [
+                    llvm.spread(builder, builder.load(builder.gep(weight, [number(row)])), VECTOR)
+                    for row in range(ROWS)
+                ]
+                terms = [(each[i // vectors], some[i % vectors]) for i in range(len(totals))]
+                return [combine(builder, *term, total) for term, total in zip(terms, totals, strict=True)]
+
+            totals = [llvm.read(builder, types.float32, place, LANES) for place in places]
+            for place, total in zip(places, _counted(builder, count, 1, totals, add_token), strict=True):
+                llvm.write(builder, place, total)
+            return context.get_dummy_value()
+
+        integer = types.int64
+        return types.void(sums, integer, integer, sums, integer, sums, integer, integer), generate
+
+    return typing
+
+
+def _fma(builder: Any, x: Any, y: Any, total: Any) -> Any:
+    return llvm.call(builder, "fma", x, y, total)
+
+
+def _add_products(
+    vectors: int,
+    combine: Callable[[Lanes, Lanes, Lanes], Lanes],
+    sums: Array,
+    at: int,
+    width: int,
+    values: Array,
+    value_at: int,
+    weights: Array,
+    weight_at: int,
+    count: int,
+) -> None:
+    for token in range(count):
+        for row in range(ROWS):
+            weight = splat_at(weights, weight_at + token * ROWS + row)
+            for i in range(0, vectors * LANES, LANES):
+                place = at + row * width + i
+                value = load(values, value_at + token * width + i)
+                store(sums, place, combine(weight, value, load(sums, place)))
+
+
+@llvm.typed(_add_products_of(4, _fma))
+def add_products_64(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Add ``count`` rows of 64 values, ``width`` apart, to four rows of sums, ``width`` apart, token by token.
+
+    The weight of a token in a row is at ``4 * token + row``; all is float32.
+    """
+    _add_products(4, fma, sums, at, width, values, value_at, weights, weight_at, count)
+
+
+@llvm.typed(_add_products_of(1, _fma))
+def add_products_16(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Do the same for sixteen values."""
+    _add_products(1, fma, sums, at, width, values, value_at, weights, weight_at, count)
+
+
+@llvm.typed(_add_products_of(4, _add_pairs))
+def add_pair_products_64(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Do the same as `add_products_64` where values and weights are pairs, those of two tokens each."""
+    _add_products(4, add_pairs, sums, at, width, values, value_at, weights, weight_at, count)
+
+
+@llvm.typed(_add_products_of(1, _add_pairs))
+def add_pair_products_16(
+    sums: Array, at: int, width: int, values: Array, value_at: int, weights: Array, weight_at: int, count: int
+) -> None:
+    """Do the same for sixteen pairs."""
+    _add_products(1, add_pairs, sums, at, width, values, value_at, weights, weight_at, count)
