@@ -184,7 +184,7 @@ def command_line(context: typer.Context) -> str:
         if parameter.name in _NOT_REPEATED or value in (None, parameter.default):
             continue
         if parameter.param_type_name == "argument":
-            words.append(getattr(value, "name", str(value)))
+            words.append(Path(value).name)  # some versions of typer leave it a text here
         elif value is True:
             words.append(_flag(parameter))
         else:
