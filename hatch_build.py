@@ -8,15 +8,23 @@ from typing import Any
 
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
-# ![words](docs/picture.svg) and [words](docs/page.md#part), where the address is a path of the repository.
-PICTURE = re.compile(r"(!\[[^\]]*\]\()(?![a-z]+:|#)([^)\s]+)")
-LINK = re.compile(r"((?<!!)\[[^\]]*\]\()(?![a-z]+:|#)([^)\s]+)")
+FENCED = re.compile(r"(^```.*?^```)", re.S | re.M)
+# ![words](docs/picture.svg) and [words](docs/page.md#part).
+REFERENCE = re.compile(r"(!?)(\[[^\]]*\])\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
-def absolute(text: str, repository: str) -> str:
-    """Return Markdown whose pictures and links lead into the repository from anywhere."""
-    text = PICTURE.sub(rf"\1{repository}/raw/main/\2", text)
-    return LINK.sub(rf"\1{repository}/blob/main/\2", text)
+def absolute(text: str, repository: str, root: Path) -> str:
+    """Return Markdown whose pictures and links to files of the repository lead there from anywhere."""
+
+    def lead(found: re.Match[str]) -> str:
+        picture, words, path, part = found.groups("")
+        if not (root / path).exists():
+            return found[0]
+        return f"{picture}{words}({repository}/{'raw' if picture else 'blob'}/main/{path}{part})"
+
+    parts = FENCED.split(text)
+    parts[::2] = [REFERENCE.sub(lead, prose) for prose in parts[::2]]
+    return "".join(parts)
 
 
 def urls(repository: str) -> dict[str, str]:
@@ -36,5 +44,5 @@ class Face(MetadataHookInterface):
         """Add what is dynamic."""
         repository = str(self.config["repository"]).rstrip("/")
         readme = (Path(self.root) / "README.md").read_text("utf-8")
-        metadata["readme"] = {"content-type": "text/markdown", "text": absolute(readme, repository)}
+        metadata["readme"] = {"content-type": "text/markdown", "text": absolute(readme, repository, Path(self.root))}
         metadata["urls"] = urls(repository)

@@ -38,7 +38,9 @@ def draw(manager: BlockManager) -> str:
     cells = []
     for block, kind in enumerate(manager.snapshot().kinds):
         x, y = 5 + 5.75 * (block % SIDE), 5 + 5.75 * (block // SIDE)
-        cells.append(f'<rect x="{x:g}" y="{y:g}" width="4.75" height="4.75" rx="1.2" fill="{COLOURS[BLOCK_KINDS[kind]]}"/>')
+        cells.append(
+            f'<rect x="{x:g}" y="{y:g}" width="4.75" height="4.75" rx="1.2" fill="{COLOURS[BLOCK_KINDS[kind]]}"/>'
+        )
     board = '<rect width="32" height="32" rx="7" fill="#10243d"/>'
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{board}{"".join(cells)}</svg>\n'
 

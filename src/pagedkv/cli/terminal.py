@@ -315,7 +315,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="A TOML or JSON file with any of the settings, by the names of the library or of the options; options go before it.",
+        help="A TOML or JSON file with any of the settings, by the names of library or options; options go before it.",
         show_default=False,
         is_eager=True,
         callback=_take_defaults,
