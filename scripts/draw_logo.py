@@ -42,7 +42,8 @@ def draw(manager: BlockManager) -> str:
             f'<rect x="{x:g}" y="{y:g}" width="4.75" height="4.75" rx="1.2" fill="{COLOURS[BLOCK_KINDS[kind]]}"/>'
         )
     board = '<rect width="32" height="32" rx="7" fill="#10243d"/>'
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">{board}{"".join(cells)}</svg>\n'
+    size = 'viewBox="0 0 32 32" width="32" height="32"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>{board}{"".join(cells)}</svg>\n'
 
 
 def main() -> None:

@@ -183,7 +183,9 @@ def test_a_phone_shows_every_figure_of_every_request_behind_its_label(window, se
 def test_a_desk_shows_a_column_each(window, served):
     write(served.url, "import re\n", 20)
     open_page(window, served.url, 1280)
-    displays = "return [...document.querySelectorAll('#requests thead th')].map((cell) => getComputedStyle(cell).display)"
+    displays = (
+        "return [...document.querySelectorAll('#requests thead th')].map((cell) => getComputedStyle(cell).display)"
+    )
     assert set(window.run(displays)) == {"table-cell"}
     assert window.run("return document.querySelector('#requests thead').getBoundingClientRect().width") > 300
 
