@@ -200,20 +200,20 @@ def page(ways: list[Way], clone_megabytes: float, torch: str, runs: int) -> str:
 What it takes from `git clone` to a result, each time with nothing there: a shallow clone, an empty virtual environment,
 no compiled code. Written by `python scripts/first_contact.py --output docs/first-contact.md`, on two shared cores of a
 server on which other work ran: of {runs} runs the quicker steps. Python {python}, torch {torch}. Seconds are those of a
-clock, in brackets those of the processors. The clone came from a disk and the packages from a mirror nearby: add what your
-network takes.
+clock, in brackets those of the processors. The clone came from a disk and the packages from a mirror nearby: add what
+your network takes.
 
 | until there is | install | MB | install, s | first time, s | together, s | again, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
 {"".join(map(row, ways))}
-The first time compiles what it needs ([compiled code](compiled-code.md)). The clone itself has {clone_megabytes:,.0f} MB. torch is
-the build for CPUs; PyPI's for Linux brings CUDA, several GB:
-`pip install --extra-index-url https://download.pytorch.org/whl/cpu torch` gets the small one.
+The first time compiles what it needs ([compiled code](compiled-code.md)). The clone has {clone_megabytes:,.0f} MB.
+torch: the build for CPUs, which `pip install --extra-index-url https://download.pytorch.org/whl/cpu torch` gets; PyPI's
+for Linux brings CUDA, several GB.
 
 ## The base install
 
-{ways[0].megabytes:,.0f} MB without pip and setuptools, which an empty virtual environment has. Half of it is LLVM, with which Numba compiles the
-kernels.
+{ways[0].megabytes:,.0f} MB without pip and setuptools, which an empty virtual environment has. Half of it is LLVM, with
+which Numba compiles the kernels.
 
 {table_of(ways[0].packages)}
 """
