@@ -146,3 +146,11 @@ def test_the_citation_is_of_this_version():
     assert cited["version"] == __version__ and cited["license"] == PROJECT["license"]
     assert cited["repository-code"] == REPOSITORY and cited["keywords"] == PROJECT["keywords"]
     assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+
+
+def test_the_source_archive_has_what_its_tests_read():
+    asked = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    roots = {name for name in re.findall(r'ROOT / "([\w.-]+)"', tests) if (ROOT / name).exists()}
+    packed = {*asked, "pyproject.toml", "hatch_build.py", *(path.name for path in ROOT.glob("*.md"))}
+    assert len(roots) > 8 and roots - packed == set()
