@@ -10,6 +10,11 @@ from typing import Any
 import griffe
 
 ROOT = Path(__file__).parents[1]
+REFERENCE = {
+    name
+    for page in (ROOT / "docs" / "reference").glob("*.md")
+    for name in re.findall(r"^::: (.+)$", page.read_text(), re.M)
+}
 ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([\w.]+)`")
 
 
@@ -22,10 +27,16 @@ def on_config(config: Any) -> Any:
     return config
 
 
+def link(role: re.Match[str]) -> str:
+    """Return the name of a role as code, with a link where the reference has it."""
+    name = role[1]
+    return f"[`{name}`][{name}]" if name in REFERENCE else f"`{name}`"
+
+
 class Roles(griffe.Extension):
-    """Writes the roles of reStructuredText, which docstrings use for editors, as the code that they name."""
+    """Links the roles of reStructuredText, by which docstrings lead to one another in an editor."""
 
     def on_instance(self, *, obj: griffe.Object, **rest: Any) -> None:
         """Replace the roles of one docstring."""
         if obj.docstring is not None:
-            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
+            obj.docstring.value = ROLE.sub(link, obj.docstring.value)
