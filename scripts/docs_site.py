@@ -19,11 +19,10 @@ ROLE = re.compile(r":(?:class|func|meth|mod|attr|data|exc):`~?([\w.]+)`")
 
 
 def on_config(config: Any) -> Any:
-    """Give the site the address of the repository."""
+    """Lead to the repository at the foot of each page: with `repo_url` pages would ask GitHub how many stars it has."""
     hooks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["metadata"]["hooks"]
-    config.repo_url = hooks["custom"]["repository"]
-    config.repo_name = "pagedkv"
-    config.edit_uri = ""
+    address = hooks["custom"]["repository"]
+    config.extra["social"] = [{"icon": "fontawesome/brands/git-alt", "link": address, "name": "The repository"}]
     return config
 
 

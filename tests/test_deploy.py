@@ -128,6 +128,25 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     assert [line for line in done.stderr.splitlines() if "pagedkv.service" in line] == []
 
 
+@pytest.mark.parametrize("page", ["deploy.md", "server.md"])
+def test_the_settings_of_the_guides_are_settings(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```toml\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        (tmp_path / "server.toml").write_text(block)
+        told = SERVE.make_context("serve", ["--config", str(tmp_path / "server.toml"), "--port", "9000"]).params
+        assert str(told["port"]) == "9000" and len(tomllib.loads(block)) >= 3
+
+
+def test_the_files_and_options_that_the_guide_names_are_there() -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    files = set(re.findall(r"\bdeploy/[\w.]+", text)) | {"Dockerfile"}
+    assert len(files) == 4 and [name for name in files if not (ROOT / name).exists()] == []
+    options = {flag for each in SERVE.params for flag in each.opts}
+    told = set(re.findall(r"pagedkv serve[^`\n]*?(--[\w-]+)", text)) | set(re.findall(r"`(--[\w-]+)`", text))
+    assert {"--config", "--drain-timeout"} <= told <= options
+
+
 # The Grafana board.
 
 BOARD = json.loads((ROOT / "deploy" / "grafana.json").read_text())

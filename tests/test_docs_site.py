@@ -7,6 +7,7 @@ import importlib
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,14 @@ def test_pages_fetch_nothing_from_elsewhere() -> None:
         found for page in DOCS.rglob("*.md") for found in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text())
     ]
     assert pictures and [address for address in pictures if "//" in address] == []
+
+
+def test_the_repository_is_named_in_one_place_and_nobody_is_asked_about_it() -> None:
+    config = SimpleNamespace(extra={})
+    runpy.run_path(str(ROOT / "scripts" / "docs_site.py"))["on_config"](config)
+    (link,) = config.extra["social"]
+    assert link["link"] in (ROOT / "pyproject.toml").read_text()
+    assert "repo_url" not in SITE and not hasattr(config, "repo_url")
 
 
 @pytest.mark.parametrize("door", DOORS)
