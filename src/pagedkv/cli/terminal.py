@@ -207,7 +207,13 @@ def options_from(*settings: type[Any]) -> Callable[[Callable[..., None]], Callab
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
         hints = {kind: get_type_hints(kind) for kind in settings}
-        made = [_parameter(each, hints[kind][each.name]) for kind in settings for each in fields(kind) if each.metadata]
+        has_file = any(each.name == "config" for each in own)  # what it turns on the command line has to turn off
+        made = [
+            _parameter(each, hints[kind][each.name], has_file)
+            for kind in settings
+            for each in fields(kind)
+            if each.metadata
+        ]
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             sorted([*made, *own], key=lambda each: each.kind)
         )
@@ -220,9 +226,9 @@ def _names(setting: Field[Any]) -> list[str]:
     return str(setting.metadata["flag"] or "--" + setting.name.replace("_", "-")).split(",")
 
 
-def _parameter(setting: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(setting: Field[Any], hint: Any, has_file: bool) -> inspect.Parameter:
     told, names, default = setting.metadata, _names(setting), setting.default
-    if default is True:
+    if default is True or (default is False and has_file):
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
     if told["from_file"]:
         hint = Path | None
