@@ -200,8 +200,8 @@ def page(ways: list[Way], clone_megabytes: float, torch: str, runs: int) -> str:
 What it takes from `git clone` to a result, each time with nothing there: a shallow clone, an empty virtual environment,
 no compiled code. Written by `python scripts/first_contact.py --output docs/first-contact.md`, on two shared cores of a
 server on which other work ran: the quicker of {runs} runs, step by step. Python {python}, torch {torch}. Seconds are
-those of a clock, in brackets those of the processors. The clone came from a disk and the packages from a mirror nearby:
-add what your network takes.
+those of a clock, in brackets those of the processors, which other work does not make more. The clone came from a disk
+and the packages from a mirror nearby: add what your network takes.
 
 | until there is | install | MB | install, s | first time, s | together, s | again, s |
 | --- | --- | ---: | ---: | ---: | ---: | ---: |
