@@ -7,13 +7,16 @@ STAMP  := $(VENV)/.installed
 TORCH_FLAGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
+# Without the theme's word about its successor.
+DOCS   := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The first Python that runs, is of a right version and can make a virtual environment.
 IS_GOOD := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11; do \
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants check format bench clean
+.PHONY: help demo test test-slow mutants check format docs dist bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -50,13 +53,21 @@ test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as p
 mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: half an hour)
 	@$(BIN)/python scripts/mutants.py $(ARGS)
 
-check: $(STAMP) ## ruff, ruff format --check, mypy --strict
+check: $(STAMP) ## ruff, ruff format --check, mypy --strict, the docs site
 	@echo "==> ruff check"
 	@$(BIN)/ruff check .
 	@echo "==> ruff format --check"
 	@$(BIN)/ruff format --check .
 	@echo "==> mypy"
 	@$(BIN)/mypy
+	@echo "==> mkdocs build --strict"
+	@$(DOCS) --quiet --site-dir build/check
+
+docs: $(STAMP) ## the docs site, into build/site
+	@$(DOCS)
+
+dist: $(STAMP) ## the wheel and the source archive, into dist
+	@$(BIN)/hatchling build
 
 format: $(STAMP) ## sort imports and format all files
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -33,7 +33,21 @@ def test_readme_prints_what_its_comments_say(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out.splitlines()[0] == "96"
 
 
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub, and the docs site alike, give the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    titles = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 def test_every_link_of_the_pages_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+    roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")]
+    found = 0
+    for page in [*roots, *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^):]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            led = page.parent / path if path else page
+            assert led.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in _anchors(led), f"{page.name}: {target}"
+            found += bool(anchor)
+    assert found >= 15

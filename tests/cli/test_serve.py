@@ -8,9 +8,10 @@ import os
 import socket
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from pagedkv.cli.app import app
@@ -158,9 +159,21 @@ def test_a_config_file_sets_what_no_option_does(
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("prot = 1\n", "prot is no setting"),
+        ("prot = 1\n", "prot is no setting; did you mean port?"),
+        ("[server]\nport = 1\n", "server is no setting; expected allow_hosts, "),
+        ('config = "server.toml"\n', "config is no setting"),
         ("port = \n", "cannot be read"),
-        ('port = "x"\n', "--port"),
+        ('port = "x"\n', 'port: expected a whole number, got "x"'),
+        ("port = true\n", "port: expected a whole number, got true"),
+        ("max_queue = 3.7\n", "max_queue: expected a whole number, got 3.7"),
+        ("max_prompt_tokens = [1]\n", "max_prompt_tokens: expected a whole number, got [1]"),
+        ('request_timeout = "long"\n', 'request_timeout: expected a number, got "long"'),
+        ('prefix_caching = "no"\n', 'prefix_caching: expected true or false, got "no"'),
+        ("host = [1, 2]\n", "host: expected a text, got [1, 2]"),
+        ("disk = 1979-05-27\n", 'disk: expected a text, got "1979-05-27"'),
+        ('warm = "file"\n', 'warm: expected a list of texts, got "file"'),
+        ("api_keys = [1]\n", "api_keys: expected a list of texts, got [1]"),
+        ('model_name = "a"\nserved-model-name = "b"\n', "served-model-name: expected model_name once"),
         ("max_body = 0\n", "--max-body: expected at least 1"),
     ],
 )
@@ -168,6 +181,51 @@ def test_a_config_file_that_makes_no_sense(tmp_path: Path, text: str, told: str)
     file = tmp_path / "server.toml"
     file.write_text(text)
     assert told in failure("--config", str(file))
+
+
+def sample(annotation: Any) -> tuple[str, Any]:
+    """Return a value of the type of an option that no option has by default, in TOML and as it arrives."""
+    hint = str(get_args(annotation)[0])
+    for kind, text, value in (
+        ("list[str]", '["x", "y"]', ["x", "y"]),
+        ("bool", "true", True),
+        ("int", "7", 7),
+        ("float", "0.25", 0.25),
+        ("Path", '"/x"', "/x"),
+        ("str", '"x"', "x"),
+    ):
+        if kind in hint:
+            return text, value
+    raise AssertionError(f"{annotation} is nothing that a file can hold")
+
+
+def test_every_option_can_be_set_in_a_file_and_the_command_line_wins(tmp_path: Path) -> None:
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    hints = inspect.signature(command.callback).parameters
+    settings = [each for each in command.params if each.name != "config"]
+    assert len(settings) == len(hints) - 2  # the context, the file itself
+    file = tmp_path / "server.toml"
+
+    def taken(name: str, *arguments: str) -> Any:
+        found = command.make_context("serve", ["--config", str(file), *arguments]).params[name]
+        return str(found) if isinstance(found, Path) else list(found) if isinstance(found, tuple) else found
+
+    for each in settings:
+        text, value = sample(hints[each.name].annotation)
+        text, value = ("false", False) if each.default is True else (text, value)
+        for key in {each.name, *(flag[2:] for flag in each.opts if flag.startswith("--"))}:
+            file.write_text(f"{key} = {text}\n")
+            assert taken(each.name) == value, key
+        flag = max(each.opts, key=len)
+        if each.param_type_name == "argument":
+            assert taken(each.name, "/other") == "/other"
+        elif isinstance(value, bool):
+            back = each.opts if each.default else each.secondary_opts
+            assert each.name == "debug" or taken(each.name, max(back, key=len)) is (not value)
+        elif isinstance(value, list):
+            assert taken(each.name, flag, "other") == ["other"]
+        else:
+            assert str(taken(each.name, flag, "9")).startswith("9")
 
 
 def test_options_have_the_names_and_the_defaults_of_the_library() -> None:

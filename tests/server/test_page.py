@@ -142,31 +142,52 @@ def test_it_fits_phones_and_the_night(window, served, width, is_dark):
     assert window.console() == []
 
 
+# Cells of the requests that are not wholly seen: outside of their box, or wider than what they have.
 HIDDEN_CELLS = """
 const box = document.querySelector('#requests').parentElement.getBoundingClientRect();
-return [...document.querySelectorAll('#requests tr > *')].filter((cell) => {
+return [...document.querySelectorAll('#requests tbody tr > *')].filter((cell) => {
   const own = cell.getBoundingClientRect();
   const isInside = own.width > 0 && own.left >= box.left - 1 && own.right <= box.right + 1;
   return !isInside || (cell.cellIndex && cell.scrollWidth > cell.clientWidth + 1);
 }).map((cell) => cell.textContent)"""
 
+# What stands beside each figure of the first request, and how large it is written.
+LABELS = """
+return [...document.querySelectorAll('#requests tbody tr:first-child td')].map((cell) => [
+  getComputedStyle(cell, '::before').content.replaceAll('"', ''), parseFloat(getComputedStyle(cell).fontSize)])"""
 
-@pytest.mark.parametrize("width", [320, 375, 430])
-def test_a_phone_shows_state_and_age_of_every_request(window, served, monkeypatch, width):
+
+@pytest.mark.parametrize("width", [320, 390, 430])
+def test_a_phone_shows_every_figure_of_every_request_behind_its_label(window, served, monkeypatch, width):
     crowd = FakeEngine(5_000, at_once=12)
     for _ in range(60):
         crowd.step()
     for request in crowd.running:
         request.request_id = "cmpl-" + "0123456789abcdef" * 2
     busy = take_snapshot(crowd.cache, [*crowd.running, *crowd.waiting], crowd.stats())
+    large = {"prompt_tokens": 1_048_576, "cached_tokens": 1_048_560, "output_tokens": 100_000, "age": 7_000.0}
+    requests = (*(dataclasses.replace(each, **large) for each in busy.requests[:2]), *busy.requests[2:])
+    busy = dataclasses.replace(busy, requests=requests)
     monkeypatch.setattr(served.engine, "snapshot", lambda: busy)
     time.sleep(0.3)  # until the last real snapshot is old
     open_page(window, served.url, width)
     rows = wait_for(window, "return document.querySelectorAll('#requests tbody tr').length", lambda rows: rows > 1)
     heads = window.run("return [...document.querySelectorAll('#requests thead th')].map((cell) => cell.textContent)")
     assert {"State", "Age"} <= set(heads) and rows >= 12
+    labels = window.run(LABELS)
+    assert [label for label, _ in labels] == heads[1:] and all(size >= 12 for _, size in labels)
     assert window.run(HIDDEN_CELLS) == []
     assert window.run("return document.documentElement.scrollWidth") <= width
+
+
+def test_a_desk_shows_a_column_each(window, served):
+    write(served.url, "import re\n", 20)
+    open_page(window, served.url, 1280)
+    displays = (
+        "return [...document.querySelectorAll('#requests thead th')].map((cell) => getComputedStyle(cell).display)"
+    )
+    assert set(window.run(displays)) == {"table-cell"}
+    assert window.run("return document.querySelector('#requests thead').getBoundingClientRect().width") > 300
 
 
 def test_pause_holds_still_and_asks_for_nothing(window, served):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import inspect
 import json
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import Field, fields
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -184,7 +186,7 @@ def command_line(context: typer.Context) -> str:
         if parameter.name in _NOT_REPEATED or value in (None, parameter.default):
             continue
         if parameter.param_type_name == "argument":
-            words.append(getattr(value, "name", str(value)))
+            words.append(Path(value).name)  # some versions of typer leave it a text here
         elif value is True:
             words.append(_flag(parameter))
         else:
@@ -205,7 +207,13 @@ def options_from(*settings: type[Any]) -> Callable[[Callable[..., None]], Callab
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         *own, _ = inspect.signature(command, eval_str=True).parameters.values()
         hints = {kind: get_type_hints(kind) for kind in settings}
-        made = [_parameter(each, hints[kind][each.name]) for kind in settings for each in fields(kind) if each.metadata]
+        has_file = any(each.name == "config" for each in own)  # what it turns on the command line has to turn off
+        made = [
+            _parameter(each, hints[kind][each.name], has_file)
+            for kind in settings
+            for each in fields(kind)
+            if each.metadata
+        ]
         command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             sorted([*made, *own], key=lambda each: each.kind)
         )
@@ -218,9 +226,9 @@ def _names(setting: Field[Any]) -> list[str]:
     return str(setting.metadata["flag"] or "--" + setting.name.replace("_", "-")).split(",")
 
 
-def _parameter(setting: Field[Any], hint: Any) -> inspect.Parameter:
+def _parameter(setting: Field[Any], hint: Any, has_file: bool) -> inspect.Parameter:
     told, names, default = setting.metadata, _names(setting), setting.default
-    if default is True:
+    if default is True or (default is False and has_file):
         names = [f"{names[0]}/--no-{names[0].removeprefix('--')}"]
     if told["from_file"]:
         hint = Path | None
@@ -245,6 +253,53 @@ def from_options(kind: type[Settings], options: Mapping[str, Any]) -> Settings:
     return kind(**given)
 
 
+def _keys(command: Any) -> dict[str, str]:
+    """Return the names that a file may use, by the library or the option, with the parameter that each sets."""
+    settings = [each for each in command.params if each.name != "config"]
+    flags = {flag[2:].replace("-", "_"): str(each.name) for each in settings for flag in each.opts if flag[:2] == "--"}
+    return flags | {str(each.name): str(each.name) for each in settings}
+
+
+def _require_type(key: str, value: Any, annotation: Any) -> None:
+    """Raise `ValueError` where a value of a file is not what the parameter is annotated with."""
+    hint = get_args(annotation)[0]
+    may_be_missing = NoneType in get_args(hint)
+    plain = next((each for each in get_args(hint) if each is not NoneType), hint) if may_be_missing else hint
+    plain = str if plain is Path else plain
+    try:
+        msgspec.convert(value, plain | None if may_be_missing else plain)
+    except msgspec.ValidationError:
+        said = json.dumps(value, ensure_ascii=False, default=str)
+        raise ValueError(f"{key}: expected {_MEANT.get(plain, plain)}, got {said}") from None
+
+
+_MEANT = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[str]: "a list of texts",
+}
+
+
+def _settings_of(command: Any, given: Any) -> dict[str, Any]:
+    """Return what a file says by the names of the parameters; `ValueError` where a command has no such setting."""
+    if not isinstance(given, dict):
+        raise ValueError("expected settings by their names")
+    names, hints, taken = _keys(command), inspect.signature(command.callback).parameters, dict[str, Any]()
+    for key, value in given.items():
+        name = names.get(key.replace("-", "_"))
+        if name is None:
+            near = difflib.get_close_matches(key.replace("-", "_"), names, 1)
+            meant = f"did you mean {near[0]}?" if near else f"expected {', '.join(sorted(set(names.values())))}"
+            raise ValueError(f"{key} is no setting; {meant}")
+        if name in taken:
+            raise ValueError(f"{key}: expected {name} once, got it under two names")
+        _require_type(key, value, hints[name].annotation)
+        taken[name] = value
+    return taken
+
+
 def _take_defaults(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
@@ -255,12 +310,10 @@ def _take_defaults(context: typer.Context, path: Path | None) -> Path | None:
         raise typer.BadParameter(str(error)) from None
     except ValueError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error}") from None
-    known = {str(each.name) for each in context.command.params} - {"config", "debug"}
-    if not isinstance(given, dict):
-        raise typer.BadParameter(f"{path}: expected settings by their names")
-    if unknown := sorted(given.keys() - known):
-        raise typer.BadParameter(f"{path}: {unknown[0]} is no setting; expected {', '.join(sorted(known))}")
-    context.default_map = given
+    try:
+        context.default_map = _settings_of(context.command, given)
+    except ValueError as error:
+        raise typer.BadParameter(f"{path}: {error}") from None
     return path
 
 
@@ -268,7 +321,7 @@ ConfigOption = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        help="A TOML or JSON file with any of the settings, by the names of the library; options go before it.",
+        help="A TOML or JSON file with any of the settings, by the names of library or options; options go before it.",
         show_default=False,
         is_eager=True,
         callback=_take_defaults,

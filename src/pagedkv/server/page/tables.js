@@ -63,7 +63,7 @@ class Table {
     if (this.body.rows[place]) this.body.deleteRow(place);
     const row = this.body.insertRow(place);
     row.dataset.row = place;
-    this.columns.forEach((_, i) => row.append(element(i ? "td" : "th", "", i ? {} : { scope: "row" })));
+    this.columns.forEach(([title], i) => row.append(element(i ? "td" : "th", "", i ? { "data-label": title } : { scope: "row" })));
     return row;
   }
 }
