@@ -164,6 +164,8 @@ class Request:
         The texts that are being written: one, ``n`` after the prompt is computed, or the live beams.
     num_unforked : int
         Sequences that will be forked off once the prompt is computed.
+    grammar : GrammarState, optional
+        Where each text begins in what `params` asks it to follow.
     """
 
     request_id: str
@@ -182,6 +184,7 @@ class Request:
     max_tokens: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     beams: Any = None
+    grammar: Any = None
     prompt_tuple: tuple[int, ...] = ()
     num_unforked: int = 0
     num_cached_tokens: int = 0

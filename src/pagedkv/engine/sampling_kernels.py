@@ -285,3 +285,22 @@ def likeliest(logits: Floats, patterns: Words, values: Floats, bits: Words, toke
         finite = finite and bool(largest <= INFINITY and -INFINITY < highest < INFINITY)
     first_of(logits, values, tokens)
     return finite
+
+
+@compiled
+def forbid(logits: Floats, rows: Ints, masks: Words) -> None:
+    """Set the logits of tokens that may not come to -inf, in place.
+
+    Parameters
+    ----------
+    logits : float32 [n, vocab]
+    rows : int64 [k]
+        Those that have a mask.
+    masks : int32 [k, words]
+        One bit a token, the lowest first; 1 is a token that may come.
+    """
+    vocab, never = logits.shape[1], np.float32(-np.inf)
+    for place in range(len(rows)):
+        one, mask = logits[rows[place]], masks[place]
+        for token in range(vocab):
+            one[token] = one[token] if (mask[token >> 5] >> (token & 31)) & 1 else never
