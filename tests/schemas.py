@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 FORMATS = ("date", "time", "date-time", "email", "uuid", "ipv4")
+ENDLESS = ("time", "date-time", "email")
 PATTERNS = (
     "^[a-z]{1,8}$",
     "^[A-Z][a-z]{0,5}-[0-9]{2,4}$",
@@ -38,7 +39,8 @@ def _scalar(chance: random.Random) -> dict[str, Any]:
 def _string(chance: random.Random) -> dict[str, Any]:
     kind = chance.randrange(3)
     if kind == 0:
-        return {"type": "string", "format": chance.choice(FORMATS)} if chance.random() < 0.9 else {"type": "null"}
+        named = chance.choice(FORMATS)
+        return {"type": "string", "format": named, **({"maxLength": 40} if named in ENDLESS else {})}
     if kind == 1:
         return {"type": "string", "pattern": chance.choice(PATTERNS), "maxLength": 24}
     least = chance.randrange(4)
@@ -82,7 +84,8 @@ def _object(chance: random.Random, depth: int) -> dict[str, Any]:
     }
     if chance.random() < 0.15:
         more = chance.randrange(1, 3)
-        return {"type": "object", "additionalProperties": _scalar(chance), "minProperties": 0, "maxProperties": more}
+        named = {"^[a-z_]{1,6}$": _scalar(chance)}
+        return {"type": "object", "patternProperties": named, "additionalProperties": False, "maxProperties": more}
     return schema
 
 

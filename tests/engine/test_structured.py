@@ -174,7 +174,8 @@ def test_preempted_texts_go_on_where_their_grammar_stood():
         assert_follows(output.outputs[0].text, schema)
 
 
-async def test_a_stream_shows_a_structured_text_as_it_grows(llm):
+@pytest.mark.anyio
+async def test_a_stream_shows_a_structured_text_as_it_grows():
     engine = AsyncEngine(LLM(shipped_model_path(), num_blocks=64))
     params = SamplingParams(structured=Structured(json=PERSON), max_tokens=200)
     seen = [output.outputs[0].text async for output in engine.generate(PROMPT, params)]
@@ -259,11 +260,15 @@ def test_structure_goes_neither_with_beams_nor_without_a_tokenizer():
 
 
 def test_a_parser_that_meets_a_limit_ends_its_text_alone(llm, monkeypatch):
-    properties = {f"p{place}": {"type": "string"} for place in range(700)}
+    schema = {
+        "type": "object",
+        "properties": {f"p{place}": {"type": "string"} for place in range(700)},
+        "required": ["p699"],
+    }
     limits = structured_module.parser_limits()
     few = type(limits)(max_items_in_row=200, verbose_errors=False)
     monkeypatch.setattr(token_grammar, "parser_limits", lambda: few)
-    wide = SamplingParams(structured=Structured(json={"type": "object", "properties": properties}), max_tokens=8)
+    wide = SamplingParams(structured=Structured(json=schema), max_tokens=8)
     broken, other = llm.generate([PROMPT] * 2, [wide, SamplingParams(max_tokens=8)])
     text = broken.outputs[0]
     assert text.finish_reason == "abort"
