@@ -131,12 +131,13 @@ def suite(llm: LLM, folder: Path) -> list[Row]:
             except InvalidOperation:
                 counted["refused"] += 1
                 continue
+            is_right = follows(text.text, group["schema"])
             if text.finish_reason == "length":
                 counted["cut"] += 1
             else:
-                counted["right" if follows(text.text, group["schema"]) else "wrong"] += 1
-                if not follows(text.text, group["schema"]):
-                    print(file.name, group["description"], json.dumps(group["schema"]), text.text, file=sys.stderr)
+                counted["right" if is_right else "wrong"] += 1
+                if not is_right:
+                    print(f"{file.name}, {group['description']}: {text.text}", file=sys.stderr)
     asked = counted["right"] + counted["wrong"]
     note = f"{counted['refused']} schemas are refused, {counted['cut']} answers were cut"
     return [

@@ -118,6 +118,10 @@ def test_any_object_is_one(llm):
     assert text.finish_reason == "length" or isinstance(json.loads(text.text), dict)
 
 
+def test_the_schema_that_everything_follows_is_one():
+    assert Structured(json="true") == Structured(json={}) == Structured(json="{}")
+
+
 def test_whitespace_is_what_was_asked_for(llm):
     (text,) = texts_of(llm, Structured(json=PERSON, whitespace=""), temperature=1.0, seed=1)
     assert text.text == json.dumps(json.loads(text.text), separators=(",", ":"), ensure_ascii=False)
@@ -211,6 +215,8 @@ def test_answers_to_200_random_schemas_parse_and_validate(llm, seed):
         ({}, "structured: expected one of json, regex, choice and grammar, got none"),
         ({"json": True, "regex": "a"}, "got json and regex"),
         ({"json": False}, "json: expected a JSON Schema that can be enforced, or True, got False"),
+        ({"json": "false"}, "json: expected a JSON Schema that can be enforced, got false"),
+        ({"json": "[]"}, "json: expected a JSON Schema that can be enforced, got []"),
         ({"json": "{"}, "json: expected a JSON Schema that can be enforced, got no JSON"),
         ({"json": "[" * 100_000}, "got no JSON: maximum recursion depth"),
         ({"json": {"minimum": float("nan")}}, "got no JSON"),

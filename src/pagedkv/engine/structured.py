@@ -162,9 +162,9 @@ def _schema_text(schema: Mapping[str, Any] | str | bool) -> str:
         parsed = json.loads(schema)
     except (ValueError, RecursionError) as error:
         raise bad_argument("json", _EXPECTED["json"], f"no JSON: {error}") from None
-    if not isinstance(parsed, (dict, bool)):
+    if not isinstance(parsed, dict) and parsed is not True:
         raise bad_argument("json", _EXPECTED["json"], f"{schema:.80}")
-    return schema
+    return "{}" if parsed is True else schema
 
 
 def _of_schema(schema: Any, whitespace: str) -> str:
