@@ -122,6 +122,37 @@ def test_the_schema_that_everything_follows_is_one():
     assert Structured(json="true") == Structured(json={}) == Structured(json="{}")
 
 
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("date", ["2024-02-29", "2000-02-29", "2023-02-28", "1999-12-31"], ["2023-02-29", "1900-02-29", "2024-04-31"]),
+        ("time", ["23:59:59Z", "00:00:00.25+01:00"], ["14:34:60-05:48"]),
+        ("date-time", ["2024-02-29T00:00:00Z"], ["2023-02-29T00:00:00Z", "2023-02-28T10:00:60Z"]),
+        ("email", ["a@b.org", "first.last@mail.example.co.uk"], [f"{'a' * 65}@b.org", f"a@{'b' * 64}.org"]),
+    ],
+)
+def test_formats_are_followed_to_the_letter(llm, name, right, wrong):
+    schema = {"$defs": {"format": {"type": "string", "format": name}}, "$ref": "#/$defs/format"}
+    start = llm.core.grammars.compile(Structured(json=schema))
+    is_valid = jsonschema_rs.validator_for(schema, validate_formats=True).is_valid
+
+    def follows(text):
+        state = start.copy(llm.tokenizer(json.dumps(text), add_special_tokens=False)["input_ids"])
+        return state.is_complete and not state.fault
+
+    for text in right + wrong:
+        assert follows(text) == is_valid(text) == (text in right), text
+
+
+def test_data_of_a_schema_is_left_alone_by_what_makes_formats_exact():
+    timed = {"type": "string", "format": "time"}
+    asked = {"enum": [{"format": "time"}, "x"], "properties": {"enum": timed}, "default": timed}
+    made = json.loads(Structured(json=asked).definition)["grammars"][0]["json_schema"]
+    assert (made["enum"], made["default"]) == (asked["enum"], timed)
+    assert made["properties"]["enum"] == {**timed, "allOf": [{"pattern": "^[^:]*:[^:]*:[0-5]"}]}
+    assert json.loads(Structured(json=asked).json) == asked
+
+
 def test_whitespace_is_what_was_asked_for(llm):
     (text,) = texts_of(llm, Structured(json=PERSON, whitespace=""), temperature=1.0, seed=1)
     assert text.text == json.dumps(json.loads(text.text), separators=(",", ":"), ensure_ascii=False)

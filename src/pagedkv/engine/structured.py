@@ -170,8 +170,46 @@ def _schema_text(schema: Mapping[str, Any] | str | bool) -> str:
 def _of_schema(schema: Any, whitespace: str) -> str:
     # What a client says in the schema itself must not loosen it.
     options = {"whitespace_pattern": whitespace, "lenient": False}
-    definition: str = _library().LLMatcher.grammar_from_json_schema(schema, overrides=options)
+    try:
+        exact = _with_exact_formats(json.loads(schema)) if '"format"' in schema else schema
+        definition: str = _library().LLMatcher.grammar_from_json_schema(exact, overrides=options)
+    except RecursionError as error:
+        raise bad_argument("json", _EXPECTED["json"], f"one that is nested too deeply: {error}") from None
     return definition
+
+
+# What llguidance's expressions of some formats let through: leap seconds at any time, 29 February in any year, and
+# parts of addresses that are too long.
+_DAY = (
+    r"^(\d{4}-(0[13-9]|1\d|02-[01]|02-2[0-8])"
+    r"|(\d\d(0[48]|[2468][048]|[13579][26])|([02468][048]|[13579][26])00)-02-29)"
+)
+_EXACT = {
+    "date": (_DAY,),
+    "time": ("^[^:]*:[^:]*:[0-5]",),
+    "date-time": (_DAY, "^[^:]*:[^:]*:[0-5]"),
+    "email": (r"^[^@]{1,64}@[^@.]{1,63}(\.[^@.]{1,63}){0,3}$",),
+}
+_OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_OF_DATA = ("const", "enum", "default", "examples")
+
+
+def _with_exact_formats(schema: Any) -> Any:
+    """Return a schema with patterns beside the formats of which llguidance lets more through."""
+    if isinstance(schema, list):
+        return [_with_exact_formats(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _OF_NAMES and isinstance(value, dict):
+            made[key] = {name: _with_exact_formats(each) for name, each in value.items()}
+        else:
+            made[key] = value if key in _OF_DATA else _with_exact_formats(value)
+    named, others = made.get("format"), made.get("allOf", [])
+    if isinstance(named, str) and named in _EXACT and isinstance(others, list):
+        made["allOf"] = [*others, *({"pattern": pattern} for pattern in _EXACT[named])]
+    return made
 
 
 def _alternatives(choice: Sequence[str]) -> str:
