@@ -270,7 +270,7 @@ def test_answers_to_200_random_schemas_parse_and_validate(llm, seed):
         ({"grammar": "start: other"}, 'got at 1(8): unknown name: "other"'),
         ({"grammar": "hello"}, "grammar: expected a Lark or GBNF grammar, got Expected ::= at line 1"),
         ({"grammar": "root ::= other"}, "got Rule 'other' not found"),
-        ({"grammar": "\n" * 200_000}, "grammar: expected a str of 0 … 16384 characters"),
+        ({"grammar": "\n" * 200_000}, "grammar: expected a str of 0 … 8192 characters"),
     ],
 )
 def test_refusals_say_what_is_wrong_with_a_structure(options, message):

@@ -69,7 +69,7 @@ class CompletionOutput:
     finish_reason : {"stop", "length", "abort"}, optional
         None while it goes on.
     stop_reason : int or str, optional
-        The stop token or stop string that ended it.
+        The stop token or stop string that ended it, or what went wrong with the grammar that it follows.
     logprobs : list of dict, optional
         One dict a token, token id to its log probability, where they were asked for.
     cumulative_logprob : float, optional

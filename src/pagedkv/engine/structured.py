@@ -11,7 +11,7 @@ from typing import Any
 from pagedkv.errors import MissingExtra, bad_argument
 
 MOST_CHARACTERS = 1 << 18
-MOST_OF_GBNF = 1 << 14  # it is turned into Lark by Python, in time quadratic in the rules
+MOST_OF_GBNF = 1 << 13  # it is turned into Lark by Python, in time quadratic in the rules
 KINDS = ("json", "regex", "choice", "grammar")
 ANY_OBJECT = '{"type":"object"}'
 WHITESPACE = r"(\n[ \t]{0,32}| )?"
