@@ -11,10 +11,12 @@ import sys
 import jsonschema_rs
 import numpy as np
 import pytest
+import torch
 from tests.schemas import random_schema
 
-from pagedkv.engine import LLM, AsyncEngine, SamplingParams, Structured, token_grammar
+from pagedkv.engine import LLM, AsyncEngine, EngineCore, SamplingParams, Structured, token_grammar
 from pagedkv.engine import structured as structured_module
+from pagedkv.engine.sampler import Sampler, SampleResult, SampleRow
 from pagedkv.engine.sampling_kernels import forbid
 from pagedkv.errors import InvalidOperation, MissingExtra
 from pagedkv.models import shipped_model_path
@@ -162,6 +164,29 @@ def test_a_text_ends_with_the_token_that_completes_it(llm):
     (text,) = texts_of(llm, Structured(regex="ab?c"), min_tokens=30, max_tokens=40)
     assert (text.text in ("abc", "ac"), text.finish_reason, text.stop_reason) == (True, "stop", None)
     assert not set(text.token_ids) & set(llm.core.eos_token_ids)
+
+
+def test_the_grammar_has_the_last_word_where_everything_it_allows_is_ruled_out(llm):
+    (empty,) = texts_of(llm, Structured(regex="a{0}"), min_tokens=5)
+    assert (empty.text, len(empty.token_ids), empty.finish_reason) == ("", 1, "stop")
+    grammar = llm.core.grammars.compile(Structured(choice=["yes"])).copy()
+    row = SampleRow("r", SamplingParams(structured=Structured(choice=["yes"])), [0], seed=1, grammar=grammar)
+    logits = torch.full((1, llm.sizes.vocab_size), -torch.inf)
+    logits[0, llm.encode("no")[-1]] = 1.0
+    (token,) = Sampler().sample(logits, [row]).token_ids.tolist()
+    assert "yes".startswith(llm.tokenizer.decode([token]))
+
+
+def test_a_token_that_the_grammar_does_not_allow_is_not_passed_over(llm):
+    class Wilful:
+        def sample(self, logits, rows):
+            return SampleResult(np.full(len(rows), llm.encode("no")[-1]), None)
+
+    core = EngineCore(llm.core.runner, tokenizer=llm.tokenizer, eos_token_ids=llm.core.eos_token_ids, sampler=Wilful())
+    core.add(llm.request(PROMPT, SamplingParams(structured=Structured(choice=["yes"]))))
+    (output,) = core.step()
+    assert output.outputs[0].finish_reason == "abort"
+    assert output.outputs[0].stop_reason.startswith("structured: ")
 
 
 def test_the_end_token_comes_only_where_the_grammar_may_end(llm):
