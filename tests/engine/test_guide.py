@@ -11,7 +11,7 @@ GUIDE = Path(__file__).parents[2] / "docs" / "engine.md"
 def test_the_examples_run(capsys):
     names: dict[str, object] = {}
     examples = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), flags=re.DOTALL)
-    assert len(examples) == 2
+    assert len(examples) == 3
     for example in examples:
         exec(compile(example, str(GUIDE), "exec"), names)
     shared = re.findall(r"(\d+) of (\d+) prompt tokens were computed by another", capsys.readouterr().out)

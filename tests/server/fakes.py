@@ -18,6 +18,7 @@ from pagedkv.engine import (
     RequestMetrics,
     RequestOutput,
     SamplingParams,
+    Structured,
 )
 from pagedkv.errors import EngineDead
 from pagedkv.models import shipped_model_path
@@ -55,6 +56,7 @@ class FakeEngine:
         self.fails_after: int | None = None
         self.is_alive = True
         self.cleared = 0
+        self.compiled: list[Structured] = []
         self.tokenizer = shipped_tokenizer()
         self.sizes = EngineSizes(
             block_size=16,
@@ -121,6 +123,9 @@ class FakeEngine:
             logprobs=None if params.logprobs is None else likely,
             cumulative_logprob=(-0.5 - index) * count,
         )
+
+    def compile(self, structured: Structured) -> None:
+        self.compiled.append(structured)
 
     async def clear_prefix_cache(self) -> int:
         self.cleared += 1

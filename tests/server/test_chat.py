@@ -97,7 +97,6 @@ async def test_the_newer_name_of_max_tokens_wins() -> None:
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
         ("modalities", ["text", "audio"]),
         ("top_logprobs", 3),
     ],

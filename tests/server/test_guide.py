@@ -50,9 +50,9 @@ def test_the_curl_command_of_the_start_screen(server: Process) -> None:
 def test_the_python_examples(server: Process, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {"__name__": "example"}
     for example in examples("python", server):
-        exec(compile(example, "server.md", "exec"), names)
+        exec(compile(example, "server.md", "exec", dont_inherit=True), names)
     out = capsys.readouterr().out
-    assert "tokens came from the cache" in out and "CompletionUsage(" in out
+    assert "tokens came from the cache" in out and "CompletionUsage(" in out and "name=" in out
     names["client"].close()  # type: ignore[attr-defined]
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.request import CompletionOutput, Logprob, Request, RequestMetrics, RequestOutput
     from pagedkv.engine.sampling_params import SamplingParams
     from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
+    from pagedkv.engine.structured import Structured
     from pagedkv.errors import EngineDead, RequestRefused
     from pagedkv.tiers.ladder import TierFigures
 
@@ -30,6 +31,7 @@ __all__ = [
     "RequestOutput",
     "RequestRefused",
     "SamplingParams",
+    "Structured",
     "TierFigures",
 ]
 
@@ -48,6 +50,7 @@ _HOMES = {
     "RequestOutput": "pagedkv.engine.request",
     "RequestRefused": "pagedkv.errors",
     "SamplingParams": "pagedkv.engine.sampling_params",
+    "Structured": "pagedkv.engine.structured",
     "TierFigures": "pagedkv.tiers.ladder",
 }
 

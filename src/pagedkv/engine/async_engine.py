@@ -22,6 +22,8 @@ from pagedkv.engine.output import OutputDraft
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
+from pagedkv.engine.structured import Structured
+from pagedkv.engine.token_grammar import GrammarState
 from pagedkv.errors import EngineDead, PagedKvError
 from pagedkv.tiers.tier import Tier
 
@@ -204,6 +206,8 @@ class AsyncEngine:
             tenant=tenant,
         )
         request.prompt = prompt if isinstance(prompt, str) else None
+        if isinstance(params, SamplingParams) and params.structured is not None:
+            request.grammar = await self._grammar(params.structured)
         stream = Stream(request.request_id, asyncio.get_running_loop())
         self._submit(lambda: self._take_in(request, stream))
         try:
@@ -212,6 +216,21 @@ class AsyncEngine:
         finally:
             if not stream.is_over:
                 self._submit_quietly(lambda: self._take_out(stream))
+
+    def compile(self, structured: Structured) -> None:
+        """Make ready what texts are to follow, for requests to come; from any thread, in up to a second.
+
+        Raises
+        ------
+        InvalidOperation
+            No text can follow it.
+        """
+        self._core.grammars.compile(structured)
+
+    async def _grammar(self, structured: Structured) -> GrammarState:
+        grammars = self._core.grammars
+        kept = grammars.kept(structured)
+        return await asyncio.to_thread(grammars.compile, structured) if kept is None else kept
 
     async def abort(self, request_id: str) -> None:
         """End a request: its stream gets a last output with what there is. Unknown ids are ignored."""

@@ -123,7 +123,9 @@ def drafts(sequence: Sequence, room: int, runner: Runner) -> Ids:
         return NO_DRAFTS
     from pagedkv.engine.prompt_lookup import propose
 
-    return propose(sequence.ids, most)
+    proposed = propose(sequence.ids, most)
+    grammar = None if sequence.row is None else sequence.row.grammar
+    return proposed if grammar is None else proposed[: grammar.num_valid(proposed)]
 
 
 def streaming_room(sequence: Sequence) -> int:

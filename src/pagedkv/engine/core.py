@@ -20,7 +20,8 @@ from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
 from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
-from pagedkv.engine.text import OutputText
+from pagedkv.engine.text import Ending, OutputText
+from pagedkv.engine.token_grammar import Grammars
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.tiers.ladder import Ladder
 from pagedkv.tiers.tier import Tier
@@ -93,6 +94,7 @@ class EngineCore:
             ladder=ladder,
         )
         self._sampler = Sampler() if sampler is None else sampler
+        self.grammars = Grammars(tokenizer, runner.vocab_size, self.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
         self._clock = TickClock()
@@ -157,6 +159,8 @@ class EngineCore:
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs, self.scheduler.max_batch_tokens)
         if request.params.streaming is not None:
             self.runner.require_streaming(*request.params.streaming)
+        if request.params.structured is not None and request.grammar is None:
+            request.grammar = self.grammars.compile(request.params.structured)
         request.number = next(self._numbers)
         request.seed = random_seed() if request.params.seed is None else request.params.seed
         request.sequences = [self.scheduler.new_sequence(request)]
@@ -350,6 +354,7 @@ class EngineCore:
                 seed=request.seed,
                 choice=sequence.index,
                 end_ids=self.eos_token_ids,
+                grammar=None if request.grammar is None else request.grammar.copy(),
             )
         row: SampleRow = sequence.row
         return row
@@ -514,6 +519,8 @@ class StepOutput:
                 sequence.logprobs.append(entries)
                 sequence.cumulative_logprob += entries[token].logprob
             ending = sequence.output_text.add(token)
+            if sequence.row.grammar is not None:
+                ending = _ending_by_grammar(sequence, ending)
             self._num_written += 1
             if ending is not None:
                 sequence.finish_reason, sequence.stop_reason = ending
@@ -538,3 +545,16 @@ class StepOutput:
                     sequence.dropped += self._core.runner.cache.apply_streaming_llm(sequence.seq_id, sink, window)
                 except OutOfMemory:  # forks share the window and there is no room for copies
                     self._core.scheduler.preempt(sequence)
+
+
+def _ending_by_grammar(sequence: Sequence, ending: Ending | None) -> Ending | None:
+    """Return why a text ends that follows a grammar: where nothing may follow, or its parser met a limit."""
+    grammar = sequence.row.grammar
+    if not grammar.is_complete:
+        return ending
+    fault = grammar.fault
+    if ending is None:
+        sequence.output_text.close()
+    if fault:
+        return "abort", f"structured: {fault}"
+    return ("stop", None) if ending is None or ending[0] == "length" else ending

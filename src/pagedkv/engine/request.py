@@ -69,7 +69,7 @@ class CompletionOutput:
     finish_reason : {"stop", "length", "abort"}, optional
         None while it goes on.
     stop_reason : int or str, optional
-        The stop token or stop string that ended it.
+        The stop token or stop string that ended it, or what went wrong with the grammar that it follows.
     logprobs : list of dict, optional
         One dict a token, token id to its log probability, where they were asked for.
     cumulative_logprob : float, optional
@@ -164,6 +164,8 @@ class Request:
         The texts that are being written: one, ``n`` after the prompt is computed, or the live beams.
     num_unforked : int
         Sequences that will be forked off once the prompt is computed.
+    grammar : GrammarState, optional
+        Where each text begins in what `params` asks it to follow.
     """
 
     request_id: str
@@ -182,6 +184,7 @@ class Request:
     max_tokens: int = 0
     sequences: list[Sequence] = field(default_factory=list)
     beams: Any = None
+    grammar: Any = None
     prompt_tuple: tuple[int, ...] = ()
     num_unforked: int = 0
     num_cached_tokens: int = 0

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pagedkv.engine.request import Logprob
-from pagedkv.engine.sampling_kernels import draw, likeliest, uniforms
+from pagedkv.engine.sampling_kernels import draw, forbid, likeliest, uniforms
 from pagedkv.engine.sampling_params import SamplingParams
+from pagedkv.engine.token_grammar import GrammarState, Masks
 from pagedkv.errors import InvalidLogits, bad_argument
 from pagedkv.jit import compiled
 
@@ -181,6 +182,8 @@ class SampleRow:
         Which of the request's texts.
     end_ids : sequence of int
         The model's end-of-text tokens, which `min_tokens` keeps away, as it does the stop tokens.
+    grammar : GrammarState, optional
+        What the text follows; it is this row's own.
 
     Attributes
     ----------
@@ -188,7 +191,10 @@ class SampleRow:
         Tokens of the text so far.
     """
 
-    __slots__ = ("banned", "biases", "choice", "counts", "params", "position", "request_id", "seed", "shapes", "works")
+    __slots__ = (
+        "banned", "biases", "choice", "counts", "grammar", "params", "position", "request_id", "seed", "shapes",
+        "works",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -199,6 +205,7 @@ class SampleRow:
         seed: int,
         choice: int = 0,
         end_ids: Iterable[int] = (),
+        grammar: GrammarState | None = None,
     ) -> None:
         self.request_id, self.params, self.seed, self.choice = request_id, params, seed & MASK, choice
         self.position = 0
@@ -208,7 +215,9 @@ class SampleRow:
         if params.logit_bias:
             ids = np.fromiter(params.logit_bias, np.int64)
             self.biases = ids, np.fromiter(params.logit_bias.values(), np.float32)
-        self.shapes = self.counts is not None or self.biases is not None or self.banned is not None
+        self.grammar = grammar
+        shapers = (self.counts, self.biases, self.banned, grammar)
+        self.shapes = any(each is not None for each in shapers)
         self.works = self.shapes or not params.greedy  # more than an argmax of raw logits
 
     def accept(self, token: int) -> None:
@@ -216,20 +225,30 @@ class SampleRow:
         self.position += 1
         if self.counts is not None:
             self.counts.add(token)
+        if self.grammar is not None:
+            self.grammar.accept(token)
 
-    def ahead(self, tokens: Iterable[int], choice: int | None = None) -> SampleRow:
-        """Return the row of a text that goes on with these tokens, for drafts and forks; this one stays as it is."""
+    def ahead(self, tokens: Sequence[int], choice: int | None = None) -> SampleRow:
+        """Return the row of a text that goes on with these tokens; this one stays as it is.
+
+        With a `choice` it is a fork's, of another text of the request; without one a draft's, which is dropped when
+        the step is over.
+        """
         other = object.__new__(SampleRow)
         for name in SampleRow.__slots__:
             setattr(other, name, getattr(self, name))
-        other.choice = self.choice if choice is None else choice
         other.counts = None if self.counts is None else self.counts.copy()
+        other.grammar = None
         for token in tokens:
             other.accept(token)
+        if choice is not None:
+            other.choice = choice
+        if self.grammar is not None:
+            other.grammar = self.grammar.ahead(tokens) if choice is None else self.grammar.copy(tokens)
         return other
 
     def shape(self, logits: Logits) -> None:
-        """Apply bias, the ban of `min_tokens` and penalties to float32 [vocab], in place."""
+        """Apply bias, the ban of `min_tokens` and penalties to float32 [vocab], in place; the grammar comes after."""
         if self.biases is not None:
             logits[self.biases[0]] += self.biases[1]
         if self.banned is not None and self.position < self.params.min_tokens:
@@ -256,10 +275,11 @@ class SampleResult:
 class Sampler:
     """Chooses tokens, one vectorised pass over a batch.
 
-    In this order, which is vLLM's: logit bias, the ban of `min_tokens`, repetition, frequency and presence penalty,
-    temperature, min-p, top-k, top-p, draw. Greedy rows stop before the temperature. If every token is banned, the
-    likeliest of the raw logits is taken. The draw inverts the cumulative distribution at a number that is a function
-    of the row's seed, choice and position, so neither the batch nor the steps before it matter.
+    In this order, which is vLLM's: logit bias, the ban of `min_tokens`, repetition, frequency and presence penalty, the
+    grammar, temperature, min-p, top-k, top-p, draw. Greedy rows stop before the temperature. If every token is banned,
+    the likeliest of the raw logits is taken, among those that the grammar allows. The draw inverts the cumulative
+    distribution at a number that is a function of the row's seed, choice and position, so neither the batch nor the
+    steps before it matter.
     """
 
     def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
@@ -320,13 +340,19 @@ def _not_finite(best: Logits, rows: Sequence[SampleRow]) -> InvalidLogits:
 def _worked(logits: Tensor, best: Logits, tokens: Ids, rows: Sequence[SampleRow]) -> Ids:
     """Choose tokens for rows that are more than an argmax of raw logits; `best` and `tokens` are of these."""
     if any(row.shapes for row in rows):
+        raw, bound = logits, [place for place, row in enumerate(rows) if row.grammar is not None]
         logits = logits.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
         arrays = logits.numpy()
         for place, row in enumerate(rows):
             if row.shapes:
                 row.shape(arrays[place])
+        masks = _forbid(arrays, rows, bound) if bound else None
         best, chosen, _ = _likeliest(logits)
         tokens = np.where(np.isneginf(best), tokens, chosen)
+        if masks is not None:
+            for place, mask in zip(bound, masks, strict=True):
+                if np.isneginf(best[place]):
+                    tokens[place] = _likeliest_allowed(raw[place], mask)
     chance = np.array([not row.params.greedy for row in rows]) & ~np.isneginf(best)
     if chance.any():
         logits = logits.to("cpu", torch.float32).contiguous()
@@ -335,6 +361,22 @@ def _worked(logits: Tensor, best: Logits, tokens: Ids, rows: Sequence[SampleRow]
             logits, best, rows = logits[torch.as_tensor(places)], best[places], list(compress(rows, chance))
         tokens[places] = _drawn(logits, best, rows)
     return tokens
+
+
+def _forbid(logits: Logits, rows: Sequence[SampleRow], bound: Sequence[int]) -> Masks:
+    """Rule out what the grammars of some rows do not allow next; returns their masks."""
+    states = [state for place in bound if (state := rows[place].grammar) is not None]
+    masks = states[0].tokens.masks(states)
+    forbid(logits, np.array(bound), masks)
+    return masks
+
+
+def _likeliest_allowed(logits: Tensor, mask: npt.NDArray[np.int32]) -> int:
+    """Return the likeliest token that a grammar allows where nothing is left of it, as end tokens are banned, say."""
+    row = logits.to("cpu", torch.float32, copy=True).numpy()[None]
+    forbid(row, np.zeros(1, np.int64), mask[None])
+    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    return int(row.argmax() if row.max() > -np.inf else allowed.argmax())
 
 
 def _drawn(logits: Tensor, highest: Logits, rows: Sequence[SampleRow]) -> Ids:

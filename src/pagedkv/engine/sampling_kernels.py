@@ -17,6 +17,7 @@ WIDEST = 64.0  # tokens further than this below the highest logit share the last
 NARROWEST = 1e-6
 BLOCK = 256  # tokens that are compared at once
 LANES = 8  # sums that run side by side
+BITS = 32  # of a word of a mask
 GOLDEN = 0x9E3779B97F4A7C15
 
 # exp(x) = 2**k * polynomial(x - k ln 2), as Moshier's Cephes library has it for float32.
@@ -285,3 +286,29 @@ def likeliest(logits: Floats, patterns: Words, values: Floats, bits: Words, toke
         finite = finite and bool(largest <= INFINITY and -INFINITY < highest < INFINITY)
     first_of(logits, values, tokens)
     return finite
+
+
+@compiled
+def forbid(logits: Floats, rows: Ints, masks: Words) -> None:
+    """Set the logits of tokens that may not come to -inf, in place.
+
+    Parameters
+    ----------
+    logits : float32 [n, vocab]
+    rows : int64 [k]
+        Those that have a mask.
+    masks : int32 [k, words]
+        One bit a token, the lowest first; 1 is a token that may come.
+    """
+    vocab, never = logits.shape[1], np.float32(-np.inf)
+    for place in range(len(rows)):
+        one, mask = logits[rows[place]], masks[place]
+        for start in range(0, vocab, BITS):
+            word, end = mask[start // BITS], min(start + BITS, vocab)
+            if word == 0:  # most words are all of one kind
+                for token in range(start, end):
+                    one[token] = never
+            elif word != -1:
+                for token in range(start, end):
+                    if not (word >> (token - start)) & 1:
+                        one[token] = never

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pagedkv.engine.structured import Structured
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.validate import require_flag, require_int, require_number
 
@@ -22,6 +23,7 @@ UNLIKE_BEAMS: dict[str, Any] = {
     "logprobs": None,
     "prompt_lookup": 0,
     "streaming": None,
+    "structured": None,
 }
 
 
@@ -70,7 +72,7 @@ class SamplingParams:
         The same seed gives the same text, whatever else is in the batch. A random one by default.
     beam_width : int, optional
         Beam search with this many beams; the best `n` are returned. Goes with lengths and end tokens, not with
-        temperature, penalties, biases, stop strings, logprobs, prompt lookup or streaming.
+        temperature, penalties, biases, stop strings, logprobs, prompt lookup, streaming or structure.
     length_penalty : float
         Of beam search: scores are divided by length to this power; above 0 favours longer texts.
     prompt_lookup : int
@@ -79,6 +81,10 @@ class SamplingParams:
         Sink tokens and window tokens: keep only these in the cache, for texts without end.
     skip_special_tokens : bool
         Leave special tokens out of the text.
+    structured : Structured, optional
+        The JSON Schema, regular expression, choice or grammar that the text follows. It ends where nothing may follow,
+        with finish reason ``"stop"``, whatever `min_tokens` and `ignore_eos` say; one that `max_tokens` or a stop
+        string cuts is no whole JSON.
 
     Raises
     ------
@@ -109,6 +115,7 @@ class SamplingParams:
     prompt_lookup: int = 0
     streaming: tuple[int, int] | None = None
     skip_special_tokens: bool = True
+    structured: Structured | None = None
 
     def __post_init__(self) -> None:
         self._check_ints()
@@ -116,6 +123,8 @@ class SamplingParams:
         self._check_collections()
         for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             require_flag(name, getattr(self, name))
+        if self.structured is not None and not isinstance(self.structured, Structured):
+            raise bad_argument("structured", "a Structured", f"{self.structured!r:.80}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise bad_argument("min_tokens", f"at most max_tokens = {self.max_tokens}", f"{self.min_tokens}")
         if self.beam_width is not None:

@@ -23,6 +23,7 @@ from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import ChatChunk, ChatCompletion, ChatMessage, ChatRequest
 from pagedkv.server.state import Server, ServerState
+from pagedkv.server.structure import asked_structure
 
 PLAIN_STOPS = ("\nuser:", "\nsystem:")
 """Where an answer ends in the plain form: the model begins to speak for another role."""
@@ -139,7 +140,8 @@ async def chat(
 
 async def _job(body: ChatRequest, server: ServerState, caller: Caller) -> Job:
     more: dict[str, Any] = {"max_tokens": body.limit, "logprobs": (body.top_logprobs or 0) if body.logprobs else None}
-    if not has_template(server.model):
+    more["structured"] = await server.model.structured(asked_structure(body), caller.name)
+    if not has_template(server.model) and more["structured"] is None:
         own = [body.stop] if isinstance(body.stop, str) else body.stop or []
         more["stop"] = [*own, *PLAIN_STOPS]
     params = body.sampling_params(**more)

@@ -21,6 +21,7 @@ from pagedkv.server.logs import request_id_of
 from pagedkv.server.openapi import answers_with_events
 from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
 from pagedkv.server.state import Server, ServerState
+from pagedkv.server.structure import asked_structure
 
 router = APIRouter(tags=["completions"], route_class=SizedRoute)
 DEFAULT_MAX_TOKENS = 16
@@ -70,6 +71,7 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
         max_tokens=max(1, max_tokens),
         logprobs=likely,
         prompt_logprobs=body.logprobs if body.echo else None,
+        structured=await server.model.structured(asked_structure(body), caller.name),
     )
     params.require_vocab(server.model.vocab_size)
     jobs, texts = [], []

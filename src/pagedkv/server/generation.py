@@ -233,7 +233,10 @@ def _aborted() -> ApiError:
 
 def _refuse_abort(output: RequestOutput) -> None:
     # The engine ends requests on its own only when it shuts down.
-    if output.finished and any(choice.finish_reason == "abort" for choice in output.outputs):
+    aborted = [choice for choice in output.outputs if choice.finish_reason == "abort"]
+    if output.finished and aborted:
+        if isinstance(aborted[0].stop_reason, str):  # the parser of a grammar met a limit
+            raise ApiError(400, aborted[0].stop_reason, code="grammar_too_complex")
         raise _aborted()
 
 

@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pagedkv.errors import bad_argument
+from pagedkv.engine import Structured
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.admission import Turns
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
+from pagedkv.server.structure import AskedStructure
 from pagedkv.server.tokenizer_process import SECONDS, TokenizerEnded, TokenizerProcesses, decode, encode
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
+Begun = tuple[asyncio.Future[T], Callable[[], None] | None]
+"""What is under way, and what is to be called when nobody waits for it."""
 LONG_TEXT, LONG_FOR_PYTHON = 16_384, 2048
 """Characters, or tokens, up to which tokenizing takes a few milliseconds: by a tokenizer in Rust, and in Python."""
 LONGEST_TOKEN = 16
@@ -46,6 +50,8 @@ class ServedModel:
         Whether there are several keys.
     chat_template : str, optional
         Instead of the tokenizer's own.
+    compile : callable, optional
+        Makes ready what answers are to follow, as :meth:`pagedkv.engine.AsyncEngine.compile` does.
     created : int
         Seconds since 1970.
     """
@@ -58,12 +64,14 @@ class ServedModel:
     max_num_seqs: int
     has_tenants: bool = False
     chat_template: str | None = None
+    compile: Callable[[Structured], None] | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         # Short texts never wait for long ones, and a tenant with long ones leaves a thread to the others.
-        self._threads = ThreadPoolExecutor(4, "pagedkv-tokenizer")
+        self._threads = ThreadPoolExecutor(5, "pagedkv-tokenizer")
         self._short, self._long = Turns(2, 2), Turns(2, 1 if self.has_tenants else 2)
+        self._compiling = Turns(1, 1)
         self._longest_short = LONG_TEXT if getattr(self.tokenizer, "is_fast", True) else LONG_FOR_PYTHON
         self._processes = TokenizerProcesses(self.tokenizer, self._threads)
 
@@ -83,6 +91,7 @@ class ServedModel:
             max_num_seqs=sizes.max_num_seqs,
             has_tenants=config.has_tenants,
             chat_template=config.chat_template,
+            compile=engine.compile,
         )
 
     def check_name(self, name: str | None) -> None:
@@ -111,6 +120,22 @@ class ServedModel:
         """Return what a function makes of the tokenizer and of so many characters."""
         self._need_tokenizer()
         return await self._apart(render, tenant=tenant, size=characters, in_thread=True)
+
+    async def structured(self, asked: AskedStructure | None, tenant: str) -> Structured | None:
+        """Return what an answer is to follow, compiled in a thread, one at a time; 400 if it makes no sense."""
+        if asked is None:
+            return None
+        self._need_tokenizer()
+        return await self._in_turn(self._compiling, tenant, partial(self._in_thread, self._compiled, asked))
+
+    def _compiled(self, asked: AskedStructure) -> Structured:
+        structured = asked.checked()
+        try:
+            if self.compile is not None:
+                self.compile(structured)
+        except InvalidOperation as error:
+            raise asked.fault(error) from None
+        return structured
 
     @cached_property
     def max_characters(self) -> int:
@@ -174,13 +199,21 @@ class ServedModel:
         when it takes too long, or a while longer than anybody waits.
         """
         is_long = size > self._longest_short
-        turns = self._long if is_long else self._short
+
+        def begin() -> Begun[T]:
+            if is_long and not in_thread and self._processes.usable:
+                return self._processes.begin(function, *args)
+            return self._in_thread(function, self.tokenizer, *args)
+
+        return await self._in_turn(self._long if is_long else self._short, tenant, begin)
+
+    def _in_thread(self, function: Callable[..., T], *args: Any) -> Begun[T]:
+        return asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args)), None
+
+    async def _in_turn(self, turns: Turns, tenant: str, begin: Callable[[], Begun[T]]) -> T:
+        """Begin something when it is the turn of this tenant, and wait for it; what it returns abandons it."""
         await turns.enter(tenant)
-        if is_long and not in_thread and self._processes.usable:
-            work, abandon = self._processes.begin(function, *args)
-        else:
-            work = asyncio.get_running_loop().run_in_executor(self._threads, partial(function, self.tokenizer, *args))
-            abandon = None
+        work, abandon = begin()
 
         def done(work: asyncio.Future[T]) -> None:
             turns.leave(tenant)

@@ -41,7 +41,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "functions": _EMPTY,
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"}, {}),
     "suffix": _EMPTY,
     "tool_choice": ("none", "auto"),
     "tools": _EMPTY,
@@ -55,10 +54,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "continue_final_message": _OFF,
     "documents": _EMPTY,
     "echo": _OFF,
-    "guided_choice": _NEVER,
-    "guided_grammar": _NEVER,
-    "guided_json": _NEVER,
-    "guided_regex": _NEVER,
     "include_reasoning": _ON,
     "kv_transfer_params": _EMPTY,
     "length_penalty": _ONE,
@@ -73,7 +68,6 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": _OFF,
     "spaces_between_special_tokens": _ON,
     "structural_tag": _NEVER,
-    "structured_outputs": _NEVER,
     "thinking_token_budget": _NEVER,
     "truncate_prompt_tokens": _NEVER,
     "use_beam_search": _OFF,
@@ -81,11 +75,9 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     # llama.cpp
     "dry_multiplier": _ZERO,
     "dynatemp_range": _ZERO,
-    "grammar": _EMPTY,
     "image_data": _EMPTY,
     "input_prefix": _EMPTY,
     "input_suffix": _EMPTY,
-    "json_schema": _NEVER,
     "lora": _EMPTY,
     "min_keep": _ZERO,
     "mirostat": _ZERO,
@@ -105,10 +97,8 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "xtc_probability": _ZERO,
     # SGLang
     "custom_logit_processor": _NEVER,
-    "ebnf": _NEVER,
     "lora_path": _NEVER,
     "no_stop_trim": _OFF,
-    "regex": _NEVER,
     "return_hidden_states": _OFF,
     "session_params": _EMPTY,
     "stop_regex": _EMPTY,
@@ -154,6 +144,40 @@ class StreamOptions(Body):
     """What a stream tells beside the text."""
 
     include_usage: bool | None = Field(None, description="End with a chunk that holds the usage.")
+
+
+Schema = dict[str, Any] | str
+
+
+class JsonSchemaFormat(Body):
+    """A JSON Schema that an answer follows."""
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: Schema | None = Field(None, alias="schema")
+    strict: bool | None = Field(None, description="Accepted: the schema is always followed to the letter.")
+
+
+class ResponseFormat(Body):
+    """What an answer is."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: JsonSchemaFormat | None = None
+    of_object: Schema | None = Field(None, alias="schema", description="llama.cpp has the schema here.")
+
+
+class StructuredOutputs(Body):
+    """What an answer follows, as vLLM has it: one of json, json_object, regex, choice and grammar."""
+
+    of_json: Schema | None = Field(None, alias="json", description="A JSON Schema.")
+    json_object: bool | None = Field(None, description="Any object.")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = Field(None, description="In Lark or GBNF.")
+    disable_any_whitespace: bool | None = Field(None, description="JSON without spaces and line breaks.")
+    whitespace_pattern: str | None = Field(None, description="Between the tokens of JSON.")
+    disable_additional_properties: Literal[False] | None = Field(None, description="Say so in the schema instead.")
+    structural_tag: None = Field(None, description="Not supported.")
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -205,6 +229,17 @@ class GenerationFields(RequestBody):
         description="Extension: with the tokens that open a text; true, but false where a chat template writes them.",
     )
     prompt_cache_key: str | None = Field(None, description="Accepted and ignored: prefixes are found by themselves.")
+    response_format: ResponseFormat | None = Field(None, description="A text, any JSON object, or by a schema.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's: what the answer follows.")
+    guided_json: Schema | None = Field(None, description="vLLM's older name.")
+    guided_regex: str | None = Field(None, description="vLLM's older name.")
+    guided_choice: list[str] | None = Field(None, description="vLLM's older name.")
+    guided_grammar: str | None = Field(None, description="vLLM's older name.")
+    guided_whitespace_pattern: str | None = Field(None, description="vLLM's older name.")
+    json_schema: Schema | None = Field(None, description="llama.cpp's and SGLang's name.")
+    grammar: str | None = Field(None, description="llama.cpp's name.")
+    ebnf: str | None = Field(None, description="SGLang's name.")
+    regex: str | None = Field(None, description="SGLang's name.")
 
     @property
     def texts(self) -> int:
