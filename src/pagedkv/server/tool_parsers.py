@@ -283,7 +283,11 @@ def _arguments_of(raw: str) -> str | None:
 
 def is_utf8(text: str) -> bool:
     """Whether a text has no halves of surrogate pairs, which escapes can bring."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Hermes(ToolParser):
