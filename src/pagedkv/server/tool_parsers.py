@@ -178,17 +178,12 @@ class ToolParser:
     # JSON.
 
     def _string(self) -> Reading[str | None]:
-        """Read a JSON string and return what it says; None if it is none."""
-        raw, is_escaped = [self._c], False
-        if self._c != '"':
-            return None
-        yield from self._advance()
-        while self._c and self._c >= " ":
+        """Read a JSON string that names something and return what it says; None if it is none, or has quotes in it."""
+        raw: list[str] = []
+        while self._c and self._c >= " " and (raw or self._c == '"'):
             raw.append(self._c)
-            closes = self._c == '"' and not is_escaped
-            is_escaped = self._c == "\\" and not is_escaped
             yield from self._advance()
-            if closes:
+            if raw[-1] == '"' and len(raw) > 1:
                 try:
                     return str(json.loads("".join(raw)))
                 except ValueError:
