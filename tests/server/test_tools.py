@@ -255,6 +255,7 @@ def test_the_grammar_of_required_calls(form: str) -> None:
         ({"properties": {"a": {"uniqueItems": True, "type": "array"}}}, False, 200),
         ({"properties": {"a": {"type": "nothing"}}}, None, 400),
         ({"properties": {"with space": {"type": "null"}}}, None, 400),
+        (json.loads('{"properties": {"a":' * 200 + "{}" + "}}" * 200), None, 400),
     ],
 )
 async def test_schemas_that_cannot_be_enforced_are_refused(parameters: Any, strict: Any, status: int) -> None:

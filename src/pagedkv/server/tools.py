@@ -12,10 +12,11 @@ import re
 import secrets
 import string
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pagedkv.engine.structured import WHITESPACE
+from pagedkv.engine.structured import WHITESPACE, with_exact_formats
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.schemas import AllowedToolsChoice, ChatMessage, Tool, ToolChoice, ToolRef
 from pagedkv.server.structure import AskedStructure
@@ -213,8 +214,7 @@ def structure_beside(
     if not isinstance(parsed, Mapping):
         return asked
     options = {"whitespace_pattern": WHITESPACE if spaces is None else spaces, "lenient": False}
-    answer = {**parsed, "x-guidance": options}
-    grammar = "\n".join(["start: calls | answer", f"answer: %json {json.dumps(answer)}", *rules])
+    grammar = "\n".join(["start: calls | answer", f"answer: {_lark_of(parsed, options)}", *rules])
     return AskedStructure(asked.field, {"grammar": grammar}, {}, _ENFORCEABLE)
 
 
@@ -287,7 +287,14 @@ def _of_json(schema: Any, tool: Tool) -> str:
     # What cannot be enforced is left out, but where the client insists on it.
     options = {"whitespace_pattern": " ?", "lenient": not tool.function.strict}
     given = schema if isinstance(schema, dict) else {"allOf": [schema]}
-    return f"%json {json.dumps({**given, 'x-guidance': options})}"
+    return _lark_of(given, options)
+
+
+def _lark_of(schema: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    try:
+        return f"%json {json.dumps({**with_exact_formats(dict(schema)), 'x-guidance': options})}"
+    except RecursionError:
+        raise bad_argument("tools", _ENFORCEABLE, "one that is nested too deeply") from None
 
 
 # What is called in an answer.
@@ -443,11 +450,11 @@ def _of_nine_letters(call_id: str) -> str:
 
 
 def _arguments(text: str, place: int, number: int) -> dict[str, Any]:
-    try:
+    arguments, is_right = None, False
+    with suppress(ValueError, RecursionError):
         arguments = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict) or not is_utf8(json.dumps(arguments, ensure_ascii=False)):
+        is_right = isinstance(arguments, dict) and is_utf8(json.dumps(arguments, ensure_ascii=False))
+    if not is_right or arguments is None:
         name = f"messages.{place}.tool_calls.{number}.function.arguments"
         raise bad_argument(name, "the JSON of an object", repr(text[:40]))
     return arguments
