@@ -228,6 +228,26 @@ def test_prompt_logprobs_are_those_of_the_model(max_batch_tokens):
     assert tokens_of(output) == [greedy(prompt, 3)]
 
 
+def test_logits_of_prompts_are_held_a_few_at_a_time(monkeypatch):
+    rows = 10
+    monkeypatch.setattr("pagedkv.engine.batch.SCORED_BYTES", 4 * rows * FakeRunner.vocab_size)
+    core, held = engine(200, max_batch_tokens=100), []
+    forward = core.runner.forward
+
+    def watched(plan, token_ids, wanted):
+        held.append(len(wanted))
+        return forward(plan, token_ids, wanted)
+
+    core.runner.forward = watched
+    texts = prompts(3, 40)
+    for name, prompt in zip("abc", texts, strict=True):
+        core.add(request(name, prompt, max_tokens=2, prompt_logprobs=1))
+    outputs = run(core)
+    for name, prompt in zip("abc", texts, strict=True):
+        assert len(outputs[name].prompt_logprobs) == len(prompt) and tokens_of(outputs[name]) == [greedy(prompt, 2)]
+    assert max(held) <= rows + 2 * len(texts)  # a row for each prompt that would starve, and one that is written
+
+
 @pytest.mark.parametrize("streaming", [(0, 5), (3, 6), (4, 8)])
 def test_streams_see_sinks_and_window(streaming):
     sink, window = streaming

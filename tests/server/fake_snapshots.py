@@ -51,6 +51,7 @@ class FakeEngine:
         self.tiers: tuple[Any, ...] = ()
         self.lock = threading.Lock()
         self.is_alive = True
+        self.compile = None
         self.tokenizer = SimpleNamespace(decode=lambda ids, **_: " ".join(f"t{i}" for i in ids))
         self.subscribe, self.block = self.cache.subscribe, self.cache.block
         self.sizes = EngineSizes(

@@ -38,6 +38,17 @@ def story_tokens() -> tuple[int, ...]:
     return tuple(shipped_tokenizer()(STORY, add_special_tokens=False)["input_ids"])
 
 
+@cache
+def tokens_of(text: str) -> tuple[int, ...]:
+    return tuple(shipped_tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def _prompt_logprobs(ids: list[int]) -> list[dict[int, Logprob] | None]:
+    """The third likeliest token is always the one that stands there."""
+    likely = {4001: Logprob(-0.5, 1), 4002: Logprob(-1.5, 2)}
+    return [None, *({token: Logprob(-2.5, 3), **likely} for token in ids[1:])]
+
+
 @dataclass
 class Call:
     token_ids: list[int]
@@ -47,10 +58,15 @@ class Call:
 
 
 class FakeEngine:
-    """Follows the contract of AsyncEngine; a token takes `delay` seconds."""
+    """Follows the contract of AsyncEngine; a token takes `delay` seconds.
 
-    def __init__(self, *, delay: float = 0.0, max_positions: int = 256, cached: int = 0) -> None:
-        self.delay, self.cached = delay, cached
+    It writes the story again and again or, where it is given `says`, that, and then it stops.
+    """
+
+    def __init__(
+        self, *, delay: float = 0.0, max_positions: int = 256, cached: int = 0, says: str | None = None
+    ) -> None:
+        self.delay, self.cached, self.says = delay, cached, says
         self.calls: list[Call] = []
         self.error: Exception | None = None
         self.fails_after: int | None = None
@@ -86,6 +102,8 @@ class FakeEngine:
         arrived = time.monotonic()
         try:
             limit = params.max_tokens or 8
+            if self.says is not None:
+                limit = min(params.max_tokens or len(tokens_of(self.says)), len(tokens_of(self.says)))
             for count in range(1, limit + 1):
                 await asyncio.sleep(self.delay)
                 if not self.is_alive:
@@ -107,11 +125,13 @@ class FakeEngine:
             outputs=[self._text(index, call.params, count, finished) for index in range(call.params.n)],
             finished=finished,
             num_cached_tokens=self.cached,
+            prompt_logprobs=None if call.params.prompt_logprobs is None else _prompt_logprobs(call.token_ids),
             metrics=replace(metrics, finished=now if finished else None),
         )
 
     def _text(self, index: int, params: SamplingParams, count: int, finished: bool) -> CompletionOutput:
-        story = story_tokens()
+        story = story_tokens() if self.says is None else tokens_of(self.says)
+        reason = "length" if self.says is None or count < len(story) else "stop"
         tokens = tuple(story[place % len(story)] for place in range(count))
         text = self.tokenizer.decode(list(tokens))
         likely = [{token: Logprob(-0.5 - index, 1), 5: Logprob(-1.5, 2)} for token in tokens]
@@ -119,7 +139,7 @@ class FakeEngine:
             index=index,
             text=text if finished else text.rstrip("\ufffd"),
             token_ids=tokens,
-            finish_reason="length" if finished else None,
+            finish_reason=reason if finished else None,  # type: ignore[arg-type]
             logprobs=None if params.logprobs is None else likely,
             cumulative_logprob=(-0.5 - index) * count,
         )

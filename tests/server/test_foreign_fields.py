@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from tests.server.asgi import client_of
 from tests.server.fakes import FakeEngine, shipped_tokenizer
 
-from pagedkv.server.schemas import NOT_HONOURED, OTHER_NAMES
+from pagedkv.server.schemas import (
+    NOT_HONOURED,
+    OTHER_NAMES,
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    RequestBody,
+    TokenizeRequest,
+)
 
 pytestmark = pytest.mark.anyio
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -18,15 +27,19 @@ ASKED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 1},
     "/tokenize": {"prompt": "a"},
 }
-OWN = {"/v1/completions": {"echo", "best_of"}}
-PAGE = Path(__file__).parents[2] / "docs" / "server.md"
+FOREIGN = {
+    "/v1/completions": NOT_HONOURED.keys() - CompletionRequest.model_fields.keys(),
+    "/v1/chat/completions": NOT_HONOURED.keys() - ChatRequest.model_fields.keys(),
+    "/tokenize": NOT_HONOURED.keys() - TokenizeRequest.model_fields.keys(),
+}
+PAGE = Path(__file__).parents[2] / "docs" / "api-fields.md"
 
 
 @pytest.mark.parametrize("path", ASKED)
 async def test_what_would_change_the_answer_is_refused_by_name(path: str) -> None:
     engine = FakeEngine()
     async with client_of(engine) as client:
-        for name in NOT_HONOURED.keys() - OWN.get(path, set()):
+        for name in FOREIGN[path]:
             answer = await client.post(path, json={**ASKED[path], name: {"something": "else"}})
             error = answer.json()["error"]
             assert answer.status_code == 400 and error["param"] == name and error["code"] == "unsupported_parameter"
@@ -35,7 +48,7 @@ async def test_what_would_change_the_answer_is_refused_by_name(path: str) -> Non
 
 @pytest.mark.parametrize("path", ASKED)
 async def test_the_values_that_change_nothing_are_taken(path: str) -> None:
-    names = NOT_HONOURED.keys() - OWN.get(path, set())
+    names = FOREIGN[path]
     async with client_of(FakeEngine()) as client:
         for place in range(max(map(len, NOT_HONOURED.values())) + 1):
             values = {name: (None, *NOT_HONOURED[name])[place:][:1] for name in names}
@@ -44,12 +57,12 @@ async def test_the_values_that_change_nothing_are_taken(path: str) -> None:
 
 
 async def test_what_a_message_would_lose_is_refused_by_name() -> None:
-    message = {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}
+    message: dict[str, Any] = {"role": "assistant", "content": "x", "reasoning_content": "because"}
     async with client_of(FakeEngine()) as client:
         answer = await client.post("/v1/chat/completions", json={"messages": [message]})
-        message["tool_calls"] = []
+        message["reasoning_content"] = ""
         assert (await client.post("/v1/chat/completions", json={"messages": [message]})).status_code == 200
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_calls"
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning_content"
 
 
 async def test_the_names_of_llama_cpp() -> None:
@@ -106,12 +119,58 @@ async def test_a_chat_template_is_told_what_the_client_says() -> None:
 
 
 async def test_what_cannot_change_the_answer_is_ignored() -> None:
-    ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "flex", "parallel_tool_calls": False}
+    ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "flex"}
     async with client_of(FakeEngine()) as client:
         for path, body in ASKED.items():
             assert (await client.post(path, json={**body, **ignored})).status_code == 200
 
 
-def test_the_guide_lists_all_of_them() -> None:
-    page = PAGE.read_text()
-    assert [name for name in (*NOT_HONOURED, *OTHER_NAMES) if f"`{name}`" not in page] == []
+# The tables of docs/api-fields.md.
+
+IGNORED = {"user", "prompt_cache_key"}  # fields that we know by name and that have no effect
+SCHEMAS = {"chats": ChatRequest, "completions": CompletionRequest}
+
+
+def tables(heading: str) -> dict[str, list[str]]:
+    """Return the cells of each field in the tables below a heading."""
+    part = PAGE.read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:3] == "| `"]
+    names = [row[0].strip("`") for row in rows]
+    assert len(set(names)) == len(names)
+    return {name: row[1:] for name, row in zip(names, rows, strict=True)}
+
+
+def status(name: str, schema: type[RequestBody]) -> str:
+    """Return what becomes of a field."""
+    if name in IGNORED:
+        return "no effect"
+    if name in schema.model_fields:
+        return "yes"
+    return "refused" if name in NOT_HONOURED else "no effect"
+
+
+def test_the_tables_say_what_becomes_of_every_field() -> None:
+    rows = tables("Chats and completions")
+    expected = {name: [status(name, schema) for schema in SCHEMAS.values()] for name in rows}
+    assert {name: cells[:2] for name, cells in rows.items()} == expected
+    assert ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys() <= rows.keys()
+    of_messages = tables("Messages")
+    assert {name: cells[0] for name, cells in of_messages.items()} == {
+        name: status(name, ChatMessage) for name in of_messages
+    }
+    assert ChatMessage.model_fields.keys() <= of_messages.keys()
+    (others,) = [part for part in PAGE.read_text().split("\n\n") if part.startswith("Refused are")]
+    listed = set(re.findall(r"`(\w+)`", others))
+    assert listed <= NOT_HONOURED.keys() <= listed | of_messages.keys() | rows.keys()
+    assert not listed & rows.keys() and all(f"`{name}`" in PAGE.read_text() for name in OTHER_NAMES)
+
+
+def test_the_tables_have_every_field_of_the_official_client() -> None:
+    pytest.importorskip("openai")
+    from openai.types import completion_create_params as completions
+    from openai.types.chat import completion_create_params as chats
+
+    rows = tables("Chats and completions")
+    for params in (chats.CompletionCreateParamsStreaming, completions.CompletionCreateParamsStreaming):
+        names = get_type_hints(params).keys()
+        assert "stream" in names and names - rows.keys() == set()

@@ -44,6 +44,7 @@ def test_the_curl_command_of_the_start_screen(server: Process) -> None:
     command = log[log.index("curl http") :].split("\n\n")[0]
     answer = subprocess.run(["bash", "-c", command.replace("curl", "curl -s", 1)], capture_output=True, timeout=60)
     assert json.loads(answer.stdout)["choices"][0]["text"]
+    assert "calls in the form hermes" in log
     assert server.url in log and "pysmall" in log and "1,024 of 16 tokens" in log
 
 
@@ -79,5 +80,5 @@ def test_every_option_and_every_extension_is_told() -> None:
     options = {option for each in serve.params for option in each.opts if option.startswith("--")}
     assert {"--port", "--api-key", "--max-queue"} <= options
     assert [option for option in options if f"`{option}`" not in page and f"`{option}," not in page] == []
-    fields = GenerationFields.model_fields
+    fields, page = GenerationFields.model_fields, page + (ROOT / "docs" / "api-fields.md").read_text()
     assert [name for name in fields if f"`{name}`" not in page and name != "model"] == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
-from tests.server.fakes import shipped_tokenizer
-from tests.server.local import SMALL, Process, process
+from pydantic import BaseModel
+from tests.server.fakes import FakeEngine, shipped_tokenizer
+from tests.server.local import SMALL, Process, process, thread
 
 openai = pytest.importorskip("openai")
 
@@ -174,10 +175,8 @@ def test_errors_are_the_clients_own(server: Process, client: Any) -> None:
         with pytest.raises(openai.BadRequestError) as refused:
             complete(client, **wrong)
         assert refused.value.param in ("temperature", "max_tokens", "prompt", "n")
-    with pytest.raises(openai.BadRequestError, match="tools"):
-        client.chat.completions.create(
-            model="pysmall", messages=CHAT, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
+    with pytest.raises(openai.BadRequestError, match="functions"):
+        client.chat.completions.create(model="pysmall", messages=CHAT, functions=[{"name": "f"}])
     with pytest.raises(openai.APIStatusError) as large:
         complete(client, prompt="x" * 200_000)
     assert large.value.status_code == 413
@@ -218,3 +217,73 @@ def test_who_leaves_frees_the_blocks(server: Process) -> None:
         if told["stats"]["blocks_used"] == 0:
             break
     assert told["stats"]["blocks_used"] == 0 and told["stats"]["aborted_requests"] >= 2
+
+
+class Paint(BaseModel):
+    """A wall."""
+
+    colour: Literal["red", "grün"]
+    coats: Literal[1, 2, 3]
+
+
+def test_required_tools_are_called_by_any_model(client: Any) -> None:
+    asked = {"model": "pysmall", "messages": CHAT, "tools": [openai.pydantic_function_tool(Paint)], "temperature": 1}
+    named = {"type": "function", "function": {"name": "Paint"}}
+    required = client.chat.completions.parse(**asked, tool_choice="required", parallel_tool_calls=False)
+    with client.chat.completions.stream(**asked, tool_choice=named) as stream:
+        streamed = stream.get_final_completion()
+    for answer in (required, streamed):
+        (call,) = answer.choices[0].message.tool_calls
+        assert answer.choices[0].finish_reason == "tool_calls" and not answer.choices[0].message.content
+        assert isinstance(call.function.parsed_arguments, Paint)
+
+
+# Tools, with a model that says what it is told to.
+
+
+class GetWeather(BaseModel):
+    """The weather of a city."""
+
+    city: str
+    days: int = 1
+
+
+SAYS = 'I look.\n<tool_call>\n{"name": "GetWeather", "arguments": {"city": "Zürich →", "days": 2}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Iterator[Any]:
+    engine = FakeEngine(says=SAYS, max_positions=2048)
+    with thread(engine) as served, openai.OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def tools() -> list[Any]:
+    return [openai.pydantic_function_tool(GetWeather)]
+
+
+def test_calls_and_their_results(scripted: Any) -> None:
+    answer = scripted.chat.completions.create(model="pysmall", messages=CHAT, tools=tools(), logprobs=True)
+    message = answer.choices[0].message
+    (call,) = message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls" and message.content == "I look."
+    assert GetWeather.model_validate_json(call.function.arguments) == GetWeather(city="Zürich →", days=2)
+    result = {"role": "tool", "tool_call_id": call.id, "content": "21 degrees"}
+    again = scripted.chat.completions.create(model="pysmall", messages=[*CHAT, message, result], tools=tools())
+    assert again.usage.prompt_tokens > answer.usage.prompt_tokens + 20
+
+
+def test_calls_are_parsed(scripted: Any) -> None:
+    answer = scripted.chat.completions.parse(model="pysmall", messages=CHAT, tools=tools())
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.parsed_arguments == GetWeather(city="Zürich →", days=2)
+
+
+def test_calls_are_streamed(scripted: Any) -> None:
+    with scripted.chat.completions.stream(model="pysmall", messages=CHAT, tools=tools()) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_completion().choices[0]
+    assert kinds.count("tool_calls.function.arguments.delta") > 2
+    assert "tool_calls.function.arguments.done" in kinds and "content.done" in kinds
+    assert final.finish_reason == "tool_calls" and final.message.content == "I look."
+    assert final.message.tool_calls[0].function.parsed_arguments == GetWeather(city="Zürich →", days=2)

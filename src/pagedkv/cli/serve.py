@@ -242,6 +242,7 @@ def _greet(
         "model": config.model_name or "",
         "blocks": f"{sizes.total_blocks:,} of {sizes.block_size} tokens, {megabytes:,.1f} MB of K and V",
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
+        "tools": _tools(engine, config),
     }
     for tier in engine.stats().tiers:
         name, place = ("disk", f"{tiers.disk}, ") if tier.medium == "DISK" else ("host memory", "")
@@ -251,6 +252,15 @@ def _greet(
     table = facts_table(facts.items())
     console.print(Panel(table, title="pagedkv serves", title_align="left", expand=False, border_style="green"))
     console.print(Text(example_curl(url, with_key=bool(keys)) + "\n"), soft_wrap=True)
+
+
+def _tools(engine: AsyncEngine, config: ServerConfig) -> str:
+    from pagedkv.server.model import template_of
+    from pagedkv.server.tools import form_of
+
+    template = template_of(engine.tokenizer, config.chat_template, with_tools=True)
+    form = form_of(template, config.tool_parser)
+    return f"calls in the form {form}" if form else "refused: the form of calls is not known, see --tool-parser"
 
 
 def read_keys(path: Path | None) -> tuple[str, ...]:

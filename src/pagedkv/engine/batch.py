@@ -17,6 +17,12 @@ Ids = npt.NDArray[np.int64]
 NO_DRAFTS: Ids = np.empty(0, np.int64)
 
 
+def is_scored(sequence: Sequence) -> bool:
+    """Tell whether how likely its prompt is has yet to be computed."""
+    request = sequence.request
+    return request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens
+
+
 class ScheduledChunk:
     """The tokens of one sequence that a forward pass computes.
 
@@ -42,10 +48,9 @@ class ScheduledChunk:
         self.sequence, self.count = sequence, count
         self.drafts = NO_DRAFTS
         self.reaches_end = count == sequence.pending
-        request = sequence.request
         self.num_scored = 0
-        if request.prompt_logprobs is not None and len(request.prompt_logprobs) < request.num_prompt_tokens:
-            self.num_scored = max(0, min(count, request.num_prompt_tokens - 1 - sequence.computed))
+        if is_scored(sequence):
+            self.num_scored = max(0, min(count, sequence.request.num_prompt_tokens - 1 - sequence.computed))
 
     @property
     def num_query_tokens(self) -> int:
@@ -128,10 +133,39 @@ def drafts(sequence: Sequence, room: int, runner: Runner) -> Ids:
     return proposed if grammar is None else proposed[: grammar.num_valid(proposed)]
 
 
-def streaming_room(sequence: Sequence) -> int:
-    """Return how many tokens the sequence may read at once: each sees at most sinks and window, and itself."""
-    streaming = sequence.request.params.streaming
-    return sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
+SCORED_BYTES = 2**26
+
+
+class ReadingRoom:
+    """How many tokens a sequence may read in a step, beside what the budget of the step says.
+
+    Where the logits of prompts are wanted, all of a step together take `SCORED_BYTES` at most, but each prompt reads a
+    token.
+
+    Parameters
+    ----------
+    vocab_size : int
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._most = self._left = SCORED_BYTES // (4 * vocab_size)
+
+    def renew(self) -> None:
+        """Begin a step."""
+        self._left = self._most
+
+    def of(self, sequence: Sequence) -> int:
+        """Return how many tokens the sequence may read now."""
+        streaming = sequence.request.params.streaming
+        # Each token of a stream sees at most sinks and window, and itself.
+        room = sequence.length if streaming is None else max(1, sum(streaming) - sequence.held)
+        return min(room, max(1, self._left)) if is_scored(sequence) else room
+
+    def chunk(self, sequence: Sequence, count: int) -> ScheduledChunk:
+        """Return the chunk of a sequence that reads."""
+        chunk = ScheduledChunk(sequence, count)
+        self._left -= chunk.num_scored
+        return chunk
 
 
 def piece(sequence: Sequence, start: int, most: int, runner: Runner) -> int:

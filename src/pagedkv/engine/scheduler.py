@@ -45,6 +45,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.engine.batch import (
     NO_DRAFTS,
     Batch,
+    ReadingRoom,
     ScheduledChunk,
     belong_together,
     common_prefix,
@@ -56,7 +57,6 @@ from pagedkv.engine.batch import (
     must_restart,
     piece,
     query_tokens,
-    streaming_room,
     whole_length,
 )
 from pagedkv.engine.offload import Offload
@@ -132,7 +132,7 @@ class Admission:
             if count == 0:
                 self.stuck |= {tenant, *lines}
                 break
-            admitted.append(ScheduledChunk(sequence, count))
+            admitted.append(scheduler.reading.chunk(sequence, count))
             budget -= count
             room.places -= size
             room.promised += scheduler.room.promised(sequence)
@@ -232,11 +232,10 @@ class Admission:
             matched = self._matched(sequence)
             if scheduler.runner.has_states and self._shares_prefixes:
                 sequence.parting = self._parting(sequence, matched)
-            tokens = matched + piece(sequence, matched, min(budget, sequence.readable - matched), scheduler.runner)
+            most = min(budget, sequence.readable - matched, scheduler.reading.of(sequence))
+            tokens = matched + piece(sequence, matched, most, scheduler.runner)
         else:
             tokens = whole_length(sequence, scheduler.runner)
-        if request.params.streaming is not None:
-            tokens = max(1, min(tokens, sum(request.params.streaming)))
         try:
             info = self._cache.allocate(
                 sequence.seq_id,
@@ -372,6 +371,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.tenants: Counter[str] = Counter()
         self.turns = DeficitRoundRobin(max_batch_tokens, weights)
+        self.reading = ReadingRoom(runner.vocab_size)
         self.room = Room(self.cache, self.max_num_seqs, self.turns)
         self.num_preemptions = 0
         self.num_prompt_tokens = 0
@@ -426,6 +426,7 @@ class Scheduler:
 
     def schedule(self) -> Batch | None:
         """Lay out the next forward pass and make room for it; None if there is nothing to compute."""
+        self.reading.renew()
         shares = self._split() if self.has_tenants else None
         chunks = self._continued(shares)
         before = self.num_preemptions
@@ -457,7 +458,7 @@ class Scheduler:
         for sequence in self.running:
             tenant = sequence.request.tenant
             if sequence.pending > 1:
-                wanted[tenant] += min(sequence.readable if self.runner.chunkable else 1, streaming_room(sequence))
+                wanted[tenant] += min(sequence.readable if self.runner.chunkable else 1, self.reading.of(sequence))
             else:
                 self.turns.charge(tenant, 1)
                 room -= 1
@@ -492,7 +493,7 @@ class Scheduler:
         for sequence in sorted(reading, key=rank):
             # What is not cut was computed whole when it was admitted; tokens behind it follow one by one.
             most = sequence.readable if self.runner.chunkable else 1
-            count = min(most, room, streaming_room(sequence))
+            count = min(most, room, self.reading.of(sequence))
             # Who is first in rank always gets on, whosever share that is.
             least = 0 if chunks else min(count, 1)
             if shares is not None:
@@ -500,7 +501,7 @@ class Scheduler:
             if count > 1:
                 count = piece(sequence, sequence.computed, count, self.runner)
             if count > 0:
-                chunks.append(ScheduledChunk(sequence, count))
+                chunks.append(self.reading.chunk(sequence, count))
                 room -= count
                 self.charge(sequence.request.tenant, count, shares)
         return chunks

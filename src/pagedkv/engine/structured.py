@@ -171,7 +171,7 @@ def _of_schema(schema: Any, whitespace: str) -> str:
     # What a client says in the schema itself must not loosen it.
     options = {"whitespace_pattern": whitespace, "lenient": False}
     try:
-        exact = _with_exact_formats(json.loads(schema)) if '"format"' in schema else schema
+        exact = with_exact_formats(json.loads(schema)) if '"format"' in schema else schema
         definition: str = _library().LLMatcher.grammar_from_json_schema(exact, overrides=options)
     except RecursionError as error:
         raise bad_argument("json", _EXPECTED["json"], f"one that is nested too deeply: {error}") from None
@@ -194,18 +194,18 @@ _OF_NAMES = ("properties", "patternProperties", "$defs", "definitions", "depende
 _OF_DATA = ("const", "enum", "default", "examples")
 
 
-def _with_exact_formats(schema: Any) -> Any:
-    """Return a schema with patterns beside the formats of which llguidance lets more through."""
+def with_exact_formats(schema: Any) -> Any:
+    """Return a part of a JSON Schema with patterns beside the formats of which llguidance lets more through."""
     if isinstance(schema, list):
-        return [_with_exact_formats(each) for each in schema]
+        return [with_exact_formats(each) for each in schema]
     if not isinstance(schema, dict):
         return schema
     made: dict[str, Any] = {}
     for key, value in schema.items():
         if key in _OF_NAMES and isinstance(value, dict):
-            made[key] = {name: _with_exact_formats(each) for name, each in value.items()}
+            made[key] = {name: with_exact_formats(each) for name, each in value.items()}
         else:
-            made[key] = value if key in _OF_DATA else _with_exact_formats(value)
+            made[key] = value if key in _OF_DATA else with_exact_formats(value)
     named, others = made.get("format"), made.get("allOf", [])
     if isinstance(named, str) and named in _EXACT and isinstance(others, list):
         made["allOf"] = [*others, *({"pattern": pattern} for pattern in _EXACT[named])]

@@ -13,13 +13,15 @@ from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import bad_argument
+from pagedkv.server.answers import Completion, CompletionChunk, Usage
 from pagedkv.server.auth import Caller, caller_of
 from pagedkv.server.errors import ApiError
 from pagedkv.server.generation import Generation, Job, stream, while_there
 from pagedkv.server.json_body import SizedRoute
 from pagedkv.server.logs import request_id_of
+from pagedkv.server.model import Infilling
 from pagedkv.server.openapi import answers_with_events
-from pagedkv.server.schemas import Completion, CompletionChunk, CompletionRequest, Usage
+from pagedkv.server.schemas import CompletionRequest
 from pagedkv.server.state import Server, ServerState
 from pagedkv.server.structure import asked_structure
 
@@ -42,7 +44,7 @@ async def complete(
     answer = await while_there(request, _prepare(body, request, server, caller))
     generation = Generation(body, request, server, caller, answer.jobs, answer.frame["id"])
     if body.stream:
-        return await stream(generation, answer.frame, answer.chunk, lambda: answer.usage(generation))
+        return await stream(generation, answer.frame, answer.chunks, lambda: answer.usage(generation))
     async with generation:
         outputs = await generation.finished()
         return Completion.model_validate(
@@ -56,6 +58,9 @@ def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
     if body.stream and body.best_of is not None and body.best_of > body.texts:
         message = "best_of: does not go with stream, as the best are known at the end only"
         raise ApiError(400, message, param="best_of", code="invalid_value")
+    if body.suffix and body.echo:
+        raise bad_argument("echo", "false beside suffix, as the text stands in the middle", "true")
+    body.check_prompt_logprobs()
 
 
 async def _prepare(body: CompletionRequest, request: Request, server: ServerState, caller: Caller) -> _Answer:
@@ -66,31 +71,65 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
     likely = body.logprobs
     if chosen_among > body.texts and likely is None:
         likely = 0  # the best are found by them
-    params = body.sampling_params(
-        n=chosen_among,
-        max_tokens=max(1, max_tokens),
-        logprobs=likely,
-        prompt_logprobs=body.logprobs if body.echo else None,
-        structured=await server.model.structured(asked_structure(body), caller.name),
-    )
+    wanted = [body.prompt_logprobs, body.logprobs if body.echo else None]
+    more: dict[str, Any] = {"prompt_logprobs": max((each for each in wanted if each is not None), default=None)}
+    infilling = _infilling(body, server)
+    more["structured"] = await server.model.structured(asked_structure(body), caller.name)
+    if infilling is not None:
+        more["stop_token_ids"] = [*(body.stop_token_ids or ()), *infilling.ends]
+    params = body.sampling_params(n=chosen_among, max_tokens=max(1, max_tokens), logprobs=likely, **more)
     params.require_vocab(server.model.vocab_size)
     jobs, texts = [], []
     for prompt in prompts:
-        if isinstance(prompt, str):
-            special = body.add_special_tokens is not False
-            ids = await server.model.encode(prompt, caller.name, special_tokens=special)
-        else:
-            ids = prompt
-            server.model.check_length(len(ids), max_tokens, "prompt")
-            server.model.check_ids(ids, "prompt")
-            await asyncio.sleep(0)  # so many more may follow
+        whole = await _encode(prompt, body, server, caller)
+        ids = server.model.last_tokens(whole, body.truncate_prompt_tokens, max_tokens)
         server.model.check_length(len(ids), max_tokens, "prompt")
         jobs.append(Job(ids, params))
         if body.echo:
-            if not isinstance(prompt, str):
+            if not isinstance(prompt, str) or len(ids) < len(whole):
                 prompt = await server.model.decode(ids, caller.name, special_tokens=False)
             texts.append(prompt)
     return _Answer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
+
+
+async def _encode(prompt: str | list[int], body: CompletionRequest, server: ServerState, caller: Caller) -> list[int]:
+    """Return the tokens of a prompt, with what follows the text where there is something."""
+    model, cuts = server.model, body.truncate_prompt_tokens is not None
+    special = body.add_special_tokens is not False
+    infilling = _infilling(body, server)
+    if not isinstance(prompt, str):
+        if not cuts:
+            model.check_length(len(prompt), None, "prompt")
+        model.check_ids(prompt, "prompt")
+        await asyncio.sleep(0)  # so many more may follow
+        if infilling is None:
+            return prompt
+        special = False  # whoever brings tokens brings all of them
+    elif infilling is None:
+        return await model.encode(prompt, caller.name, special_tokens=special, cuts=cuts)
+    first = await model.encode("", caller.name) if special else []
+    before = prompt
+    if isinstance(before, str):
+        before = await model.encode(before, caller.name, special_tokens=False, cuts=cuts)
+    after = await _encode_suffix(body.suffix or "", server, caller, has_spaces=infilling.has_spaces)
+    return [*first, *infilling.prompt(before, after)]
+
+
+async def _encode_suffix(text: str, server: ServerState, caller: Caller, *, has_spaces: bool) -> list[int]:
+    """Return the tokens of a text without the space that some tokenizers put before it."""
+    sign = await server.model.encode("☺", caller.name, special_tokens=False) if has_spaces else []
+    ids = await server.model.encode("☺" * has_spaces + text, caller.name, special_tokens=False, param="suffix")
+    return ids[len(sign) :]
+
+
+def _infilling(body: CompletionRequest, server: ServerState) -> Infilling | None:
+    """Return how to ask for a text before a suffix; None if there is no suffix, 400 if the model does not know how."""
+    if not body.suffix:
+        return None
+    if server.model.infilling is None:
+        message = "suffix: this model was not taught to fill in: its tokenizer has no marks for it"
+        raise ApiError(400, message, param="suffix", code="unsupported_parameter")
+    return server.model.infilling
 
 
 @dataclass(eq=False)
@@ -123,9 +162,9 @@ class _Answer:
             for index, choice in enumerate(_best(output.outputs, texts))
         ]
 
-    def chunk(self, place: int, output: RequestOutput, delta: CompletionOutput, first: bool) -> dict[str, Any]:
+    def chunks(self, place: int, output: RequestOutput, delta: CompletionOutput, first: bool) -> list[dict[str, Any]]:
         """Return the choice of a stream that holds a delta."""
-        return self._choice(place * self.body.texts + delta.index, delta, output, first)
+        return [self._choice(place * self.body.texts + delta.index, delta, output, first)]
 
     def usage(self, generation: Generation) -> Usage:
         """Return what it cost."""
@@ -138,25 +177,41 @@ class _Answer:
         text = "" if self.silent else delta.text
         if self.body.echo and first:
             text = self.prompts[index // self.body.texts] + text
-        return {
+        choice = {
             "index": index,
             "text": text,
             "logprobs": None if self.body.logprobs is None else self._logprobs(index, delta, output, first),
             "finish_reason": "length" if self.silent and delta.finish_reason else delta.finish_reason,
             "stop_reason": None if self.silent else delta.stop_reason,
         }
+        ids, count = output.prompt_token_ids, self.body.prompt_logprobs
+        if count is not None:
+            choice["prompt_logprobs"] = self.server.tokens.prompt_entries(output.prompt_logprobs, ids, count)
+        if self.body.return_token_ids:
+            choice |= {"prompt_token_ids": ids} if first else {}
+            choice["token_ids"] = () if self.silent else delta.token_ids
+        return choice
 
     def _logprobs(self, index: int, delta: CompletionOutput, output: RequestOutput, first: bool) -> dict[str, Any]:
         tokens = [] if self.silent else list(delta.token_ids)
         likely: list[Any] = [] if self.silent else list(delta.logprobs or [])
         if self.body.echo and first:
             tokens = [*output.prompt_token_ids, *tokens]
-            likely = [*(output.prompt_logprobs or [None] * len(output.prompt_token_ids)), *likely]
+            likely = [*self._prompt_logprobs(output), *likely]
         offset = self.offsets.get(index, 0)
         entries = self.server.tokens.completion_entries(tokens, likely, offset)
         if tokens:
             self.offsets[index] = entries["text_offset"][-1] + self.server.tokens.length(tokens[-1])
         return entries
+
+    def _prompt_logprobs(self, output: RequestOutput) -> list[Any]:
+        """Return how likely the tokens of the prompt are, with as many likeliest ones as for the text."""
+        ids, likely = output.prompt_token_ids, output.prompt_logprobs or [None] * len(output.prompt_token_ids)
+        count = self.body.logprobs or 0
+        return [
+            found and {other: of for other, of in found.items() if other == token or of.rank <= count}
+            for token, found in zip(ids, likely, strict=True)
+        ]
 
 
 def _best(choices: list[CompletionOutput], count: int) -> list[CompletionOutput]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pagedkv.errors import bad_argument
+from pagedkv.server.tool_parsers import PARSERS
 
 MIB = 1 << 20
 _MODEL, _KEYS, _LIMITS, _SHOW = "The model", "Who may call", "Limits", "What to show"
@@ -65,6 +66,13 @@ class ServerConfig:
     chat_template: str | None = setting(
         None, "A Jinja template instead of the tokenizer's.", group=_MODEL, shown=False, from_file=True
     )
+    tool_parser: str | None = setting(
+        None,
+        f"How the model writes calls of tools: {', '.join(PARSERS)}.",
+        group=_MODEL,
+        shown="as its chat template says",
+    )
+    trust_request_chat_template: bool = setting(False, "Let requests bring chat templates.", group=_MODEL)
     api_keys: tuple[str, ...] = setting(
         (),
         "A key that may call; give it again for more. Other users of the machine can see it.",
@@ -142,6 +150,8 @@ class ServerConfig:
             raise bad_argument("operator_keys", "api_keys beside them: without them everybody may call")
         if not 0 < self.max_key_share <= 1:
             raise bad_argument("max_key_share", "a part above 0, at most 1", f"{self.max_key_share}")
+        if self.tool_parser not in (None, *PARSERS):
+            raise bad_argument("tool_parser", f"one of {', '.join(PARSERS)}", f"{self.tool_parser!r}")
         if self.log_format not in ("text", "json"):
             raise bad_argument("log_format", "'text' or 'json'", f"{self.log_format!r}")
 

@@ -16,10 +16,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from pagedkv.engine import CompletionOutput, EngineDead, RequestOutput, SamplingParams
+from pagedkv.server.answers import Usage
 from pagedkv.server.auth import Caller, salt_of
 from pagedkv.server.errors import ApiError, ClientLeft, api_error_of
 from pagedkv.server.logs import note
-from pagedkv.server.schemas import GenerationFields, Usage
+from pagedkv.server.schemas import GenerationFields
 from pagedkv.server.state import ServerState
 
 T = TypeVar("T")
@@ -278,6 +279,8 @@ class Deltas:
 
 _HEADERS = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 DONE = b"data: [DONE]\n\n"
+BESIDE = "beside"
+"""Of a choice: fields that stand beside it in its event, not in it."""
 
 
 class EventFrame:
@@ -297,7 +300,9 @@ class EventFrame:
 
     def event(self, choice: dict[str, Any]) -> bytes:
         """Return the event of a choice."""
-        return self._head + _encode(choice) + self._tail
+        more = choice.pop(BESIDE, None)
+        tail = b"]," + _encode(more)[1:-1] + self._tail[1:] if more else self._tail
+        return self._head + _encode(choice) + tail
 
     def last(self, usage: Usage) -> bytes:
         """Return the event of the usage."""
@@ -316,7 +321,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, generation: Generation, events: AsyncGenerator[bytes, None], media_type: str = media_type
+    ) -> None:
+        self.media_type = media_type
         self.status_code, self.background, self.body = 200, None, b""
         self._generation, self._events = generation, events
         self.init_headers(_HEADERS)
@@ -336,17 +344,21 @@ class EventStream(Response):
             await self._generation.__aexit__()
 
 
-async def stream(
-    generation: Generation,
-    frame: dict[str, Any],
-    choice_of: Callable[[int, RequestOutput, CompletionOutput, bool], dict[str, Any]],
-    usage: Callable[[], Usage],
-) -> EventStream:
-    """Start what is to run and, once there is something to tell, return the stream of it.
+Steps = AsyncGenerator[list[dict[str, Any]], None]
+"""What is new in the choices of an answer, step by step."""
 
-    What goes wrong before that is raised, so that the client gets the right status. Each event is `frame` with the
-    choice of one delta, which `choice_of` makes of the prompt's place, its output, the delta and whether it is the
-    first of its text. An error that comes later is the last event but one.
+
+async def stream_steps(
+    generation: Generation,
+    choices_of: Callable[[int, RequestOutput, CompletionOutput, bool], list[dict[str, Any]]],
+    events_of: Callable[[Steps], AsyncGenerator[bytes, None]],
+    media_type: str = EventStream.media_type,
+) -> EventStream:
+    """Start what is to run and, once there is something to tell, return the stream that `events_of` makes of its steps.
+
+    What goes wrong before that is raised, so that the client gets the right status; what goes wrong later is raised in
+    the steps. The choices are made by `choices_of` of the prompt's place, its output, a delta and whether it is the
+    first of its text.
     """
     await generation.__aenter__()
     try:
@@ -356,21 +368,40 @@ async def stream(
         await generation.__aexit__()
         raise
 
-    async def events() -> AsyncGenerator[bytes, None]:
+    async def steps() -> Steps:
         deltas, changed = Deltas(), news
+        while changed:
+            told = [
+                choice
+                for place, output in changed
+                for text in output.outputs
+                if (found := deltas.of(place, text)) is not None
+                for choice in choices_of(place, output, *found)
+            ]
+            if told:
+                yield told
+            changed = await anext(changes, [])
+
+    return EventStream(generation, events_of(steps()), media_type)
+
+
+async def stream(
+    generation: Generation,
+    frame: dict[str, Any],
+    choices_of: Callable[[int, RequestOutput, CompletionOutput, bool], list[dict[str, Any]]],
+    usage: Callable[[], Usage],
+) -> EventStream:
+    """Stream an answer as OpenAI's chats and completions do: each event is `frame` with one choice.
+
+    An error that comes in the middle is the last event but one.
+    """
+
+    async def events(steps: Steps) -> AsyncGenerator[bytes, None]:
         wants_usage = generation.body.wants_usage
         made = EventFrame(frame, wants_usage)
         try:
-            while changed:
-                told = [
-                    made.event(choice_of(place, output, *found))
-                    for place, output in changed
-                    for text in output.outputs
-                    if (found := deltas.of(place, text)) is not None
-                ]
-                if told:
-                    yield b"".join(told)
-                changed = await anext(changes, [])
+            async for choices in steps:
+                yield b"".join([made.event(choice) for choice in choices])
             if wants_usage:
                 yield made.last(usage())
         except (ClientLeft, GeneratorExit):
@@ -380,4 +411,4 @@ async def stream(
             yield _event(api_error_of(error).body)
         yield DONE
 
-    return EventStream(generation, events())
+    return await stream_steps(generation, choices_of, events)

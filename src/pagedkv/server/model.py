@@ -30,6 +30,15 @@ LONGEST_TOKEN = 16
 """Characters of a token at most, on the average of a text. Vocabularies have longer ones, of a hundred spaces say."""
 
 
+def template_of(tokenizer: Any, given: str | None = None, *, with_tools: bool = False) -> str | None:
+    """Return the chat template that is used: the one that is given or the tokenizer's, of several the one for tools."""
+    template = given or getattr(tokenizer, "chat_template", None) or None
+    if isinstance(template, dict):
+        named: str | None = template.get("tool_use") if with_tools else None
+        return named or template.get("default")
+    return template
+
+
 @dataclass(eq=False, kw_only=True)
 class ServedModel:
     """The model as the API sees it.
@@ -105,9 +114,17 @@ class ServedModel:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, tenant: str, *, special_tokens: bool = True, param: str = "prompt") -> list[int]:
-        """Return the token ids of a text; 400 if it has more characters than can fit."""
+    def template(self, given: str | None = None, *, with_tools: bool = False) -> str | None:
+        """Return the chat template that is used: one that is given, the operator's or the tokenizer's, if any."""
+        return template_of(self.tokenizer, given or self.chat_template, with_tools=with_tools)
+
+    async def encode(
+        self, text: str, tenant: str, *, special_tokens: bool = True, param: str = "prompt", cuts: bool = False
+    ) -> list[int]:
+        """Return the token ids of a text; 400 if it has more characters than can fit, or, with `cuts`, of its end."""
         self._need_tokenizer()
+        if cuts:
+            text = text[-self.max_characters :]
         self.check_text(len(text), param)
         return await self._apart(encode, text, special_tokens, tenant=tenant, size=len(text))
 
@@ -180,6 +197,26 @@ class ServedModel:
             )
             raise ApiError(400, message, param="max_tokens", code=code)
 
+    def last_tokens(self, ids: list[int], count: int | None, max_tokens: int | None) -> list[int]:
+        """Return so many last tokens of a prompt: all if `count` is None, as many as fit if it is -1."""
+        if count is None:
+            return ids
+        if count == -1:
+            count = max(1, min(self.max_prompt_tokens, self.max_model_len - (max_tokens or 1)))
+        return ids[max(0, len(ids) - count) :]
+
+    @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens, which a text may be without, and their ids."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
+    def infilling(self) -> Infilling | None:
+        """How the model is asked for what is missing in the middle of a text; None if its tokenizer has no marks."""
+        found = (infilling_of(self.tokenizer, names, self.vocab_size) for names in INFILLINGS)
+        return None if self.tokenizer is None else next((each for each in found if each is not None), None)
+
     def close(self) -> None:
         """End the threads, and the processes whatever they do."""
         self._processes.close()
@@ -230,6 +267,82 @@ class ServedModel:
             raise
         except TokenizerEnded as ended:
             raise _ended(ended) from ended
+
+
+# Marks with which models are asked for what is missing in the middle of a text.
+
+
+@dataclass(frozen=True, slots=True)
+class Infilling:
+    """The tokens that stand before, between and behind what is there of a text.
+
+    Attributes
+    ----------
+    prefix, suffix : int
+        Before the beginning, and before the end.
+    middle : int, optional
+        Behind both; without it the end stands before the beginning.
+    ends : tuple of int
+        Marks that end what the model writes.
+    has_spaces : bool
+        Whether the tokenizer puts a space before every text.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int | None
+    ends: tuple[int, ...]
+    has_spaces: bool
+
+    def prompt(self, before: list[int], after: list[int]) -> list[int]:
+        """Return the tokens that ask for what is missing between two texts."""
+        if self.middle is None:
+            return [self.suffix, *after, self.prefix, *before]
+        return [self.prefix, *before, self.suffix, *after, self.middle]
+
+
+INFILLINGS: tuple[tuple[str | None, ...], ...] = (
+    # Of the beginning, the end and the middle; then others that end what is written.
+    (
+        "<|fim_prefix|>",
+        "<|fim_suffix|>",
+        "<|fim_middle|>",
+        "<|fim_pad|>",
+        "<|repo_name|>",
+        "<|file_sep|>",
+        "<|file_separator|>",
+    ),
+    (
+        "<fim_prefix>",
+        "<fim_suffix>",
+        "<fim_middle>",
+        "<fim_pad>",
+        "<filename>",
+        "<file_sep>",
+        "<reponame>",
+        "<repo_name>",
+    ),
+    ("<fim-prefix>", "<fim-suffix>", "<fim-middle>", "<fim-pad>"),
+    ("<｜fim▁begin｜>", "<｜fim▁hole｜>", "<｜fim▁end｜>"),
+    ("▁<PRE>", "▁<SUF>", "▁<MID>", "▁<EOT>"),
+    ("[PREFIX]", "[SUFFIX]", None),
+)
+"""Of Qwen 2.5 Coder and CodeGemma, StarCoder and Granite, SantaCoder, DeepSeek Coder, Code Llama, Codestral."""
+
+
+def infilling_of(tokenizer: Any, names: Sequence[str | None], vocab_size: int) -> Infilling | None:
+    """Return the marks of these names; None if the tokenizer does not have them."""
+    absent = (None, getattr(tokenizer, "unk_token_id", None))
+
+    def token(name: str | None) -> int | None:
+        found = None if name is None else tokenizer.convert_tokens_to_ids(name)
+        return None if found in absent or not 0 <= found < vocab_size else int(found)
+
+    prefix, suffix, middle, *others = map(token, names)
+    if prefix is None or suffix is None or (middle is None and names[2] is not None):
+        return None
+    ends = tuple(each for each in (prefix, suffix, middle, *others) if each is not None)
+    return Infilling(prefix, suffix, middle, ends, has_spaces=str(names[0]).startswith("▁"))
 
 
 def _ended(ended: TokenizerEnded) -> ApiError:
@@ -296,6 +409,25 @@ class TokenText:
             ],
             "text_offset": offsets,
         }
+
+    def prompt_entries(self, likely: list[Any] | None, tokens: Sequence[int], count: int) -> list[Any] | None:
+        """Return the log probabilities of a prompt as vLLM tells them, with `count` of the likeliest ones."""
+        if likely is None:
+            return None
+        return [
+            None
+            if found is None
+            else {
+                str(other): {
+                    "logprob": max(LEAST, of.logprob),
+                    "rank": of.rank,
+                    "decoded_token": self.text(other),
+                }
+                for other, of in found.items()
+                if other == token or of.rank <= count
+            }
+            for token, found in zip(tokens, likely, strict=True)
+        ]
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
         return {"token": self.text(token), "logprob": max(LEAST, logprob), "bytes": list(self.raw(token))}

@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from pagedkv.server.schemas import ChatChunk, CompletionChunk
+from pagedkv.server.answers import ChatChunk, CompletionChunk
 
 _REF = "#/components/schemas/{model}"
 

@@ -1,4 +1,4 @@
-"""Request and response bodies of the API."""
+"""Request bodies of the API."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pagedkv.engine import SamplingParams
 from pagedkv.errors import bad_argument
 from pagedkv.server.errors import ApiError
+from pagedkv.server.tool_parsers import FUNCTION_NAME
 
 MOST_TEXTS = 128
 MOST_LOGPROBS = 20
 MOST_STOPS = 16
+MOST_TOOLS = 512
 INT64 = 2**63
 
 
@@ -62,9 +64,7 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": _EMPTY,
     "mm_processor_kwargs": _EMPTY,
     "prompt_embeds": _EMPTY,
-    "prompt_logprobs": _NEVER,
     "repetition_detection": _NEVER,
-    "return_token_ids": _OFF,
     "return_tokens_as_token_ids": _OFF,
     "spaces_between_special_tokens": _ON,
     "structural_tag": _NEVER,
@@ -228,6 +228,13 @@ class GenerationFields(RequestBody):
         None,
         description="Extension: with the tokens that open a text; true, but false where a chat template writes them.",
     )
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = Field(
+        None, description="Extension: how likely the tokens of the prompt are, with so many likeliest ones; no streams."
+    )
+    return_token_ids: bool | None = Field(None, description="Extension: the ids of the prompt and of the text, too.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(
+        None, description="Extension: of longer prompts only so many last tokens; -1 means what fits."
+    )
     prompt_cache_key: str | None = Field(None, description="Accepted and ignored: prefixes are found by themselves.")
     response_format: ResponseFormat | None = Field(None, description="A text, any JSON object, or by a schema.")
     structured_outputs: StructuredOutputs | None = Field(None, description="vLLM's: what the answer follows.")
@@ -245,6 +252,11 @@ class GenerationFields(RequestBody):
     def texts(self) -> int:
         """How many texts are returned for a prompt."""
         return self.n or 1
+
+    def check_prompt_logprobs(self) -> None:
+        """See that they are not asked for in a stream; InvalidOperation if they are."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise bad_argument("prompt_logprobs", "none in a stream", f"{self.prompt_logprobs}")
 
     @property
     def wants_usage(self) -> bool:
@@ -279,21 +291,6 @@ def _token_biases(given: dict[str, float]) -> dict[int, float]:
     return biases
 
 
-class PromptTokensDetails(BaseModel):
-    """Where the tokens of the prompts came from."""
-
-    cached_tokens: int = Field(description="Tokens whose keys and values came from the cache.")
-
-
-class Usage(BaseModel):
-    """What a request cost."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
 # Of ``/v1/chat/completions``.
 
 
@@ -304,14 +301,34 @@ class TextPart(Body):
     text: Text
 
 
+FunctionName = Annotated[str, StringConstraints(pattern=f"^{FUNCTION_NAME}$")]
+
+
+class FunctionCall(Body):
+    """A function and what it is called with."""
+
+    name: Text
+    arguments: Text = Field(description="The JSON of an object.")
+
+
+class ToolCall(Body):
+    """A call of a tool by the model."""
+
+    id: Text | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
 class ChatMessage(RequestBody):
     """A message of a chat."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1000, fail_fast=True)] | None = Field(
         None, description="A text, or parts of type text; only an assistant may have said nothing."
     )
-    name: str | None = None
+    name: Text | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_call_id: Text | None = None
 
     @property
     def text(self) -> str:
@@ -321,10 +338,61 @@ class ChatMessage(RequestBody):
         return self.content or ""
 
 
+class Function(Body):
+    """A function that the model may call."""
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: dict[str, Any] | None = Field(None, description="The JSON schema of an object; none by default.")
+    strict: bool | None = Field(None, description="Arguments are held to the schema where calls are required.")
+
+
+class Tool(Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionRef(Body):
+    """The name of a function."""
+
+    name: FunctionName
+
+
+class ToolRef(Body):
+    """The name of a tool."""
+
+    type: Literal["function"]
+    function: FunctionRef
+
+
+class AllowedTools(Body):
+    """Some of the tools, and whether one of them has to be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolRef], Field(min_length=1, max_length=MOST_TOOLS, fail_fast=True)]
+
+
+class AllowedToolsChoice(Body):
+    """A choice among some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Literal["none", "auto", "required"] | ToolRef | AllowedToolsChoice
+
+
 class ChatRequest(GenerationFields):
     """Answer a conversation."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)]
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = Field(
+        None, description="Functions that the model may call."
+    )
+    tool_choice: ToolChoice | None = Field(None, description="auto by default: the model decides.")
+    parallel_tool_calls: bool | None = Field(None, description="Whether an answer may hold several calls; true.")
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(None, description="As many as fit by default.")
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = Field(
         None, description="The newer name of max_tokens; it wins."
@@ -332,6 +400,13 @@ class ChatRequest(GenerationFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = Field(None, description="Extension: open the answer; true.")
+    continue_final_message: bool | None = Field(
+        None,
+        description="Extension: go on with the last message, whoever said it; add_generation_prompt is false then.",
+    )
+    chat_template: Text | None = Field(
+        None, description="Extension: a Jinja template, where the server lets clients bring one."
+    )
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="Extension: what the chat template is told.")
 
     @property
@@ -340,82 +415,32 @@ class ChatRequest(GenerationFields):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
-class TokenLogprob(BaseModel):
-    """A token and how likely it was."""
+class TokenizeRequest(RequestBody):
+    """A text, or a conversation."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChosenLogprob(TokenLogprob):
-    """The token that was chosen, and the likeliest ones."""
-
-    top_logprobs: list[TokenLogprob]
-
-
-class ChatLogprobs(BaseModel):
-    """The log probabilities of the tokens of a text."""
-
-    content: list[ChosenLogprob]
-    refusal: None = None
-
-
-class AssistantMessage(BaseModel):
-    """What the model answers."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
+    model: str | None = None
+    prompt: Text | None = Field(None, description="A text; either it or messages.")
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
+        None, description="A conversation, written out as for the chat endpoint."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="With the tokens that open a text; true, but false where a chat template writes them."
+    )
+    add_generation_prompt: bool | None = Field(None, description="Of a conversation: open the answer; true.")
+    continue_final_message: bool | None = Field(None, description="Of a conversation: go on with its last message.")
+    chat_template: Text | None = Field(None, description="A Jinja template, where the server lets clients bring one.")
+    chat_template_kwargs: dict[str, Any] | None = Field(None, description="What the chat template is told.")
+    tools: Annotated[list[Tool], Field(max_length=MOST_TOOLS, fail_fast=True)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    return_token_strs: bool | None = Field(None, description="Return the text of every token, too.")
 
 
-class ChatChoice(BaseModel):
-    """One answer."""
+class DetokenizeRequest(RequestBody):
+    """Tokens."""
 
-    index: int
-    message: AssistantMessage
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
-    stop_reason: int | str | None = Field(None, description="Extension: the stop token or string that ended it.")
-
-
-class ChatCompletion(BaseModel):
-    """All answers."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class Delta(BaseModel):
-    """What is new in an answer."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class ChatChunkChoice(BaseModel):
-    """What is new in one answer."""
-
-    index: int
-    delta: Delta
-    logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: int | str | None = None
-
-
-class ChatChunk(BaseModel):
-    """A piece of a stream: the data of one event. The last event is ``[DONE]``."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None = None
+    model: str | None = None
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 # Of ``/v1/completions``.
@@ -436,6 +461,9 @@ class CompletionRequest(GenerationFields):
     prompt: Prompt = Field(description="A text, texts, token ids, or lists of token ids.")
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(None, description="16 by default.")
     echo: bool | None = Field(None, description="Return the prompt before the text.")
+    suffix: Text | None = Field(
+        None, description="What follows the text, for models that were taught to fill in what is missing between."
+    )
     best_of: Annotated[int, Field(ge=1, le=MOST_TEXTS)] | None = Field(
         None, description="Write so many texts and return the n likeliest by token; not in streams."
     )
@@ -447,44 +475,3 @@ class CompletionRequest(GenerationFields):
         if isinstance(self.prompt, str):
             return [self.prompt]
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
-
-
-class CompletionLogprobs(BaseModel):
-    """The log probabilities of the tokens of a text."""
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int] = Field(description="Where each token begins in the text, in characters.")
-
-
-class CompletionChoice(BaseModel):
-    """One text."""
-
-    index: int
-    text: str
-    logprobs: CompletionLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: int | str | None = Field(None, description="Extension: the stop token or string that ended it.")
-
-
-class Completion(BaseModel):
-    """All texts."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class CompletionChunk(BaseModel):
-    """A piece of a stream: the data of one event. The last event is ``[DONE]``."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None

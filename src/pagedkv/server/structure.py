@@ -24,11 +24,14 @@ class AskedStructure:
         Of :class:`pagedkv.engine.Structured`.
     names : mapping
         Those of the options to how the request calls them.
+    expected : str
+        What errors say that was expected, where that is not what the option says.
     """
 
     field: str
     options: Mapping[str, Any]
     names: Mapping[str, str]
+    expected: str = ""
 
     def checked(self) -> Structured:
         """Return it as the engine takes it; 400, in the words of the request, if it makes no sense."""
@@ -41,8 +44,10 @@ class AskedStructure:
 
     def fault(self, error: InvalidOperation) -> ApiError:
         """Return an error about an option as one about the field of the request."""
-        name = self.names.get(error.argument or "", self.field)
-        return ApiError(400, f"{name}: {error.reason.partition(': ')[2]}", param=name, code="invalid_value")
+        name, reason = self.names.get(error.argument or "", self.field), error.reason.partition(": ")[2]
+        if self.expected:
+            reason = f"expected {self.expected}, got {reason.partition(', got ')[2]}"
+        return ApiError(400, f"{name}: {reason}", param=name, code="invalid_value")
 
 
 def asked_structure(body: GenerationFields) -> AskedStructure | None:

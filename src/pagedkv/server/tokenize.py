@@ -3,39 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Any
 
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
 from pagedkv.errors import bad_argument
 from pagedkv.server.auth import Caller, Client
 from pagedkv.server.chat import ChatForm, encode_chat
 from pagedkv.server.generation import while_there
 from pagedkv.server.json_body import SizedRoute
-from pagedkv.server.schemas import ChatMessage, RequestBody, Text, TokenId
+from pagedkv.server.schemas import DetokenizeRequest, TokenizeRequest
 from pagedkv.server.state import Server, ServerState
 
 router = APIRouter(tags=["tokens"], dependencies=[Client], route_class=SizedRoute)
 TOKENS_AT_ONCE = 4096  # whose texts are looked up before others have their time
-
-
-class TokenizeRequest(RequestBody):
-    """A text, or a conversation."""
-
-    model: str | None = None
-    prompt: Text | None = Field(None, description="A text; either it or messages.")
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=10_000, fail_fast=True)] | None = Field(
-        None, description="A conversation, written out as for the chat endpoint."
-    )
-    add_special_tokens: bool | None = Field(
-        None, description="With the tokens that open a text; true, but false where a chat template writes them."
-    )
-    add_generation_prompt: bool | None = Field(None, description="Of a conversation: open the answer; true.")
-    chat_template_kwargs: dict[str, Any] | None = Field(None, description="What the chat template is told.")
-    return_token_strs: bool | None = Field(None, description="Return the text of every token, too.")
 
 
 class Tokens(BaseModel):
@@ -45,13 +28,6 @@ class Tokens(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None = None
-
-
-class DetokenizeRequest(RequestBody):
-    """Tokens."""
-
-    model: str | None = None
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class Detokenized(BaseModel):
@@ -82,12 +58,7 @@ async def _encode(body: TokenizeRequest, server: ServerState, caller: Caller) ->
     if body.messages is None:
         special = body.add_special_tokens is not False
         return await server.model.encode(body.prompt or "", caller.name, special_tokens=special)
-    form = ChatForm(
-        open_answer=body.add_generation_prompt is not False,
-        special_tokens=body.add_special_tokens,
-        told=body.chat_template_kwargs or {},
-    )
-    return await encode_chat(server.model, body.messages, form, caller.name)
+    return await encode_chat(server.model, body.messages, ChatForm.of(body, server), caller.name)
 
 
 @router.post("/detokenize", summary="Turn tokens into a text")
