@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
 	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
 	@$(PIP) -c constraints.txt hatchling editables
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,serve,events,gpu,dev]'
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,gguf,serve,events,gpu,dev]'
 	@touch $@
 
 demo: $(STAMP) ## a real language model writes text through the paged cache
