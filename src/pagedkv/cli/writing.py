@@ -27,6 +27,10 @@ class PoolWatch:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
+    def forget(self) -> None:
+        """Look for the fullest moment from now on."""
+        self._most, self.fullest = 0, self._runner.cache.snapshot()
+
     def forward(self, plan: Any, token_ids: Any, wanted: Any) -> Any:
         """Run the model."""
         logits = self._runner.forward(plan, token_ids, wanted)
