@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from pagedkv.cli.chats import FORMS, Answer, Chat, Chats, ChatStore, ChatTokens
+from pagedkv.cli.chats import FORMS, Answer, Chat, Chats, ChatStore, ChatTokens, private_folder
 from pagedkv.cli.loading import load_model, require_dtype, require_kv_dtype, require_weights
 from pagedkv.cli.model_source import ModelSource, find_model
 from pagedkv.cli.terminal import (
@@ -242,7 +242,7 @@ def _remember(history: Path | None) -> None:
     if history is None:
         return
     try:
-        history.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(history.parent)
         history.touch(mode=0o600)
         readline.read_history_file(history)
     except OSError:
@@ -458,7 +458,7 @@ def stats_of(chats: Chats) -> Iterator[tuple[str, str]]:
     saved, size = shared.apart - shared.used, shared.block_bytes
     yield "model", f"{chats.model}, chats written as {chats.tokens.form}"
     yield "chat", f"{chats.current.name}, {len(chats.current.messages)} messages"
-    held = f"{shared.used:,} blocks hold {shared.chats:,} chats"
+    held = f"{shared.used:,} blocks hold {shared.chats:,} {'chat' if shared.chats == 1 else 'chats'}"
     yield "shared", f"{held}, apart they would take {shared.apart:,}: {saved:,} blocks are shared"
     yield (
         "memory",
@@ -550,7 +550,8 @@ def _tiers(options: ChatOptions, source: ModelSource) -> list[Tier]:
     name = re.sub(r"[^\w.-]+", "-", source.name)
     directory = options.folder / "blocks" / f"{name}-{digest}"
     try:
-        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_folder(options.folder)
+        private_folder(directory.parent)
     except OSError as error:
         raise Failure(f"--sessions: cannot write {directory.parent}: {error.strerror or error}") from error
     held = sum(file.stat().st_size for file in directory.glob("*") if file.is_file())

@@ -94,25 +94,46 @@ class ChatTokens:
 
     def token_ids(self, chat: Chat, *, open_answer: bool = True) -> list[int]:
         """Return the tokens of a chat, answers as the model wrote them; `Failure` as in `LoadedModel.encode`."""
-        known_text, known = "", list[int]()
+        asked, said, known = "", "", list[int]()
         for place, message in enumerate(chat.messages):
             if message.token_ids:
                 text = self.text(chat, place)
-                known = [*self._extended(known_text, known, text), *message.token_ids]
-                known_text = text + message.content
-        return self._extended(known_text, known, self.text(chat, open_answer=open_answer))
+                known = [*self._extended(asked, said, known, text), *message.token_ids]
+                asked, said = text, message.content
+        return self._extended(asked, said, known, self.text(chat, open_answer=open_answer))
 
-    def _extended(self, known_text: str, known: list[int], text: str) -> list[int]:
-        """Return the tokens of a text, which are known as far as it begins with a known one."""
-        if known and text.startswith(known_text):
-            rest = text[len(known_text) :]
+    def _extended(self, asked: str, said: str, known: list[int], text: str) -> list[int]:
+        """Return the tokens of a text; those of its beginning, a prompt and the answer to it, are known."""
+        rest = _behind(text, asked, said) if known else None
+        if rest is not None:
             return [*known, *self._loaded.encode_part(rest)] if rest else known
         if not text:
             return []
         return self._loaded.encode_part(text) if self.form == "template" else self._loaded.encode(text)
 
 
+def _behind(text: str, asked: str, said: str) -> str | None:
+    """Return what follows on a prompt and the answer to it; None where a text does not begin with them.
+
+    Space around an answer may be another one: templates strip it, or put some.
+    """
+    if not text.startswith(asked):
+        return None
+    rest = text[len(asked) :]
+    if rest.startswith(said):
+        return rest[len(said) :]
+    rest, said = rest.lstrip(), said.strip()
+    return rest[len(said) :] if said and rest.startswith(said) else None
+
+
 # Files.
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder that its owner alone can read, where it is not there."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
 
 _NAME = re.compile(r"[\w][\w. -]{0,99}")
 
@@ -133,7 +154,7 @@ class ChatStore:
         """Write a chat, wholly or not at all; `Failure` where the disk refuses."""
         file = self._file(chat.name)
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            private_folder(self.folder)
             new = file.with_suffix(".new")
             with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as target:
                 target.write(msgspec.json.format(msgspec.json.encode(chat), indent=1))
@@ -310,8 +331,12 @@ class Chats:
     ) -> tuple[RequestOutput, Answer]:
         loaded, started = self._loaded_tokens(), time.perf_counter()
         request = self.llm.request(list(ids), params)
-        self.llm.core.add(request)
-        output = written_by(self.llm, request, show, until_interrupted=True)
+        try:
+            self.llm.core.add(request)
+            output = written_by(self.llm, request, show, until_interrupted=True)
+        except BaseException:
+            self.llm.core.abort(request.request_id)
+            raise
         seconds, metrics, text = time.perf_counter() - started, output.metrics, output.outputs[0]
         first = 0.0 if metrics.first_token is None else metrics.first_token - metrics.arrived
         cached = output.num_cached_tokens
