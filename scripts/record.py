@@ -28,6 +28,8 @@ from pathlib import Path
 
 import pyte
 
+from pagedkv.cli.demo import SYSTEM
+
 ROOT = Path(__file__).parents[1]
 PAUSE, FRAME, LAST = 1.5, 0.06, 6.0  # seconds: longest pause, shortest frame, the last screen
 WIDTH, HEIGHT, SIZE = 8.4, 18, 14  # of a cell and of its letters, in pixels
@@ -53,21 +55,21 @@ class Scene:
     lines: tuple[tuple[str, str], ...]  # what to wait for, what to type
 
 
-DEMO = Scene("make demo", 118, 44, ((r"\$ $", "pagedkv demo\r"), (r"free[^$]*\$ $", "")))
+DEMO = Scene("make demo", 118, 52, ((r"\$ $", "pagedkv demo\r"), (r"free[^$]*\$ $", "")))
 CHAT = Scene(
     "pagedkv chat",
     98,
     34,
     (
-        (r"\$ $", "pagedkv chat SmolLM2-135M-Instruct --seed 5 --system 'You answer in one short sentence.'\r"),
-        (r">>> $", "What is the capital of France?\r"),
-        (r">>> $", "Which river flows through it?\r"),
+        (r"\$ $", 'pagedkv chat SmolLM2-135M-Instruct --seed 3 --system "$(cat tea-shop.txt)"\r'),
+        (r">>> $", "How hot should the water for green tea be?\r"),
+        (r">>> $", "And for white tea?\r"),
         (r">>> $", "/new\r"),
-        (r">>> $", "What is a cache good for?\r"),
+        (r">>> $", "Can the iron pot go into the dishwasher?\r"),
         (r">>> $", "/stats\r"),
         (r">>> $", "/quit\r"),
         (r"\$ $", "pagedkv chat SmolLM2-135M-Instruct --continue\r"),
-        (r">>> $", "And in a browser?\r"),
+        (r">>> $", "And the glass one?\r"),
         (r">>> $", ""),
     ),
 )
@@ -99,6 +101,7 @@ def perform(scene: Scene, folder: Path, name: str) -> list[tuple[float, bytes]]:
         fetch = [sys.executable, str(ROOT / "scripts" / "fetch_chat_model.py")]
         model = Path(subprocess.run(fetch, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
         (folder / model.name).symlink_to(model)
+        (folder / "tea-shop.txt").write_text(SYSTEM)
     environment = os.environ | {
         "PATH": f"{command.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "src"),
@@ -117,9 +120,11 @@ def perform(scene: Scene, folder: Path, name: str) -> list[tuple[float, bytes]]:
     os.close(slave)
     events: list[tuple[float, bytes]] = []
     try:
+        start = 0
         for wanted, typed in scene.lines:
-            _read_until(master, events, wanted)
+            _read_until(master, events, start, wanted)
             for letter in typed:
+                start = len(events)  # before the answer, which may come with the last letter
                 os.write(master, letter.encode())
                 time.sleep(0.03)
                 _read(master, events)
@@ -129,8 +134,8 @@ def perform(scene: Scene, folder: Path, name: str) -> list[tuple[float, bytes]]:
     return events
 
 
-def _read_until(master: int, events: list[tuple[float, bytes]], wanted: str) -> None:
-    start, deadline = len(events), time.monotonic() + 300
+def _read_until(master: int, events: list[tuple[float, bytes]], start: int, wanted: str) -> None:
+    deadline = time.monotonic() + 120
     while True:
         text = b"".join(data for _, data in events[start:]).decode(errors="replace")
         if re.search(wanted, re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", text)):

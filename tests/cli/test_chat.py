@@ -138,7 +138,7 @@ def test_chats_under_one_system_prompt_share_its_blocks(chats):
     assert both.chats == 3 and both.apart - both.used >= 2 * (system - 1) > 2
     assert both.cached_tokens > 0 and both.disk_tokens == 0
     rows = dict(stats_of(chats))
-    assert f"{both.apart - both.used} blocks are shared" in rows["shared"]
+    assert rows["blocks"] == f"{both.used} blocks hold 3 chats; apart they would take {both.apart}"
     assert f"{both.cached_tokens} of {both.prompt_tokens} prompt tokens" in rows["not computed"]
     assert both.preallocated == 3 * 128
 

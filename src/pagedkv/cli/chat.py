@@ -389,10 +389,10 @@ class Screen:
 
     def _greet(self, source: ModelSource, chats: Chats) -> None:
         sizes = chats.llm.sizes
-        facts = [f"{source.name}, {sizes.total_blocks:,} blocks of {sizes.block_size} tokens"]
+        facts = [f"{source.name}: {sizes.total_blocks:,} blocks of {sizes.block_size} tokens"]
         for tier in chats.llm.stats().tiers:
-            facts.append(f"{tier.blocks:,} of {tier.total_blocks:,} blocks on the disk")
-        self._say(", ".join(facts) + ("; /help lists the commands" if self._typist.is_terminal else ""))
+            facts.append(f"{tier.blocks:,} of {tier.total_blocks:,} on the disk")
+        self._say(", ".join(facts) + ("; /help" if self._typist.is_terminal else ""))
         if self._options.form is None and chats.tokens.form == "text":
             self._say(
                 f"{source.name} has no chat template, so it was hardly trained to answer: it goes on from your text"
@@ -455,11 +455,11 @@ def _brought(read: Answer) -> str:
 def stats_of(chats: Chats) -> Iterator[tuple[str, str]]:
     """Yield what ``/stats`` shows."""
     shared, llm = chats.sharing(), chats.llm
-    saved, size = shared.apart - shared.used, shared.block_bytes
+    size = shared.block_bytes
     yield "model", f"{chats.model}, chats written as {chats.tokens.form}"
     yield "chat", f"{chats.current.name}, {len(chats.current.messages)} messages"
     held = f"{shared.used:,} blocks hold {shared.chats:,} {'chat' if shared.chats == 1 else 'chats'}"
-    yield "shared", f"{held}, apart they would take {shared.apart:,}: {saved:,} blocks are shared"
+    yield "blocks", held if shared.chats == 1 else f"{held}; apart they would take {shared.apart:,}"
     yield (
         "memory",
         f"{format_bytes(shared.used * size)}; a cache for each chat: {format_bytes(shared.apart * size)}; "

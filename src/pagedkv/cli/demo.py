@@ -329,7 +329,7 @@ class Stage:
         title = f"{len(script.shown)} {script.what} of {_shared_tokens(script.token_ids):,} tokens"
         columns = max(1, min(3, self._console.width // 38))
         rows = -(-(len(texts) - 1 + SAMPLES) // columns)
-        lines = max(1, min(_MOST_LINES, (self._console.height - 6) // rows - 2)) if self._console.is_terminal else 3
+        lines = max(1, min(_MOST_LINES, (self._console.height - 20) // rows - 2)) if self._console.is_terminal else 3
         width, cells = self._console.width // columns - 4, []
         for asked, written in zip(script.shown, texts, strict=True):
             for number, text in enumerate(written or [""]):
