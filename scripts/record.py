@@ -31,7 +31,7 @@ import pyte
 from pagedkv.cli.demo import SYSTEM
 
 ROOT = Path(__file__).parents[1]
-PAUSE, FRAME, LAST = 1.5, 0.06, 6.0  # seconds: longest pause, shortest frame, the last screen
+PAUSE, FRAME, LAST = 1.5, 0.1, 6.0  # seconds: longest pause, shortest frame, the last screen
 WIDTH, HEIGHT, SIZE = 8.4, 18, 14  # of a cell and of its letters, in pixels
 GROUND, INK = "#16181d", "#d5d8de"
 COLORS = {
@@ -61,15 +61,15 @@ CHAT = Scene(
     98,
     34,
     (
-        (r"\$ $", 'pagedkv chat SmolLM2-135M-Instruct --seed 3 --system "$(cat tea-shop.txt)"\r'),
+        (r"\$ $", 'pagedkv chat SmolLM2-135M-Instruct --temperature 0 --system "$(cat tea-shop.txt)"\r'),
         (r">>> $", "How hot should the water for green tea be?\r"),
-        (r">>> $", "And for white tea?\r"),
+        (r">>> $", "How long does black tea take?\r"),
         (r">>> $", "/new\r"),
-        (r">>> $", "Can the iron pot go into the dishwasher?\r"),
+        (r">>> $", "Do you sell coffee?\r"),
         (r">>> $", "/stats\r"),
         (r">>> $", "/quit\r"),
-        (r"\$ $", "pagedkv chat SmolLM2-135M-Instruct --continue\r"),
-        (r">>> $", "And the glass one?\r"),
+        (r"\$ $", "pagedkv chat SmolLM2-135M-Instruct --continue --temperature 0\r"),
+        (r">>> $", "What do you sell?\r"),
         (r">>> $", ""),
     ),
 )

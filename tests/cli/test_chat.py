@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import select
-import shutil
 import stat
 import subprocess
 import sys
@@ -14,8 +13,7 @@ import time
 
 import pytest
 from tests.cli.commands import START, call
-from tests.cli.test_generate import TEMPLATE
-from transformers import AutoTokenizer
+from tests.cli.models import chat_folder
 
 from pagedkv.cli.chat import ChatOptions, Typist, _tiers, stats_of
 from pagedkv.cli.chats import Chat, Chats, ChatStore, ChatTokens, Message, _behind
@@ -41,12 +39,7 @@ class Stack:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The shipped model, with a chat template."""
-    made = shutil.copytree(shipped_model_path(), tmp_path_factory.mktemp("chat") / "chatty")
-    tokenizer = AutoTokenizer.from_pretrained(made, local_files_only=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(made)
-    return made
+    return chat_folder(tmp_path_factory.mktemp("chat") / "chatty")
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import shutil
 
 import msgspec
 import pytest
 from tests.cli.commands import call
-from tests.cli.test_generate import TEMPLATE
+from tests.cli.models import chat_folder
 
 from pagedkv.cli.demo import (
     METHOD_ENDS,
@@ -28,7 +27,6 @@ from pagedkv.cli.demo import (
 from pagedkv.cli.loading import load_model
 from pagedkv.cli.model_source import find_model
 from pagedkv.engine import LLM, SamplingParams
-from pagedkv.models import shipped_model_path
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +84,10 @@ def test_the_report_is_one_object():
 
 
 def test_a_model_with_a_chat_template_answers_questions(tmp_path):
-    from transformers import AutoTokenizer
-
-    folder = shutil.copytree(shipped_model_path(), tmp_path / "chatty")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    script = script_for(load_model(find_model(folder), "cpu"))
+    chatty = load_model(find_model(chat_folder(tmp_path / "chatty")), "cpu")
+    script = script_for(chatty)
     assert script.shown == QUESTIONS and script.what == "chats under one system prompt"
-    assert tokenizer.decode(script.token_ids[0]).endswith(f"# user: {QUESTIONS[0]}\n# assistant:")
+    assert chatty.tokenizer.decode(script.token_ids[0]).endswith(f"# user: {QUESTIONS[0]}\n# assistant:")
 
 
 def test_the_screen_shows_the_end_of_each_text(loaded, capsys):

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import torch
 from tests.cli.commands import call
+from tests.cli.models import chat_folder
 from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -136,20 +137,9 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
-TEMPLATE = """\
-{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}
-{% endif %}# {{ m.role }}: {{ m.content }}
-{% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"""
-
-
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A folder of the shipped model, with a chat template."""
-    folder = shutil.copytree(shipped_model_path(), tmp_path_factory.mktemp("chat") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.mark.parametrize(

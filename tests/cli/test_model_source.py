@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.commands import call
+from tests.cli.models import write_gguf
 
 from pagedkv.cli import model_source
 from pagedkv.cli.model_source import find_model
@@ -124,53 +125,6 @@ def test_an_offline_hub_is_not_asked(hub, monkeypatch):
 
 
 # GGUF files.
-
-
-def write_gguf(target: Path) -> None:
-    """Write the shipped model as a GGUF file in float32."""
-    import gguf
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(shipped_model_path(), local_files_only=True).float()
-    tokenizer = AutoTokenizer.from_pretrained(shipped_model_path(), local_files_only=True)
-    config, writer = model.config, gguf.GGUFWriter(target, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    import json
-
-    told = json.loads((shipped_model_path() / "tokenizer.json").read_text())["model"]
-    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda pair: pair[1])]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in told["merges"]]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(merges)
-    writer.add_add_bos_token(True)
-    writer.add_bos_token_id(config.bos_token_id)
-    writer.add_eos_token_id(config.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight":
-            continue  # it is the embedding
-        found = names.get_name(name, try_suffixes=(".weight",))
-        if ".q_proj." in name or ".k_proj." in name:  # GGUF pairs the two halves of a head
-            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
-            halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-            weight = halves.swapaxes(1, 2).reshape(weight.shape)
-        writer.add_tensor(found, weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_a_gguf_file_writes_what_its_folder_writes(tmp_path):
