@@ -17,6 +17,7 @@ from pagedkv.cli.demo import engine_for, facts_of, perform, script_for
 from pagedkv.cli.loading import load_model
 from pagedkv.cli.model_source import find_model
 from pagedkv.cli.terminal import facts_table, threads_for
+from pagedkv.cli.writing import warm_up
 
 
 def draw(console: Console) -> None:
@@ -24,7 +25,7 @@ def draw(console: Console) -> None:
     source = find_model(None)
     loaded = load_model(source, "cpu")
     llm = engine_for(loaded)
-    llm.warm_up()
+    warm_up(llm)
     with threads_for(loaded.model.num_parameters()):
         report, pool = perform(llm, script_for(loaded), None, model=source.name)
     report.compile_seconds = 0.0  # of this machine, at this time

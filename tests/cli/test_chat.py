@@ -294,10 +294,15 @@ def test_a_second_program_goes_on_without_the_disk(folder, tmp_path):
 
 
 def test_another_model_takes_the_chat_over(folder):
-    say = f"import os\n/model\n/model {shipped_model_path()}\nimport sys\n/stats\n"
+    say = (
+        f"import os\n/new other\n/new\n/load other\n/model\n/model {shipped_model_path()}\nimport sys\n/stats\n/chats\n"
+    )
     result = chat(folder, "--no-disk", "--max-new-tokens", 4, say=say)
     assert "chatty\n" in result.stderr and "pysmall has no chat template" in result.stderr
-    assert "pysmall, chats written as text" in result.stderr and "4 messages" in result.stderr
+    assert "pysmall, chats written as text" in result.stderr and re.search(
+        r"\* other +2 messages  import sys", result.stderr
+    )
+    assert result.stderr.count("  2 messages  import ") == 2 and "  0 messages" in result.stderr
 
 
 def test_the_commands_do_what_help_says(folder, tmp_path):

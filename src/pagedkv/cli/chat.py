@@ -33,7 +33,7 @@ from pagedkv.cli.terminal import (
     options_from,
     threads_for,
 )
-from pagedkv.cli.writing import of_folder, shown_safely
+from pagedkv.cli.writing import of_folder, shown_safely, warm_up
 from pagedkv.errors import InvalidOperation, PagedKvError, TierError
 from pagedkv.format import duration, format_bytes, percent
 from pagedkv.server.config import setting
@@ -263,13 +263,15 @@ class Screen:
 
     def run(self, source: ModelSource | None) -> None:
         """Chat until there is nothing more to read; another model is loaded in between where it is asked for."""
-        current: Chat | None = None
+        before: Chats | None = None
         while source is not None:
-            with opened(self._options, source, self._console, current) as chats:
+            with opened(self._options, source, self._console) as chats:
                 self._greet(source, chats)
-                if current is None:
+                if before is None:
                     self._begin(chats)
-                source, current = self._converse(chats), chats.current
+                else:
+                    chats.take_over(before)
+                source, before = self._converse(chats), chats
 
     def _converse(self, chats: Chats) -> ModelSource | None:
         """Answer messages and obey commands; returns the model that is to take over, None at the end."""
@@ -481,8 +483,8 @@ def stats_of(chats: Chats) -> Iterator[tuple[str, str]]:
 
 
 @contextmanager
-def opened(options: ChatOptions, source: ModelSource, console: Console, current: Chat | None) -> Iterator[Chats]:
-    """Load a model, and have its chats open for as long as the body runs; the current one goes on."""
+def opened(options: ChatOptions, source: ModelSource, console: Console) -> Iterator[Chats]:
+    """Load a model, and have its chats, at first a new one, open for as long as the body runs."""
     with library_notices(console), console.status(f"loading {source.name}"):
         loaded = load_model(source, options.device, options.dtype)
         tokens = ChatTokens(loaded, options.form)  # type: ignore[arg-type]
@@ -494,13 +496,9 @@ def opened(options: ChatOptions, source: ModelSource, console: Console, current:
         del model
     with threads_for(num_parameters), llm:
         with library_notices(console), console.status("warming up"):
-            llm.warm_up()
+            warm_up(llm)
         store = ChatStore(options.folder) if options.disk else None
-        if current is None:
-            current = Chat(fresh_name(), options.system)
-        elif current.model != source.name:
-            current.messages = [type(said)(said.role, said.content) for said in current.messages]
-        yield Chats(llm, tokens, source.name, params, current, store)
+        yield Chats(llm, tokens, source.name, params, Chat(fresh_name(), options.system), store)
 
 
 def _params(options: ChatOptions, of_model: Any, tokens: ChatTokens) -> SamplingParams:

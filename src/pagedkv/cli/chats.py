@@ -281,6 +281,7 @@ class Chats:
         self.open = {current.name: current}
         self.last: Answer | None = None
         self._num_answers = 0
+        self._before = llm.stats()
 
     def say(self, text: str, show: Callable[[str], None]) -> Answer:
         """Let the model answer a message; `show` gets the answer piece by piece.
@@ -381,14 +382,23 @@ class Chats:
         Returns what that took; None where nothing was said in it yet.
         """
         chat = self.open.get(name) or self._needed_store().load(name)
-        self._enter(chat)
-        if chat.model != self.model:  # of a model with other tokens
-            chat.messages = [Message(message.role, message.content) for message in chat.messages]
+        self._enter(self._readable(chat))
         ids = self.tokens.token_ids(chat, open_answer=False) if chat.messages else []
         if not 0 < len(ids) < self.llm.sizes.max_model_len:
             return None
         once = replace(self.params, max_tokens=1, stop=())
         return self._written(ids, once, lambda piece: None)[1]
+
+    def take_over(self, others: Chats) -> None:
+        """Go on with the chats that are open with another model."""
+        self.open = {name: self._readable(chat) for name, chat in others.open.items()}
+        self.current = others.current
+
+    def _readable(self, chat: Chat) -> Chat:
+        """Return a chat, without the tokens of its answers where another model wrote them."""
+        if chat.model != self.model:
+            chat.messages = [Message(message.role, message.content) for message in chat.messages]
+        return chat
 
     def _enter(self, chat: Chat) -> None:
         self.open[chat.name] = self.current = chat
@@ -419,15 +429,15 @@ class Chats:
             node = -1
             for block in range(held):
                 node = tree.setdefault((node, tuple(ids[block * size : (block + 1) * size])), len(tree))
-        stats = llm.stats()
+        stats, before = llm.stats(), self._before
         return Sharing(
             chats=len(self.open),
             used=len(tree),
             apart=apart,
             preallocated=len(self.open) * (llm.sizes.max_model_len // size),
             block_bytes=llm.sizes.bytes_per_block,
-            prompt_tokens=stats.prompt_tokens,
-            cached_tokens=stats.prefix_hits,
+            prompt_tokens=stats.prompt_tokens - before.prompt_tokens,
+            cached_tokens=stats.prefix_hits - before.prefix_hits,
             disk_tokens=self._loaded_tokens(),
         )
 

@@ -32,7 +32,7 @@ from pagedkv.cli.terminal import (
     threads_for,
 )
 from pagedkv.cli.warmup import Clock
-from pagedkv.cli.writing import PoolWatch
+from pagedkv.cli.writing import PoolWatch, warm_up
 from pagedkv.format import duration, format_bytes, percent
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def demo(
         with library_notices(console), console.status("loading the model, warming up"):
             loaded = load_model(source, "cpu")
             llm, script = engine_for(loaded), script_for(loaded)
-            llm.warm_up()
+            warm_up(llm)
         with threads_for(loaded.model.num_parameters()):
             report, pool = perform(llm, script, None if json else Stage(script), model=source.name)
         if json:

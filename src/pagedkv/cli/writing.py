@@ -66,6 +66,18 @@ def written_by(llm: LLM, request: Request, show: Callable[[str], None], until_in
     return output
 
 
+def warm_up(llm: LLM) -> None:
+    """Compute a few tokens, so that the texts that follow wait for no compiling.
+
+    Unlike ``LLM.warm_up`` it forgets nothing, after which a runner would read its model anew for the first text; less
+    than a block leaves nothing behind. Tiers are left alone.
+    """
+    from pagedkv.engine import SamplingParams
+
+    with llm.core.without_tiers():
+        llm.generate([[0] * max(1, min(8, llm.sizes.max_model_len - 2))], SamplingParams(max_tokens=2, ignore_eos=True))
+
+
 def of_folder(generation_config: Any, *names: str) -> dict[str, Any]:
     """Return these sampling settings as the model's ``generation_config.json`` has them, where it has them."""
     given = {name: getattr(generation_config, name, None) for name in names}
