@@ -28,8 +28,6 @@ from pathlib import Path
 
 import pyte
 
-from pagedkv.cli.demo import SYSTEM
-
 ROOT = Path(__file__).parents[1]
 PAUSE, FRAME, LAST = 1.5, 0.1, 6.0  # seconds: longest pause, shortest frame, the last screen
 WIDTH, HEIGHT, SIZE = 8.4, 18, 14  # of a cell and of its letters, in pixels
@@ -40,6 +38,12 @@ COLORS = {
     "brightgreen": "#a5d98b", "brightbrown": "#f0d58b", "brightblue": "#8bbcf7", "brightmagenta": "#e29eed",
     "brightcyan": "#83d5e1", "brightwhite": "#ffffff",
 }  # fmt: skip
+
+BRIEF = """\
+You are a helpful assistant who knows geography well. You answer each question in one short sentence, in plain \
+English. You never apologise, you make no lists, and you do not explain more than you were asked. If you do \
+not know something, you say so. If a question is not clear, you say what you think was meant, and answer that. \
+Names of places are written as English writes them."""
 
 Run = tuple[int, str, str, bool]  # column, text, color, bold
 Row = tuple[Run, ...]
@@ -55,21 +59,24 @@ class Scene:
     lines: tuple[tuple[str, str], ...]  # what to wait for, what to type
 
 
-DEMO = Scene("make demo", 118, 52, ((r"\$ $", "pagedkv demo\r"), (r"free[^$]*\$ $", "")))
+DEMO = Scene("make demo", 118, 49, ((r"\$ $", "pagedkv demo\r"), (r"free[^$]*\$ $", "")))
 CHAT = Scene(
     "pagedkv chat",
     98,
     34,
     (
-        (r"\$ $", 'pagedkv chat SmolLM2-135M-Instruct --temperature 0 --system "$(cat tea-shop.txt)"\r'),
-        (r">>> $", "How hot should the water for green tea be?\r"),
-        (r">>> $", "How long does black tea take?\r"),
+        (
+            r"\$ $",
+            'pagedkv chat SmolLM2-135M-Instruct --temperature 0 --max-new-tokens 40 --system "$(cat brief.txt)"\r',
+        ),
+        (r">>> $", "What is the capital of France?\r"),
+        (r">>> $", "And of Italy?\r"),
         (r">>> $", "/new\r"),
-        (r">>> $", "Do you sell coffee?\r"),
+        (r">>> $", "What is the capital of Japan?\r"),
         (r">>> $", "/stats\r"),
         (r">>> $", "/quit\r"),
         (r"\$ $", "pagedkv chat SmolLM2-135M-Instruct --continue --temperature 0\r"),
-        (r">>> $", "What do you sell?\r"),
+        (r">>> $", "And of Spain?\r"),
         (r">>> $", ""),
     ),
 )
@@ -101,7 +108,7 @@ def perform(scene: Scene, folder: Path, name: str) -> list[tuple[float, bytes]]:
         fetch = [sys.executable, str(ROOT / "scripts" / "fetch_chat_model.py")]
         model = Path(subprocess.run(fetch, check=True, stdout=subprocess.PIPE, text=True).stdout.strip())
         (folder / model.name).symlink_to(model)
-        (folder / "tea-shop.txt").write_text(SYSTEM)
+        (folder / "brief.txt").write_text(BRIEF)
     environment = os.environ | {
         "PATH": f"{command.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "src"),
