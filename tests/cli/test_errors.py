@@ -109,8 +109,10 @@ def test_a_missing_folder(tmp_path):
     assert failure("generate", "x", "--model", tmp_path / "none") == f"--model: there is no folder {tmp_path / 'none'}"
 
 
-def test_a_name_of_a_hub_is_no_folder_and_no_network_is_tried():
-    assert failure("generate", "x", "--model", "gpt2") == "--model: there is no folder gpt2"
+def test_a_bare_word_is_looked_up_in_the_cache_alone(monkeypatch):
+    monkeypatch.setattr("pagedkv.cli.model_source._fetched", None)  # no network is tried
+    line = failure("generate", "x", "--model", "gpt2")
+    assert line.startswith("--model: there is no folder gpt2, and no model of that name in the Hugging Face cache ")
 
 
 def test_a_file_is_no_folder(folder):
@@ -223,7 +225,7 @@ def test_debug_shows_the_traceback_and_the_line():
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too(monkeypatch):
-    def break_down(path, device):
+    def break_down(source, device, dtype):
         raise RuntimeError("first line\nsecond line")
 
     monkeypatch.setattr("pagedkv.cli.generate.load_model", break_down)

@@ -8,11 +8,13 @@ import msgspec
 import pytest
 import torch
 from tests.cli.commands import call
+from tests.cli.models import chat_folder
 from tests.engine.fakes import FakeRunner
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pagedkv.cli.generate import GenerateReport, facts_of, written_by
+from pagedkv.cli.generate import GenerateReport, facts_of
 from pagedkv.cli.warmup import Clock
+from pagedkv.cli.writing import written_by
 from pagedkv.engine import EngineCore, Request, SamplingParams
 from pagedkv.models import shipped_model_path
 
@@ -135,20 +137,9 @@ def test_another_model_folder(tmp_path, tokenizer):
     assert report.model == str(tmp_path)
 
 
-TEMPLATE = """\
-{% for m in messages %}{% if m.role == 'system' and m.content == 'no' %}{{ raise_exception('no system') }}
-{% endif %}# {{ m.role }}: {{ m.content }}
-{% endfor %}{% if add_generation_prompt %}# assistant:{% endif %}"""
-
-
 @pytest.fixture(scope="module")
 def chat_model(tmp_path_factory):
-    """A folder of the shipped model, with a chat template."""
-    folder = shutil.copytree(shipped_model_path(), tmp_path_factory.mktemp("chat") / "model")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return chat_folder(tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.mark.parametrize(
@@ -166,13 +157,16 @@ def test_a_prompt_is_written_as_the_chat_template_has_it(chat_model, model, toke
     written = model.generate(**ids, do_sample=False, max_new_tokens=8)[0, ids["input_ids"].shape[1] :].tolist()
     assert report.prompt == "say it" and report.token_ids == [written]
     assert report.prompt_tokens == ids["input_ids"].shape[1]
+    assert report.chat_template == (said != "say it")
 
 
 def test_the_answer_of_a_chat_stands_alone(chat_model):
     options = ("say it", "--model", chat_model, "--temperature", 0, "--max-new-tokens", 8)
     (answer,) = report_of(*options).texts
-    assert call("generate", *options).stdout.rstrip("\n") == answer.rstrip("\n")
-    assert call("generate", *options, "--raw").stdout.startswith("say it")
+    shown, raw = call("generate", *options), call("generate", *options, "--raw")
+    assert shown.stdout.rstrip("\n") == answer.rstrip("\n") and raw.stdout.startswith("say it")
+    told = "the prompt is a message to model, by its chat template (--raw goes on from the text)"
+    assert told in shown.stderr and "template" not in raw.stderr
 
 
 def test_a_system_message_needs_a_template_that_takes_it(chat_model):
@@ -377,7 +371,7 @@ def test_the_first_compile_is_announced_in_one_line(monkeypatch):
 
     from pagedkv.cli import generate
 
-    def announce(path, device):
+    def announce(source, device, dtype):
         logging.getLogger("pagedkv").warning("pagedkv: compiling its kernels; this happens once")
         raise KeyboardInterrupt
 
@@ -392,7 +386,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal(monkeypatch, is_termina
 
     from rich.console import Console
 
-    from pagedkv.cli.generate import Screen
+    from pagedkv.cli.writing import Screen
 
     out = io.StringIO()
     out.isatty = lambda: is_terminal

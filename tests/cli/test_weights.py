@@ -8,8 +8,8 @@ import pytest
 from tests.cli.commands import call
 
 from pagedkv.cli.loading import load_model
+from pagedkv.cli.model_source import find_model
 from pagedkv.cli.serve import EngineOptions, TierOptions, _engine
-from pagedkv.models import shipped_model_path
 
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("serve",)], ids=str)
@@ -33,9 +33,9 @@ def test_a_text_is_written_with_weights_in_8_bits():
 
 
 def test_a_served_model_keeps_no_other_weights():
-    folder = shipped_model_path()
+    shipped = find_model(None)
     options = EngineOptions(weights="int8", num_blocks=16)
-    engine = _engine(options, folder, load_model(folder, "cpu"), TierOptions())
+    engine = _engine(options, shipped, load_model(shipped, "cpu"), TierOptions())
     with engine.llm:
         model = engine.llm.core.runner.model
         assert all(not parameter.numel() for parameter in model.parameters())

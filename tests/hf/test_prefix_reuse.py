@@ -75,6 +75,48 @@ def test_num_cached_tokens_is_known_after_generate_has_released_the_cache(model,
     assert cache.num_cached_tokens == 0
 
 
+def test_num_cached_tokens_is_0_after_a_generate_that_was_told_no_ids(model, cache):
+    ids = prompt(1, 30)
+    for _ in range(2):
+        paged(model, ids, cache)
+    assert cache.num_cached_tokens == 29
+    model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **GREEDY)
+    assert cache.num_cached_tokens == 0 and cache.report().cached_tokens == 0
+    assert cache.report().prompt_tokens == 30
+
+
+def test_the_report_tells_the_truth_after_generate(model, cache):
+    assert cache.report().rows == 0 and str(cache.report()) == "nothing was written yet"
+    ids, block = prompt(1, 30), cache.manager
+    for cached in (0, 29):
+        paged(model, ids, cache)
+        report = cache.report()
+        assert (report.rows, report.prompt_tokens, report.cached_tokens) == (1, 30, cached)
+        assert (
+            report.tokens == 30 + 23 and report.blocks_used == 14 and report.blocks_shared == 0
+        )  # the last has no K, V
+        assert report.paged_bytes == 14 * block.block_memory_bytes
+        assert report.contiguous_bytes == 53 * block.block_memory_bytes // 4
+        longest = model.config.max_position_embeddings
+        assert report.preallocated_bytes == longest * block.block_memory_bytes // 4
+    assert "prompts: 30 tokens, 29 of them found and not computed" in str(report)
+    batch = torch.cat([ids, ids])
+    paged(model, batch, cache, release=False)
+    now = cache.report()  # of sequences that are held
+    assert now.rows == 2 and now.cached_tokens == 2 * 29 and now.blocks_shared >= 7
+    held = [set(block.get_sequence(seq_id).block_ids) for seq_id in cache.seq_ids]
+    assert now.blocks_shared == len(held[0] & held[1]) and now.blocks_used == len(held[0] | held[1])
+    cache.release()
+    assert cache.report() == now
+
+
+def test_beams_of_a_prompt_are_one_prompt_in_the_report(model, cache):
+    ids = prompt(1, 30)
+    generate(model, ids, cache, max_new_tokens=6, do_sample=False, num_beams=3, attention_mask=torch.ones_like(ids))
+    report = cache.report()
+    assert report.rows == 3 and report.prompt_tokens == 30 and report.blocks_shared >= 7
+
+
 def test_a_second_conversation_reuses_the_system_prompt(model, cache):
     system = prompt(1, 22)
     one, two = (torch.cat([system, prompt(1, 8, seed=s)], dim=1) for s in (11, 12))

@@ -39,8 +39,8 @@ def cached_of(answer: dict[str, Any]) -> int:
 
 def test_a_chat_goes_on_after_a_restart(tmp_path):
     from pagedkv.cli.loading import load_model
+    from pagedkv.cli.model_source import find_model
     from pagedkv.cli.serve import EngineOptions, TierOptions, _engine
-    from pagedkv.models import shipped_model_path
 
     disk = ["--disk", str(tmp_path / "disk"), "--disk-size", "20MB"]
     with process(tmp_path / "log", *SMALL, *disk) as server:
@@ -49,8 +49,8 @@ def test_a_chat_goes_on_after_a_restart(tmp_path):
         assert server.stop() == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
     tiers = TierOptions(disk=tmp_path / "disk", disk_size="20MB")
-    folder = shipped_model_path()
-    engine = _engine(EngineOptions(num_blocks=64), folder, load_model(folder, "cpu"), tiers)
+    shipped = find_model(None)
+    engine = _engine(EngineOptions(num_blocks=64), shipped, load_model(shipped, "cpu"), tiers)
     (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
     pinned = pin_prompts(engine, ServerConfig(), read_prompts([tmp_path / "prompts.json"]))
     with thread(engine) as server:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pagedkv.cli import bench, check_model, generate, plan, replay, serve, tier, top, trace, warmup
+from pagedkv.cli import bench, chat, check_model, demo, generate, plan, replay, serve, tier, top, trace, warmup
 from pagedkv.cli.terminal import FAILED, INTERRUPTED, DebugOption, JsonOption, failures_in_one_line, say_error
 
 # typer brings its own copy of click or uses the installed one, by version; the exception tree is the same.
@@ -72,6 +72,8 @@ def info(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 
 app.command(help=generate.EXAMPLES)(generate.generate)
+app.command(help=chat.EXAMPLES)(chat.chat)
+app.command(help=demo.EXAMPLES)(demo.demo)
 app.command(help=replay.EXAMPLES)(replay.replay)
 app.add_typer(trace.app, name="trace")
 app.command(help=plan.EXAMPLES)(plan.plan)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import msgspec
 import typer
 
-from pagedkv.cli.loading import check_folder, load_weights
+from pagedkv.cli.loading import load_weights
+from pagedkv.cli.model_source import ModelSource, find_model
 from pagedkv.cli.terminal import DebugOption, JsonOption, facts_table, failures_in_one_line, output, print_json
 from pagedkv.errors import InvalidOperation
 from pagedkv.format import format_bytes
@@ -42,15 +42,20 @@ class Report(msgspec.Struct):
 
 
 def check_model(
-    path: Annotated[Path, typer.Argument(help="A folder in the Hugging Face format.", show_default=False)],
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A folder in the Hugging Face format, a GGUF file, or a name in the Hugging Face cache or at the hub.",
+            show_default=False,
+        ),
+    ],
     device: Annotated[str, typer.Option("--device", help="Where the model runs.")] = "cpu",
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Let the model sit its exam; the help text is `EXAMPLES`."""
     with failures_in_one_line(debug):
-        check_folder(path, "PATH")
-        report = examine(path, device)
+        report = examine(find_model(path, "PATH"), device)
         if json:
             print_json(report)
         else:
@@ -59,9 +64,9 @@ def check_model(
         raise typer.Exit(REFUSED)
 
 
-def examine(path: Path, device: str) -> Report:
+def examine(source: ModelSource, device: str) -> Report:
     """Load a model and let it sit its exam."""
-    model = load_weights(path, device, "PATH")
+    model = load_weights(source, device, "PATH")
     from pagedkv.hf.exam import sit_exam
 
     name, started = type(model).__name__, time.perf_counter()

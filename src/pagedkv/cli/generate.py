@@ -6,15 +6,15 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
-from rich.status import Status
+from rich.text import Text
 
 from pagedkv.cli.block_map import BlockMap
-from pagedkv.cli.loading import KV_DTYPES, WEIGHTS, LoadedModel, check_folder, load_model
+from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
+from pagedkv.cli.model_source import find_model
 from pagedkv.cli.terminal import (
     DebugOption,
     Failure,
@@ -28,14 +28,13 @@ from pagedkv.cli.terminal import (
     threads_for,
 )
 from pagedkv.cli.warmup import Clock
+from pagedkv.cli.writing import PoolWatch, Screen, of_folder, written_by
 from pagedkv.errors import RequestRefused
 from pagedkv.format import duration, format_bytes
 from pagedkv.machine import physical_memory
-from pagedkv.models import shipped_model_path
 from pagedkv.server.config import setting
 
 if TYPE_CHECKING:
-    from pagedkv import CacheSnapshot
     from pagedkv.engine import LLM, Request, RequestOutput, SamplingParams
 
 CHUNK = 512  # prompt tokens of a forward pass
@@ -59,7 +58,8 @@ EXAMPLES = """Write text with a language model whose keys and values live in pag
 
   pagedkv generate "def main():" --stream --window-tokens 508
 
-The text goes to stdout, everything else to stderr. Nothing is ever downloaded.
+The text goes to stdout, everything else to stderr. Nothing is downloaded but a model that is named as at the hub
+(OWNER/NAME) and is not in the local Hugging Face cache.
 
 To a model with a chat template the prompt is a user's message, and only the answer is printed; not so with --raw.
 """
@@ -73,7 +73,11 @@ class GenerateRequest:
 
     prompt: str
     model: str | None = setting(
-        None, "A Hugging Face model folder.", flag="--model,-m", shown="the shipped model", group=_SAMPLING
+        None,
+        "A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
+        flag="--model,-m",
+        shown="the shipped model",
+        group=_SAMPLING,
     )
     system: str | None = setting(
         None, "A system message, for a model with a chat template.", shown=False, group=_SAMPLING
@@ -97,6 +101,7 @@ class GenerateRequest:
     top_p: float = setting(1.0, "Sample from the likeliest tokens of this total probability.", group=_SAMPLING)
     seed: int = setting(0, "The same seed writes the same text.", group=_SAMPLING)
     device: str = setting("cpu", "A torch device: cpu, cuda, cuda:1.", group=_SAMPLING)
+    dtype: str = setting("auto", "auto (as stored), float32, bfloat16, float16.", group=_SAMPLING)
     weights: str | None = setting(
         None, "Weights in 8 bits: int8, on the CPU, in compiled mode.", shown="as stored", group=_SAMPLING
     )
@@ -119,6 +124,7 @@ class GenerateRequest:
     def __post_init__(self) -> None:
         from pagedkv import parse_strategy
 
+        require_dtype(self.dtype)
         require_kv_dtype(self.kv_dtype)
         require_weights(self.weights)
         for flag, value, low, high in (
@@ -154,11 +160,6 @@ class GenerateRequest:
         for name, value in (("--sink-tokens", self.sink_tokens), ("--window-tokens", self.window_tokens)):
             if value is not None and not self.stream:
                 raise Failure(f"{name} goes with --stream only")
-
-    @property
-    def model_path(self) -> Path:
-        """The folder of the model."""
-        return shipped_model_path() if self.model is None else Path(self.model).expanduser()
 
     @property
     def rows(self) -> int:
@@ -223,18 +224,6 @@ class GenerateRequest:
         return self.num_blocks or -(-self.longest_blocks(prompt_tokens) // 16) * 16
 
 
-def require_kv_dtype(name: str | None) -> None:
-    """Raise ``Failure`` where ``--kv-dtype`` was given and cannot be."""
-    if name is not None and name not in KV_DTYPES:
-        raise Failure(f"--kv-dtype: expected {', '.join(KV_DTYPES)}, got {name}")
-
-
-def require_weights(name: str | None) -> None:
-    """Raise ``Failure`` where ``--weights`` was given and cannot be."""
-    if name is not None and name not in WEIGHTS:
-        raise Failure(f"--weights: expected {', '.join(WEIGHTS)}, got {name}")
-
-
 @options_from(GenerateRequest)
 def generate(
     context: typer.Context,
@@ -250,25 +239,28 @@ def generate(
 
 def run(options: GenerateRequest) -> None:
     """Do what was asked for: text to stdout as it comes, then the figures."""
-    check_folder(options.model_path)
+    source = find_model(options.model)
     prompt = options.read_prompt()
     console = notes()
     with library_notices(console):
         with console.status("loading the model"):
-            loaded = load_model(options.model_path, options.device)
+            loaded = load_model(source, options.device, options.dtype)
         is_chat = loaded.has_chat_template and not options.raw
         if options.system is not None and not is_chat:
-            raise Failure(f"--system: expected a model with a chat template, {options.model_path} has none")
+            raise Failure(f"--system: expected a model with a chat template, {source.path} has none")
         ids = loaded.encode_chat(prompt, options.system) if is_chat else loaded.encode(prompt)
         _check_length(options, loaded, len(ids))
         blocks = options.pool_size(len(ids))
+        if is_chat and not options.json:
+            told = f"the prompt is a message to {source.name}, by its chat template (--raw goes on from the text)"
+            console.print(Text(told, style="dim"), soft_wrap=True)
         doing = f"searching with {options.beams} beams" if options.beams > 1 else "reading the prompt"
         echoed = prompt if options.echo and not is_chat else ""
         screen = Screen(echoed, options.samples, console.status(doing), silent=options.json)
         with threads_for(loaded.model.num_parameters()), screen:
             output, pool, took = write(options, loaded, ids, blocks, screen.show)
             screen.finish([text.text for text in output.outputs])
-    report = report_of(options, prompt, output, pool, took)
+    report = report_of(options, prompt, output, pool, took, model=str(source.path), chat_template=is_chat)
     if options.json:
         print_json(report)
     else:
@@ -310,29 +302,6 @@ def _checked_pool(options: GenerateRequest, blocks: int, bytes_per_block: int, o
 
 
 # Writing: one request to an engine of its own.
-
-
-class PoolWatch:
-    """A runner that remembers its pool as it was in the forward pass that held most blocks.
-
-    The engine frees a text when it ends, so afterwards there is nothing left to draw.
-    """
-
-    def __init__(self, runner: Any) -> None:
-        self._runner = runner
-        self.fullest: CacheSnapshot = runner.cache.snapshot()
-        self._most = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
-
-    def forward(self, plan: Any, token_ids: Any, wanted: Any) -> Any:
-        """Run the model."""
-        logits = self._runner.forward(plan, token_ids, wanted)
-        cache = self._runner.cache
-        if cache.used_block_count > self._most:
-            self._most, self.fullest = cache.used_block_count, cache.snapshot()
-        return logits
 
 
 def write(
@@ -390,31 +359,6 @@ def _added(llm: LLM, ids: list[int], params: SamplingParams, options: GenerateRe
     return request
 
 
-def written_by(llm: LLM, request: Request, show: Callable[[str], None], until_interrupted: bool) -> RequestOutput:
-    """Step until the request is done, or until Ctrl-C, and return its last output; `show` gets the first text."""
-    output: RequestOutput | None = None
-    shown = 0
-
-    def show_new(text: str) -> None:
-        nonlocal shown
-        piece, shown = text[shown:], len(text)  # before it is shown: Ctrl-C must not bring it twice
-        if piece:
-            show(piece)
-
-    try:
-        while output is None or not output.finished:
-            for output in llm.core.step():
-                show_new(output.outputs[0].text)
-    except KeyboardInterrupt:
-        if not until_interrupted:
-            raise
-        output = llm.core.abort(request.request_id) or output
-        if output is None:
-            raise
-        show_new(output.outputs[0].text)
-    return output
-
-
 def _params(options: GenerateRequest, folder: Any) -> SamplingParams:
     """Return the sampling parameters; what is no option is as the model's ``generation_config.json`` has it."""
     from pagedkv.engine import SamplingParams
@@ -427,9 +371,8 @@ def _params(options: GenerateRequest, folder: Any) -> SamplingParams:
         chosen["temperature"] = 0.7 if options.temperature is None else options.temperature
     if options.stream:  # no token that would end the text is ever drawn
         chosen |= {"streaming": (options.sinks, options.window), "min_tokens": options.token_limit or _MAX_COUNT}
-    of_folder = ("length_penalty",) if options.beams > 1 else ("top_k", "min_p", "repetition_penalty")
-    given = {name: getattr(folder, name, None) for name in of_folder}
-    return SamplingParams(**chosen, **{name: value for name, value in given.items() if value is not None})
+    names = ("length_penalty",) if options.beams > 1 else ("top_k", "min_p", "repetition_penalty")
+    return SamplingParams(**chosen, **of_folder(folder, *names))
 
 
 def _pool_is_full(options: GenerateRequest, prompt_tokens: int) -> Failure:
@@ -464,8 +407,9 @@ class MemoryUse(msgspec.Struct):
 class GenerateReport(msgspec.Struct):
     """What ``pagedkv generate --json`` prints."""
 
-    model: str
+    model: str  # the folder or file
     prompt: str
+    chat_template: bool  # whether the prompt was written as a message, by the model's template
     seed: int
     texts: list[str]  # the continuations, without the prompt
     token_ids: list[list[int]]  # their new tokens, the end-of-text token included
@@ -481,7 +425,14 @@ class GenerateReport(msgspec.Struct):
 
 
 def report_of(
-    options: GenerateRequest, prompt: str, output: RequestOutput, pool: PoolWatch, took: tuple[float, float]
+    options: GenerateRequest,
+    prompt: str,
+    output: RequestOutput,
+    pool: PoolWatch,
+    took: tuple[float, float],
+    *,
+    model: str,
+    chat_template: bool,
 ) -> GenerateReport:
     """Return the figures of a run that took some seconds of writing, and some of compiling."""
     seconds, compile_seconds = took
@@ -490,8 +441,9 @@ def report_of(
     longest = prompt_tokens + (options.token_limit or new_tokens)
     kept = options.sinks + options.window if options.stream else longest
     return GenerateReport(
-        model=str(options.model_path),
+        model=model,
         prompt=prompt,
+        chat_template=chat_template,
         seed=options.seed,
         texts=[text.text for text in texts],
         token_ids=[list(text.token_ids) for text in texts],
@@ -537,61 +489,3 @@ def facts_of(report: GenerateReport) -> Iterator[tuple[str, str]]:
     yield "tokens/s", f"{report.tokens_per_second:,.1f}"
     if report.compile_seconds >= 0.05:
         yield "compiling", f"{duration(report.compile_seconds)} before that, once on this machine"
-
-
-class Screen:
-    """The text on stdout, the first sample live and the others when they are done; a spinner on stderr until then.
-
-    The prompt is printed before each text. A silent screen shows no text at all, only how far it is.
-    """
-
-    def __init__(self, prompt: str, samples: int, status: Status, silent: bool) -> None:
-        self._prompt, self._samples, self._status, self._silent = prompt, samples, status, silent
-        self._begun = False
-        self._ends_with_newline = True
-        if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode must not end the text
-
-    def __enter__(self) -> Screen:
-        self._status.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
-        self._status.stop()
-        if kind is not None and not issubclass(kind, BrokenPipeError):
-            self._end_line()
-
-    def show(self, piece: str) -> None:
-        """Show a piece of the first text."""
-        if self._silent:
-            self._status.update("writing")
-            return
-        if not self._begun:
-            self._begin(0)
-        self._write(piece)
-
-    def finish(self, texts: list[str]) -> None:
-        """Show what was not shown yet of all the texts."""
-        for number, text in enumerate([] if self._silent else texts):
-            if number or not self._begun:
-                self._begin(number)
-                self._write(text)
-            self._end_line()
-
-    def _end_line(self) -> None:
-        if not self._ends_with_newline:
-            self._write("\n")
-
-    def _begin(self, number: int) -> None:
-        self._status.stop()
-        self._begun = True
-        if self._samples > 1:
-            self._write(f"--- sample {number + 1} of {self._samples} ---\n")
-        self._write(self._prompt)
-
-    def _write(self, text: str) -> None:
-        if text:
-            # What a model writes must not steer the terminal.
-            sys.stdout.write(text.replace("\x1b", "␛") if sys.stdout.isatty() else text)
-            sys.stdout.flush()
-            self._ends_with_newline = text.endswith("\n")

@@ -1,23 +1,43 @@
-"""Loads a model folder from the disk, never from a network, and says what is wrong with it."""
+"""Loads a model that lies on the disk, a folder or a GGUF file, and says what is wrong with it."""
 
 from __future__ import annotations
 
 import gc
-import json
+import io
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+from pagedkv.cli.model_source import ModelSource
 from pagedkv.cli.terminal import Failure
 
 # Of keys and values in the cache, the most exact first.
 KV_DTYPES = ("float32", "bfloat16", "float16", "int8", "fp8")
+# Of a model: as it is stored, which of a GGUF file is bfloat16, or turned into one of these.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHTS = ("int8",)
+
+
+def require_kv_dtype(name: str | None) -> None:
+    """Raise ``Failure`` where ``--kv-dtype`` was given and cannot be."""
+    if name is not None and name not in KV_DTYPES:
+        raise Failure(f"--kv-dtype: expected {', '.join(KV_DTYPES)}, got {name}")
+
+
+def require_weights(name: str | None) -> None:
+    """Raise ``Failure`` where ``--weights`` was given and cannot be."""
+    if name is not None and name not in WEIGHTS:
+        raise Failure(f"--weights: expected {', '.join(WEIGHTS)}, got {name}")
+
+
+def require_dtype(name: str) -> None:
+    """Raise ``Failure`` where ``--dtype`` cannot be."""
+    if name not in DTYPES:
+        raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {name}")
 
 
 @dataclass(frozen=True)
@@ -36,18 +56,34 @@ class LoadedModel:
         """Whether the model says how a conversation is written."""
         return bool(getattr(self.tokenizer, "chat_template", None))
 
+    def chat_text(self, messages: Sequence[Mapping[str, str]], *, open_answer: bool = True) -> str:
+        """Return a conversation as the chat template writes it, by default up to where the answer begins.
+
+        `Failure` where the template does not take the messages.
+        """
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=open_answer
+            )
+        except Exception as error:  # templates refuse by raising, a system message for instance
+            raise Failure(f"the chat template of the model refuses the prompt: {_first_line(error)}") from error
+        return text
+
     def encode_chat(self, prompt: str, system: str | None = None) -> list[int]:
         """Return the token ids of a user's message, behind a system message, up to where the answer begins.
 
-        `Failure` as in `encode`, or where the template does not take the messages.
+        `Failure` as in `encode` and `chat_text`.
         """
         said = [] if system is None else [{"role": "system", "content": system}]
         said.append({"role": "user", "content": prompt})
         try:
-            text = self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates refuse by raising, a system message for instance
-            told = f"the chat template of the model refuses the prompt: {_first_line(error)}"
-            raise Failure(f"{told}; --raw goes on from the text itself") from error
+            text = self.chat_text(said)
+        except Failure as refusal:
+            raise Failure(f"{refusal}; --raw goes on from the text itself") from refusal.__cause__
+        return self.encode_part(text)
+
+    def encode_part(self, text: str) -> list[int]:
+        """Return the token ids of a part of a text, without those that open one; `Failure` as in `encode`."""
         return self._checked(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _checked(self, ids: list[int]) -> list[int]:
@@ -59,39 +95,28 @@ class LoadedModel:
         return ids
 
 
-def check_folder(path: Path, argument: str = "--model") -> None:
-    """Raise `Failure` where a folder cannot be a model, before anything heavy is imported."""
-    if not path.exists():
-        raise Failure(f"{argument}: there is no folder {path}")
-    if not path.is_dir():
-        raise Failure(f"{argument}: expected a folder in the Hugging Face format, got the file {path}")
-    config = path / "config.json"
-    if not config.is_file():
-        raise Failure(f"{argument}: {path} has no config.json, so it is no Hugging Face model folder")
-    try:
-        parsed = json.loads(config.read_bytes())
-    except (ValueError, OSError) as error:
-        raise Failure(f"{argument}: {config} is no valid JSON: {error}") from error
-    if not isinstance(parsed, dict) or "model_type" not in parsed:
-        raise Failure(f"{argument}: {config} names no model_type")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise Failure(f"{argument}: {path} holds no weights: expected model.safetensors")
-
-
-def load_model(path: Path, device: str) -> LoadedModel:
-    """Load a checked folder; `Failure` where a part of it is broken or missing, or there is no such device."""
+def load_model(source: ModelSource, device: str, dtype: str = "auto") -> LoadedModel:
+    """Load a model that was found; `Failure` where a part of it is broken or missing, or there is no such device."""
     transformers, target = _transformers(), torch_device(device)
+    place, where = _place(source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **_ONLY_HERE)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where, **_ONLY_HERE)
     except Exception as error:
-        raise Failure(f"--model: {path} has no tokenizer that can be read: {_first_line(error)}") from error
-    return LoadedModel(_weights(transformers, path, "--model").to(target).eval(), tokenizer)
+        raise Failure(f"--model: {source.path} has no tokenizer that can be read: {_first_line(error)}") from error
+    return LoadedModel(_weights(transformers, source, dtype, "--model").to(target).eval(), tokenizer)
 
 
-def load_weights(path: Path, device: str, argument: str) -> Any:
-    """Load a checked folder without its tokenizer; `Failure` as of `load_model`, naming the argument."""
+def load_weights(source: ModelSource, device: str, argument: str) -> Any:
+    """Load a model that was found without its tokenizer; `Failure` as of `load_model`, naming the argument."""
     transformers, target = _transformers(), torch_device(device)
-    return _weights(transformers, path, argument).to(target).eval()
+    return _weights(transformers, source, "auto", argument).to(target).eval()
+
+
+def _place(source: ModelSource) -> tuple[str, dict[str, str]]:
+    """Return where transformers looks for a model, and which file it reads there."""
+    if source.is_gguf:
+        return str(source.path.parent), {"gguf_file": source.path.name}
+    return str(source.path), {}
 
 
 _ONLY_HERE = {"local_files_only": True, "trust_remote_code": False}
@@ -126,14 +151,24 @@ def _out_of_sight(module: str) -> Iterator[None]:
         gc.enable()
 
 
-def _weights(transformers: Any, path: Path, argument: str) -> Any:
+def _weights(transformers: Any, source: ModelSource, dtype: str, argument: str) -> Any:
+    import torch
+
+    place, where = _place(source)
+    options: dict[str, Any] = {**where, **_ONLY_HERE, "dtype": "auto" if dtype == "auto" else getattr(torch, dtype)}
+    if source.is_gguf:
+        options["dtype"] = torch.bfloat16 if dtype == "auto" else options["dtype"]
+        if hasattr(transformers, "GgufConfig"):  # newer ones leave weights packed, which only their own modules read
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    bars = redirect_stderr(io.StringIO()) if source.is_gguf else nullcontext()  # that nothing else turns off
     try:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **_ONLY_HERE)
+        with bars:
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(place, output_loading_info=True, **options)
     except Exception as error:
-        raise Failure(f"{argument}: cannot load {path}: {_first_line(error)}") from error
+        raise Failure(f"{argument}: cannot load {source.path}: {_first_line(error)}") from error
     missing = found["missing_keys"]
     if missing:  # transformers would fill them with random numbers
-        raise Failure(f"{argument}: the weights of {path} lack {len(missing)} tensors, {min(missing)} for one")
+        raise Failure(f"{argument}: the weights of {source.path} lack {len(missing)} tensors, {min(missing)} for one")
     return model
 
 

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from pagedkv.cli.generate import require_kv_dtype, require_weights
-from pagedkv.cli.loading import LoadedModel, check_folder, load_model
+from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
+from pagedkv.cli.model_source import ModelSource, find_model
 from pagedkv.cli.terminal import (
     ConfigOption,
     DebugOption,
@@ -31,7 +31,6 @@ from pagedkv.cli.terminal import (
     threads_for,
 )
 from pagedkv.errors import InvalidOperation, MissingExtra
-from pagedkv.models import shipped_model_path
 from pagedkv.server.config import ServerConfig, setting
 from pagedkv.validate import require_size
 
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
     from pagedkv.tiers import Tier
 
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 _MODEL, _POOL, _TIERS, _KEYS = "The model", "The pool and the batch", "Beyond the pool", "Who may call"
 
 
@@ -69,8 +67,7 @@ class EngineOptions:
     max_batch_tokens: int = setting(512, "Tokens of a step.", group=_POOL)
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise Failure(f"--dtype: expected {', '.join(DTYPES)}, got {self.dtype}")
+        require_dtype(self.dtype)
         require_kv_dtype(self.kv_dtype)
         require_weights(self.weights)
         for name, plain in (("device", "cpu"), ("dtype", "auto")):
@@ -136,8 +133,8 @@ EXAMPLES = """Serve a language model behind the API that OpenAI's clients speak.
 
   curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "import os"}'
 
-Without a model the one is served that pagedkv brings. Nothing is ever downloaded. SIGTERM and Ctrl-C let running
-requests end.
+Without a model the one is served that pagedkv brings. Nothing is downloaded but a model that is named as at the hub
+(OWNER/NAME) and is not in the local Hugging Face cache. SIGTERM and Ctrl-C let running requests end.
 """
 
 
@@ -145,8 +142,11 @@ requests end.
 def serve(
     context: typer.Context,
     model: Annotated[
-        Path | None,
-        typer.Argument(help="A Hugging Face model folder.", show_default="the shipped model"),
+        str | None,
+        typer.Argument(
+            help="A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
+            show_default="the shipped model",
+        ),
     ] = None,
     config: ConfigOption = None,
     api_key_file: Annotated[
@@ -158,19 +158,18 @@ def serve(
 ) -> None:
     """Gather the options and serve; the help text is `EXAMPLES`."""
     with failures_in_one_line(debug, context):
-        folder = model or shipped_model_path()
         options["api_keys"] = (*options["api_keys"], *read_keys(api_key_file))
-        options["model_name"] = options["model_name"] or folder.resolve().name or "model"
         for module in ("fastapi", "uvicorn"):
             if find_spec(module) is None:
                 raise MissingExtra(module, "serve")
         engine_options = from_options(EngineOptions, options)
-        check_folder(folder)
-        run(folder, engine_options, from_options(ServerConfig, options), from_options(TierOptions, options))
+        source = find_model(model, "MODEL")
+        options["model_name"] = options["model_name"] or source.name or "model"
+        run(source, engine_options, from_options(ServerConfig, options), from_options(TierOptions, options))
 
 
-def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierOptions) -> None:
-    """Serve the model of a folder until a signal comes."""
+def run(source: ModelSource, options: EngineOptions, config: ServerConfig, tiers: TierOptions) -> None:
+    """Serve a model until a signal comes."""
     from pagedkv.server.events import require_events
     from pagedkv.server.run import listen, run, show_logs
     from pagedkv.server.warm import pin_prompts, read_prompts
@@ -182,9 +181,9 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
     console = notes()
     with listen(config) as listener:
         with library_notices(console), console.status("loading the model"):
-            loaded = load_model(folder, options.device)
+            loaded = load_model(source, options.device, options.dtype)
             num_parameters = loaded.model.num_parameters()
-            engine = _engine(options, folder, loaded, tiers)
+            engine = _engine(options, source, loaded, tiers)
             del loaded  # of a model in 8 bits nothing else holds the weights
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with threads_for(num_parameters), engine.llm:
@@ -195,18 +194,13 @@ def run(folder: Path, options: EngineOptions, config: ServerConfig, tiers: TierO
             run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config, tiers, pinned))
 
 
-def _engine(options: EngineOptions, folder: Path, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
+def _engine(options: EngineOptions, source: ModelSource, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
 
     given = asdict(options)
     # Of a folder the engine lets go of the weights that it quantises.
-    model: Any = loaded.model if options.weights is None else folder
-    del given["device"]
-    dtype = given.pop("dtype")
-    if dtype != "auto":
-        import torch
-
-        model = model.to(getattr(torch, dtype))
+    model: Any = loaded.model if options.weights is None or source.is_gguf else source.path
+    del given["device"], given["dtype"]
     try:
         return AsyncEngine(LLM(model, loaded.tokenizer, tiers=tiers.tiers(), **given))
     except InvalidOperation as error:

@@ -225,20 +225,20 @@ def use_runner(dtype: str) -> None:
     import torch
 
     from pagedkv.cli.loading import load_model
+    from pagedkv.cli.model_source import find_model
     from pagedkv.hf import load_runner
-    from pagedkv.models import shipped_model_path
 
-    model = load_model(shipped_model_path(), "cpu").model.to(getattr(torch, dtype))
+    model = load_model(find_model(None), "cpu").model.to(getattr(torch, dtype))
     load_runner(model, num_blocks=8)
 
 
 def use_engine() -> None:
     """Write a few tokens with the shipped model, greedily and sampled."""
     from pagedkv.cli.loading import load_model
+    from pagedkv.cli.model_source import find_model
     from pagedkv.engine import LLM, SamplingParams
-    from pagedkv.models import shipped_model_path
 
-    loaded = load_model(shipped_model_path(), "cpu")
+    loaded = load_model(find_model(None), "cpu")
     llm = LLM(loaded.model, loaded.tokenizer, num_blocks=64)
     greedy = SamplingParams(max_tokens=8, temperature=0)
     sampled = SamplingParams(max_tokens=8, temperature=0.8, top_p=0.9, top_k=40, seed=1, repetition_penalty=1.1)

@@ -18,12 +18,11 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.protocol import EvictionStrategy
-from pagedkv.control.types import SequenceInfo
 from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
 from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layer, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
-from pagedkv.hf.pool import Ids, LayerTable, ModelKvCache, by_row, by_token, visible_slots
+from pagedkv.hf.pool import CacheReport, Ids, LayerTable, ModelKvCache, as_ids, by_row, by_token, padding, visible_slots
 from pagedkv.hf.recurrent import BatchStates
 from pagedkv.hf.tiers import CacheTiers
 from pagedkv.tiers.tier import Tier
@@ -46,6 +45,8 @@ class SequenceBatch:
         self._manager = manager
         self._salt = cache_salt
         self._numbers = itertools.count()
+        # Of the prompts that it began with, the last ones after `release` too; tokens are those of each of them.
+        self.num_prompts = self.num_prompt_tokens = self.num_cached_tokens = 0
         self._clear()
 
     def _clear(self) -> None:
@@ -70,10 +71,8 @@ class SequenceBatch:
             for row in ids:
                 # One token more than is cached, because allocate never counts the last one as cached: so it is no more.
                 reused = self._open(row[: reused + 1] if reused else 0).num_cached_tokens
-            if (
-                self._manager.total_states
-                and len({self._info(seq_id).num_cached_tokens for seq_id in self.seq_ids}) > 1
-            ):
+            cached = {self._manager.get_sequence(int(seq_id)).num_cached_tokens for seq_id in self.seq_ids}
+            if self._manager.total_states and len(cached) > 1:
                 # One needed the slot of another's snapshot.
                 self.release()
                 for _ in ids:
@@ -84,7 +83,8 @@ class SequenceBatch:
         except OutOfMemory:
             self.release()
             raise
-        self.length = reused
+        self.length = self.num_cached_tokens = reused
+        self.num_prompts, self.num_prompt_tokens = rows, width
         self._is_known = ~is_padded
         self._coming = ids[:, reused:]
         return reused
@@ -96,9 +96,6 @@ class SequenceBatch:
             before, reused = reused, min(self._manager.match_prefix(row[: reused + 1], self._salt) for row in ids)
             if reused == before or not self._manager.total_states:
                 return reused
-
-    def _info(self, seq_id: int) -> SequenceInfo:
-        return self._manager.get_sequence(int(seq_id))
 
     def expect(self, ids: Ids) -> None:
         """Tell the ids [rows, n] of the next tokens to come."""
@@ -112,6 +109,7 @@ class SequenceBatch:
         """Make room for `num_tokens` new tokens in each of `rows` rows; all or nothing."""
         if not len(self):
             self._open_rows(rows)
+            self.num_prompts, self.num_prompt_tokens, self.num_cached_tokens = rows, num_tokens, 0
         elif rows != len(self):
             self._repeat_to(rows)
         coming = self._take_coming(rows, num_tokens)
@@ -247,6 +245,7 @@ class Pages:
         self._table = table
         self._states = BatchStates(pool)
         self.stock: list[Any] = []  # the stock layers, which hold the states of the rows
+        self.report = CacheReport()
 
     def load_states(self) -> None:
         """Let the stock layers go on from the snapshots that the sequences began with."""
@@ -305,10 +304,16 @@ class Pages:
         else:
             self.batch.forget()
 
+    def note(self) -> None:
+        """Note what the sequences hold, if there are any: of those that are freed nothing else can be told."""
+        if self.batch.length:
+            self.report = CacheReport.of(self.pool, self.batch, self._config)
+
     def release(self) -> None:
         """Store what tiers want of the sequences, and free them."""
         with contextlib.suppress(SequenceNotFound):  # the caller may have freed or evicted one
             self.finish()
+            self.note()
         self.tiers.demote(self.batch.seq_ids)
         self.batch.release()
 
@@ -399,7 +404,6 @@ class PagedCache(Cache):
         # Without snapshots of what recurrent layers hold no prefix can be gone on from; and keys that were turned by
         # other frequencies are not those of a longer text.
         self._is_reusable = (keeps_nothing_else or num_states > 0) and not has_changing_rope(config)
-        self._num_cached_tokens = 0
         self._model: weakref.ref[Any] | None = None
         super().__init__(layers=self._new_layers())
 
@@ -423,8 +427,23 @@ class PagedCache(Cache):
 
     @property
     def num_cached_tokens(self) -> int:
-        """Tokens of each row that the last :meth:`prompt` found in the cache, after :meth:`release` too."""
-        return self._num_cached_tokens
+        """Tokens of each row that were found in the cache by the last call of ``generate()``, or :meth:`prompt`.
+
+        Also after :meth:`release`; 0 where the prompt was not told, as nothing is found without its ids.
+        """
+        return self._pages.batch.num_cached_tokens
+
+    def report(self) -> CacheReport:
+        """Tell what the last call of ``generate()`` found cached, shared and held; ``print`` it.
+
+        Returns
+        -------
+        CacheReport
+            Of the sequences that are held now, or else of those that were released last.
+        """
+        with contextlib.suppress(SequenceNotFound):
+            self._pages.note()
+        return self._pages.report
 
     def prompt(self, input_ids: Any, attention_mask: Any = None) -> int:
         """Tell the token ids of the coming prompt, so that what is cached of it is not computed again.
@@ -454,16 +473,16 @@ class PagedCache(Cache):
         OutOfMemory
             If even the first block of each row cannot be had; the cache is released then.
         """
-        ids = _checked_ids(input_ids)
-        is_padded = _padded_rows(attention_mask, ids)
+        ids = as_ids(input_ids)
+        is_padded = padding(attention_mask, ids)
         if not self._is_reusable:
             is_padded[:] = True
         self._tiers.serve(self._model and self._model(), self, self._is_reusable)
         self.reset()
         self._tiers.promote(ids, is_padded)
-        self._num_cached_tokens = self._pages.batch.start(ids, is_padded)
+        num_cached_tokens = self._pages.batch.start(ids, is_padded)
         self._pages.load_states()
-        return self._num_cached_tokens
+        return num_cached_tokens
 
     def last_snapshot(self, num_tokens: int) -> int:
         """Return where a snapshot of the states of a prompt of so many tokens is worth keeping: 0 if there are none.
@@ -504,7 +523,7 @@ class PagedCache(Cache):
         InvalidOperation
             If the ids are none.
         """
-        ids = _checked_ids(input_ids)
+        ids = as_ids(input_ids)
         self._pages.finish()
         rows = len(self._pages.batch)
         if self.manager.total_states and rows and len(ids) % rows == 0 and len(ids) > rows:
@@ -533,7 +552,7 @@ class PagedCache(Cache):
     def reset(self) -> None:
         """Do as :meth:`release` does, and forget `num_cached_tokens`."""
         self.release()
-        self._num_cached_tokens = 0
+        self._pages.batch.num_cached_tokens = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens of every row; a positive number says how many stay.
@@ -576,22 +595,3 @@ class PagedCache(Cache):
         if numbers.ndim != 1 or ((numbers < 0) | (numbers >= count)).any():
             raise bad_argument("rows", f"a flat list of rows 0 … {count - 1}", f"{numbers.tolist()}")
         self._pages.batch.select(numbers)
-
-
-def _checked_ids(input_ids: Any) -> npt.NDArray[np.int64]:
-    ids = input_ids.detach().cpu().numpy() if isinstance(input_ids, Tensor) else np.asarray(input_ids)
-    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not len(ids):
-        raise bad_argument("input_ids", "token ids [batch, tokens]", f"{ids.dtype} {list(ids.shape)}")
-    if ids.size and ids.min() < 0:
-        raise bad_argument("input_ids", "token ids of at least 0", f"{ids.min()}")
-    return ids.astype(np.int64)
-
-
-def _padded_rows(attention_mask: Any, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    if attention_mask is None:
-        return np.zeros(len(ids), bool)
-    mask = attention_mask.detach().cpu().numpy() if isinstance(attention_mask, Tensor) else np.asarray(attention_mask)
-    if mask.shape != ids.shape:
-        raise bad_argument("attention_mask", f"shape {list(ids.shape)}", f"{list(mask.shape)}")
-    padded: npt.NDArray[np.bool_] = (mask == 0).any(axis=1)
-    return padded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -18,6 +18,7 @@ from pagedkv.control.sequence_table import find_row
 from pagedkv.data.call import Batch
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
+from pagedkv.format import format_bytes
 from pagedkv.tiers.fingerprint import fingerprint_of
 from pagedkv.tiers.tier import BlockFormat
 
@@ -128,6 +129,102 @@ def visible_slots(plan: BatchPlan, block_size: int, chosen: slice = slice(None))
     blocks = plan.block_tables[chosen][rows, places // block_size].astype(np.int64)
     slots: npt.NDArray[np.int64] = blocks * block_size + places % block_size
     return slots
+
+
+# What callers give: token ids and masks.
+
+
+def as_ids(input_ids: Any) -> Ids:
+    """Return token ids ``[batch, tokens]`` as an array; an error where these are none."""
+    ids = input_ids.detach().cpu().numpy() if isinstance(input_ids, Tensor) else np.asarray(input_ids)
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not len(ids):
+        raise bad_argument("input_ids", "token ids [batch, tokens]", f"{ids.dtype} {list(ids.shape)}")
+    if ids.size and ids.min() < 0:
+        raise bad_argument("input_ids", "token ids of at least 0", f"{ids.min()}")
+    return ids.astype(np.int64)
+
+
+def padding(attention_mask: Any, ids: Ids) -> npt.NDArray[np.bool_]:
+    """Return which rows have padding; an error where the mask has another shape."""
+    if attention_mask is None:
+        return np.zeros(len(ids), bool)
+    mask = attention_mask.detach().cpu().numpy() if isinstance(attention_mask, Tensor) else np.asarray(attention_mask)
+    if mask.shape != ids.shape:
+        raise bad_argument("attention_mask", f"shape {list(ids.shape)}", f"{list(mask.shape)}")
+    padded: npt.NDArray[np.bool_] = (mask == 0).any(axis=1)
+    return padded
+
+
+# What came of it.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheReport:
+    """What the sequences of one call of ``generate()`` found, shared and held, all rows together; ``print`` it.
+
+    Attributes
+    ----------
+    rows : int
+        0 where nothing was written yet.
+    prompt_tokens, cached_tokens : int
+        Of the prompts, beams and samples not counted; and those of them that were found in the cache, or beyond it in
+        a tier, and not computed.
+    tokens : int
+        Whose K and V the sequences held in the end.
+    blocks_used, blocks_shared : int
+        Blocks that held these; and those of them that two or more sequences held.
+    paged_bytes, contiguous_bytes, preallocated_bytes : int
+        Of K and V: in these blocks; in one cache for each row, of its length; in one of the model's longest length.
+    block_size, cached_blocks, total_blocks : int
+        Of the pool; `cached_blocks` are findable ones that no sequence held then.
+    """
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    tokens: int = 0
+    blocks_used: int = 0
+    blocks_shared: int = 0
+    paged_bytes: int = 0
+    contiguous_bytes: int = 0
+    preallocated_bytes: int = 0
+    block_size: int = 0
+    cached_blocks: int = 0
+    total_blocks: int = 0
+
+    @classmethod
+    def of(cls, pool: ModelKvCache, batch: Any, config: Any) -> CacheReport:
+        """Return the figures of the sequences of a batch, which are all of one length; `config` is the text model's."""
+        held = np.concatenate([pool.get_sequence(seq_id).block_table for seq_id in batch.seq_ids.tolist()])
+        rows, length = len(batch), batch.length
+        size, counts = pool.block_size, np.unique(held, return_counts=True)[1]
+        token_bytes = pool.block_memory_bytes / size
+        longest = max(length, getattr(config, "max_position_embeddings", None) or 0)
+        return cls(
+            rows=rows,
+            prompt_tokens=batch.num_prompts * batch.num_prompt_tokens,
+            cached_tokens=batch.num_prompts * batch.num_cached_tokens,
+            tokens=rows * length,
+            blocks_used=len(counts),
+            blocks_shared=int((counts > 1).sum()),
+            paged_bytes=len(counts) * pool.block_memory_bytes,
+            contiguous_bytes=round(rows * length * token_bytes),
+            preallocated_bytes=round(rows * longest * token_bytes),
+            block_size=size,
+            cached_blocks=pool.cached_block_count,
+            total_blocks=pool.total_blocks,
+        )
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing was written yet"
+        return (
+            f"prompts: {self.prompt_tokens:,} tokens, {self.cached_tokens:,} of them found and not computed\n"
+            f"blocks: {self.blocks_used:,} of {self.block_size} tokens for {self.tokens:,}, {self.blocks_shared:,} "
+            f"shared; {self.cached_blocks:,} more of {self.total_blocks:,} can be found\n"
+            f"memory: {format_bytes(self.paged_bytes)}; contiguous: {format_bytes(self.contiguous_bytes)}; "
+            f"preallocated: {format_bytes(self.preallocated_bytes)}"
+        )
 
 
 # What the blocks of a pool are: the same for every process that computes the same K and V.
