@@ -53,7 +53,9 @@ def test_every_cut_gives_the_same_bits(rules, dtype):
     for result in results[1:]:
         assert torch.equal(result, results[0])
     plain = attend(tensors, [(0, TOKENS)], backend="reference", **RULES[rules])
-    torch.testing.assert_close(results[0], plain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-4)
+    # Where the processor multiplies bfloat16, weights are narrowed to that: 2 ** -9 of values about one.
+    tolerance = {"rtol": 1e-2, "atol": 4e-3} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(results[0], plain, **tolerance)
 
 
 def test_neighbours_and_threads_change_no_bit():
