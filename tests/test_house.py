@@ -53,7 +53,7 @@ LONELY = {
 # Files that a table in their one user names, one by one: a command, a router or a format each.
 LISTED = {
     "pagedkv.cli.app": ("bench", "check_model", "plan", "replay", "serve", "tier", "top", "trace", "warmup"),
-    "pagedkv.server.app": ("admin", "completions", "metrics", "tokenize"),
+    "pagedkv.server.app": ("admin", "completions", "messages", "metrics", "ollama", "responses", "tokenize"),
     "pagedkv.sim.reading": ("csv_lengths", "kv_events", "mooncake", "qwen", "tokens", "weka"),
 }
 
