@@ -3,6 +3,7 @@
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+CLIENTS := .venv-clients
 # A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -16,7 +17,11 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
+<<<<<<< HEAD
 .PHONY: help demo chat test test-slow mutants check format docs dist bench clean
+=======
+.PHONY: help demo test test-slow test-clients mutants check format docs dist bench clean
+>>>>>>> doors
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -58,6 +63,21 @@ test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as p
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
 
+# What is in .venv is in this one, too, which has the clients beside it.
+$(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt
+	@echo "==> $(CLIENTS) with the clients of tests/clients/requirements.txt"
+	@rm -rf $(CLIENTS)
+	@$(BIN)/python -m venv $(CLIENTS)
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> $$($(CLIENTS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pagedkv-venv.pth
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c constraints.txt -r tests/clients/requirements.txt
+	@touch $@
+
+test-clients: $(CLIENTS)/.installed ## a server and the clients that people use: openai, anthropic, ollama, litellm, langchain, lm-eval
+	@echo "==> pytest tests/clients"
+	@$(CLIENTS)/bin/python -m pytest -W default tests/clients
+
 mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: half an hour)
 	@$(BIN)/python scripts/mutants.py $(ARGS)
 
@@ -85,5 +105,5 @@ bench: $(STAMP) ## all benchmarks, in about a quarter of an hour, into docs/benc
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -289,3 +289,25 @@ def test_a_storm_of_requests_and_disconnects():
         await settled(engine)
 
     run_with(test, num_blocks=20, max_batch_tokens=24)
+
+
+def test_a_prefix_is_pinned_and_unpinned_between_two_steps():
+    async def test(engine):
+        await collect(engine.generate([1] * 13, SamplingParams(max_tokens=1)))
+        handle, count = await engine.pin([1] * 12)
+        cache = engine.llm.core.runner.cache
+        assert count == 12 and cache.free_block_count == cache.total_blocks - 3
+        await engine.unpin(handle)
+        assert cache.free_block_count == cache.total_blocks
+        for _ in range(20):  # nobody waits for what it brings, and the engine lives
+            task = asyncio.ensure_future(engine.clear_prefix_cache())
+            await asyncio.sleep(0)
+            task.cancel()
+        await collect(engine.generate([1] * 13, SamplingParams(max_tokens=1)))
+        await engine.pin([1] * 12)
+        await engine.clear_prefix_cache()
+        await engine.unpin(handle)
+        assert cache.free_block_count == cache.total_blocks
+        await settled(engine)
+
+    run_with(test)

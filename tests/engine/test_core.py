@@ -335,3 +335,43 @@ def test_samples_get_no_drafts_before_they_are_forked(max_batch_tokens):
     core = engine(max_batch_tokens=max_batch_tokens)
     core.add(found)
     assert tokens_of(run(core)["r"]) == alone(wanted)
+
+
+def test_what_is_pinned_stays_in_the_pool_until_it_is_unpinned():
+    core = engine(16)
+    core.add(request("first", list(range(12)), max_tokens=1))
+    run(core)
+    pinned = core.pin(range(12))
+    assert pinned.num_tokens == 12 and core.pin([30, 29, 28, 27]).num_tokens == 0
+
+    def fill(name):
+        for start in range(4):
+            core.add(request(f"{name}{start}", [start, *range(20, 28)] * 4, max_tokens=8))
+        run(core)
+
+    fill("a")
+    core.add(request("second", [*range(12), 1], max_tokens=1))
+    assert run(core)["second"].num_cached_tokens == 12
+    core.unpin(pinned.handle)
+    core.unpin(pinned.handle)  # gone already
+    fill("b")
+    core.add(request("third", [*range(12), 1], max_tokens=1))
+    assert run(core)["third"].num_cached_tokens == 0
+    core.runner.cache.check()
+
+
+def test_pins_never_keep_a_request_from_being_computed():
+    core = engine(16)
+    for number in range(2):
+        core.add(request(f"r{number}", [number] * 12, max_tokens=1))
+        run(core)
+    older, newer = core.pin([0] * 12), core.pin([1] * 12)
+    core.add(request("large", [2] * 40, max_tokens=8))  # 12 of 16 blocks: one pin has to go
+    core.add(request("small", [3] * 4, max_tokens=4))
+    outputs = run(core)
+    assert tokens_of(outputs["large"]) == [greedy([2] * 40, 8)] and tokens_of(outputs["small"]) == [greedy([3] * 4, 4)]
+    assert core.runner.cache.free_block_count == 16 - 3
+    core.unpin(newer.handle)
+    core.unpin(older.handle)
+    assert core.runner.cache.free_block_count == 16
+    core.runner.cache.check()

@@ -28,6 +28,16 @@ def events_of(text: str) -> list[Any]:
     return [json.loads(each) for each in data]
 
 
+def named_events(text: str) -> list[Any]:
+    """Parse server-sent events with names, which must be the types of their data."""
+    found = []
+    for part in text.strip().split("\n\n"):
+        name, data = part.split("\n")
+        found.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {found[-1]['type']}"
+    return found
+
+
 class RawRequest:
     """One request at the level of ASGI: the test decides when the client reads, and when it leaves."""
 

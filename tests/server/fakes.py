@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from pagedkv.engine import (
     SamplingParams,
     Structured,
 )
+from pagedkv.engine.core import PinnedPrefix
 from pagedkv.errors import EngineDead
 from pagedkv.models import shipped_model_path
 
@@ -73,6 +75,8 @@ class FakeEngine:
         self.is_alive = True
         self.cleared = 0
         self.compiled: list[Structured] = []
+        self.pinned: dict[int, list[int]] = {}
+        self._handles = itertools.count()
         self.tokenizer = shipped_tokenizer()
         self.sizes = EngineSizes(
             block_size=16,
@@ -146,6 +150,14 @@ class FakeEngine:
 
     def compile(self, structured: Structured) -> None:
         self.compiled.append(structured)
+
+    async def pin(self, token_ids: Sequence[int], *, cache_salt: str = "") -> PinnedPrefix:
+        handle = next(self._handles)
+        self.pinned[handle] = list(token_ids)
+        return PinnedPrefix(handle, len(token_ids))
+
+    async def unpin(self, handle: int) -> None:
+        self.pinned.pop(handle, None)
 
     async def clear_prefix_cache(self) -> int:
         self.cleared += 1

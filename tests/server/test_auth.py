@@ -128,15 +128,18 @@ async def test_web_pages_of_other_origins_may_not_call_unless_they_are_named() -
 
 
 @pytest.mark.parametrize(
-    ("header", "known"),
+    ("headers", "known"),
     [
-        (b"Bearer one", True),
-        (b"bearer  one ", True),
-        (b"Basic one", False),
-        (b"one", False),
-        (b"", False),
-        (None, False),
+        ({b"authorization": b"Bearer one"}, True),
+        ({b"authorization": b"bearer  one "}, True),
+        ({b"authorization": b"Basic one"}, False),
+        ({b"authorization": b"one"}, False),
+        ({b"authorization": b""}, False),
+        ({}, False),
+        ({b"x-api-key": b"one"}, True),
+        ({b"x-api-key": b"two"}, False),
+        ({b"x-api-key": b"one", b"authorization": b"Bearer two"}, False),
     ],
 )
-def test_a_key_comes_under_its_scheme(header, known) -> None:
-    assert (name_of_caller(ServerConfig(api_keys=("one",)), header) is not None) is known
+def test_a_key_comes_under_its_scheme_or_in_a_header_of_its_own(headers, known) -> None:
+    assert (name_of_caller(ServerConfig(api_keys=("one",)), headers) is not None) is known

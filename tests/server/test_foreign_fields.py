@@ -10,6 +10,9 @@ import pytest
 from tests.server.asgi import client_of
 from tests.server.fakes import FakeEngine, shipped_tokenizer
 
+from pagedkv.server.messages import MessagesRequest
+from pagedkv.server.ollama import OllamaChat, OllamaPrompt, Options
+from pagedkv.server.responses import ResponsesRequest
 from pagedkv.server.schemas import (
     NOT_HONOURED,
     OTHER_NAMES,
@@ -54,6 +57,29 @@ async def test_the_values_that_change_nothing_are_taken(path: str) -> None:
             values = {name: (None, *NOT_HONOURED[name])[place:][:1] for name in names}
             body = {**ASKED[path], **{name: value[0] for name, value in values.items() if value}}
             assert (await client.post(path, json=body)).status_code == 200
+
+
+OTHERS: dict[str, tuple[type[RequestBody], dict[str, Any]]] = {
+    "/v1/responses": (ResponsesRequest, {"input": "a", "max_output_tokens": 1}),
+    "/v1/messages": (MessagesRequest, {"messages": MESSAGES, "max_tokens": 1}),
+    "/api/chat": (OllamaChat, {"messages": MESSAGES, "stream": False}),
+    "/api/generate": (OllamaPrompt, {"prompt": "a", "stream": False}),
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+async def test_other_apis_refuse_and_take_in_the_same_manner(path: str) -> None:
+    engine, (schema, asked) = FakeEngine(), OTHERS[path]
+    foreign = {**NOT_HONOURED, **schema.not_honoured}
+    async with client_of(engine) as client:
+        for name in foreign.keys() - schema.model_fields.keys():
+            answer = await client.post(path, json={**asked, name: {"something": "else"}})
+            assert answer.status_code == 400 and f"{name}: not supported" in answer.text
+            same = [None, *foreign[name]]
+            assert (await client.post(path, json={**asked, name: same[-1]})).status_code == 200
+        for name in NOT_HONOURED.keys() - Options.model_fields.keys() if path.startswith("/api") else ():
+            answer = await client.post(path, json={**asked, "options": {name: {"something": "else"}}})
+            assert answer.status_code == 400 and f"{name}: not supported" in answer.text
 
 
 async def test_what_a_message_would_lose_is_refused_by_name() -> None:
@@ -165,12 +191,21 @@ def test_the_tables_say_what_becomes_of_every_field() -> None:
     assert not listed & rows.keys() and all(f"`{name}`" in PAGE.read_text() for name in OTHER_NAMES)
 
 
+def test_the_table_of_responses_says_what_becomes_of_every_field() -> None:
+    for name, (told, _) in tables("Responses").items():
+        refused = name in ResponsesRequest.not_honoured
+        assert told == ("refused" if refused else status(name, ResponsesRequest)), name
+
+
 def test_the_tables_have_every_field_of_the_official_client() -> None:
     pytest.importorskip("openai")
     from openai.types import completion_create_params as completions
     from openai.types.chat import completion_create_params as chats
+    from openai.types.responses import response_create_params as responses
 
     rows = tables("Chats and completions")
     for params in (chats.CompletionCreateParamsStreaming, completions.CompletionCreateParamsStreaming):
         names = get_type_hints(params).keys()
         assert "stream" in names and names - rows.keys() == set()
+    names = get_type_hints(responses.ResponseCreateParamsStreaming).keys()
+    assert "stream" in names and names - tables("Responses").keys() == set()

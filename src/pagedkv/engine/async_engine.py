@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pagedkv.control.events import CacheEvent
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock
+from pagedkv.engine.core import PinnedPrefix
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.output import OutputDraft
 from pagedkv.engine.request import Request, RequestOutput
@@ -277,6 +278,28 @@ class AsyncEngine:
         """
         return await asyncio.wrap_future(self._between_steps(self._core.reset))
 
+    async def pin(self, token_ids: Sequence[int], *, cache_salt: str = "") -> PinnedPrefix:
+        """Keep the leading blocks of a text that are in the pool now, until `unpin` or until all is forgotten.
+
+        They make room where a request could not be computed otherwise.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+        cache_salt : str
+            Of the texts that are to find it.
+
+        Raises
+        ------
+        OutOfMemory
+            If not one block of the pool is free.
+        """
+        return await asyncio.wrap_future(self._between_steps(lambda: self._core.pin(token_ids, cache_salt)))
+
+    async def unpin(self, handle: int) -> None:
+        """Take a pin back; one that is gone already is ignored."""
+        await asyncio.wrap_future(self._between_steps(lambda: self._core.unpin(handle)))
+
     def hottest_prefixes(self, limit: int = NUM_PREFIXES, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
         """Return the prefixes whose reuse saved the most tokens; never waits.
 
@@ -357,10 +380,14 @@ class AsyncEngine:
         future: Future[T] = Future()
 
         def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
             try:
-                future.set_result(call())
+                result = call()
             except BaseException as error:
                 future.set_exception(error)
+            else:
+                future.set_result(result)
 
         with self._wake:
             if self._thread is not None and not self._stopped and self._dead is None:

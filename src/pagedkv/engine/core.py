@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from pagedkv.control.types import CacheStats
 from pagedkv.data.team import torch_alone
@@ -37,6 +37,21 @@ _COUNTED = (
     "accepted_tokens",
     "steps",
 )
+
+
+class PinnedPrefix(NamedTuple):
+    """A prefix that is kept in the pool.
+
+    Attributes
+    ----------
+    handle : int
+        Names it to `unpin`.
+    num_tokens : int
+        How many tokens are kept, of whole blocks; 0 where none of them was there.
+    """
+
+    handle: int
+    num_tokens: int
 
 
 class EngineCore:
@@ -99,6 +114,7 @@ class EngineCore:
         self._numbers = itertools.count()
         self._clock = TickClock()
         self._is_idle = False  # the last step found nothing to compute
+        self._pins: dict[int, None] = {}  # the newest last
         self._count_from_zero()
 
     @property
@@ -210,7 +226,7 @@ class EngineCore:
         offload = self.scheduler.offload
         if offload is not None:
             offload.poll()
-        batch = self.scheduler.schedule()
+        batch = self._schedule()
         self._is_idle = batch is None
         if batch is None:
             self._seconds["busy"] += time.perf_counter() - started
@@ -249,12 +265,15 @@ class EngineCore:
             If a tier refuses; all else is forgotten.
         """
         count: int = self.runner.cache.clear_prefix_cache()
+        self._pins.clear()
         if self.scheduler.offload is not None:
             self.scheduler.offload.clear()
         return count
 
-    def pin(self, token_ids: Iterable[int], cache_salt: str = "") -> int:
-        """Keep the leading blocks of a text that are in the pool until all is forgotten; returns how many tokens.
+    def pin(self, token_ids: Iterable[int], cache_salt: str = "") -> PinnedPrefix:
+        """Keep the leading blocks of a text that are in the pool, until `unpin` or until all is forgotten.
+
+        Where a request could not be computed otherwise, pins are taken back, the newest first.
 
         Raises
         ------
@@ -265,9 +284,25 @@ class EngineCore:
         info = cache.allocate(seq_id, [*token_ids, 0], cache_salt=cache_salt)  # the last token is never found
         if info.num_cached_tokens:
             cache.pin(seq_id, info.num_cached_tokens)
+            self._pins[seq_id] = None
         cache.free(seq_id)
-        count: int = info.num_cached_tokens
-        return count
+        return PinnedPrefix(seq_id, info.num_cached_tokens)
+
+    def unpin(self, handle: int) -> None:
+        """Take a pin back; one that is gone already is ignored."""
+        if handle in self._pins:
+            del self._pins[handle]
+            self.runner.cache.unpin(handle)
+
+    def _schedule(self) -> Batch | None:
+        """Lay out the next step; where pins leave no room for it, they go."""
+        while True:
+            try:
+                return self.scheduler.schedule()
+            except OutOfMemory:
+                if not self._pins:
+                    raise
+                self.unpin(next(reversed(self._pins)))
 
     @contextmanager
     def without_tiers(self) -> Iterator[None]:

@@ -311,7 +311,7 @@ class LLM:
         self.generate([ids], SamplingParams(max_tokens=1, ignore_eos=True), cache_salt=cache_salt)
         size = self.sizes.block_size
         with self._turn:
-            return self.core.pin(ids[: len(ids) // size * size], cache_salt)
+            return self.core.pin(ids[: len(ids) // size * size], cache_salt).num_tokens
 
     def warm_up(self) -> None:
         """Compute a few tokens, so that kernels are compiled and the pool has its memory; then `reset`, tiers aside."""

@@ -10,7 +10,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from pagedkv import __version__
-from pagedkv.server import admin, chat, completions, live, metrics, tokenize
+from pagedkv.server import admin, chat, completions, live, messages, metrics, ollama, responses, tokenize
 from pagedkv.server.admission import Admission
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
@@ -29,6 +29,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     admin.models_router,
     completions.router,
     chat.router,
+    responses.router,
+    messages.router,
+    ollama.router,
     tokenize.router,
     admin.clear_router,
     admin.cache_router,
@@ -39,7 +42,11 @@ ROUTERS: tuple[APIRouter, ...] = (
 """Every one is included as it is: a router that needs a key says so with ``dependencies=[Client]`` or ``[Operator]``
 of ``server/auth.py``."""
 
-BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = (metrics.metering, kv_events)
+BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = (
+    metrics.metering,
+    kv_events,
+    messages.expiring_pins,
+)
 """Entered when the server starts and left when it has drained, in this order; here ``state.observers`` grows."""
 
 

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Annotated
 
 from fastapi import Depends, Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server
 
 _bearer = HTTPBearer(auto_error=False, description="One of the server's API keys, where it has any.")
-Credentials = Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)]
+_header = APIKeyHeader(name="x-api-key", auto_error=False, description="The same, as Anthropic's clients send it.")
+
+
+async def _given_key(
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    key: Annotated[str | None, Security(_header)],
+) -> str | None:
+    return key if credentials is None else credentials.credentials
+
+
+Credentials = Annotated[str | None, Depends(_given_key)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,10 +39,13 @@ class Caller:
         A word for the logs that tells keys apart and does not give them away; empty without keys.
     tenant : str
         What the salts of this caller's requests are made of; empty where all callers share.
+    owner : str
+        Whose is what the server keeps for later requests: a key's own, though keys share the cache; empty without keys.
     """
 
     name: str = ""
     tenant: str = ""
+    owner: str = ""
 
 
 def _digest(*parts: str, purpose: str) -> str:
@@ -72,12 +85,14 @@ def _find(token: str, keys: Iterable[str]) -> str | None:
     return found
 
 
-def name_of_caller(config: ServerConfig, header: bytes | None) -> str | None:
-    """Return the name of who sends this ``Authorization`` header, empty without keys; None if its key is not known."""
+def name_of_caller(config: ServerConfig, headers: Mapping[bytes, bytes]) -> str | None:
+    """Return the name of who sends these headers, empty without keys; None if the key in them is not known."""
     if not config.api_keys:
         return ""
-    scheme, _, token = (header or b"").decode("latin-1").partition(" ")
-    key = _find(token.strip(), (*config.api_keys, *config.operator_keys)) if scheme.lower() == "bearer" else None
+    scheme, _, token = headers.get(b"authorization", b"").decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer":
+        token = headers.get(b"x-api-key", b"").decode("latin-1")
+    key = _find(token.strip(), (*config.api_keys, *config.operator_keys))
     return None if key is None else _name_of(key)
 
 
@@ -85,12 +100,12 @@ def _name_of(key: str) -> str:
     return _digest(key, purpose="pagedkv-name")[:8]
 
 
-def _authenticated(config: ServerConfig, credentials: HTTPAuthorizationCredentials | None) -> str | None:
+def _authenticated(config: ServerConfig, given: str | None) -> str | None:
     if not config.api_keys:
         return None
-    key = None if credentials is None else _find(credentials.credentials, (*config.api_keys, *config.operator_keys))
+    key = None if given is None else _find(given.strip(), (*config.api_keys, *config.operator_keys))
     if key is None:
-        message = "no API key was given" if credentials is None else "the API key is not known"
+        message = "no API key was given" if given is None else "the API key is not known"
         raise ApiError(
             401,
             f"{message}; expected the header Authorization: Bearer <key>",
@@ -112,7 +127,7 @@ async def caller_of(request: Request, server: Server, credentials: Credentials) 
     key = _authenticated(config, credentials)
     if key is None:
         return Caller()
-    caller = Caller(_name_of(key), "" if config.shared_cache else _tenant_of(key))
+    caller = Caller(_name_of(key), "" if config.shared_cache else _tenant_of(key), _tenant_of(key))
     request.scope["pagedkv.caller"] = caller.name
     return caller
 

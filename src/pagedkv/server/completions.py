@@ -39,10 +39,7 @@ async def complete(
     body: CompletionRequest, request: Request, server: Server, caller: Annotated[Caller, Depends(caller_of)]
 ) -> Completion | Response:
     """Write texts that continue the prompts, as OpenAI's endpoint does."""
-    server.model.check_name(body.model)
-    _refuse_what_does_not_go_together(body)
-    answer = await while_there(request, _prepare(body, request, server, caller))
-    generation = Generation(body, request, server, caller, answer.jobs, answer.frame["id"])
+    generation, answer = await begin_completion(body, request, server, caller)
     if body.stream:
         return await stream(generation, answer.frame, answer.chunks, lambda: answer.usage(generation))
     async with generation:
@@ -50,6 +47,16 @@ async def complete(
         return Completion.model_validate(
             {**answer.frame, "choices": answer.choices(outputs), "usage": answer.usage(generation)}
         )
+
+
+async def begin_completion(
+    body: CompletionRequest, request: Request, server: ServerState, caller: Caller
+) -> tuple[Generation, CompletionAnswer]:
+    """Return what will go on from prompts, not yet started, and what makes the answer of its outputs."""
+    server.model.check_name(body.model)
+    _refuse_what_does_not_go_together(body)
+    answer = await while_there(request, _prepare(body, request, server, caller))
+    return Generation(body, request, server, caller, answer.jobs, answer.frame["id"]), answer
 
 
 def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
@@ -63,7 +70,7 @@ def _refuse_what_does_not_go_together(body: CompletionRequest) -> None:
     body.check_prompt_logprobs()
 
 
-async def _prepare(body: CompletionRequest, request: Request, server: ServerState, caller: Caller) -> _Answer:
+async def _prepare(body: CompletionRequest, request: Request, server: ServerState, caller: Caller) -> CompletionAnswer:
     prompts = body.prompts
     server.check_prompts(len(prompts))
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
@@ -89,7 +96,7 @@ async def _prepare(body: CompletionRequest, request: Request, server: ServerStat
             if not isinstance(prompt, str) or len(ids) < len(whole):
                 prompt = await server.model.decode(ids, caller.name, special_tokens=False)
             texts.append(prompt)
-    return _Answer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
+    return CompletionAnswer(body, server, jobs, texts, silent=max_tokens == 0, request_id=request_id_of(request.scope))
 
 
 async def _encode(prompt: str | list[int], body: CompletionRequest, server: ServerState, caller: Caller) -> list[int]:
@@ -133,7 +140,7 @@ def _infilling(body: CompletionRequest, server: ServerState) -> Infilling | None
 
 
 @dataclass(eq=False)
-class _Answer:
+class CompletionAnswer:
     """Makes the objects of an answer out of the engine's outputs."""
 
     body: CompletionRequest

@@ -112,6 +112,9 @@ class ServerConfig:
         None, "Tokens of a prompt.", group=_LIMITS, shown="what model and pool allow"
     )
     max_prompts: int = setting(1024, "Prompts of one request.", group=_LIMITS)
+    max_responses: int = setting(
+        64 * MIB, "Bytes of responses that are kept, with their conversations, for previous_response_id.", group=_LIMITS
+    )
     max_connections: int = setting(
         1024, "HTTP requests under way at a time; four times as many connections may be idle.", group=_LIMITS
     )
@@ -170,6 +173,7 @@ _LEAST = {
     "max_bodies": 1,
     "max_prompt_tokens": 1,
     "max_prompts": 1,
+    "max_responses": 0,
     "max_connections": 1,
     "drain_timeout": 0,
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -92,9 +92,44 @@ class ApiError(HTTPException):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-def error_response(error: ApiError) -> JSONResponse:
-    """Return the answer for an error."""
-    return JSONResponse(error.body, error.status, headers=error.headers)
+# Anthropic's and Ollama's clients expect errors of their own form.
+
+_ANTHROPIC = {413: "request_too_large", 503: "overloaded_error"}
+
+
+class AnthropicError(BaseModel):
+    """The body of every answer of ``/v1/messages`` that is no success."""
+
+    type: Literal["error"] = "error"
+    error: dict[Literal["type", "message"], str]
+
+
+class OllamaError(BaseModel):
+    """The body of every answer below ``/api`` that is no success."""
+
+    error: str
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return an error as Anthropic's clients expect it."""
+    default = "api_error" if error.status >= 500 else "invalid_request_error"
+    kind = _ANTHROPIC.get(error.status) or _TYPES.get(error.status, default)
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """Return an error as Ollama's clients expect it."""
+    return {"error": error.message}
+
+
+def error_response(error: ApiError, path: str) -> JSONResponse:
+    """Return the answer for an error, in the form of the API that a path belongs to."""
+    body = error.body
+    if path.startswith("/v1/messages"):
+        body = anthropic_error(error)
+    elif path.startswith("/api/"):
+        body = ollama_error(error)
+    return JSONResponse(body, error.status, headers=error.headers)
 
 
 def api_error_of(error: BaseException) -> ApiError:
@@ -124,14 +159,14 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     """Name the field at fault, and what each form that it may take expected."""
     problems = error.errors() if isinstance(error, RequestValidationError) else []
     if problems[0]["type"] == "json_invalid":
-        return error_response(ApiError(400, "the body is no valid JSON", code="invalid_json"))
+        return _answer(request, ApiError(400, "the body is no valid JSON", code="invalid_json"))
     if problems[0]["loc"] == ("body",) and not says_json(request.headers.get("content-type", "")):
         text = "expected a JSON object and the header Content-Type: application/json"
-        return error_response(ApiError(415, text, code="unsupported_media_type"))
+        return _answer(request, ApiError(415, text, code="unsupported_media_type"))
     field = _field(problems[0]["loc"])
     same = [problem for problem in problems if _root(problem["loc"]) == _root(problems[0]["loc"])]
     said = dict.fromkeys(f"{_field(problem['loc']) or 'the body'}: {problem['msg']}" for problem in same)
-    return error_response(ApiError(400, "; or ".join(list(said)[:4]), param=field, code="invalid_value"))
+    return _answer(request, ApiError(400, "; or ".join(list(said)[:4]), param=field, code="invalid_value"))
 
 
 def says_json(content_type: str) -> bool:
@@ -154,11 +189,15 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         405: f"{request.url.path} does not take {request.method}",
     }
     message = messages.get(error.status_code, str(error.detail))
-    return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+    return _answer(request, ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
 
 async def _known(request: Request, error: Exception) -> JSONResponse:
-    return error_response(api_error_of(error))
+    return _answer(request, api_error_of(error))
+
+
+def _answer(request: Request, error: ApiError) -> JSONResponse:
+    return error_response(error, request.url.path)
 
 
 def install_error_handlers(app: FastAPI) -> None:

@@ -65,6 +65,16 @@ class Generation:
         self._places = ExitStack()
         self._started = time.perf_counter()
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of all prompts."""
+        return [job.token_ids for job in self._jobs]
+
+    @property
+    def salt(self) -> str:
+        """Under which the prompts are found in the cache."""
+        return self._salt
+
     async def __aenter__(self) -> Generation:
         """Start; 429 if there is no room, 503 if the server drains."""
         if self._server.draining:

@@ -22,6 +22,8 @@ from pagedkv.server.state import ServerState
 
 LARGE = 256 << 10
 BYTES_PER_SECOND = 16 << 20
+CONVERSATION = frozenset({"messages", "input", "instructions", "system"})
+"""Fields that may be large: texts of all kinds of conversations."""
 
 
 class SizedRoute(APIRoute):
@@ -66,7 +68,7 @@ def _parse(raw: bytes, server: ServerState) -> Any:
             _count_prompts(bytes(field), server)
         elif name == "tokens":
             server.model.check_count(bytes(field).count(b",") + 1, "tokens")
-        elif name != "messages" and len(bytes(field)) > LARGE:
+        elif name not in CONVERSATION and len(bytes(field)) > LARGE:
             raise ApiError(400, f"{name[:100]}: expected at most {LARGE} bytes", param=name[:100], code="invalid_value")
     return {name: msgspec.json.decode(field) for name, field in fields.items()}
 

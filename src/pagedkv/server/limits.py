@@ -19,6 +19,7 @@ SMALL_BODY = 64 << 10
 """So many bytes of each body do not count: what is short is taken, however much others send."""
 PROBES = frozenset({"/health", "/version", "/metrics"})
 """What is answered however many requests are under way."""
+_READ = (b"content-length", b"authorization", b"x-api-key")
 
 
 class Limits:
@@ -42,8 +43,8 @@ class Limits:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name: value for name, value in scope["headers"] if name in (b"content-length", b"authorization")}
-        tenant = name_of_caller(self._config, headers.get(b"authorization"))
+        headers = {name: value for name, value in scope["headers"] if name in _READ}
+        tenant = name_of_caller(self._config, headers)
         scope["pagedkv.tenant"] = tenant or ""
         body = _Body(self._config, self._bytes, tenant or "")
         try:
@@ -70,7 +71,7 @@ class Limits:
             raise refusal
         # Every POST takes a key, and no body is read before its key is known.
         if scope["method"] == "POST" and tenant is None:
-            message = "expected the header Authorization: Bearer <key> with a key that the server knows"
+            message = "expected the header Authorization: Bearer <key>, or x-api-key, with a key that the server knows"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer", **CLOSE})
 
     def _too_many(self) -> ApiError:
@@ -140,7 +141,7 @@ async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -
 
     A connection that is closed while the client still writes is reset, and the client never sees the answer.
     """
-    answer = error_response(error)
+    answer = error_response(error, scope["path"])
     await send({"type": "http.response.start", "status": answer.status_code, "headers": answer.raw_headers})
     await send({"type": "http.response.body", "body": answer.body, "more_body": True})
     taken = 0

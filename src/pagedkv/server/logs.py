@@ -69,7 +69,7 @@ class RequestLog:
                 # The connection must break, but what the error says stays here: it may quote the request.
                 raise ConnectionAbortedError("the answer broke off") from None
             known = error if isinstance(error, ApiError) else api_error_of(error)
-            await error_response(known)(scope, receive, named)
+            await error_response(known, scope["path"])(scope, receive, named)
         finally:
             _log_request(scope, request_id, status, time.perf_counter() - started)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -120,13 +121,17 @@ OTHER_NAMES = {
 class RequestBody(Body):
     """A body that asks for something: fields that would change the answer and are not honoured are refused."""
 
+    not_honoured: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Names that only this body has, to the values that change nothing."""
+
     @model_validator(mode="before")
     @classmethod
     def _foreign_fields(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        for name in sorted(given.keys() & (NOT_HONOURED.keys() - cls.model_fields.keys())):
-            if given[name] is not None and given[name] not in NOT_HONOURED[name]:
+        refused = {**NOT_HONOURED, **cls.not_honoured}
+        for name in sorted(given.keys() & (refused.keys() - cls.model_fields.keys())):
+            if given[name] is not None and given[name] not in refused[name]:
                 message = f"{name}: not supported by this server, and with it the answer would be another one"
                 raise ApiError(400, message, param=name, code="unsupported_parameter")
         for other in sorted(given.keys() & OTHER_NAMES.keys()):

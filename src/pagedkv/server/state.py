@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
@@ -15,7 +15,9 @@ from pagedkv.engine import RequestOutput
 from pagedkv.server.admission import Admission, Turns
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import ApiError
+from pagedkv.server.fair_store import FairStore
 from pagedkv.server.model import ServedModel, TokenText
+from pagedkv.server.pins import Pins
 
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
@@ -77,6 +79,10 @@ class ServerState:
     request_ids : RequestIds
         Those in use in the engine.
     observers : list of Observer
+    responses : FairStore
+        Those that later requests may go on from, by whose they are.
+    pins : Pins
+        Beginnings of prompts that clients keep in the pool.
     tokens : TokenText
         Shows single tokens.
     draining : bool
@@ -94,10 +100,14 @@ class ServerState:
     observers: list[Observer] = field(default_factory=list)
     draining: bool = False
     tokens: TokenText = field(init=False)
+    responses: FairStore[Any] = field(init=False)
+    pins: Pins = field(init=False)
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.tokens = TokenText(self.model.tokenizer)
+        self.responses = FairStore(self.config.max_responses)
+        self.pins = Pins(self.engine)
 
     def check_prompts(self, count: int) -> None:
         """See that a request may have so many prompts; ApiError if not."""
