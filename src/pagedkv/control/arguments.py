@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
-from pagedkv.validate import MAX_INT, require_int
+from pagedkv.validate import MAX_INT, require_int, shown
 
 _SIGNED = 2**63
+
+Int64s = npt.NDArray[np.int64]
 
 NO_IDS = np.empty(0, np.int64)
 
@@ -137,6 +140,13 @@ def parse_tokens(tokens: Any) -> Tokens:
     return Tokens(len(ids), ids, True)
 
 
+def parse_ids(name: str, token_ids: Any) -> npt.NDArray[np.int64]:
+    """Read a list of token ids; a count is refused."""
+    if is_count(token_ids):
+        raise bad_argument(name, "token ids, not their number", shown(token_ids))
+    return _id_array(name, token_ids)
+
+
 def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
     """Read what each of `n` sequences is to store: ids (flat: one each; ``[n, k]``; or lists), or how many tokens."""
     if tokens is None:
@@ -145,7 +155,7 @@ def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
         return BatchTokens(parse_counts("counts", counts, n), NO_IDS, False)
     if counts is not None:
         raise bad_argument("counts", "None where tokens are given", f"{counts!r}")
-    if is_count(tokens) or isinstance(tokens, str) or not _is_listing(tokens):
+    if is_count(tokens) or isinstance(tokens, str) or not is_listing(tokens):
         wanted = "token ids, one or a list for each sequence (a number of unknown tokens is counts=…)"
         raise bad_argument("tokens", wanted, f"{tokens!r}")
     _require_length(len(tokens), n, "tokens")
@@ -156,11 +166,24 @@ def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
     return BatchTokens(equal_counts(1, n), _id_array("tokens", tokens), True)
 
 
+def parse_commit(given: Any, upto: Any, wide_ids: bool) -> tuple[Int64s, Int64s, Int64s | None, int]:
+    """Read a plan, a sequence id or several, and how many of their first tokens are written, -1 for all.
+
+    Answers (keys, counts, the most that a plan allows, when it was made).
+    """
+    if isinstance(given, BatchPlan):
+        most = given.seq_lens.astype(np.int64)
+        return given.seq_ids, most if upto is None else parse_counts("upto", upto, len(most)), most, given.tick
+    keys = sequence_keys(given, wide_ids) if is_listing(given) else np.array([sequence_key(given)])
+    counts = equal_counts(-1, len(keys)) if upto is None else parse_counts("upto", upto, len(keys))
+    return keys, counts, None, 2**62
+
+
 def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
     """Read one count for all, or a flat list of counts: int64 ``[n]``."""
     if is_count(counts):
         return equal_counts(require_int(name, counts, 0, MAX_INT // max(1, n)), n)
-    if not _is_listing(counts):
+    if not is_listing(counts):
         raise bad_argument(name, "a count, or one for each sequence", f"{counts!r}")
     _require_length(len(counts), n, name)
     listed = _id_array(name, counts, what="counts")
@@ -169,7 +192,8 @@ def parse_counts(name: str, counts: Any, n: int) -> npt.NDArray[np.int64]:
     return listed
 
 
-def _is_listing(values: Any) -> bool:
+def is_listing(values: Any) -> bool:
+    """Tell whether `values` is a list of some kind rather than one thing; text is one thing."""
     return hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, Mapping)
 
 

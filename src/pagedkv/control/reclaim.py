@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.state import State
+from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # S3-FIFO: a tenth of the cache is for newcomers.
@@ -174,6 +175,22 @@ def evict_leaf(state: State, block: int) -> None:
     counters.reclaimed += 1
     if state.kernels.after_evict:
         call_kernel(state.kernels.after_evict, state, lowest_leaf(state))
+
+
+def require_leaf(state: State, block: int) -> None:
+    """Refuse a block that is not a cached leaf without a pin."""
+    record = state.blocks[block]
+    if record.ref_count > 0:
+        found = f"B{block}, which {record.ref_count} sequences hold"
+    elif not record.indexed:
+        found = f"B{block}, which is free"
+    elif record.pins > 0:
+        found = f"B{block}, which is pinned: unpin() its sequence first"
+    elif record.num_children > 0:
+        found = f"B{block}, which {record.num_children} cached blocks continue: evict these first"
+    else:
+        return
+    raise bad_argument("block_id", "a cached block that nobody holds and nothing continues", found)
 
 
 @inlined
