@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagedkv import BlockManager, BlockStored, InvalidOperation, OutOfMemory, SequenceNotFound
+from pagedkv import BlockManager, BlockNotFound, BlockStored, InvalidOperation, OutOfMemory, SequenceNotFound
 
 TEXT = list(range(10, 22))
 
@@ -144,7 +144,7 @@ def test_the_blocks_that_an_allocation_would_share_are_named():
     assert books.matching_block_ids([*TEXT, 1], "another tenant") == ()
     assert books.matching_block_ids([]) == ()
     assert BlockManager(8, 4, prefix_caching=False).matching_block_ids(TEXT) == ()
-    with pytest.raises(InvalidOperation, match="token_ids: expected token ids, not their number, got 12"):
+    with pytest.raises(InvalidOperation, match="token_ids: expected token ids, got 12"):
         books.matching_block_ids(12)
 
 
@@ -199,3 +199,14 @@ def test_every_strategy_goes_on_after_a_block_was_evicted(strategy):
         books.check()
     books.allocate(99, 16)
     books.check()
+
+
+def test_ids_of_blocks_and_numbers_of_prefixes_are_checked():
+    books = manager()
+    with pytest.raises(BlockNotFound):
+        books.block_records([8])
+    with pytest.raises(InvalidOperation, match="block_ids: expected ints in 1 dimension, got float64"):
+        books.block_records(np.array([0.0]))
+    with pytest.raises(InvalidOperation, match="limit: expected an int, got 2.5"):
+        books.hottest_prefixes(2.5)
+    assert len(books.block_records([0, 7])) == 2 and len(books.block_records([])) == 0

@@ -29,7 +29,7 @@ from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapsho
 from pagedkv.control.plan import NO_COPIES, BatchPlan, UntoldCopies, stale_plan
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces
-from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_blocks
+from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, Strategy, shared_blocks
 from pagedkv.control.reclaim import require_leaf
 from pagedkv.control.recurrent import count_available_slots
 from pagedkv.control.sequence_eviction import Demand, Room
@@ -63,7 +63,8 @@ from pagedkv.control.types import (
     stats_of,
 )
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, bad_argument
-from pagedkv.validate import require_choice, require_flag, require_int
+from pagedkv.typing import BlockContent, IntRows, Ints, OnFull, TokenIds, Tokens
+from pagedkv.validate import require_choice, require_flag, require_int, shown
 
 Copies = npt.NDArray[np.int32]
 
@@ -108,10 +109,10 @@ class BlockManager:
         num_blocks: int,
         block_size: int = 16,
         *,
-        strategy: str | EvictionStrategy = "lru",
+        strategy: Strategy = "lru",
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
-        on_full: str = "raise",
+        on_full: OnFull = "raise",
         num_states: int = 0,
         whole_hits: bool = False,
     ) -> None:
@@ -136,13 +137,14 @@ class BlockManager:
         self._state_copies: list[tuple[int, int]] = []
         self._untold = UntoldCopies()
         self._pins = KeptPins()
-        self._room = Room(self._strategy, self._victims, self._hooks, self._pins, is_evicting=on_full == "evict")
+        evicts = on_full == "evict"
+        self._room = Room(self._strategy, self._victims, self._hooks, self._pins, evicts, self._is_scored_in_numpy)
         self._is_open = False  # whether a call has begun that may leave something to finish
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
         self._lock = new_lock(self)
 
     def allocate(
-        self, seq_id: int, tokens: Any, *, priority: int = 0, cache_salt: str = "", reuse: bool = True
+        self, seq_id: int, tokens: Tokens, *, priority: int = 0, cache_salt: str = "", reuse: bool = True
     ) -> SequenceInfo:
         """Start a sequence.
 
@@ -193,7 +195,7 @@ class BlockManager:
                 if status == sequence_table.OK:
                     break
                 if status == sequence_table.EXISTS:
-                    raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
+                    raise sequence_table.exists(SeqId(seq_id))
                 sequence_table.refuse(status, a, keys=())
                 ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, reuse=reuse)
                 matched = shared_blocks(self._state, namespace, ids, reuse)
@@ -202,7 +204,7 @@ class BlockManager:
             self._finish(b)
             return sequence_info(self._state, a)
 
-    def append(self, seq_id: int, tokens: Any) -> SequenceInfo:
+    def append(self, seq_id: int, tokens: Tokens) -> SequenceInfo:
         """Add tokens to the end of a sequence; a shared last block is copied first.
 
         Parameters
@@ -222,7 +224,9 @@ class BlockManager:
             self._grow(np.array([key]), np.array([count]), ids, known)
             return sequence_info(self._state, row_of(self._state, seq_id))
 
-    def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
+    def append_batch(
+        self, seq_ids: Ints, tokens: Ints | IntRows | None = None, *, counts: int | Ints | None = None
+    ) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
 
         Parameters
@@ -252,7 +256,7 @@ class BlockManager:
             tick, width, wide, narrow = self._grow(keys, num_tokens, ids, known, seq_ids)
             return self._planned(keys, wide, narrow, width, tick)
 
-    def plan(self, seq_ids: Any, num_query_tokens: Any = None) -> BatchPlan:
+    def plan(self, seq_ids: Ints, num_query_tokens: int | Ints | None = None) -> BatchPlan:
         """Lay out a forward pass.
 
         Parameters
@@ -279,11 +283,14 @@ class BlockManager:
             status, place, width, wide, narrow = sequences.plan_in_memory(self._state, keys, wanted)
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
-                raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
+                hint = "append() the rest first"
+                raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}", hint)
             sequence_table.refuse(status, place, keys, seq_ids)
             return self._planned(keys, wide, narrow, width, place)
 
-    def commit(self, plan_or_seq_ids: Any, *, upto: Any = None, has_states: bool = True) -> None:
+    def commit(
+        self, plan_or_seq_ids: BatchPlan | int | Ints, *, upto: int | Ints | None = None, has_states: bool = True
+    ) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
 
         With a plan, this holds for the tokens up to the end of the plan; with ids of sequences, for all their tokens.
@@ -340,7 +347,7 @@ class BlockManager:
                     self._finish(self._state.counter("num_state_copies"))
                     return sequence_info(self._state, a)
                 if status == sequence_table.EXISTS:
-                    raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
+                    raise sequence_table.exists(SeqId(dst), "dst")
                 self._make_room(status, a, 0, Demand())
 
     def truncate(self, seq_id: int, num_tokens: int) -> SequenceInfo:
@@ -356,7 +363,8 @@ class BlockManager:
             self._settle()
             row = row_of(self._state, seq_id)
             record = self._state.sequence(row)
-            num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
+            hint = f"it has {record.num_tokens}; append() adds to them"
+            num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens, hint)
             if num_tokens < record.num_tokens:
                 hole = record.hole_len if num_tokens > record.hole_start else 0
                 self._score_before_release([row], (num_tokens + hole) // self.block_size)
@@ -469,7 +477,7 @@ class BlockManager:
             self._settle()
             row = self._victims.first(self._state)
             if row is None:
-                raise InvalidOperation("there is no sequence to evict")
+                raise InvalidOperation("there is no sequence to evict", hint="unpin() one, or allocate() some")
             seq_id = seq_id_of(self._state, row)
             self._score_before_release([row])
             sequences.evict_rows(self._state.packed, np.array([row], np.int32))
@@ -530,11 +538,11 @@ class BlockManager:
             self._finish(self._state.counter("num_copies"))
             return int(dropped)
 
-    def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
+    def match_prefix(self, token_ids: TokenIds, cache_salt: str = "") -> int:
         """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
         return self._count_found(sequences.count_matching, token_ids, cache_salt)
 
-    def matching_block_ids(self, token_ids: Any, cache_salt: str = "") -> tuple[BlockId, ...]:
+    def matching_block_ids(self, token_ids: TokenIds, cache_salt: str = "") -> tuple[BlockId, ...]:
         """Return the whole blocks that an ``allocate`` would share now, in the order of the text; changes nothing.
 
         A partly matching block, of which ``match_prefix`` counts tokens too, is not among them: it would be copied.
@@ -544,7 +552,7 @@ class BlockManager:
             blocks = shared_blocks(self._state, self._namespaces.find(cache_salt), ids, True)
         return block_ids_of(blocks.tolist())
 
-    def match_blocks(self, token_ids: Any, cache_salt: str = "") -> int:
+    def match_blocks(self, token_ids: TokenIds, cache_salt: str = "") -> int:
         """Return how many leading tokens stand in whole blocks of the index; changes nothing.
 
         With recurrent states these may be more than ``match_prefix`` finds: what is behind the last snapshot cannot be
@@ -552,7 +560,7 @@ class BlockManager:
         """
         return self._count_found(sequences.count_stored, token_ids, cache_salt)
 
-    def state_slots(self, plan_or_seq_ids: Any) -> npt.NDArray[np.int32]:
+    def state_slots(self, plan_or_seq_ids: BatchPlan | Ints) -> npt.NDArray[np.int32]:
         """Return the slots of the states of the sequences of a plan, or of these ids, int32 ``[n]``.
 
         Raises
@@ -564,7 +572,7 @@ class BlockManager:
         given = plan_or_seq_ids
         keys = given.seq_ids if isinstance(given, BatchPlan) else sequence_keys(given, self._wide_ids)
         if not self.total_states:
-            raise bad_argument("num_states", "at least 1, for states", "0")
+            raise bad_argument("num_states", "at least 1, for states", "0", "make the books with num_states=…")
         with self._lock:
             self._settle()
             slots: npt.NDArray[np.int32] = self._state.sequence_states[rows_of(self._state, keys)] - 1
@@ -581,7 +589,7 @@ class BlockManager:
             self._state_copies = []
             return copies
 
-    def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
+    def blocks_to_allocate(self, tokens: Tokens, cache_salt: str = "") -> int:
         """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
 
         Cached blocks that it would take up again count; blocks that other sequences hold and it would share do not.
@@ -645,7 +653,7 @@ class BlockManager:
             Call it to unsubscribe.
         """
         if not callable(callback):
-            raise bad_argument("callback", "a callable", f"{callback!r}")
+            raise bad_argument("callback", "a callable", shown(callback), "give a function of one event")
         with self._lock:
             self._settle()
             if len(self._state.log) == 1:
@@ -793,13 +801,17 @@ class BlockManager:
         tuple of HotPrefix
             The best first; ties go to the lower block id.
         """
+        limit, max_tokens = require_int("limit", limit), require_int("max_tokens", max_tokens)
         with self._lock:
             return hottest_prefixes(self._state, limit, max_tokens)
 
-    def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def block_records(self, block_ids: Ints) -> npt.NDArray[np.void]:
         """Return copies of the records of some blocks, with the fields of ``control.state.BLOCK``."""
+        blocks = parse_ids("block_ids", block_ids)
+        if len(blocks) and (highest := int(blocks.max())) >= self.total_blocks:
+            raise BlockNotFound(highest)
         with self._lock:
-            records: npt.NDArray[Any] = self._state.blocks[block_ids]
+            records: npt.NDArray[np.void] = self._state.blocks[blocks]
             return records
 
     def check(self) -> None:
@@ -979,8 +991,8 @@ class BlockManager:
             self._feed.publish(self._state)
             self._listens = self._hooks.see_stores or self._feed.is_active
 
-    def _block_keys(self, block: int) -> Any:
+    def _block_keys(self, block: int) -> BlockContent:
         raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")
 
-    def _block_values(self, block: int) -> Any:
+    def _block_values(self, block: int) -> BlockContent:
         raise InvalidOperation("a BlockManager holds no values; use a PagedKvCache")

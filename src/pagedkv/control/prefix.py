@@ -16,6 +16,7 @@ from pagedkv.control.recurrent import drop_all_snapshots, drop_snapshot, snapsho
 from pagedkv.control.state import LIVE, MAIN, OPAQUE, State, with_roots
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, compiled, inlined
+from pagedkv.validate import shown
 
 # Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of SplitMix64's finaliser).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -218,7 +219,8 @@ def unlink_leaf(state: State, block: int) -> int:
 def checked_salt(cache_salt: Any) -> str:
     """Return the salt; what is no str is InvalidOperation."""
     if not isinstance(cache_salt, str):
-        raise bad_argument("cache_salt", "a str", f"{cache_salt!r}")
+        hint = "bytes are .decode()d" if isinstance(cache_salt, bytes) else "write str(…)"
+        raise bad_argument("cache_salt", "a str", shown(cache_salt), hint)
     return cache_salt
 
 

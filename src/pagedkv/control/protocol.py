@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from pagedkv.control.sequences import blocks_to_grow, matching_blocks
 from pagedkv.control.state import RECLAIM, RESCORE, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
+from pagedkv.typing import StrategyName
 from pagedkv.validate import require_int
 
 Scores = npt.NDArray[np.int64]
@@ -37,6 +38,10 @@ class EvictionStrategy(Protocol):
         A block is scored when its last owner releases it, and the score is kept with it.
         """
         ...
+
+
+Strategy: TypeAlias = StrategyName | EvictionStrategy
+"""What ``strategy=`` takes: the name of a built-in one, or an object."""
 
 
 class StrategyHooks(Protocol):
@@ -71,7 +76,8 @@ def checked_scores(strategy: EvictionStrategy, method: str, scores: object, coun
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise InvalidOperation(
             f"{type(strategy).__name__}.{method}: expected to return integers of shape ({count},), "
-            f"got {array.dtype} of shape {array.shape}"
+            f"got {array.dtype} of shape {array.shape}",
+            hint="make the scores int64, one for each record",
         )
     return array.astype(np.int64, copy=False)
 

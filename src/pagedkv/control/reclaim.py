@@ -181,16 +181,17 @@ def require_leaf(state: State, block: int) -> None:
     """Refuse a block that is not a cached leaf without a pin."""
     record = state.blocks[block]
     if record.ref_count > 0:
-        found = f"B{block}, which {record.ref_count} sequences hold"
+        found, hint = f"{record.ref_count} sequences hold", "free() them first"
     elif not record.indexed:
-        found = f"B{block}, which is free"
+        found, hint = "is free", "there is nothing to forget"
     elif record.pins > 0:
-        found = f"B{block}, which is pinned: unpin() its sequence first"
+        found, hint = "is pinned", "unpin() its sequence first"
     elif record.num_children > 0:
-        found = f"B{block}, which {record.num_children} cached blocks continue: evict these first"
+        found, hint = f"{record.num_children} cached blocks continue", "evict these first"
     else:
         return
-    raise bad_argument("block_id", "a cached block that nobody holds and nothing continues", found)
+    expected = "a cached block that nobody holds and nothing continues"
+    raise bad_argument("block_id", expected, f"B{block}, which {found}", hint)
 
 
 @inlined

@@ -20,7 +20,6 @@ from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, block_score
 from pagedkv.control.sequence_table import NEEDS_ROWS, NEEDS_TABLES, NO_SLOT, KeptPins, clear_dirty, with_more_rows
 from pagedkv.control.sequences import count_leaving, evict_rows, release_candidates
 from pagedkv.control.state import EVICT, LIVE, PINNED, State
-from pagedkv.control.strategies import is_scored_in_numpy
 from pagedkv.control.types import SequenceView
 from pagedkv.errors import OutOfMemory
 
@@ -220,10 +219,16 @@ class Room:
     """Makes room for a compiled call that was refused: larger arrays, or evictions as the strategy ranks them."""
 
     def __init__(
-        self, strategy: EvictionStrategy, victims: VictimOrder, hooks: Hooks, pins: KeptPins, *, is_evicting: bool
+        self,
+        strategy: EvictionStrategy,
+        victims: VictimOrder,
+        hooks: Hooks,
+        pins: KeptPins,
+        is_evicting: bool,
+        is_scored_in_numpy: bool,
     ) -> None:
         self._strategy = strategy
-        self._is_scored_in_numpy = is_scored_in_numpy(strategy)
+        self._is_scored_in_numpy = is_scored_in_numpy
         self._victims = victims
         self._hooks = hooks
         self._pins = pins
@@ -242,6 +247,7 @@ class Room:
         if status == NEEDS_TABLES:
             return with_room_for_tables(state, a), []
         shortage = _no_slot(state) if status == NO_SLOT else OutOfMemory(a, b)
+        shortage.add_note(self._way_out(state, a))
         if not self._is_evicting or state.counter("num_orders"):
             raise shortage
         rows = self._row_for_slot(state) if status == NO_SLOT else self._rows_for_blocks(state, a - b, demand)
@@ -252,6 +258,14 @@ class Room:
             score_releases(state, self._strategy, rows.tolist(), 0)
         behind = orders_behind(state, rows, demand.ask) if self._hooks.decide_reclaims else []
         return state, [(EVICT, row, 0) for row in rows.tolist()] + behind
+
+    def _way_out(self, state: State, requested: int) -> str:
+        """Return what to do where blocks are missing."""
+        if requested > len(state.blocks):
+            return f"The pool has {len(state.blocks)} in all: give it more with num_blocks."
+        if self._is_evicting:
+            return "What is left is pinned, or is needed itself: unpin() some."
+        return 'Let free() or evict() make room, or on_full="evict".'
 
     def _row_for_slot(self, state: State) -> npt.NDArray[np.int32]:
         row = self._victims.first(state)

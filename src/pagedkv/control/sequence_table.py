@@ -32,7 +32,7 @@ def refuse(status: int, place: int, keys: Any, given: Any = None) -> None:
             sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
         raise SequenceNotFound(sequence_number(keys[place]))
     if status == REPEATED:
-        raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+        raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice", "name it once")
     if status == TOO_LONG:
         raise bad_argument("tokens", f"sequences of at most {MAX_TOKENS} tokens", f"{place}")
 
@@ -259,6 +259,13 @@ def row_of(state: State, seq_id: int, name: str = "seq_id") -> int:
     return row
 
 
+def exists(seq_id: int, argument: str = "seq_id") -> InvalidOperation:
+    """Return the error for a sequence that is to begin and is there already."""
+    error = InvalidOperation(f"sequence S{int(seq_id)} exists already", argument)
+    error.add_note(f"append({int(seq_id)}, …) goes on with it, free({int(seq_id)}) ends it.")
+    return error
+
+
 def rows_of(state: State, keys: Ints) -> list[int]:
     """Return the rows of these sequences; SequenceNotFound at the first that is none."""
     rows = [int(find_row(state.packed, key)) for key in keys.tolist()]
@@ -275,7 +282,7 @@ def require_tokens(name: str, state: State, keys: Ints, counts: Ints, limits: In
     if len(beyond):
         place = beyond[0]
         expected = f"at most the {limits[place]} tokens of S{sequence_number(keys[place])}"
-        raise bad_argument(name, expected, f"{counts[place]}")
+        raise bad_argument(name, expected, f"{counts[place]}", "append() the rest first")
 
 
 def blocks_to_pin(state: State, row: int, num_tokens: int | None) -> int:
@@ -347,7 +354,8 @@ class KeptPins:
             if row < 0:
                 raise SequenceNotFound(sequence_number(key))
             if not state.sequences[row].marks & PINNED:
-                raise InvalidOperation(f"sequence S{sequence_number(key)} is not pinned")
+                number = sequence_number(key)
+                raise bad_argument("seq_id", "a pinned sequence", f"another: S{number} is not pinned", "pin() it first")
         return row, self.blocks.get(key, [])
 
     def drop(self, state: State, key: int) -> None:
