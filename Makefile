@@ -17,11 +17,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help demo chat test test-slow mutants check format docs dist bench clean
-=======
-.PHONY: help demo test test-slow test-clients mutants check format docs dist bench clean
->>>>>>> doors
+.PHONY: help demo chat test test-slow test-clients mutants check format docs dist bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -106,4 +102,4 @@ bench: $(STAMP) ## all benchmarks, in about a quarter of an hour, into docs/benc
 
 clean: ## remove .venv, caches and builds
 	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	find src tests benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -52,7 +52,6 @@ LONELY = {
 
 # Files that a table in their one user names, one by one: a command, a router or a format each.
 LISTED = {
-<<<<<<< HEAD
     "pagedkv.cli.app": (
         "bench",
         "chat",
@@ -67,11 +66,7 @@ LISTED = {
         "trace",
         "warmup",
     ),
-    "pagedkv.server.app": ("admin", "completions", "metrics", "tokenize"),
-=======
-    "pagedkv.cli.app": ("bench", "check_model", "plan", "replay", "serve", "tier", "top", "trace", "warmup"),
     "pagedkv.server.app": ("admin", "completions", "messages", "metrics", "ollama", "responses", "tokenize"),
->>>>>>> doors
     "pagedkv.sim.reading": ("csv_lengths", "kv_events", "mooncake", "qwen", "tokens", "weka"),
 }
 

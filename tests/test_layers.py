@@ -13,12 +13,13 @@ SOURCE = ROOT / "src"
 FILES = sorted((SOURCE / "pagedkv").rglob("*.py"))
 
 # The ground floor that all layers may stand on.
-GROUND = {"errors", "validate", "format", "machine"}
+GROUND = {"errors", "validate", "format", "machine", "typing"}
 # Each layer and the layers that it may import; every layer may import itself.
 MAY_IMPORT = {
     "errors": set(),
     "format": set(),
     "machine": set(),
+    "typing": set(),
     "validate": {"errors"},
     "kernel_cache": set(),
     "jit": GROUND | {"kernel_cache"},
@@ -38,6 +39,7 @@ FREE = {"", "cli"}  # the public door and the command line may import anything, 
 # What must not be imported from outside of the package.
 FORBIDDEN = {
     "errors": {"numpy", "numba", "torch", "transformers"},
+    "typing": {"numpy", "numba", "torch", "transformers"},
     "format": {"numpy", "numba", "torch", "transformers"},
     "validate": {"numpy", "numba", "torch", "transformers"},
     "spec": {"numpy", "numba", "torch", "transformers"},
@@ -52,7 +54,7 @@ FORBIDDEN = {
 # Packages that an import of the door, of the command line or of errors and spec must not pull in.
 HEAVY = {"numpy", "numba", "torch", "transformers", "tokenizers", "safetensors"}
 # Who may import what is forbidden when it is called, and for the type checker: a plan gives itself as tensors.
-LATE = {("pagedkv.control.plan", "torch")}
+LATE = {("pagedkv.control.plan", "torch"), ("pagedkv.typing", "torch"), ("pagedkv.typing", "numpy")}
 SHIM = "pagedkv.hf.compat"
 MAX_LINES = 1000
 

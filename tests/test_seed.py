@@ -239,8 +239,9 @@ def test_what_the_state_does_not_allow_is_an_invalid_operation():
     cache.allocate(1, 4)
     cache.allocate(2, 4)
     for call in (lambda: cache.allocate(1, 1), lambda: cache.fork(1, 2), lambda: cache.fork(1, 1)):
-        with pytest.raises(InvalidOperation, match="^Invalid operation: sequence S[12] exists already$"):
+        with pytest.raises(InvalidOperation) as caught:
             call()
+        assert str(caught.value) in {f"Invalid operation: sequence S{number} exists already" for number in (1, 2)}
     with pytest.raises(SequenceNotFound):
         cache.fork(3, 4)
     with pytest.raises(InvalidOperation, match="no sequence to evict"):

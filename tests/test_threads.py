@@ -323,7 +323,7 @@ def test_bad_sequence_ids(seq_id):
         lambda: cache.append(seq_id, 1),
         lambda: cache.append_batch([1, seq_id]),
         lambda: cache.plan([seq_id]),
-        lambda: cache.commit(seq_id),
+        lambda: cache.commit([seq_id] if isinstance(seq_id, list) else seq_id),  # a list is a batch
         lambda: cache.fork(seq_id, 9),
         lambda: cache.fork(1, seq_id),
         lambda: cache.truncate(seq_id, 0),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.data.attention import attend
 from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
 from pagedkv.data.gpu_plan import DevicePlan, require_plan_of
@@ -16,6 +17,7 @@ from pagedkv.data.states import StateStorage
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
+from pagedkv.typing import Backend, Device, Dtype, Layout, OnFull
 
 
 class PagedKvCache(BlockManager):
@@ -56,13 +58,13 @@ class PagedKvCache(BlockManager):
         *,
         num_layers: int = 1,
         v_head_dim: int | None = None,
-        dtype: Any = "float16",
-        device: Any = "cpu",
-        layout: str = "NHD",
-        strategy: str | EvictionStrategy = "lru",
+        dtype: Dtype = "float16",
+        device: Device = "cpu",
+        layout: Layout = "NHD",
+        strategy: Strategy = "lru",
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
-        on_full: str = "raise",
+        on_full: OnFull = "raise",
         num_states: int = 0,
     ) -> None:
         super().__init__(
@@ -129,7 +131,7 @@ class PagedKvCache(BlockManager):
         with self._lock:
             return self._storage.add_layer(LayerSpec(num_kv_heads, head_dim, v_head_dim))
 
-    def write(self, layer: int, keys: Any, values: Any, plan: BatchPlan | DevicePlan) -> None:
+    def write(self, layer: int, keys: Tensor, values: Tensor, plan: BatchPlan | DevicePlan) -> None:
         """Store K and V of the query tokens of `plan`.
 
         Parameters
@@ -155,15 +157,15 @@ class PagedKvCache(BlockManager):
     def attend(
         self,
         layer: int,
-        queries: Any,
+        queries: Tensor,
         plan: BatchPlan | DevicePlan,
         *,
         scale: float | None = None,
         window: int | None = None,
         softcap: float | None = None,
-        sinks: Any = None,
-        backend: str = "auto",
-    ) -> Any:
+        sinks: Tensor | None = None,
+        backend: Backend = "auto",
+    ) -> Tensor:
         """Let every query token read its own sequence's blocks, in place.
 
         Parameters
@@ -227,7 +229,7 @@ class PagedKvCache(BlockManager):
                 self._require_fresh_now(plan.loaded)
             return slots
         if not isinstance(plan, BatchPlan):
-            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}", "plan([seq_id, …]) makes one")
         self._require_fresh_now(plan)
         made_for, slots = self._slots
         if made_for is not plan:
@@ -252,7 +254,7 @@ class PagedKvCache(BlockManager):
             require_plan_of(plan, self.spec.num_blocks, self.spec.block_size, self._storage.device)
             return plan.batch
         if not isinstance(plan, BatchPlan):
-            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}")
+            raise bad_argument("plan", "a BatchPlan", f"{type(plan).__name__}", "plan([seq_id, …]) makes one")
         made_for, batch = self._batch
         if made_for is not plan or batch is None:
             arrays = plan.block_tables, plan.seq_lens, plan.cu_seqlens_q, plan.holes
@@ -279,11 +281,11 @@ class PagedKvCache(BlockManager):
             with self._lock:
                 self._settle()
 
-    def _block_keys(self, block: int) -> Any:
+    def _block_keys(self, block: int) -> Tensor | list[Tensor]:
         self._finish_what_was_interrupted()
         return self._storage.block_keys(block)
 
-    def _block_values(self, block: int) -> Any:
+    def _block_values(self, block: int) -> Tensor | list[Tensor]:
         self._finish_what_was_interrupted()
         return self._storage.block_values(block)
 

@@ -6,7 +6,7 @@
     ├── OutOfMemory          (MemoryError)   requested, available
     ├── SequenceNotFound     (KeyError)      seq_id
     ├── BlockNotFound        (KeyError)      block_id
-    ├── InvalidOperation     (ValueError)    reason, argument
+    ├── InvalidOperation     (ValueError)    reason, argument, hint
     ├── MissingExtra         (ImportError)   extra
     ├── TraceError           (ValueError)    file, line, reason
     ├── ReplayFailed         (RuntimeError)  strategy, blocks, reason
@@ -75,6 +75,7 @@ class SequenceNotFound(PagedKvError, KeyError):
     def __init__(self, seq_id: int) -> None:
         super().__init__(f"Sequence not found: S{int(seq_id)}")
         self.seq_id = seq_id
+        self.add_note(f"It was freed, evicted or never there: allocate({int(seq_id)}, …) begins it.")
 
 
 class BlockNotFound(PagedKvError, KeyError):
@@ -88,6 +89,7 @@ class BlockNotFound(PagedKvError, KeyError):
     def __init__(self, block_id: int) -> None:
         super().__init__(f"Block not found: B{int(block_id)}")
         self.block_id = block_id
+        self.add_note("The blocks of a pool are 0 … total_blocks - 1; a sequence's are in its block_ids.")
 
 
 class InvalidOperation(PagedKvError, ValueError):
@@ -98,17 +100,21 @@ class InvalidOperation(PagedKvError, ValueError):
     reason : str
     argument : str or None
         The argument at fault, by its name; None where it is the state that does not allow the call.
+    hint : str
+        What to do next; the message ends with it, in brackets.
     """
 
-    def __init__(self, reason: str, argument: str | None = None) -> None:
-        super().__init__(f"Invalid operation: {reason}")
+    def __init__(self, reason: str, argument: str | None = None, hint: str = "") -> None:
+        super().__init__(f"Invalid operation: {reason}" + (f" ({hint})" if hint else ""))
         self.reason = reason
         self.argument = argument
+        self.hint = hint
 
 
-def bad_argument(argument: str, expected: str, got: str | None = None) -> InvalidOperation:
-    """Return the error for one argument, in the one grammar: ``name: expected …, got …``."""
-    return InvalidOperation(f"{argument}: expected {expected}" + ("" if got is None else f", got {got}"), argument)
+def bad_argument(argument: str, expected: str, got: str | None = None, hint: str = "") -> InvalidOperation:
+    """Return the error for one argument, in the one grammar: ``name: expected …, got … (what to do next)``."""
+    came = "" if got is None else f", got {got}"
+    return InvalidOperation(f"{argument}: expected {expected}{came}", argument, hint)
 
 
 class MissingExtra(PagedKvError, ImportError):

@@ -5,23 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pagedkv.errors import bad_argument
-from pagedkv.validate import require_choice, require_int
+from pagedkv.typing import Dtype, DtypeName, Layout
+from pagedkv.validate import likely, require_choice, require_int, shown
 
 MAX_COUNT = 2**31 - 1
 """Block ids travel as int32."""
 
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
+DTYPE_BYTES: dict[DtypeName, int] = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1, "fp8": 1}
 """Bytes of one element of K or V, by dtype."""
 _QUANTISED = ("int8", "fp8")
 _TORCH_NAMES = {"float8_e4m3fn": "fp8"}
+_SHORT_NAMES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 _SCALE_BYTES = 4
-_LAYOUTS = ("NHD", "HND")
+_LAYOUTS: tuple[Layout, ...] = ("NHD", "HND")
 
 
-def _dtype_name(dtype: object) -> str:
+def dtype_name(dtype: object) -> DtypeName:
+    """Return the name of a dtype of stored K and V; InvalidOperation if it is none."""
     # torch writes its dtypes as "torch.float16"; reading the name keeps torch out of this module.
     name = str(dtype).removeprefix("torch.")
-    return require_choice("dtype", _TORCH_NAMES.get(name, name), tuple(DTYPE_BYTES))
+    name = _TORCH_NAMES.get(name, name)
+    for known in DTYPE_BYTES:
+        if name == known:
+            return known
+    short = str(getattr(dtype, "__name__", name))
+    hint = f"did you mean {_SHORT_NAMES[short]!r}?" if short in _SHORT_NAMES else likely(short, DTYPE_BYTES)
+    raise bad_argument("dtype", f"one of {', '.join(DTYPE_BYTES)}", shown(dtype), hint)
 
 
 @dataclass(frozen=True, init=False)
@@ -101,8 +110,8 @@ class KvCacheSpec:
     head_dim: int
     num_layers: int
     v_head_dim: int
-    dtype: str
-    layout: str
+    dtype: DtypeName
+    layout: Layout
     layers: tuple[LayerSpec, ...] | None
 
     def __init__(
@@ -114,8 +123,8 @@ class KvCacheSpec:
         *,
         num_layers: int = 1,
         v_head_dim: int | None = None,
-        dtype: object = "float16",
-        layout: str = "NHD",
+        dtype: Dtype = "float16",
+        layout: Layout = "NHD",
         layers: tuple[LayerSpec, ...] | None = None,
     ) -> None:
         first = LayerSpec(num_kv_heads, head_dim, v_head_dim)
@@ -130,7 +139,7 @@ class KvCacheSpec:
             "head_dim": first.head_dim,
             "num_layers": count,
             "v_head_dim": first.v_head_dim,
-            "dtype": _dtype_name(dtype),
+            "dtype": dtype_name(dtype),
             "layout": require_choice("layout", layout, _LAYOUTS),
             "layers": layers if layers and len(set(layers)) > 1 else None,
         }

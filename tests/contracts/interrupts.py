@@ -255,10 +255,16 @@ def tight(case: Case) -> None:
     case.cache._state = state._replace(tables=state.tables[: state.counter("tables_top")].copy())
 
 
+def first_leaf(cache):
+    records = cache.block_records(np.arange(cache.total_blocks))
+    return int(np.flatnonzero(cache.snapshot().cached & (records["num_children"] == 0))[0])
+
+
 HITS = [1, 2, 3, 4, 5, 8, 8]
 CALLS: dict[str, tuple[dict, Callable, Callable]] = {
     "allocate": ({}, two_texts, lambda case: case.cache.allocate(9, HITS)),
     "allocate_with_salt": ({}, two_texts, lambda case: case.cache.allocate(9, HITS, cache_salt="b")),
+    "allocate_without_reuse": ({}, two_texts, lambda case: case.cache.allocate(9, HITS, reuse=False)),
     "allocate_after_many_salts": ({}, many_salts, lambda case: case.cache.allocate(9, HITS, cache_salt="b")),
     "allocate_moves_tables": ({}, tight, lambda case: case.cache.allocate(9, HITS)),
     "allocate_evicts": ({"on_full": "evict"}, full, lambda case: case.cache.allocate(9, [4, 4, 4, 4, 1, 1, 1])),
@@ -301,6 +307,13 @@ CALLS: dict[str, tuple[dict, Callable, Callable]] = {
     "append_batch_asks_hooks": ({"strategy": "keeper"}, crowded, lambda case: case.cache.append_batch([1], [[3] * 6])),
     "plan": ({}, streaming, lambda case: case.cache.plan([1, 5])),
     "commit": ({}, lambda case: (two_texts(case), case.fill(9, HITS, False)), lambda case: case.cache.commit(9)),
+    "commit_some": (
+        {},
+        lambda case: (two_texts(case), case.fill(9, HITS, False), case.fill(8, HITS[::-1], False)),
+        lambda case: case.cache.commit([9, 8], upto=[4, 6]),
+    ),
+    "matching_block_ids": ({}, two_texts, lambda case: case.cache.matching_block_ids(HITS)),
+    "evict_block": ({}, crowded, lambda case: case.cache.evict_block(first_leaf(case.cache))),
     "fork": ({}, two_texts, lambda case: case.cache.fork(2, 9)),
     "fork_moves_tables": ({}, tight, lambda case: case.cache.fork(2, 9)),
     "truncate": ({}, two_texts, lambda case: case.cache.truncate(2, 3)),

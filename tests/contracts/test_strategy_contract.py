@@ -225,7 +225,7 @@ def test_one_object_serves_two_caches(strategy):
 
 def test_a_call_that_does_not_fit_changes_nothing(strategy):
     manager = work(BlockManager(40, 2, strategy=strategy, on_full="evict"))
-    manager._on_full = "raise"
+    manager._room._is_evicting = False
     before, heard = seen(manager), []
     manager.subscribe(heard.append)
     room = manager.free_block_count

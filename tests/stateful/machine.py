@@ -174,21 +174,30 @@ class CacheMachine(RuleBasedStateMachine):
 
     # ---------------------------------------------------------------- sequences
 
-    @rule(seq_id=new_ids, tokens=tokens, salt=salts, priority=st.sampled_from([0, 0, 1, 2, 2, 3]), write=often)
-    def allocate(self, seq_id, tokens, salt, priority, write):
+    @rule(
+        seq_id=new_ids,
+        tokens=tokens,
+        salt=salts,
+        priority=st.sampled_from([0, 0, 1, 2, 2, 3]),
+        write=often,
+        reuse=often,
+    )
+    def allocate(self, seq_id, tokens, salt, priority, write, reuse=True):
         ids = tokens if isinstance(tokens, list) else None
         count = tokens if ids is None else len(ids)
         call = (self.cache.allocate, seq_id, tokens)
         if seq_id in self.live or priority >= self.levels:
-            self.refused(InvalidOperation, *call, priority=priority, cache_salt=salt)
+            self.refused(InvalidOperation, *call, priority=priority, cache_salt=salt, reuse=reuse)
             return
-        predicted = self.cache.match_prefix(ids, salt) if ids else 0
+        predicted = self.cache.match_prefix(ids, salt) if ids and reuse else 0
+        shared = self.cache.matching_block_ids(ids, salt) if ids and reuse else ()
         info = self.attempt(
-            lambda leaving=(): self.allocation_need(count, ids, salt, leaving),
+            lambda leaving=(): self.allocation_need(count, ids if reuse else None, salt, leaving),
             (),
             *call,
             priority=priority,
             cache_salt=salt,
+            reuse=reuse,
         )
         if info is None:
             return
@@ -197,6 +206,7 @@ class CacheMachine(RuleBasedStateMachine):
         extend(made, self.values, count, ids)
         made.committed = info.num_cached_tokens
         assert info.num_cached_tokens == predicted
+        assert info.block_ids[: len(shared)] == shared
         assert info.num_cached_tokens < count or count == 0 == info.num_cached_tokens
         if info.num_cached_tokens:
             assert (self.era, salt, *ids[: info.num_cached_tokens]) in self.findable, "cached but never committed"
@@ -356,6 +366,21 @@ class CacheMachine(RuleBasedStateMachine):
                 self.write_all(self.cache.plan([seq_id], len(missing) - missing.index(True)), commit=False)
             self.cache.commit(seq_id)
             self.committed(seq_id, len(missing))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), with_plan=st.booleans())
+    def commit_some(self, data, with_plan):
+        """The first tokens of some sequences, as many as are written or fewer."""
+        keys = data.draw(st.lists(st.sampled_from(sorted(self.live)), unique=True))
+        lens = [len(self.live[s].tokens) for s in keys]
+        given = self.obey(self.cache.plan(keys, lens)) if with_plan else keys
+        written = [[token.written for token in self.live[s].tokens] for s in keys]
+        upto = [data.draw(st.integers(0, [*row, False].index(False))) for row in written]
+        if keys:
+            self.refused(InvalidOperation, self.cache.commit, given, upto=[*upto[:-1], lens[-1] + 1])
+        self.cache.commit(given, upto=upto)
+        for seq_id, count in zip(keys, upto, strict=True):
+            self.committed(seq_id, count)
 
     @precondition(lambda self: self.live or self.is_rare)
     @rule(src=seq_ids, dst=new_ids)
@@ -521,6 +546,26 @@ class CacheMachine(RuleBasedStateMachine):
         assert self.digest() == before
         full, partial = self.index.match(ids, salt)
         assert found == len(full) * self.size + partial
+
+        assert self.cache.matching_block_ids(ids, salt) == tuple(full)
+        assert self.cache.blocks_to_allocate(ids, salt) == self.blocks_for(len(ids)) - sum(
+            self.cache.block(b).ref_count > 0 or self.cache.block(b).is_pinned for b in full
+        )
+
+    @precondition(lambda self: self.cache.total_blocks)
+    @rule(data=st.data())
+    def evict_block(self, data):
+        block = data.draw(st.integers(0, self.cache.total_blocks - 1))
+        snap, free = self.cache.snapshot(), self.cache.free_block_count
+        if not snap.cached[block] or snap.pinned[block] or self.index.parents[block]:
+            error = self.refused(InvalidOperation, self.cache.evict_block, block)
+            assert error.argument == "block_id" and f"B{block}, which" in error.reason
+            return
+        parent, tokens, _ = self.index.blocks[block]
+        self.cache.evict_block(block)
+        assert block not in self.index.blocks and self.cache.free_block_count == free
+        assert parent is None or parent in self.index.blocks
+        assert self.cache.cached_block_count == int(snap.cached.sum()) - 1
 
     @precondition(lambda self: self.steps_taken % 40 == 39)
     @rule()

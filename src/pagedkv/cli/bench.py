@@ -30,7 +30,8 @@ from pagedkv.cli.terminal import (
 )
 from pagedkv.format import digits
 from pagedkv.server.config import setting
-from pagedkv.spec import KvCacheSpec
+from pagedkv.spec import KvCacheSpec, dtype_name
+from pagedkv.typing import StrategyName
 from pagedkv.validate import require_choice, require_int, require_number
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _FEWEST = 5
 """Calls of which a median is taken at least, however long they take."""
 _REPLAYED = 1_000_000
 """Block accesses."""
-_REPLAYED_BY = ("lru", "adaptive")
+_REPLAYED_BY: tuple[StrategyName, ...] = ("lru", "adaptive")
 
 
 _BOOKS, _ATTENTION, _HOW = "The books", "Attention", "How"
@@ -190,7 +191,7 @@ def _parts(asked: list[str], request: BenchRequest) -> list[str]:
     if not request.kv_dtypes:
         raise Failure("--dtypes: expected names such as bfloat16,int8, got none")
     for dtype in request.kv_dtypes:
-        KvCacheSpec(1, request.block_size, request.kv_heads, request.head_dim, dtype=dtype)
+        KvCacheSpec(1, request.block_size, request.kv_heads, request.head_dim, dtype=dtype_name(dtype))
     return list(dict.fromkeys(asked)) or [part for part in _MEASURES if part != "attention" or find_spec("torch")]
 
 
@@ -273,7 +274,9 @@ def _filled(
 
     size = request.block_size
     blocks = -(-request.context // size)
-    cache = PagedKvCache(count * blocks, size, request.kv_heads, request.head_dim, dtype=dtype, device=str(device))
+    cache = PagedKvCache(
+        count * blocks, size, request.kv_heads, request.head_dim, dtype=dtype_name(dtype), device=str(device)
+    )
     order = np.random.default_rng(0).permutation(count)
     for seq_id in order.tolist():
         cache.allocate(seq_id, min(size, request.context))

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgspec
 import typer
@@ -33,6 +33,7 @@ from pagedkv.errors import RequestRefused
 from pagedkv.format import duration, format_bytes
 from pagedkv.machine import physical_memory
 from pagedkv.server.config import setting
+from pagedkv.typing import Dtype, Weights
 
 if TYPE_CHECKING:
     from pagedkv.engine import LLM, Request, RequestOutput, SamplingParams
@@ -312,6 +313,7 @@ def write(
     Returns the output, the pool and the seconds of writing and of compiling; `Failure` where the pool is too small, or
     the model gives no numbers.
     """
+    from pagedkv.control.strategies import parse_strategy
     from pagedkv.engine import LLM
     from pagedkv.hf import load_runner
     from pagedkv.jit import watch_compiles
@@ -320,9 +322,9 @@ def write(
         loaded.model,
         num_blocks=lambda size: _checked_pool(options, blocks, size, loaded.model.device.type == "cpu"),
         block_size=options.block_size,
-        strategy=options.strategy,
-        kv_dtype=options.kv_dtype,
-        weights=options.weights,
+        strategy=parse_strategy(options.strategy),
+        kv_dtype=cast("Dtype | None", options.kv_dtype),
+        weights=cast("Weights | None", options.weights),
         num_states=2 * options.rows,
     )
     pool = PoolWatch(runner)

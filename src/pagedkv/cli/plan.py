@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich import box
@@ -40,6 +40,7 @@ from pagedkv.cli.terminal import (
 from pagedkv.errors import InvalidOperation
 from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
 from pagedkv.sim.baselines import OPTIMAL
+from pagedkv.typing import DtypeName
 from pagedkv.validate import require_number, require_size
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def plan(
         read_rate = None if disk_read is None else parse_rate("--disk-read", disk_read, measure_read_rate)
         if prefill_rate is not None:
             require_number("prefill_rate", prefill_rate, 0, above=True)
-        shape = read_model(model, kv_dtype=kv_dtype, window_as_full=window_as_full)
+        shape = read_model(model, kv_dtype=cast("DtypeName | None", kv_dtype), window_as_full=window_as_full)
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(

@@ -162,10 +162,10 @@ def _print(report: Report) -> None:
 
 def use_books(strategy: str) -> None:
     """Call everything that a BlockManager of this strategy compiles."""
-    from pagedkv import BlockManager
+    from pagedkv import BlockManager, parse_strategy
 
     tokens = list(range(10))
-    manager = BlockManager(8, 4, strategy=strategy, on_full="evict")
+    manager = BlockManager(8, 4, strategy=parse_strategy(strategy), on_full="evict")
     manager.subscribe(lambda event: None)
     manager.allocate(1, tokens)
     manager.commit(manager.plan([1]))
@@ -193,12 +193,14 @@ def use_tiers(strategies: list[str]) -> None:
     """Store and load a block of a disk tier, before and after a restart."""
     import numpy as np
 
+    from pagedkv import parse_strategy
     from pagedkv.tiers import BlockFormat, DiskTier
 
     for strategy in strategies:
         with tempfile.TemporaryDirectory() as folder:
             for _ in range(2):
-                with DiskTier(folder, 2**16, strategy=strategy).open(BlockFormat("warmup", 4, 8)) as tier:
+                tier = DiskTier(folder, 2**16, strategy=parse_strategy(strategy))
+                with tier.open(BlockFormat("warmup", 4, 8)):
                     tier.store(range(9), np.zeros((2, 8), np.uint8)).result()
                     tier.load(range(9), np.zeros((2, 8), np.uint8)).result()
 
@@ -208,9 +210,11 @@ def use_attention(dtype: str) -> None:
     import torch
 
     from pagedkv import PagedKvCache
+    from pagedkv.spec import dtype_name
 
+    of_pool = dtype_name(dtype)
     of_queries = torch.bfloat16 if dtype in ("int8", "fp8") else getattr(torch, dtype)
-    cache = PagedKvCache(16, 16, num_kv_heads=2, head_dim=64, dtype=dtype)
+    cache = PagedKvCache(16, 16, num_kv_heads=2, head_dim=64, dtype=of_pool)
     cache.allocate(1, list(range(40)))
     for plan in (cache.plan([1]), cache.append_batch([1], [7])):
         count = len(plan.slot_mapping)

@@ -11,7 +11,7 @@ from pagedkv.control.events import stored_blocks
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.pool import drop_block, put_back, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child, walk
-from pagedkv.control.protocol import EvictionStrategy, block_scores, block_view, room_for
+from pagedkv.control.protocol import Strategy, block_scores, block_view, room_for
 from pagedkv.control.reclaim import evict_leaf, lowest_leaf
 from pagedkv.control.sequences import carry_out_reclaims
 from pagedkv.control.state import State
@@ -145,7 +145,7 @@ class ContentCache(BlockManager):
     many requests in one call.
     """
 
-    def __init__(self, num_blocks: int, strategy: str | EvictionStrategy = "lru") -> None:
+    def __init__(self, num_blocks: int, strategy: Strategy = "lru") -> None:
         super().__init__(num_blocks, 1, strategy=strategy, whole_hits=True)
 
     def run(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:

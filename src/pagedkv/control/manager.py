@@ -14,30 +14,33 @@ from pagedkv.control.arguments import (
     equal_counts,
     fraction,
     parse_batch_tokens,
+    parse_commit,
     parse_counts,
+    parse_ids,
     parse_tokens,
     sequence_key,
     sequence_keys,
     sequence_number,
 )
-from pagedkv.control.block_tables import entries_to_grow, segment_length, with_room_for_tables
+from pagedkv.control.block_tables import entries_to_grow, segment_length
 from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapshot_of, stored_blocks
 from pagedkv.control.plan import NO_COPIES, BatchPlan, UntoldCopies, stale_plan
 from pagedkv.control.pool import available_blocks
-from pagedkv.control.prefix import Namespaces, name_of
-from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, shared_blocks
+from pagedkv.control.prefix import Namespaces
+from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, Strategy, shared_blocks
+from pagedkv.control.reclaim import require_leaf
 from pagedkv.control.recurrent import count_available_slots
+from pagedkv.control.sequence_eviction import Demand, Room
 from pagedkv.control.sequence_table import KeptPins, live_rows, row_of, rows_of
 from pagedkv.control.state import (
-    EVICT,
     PINNED,
+    RECLAIM,
     State,
     new_state,
     with_log,
     with_orders,
-    with_roots,
 )
 from pagedkv.control.strategies import (
     as_strategy,
@@ -47,18 +50,21 @@ from pagedkv.control.strategies import (
     with_policy_of,
 )
 from pagedkv.control.types import (
+    BlockId,
     CacheStats,
     HotPrefix,
     KvBlock,
     SeqId,
     SequenceInfo,
+    block_ids_of,
     hottest_prefixes,
     seq_id_of,
     sequence_info,
     stats_of,
 )
-from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
-from pagedkv.validate import require_choice, require_flag, require_int
+from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, bad_argument
+from pagedkv.typing import BlockContent, IntRows, Ints, OnFull, TokenIds, Tokens
+from pagedkv.validate import require_choice, require_flag, require_int, shown
 
 Copies = npt.NDArray[np.int32]
 
@@ -103,17 +109,17 @@ class BlockManager:
         num_blocks: int,
         block_size: int = 16,
         *,
-        strategy: str | EvictionStrategy = "lru",
+        strategy: Strategy = "lru",
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
-        on_full: str = "raise",
+        on_full: OnFull = "raise",
         num_states: int = 0,
         whole_hits: bool = False,
     ) -> None:
         num_states = require_int("num_states", num_states, 0, 2**31 - 2)
         num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
         block_size = require_int("block_size", block_size, 1, 2**31 - 1)
-        self._on_full = require_choice("on_full", on_full, ("raise", "evict"))
+        require_choice("on_full", on_full, ("raise", "evict"))
         require_flag("prefix_caching", prefix_caching)
         self._eviction_threshold = fraction("eviction_threshold", eviction_threshold)
         self._strategy = as_strategy(strategy)
@@ -131,11 +137,15 @@ class BlockManager:
         self._state_copies: list[tuple[int, int]] = []
         self._untold = UntoldCopies()
         self._pins = KeptPins()
+        evicts = on_full == "evict"
+        self._room = Room(self._strategy, self._victims, self._hooks, self._pins, evicts, self._is_scored_in_numpy)
         self._is_open = False  # whether a call has begun that may leave something to finish
         self._wide_ids = False  # whether an id from 2**63 on was ever in use
         self._lock = new_lock(self)
 
-    def allocate(self, seq_id: int, tokens: Any, *, priority: int = 0, cache_salt: str = "") -> SequenceInfo:
+    def allocate(
+        self, seq_id: int, tokens: Tokens, *, priority: int = 0, cache_salt: str = "", reuse: bool = True
+    ) -> SequenceInfo:
         """Start a sequence.
 
         Parameters
@@ -149,6 +159,9 @@ class BlockManager:
             For the ``Priority`` strategy; 0 is the lowest.
         cache_salt : str
             Sequences of different salts never share a block.
+        reuse : bool
+            Whether cached blocks are shared. Without, every token is left to compute, for its logits for instance; once
+            committed, its blocks are found by others all the same.
 
         Returns
         -------
@@ -164,6 +177,7 @@ class BlockManager:
         key = sequence_key(seq_id)
         count, ids, known = parse_tokens(tokens)
         priority = checked_priority(self._strategy, priority)
+        reuse = (reuse is True or require_flag("reuse", reuse)) and known
         with self._lock:
             self._begin()
             namespace = self._enter_namespace(cache_salt)
@@ -171,23 +185,26 @@ class BlockManager:
             while True:
                 is_asked = self._hooks.exist and not self._state.counter("num_orders")
                 if is_asked and sequence_table.find_row(self._state.packed, key) < 0:
-                    orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, known)
+                    orders = self._hooks.orders_to_allocate(self._state, namespace, count, ids, reuse)
                     if orders is not None:
                         self._order(orders)
-                        self._hooks.about_to_hit(self._state, namespace, ids, known)
-                status, a, b = sequences.allocate_row(self._state.packed, key, namespace, priority, count, ids, known)
+                        self._hooks.about_to_hit(self._state, namespace, ids, reuse)
+                status, a, b = sequences.allocate_row(
+                    self._state.packed, key, namespace, priority, count, ids, known, reuse
+                )
                 if status == sequence_table.OK:
                     break
                 if status == sequence_table.EXISTS:
-                    raise InvalidOperation(f"sequence {SeqId(seq_id)} exists already")
+                    raise sequence_table.exists(SeqId(seq_id))
                 sequence_table.refuse(status, a, keys=())
-                ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, known=known)
-                matched = shared_blocks(self._state, namespace, ids, known)
-                self._make_room(status, a, b, ask, segment_length(-(-count // self.block_size)), matched=matched)
+                ask = partial(self._hooks.orders_to_allocate, namespace=namespace, count=count, ids=ids, reuse=reuse)
+                matched = shared_blocks(self._state, namespace, ids, reuse)
+                entries = segment_length(-(-count // self.block_size))
+                self._make_room(status, a, b, Demand(ask, entries, matched=matched.tolist()))
             self._finish(b)
             return sequence_info(self._state, a)
 
-    def append(self, seq_id: int, tokens: Any) -> SequenceInfo:
+    def append(self, seq_id: int, tokens: Tokens) -> SequenceInfo:
         """Add tokens to the end of a sequence; a shared last block is copied first.
 
         Parameters
@@ -207,7 +224,9 @@ class BlockManager:
             self._grow(np.array([key]), np.array([count]), ids, known)
             return sequence_info(self._state, row_of(self._state, seq_id))
 
-    def append_batch(self, seq_ids: Any, tokens: Any = None, *, counts: Any = None) -> BatchPlan:
+    def append_batch(
+        self, seq_ids: Ints, tokens: Ints | IntRows | None = None, *, counts: int | Ints | None = None
+    ) -> BatchPlan:
         """Add tokens to many sequences and plan the forward pass over them: one call a step.
 
         Parameters
@@ -237,7 +256,7 @@ class BlockManager:
             tick, width, wide, narrow = self._grow(keys, num_tokens, ids, known, seq_ids)
             return self._planned(keys, wide, narrow, width, tick)
 
-    def plan(self, seq_ids: Any, num_query_tokens: Any = None) -> BatchPlan:
+    def plan(self, seq_ids: Ints, num_query_tokens: int | Ints | None = None) -> BatchPlan:
         """Lay out a forward pass.
 
         Parameters
@@ -264,19 +283,25 @@ class BlockManager:
             status, place, width, wide, narrow = sequences.plan_in_memory(self._state, keys, wanted)
             if status == sequence_table.NO_ROOM:
                 number, most = sequence_number(keys[place]), "at most the tokens of the sequence"
-                raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}")
+                hint = "append() the rest first"
+                raise bad_argument("num_query_tokens", f"{most}", f"{wanted[place]} for S{number}", hint)
             sequence_table.refuse(status, place, keys, seq_ids)
             return self._planned(keys, wide, narrow, width, place)
 
-    def commit(self, plan_or_seq_id: BatchPlan | int, *, has_states: bool = True) -> None:
+    def commit(
+        self, plan_or_seq_ids: BatchPlan | int | Ints, *, upto: int | Ints | None = None, has_states: bool = True
+    ) -> None:
         """Say that K and V are written: full blocks of known token ids become findable.
 
-        With a plan, this holds for the tokens up to the end of the plan; with a sequence id, for all its tokens. Where
-        the index already holds an equal block, the sequence goes over to it, so make a new plan afterwards.
+        With a plan, this holds for the tokens up to the end of the plan; with ids of sequences, for all their tokens.
+        Where the index already holds an equal block, the sequence goes over to it, so make a new plan afterwards.
 
         Parameters
         ----------
-        plan_or_seq_id : BatchPlan or int
+        plan_or_seq_ids : BatchPlan, int or sequence of int
+        upto : int or sequence of int [n], optional
+            Only the first so many tokens, one number for all sequences or one for each: those that are written so far,
+            or that a verification accepted. What was committed before stays so.
         has_states : bool
             Whether the slots of the sequences hold their states behind these tokens; if not, no snapshot is kept.
 
@@ -284,18 +309,16 @@ class BlockManager:
         ------
         SequenceNotFound
         InvalidOperation
-            If a sequence of the plan streamed or began anew since, or tokens of the plan were taken back and others
-            appended. Where they were only taken back, what is left of them is committed.
+            If `upto` is beyond the tokens, or a sequence is named twice. If a sequence of the plan streamed or began
+            anew since, or tokens of the plan were taken back and others appended; where they were only taken back,
+            what is left of them is committed.
         """
-        if isinstance(plan_or_seq_id, BatchPlan):
-            keys, made_at = plan_or_seq_id.seq_ids, plan_or_seq_id.tick
-            upto = plan_or_seq_id.seq_lens.astype(np.int64)
-        else:
-            keys, made_at = np.array([sequence_key(plan_or_seq_id)]), 2**62
-            upto = np.array([-1])
+        keys, counts, most, made_at = parse_commit(plan_or_seq_ids, upto, self._wide_ids)
         with self._lock:
             self._begin()
-            status, place = sequences.commit_rows(self._state.packed, keys, upto, made_at, has_states)
+            if upto is not None:
+                sequence_table.require_tokens("upto", self._state, keys, counts, most)
+            status, place = sequences.commit_rows(self._state.packed, keys, counts, made_at, has_states)
             if status == sequence_table.STALE:
                 raise stale_plan(sequence_number(keys[place]))
             sequence_table.refuse(status, place, keys)
@@ -324,8 +347,8 @@ class BlockManager:
                     self._finish(self._state.counter("num_state_copies"))
                     return sequence_info(self._state, a)
                 if status == sequence_table.EXISTS:
-                    raise InvalidOperation(f"sequence {SeqId(dst)} exists already")
-                self._make_room(status, a, 0)
+                    raise sequence_table.exists(SeqId(dst), "dst")
+                self._make_room(status, a, 0, Demand())
 
     def truncate(self, seq_id: int, num_tokens: int) -> SequenceInfo:
         """Take back the tokens from position `num_tokens` on, of rejected drafts for instance.
@@ -340,7 +363,8 @@ class BlockManager:
             self._settle()
             row = row_of(self._state, seq_id)
             record = self._state.sequence(row)
-            num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
+            hint = f"it has {record.num_tokens}; append() adds to them"
+            num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens, hint)
             if num_tokens < record.num_tokens:
                 hole = record.hole_len if num_tokens > record.hole_start else 0
                 self._score_before_release([row], (num_tokens + hole) // self.block_size)
@@ -408,13 +432,7 @@ class BlockManager:
         with self._lock:
             self._settle()
             row = row_of(self._state, seq_id)
-            record = self._state.sequences[row]
-            if num_tokens is None:
-                blocks = int(record.num_blocks)
-            else:
-                num_tokens = require_int("num_tokens", num_tokens, 0, int(record.num_tokens))
-                hole = int(record.hole_len) if num_tokens > record.hole_start else 0
-                blocks = -(-(num_tokens + hole) // self.block_size)
+            blocks = sequence_table.blocks_to_pin(self._state, row, num_tokens)
             sequence_table.pin_row(self._state.packed, row, blocks)
             return sequence_info(self._state, row)
 
@@ -431,16 +449,10 @@ class BlockManager:
         key = sequence_key(seq_id)
         with self._lock:
             self._settle()
-            kept = self._pins.blocks.get(key)
-            row = sequence_table.find_row(self._state.packed, key)
-            if kept is None:
-                if row < 0:
-                    raise SequenceNotFound(seq_id)
-                if not self._state.sequences[row].marks & PINNED:
-                    raise InvalidOperation(f"sequence {SeqId(seq_id)} is not pinned")
+            row, kept = self._pins.held_by(self._state, key)
             self._is_open = True
             self._pins.drop(self._state, key)
-            sequence_table.unpin_row(self._state.packed, row, np.array(kept or (), np.int32))
+            sequence_table.unpin_row(self._state.packed, row, np.array(kept, np.int32))
 
     def select_eviction_target(self, spared: Iterable[int] = ()) -> SeqId | None:
         """Return the sequence that ``evict`` would free, or None if there is none that may go.
@@ -465,7 +477,7 @@ class BlockManager:
             self._settle()
             row = self._victims.first(self._state)
             if row is None:
-                raise InvalidOperation("there is no sequence to evict")
+                raise InvalidOperation("there is no sequence to evict", hint="unpin() one, or allocate() some")
             seq_id = seq_id_of(self._state, row)
             self._score_before_release([row])
             sequences.evict_rows(self._state.packed, np.array([row], np.int32))
@@ -526,11 +538,21 @@ class BlockManager:
             self._finish(self._state.counter("num_copies"))
             return int(dropped)
 
-    def match_prefix(self, token_ids: Any, cache_salt: str = "") -> int:
+    def match_prefix(self, token_ids: TokenIds, cache_salt: str = "") -> int:
         """Return how many leading tokens an ``allocate`` would find cached now; changes nothing."""
         return self._count_found(sequences.count_matching, token_ids, cache_salt)
 
-    def match_blocks(self, token_ids: Any, cache_salt: str = "") -> int:
+    def matching_block_ids(self, token_ids: TokenIds, cache_salt: str = "") -> tuple[BlockId, ...]:
+        """Return the whole blocks that an ``allocate`` would share now, in the order of the text; changes nothing.
+
+        A partly matching block, of which ``match_prefix`` counts tokens too, is not among them: it would be copied.
+        """
+        ids = parse_ids("token_ids", token_ids)
+        with self._lock:
+            blocks = shared_blocks(self._state, self._namespaces.find(cache_salt), ids, True)
+        return block_ids_of(blocks.tolist())
+
+    def match_blocks(self, token_ids: TokenIds, cache_salt: str = "") -> int:
         """Return how many leading tokens stand in whole blocks of the index; changes nothing.
 
         With recurrent states these may be more than ``match_prefix`` finds: what is behind the last snapshot cannot be
@@ -538,7 +560,7 @@ class BlockManager:
         """
         return self._count_found(sequences.count_stored, token_ids, cache_salt)
 
-    def state_slots(self, plan_or_seq_ids: Any) -> npt.NDArray[np.int32]:
+    def state_slots(self, plan_or_seq_ids: BatchPlan | Ints) -> npt.NDArray[np.int32]:
         """Return the slots of the states of the sequences of a plan, or of these ids, int32 ``[n]``.
 
         Raises
@@ -550,7 +572,7 @@ class BlockManager:
         given = plan_or_seq_ids
         keys = given.seq_ids if isinstance(given, BatchPlan) else sequence_keys(given, self._wide_ids)
         if not self.total_states:
-            raise bad_argument("num_states", "at least 1, for states", "0")
+            raise bad_argument("num_states", "at least 1, for states", "0", "make the books with num_states=…")
         with self._lock:
             self._settle()
             slots: npt.NDArray[np.int32] = self._state.sequence_states[rows_of(self._state, keys)] - 1
@@ -567,7 +589,7 @@ class BlockManager:
             self._state_copies = []
             return copies
 
-    def blocks_to_allocate(self, tokens: Any, cache_salt: str = "") -> int:
+    def blocks_to_allocate(self, tokens: Tokens, cache_salt: str = "") -> int:
         """Return how many of the ``free_block_count`` blocks ``allocate(tokens)`` would take now; changes nothing.
 
         Cached blocks that it would take up again count; blocks that other sequences hold and it would share do not.
@@ -580,12 +602,31 @@ class BlockManager:
         """
         count, ids, known = parse_tokens(tokens)
         with self._lock:
-            namespace = self._namespaces.find(cache_salt) if known else None
-            needed = -(-count // self.block_size)
-            if namespace is None or not self.prefix_caching:
-                return needed
-            matched = self._state.blocks[sequences.matching_blocks(self._state.packed, namespace, ids)]
-            return needed - int(np.count_nonzero((matched["ref_count"] > 0) | (matched["pins"] > 0)))
+            matched = self._state.blocks[shared_blocks(self._state, self._namespaces.find(cache_salt), ids, known)]
+            held = (matched["ref_count"] > 0) | (matched["pins"] > 0)
+            return -(-count // self.block_size) - int(np.count_nonzero(held))
+
+    def evict_block(self, block_id: int) -> None:
+        """Forget one cached block: its content can no longer be found, and the block is free.
+
+        It has to be a leaf, so that no block is kept that cannot be reached: to give up what follows a prefix, evict
+        from its tail, ``for block_id in reversed(manager.matching_block_ids(ids))``. The strategy is not asked.
+
+        Raises
+        ------
+        BlockNotFound
+            If the pool has no such block.
+        InvalidOperation
+            If the block is not cached: a sequence holds it, or it is free; if it is pinned, or a findable block
+            continues it.
+        """
+        number = int(self.block(block_id).id)
+        with self._lock:
+            self._begin()
+            require_leaf(self._state, number)
+            self._order([(RECLAIM, number, 0)])
+            sequences.carry_out_reclaims(self._state.packed)
+            self._finish(0)
 
     def clear_prefix_cache(self) -> int:
         """Make everything stored so far unfindable, pinned blocks too; returns how many blocks became free.
@@ -612,7 +653,7 @@ class BlockManager:
             Call it to unsubscribe.
         """
         if not callable(callback):
-            raise bad_argument("callback", "a callable", f"{callback!r}")
+            raise bad_argument("callback", "a callable", shown(callback), "give a function of one event")
         with self._lock:
             self._settle()
             if len(self._state.log) == 1:
@@ -760,13 +801,17 @@ class BlockManager:
         tuple of HotPrefix
             The best first; ties go to the lower block id.
         """
+        limit, max_tokens = require_int("limit", limit), require_int("max_tokens", max_tokens)
         with self._lock:
             return hottest_prefixes(self._state, limit, max_tokens)
 
-    def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def block_records(self, block_ids: Ints) -> npt.NDArray[np.void]:
         """Return copies of the records of some blocks, with the fields of ``control.state.BLOCK``."""
+        blocks = parse_ids("block_ids", block_ids)
+        if len(blocks) and (highest := int(blocks.max())) >= self.total_blocks:
+            raise BlockNotFound(highest)
         with self._lock:
-            records: npt.NDArray[Any] = self._state.blocks[block_ids]
+            records: npt.NDArray[np.void] = self._state.blocks[blocks]
             return records
 
     def check(self) -> None:
@@ -866,7 +911,7 @@ class BlockManager:
             entries = entries_to_grow(self._state, growing, counts)
             tails = sequence_eviction.written_tails(self._state, growing, counts)
             ask = partial(self._hooks.orders_to_grow, keys=keys, counts=counts)
-            self._make_room(status, a, b, ask, entries, frozenset(growing), tails=tails)
+            self._make_room(status, a, b, Demand(ask, entries, frozenset(growing), tails=tails))
         self._finish(num_copies)
         return a, b, wide, narrow
 
@@ -875,49 +920,11 @@ class BlockManager:
         with self._lock:
             sequences.require_fresh(self._state, plan)
 
-    def _make_room(
-        self,
-        status: int,
-        a: int,
-        b: int,
-        ask: Callable[[State], list[Order] | None] = lambda state: None,
-        entries: int = 0,
-        spared: frozenset[int] = frozenset(),
-        matched: Iterable[int] = (),
-        tails: Sequence[int] = (),
-    ) -> None:
-        """Grow the arrays, or order evictions by the strategy, so that the compiled call can be made again."""
-        if status == sequence_table.NEEDS_ROWS:
-            self._state = sequence_table.with_more_rows(self._state)
-        elif status == sequence_table.NEEDS_TABLES:
-            self._state = with_room_for_tables(self._state, a)
-        elif status == sequence_table.NO_SLOT:
-            self._free_a_slot(ask, entries)
-        elif self._on_full == "raise" or self._state.counter("num_orders"):
-            raise OutOfMemory(a, b)
-        else:
-            rows = sequence_eviction.rows_for_room(
-                self._state, self._victims, a - b, spared, list(matched), tails, self._pins.all_blocks
-            )
-            if not len(rows):
-                raise OutOfMemory(a, b)
-            self._state = with_room_for_tables(self._state, entries)
-            self._order_to_evict(rows, ask)
-
-    def _free_a_slot(self, ask: Callable[[State], list[Order] | None], entries: int) -> None:
-        """Order the eviction of the sequence that the strategy ranks lowest, for the slot of its state."""
-        row = self._victims.first(self._state)
-        if self._on_full == "raise" or row is None or self._state.counter("num_orders"):
-            hint = f"all {self.total_states} are held by sequences or by pinned snapshots"
-            raise OutOfMemory(1, 0, hint, "slots for states")
-        self._state = with_room_for_tables(self._state, entries)
-        self._order_to_evict(np.array([row], np.int32), ask)
-
-    def _order_to_evict(self, rows: npt.NDArray[np.int32], ask: Callable[[State], list[Order] | None]) -> None:
-        """Order the end of sequences, and what the strategy decides behind it."""
-        self._score_before_release(rows.tolist())
-        behind = sequence_eviction.orders_behind(self._state, rows, ask) if self._hooks.decide_reclaims else []
-        self._order([(EVICT, row, 0) for row in rows.tolist()] + behind)
+    def _make_room(self, status: int, a: int, b: int, demand: Demand) -> None:
+        """Grow the arrays, or order evictions, so that the compiled call can be made again."""
+        self._state, orders = self._room.make(self._state, status, a, b, demand)
+        if orders:
+            self._order(orders)
 
     def _order(self, orders: Sequence[Order]) -> None:
         """Leave orders in the books, for the compiled call that follows."""
@@ -965,9 +972,7 @@ class BlockManager:
 
     def _count_found(self, count: Callable[[State, int, Any], int], token_ids: Any, cache_salt: str) -> int:
         """Count leading tokens in the index by a kernel."""
-        _, ids, known = parse_tokens(token_ids)
-        if not known:
-            raise bad_argument("token_ids", "token ids", f"{token_ids!r}")
+        ids = parse_ids("token_ids", token_ids)
         with self._lock:
             namespace = self._namespaces.find(cache_salt)
             if namespace is None or not self.prefix_caching:
@@ -975,13 +980,7 @@ class BlockManager:
             return int(count(self._state.packed, namespace, ids))
 
     def _enter_namespace(self, cache_salt: str) -> int:
-        number = self._namespaces.find(cache_salt)
-        if number is None:
-            number = self._namespaces.offer(self._state)
-            if number >= len(self._state.roots):
-                self._state = with_roots(self._state, number + 1)
-            self._state.roots[number, 3] = name_of(cache_salt)
-            self._namespaces.take(cache_salt, number)
+        self._state, number = self._namespaces.enter(self._state, cache_salt)
         return number
 
     def _publish(self) -> None:
@@ -992,8 +991,8 @@ class BlockManager:
             self._feed.publish(self._state)
             self._listens = self._hooks.see_stores or self._feed.is_active
 
-    def _block_keys(self, block: int) -> Any:
+    def _block_keys(self, block: int) -> BlockContent:
         raise InvalidOperation("a BlockManager holds no keys; use a PagedKvCache")
 
-    def _block_values(self, block: int) -> Any:
+    def _block_values(self, block: int) -> BlockContent:
         raise InvalidOperation("a BlockManager holds no values; use a PagedKvCache")

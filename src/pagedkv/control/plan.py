@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import InvalidOperation, MissingExtra
+from pagedkv.typing import Device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +32,8 @@ class TensorPlan(NamedTuple):
 
 def stale_plan(seq_id: int) -> InvalidOperation:
     """Return the error for a plan that a sequence has left behind."""
-    return InvalidOperation(f"the plan is stale: S{seq_id} has changed since it was made", "plan")
+    reason = f"the plan is stale: S{seq_id} has changed since it was made"
+    return InvalidOperation(reason, "plan", f"make a new one: plan([{seq_id}])")
 
 
 @dataclass(slots=True, eq=False)
@@ -98,7 +100,7 @@ class BatchPlan:
         """Position of each query token in the original text, dropped tokens counted: int64 [total_tokens]."""
         return self.positions + np.repeat(self.num_dropped, self.num_query_tokens)
 
-    def torch(self, device: Any = None) -> TensorPlan:
+    def torch(self, device: Device | None = None) -> TensorPlan:
         """Return the same fields as tensors: copies, so that either side may be written to.
 
         Parameters

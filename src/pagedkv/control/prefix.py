@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.recurrent import drop_all_snapshots, drop_snapshot, snapshot_of
-from pagedkv.control.state import LIVE, MAIN, OPAQUE, State
+from pagedkv.control.state import LIVE, MAIN, OPAQUE, State, with_roots
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, compiled, inlined
+from pagedkv.validate import shown
 
 # Odd 64-bit multipliers with well mixed bits (the golden ratio, and one of SplitMix64's finaliser).
 _STEP = np.uint64(0x9E3779B97F4A7C15)
@@ -218,7 +219,8 @@ def unlink_leaf(state: State, block: int) -> int:
 def checked_salt(cache_salt: Any) -> str:
     """Return the salt; what is no str is InvalidOperation."""
     if not isinstance(cache_salt, str):
-        raise bad_argument("cache_salt", "a str", f"{cache_salt!r}")
+        hint = "bytes are .decode()d" if isinstance(cache_salt, bytes) else "write str(…)"
+        raise bad_argument("cache_salt", "a str", shown(cache_salt), hint)
     return cache_salt
 
 
@@ -243,6 +245,17 @@ class Namespaces:
     def salt_of(self, number: int) -> str:
         """Return the salt behind a number."""
         return self._salts[number]
+
+    def enter(self, state: State, cache_salt: str) -> tuple[State, int]:
+        """Return the number of a salt, and the state with room for its root."""
+        number = self.find(cache_salt)
+        if number is None:
+            number = self.offer(state)
+            if number >= len(state.roots):
+                state = with_roots(state, number + 1)
+            state.roots[number, 3] = name_of(cache_salt)
+            self.take(cache_salt, number)
+        return state, number
 
     def offer(self, state: State) -> int:
         """Return a number that no salt has; `take` gives it to one, once there is room for it in the roots."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from pagedkv.control.sequences import blocks_to_grow, matching_blocks
 from pagedkv.control.state import RECLAIM, RESCORE, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation
+from pagedkv.typing import StrategyName
 from pagedkv.validate import require_int
 
 Scores = npt.NDArray[np.int64]
@@ -37,6 +38,10 @@ class EvictionStrategy(Protocol):
         A block is scored when its last owner releases it, and the score is kept with it.
         """
         ...
+
+
+Strategy: TypeAlias = StrategyName | EvictionStrategy
+"""What ``strategy=`` takes: the name of a built-in one, or an object."""
 
 
 class StrategyHooks(Protocol):
@@ -71,7 +76,8 @@ def checked_scores(strategy: EvictionStrategy, method: str, scores: object, coun
     if array.shape != (count,) or array.dtype.kind not in "iu":
         raise InvalidOperation(
             f"{type(strategy).__name__}.{method}: expected to return integers of shape ({count},), "
-            f"got {array.dtype} of shape {array.shape}"
+            f"got {array.dtype} of shape {array.shape}",
+            hint="make the scores int64, one for each record",
         )
     return array.astype(np.int64, copy=False)
 
@@ -110,11 +116,11 @@ class Hooks:
         if self.see_hits and len(blocks):
             self._strategy.on_hit(block_view(state, blocks), state.counter("tick"))
 
-    def about_to_hit(self, state: State, namespace: int, ids: Ids, known: bool) -> None:
+    def about_to_hit(self, state: State, namespace: int, ids: Ids, reuse: bool) -> None:
         """Tell of blocks that a new sequence is about to share, as they will be then."""
         if not self.see_hits:
             return
-        blocks = shared_blocks(state, namespace, ids, known)
+        blocks = shared_blocks(state, namespace, ids, reuse)
         if len(blocks):
             view, now = block_view(state, blocks), state.counter("tick") + 1
             view.records["ref_count"] += 1
@@ -157,9 +163,9 @@ class Hooks:
                 raise InvalidOperation(f"{name}.on_reclaim: expected to evict some block, kept {most} in a row")
         return orders
 
-    def orders_to_allocate(self, state: State, namespace: int, count: int, ids: Ids, known: bool) -> list[Order] | None:
+    def orders_to_allocate(self, state: State, namespace: int, count: int, ids: Ids, reuse: bool) -> list[Order] | None:
         """Return the orders that make room for an allocation; None if it does not fit."""
-        matched, needed, available = room_for(state, namespace, count, ids, known)
+        matched, needed, available = room_for(state, namespace, count, ids, reuse)
         if needed > available:
             return None
         return self.orders_for(state, needed, int(matched[-1]) if len(matched) else -1) if self.decide_reclaims else []
@@ -170,15 +176,16 @@ class Hooks:
         return self.orders_for(state, needed) if status == OK else None
 
 
-def shared_blocks(state: State, namespace: int, ids: Ids, known: bool) -> Blocks:
-    """Return the cached blocks that an allocation would share."""
-    is_findable = known and state.counter("prefix_caching")
-    return matching_blocks(state.packed, namespace, ids) if is_findable else np.empty(0, np.int32)
+def shared_blocks(state: State, namespace: int | None, ids: Ids, reuse: bool) -> Blocks:
+    """Return the cached blocks that an allocation would share, if it may `reuse` any."""
+    if namespace is None or not reuse or not state.counter("prefix_caching"):
+        return np.empty(0, np.int32)
+    return matching_blocks(state.packed, namespace, ids)
 
 
-def room_for(state: State, namespace: int, count: int, ids: Ids, known: bool) -> tuple[Blocks, int, int]:
+def room_for(state: State, namespace: int, count: int, ids: Ids, reuse: bool) -> tuple[Blocks, int, int]:
     """Return the blocks that an allocation would share, how many more it needs, and how many it can have."""
-    matched = shared_blocks(state, namespace, ids, known)
+    matched = shared_blocks(state, namespace, ids, reuse)
     idle = (state.blocks["ref_count"][matched] == 0) & (state.blocks["pins"][matched] == 0)
     needed = -(-count // state.counter("block_size")) - len(matched)
     return matched, needed, int(available_blocks(state.packed)) - int(idle.sum())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pagedkv.control.prefix import unlink_leaf
 from pagedkv.control.state import State
+from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
 # S3-FIFO: a tenth of the cache is for newcomers.
@@ -174,6 +175,23 @@ def evict_leaf(state: State, block: int) -> None:
     counters.reclaimed += 1
     if state.kernels.after_evict:
         call_kernel(state.kernels.after_evict, state, lowest_leaf(state))
+
+
+def require_leaf(state: State, block: int) -> None:
+    """Refuse a block that is not a cached leaf without a pin."""
+    record = state.blocks[block]
+    if record.ref_count > 0:
+        found, hint = f"{record.ref_count} sequences hold", "free() them first"
+    elif not record.indexed:
+        found, hint = "is free", "there is nothing to forget"
+    elif record.pins > 0:
+        found, hint = "is pinned", "unpin() its sequence first"
+    elif record.num_children > 0:
+        found, hint = f"{record.num_children} cached blocks continue", "evict these first"
+    else:
+        return
+    expected = "a cached block that nobody holds and nothing continues"
+    raise bad_argument("block_id", expected, f"B{block}, which {found}", hint)
 
 
 @inlined

@@ -10,15 +10,18 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.protocol import EvictionStrategy, Order, block_scores, block_view, checked_scores
-from pagedkv.control.sequence_table import clear_dirty
+from pagedkv.control.block_tables import with_room_for_tables
+from pagedkv.control.protocol import EvictionStrategy, Hooks, Order, block_scores, block_view, checked_scores
+from pagedkv.control.sequence_table import NEEDS_ROWS, NEEDS_TABLES, NO_SLOT, KeptPins, clear_dirty, with_more_rows
 from pagedkv.control.sequences import count_leaving, evict_rows, release_candidates
-from pagedkv.control.state import LIVE, PINNED, State
+from pagedkv.control.state import EVICT, LIVE, PINNED, State
 from pagedkv.control.types import SequenceView
+from pagedkv.errors import OutOfMemory
 
 _Entry = tuple[int, int, int, int]  # score, seq_id, row, entry number
 
@@ -197,3 +200,83 @@ def _copies_saved(state: State, tails: Sequence[int], owners: Counter[int]) -> i
         is_copied_anyway = block.pins > 0 or (block.indexed and block.num_children > 0)
         saved += bool(block.ref_count > writers == owners[tail] and not is_copied_anyway)
     return saved
+
+
+class Demand(NamedTuple):
+    """What a call wants that was refused for want of room.
+
+    `ask` gives the strategy's orders on a state, `entries` are those of block tables; the rest is for `rows_for_room`.
+    """
+
+    ask: Callable[[State], list[Order] | None] = lambda state: None
+    entries: int = 0
+    spared: frozenset[int] = frozenset()
+    matched: Sequence[int] = ()
+    tails: Sequence[int] = ()
+
+
+class Room:
+    """Makes room for a compiled call that was refused: larger arrays, or evictions as the strategy ranks them."""
+
+    def __init__(
+        self,
+        strategy: EvictionStrategy,
+        victims: VictimOrder,
+        hooks: Hooks,
+        pins: KeptPins,
+        is_evicting: bool,
+        is_scored_in_numpy: bool,
+    ) -> None:
+        self._strategy = strategy
+        self._is_scored_in_numpy = is_scored_in_numpy
+        self._victims = victims
+        self._hooks = hooks
+        self._pins = pins
+        self._is_evicting = is_evicting
+
+    def make(self, state: State, status: int, a: int, b: int, demand: Demand) -> tuple[State, list[Order]]:
+        """Return a state with which the call can be made again, and the evictions that are to happen with it.
+
+        Raises
+        ------
+        OutOfMemory
+            If nobody may be evicted, or that makes no room.
+        """
+        if status == NEEDS_ROWS:
+            return with_more_rows(state), []
+        if status == NEEDS_TABLES:
+            return with_room_for_tables(state, a), []
+        shortage = _no_slot(state) if status == NO_SLOT else OutOfMemory(a, b)
+        shortage.add_note(self._way_out(state, a))
+        if not self._is_evicting or state.counter("num_orders"):
+            raise shortage
+        rows = self._row_for_slot(state) if status == NO_SLOT else self._rows_for_blocks(state, a - b, demand)
+        if not len(rows):
+            raise shortage
+        state = with_room_for_tables(state, demand.entries)
+        if self._is_scored_in_numpy:
+            score_releases(state, self._strategy, rows.tolist(), 0)
+        behind = orders_behind(state, rows, demand.ask) if self._hooks.decide_reclaims else []
+        return state, [(EVICT, row, 0) for row in rows.tolist()] + behind
+
+    def _way_out(self, state: State, requested: int) -> str:
+        """Return what to do where blocks are missing."""
+        if requested > len(state.blocks):
+            return f"The pool has {len(state.blocks)} in all: give it more with num_blocks."
+        if self._is_evicting:
+            return "What is left is pinned, or is needed itself: unpin() some."
+        return 'Let free() or evict() make room, or on_full="evict".'
+
+    def _row_for_slot(self, state: State) -> npt.NDArray[np.int32]:
+        row = self._victims.first(state)
+        return np.array([] if row is None else [row], np.int32)
+
+    def _rows_for_blocks(self, state: State, missing: int, demand: Demand) -> npt.NDArray[np.int32]:
+        kept = self._pins.all_blocks
+        return rows_for_room(state, self._victims, missing, demand.spared, demand.matched, demand.tails, kept)
+
+
+def _no_slot(state: State) -> OutOfMemory:
+    """Return the error for a sequence that finds no slot for its state."""
+    hint = f"all {len(state.states)} are held by sequences or by pinned snapshots"
+    return OutOfMemory(1, 0, hint, "slots for states")

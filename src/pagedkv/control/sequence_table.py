@@ -12,6 +12,7 @@ from pagedkv.control.pool import unpin_block
 from pagedkv.control.state import DIRTY, LIVE, MAX_PINS, PINNED, SEQUENCE, State, power_of_two
 from pagedkv.errors import InvalidOperation, SequenceNotFound, bad_argument
 from pagedkv.jit import borrowed, compiled, inlined
+from pagedkv.validate import require_int
 
 OK, NOT_FOUND, REPEATED, EXISTS, NO_ROOM, NEEDS_TABLES, NEEDS_ROWS, STALE, TOO_LONG, NO_SLOT = range(10)
 """What a compiled function answers; the doors turn it into a typed error, or make room and call again."""
@@ -31,7 +32,7 @@ def refuse(status: int, place: int, keys: Any, given: Any = None) -> None:
             sequence_key(listed[place], "seq_ids")  # a negative id was not looked for: say so
         raise SequenceNotFound(sequence_number(keys[place]))
     if status == REPEATED:
-        raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice")
+        raise bad_argument("seq_ids", "each sequence once", f"S{sequence_number(keys[place])} twice", "name it once")
     if status == TOO_LONG:
         raise bad_argument("tokens", f"sequences of at most {MAX_TOKENS} tokens", f"{place}")
 
@@ -258,12 +259,40 @@ def row_of(state: State, seq_id: int, name: str = "seq_id") -> int:
     return row
 
 
+def exists(seq_id: int, argument: str = "seq_id") -> InvalidOperation:
+    """Return the error for a sequence that is to begin and is there already."""
+    error = InvalidOperation(f"sequence S{int(seq_id)} exists already", argument)
+    error.add_note(f"append({int(seq_id)}, …) goes on with it, free({int(seq_id)}) ends it.")
+    return error
+
+
 def rows_of(state: State, keys: Ints) -> list[int]:
     """Return the rows of these sequences; SequenceNotFound at the first that is none."""
     rows = [int(find_row(state.packed, key)) for key in keys.tolist()]
     if -1 in rows:
         raise SequenceNotFound(sequence_number(keys[rows.index(-1)]))
     return rows
+
+
+def require_tokens(name: str, state: State, keys: Ints, counts: Ints, limits: Ints | None) -> None:
+    """Refuse counts beyond the tokens of these sequences, or beyond `limits`."""
+    if limits is None:
+        limits = state.sequences["num_tokens"][rows_of(state, keys)]
+    beyond = np.flatnonzero(counts > limits)
+    if len(beyond):
+        place = beyond[0]
+        expected = f"at most the {limits[place]} tokens of S{sequence_number(keys[place])}"
+        raise bad_argument(name, expected, f"{counts[place]}", "append() the rest first")
+
+
+def blocks_to_pin(state: State, row: int, num_tokens: int | None) -> int:
+    """Return how many first blocks of a sequence hold its first `num_tokens`; all for None."""
+    record = state.sequence(row)
+    if num_tokens is None:
+        return record.num_blocks
+    num_tokens = require_int("num_tokens", num_tokens, 0, record.num_tokens)
+    hole = record.hole_len if num_tokens > record.hole_start else 0
+    return -(-(num_tokens + hole) // state.counter("block_size"))
 
 
 def live_rows(state: State) -> list[int]:
@@ -309,6 +338,25 @@ class KeptPins:
             raise InvalidOperation(f"a block has at most {MAX_PINS} pins; unpin sequences that were freed")
         kept = self.blocks.get(record.seq_id, [])
         self._after_this(state, {**self.blocks, record.seq_id: kept + pinned})
+
+    def held_by(self, state: State, key: int) -> tuple[int, list[int]]:
+        """Return the row of a sequence, or -1, and the blocks that its pins keep since it was freed.
+
+        Raises
+        ------
+        SequenceNotFound
+            If there is neither.
+        InvalidOperation
+            If the sequence is not pinned.
+        """
+        row = int(find_row(state.packed, key))
+        if key not in self.blocks:
+            if row < 0:
+                raise SequenceNotFound(sequence_number(key))
+            if not state.sequences[row].marks & PINNED:
+                number = sequence_number(key)
+                raise bad_argument("seq_id", "a pinned sequence", f"another: S{number} is not pinned", "pin() it first")
+        return row, self.blocks.get(key, [])
 
     def drop(self, state: State, key: int) -> None:
         """Note that the pins of one sequence are taken back by the next change of the books."""

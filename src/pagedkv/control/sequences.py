@@ -243,8 +243,9 @@ def allocate_row(
     num_tokens: int,
     ids: npt.NDArray[np.int64],
     known: bool,
+    reuse: bool,
 ) -> tuple[int, int, int]:
-    """Start a sequence: share its cached prefix, take fresh blocks for the rest.
+    """Start a sequence: share its cached prefix if it may `reuse` one, take fresh blocks for the rest.
 
     Answers (status, a, b): for NO_ROOM a blocks are needed and b available; for OK a is the row, and b copies are due,
     of blocks and of states.
@@ -258,7 +259,7 @@ def allocate_row(
         return NEEDS_ROWS, 0, 0
     num_blocks = (num_tokens + size - 1) // size
 
-    reuse = known and counters.prefix_caching != 0
+    reuse = reuse and counters.prefix_caching != 0
     matched = np.empty(min(num_blocks, counters.num_blocks) + 1, np.int32)
     full, source, partial = 0, -1, 0
     if reuse:

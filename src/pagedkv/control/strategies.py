@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar, overload
 
 from pagedkv.control import policies
 from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
@@ -27,11 +27,11 @@ from pagedkv.control.reclaim import PROBATION_SHARE
 from pagedkv.control.state import PolicyKernels, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.validate import require_int
+from pagedkv.validate import likely, require_int, shown
 
 # Strategies by name: ``strategy="lru"``, the simulator and the command line look them up here.
 
-Factory = TypeVar("Factory", bound=Callable[..., Any])
+Factory = TypeVar("Factory", bound=Callable[..., EvictionStrategy])
 
 _registry: dict[str, Callable[..., Any]] = {}
 
@@ -46,7 +46,15 @@ def _home(factory: Callable[..., Any]) -> object:
     return factory if name.endswith("<lambda>") else (factory.__module__, name)
 
 
-def register_strategy(name: str, factory: Factory | None = None) -> Any:
+@overload
+def register_strategy(name: str, factory: Factory) -> Factory: ...
+
+
+@overload
+def register_strategy(name: str) -> Callable[[Factory], Factory]: ...
+
+
+def register_strategy(name: str, factory: Factory | None = None) -> Factory | Callable[[Factory], Factory]:
     """Make a strategy known by `name` to ``strategy=``, to the simulator and to the command line.
 
     Parameters
@@ -63,7 +71,8 @@ def register_strategy(name: str, factory: Factory | None = None) -> Any:
         A class that is defined anew under its own name, in a notebook for instance, takes the place of its old self.
     """
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z][\w-]*", name):
-        raise bad_argument("name", "letters, digits, _ and -", f"{name!r}")
+        hint = "begin with a letter, and leave spaces out"
+        raise bad_argument("name", "letters, digits, _ and -", shown(name), hint)
 
     def register(made_by: Factory) -> Factory:
         known = _registry.get(_key(name), made_by)
@@ -103,7 +112,8 @@ def parse_strategy(text: str) -> EvictionStrategy:
     match = re.fullmatch(r"\s*([A-Za-z][\w-]*)\s*(?:[:(]\s*(.*?)\s*\)?)?\s*", text) if isinstance(text, str) else None
     factory = _registry.get(_key(match[1])) if match else None
     if match is None or factory is None:
-        raise bad_argument("strategy", f"one of {', '.join(sorted(_registry))}", f"{text!r}")
+        hint = likely(match[1] if match else text, _registry)
+        raise bad_argument("strategy", f"one of {', '.join(sorted(_registry))}", shown(text), hint)
     names = list(inspect.signature(factory).parameters)
     positional: list[Any] = []
     named: dict[str, Any] = {}
@@ -121,7 +131,8 @@ def parse_strategy(text: str) -> EvictionStrategy:
         return as_strategy(factory(*positional, **named))
     except TypeError as error:
         wanted = ", ".join(names) or "no arguments"
-        raise InvalidOperation(f"strategy {match[1]!r} takes {wanted}, got {match[2]!r}") from error
+        reason, example = f"strategy {match[1]!r} takes {wanted}, got {match[2]!r}", ",".join(f"{n}=…" for n in names)
+        raise InvalidOperation(reason, "strategy", f"write {match[1]}{':' * bool(names)}{example}") from error
 
 
 def as_strategy(strategy: object) -> EvictionStrategy:
@@ -129,8 +140,17 @@ def as_strategy(strategy: object) -> EvictionStrategy:
     if isinstance(strategy, str):
         return parse_strategy(strategy)
     if isinstance(strategy, type) or not isinstance(strategy, EvictionStrategy):
-        raise bad_argument("strategy", "a name or an object with score_sequences and score_blocks", f"{strategy!r}")
+        wanted = "a name or an object with score_sequences and score_blocks"
+        raise bad_argument("strategy", wanted, shown(strategy), _missing(strategy))
     return strategy
+
+
+def _missing(strategy: object) -> str:
+    """Return what makes a strategy of something that is none."""
+    if isinstance(strategy, type):
+        return f"make one: {strategy.__name__}()"
+    lacks = [name for name in ("score_sequences", "score_blocks") if not callable(getattr(strategy, name, None))]
+    return f"write its {' and '.join(lacks)}"
 
 
 # The built-in strategies. Which cached block is reclaimed first is decided by the kernels in `policies`; their

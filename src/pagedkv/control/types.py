@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from pagedkv.control.arguments import sequence_number
 from pagedkv.control.state import PINNED as MARKED_PINNED
 from pagedkv.control.state import State
 from pagedkv.errors import InvalidOperation
+from pagedkv.typing import BlockContent
 from pagedkv.validate import require_int
 
 BLOCK_KINDS = ("free", "active", "shared", "cached", "pinned")
@@ -260,6 +261,21 @@ def _head(state: State, block: int, size: int) -> tuple[int, ...]:
     return tuple(token for b in reversed(chain) for token in state.contents[b * size : (b + 1) * size].tolist())
 
 
+class BlockOwner(Protocol):
+    """The cache that a block belongs to."""
+
+    _state: State
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per block."""
+        ...
+
+    def _block_keys(self, block: int) -> BlockContent: ...
+
+    def _block_values(self, block: int) -> BlockContent: ...
+
+
 class KvBlock:
     """A live view of one block: it always shows the present state. Views of the same block are equal.
 
@@ -268,7 +284,7 @@ class KvBlock:
 
     __slots__ = ("_owner", "_place")
 
-    def __init__(self, owner: Any, block_id: int) -> None:
+    def __init__(self, owner: BlockOwner, block_id: int) -> None:
         self._owner = owner
         self._place = block_id
 
@@ -339,12 +355,12 @@ class KvBlock:
         return bool(self._record.pins)
 
     @property
-    def keys(self) -> Any:
+    def keys(self) -> BlockContent:
         """The keys, ``[num_layers, block_size, num_kv_heads, head_dim]``, a view of the real buffer."""
         return self._owner._block_keys(self._place)
 
     @property
-    def values(self) -> Any:
+    def values(self) -> BlockContent:
         """The values, ``[num_layers, block_size, num_kv_heads, v_head_dim]``, a view of the real buffer."""
         return self._owner._block_values(self._place)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import pkgutil
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch import Tensor
 from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
 from pagedkv.data.gpu_device import has_triton, require_runnable
 from pagedkv.errors import bad_argument
+from pagedkv.typing import Backend, IntRows, Ints, Layout
 from pagedkv.validate import require_choice
 
 BACKENDS = {
@@ -30,20 +30,20 @@ def paged_attention(
     keys: Tensor,
     values: Tensor,
     *,
-    block_tables: Any,
-    seq_lens: Any,
-    cu_seqlens_q: Any,
+    block_tables: IntRows,
+    seq_lens: Ints,
+    cu_seqlens_q: Ints,
     scale: float,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    holes: Any = None,
-    layout: str = "NHD",
+    holes: IntRows | None = None,
+    layout: Layout = "NHD",
     key_scales: Tensor | None = None,
     value_scales: Tensor | None = None,
     out: Tensor | None = None,
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Let every query token of a ragged batch attend over the blocks of its own sequence, in place.
 
@@ -113,7 +113,7 @@ def paged_attention(
         queries,
         keys,
         values,
-        Batch(block_tables, seq_lens, cu_seqlens_q, holes),
+        Batch.of(block_tables, seq_lens, cu_seqlens_q, holes),
         scale=scale,
         causal=causal,
         window=window,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, int32
 
+from pagedkv.data.gpu_device import tensor_for
 from pagedkv.data.quantised import GREATEST, checked_scales
 from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
@@ -45,7 +46,7 @@ def _narrowed(name: str, numbers: Any) -> Int32Array:
         given = np.empty(1, object)
     if given.dtype.kind not in "iu" and given.size:
         kind = getattr(numbers, "dtype", type(numbers).__name__)
-        raise bad_argument(name, "an int32 array or tensor", f"{kind}")
+        raise bad_argument(name, "an int32 array or tensor", f"{kind}", "make it int32: plan arrays are")
     if given.size and (given.min() < -MAX_COUNT or given.max() > MAX_COUNT):
         raise bad_argument(name, "numbers that fit int32", f"{given.min()} … {given.max()}")
     return given.astype(np.int32)
@@ -54,7 +55,9 @@ def _narrowed(name: str, numbers: Any) -> Int32Array:
 def require_shape(name: str, array: Int32Array, shape: tuple[int, ...], words: str) -> None:
     """Refuse an array of another shape; `words` say what the dimensions are."""
     if array.shape != shape:
-        raise bad_argument(name, f"shape {words} = {list(shape)}", f"{list(array.shape)}")
+        raise bad_argument(
+            name, f"shape {words} = {list(shape)}", f"{list(array.shape)}", "n is the length of seq_lens"
+        )
 
 
 _FAULTS = (
@@ -95,6 +98,11 @@ class Batch:
     checked_for: tuple[int, int] | None = field(default=None, kw_only=True)
     plans: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
+    @classmethod
+    def of(cls, *arrays: Any) -> Batch:
+        """Return a batch of what a caller passed, which its check turns into arrays."""
+        return cls(*arrays)
+
     @property
     def num_sequences(self) -> int:
         """How many sequences the batch has."""
@@ -119,7 +127,8 @@ class Batch:
         require_shape("holes", holes, (count, 2), "[n, 2]")
         fault, i, got, bound = _first_fault(tables, lens, cu_seqlens, holes, num_blocks, block_size)
         if fault:
-            raise bad_argument(*(words.format(i=i, got=got, bound=bound) for words in _FAULTS[fault - 1]))
+            told = [words.format(i=i, got=got, bound=bound) for words in _FAULTS[fault - 1]]
+            raise bad_argument(told[0], told[1], told[2], "the arrays of one BatchPlan fit each other")
         self.block_tables, self.seq_lens, self.cu_seqlens_q, self.holes = tables, lens, cu_seqlens, holes
         self.checked_for = (num_blocks, block_size)
 
@@ -127,7 +136,8 @@ class Batch:
         """Refuse another number of query tokens than that of the batch."""
         total = int(self.cu_seqlens_q[-1])
         if total != num_queries:
-            raise bad_argument("cu_seqlens_q", f"to end at {num_queries}, the number of queries", f"{total}")
+            hint = "begin with 0 and add up the query tokens of each sequence"
+            raise bad_argument("cu_seqlens_q", f"to end at {num_queries}, the number of queries", f"{total}", hint)
 
 
 @compiled
@@ -273,9 +283,11 @@ def _checked_pool(queries: Tensor, keys: Tensor, values: Tensor, layout: str) ->
     _, _, num_kv_heads, head_dim = keys.shape
     _, num_q_heads, q_head_dim = queries.shape
     if q_head_dim != head_dim:
-        raise bad_argument("queries", f"head_dim {head_dim} as keys", f"{q_head_dim}")
+        hint = "queries and keys have heads of one size"
+        raise bad_argument("queries", f"head_dim {head_dim} as keys", f"{q_head_dim}", hint)
     if num_q_heads == 0 or num_q_heads % num_kv_heads:
-        raise bad_argument("queries", f"a multiple of {num_kv_heads} kv heads", f"{num_q_heads} heads")
+        hint = "each kv head serves as many query heads as the others"
+        raise bad_argument("queries", f"a multiple of {num_kv_heads} kv heads", f"{num_q_heads} heads", hint)
     return (keys.detach(), values.detach()) if keys.requires_grad or values.requires_grad else (keys, values)
 
 
@@ -283,18 +295,21 @@ def _require_tensor(
     name: str, tensor: Tensor, dims: int, shape: str, dtypes: tuple[torch.dtype, ...] = _DTYPES
 ) -> None:
     if not isinstance(tensor, Tensor):
-        raise bad_argument(name, "a torch.Tensor", f"{type(tensor).__name__}")
+        raise bad_argument(name, "a torch.Tensor", f"{type(tensor).__name__}", tensor_for(tensor))
     if tensor.dim() != dims:
-        raise bad_argument(name, f"shape {shape}", f"{list(tensor.shape)}")
+        hint = f"flatten or unflatten it to {dims} dimensions; tokens of all sequences follow each other"
+        raise bad_argument(name, f"shape {shape}", f"{list(tensor.shape)}", hint)
     if tensor.dtype not in dtypes:
         names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-        raise bad_argument(name, f"{', '.join(names[:-1])} or {names[-1]}", f"{tensor.dtype}")
+        hint = f".to(torch.{names[0]})"
+        raise bad_argument(name, f"{', '.join(names[:-1])} or {names[-1]}", f"{tensor.dtype}", hint)
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise bad_argument(name, "a contiguous last dimension", f"stride {tensor.stride(-1)}")
+        raise bad_argument(name, "a contiguous last dimension", f"stride {tensor.stride(-1)}", ".contiguous()")
     if 0 in tensor.shape[1:]:
         raise bad_argument(name, "nothing empty but the first dimension", f"{list(tensor.shape)}")
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise bad_argument(name, "no gradients", "a tensor that requires grad (detach it, or use torch.no_grad())")
+        hint = "detach it, or use torch.no_grad()"
+        raise bad_argument(name, "no gradients", "a tensor that requires grad", hint)
 
 
 def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
@@ -307,7 +322,7 @@ def _checked_sinks(sinks: Tensor, queries: Tensor) -> Tensor:
     if sinks.device != queries.device:
         raise bad_argument("sinks", f"a tensor on {queries.device} as queries", f"{sinks.device}")
     if sinks.requires_grad and torch.is_grad_enabled():
-        raise bad_argument("sinks", "no gradients", "a tensor that requires grad (detach it)")
+        raise bad_argument("sinks", "no gradients", "a tensor that requires grad", "detach it")
     return sinks.detach()
 
 

@@ -20,8 +20,27 @@ def checked_device(device: Any) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise bad_argument("device", "a device that torch can use here", f"{device!r} ({reason})") from error
+        reason = f"torch says: {str(error).splitlines()[0].partition('Expected one of')[0] or 'no such device type'}"
+        hint = "; ".join((reason.rstrip(" ."), "'cpu' always works, 'cuda' with a CUDA build of torch and a GPU"))
+        raise bad_argument("device", "a device that torch can use here", f"{device!r}", hint) from error
+
+
+def tensor_for(value: object) -> str:
+    """Return what makes a tensor of something that is none."""
+    return "torch.from_numpy(…) makes one" if isinstance(value, np.ndarray) else "torch.as_tensor(…) makes one"
+
+
+def shape_for(got: tuple[int, ...], wanted: tuple[int, ...]) -> str:
+    """Return what brings a tensor to another shape."""
+    if len(got) == len(wanted) + 1 and got[0] == 1 and got[1:] == wanted:
+        return "squeeze(0): there is no batch dimension, tokens of all sequences follow each other"
+    if sorted(got) == sorted(wanted):
+        return "transpose() it: tokens come first, then heads"
+    if np.prod(got) == np.prod(wanted):
+        return f"reshape{wanted} it"
+    if got[1:] == wanted[1:]:
+        return f"give {wanted[0]} rows, one for each query token of the plan"
+    return "make the cache for these heads, or pass the others"
 
 
 def require_slots(slots: np.ndarray[Any, Any], num_slots: int) -> None:
@@ -249,9 +268,8 @@ def require_runnable(name: str, device: torch.device) -> None:
     if device.type == "cuda" and not is_interpreted():
         return
     if not is_interpreted():
-        raise InvalidOperation(
-            f"{name}: backend 'triton': expected a tensor on a CUDA device (or TRITON_INTERPRET=1), got one on {device}"
-        )
+        reason = f"{name}: backend 'triton': expected a tensor on a CUDA device (or TRITON_INTERPRET=1)"
+        raise InvalidOperation(f"{reason}, got one on {device}", name, "backend='auto' takes what runs here")
     if device.type not in ("cpu", "cuda"):
         raise InvalidOperation(f"{name}: backend 'triton': expected a tensor on a CPU or CUDA device, got {device}")
 

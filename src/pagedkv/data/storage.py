@@ -13,11 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pagedkv.data.gpu_device import checked_device, is_debugging, require_slots, uses_triton
+from pagedkv.data.gpu_device import (
+    checked_device,
+    is_debugging,
+    require_slots,
+    shape_for,
+    tensor_for,
+    uses_triton,
+)
 from pagedkv.data.gpu_plan import DevicePlan, require_plan_of
 from pagedkv.data.quantised import dequantised, quantised, torch_dtype
 from pagedkv.errors import BlockNotFound, InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.spec import KvCacheSpec, LayerSpec
+from pagedkv.typing import Device, IntArray, MemoryBackend
 from pagedkv.validate import require_int
 
 _WIDE = torch.complex128
@@ -187,9 +195,10 @@ class KvStorage:
         The device cannot give that much memory.
     """
 
-    def __init__(self, spec: KvCacheSpec, device: str | torch.device = "cpu", *, backend: str = "auto") -> None:
+    def __init__(self, spec: KvCacheSpec, device: Device = "cpu", *, backend: MemoryBackend = "auto") -> None:
         if not isinstance(spec, KvCacheSpec):
-            raise bad_argument("spec", "a KvCacheSpec", f"{type(spec).__name__}")
+            hint = "write KvStorage(KvCacheSpec(num_blocks, …))"
+            raise bad_argument("spec", "a KvCacheSpec", f"{type(spec).__name__}", hint)
         self._base = replace(spec, num_layers=0, layers=())
         self._device = checked_device(device)
         self._uses_triton = uses_triton(backend, self._device)
@@ -362,7 +371,7 @@ class KvStorage:
 
     # --- moving tokens -------------------------------------------------------------------------------------------
 
-    def slot_index(self, slot_mapping: Any) -> SlotIndex:
+    def slot_index(self, slot_mapping: IntArray | SlotIndex) -> SlotIndex:
         """Check slots and bring them to the device once, to write or read many layers with them.
 
         Parameters
@@ -405,7 +414,7 @@ class KvStorage:
             raise bad_argument("plan", "a BatchPlan, as this storage has no Triton kernels")
         return SlotIndex(self, plan.slot_mapping, ())
 
-    def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: Any) -> None:
+    def write(self, layer: int, keys: Tensor, values: Tensor, slot_mapping: IntArray | SlotIndex) -> None:
         """Write the keys and values of tokens into their slots.
 
         Parameters
@@ -437,7 +446,7 @@ class KvStorage:
         key_side.write(*stored_keys, index.places)
         value_side.write(*stored_values, index.places)
 
-    def write_keys(self, layer: int, keys: Tensor, slot_mapping: Any) -> None:
+    def write_keys(self, layer: int, keys: Tensor, slot_mapping: IntArray | SlotIndex) -> None:
         """Write keys over those that are there and leave the values, like :meth:`write`."""
         side, index = self._layer(layer)[0], self.slot_index(slot_mapping)
         side.write(*side.stored("keys", self._checked_tokens("keys", keys, len(index), side.token_shape)), index.places)
@@ -445,13 +454,15 @@ class KvStorage:
     def _checked_tokens(self, name: str, tokens: Tensor, count: int, token_shape: tuple[int, int]) -> Tensor:
         """Return the tokens without a gradient, of strides and a dtype that Triton's kernel takes if it is used."""
         if not isinstance(tokens, Tensor):
-            raise bad_argument(name, "a torch.Tensor", f"{type(tokens).__name__}")
+            raise bad_argument(name, "a torch.Tensor", f"{type(tokens).__name__}", tensor_for(tokens))
         if tokens.shape != (count, *token_shape):
-            raise bad_argument(name, f"shape {[count, *token_shape]}", f"{list(tokens.shape)}")
+            hint = shape_for(tuple(tokens.shape), (count, *token_shape))
+            raise bad_argument(name, f"shape {[count, *token_shape]}", f"{list(tokens.shape)}", hint)
         if tokens.device != self._device:
-            raise bad_argument(name, f"a tensor on {self._device}", f"one on {tokens.device}")
+            hint = f".to('{self._device}')"
+            raise bad_argument(name, f"a tensor on {self._device}", f"one on {tokens.device}", hint)
         if not tokens.is_floating_point():
-            raise bad_argument(name, "a floating dtype", f"{tokens.dtype}")
+            raise bad_argument(name, "a floating dtype", f"{tokens.dtype}", f".to({self._dtype})")
         tokens = tokens.detach() if tokens.requires_grad else tokens
         if not self._uses_triton:
             return tokens
@@ -463,7 +474,7 @@ class KvStorage:
         """Return the memory as ``[num_blocks, block_size, num_kv_heads, …]`` whatever the layout."""
         return memory.transpose(1, 2) if self._is_hnd and memory is not None else memory
 
-    def gather(self, layer: int, slots: Any) -> tuple[Tensor, Tensor]:
+    def gather(self, layer: int, slots: IntArray | SlotIndex) -> tuple[Tensor, Tensor]:
         """Return copies of the keys and values of slots, in the order given.
 
         Parameters
@@ -483,10 +494,10 @@ class KvStorage:
             No such layer, or a slot outside of the pool.
         """
         key_side, value_side = self._layer(layer)
-        index = self.slot_index(slots)
+        index = self.slot_index(slots if isinstance(slots, SlotIndex) else as_int64("slots", slots))
         return key_side.read(index.slots, index.places), value_side.read(index.slots, index.places)
 
-    def copy_blocks(self, copies: Any) -> None:
+    def copy_blocks(self, copies: IntArray) -> None:
         """Copy whole blocks over all layers, as if all at once: every source is read before any block is written.
 
         Parameters
@@ -515,12 +526,12 @@ class KvStorage:
         for pool in self._pools:
             pool.copy_blocks(pairs[:, 0], pairs[:, 1])
 
-    def read_blocks(self, blocks: Any) -> list[Tensor]:
+    def read_blocks(self, blocks: IntArray) -> list[Tensor]:
         """Return copies of blocks, all that is stored of them, for :meth:`write_blocks`."""
         index = as_int64("blocks", blocks).to(self._device)
         return [wide.index_select(2, index) for pool in self._pools for wide in pool.wide]
 
-    def write_blocks(self, blocks: Any, contents: list[Tensor]) -> None:
+    def write_blocks(self, blocks: IntArray, contents: list[Tensor]) -> None:
         """Write what :meth:`read_blocks` returned to other blocks."""
         index = as_int64("blocks", blocks).to(self._device)
         for wide, rows in zip((wide for pool in self._pools for wide in pool.wide), contents, strict=True):
@@ -531,15 +542,16 @@ def as_int64(name: str, numbers: Any) -> Tensor:
     """Return integers as an int64 tensor, without a copy where that is possible."""
     if isinstance(numbers, np.ndarray):
         if numbers.dtype.kind not in "iu":
-            raise bad_argument(name, "integers", f"{numbers.dtype}")
+            raise bad_argument(name, "integers", f"{numbers.dtype}", ".astype(np.int64)")
         if numbers.dtype != np.int64 or not (numbers.flags.c_contiguous and numbers.flags.writeable):
             # torch can share neither negative strides nor memory that must not be written.
             numbers = numbers.astype(np.int64, order="C")
         return torch.from_numpy(numbers)
     if not isinstance(numbers, Tensor):
-        raise bad_argument(name, "an integer array or tensor", f"{type(numbers).__name__}")
+        hint = "np.array(…, np.int64) makes one"
+        raise bad_argument(name, "an integer array or tensor", f"{type(numbers).__name__}", hint)
     if numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
-        raise bad_argument(name, "integers", f"{numbers.dtype}")
+        raise bad_argument(name, "integers", f"{numbers.dtype}", ".to(torch.int64)")
     return numbers.to(torch.int64)
 
 

@@ -10,7 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,11 @@ from pagedkv.engine.structured import Structured
 from pagedkv.engine.token_grammar import GrammarState
 from pagedkv.errors import EngineDead, PagedKvError
 from pagedkv.tiers.tier import Tier
+from pagedkv.typing import Ints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 # Outputs for coroutines: the latest one, never a queue that grows.
 
@@ -248,9 +253,10 @@ class AsyncEngine:
         return self._core.tiers
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """That of the model; None if there is none."""
-        return self.llm.tokenizer
+        tokenizer: PreTrainedTokenizerBase | None = self.llm.tokenizer
+        return tokenizer
 
     def stats(self) -> EngineStats:
         """Return the counters since the engine was made, or reset; never waits."""
@@ -312,7 +318,7 @@ class AsyncEngine:
         """
         return self._core.runner.cache.hottest_prefixes(limit, max_tokens)
 
-    def block_records(self, block_ids: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def block_records(self, block_ids: Ints) -> npt.NDArray[np.void]:
         """Return copies of the records of some blocks, with the fields of the pool's own; never waits."""
         return self._core.runner.cache.block_records(block_ids)
 

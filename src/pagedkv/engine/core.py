@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pagedkv.control.types import CacheStats
 from pagedkv.data.team import torch_alone
@@ -26,6 +26,10 @@ from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_arg
 from pagedkv.tiers.ladder import Ladder
 from pagedkv.tiers.tier import Tier
 from pagedkv.validate import require_int
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 logger = logging.getLogger("pagedkv")
 
@@ -86,12 +90,12 @@ class EngineCore:
         self,
         runner: Runner,
         *,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         eos_token_ids: Iterable[int] = (),
         max_batch_tokens: int = 512,
         max_num_seqs: int = 256,
         tenant_weights: Mapping[str, float] | None = None,
-        sampler: Any = None,
+        sampler: Sampler | None = None,
         ladder: Ladder | None = None,
     ) -> None:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
@@ -171,7 +175,8 @@ class EngineCore:
             raise bad_argument("request_id", "one that is not in use", f"{request.request_id!r}")
         prepare(request, self.runner)
         if request.params.stop and self.tokenizer is None:
-            raise bad_argument("stop", "no strings, as the engine has no tokenizer")
+            hint = "stop_token_ids=… ends a text without one"
+            raise bad_argument("stop", "no strings, as the engine has no tokenizer", f"{request.params.stop!r}", hint)
         refuse_what_never_fits(request, self.runner, self.scheduler.max_num_seqs, self.scheduler.max_batch_tokens)
         if request.params.streaming is not None:
             self.runner.require_streaming(*request.params.streaming)

@@ -9,18 +9,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, cast
 
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.control.types import CacheStats
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.offload import ladder_for
 from pagedkv.engine.request import Request, RequestOutput
+from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
 from pagedkv.machine import free_memory
 from pagedkv.tiers.tier import Tier
+from pagedkv.typing import Dtype, Mode, Weights
+from pagedkv.validate import shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 
 # The size of the pool by default.
 
@@ -71,6 +78,17 @@ def _longest(model: Any) -> int | None:
 
 
 Prompt = str | Sequence[int]
+
+
+class RequestOptions(TypedDict, total=False):
+    """What :class:`Request` takes besides a prompt and parameters."""
+
+    priority: int
+    cache_salt: str
+    session_id: str | None
+    tenant: str
+    wants_updates: bool
+    arrived: float
 
 
 class LLM:
@@ -130,31 +148,31 @@ class LLM:
 
     def __init__(
         self,
-        model: Any,
-        tokenizer: Any = None,
+        model: str | PathLike[str] | PreTrainedModel | Runner,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
         num_blocks: int | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 512,
         max_num_seqs: int = 256,
-        strategy: str | EvictionStrategy = "lru",
+        strategy: Strategy = "lru",
         prefix_caching: bool = True,
         eviction_threshold: float = 0.9,
-        kv_dtype: Any = None,
-        mode: str = "auto",
+        kv_dtype: Dtype | None = None,
+        mode: Mode = "auto",
         num_states: int | None = None,
         cuda_graphs: bool = False,
-        weights: str | None = None,
+        weights: Weights | None = None,
         tenant_weights: Mapping[str, float] | None = None,
         tiers: Sequence[Tier] = (),
     ) -> None:
         if hasattr(model, "forward") and hasattr(model, "cache"):
-            runner = model
+            runner = cast("Runner", model)
         else:
             from pagedkv.hf.load import load_runner
 
             runner = load_runner(
-                model,
+                cast("str | PathLike[str] | PreTrainedModel", model),
                 num_blocks=default_blocks(model, block_size, max_num_seqs) if num_blocks is None else num_blocks,
                 block_size=block_size,
                 strategy=strategy,
@@ -242,7 +260,12 @@ class LLM:
         return [done[request.request_id] for request in requests]
 
     def request(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Request:
         """Return a request for ``core.add``; `options` are those of :class:`Request`."""
         return Request(
@@ -345,7 +368,8 @@ class LLM:
             If there is no tokenizer.
         """
         if self.tokenizer is None:
-            raise bad_argument("prompts", "token ids, as the engine has no tokenizer", "a str")
+            hint = "LLM(model, tokenizer) takes texts"
+            raise bad_argument("prompts", "token ids, as the engine has no tokenizer", "a str", hint)
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]
         return ids
 
@@ -366,15 +390,18 @@ def _listed(prompts: Any) -> list[Any]:
     try:
         listed = list(prompts)
     except TypeError:
-        raise bad_argument("prompts", "texts or lists of token ids", f"{prompts!r}") from None
+        raise bad_argument("prompts", "texts or lists of token ids", shown(prompts), "write [[1, 2, 3]]") from None
     return [listed] if listed and not isinstance(listed[0], str) and not hasattr(listed[0], "__len__") else listed
 
 
 def _one_each(params: Any, count: int) -> list[Any]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
+    if isinstance(params, Mapping) or not isinstance(params, Sequence):
+        raise bad_argument("params", "SamplingParams, or a list of them", shown(params), "write SamplingParams(…)")
     if len(params) != count:
-        raise bad_argument("params", f"one SamplingParams for each of {count} prompts", f"{len(params)}")
+        hint = "one alone is for all prompts"
+        raise bad_argument("params", f"one SamplingParams for each of {count} prompts", f"{len(params)}", hint)
     return list(params)
 
 

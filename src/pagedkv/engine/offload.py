@@ -25,6 +25,7 @@ from pagedkv.errors import OutOfMemory, bad_argument
 from pagedkv.tiers.ladder import Ladder, Load, Rate
 from pagedkv.tiers.moving import place_rows, read_rows
 from pagedkv.tiers.tier import Tier
+from pagedkv.validate import shown
 
 LEAST_PATIENCE = 0.05
 """Seconds that a text waits for a load at least: a thread may take so long to be heard."""
@@ -50,6 +51,8 @@ def ladder_for(runner: Runner, tiers: Iterable[Tier]) -> Ladder | None:
     TierError
         If a medium cannot be had.
     """
+    if isinstance(tiers, str) or not isinstance(tiers, Iterable):
+        raise bad_argument("tiers", "a sequence of tiers", shown(tiers), "write [tier]")
     tiers = list(tiers)
     if not tiers:
         return None

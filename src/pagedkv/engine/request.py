@@ -318,7 +318,7 @@ def prepare(request: Request, runner: Runner) -> None:
         If an argument makes no sense.
     """
     if not isinstance(request.params, SamplingParams):
-        raise bad_argument("params", "SamplingParams", f"{request.params!r}")
+        raise bad_argument("params", "SamplingParams", f"{request.params!r}", "write SamplingParams(…)")
     request.params.require_vocab(runner.vocab_size)
     if not isinstance(request.cache_salt, str):
         raise bad_argument("cache_salt", "a str", f"{request.cache_salt!r}")
@@ -335,16 +335,21 @@ def prepare(request: Request, runner: Runner) -> None:
     request.num_unforked = request.num_sequences - 1
 
 
+_WHOLE = "ids are whole numbers, one text at a time"
+
+
 def _checked_ids(given: Any, vocab_size: int) -> Any:
     try:
         ids = np.array(given)
     except (ValueError, TypeError):
         ids = np.array(None)
     if ids.ndim != 1 or not len(ids) or ids.dtype.kind not in "iu":
-        raise bad_argument("prompt", "a flat list of at least one token id", f"{given!r:.80}")
+        hint = "begin with the model's first token, if there is no text" if ids.ndim == 1 and not len(ids) else _WHOLE
+        raise bad_argument("prompt", "a flat list of at least one token id", f"{given!r:.80}", hint)
     if ids.min() < 0 or ids.max() >= vocab_size:
         wrong = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise bad_argument("prompt", f"token ids in 0 … {vocab_size - 1}", f"{wrong}")
+        hint = "encode the text with the tokenizer of this model"
+        raise bad_argument("prompt", f"token ids in 0 … {vocab_size - 1}", f"{wrong}", hint)
     return ids.astype(np.int64)
 
 
@@ -402,14 +407,15 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int, 
     text = f"{prompt} prompt tokens and max_tokens = {request.max_tokens}"
     if needed > cache.total_blocks:
         raise RequestRefused(
-            f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}"
+            f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}: "
+            "lower max_tokens or raise num_blocks"
         )
     _refuse_what_would_be_cut(request, runner)
     positions = prompt + request.max_tokens
     if request.params.streaming is not None:
         positions = min(positions, sum(request.params.streaming) + 1)
     if runner.max_positions is not None and positions > runner.max_positions:
-        raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}")
+        raise RequestRefused(f"{text} are {positions} positions, the model has {runner.max_positions}: ask for less")
     if request.num_sequences > max_num_seqs:
         raise RequestRefused(f"{request.num_sequences} texts at once exceed max_num_seqs = {max_num_seqs}")
 

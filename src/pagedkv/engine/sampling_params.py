@@ -126,7 +126,8 @@ class SamplingParams:
         if self.structured is not None and not isinstance(self.structured, Structured):
             raise bad_argument("structured", "a Structured", f"{self.structured!r:.80}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise bad_argument("min_tokens", f"at most max_tokens = {self.max_tokens}", f"{self.min_tokens}")
+            hint = "lower it, or raise max_tokens"
+            raise bad_argument("min_tokens", f"at most max_tokens = {self.max_tokens}", f"{self.min_tokens}", hint)
         if self.beam_width is not None:
             self._check_beams(self.beam_width)
 
@@ -208,21 +209,24 @@ class SamplingParams:
 
     def _check_beams(self, beam_width: int) -> None:
         if self.n > beam_width:
-            raise bad_argument("n", f"at most beam_width = {beam_width}", f"{self.n}")
+            raise bad_argument("n", f"at most beam_width = {beam_width}", f"{self.n}", f"search with {self.n} beams")
         for name, default in UNLIKE_BEAMS.items():
             if getattr(self, name) != default:
-                raise InvalidOperation(f"{name}: does not go with beam_width, got {getattr(self, name)!r}", name)
+                reason = f"{name}: does not go with beam_width, got {getattr(self, name)!r}"
+                raise InvalidOperation(reason, name, "leave one of the two out")
         if not self.greedy:
-            raise bad_argument("temperature", "0 with beam_width", f"{self.temperature}")
+            hint = "beam search takes no chances: leave one of the two out"
+            raise bad_argument("temperature", "0 with beam_width", f"{self.temperature}", hint)
 
 
 def _items(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, (str, bytes, Mapping)):
-        raise bad_argument(name, "a sequence of ints", f"{value!r}")
+        hint = "a string that ends the text is stop=…" if name == "stop_token_ids" else "write (4, 512)"
+        raise bad_argument(name, "a sequence of ints", f"{value!r}", hint)
     try:
         return tuple(value)  # type: ignore[arg-type]
     except TypeError:
-        raise bad_argument(name, "a sequence of ints", f"{value!r}") from None
+        raise bad_argument(name, "a sequence of ints", f"{value!r}", f"write [{value!r}]") from None
 
 
 def _strings(name: str, value: object) -> tuple[str, ...]:
@@ -230,13 +234,15 @@ def _strings(name: str, value: object) -> tuple[str, ...]:
         return ()
     strings = (value,) if isinstance(value, str) else value
     if not isinstance(strings, Sequence) or not all(isinstance(s, str) and s for s in strings):
-        raise bad_argument(name, "a string or strings, none of them empty", f"{value!r}")
+        hint = "token ids that end the text are stop_token_ids=…"
+        raise bad_argument(name, "a string or strings, none of them empty", f"{value!r}", hint)
     return tuple(dict.fromkeys(strings))
 
 
 def _biases(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise bad_argument("logit_bias", "a mapping of token ids to numbers", f"{value!r}")
+        hint = "write {token_id: bias}"
+        raise bad_argument("logit_bias", "a mapping of token ids to numbers", f"{value!r}", hint)
     return {
         require_int("logit_bias", token, 0, MOST_TOKENS): require_number(
             f"logit_bias of token {token}", bias, -MOST_BIAS, MOST_BIAS

@@ -17,15 +17,17 @@ from torch import Tensor
 from pagedkv.cache import PagedKvCache
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.plan import BatchPlan
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.data.storage import SlotIndex
 from pagedkv.errors import InvalidOperation, OutOfMemory, SequenceNotFound, bad_argument
+from pagedkv.hf import compat
 from pagedkv.hf.compat import Cache, PagedLayer, has_changing_rope, paged_layer, paged_layers, stock_layers
 from pagedkv.hf.direct import DIRECT, PagedStates
 from pagedkv.hf.pool import CacheReport, Ids, LayerTable, ModelKvCache, as_ids, by_row, by_token, padding, visible_slots
 from pagedkv.hf.recurrent import BatchStates
 from pagedkv.hf.tiers import CacheTiers
 from pagedkv.tiers.tier import Tier
+from pagedkv.typing import Device, Dtype
 from pagedkv.validate import require_int
 
 # SequenceBatch: the sequences behind the rows of one ``generate()`` call, and what is known of their token ids.
@@ -370,14 +372,14 @@ class PagedCache(Cache):
 
     def __init__(
         self,
-        config: Any,
+        config: compat.PreTrainedConfig,
         num_blocks: int = 2048,
         block_size: int = 16,
         *,
-        strategy: str | EvictionStrategy = "lru",
+        strategy: Strategy = "lru",
         cache_salt: str = "",
-        dtype: Any = None,
-        device: Any = None,
+        dtype: Dtype | None = None,
+        device: Device | None = None,
         eviction_threshold: float = 0.9,
         prefix_caching: bool = True,
         num_states: int = 0,
@@ -445,7 +447,7 @@ class PagedCache(Cache):
             self._pages.note()
         return self._pages.report
 
-    def prompt(self, input_ids: Any, attention_mask: Any = None) -> int:
+    def prompt(self, input_ids: Tensor | npt.NDArray[np.integer], attention_mask: Tensor | None = None) -> int:
         """Tell the token ids of the coming prompt, so that what is cached of it is not computed again.
 
         Ends the sequences of the last prompt. Call ``model.generate(input_ids, past_key_values=cache)`` next, with the
@@ -492,7 +494,7 @@ class PagedCache(Cache):
         size = self.manager.block_size
         return (num_tokens - 1) // size * size if self._is_reusable and self.manager.total_states else 0
 
-    def serve(self, model: Any, *, reuses_prefixes: bool = True) -> None:
+    def serve(self, model: compat.PreTrainedModel, *, reuses_prefixes: bool = True) -> None:
         """Bind the cache to a model: from now on K and V of any other are refused.
 
         Parameters
@@ -515,7 +517,7 @@ class PagedCache(Cache):
         elif self._model() is not model:
             raise bad_argument("model", "the one whose K and V this cache holds; make another PagedCache")
 
-    def expect(self, input_ids: Any) -> None:
+    def expect(self, input_ids: Tensor | npt.NDArray[np.integer]) -> None:
         """Tell the token ids [batch, tokens] of exactly the next forward pass, of generated tokens for instance.
 
         Raises

@@ -15,7 +15,14 @@ from torch import Tensor
 from pagedkv.errors import MissingExtra, bad_argument
 
 try:
-    from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        Cache,
+        DynamicCache,
+        PreTrainedConfig,
+        PreTrainedModel,
+    )
     from transformers.cache_utils import (
         CacheLayerMixin,
         DummyLayer,
@@ -43,6 +50,8 @@ __all__ = [
     "LayerStore",
     "ModuleState",
     "PagedLayer",
+    "PreTrainedConfig",
+    "PreTrainedModel",
     "StatePart",
     "attention_by",
     "common_window",

@@ -22,6 +22,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.data.gpu_plan import DevicePlan
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import AttentionInterface, AttentionMaskInterface, is_causal_mask
+from pagedkv.typing import Backend
 
 DIRECT = "pagedkv"
 """The name to give as ``attn_implementation``."""
@@ -62,11 +63,11 @@ class PagedStates(_Handle):
     pool: PagedKvCache
     layer: int
     plan: Plan
-    backend: str
+    backend: Backend
 
     @classmethod
     def of(
-        cls, states: Tensor, pool: PagedKvCache, layer: int, plan: Plan, length: int, backend: str = "auto"
+        cls, states: Tensor, pool: PagedKvCache, layer: int, plan: Plan, length: int, backend: Backend = "auto"
     ) -> PagedStates:
         """Return the handle for all K or V of the rows that `states` [batch, heads, tokens, dim] belongs to.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,13 @@ from pagedkv.hf.cache import PagedCache
 from pagedkv.hf.compat import require_cache_argument
 from pagedkv.hf.exam import sit_cache_exam
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def generate(model: Any, input_ids: Tensor, cache: PagedCache, *, release: bool = True, **kwargs: Any) -> Any:
+
+def generate(
+    model: PreTrainedModel, input_ids: Tensor, cache: PagedCache, *, release: bool = True, **kwargs: Any
+) -> Any:
     """Generate with `model`, reusing what `cache` holds of the prompt and leaving the reply in it for the next turn.
 
     The cache learns the ids of every token from the forward passes themselves, so the full blocks of prompt and reply

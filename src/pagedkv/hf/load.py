@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.data.gpu_device import has_triton
 from pagedkv.data.weights import WEIGHTS
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
@@ -19,8 +19,9 @@ from pagedkv.hf.exam import Passed, sit_exam
 from pagedkv.hf.graphs import CudaRecorder
 from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
-from pagedkv.spec import KvCacheSpec
-from pagedkv.validate import require_int, shown
+from pagedkv.spec import KvCacheSpec, dtype_name
+from pagedkv.typing import Dtype, Mode, Weights
+from pagedkv.validate import likely, require_choice, require_int, shown
 
 logger = logging.getLogger("pagedkv")
 
@@ -28,19 +29,19 @@ MODES = ("auto", "compiled", "ragged", "gather")
 
 
 def load_runner(
-    model: Any,
+    model: str | PathLike[str] | PreTrainedModel,
     *,
     num_blocks: int | Callable[[int], int],
     block_size: int = 16,
-    strategy: str | EvictionStrategy = "lru",
+    strategy: Strategy = "lru",
     prefix_caching: bool = True,
-    kv_dtype: Any = None,
-    mode: str = "auto",
+    kv_dtype: Dtype | None = None,
+    mode: Mode = "auto",
     eviction_threshold: float = 0.9,
     batch_invariant: bool = True,
     cuda_graphs: bool = False,
     num_states: int | Callable[[int], int] = 64,
-    weights: str | None = None,
+    weights: Weights | None = None,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -91,16 +92,16 @@ def load_runner(
     MissingExtra
         If CUDA graphs were asked for and Triton is not installed.
     """
-    if mode not in MODES:
-        raise bad_argument("mode", f"one of {', '.join(MODES)}", f"{mode!r}")
+    require_choice("mode", mode, MODES)
     require_int("block_size", block_size, 1, 2**31 - 1)
     if weights is not None:
         _check_weights(weights, mode)
     is_given = not isinstance(model, (str, PathLike))
-    if not is_given:
+    if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
-        raise bad_argument("model", "a folder or a PreTrainedModel", f"{type(model).__name__}")
+        hint = "AutoModelForCausalLM.from_pretrained(…) makes one"
+        raise bad_argument("model", "a folder or a PreTrainedModel", f"{type(model).__name__}", hint)
     if cuda_graphs:
         _require_graphs(model, mode)
     model.train(False)
@@ -122,7 +123,9 @@ def load_runner(
         logger.info("%s runs by its own modules, layer by layer: keys and values are quantised", type(model).__name__)
     proved = passed.runner
     spec = proved.cache.spec
-    block_bytes = replace(spec, dtype=kv_dtype or spec.dtype, block_size=block_size).block_memory_bytes
+    block_bytes = replace(
+        spec, dtype=spec.dtype if kv_dtype is None else dtype_name(kv_dtype), block_size=block_size
+    ).block_memory_bytes
     count = num_blocks(block_bytes) if callable(num_blocks) else num_blocks
     cache = ModelKvCache(
         count,
@@ -149,7 +152,8 @@ def load_runner(
 
 def _check_weights(weights: Any, mode: str) -> None:
     if weights not in WEIGHTS:
-        raise bad_argument("weights", f"None or {', '.join(map(repr, WEIGHTS))}", shown(weights))
+        hint = f"{likely(weights, WEIGHTS)}"
+        raise bad_argument("weights", f"None or {', '.join(map(repr, WEIGHTS))}", shown(weights), hint)
     if mode not in ("auto", "compiled"):
         raise bad_argument("mode", f"'auto' or 'compiled' for weights in {weights}", f"{mode!r}")
 

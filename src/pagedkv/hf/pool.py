@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,10 @@ from pagedkv.errors import bad_argument
 from pagedkv.format import format_bytes
 from pagedkv.tiers.fingerprint import fingerprint_of
 from pagedkv.tiers.tier import BlockFormat
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 Ids = npt.NDArray[np.int64]
 
@@ -243,7 +247,9 @@ _NO_PART |= {"bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id"}
 """Settings in which K and V have no part, and that differ between a model that was made and the same one loaded."""
 
 
-def block_format(model: Any, cache: ModelKvCache, weights: Mapping[str, Tensor] | None = None) -> BlockFormat:
+def block_format(
+    model: PreTrainedModel, cache: ModelKvCache, weights: Mapping[str, Tensor] | None = None
+) -> BlockFormat:
     """Return what a tier must know of the blocks of a pool: their size, and whatever K and V depend on.
 
     The fingerprint is over all weights and buffers of the model, which are read, its config, adapters of PEFT that are

@@ -19,6 +19,7 @@ from pagedkv.control.plan import BatchPlan
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import AttentionInterface, attention_by
 from pagedkv.hf.pool import ModelKvCache, visible_slots
+from pagedkv.typing import Dtype
 
 # Rope: the rotation itself, outside of the model.
 
@@ -93,7 +94,7 @@ HALF_REBASE_AT = 4096  # angles are good to 0.0002 radians there, cosines in bfl
 Ints = npt.NDArray[np.int64]
 
 
-def rebase_limit(sink_tokens: int, window_tokens: int, dtype: torch.dtype | str) -> int:
+def rebase_limit(sink_tokens: int, window_tokens: int, dtype: Dtype | None) -> int:
     """Return the position that streaming with sinks and window should stay below.
 
     It is the least for float32, where small positions mean exact angles, else higher, as each key that is turned back

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,11 @@ from pagedkv.hf.pool import LayerTable, ModelKvCache, block_format, by_token, vi
 from pagedkv.hf.recurrent import RecurrentStates
 from pagedkv.hf.rotary import RunnerStreams
 from pagedkv.tiers.tier import BlockFormat
+from pagedkv.typing import Backend, Dtype, Ints, TokenIds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 # Forward caches: what a ModelRunner hands to a model for one pass, over a ragged batch or over one sequence.
 #
@@ -69,7 +74,7 @@ class RaggedWriter:
         Of :func:`pagedkv.paged_attention`.
     """
 
-    def __init__(self, pool: ModelKvCache, table: LayerTable, backend: str) -> None:
+    def __init__(self, pool: ModelKvCache, table: LayerTable, backend: Backend) -> None:
         self._pool, self._table, self._backend = pool, table, backend
         self.plan: Plan | None = None
 
@@ -344,10 +349,10 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         cache: ModelKvCache,
         mode: str,
-        kv_dtype: Any = None,
+        kv_dtype: Dtype | None = None,
         batch_invariant: bool = True,
         chunkable: bool = True,
     ) -> None:
@@ -424,7 +429,7 @@ class ModelRunner:
             name = type(self.model).__name__
             self._graphs = DecodeGraphs(self.cache, self._ragged_logits, self.vocab_size, record, name)
 
-    def forward(self, plan: BatchPlan, token_ids: Any, wanted: Any) -> Tensor:
+    def forward(self, plan: BatchPlan, token_ids: TokenIds, wanted: Ints) -> Tensor:
         """Compute K and V of the query tokens of a plan and the logits of some of them. Commits nothing.
 
         Parameters

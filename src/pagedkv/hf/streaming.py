@@ -8,7 +8,6 @@ sinks stand right before the window, however much text was dropped between them 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from pagedkv.cache import PagedKvCache
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.hf.load import load_runner
 from pagedkv.hf.rotary import measured_rope, rebase_limit
+from pagedkv.typing import Dtype
 from pagedkv.validate import require_int
 
 HIGHEST_REBASE_AT = 2**16  # float32 angles are off by 0.004 radians there
@@ -74,7 +74,7 @@ class StreamingSession:
         block_size: int = 16,
         num_blocks: int | None = None,
         rebase_at: int | None = None,
-        dtype: Any = None,
+        dtype: Dtype | None = None,
     ) -> None:
         self._sink = require_int("sink_tokens", sink_tokens, 0, 2**22)
         self._window = require_int("window_tokens", window_tokens, 1, 2**22)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -31,8 +31,8 @@ class HitCurve:
     """
 
     blocks: Int64s
-    hit_blocks: npt.NDArray[Any]
-    hit_tokens: npt.NDArray[Any]
+    hit_blocks: npt.NDArray[np.integer | np.floating]
+    hit_tokens: npt.NDArray[np.integer | np.floating]
     accesses: int
     tokens: int
 
@@ -59,8 +59,8 @@ class HitCurve:
     @overload
     def at(self, blocks: int, *, tokens: bool = False) -> float: ...
     @overload
-    def at(self, blocks: npt.NDArray[Any], *, tokens: bool = False) -> Floats: ...
-    def at(self, blocks: int | npt.NDArray[Any], *, tokens: bool = False) -> float | Floats:
+    def at(self, blocks: npt.NDArray[np.integer | np.floating], *, tokens: bool = False) -> Floats: ...
+    def at(self, blocks: int | npt.NDArray[np.integer | np.floating], *, tokens: bool = False) -> float | Floats:
         """Return the hit ratio of a cache of so many blocks, any number from 0; `tokens` for the token hit ratio."""
         if np.any(np.asarray(blocks) < 0):
             raise bad_argument("blocks", "capacities from 0", f"{blocks}")

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from pagedkv.sim.model_config import ConfigFields, Heads, LayerShape, layer_shapes, load_config, read_heads
 from pagedkv.spec import DTYPE_BYTES
+from pagedkv.typing import DtypeName
 from pagedkv.validate import require_choice
 
 # How many weights a model has, and how many of them one token meets.
@@ -180,7 +181,7 @@ class ModelShape:
 
     name: str
     model_type: str
-    kv_dtype: str
+    kv_dtype: DtypeName
     layers: tuple[LayerShape, ...]
     parameters: Parameters
     window_as_full: bool = False
@@ -248,7 +249,7 @@ class ModelShape:
 
 
 def read_model(
-    model: str | Path | Mapping[str, Any], *, kv_dtype: str | None = None, window_as_full: bool = False
+    model: str | Path | Mapping[str, Any], *, kv_dtype: DtypeName | None = None, window_as_full: bool = False
 ) -> ModelShape:
     """Read the shape of a model.
 
@@ -295,7 +296,7 @@ def read_model(
     )
 
 
-def _dtype(config: ConfigFields, wanted: str | None, notes: list[str]) -> str:
+def _dtype(config: ConfigFields, wanted: str | None, notes: list[str]) -> DtypeName:
     if wanted is not None:
         return require_choice("kv_dtype", _SAME_DTYPE.get(str(wanted), str(wanted)), DTYPE_BYTES)
     field = "dtype" if "dtype" in config else "torch_dtype"

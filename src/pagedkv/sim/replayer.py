@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
 from pagedkv.sim.tiered import Restart, TieredReplay, TierResult, Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
@@ -222,7 +222,7 @@ def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timin
 def replay(
     trace: Trace,
     blocks: int,
-    strategy: str | EvictionStrategy = "lru",
+    strategy: Strategy = "lru",
     *,
     timing: Timing | None = None,
     tiers: Tiers | Sequence[TierSpec] | None = None,
@@ -276,13 +276,17 @@ def replay(
 def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) -> Tiers | None:
     """Return the tiers to replay with; None for the pool alone."""
     if tiers is not None and not isinstance(tiers, Tiers):
+        if isinstance(tiers, str) or not isinstance(tiers, Sequence):
+            raise bad_argument("tiers", "a sequence of TierSpec", shown(tiers), "write [TierSpec(…)]")
         tiers = Tiers(tuple(tiers)) if len(tiers) else None
+    if timing is not None and not isinstance(timing, Timing):
+        raise bad_argument("timing", "a Timing", shown(timing), "write Timing(prefill_tokens_per_second=…)")
     if tiers is not None and timing is not None:
         raise bad_argument("tiers", "none together with timing: tiers know no time", shown(tiers))
     return tiers
 
 
-def _replay_tiered(trace: Trace, blocks: int, strategy: str | EvictionStrategy, tiers: Tiers) -> ReplayResult:
+def _replay_tiered(trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> ReplayResult:
     made = TieredReplay(trace, blocks, strategy, tiers)
     started = time.perf_counter()
     made.run()

@@ -59,7 +59,7 @@ def seekable(path: Path) -> Iterator[Path]:
                 shutil.copyfileobj(pipe, copy)
             copy.flush()
         except OSError as error:
-            raise TraceError(str(path), None, f"cannot be read: {reason_of(error)}") from error
+            raise TraceError(str(path), None, f"cannot be read: {reason_of(error)} (is the path right?)") from error
         yield Path(copy.name)
 
 
@@ -109,7 +109,7 @@ class Source:
                 else:
                     yield raw, raw
         except _UNREADABLE as error:
-            raise TraceError(self.name, None, f"cannot be read: {reason_of(error)}") from error
+            raise TraceError(self.name, None, f"cannot be read: {reason_of(error)} (is the path right?)") from error
 
     def lines(self, limit: int = MAX_LINE_BYTES) -> Iterator[tuple[int, bytes]]:
         """Yield (number from 1, line) of every line that is not blank; never holds more than `limit` bytes of one."""

@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import EvictionStrategy, Strategy
 from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_names
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
@@ -30,7 +30,7 @@ from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay
 from pagedkv.sim.tiered import DISK, HOST, Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
-from pagedkv.validate import require_int
+from pagedkv.validate import require_int, shown
 
 Progress = Callable[[int, int], None]
 Outcomes = Iterator[tuple[int, ReplayResult]]  # the place of a cell, and what its replay found
@@ -165,7 +165,8 @@ def parse_tiers(text: str, num_distinct: int, strategy: str = "lru") -> tuple[Ti
         medium, colon, size = part.partition(":")
         if medium.lower() not in (HOST, DISK) or not colon:
             raise bad_argument("tiers", _SOME_TIERS, f"{part!r}")
-        tiers.append(TierSpec(medium.lower(), _capacity(size.strip(), num_distinct, "tiers", _SOME_TIERS), strategy))
+        blocks = _capacity(size.strip(), num_distinct, "tiers", _SOME_TIERS)
+        tiers.append(TierSpec(medium.lower(), blocks, cast("Strategy", strategy)))  # told by its name, as it was asked
     if not tiers:
         raise bad_argument("tiers", _SOME_TIERS, f"{text!r}")
     return tuple(tiers)
@@ -410,7 +411,7 @@ def _cells(
     require_content(trace)
     for name, values in (("strategies", strategies), ("blocks", blocks)):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence | np.ndarray):
-            raise bad_argument(name, "a sequence", f"{values!r}")
+            raise bad_argument(name, "a sequence", shown(values), f"write [{shown(values)}]")
     capacities = [require_int("blocks", number, 1, MAX_BLOCKS) for number in blocks]
     named = [named_strategy(strategy) for strategy in strategies]
     for name, strategy in named:

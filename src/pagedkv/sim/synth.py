@@ -493,7 +493,7 @@ def synthesize(
     seed: int = 0,
     rate: float | None = None,
     block_tokens: int = 512,
-    **parameters: Any,
+    **parameters: float,
 ) -> Trace:
     """Make up a trace. The same arguments give the same trace, to the bit.
 

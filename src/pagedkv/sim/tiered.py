@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.events import BlockRemoved, BlockStored, CacheEvent
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.control.restore import records_of, restore_blocks
 from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import bad_argument
@@ -44,7 +44,7 @@ class TierSpec:
 
     medium: str
     blocks: int
-    strategy: str | EvictionStrategy = "lru"
+    strategy: Strategy = "lru"
 
     def __post_init__(self) -> None:
         require_choice("medium", self.medium, (HOST, DISK))
@@ -84,7 +84,8 @@ class Tiers:
     def __post_init__(self) -> None:
         for level in self.levels:
             if not isinstance(level, TierSpec):
-                raise bad_argument("tiers", "TierSpec objects", shown(level))
+                hint = 'write TierSpec("disk", blocks)'
+                raise bad_argument("tiers", "TierSpec objects", shown(level), hint)
         media = [level.medium for level in self.levels]
         if len(set(media)) < len(media):
             raise bad_argument("tiers", "at most one of each medium", ", ".join(media))
@@ -171,7 +172,7 @@ _SHARE_AFTER_RESTART = 10
 class _Level:
     """The books of one level, and the content ids that they gave up of late where the next level wants them."""
 
-    def __init__(self, blocks: int, strategy: str | EvictionStrategy, *, survives: bool, tells: bool) -> None:
+    def __init__(self, blocks: int, strategy: Strategy, *, survives: bool, tells: bool) -> None:
         self._blocks, self._strategy, self._survives, self._tells = blocks, strategy, survives, tells
         self._stored_before = self._reclaimed_before = 0
         self._restored = 0
@@ -230,7 +231,7 @@ class TieredReplay:
     tiers : Tiers
     """
 
-    def __init__(self, trace: Trace, blocks: int, strategy: str | EvictionStrategy, tiers: Tiers) -> None:
+    def __init__(self, trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> None:
         self._trace, self._tiers = trace, tiers
         most, last = max(1, trace.num_distinct), len(tiers.levels)
         tells = [tiers.writes == RECLAIM and place < last for place in range(last + 1)]

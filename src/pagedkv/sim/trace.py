@@ -96,7 +96,7 @@ class Trace:
         """Input tokens of all requests together."""
         return int(self.input_tokens.sum())
 
-    def hit_tokens(self, hits: npt.NDArray[Any]) -> int:
+    def hit_tokens(self, hits: npt.NDArray[np.integer]) -> int:
         """Return how many input tokens were found, when request i found its first ``hits[i]`` blocks."""
         return int(np.minimum(hits.astype(np.int64) * self.block_tokens, self.input_tokens).sum())
 
@@ -152,10 +152,13 @@ class Trace:
 
 
 def require_content(trace: Trace) -> None:
-    """Refuse a trace of lengths only."""
+    """Refuse what is no trace, and a trace of lengths only."""
+    if not isinstance(trace, Trace):
+        hint = "read_trace(path) or synthesize(kind) makes one"
+        raise bad_argument("trace", "a Trace", type(trace).__name__, hint)
     if not trace.has_content:
         got = f"{trace.name!r}: the format {trace.format} carries lengths only, which do not tell what is found again"
-        raise bad_argument("trace", "the content of its blocks", got)
+        raise bad_argument("trace", "the content of its blocks", got, "take a format with hashes or token ids")
 
 
 # Write a trace as Mooncake JSONL, so that whatever can be read can be converted.

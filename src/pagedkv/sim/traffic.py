@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.validate import require_int, require_number
+from pagedkv.validate import likely, require_int, require_number
 
 MAX_TOKENS = 1 << 30
 MAX_COUNT = 1 << 40
@@ -164,9 +164,11 @@ def changed(traffic: Traffic, changes: dict[str, Any]) -> Traffic:
     known = {field.name: field.type for field in fields(Traffic)}
     for name, value in changes.items():
         if name not in known:
-            raise InvalidOperation(f"traffic has no parameter {name!r}; it has {', '.join(known)}")
+            reason = f"traffic has no parameter {name!r}; it has {', '.join(known)}"
+            raise InvalidOperation(reason, name, likely(name, known))
         if known[name] == "int":
-            require_int(name, value, *map(int, _range(name)))
+            low, high = map(int, _range(name))
+            require_int(name, value, low, high)
         else:
             require_number(name, value, *_range(name))
     after = replace(traffic, **changes)

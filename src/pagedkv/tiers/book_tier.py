@@ -8,21 +8,21 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.arguments import parse_tokens
+from pagedkv.control.arguments import parse_ids
 from pagedkv.control.events import BlockStored, CacheEvent
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.prefix import checked_salt
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.control.restore import BlockRecords, restore_blocks
 from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
 from pagedkv.tiers.tier import BlockFormat, Rows, answered
 from pagedkv.tiers.transfers import Ints, Sums, after, checksums, run_pieces
-from pagedkv.validate import shown
+from pagedkv.typing import TokenIds
 
 MAX_TOKEN = 2**31 - 1
 """Token ids lie in records as int32."""
@@ -111,7 +111,7 @@ class Slots(Protocol):
         """Note that no slot holds anything."""
         ...
 
-    def close(self, blocks: npt.NDArray[Any] | None) -> None:
+    def close(self, blocks: npt.NDArray[np.void] | None) -> None:
         """Let go. `blocks` are the records that the books have of each slot, to note how these were used."""
         ...
 
@@ -201,9 +201,7 @@ class BookTier:
         Most bytes of payloads that are written in a day; what is beyond is not stored.
     """
 
-    def __init__(
-        self, slots: Slots, *, strategy: str | EvictionStrategy = "lru", daily_writes: int | None = None
-    ) -> None:
+    def __init__(self, slots: Slots, *, strategy: Strategy = "lru", daily_writes: int | None = None) -> None:
         self.medium = slots.medium
         self._slots = slots
         self._strategy = strategy
@@ -287,7 +285,7 @@ class BookTier:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self._books.cached_block_count}/{self._books.total_blocks} blocks)"
 
-    def match(self, token_ids: Any, cache_salt: str = "") -> Future[int]:
+    def match(self, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
         """Answer at once how many leading blocks it seems to have.
 
         Raises
@@ -300,7 +298,7 @@ class BookTier:
             self._require_open()
             return answered(self._count_good(ids, salt))
 
-    def load(self, token_ids: Any, rows: Rows, cache_salt: str = "") -> Future[int]:
+    def load(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
         """Fill `rows` with the last blocks of a text; answers how many of them, from the first on, are right.
 
         Parameters
@@ -336,7 +334,7 @@ class BookTier:
 
             return run_pieces(threads, self._pieces(chain, np.arange(first, count)), read, end)
 
-    def store(self, token_ids: Any, rows: Rows, cache_salt: str = "") -> Future[int]:
+    def store(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
         """Keep the last blocks of a text; answers how many leading blocks of it are there then.
 
         Parameters
@@ -454,14 +452,15 @@ class BookTier:
 
     def _require_open(self) -> ThreadPoolExecutor:
         if self._threads is None:
-            raise InvalidOperation("the tier is not open: call open() with the format of the blocks")
+            raise InvalidOperation(
+                "the tier is not open: call open() with the format of the blocks",
+                hint="open(BlockFormat(…)); an LLM with tiers=[…] does it",
+            )
         return self._threads
 
-    def _text(self, token_ids: Any, cache_salt: str) -> tuple[Ints, str]:
+    def _text(self, token_ids: TokenIds, cache_salt: str) -> tuple[Ints, str]:
         """Return the ids of the whole blocks, and what stands for the salt."""
-        _, ids, known = parse_tokens(token_ids)
-        if not known:
-            raise bad_argument("token_ids", "token ids", shown(token_ids))
+        ids = parse_ids("token_ids", token_ids)
         ids = ids[: len(ids) // self._block.block_size * self._block.block_size]
         if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_TOKEN:
             wrong = ids.min() if ids.min() < 0 else ids.max()
@@ -480,7 +479,8 @@ class BookTier:
         is_array = isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.ndim == 2
         if not is_array or rows.shape[1] != size or len(rows) > count or (len(rows) and rows.strides[1] != 1):
             got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
-            raise bad_argument("rows", f"uint8 [m, {size}] with m of at most {count}, rows in one piece", got)
+            wanted = f"uint8 [m, {size}] with m of at most {count}, rows in one piece"
+            raise bad_argument("rows", wanted, got, f"a row has the {size} bytes of a block of the format")
         if is_filled and not rows.flags.writeable:
             raise bad_argument("rows", "an array that may be written", "one that may not")
         return count - len(rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import bad_argument
 from pagedkv.tiers.book_tier import BookTier
@@ -51,13 +51,13 @@ class DiskTier(BookTier):
         directory: str | Path,
         size: int | str,
         *,
-        strategy: str | EvictionStrategy = "lru",
+        strategy: Strategy = "lru",
         durable: bool = False,
         daily_writes: int | str | None = None,
         read_only: bool = False,
     ) -> None:
         if not isinstance(directory, (str, os.PathLike)) or not str(directory):
-            raise bad_argument("directory", "a path", shown(directory))
+            raise bad_argument("directory", "a path", shown(directory), "name a folder of its own for the tier")
         slab = Slab(
             directory,
             require_size("size", size),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -13,12 +13,16 @@ from pagedkv.errors import bad_argument
 from pagedkv.spec import KvCacheSpec
 from pagedkv.validate import shown
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
 SCHEMA = 1
 """Raised when a release computes other K and V from the same weights, or lays them out in another way."""
 
 
 def fingerprint_of(
-    weights: Mapping[str, Any], settings: Mapping[str, Any], spec: KvCacheSpec, adapter: str = ""
+    weights: Mapping[str, Tensor], settings: Mapping[str, object], spec: KvCacheSpec, adapter: str = ""
 ) -> str:
     """Return what tells blocks of this model from those of any other: 32 hexadecimal digits.
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.protocol import EvictionStrategy
+from pagedkv.control.protocol import Strategy
 from pagedkv.control.strategies import as_strategy
 from pagedkv.errors import OutOfMemory, bad_argument
 from pagedkv.format import format_bytes
@@ -35,7 +35,7 @@ class HostTier(BookTier):
         If an argument is out of range.
     """
 
-    def __init__(self, size: int | str, *, strategy: str | EvictionStrategy = "lru") -> None:
+    def __init__(self, size: int | str, *, strategy: Strategy = "lru") -> None:
         super().__init__(_Memory(require_size("size", size)), strategy=as_strategy(strategy))
 
 
@@ -52,7 +52,8 @@ class _Memory:
     def open(self, block: BlockFormat) -> Kept:
         num_slots = self._size // block.block_bytes
         if num_slots < 1:
-            raise bad_argument("size", f"at least {block.block_bytes} bytes", f"{self._size}")
+            hint = "one block has to fit"
+            raise bad_argument("size", f"at least {block.block_bytes} bytes", f"{self._size}", hint)
         try:
             self._slots = _host_memory(num_slots, block.block_bytes)
         except (RuntimeError, MemoryError) as error:

@@ -461,7 +461,8 @@ def open_tiers(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
     try:
         for tier in tiers:
             if not isinstance(tier, Tier):
-                raise bad_argument("tiers", "tiers: match, load, store, clear, close and a medium", shown(tier))
+                wanted = "tiers: match, load, store, clear, close and a medium"
+                raise bad_argument("tiers", wanted, shown(tier), "DiskTier(directory, size) makes one, for instance")
             if isinstance(tier, BookTier) and tier.is_open:
                 if tier.block != block:
                     raise InvalidOperation(f"{tier!r} is open for {tier.block}, not for {block}", "tiers")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from pagedkv.cache import PagedKvCache
-from pagedkv.control.arguments import parse_tokens
+from pagedkv.control.arguments import parse_ids
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.tiers.tier import Rows, Tier
-from pagedkv.validate import shown
+from pagedkv.typing import TokenIds
 
 
 def read_rows(storage: KvStorage, blocks: Any) -> Rows:
@@ -45,7 +45,7 @@ def _as_bytes(part: Tensor) -> Tensor:
     return part.flatten(1).view(torch.uint8)
 
 
-def demote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_salt: str = "") -> Future[int]:
+def demote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
     """Store what a live sequence has written; to be called before it is freed.
 
     The rows are copied before this returns, so the sequence may go on, or end, at once.
@@ -82,7 +82,7 @@ def demote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_s
     return tier.store(ids, read_rows(cache.storage, info.block_table[first:count]), cache_salt)
 
 
-def promote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: Any, cache_salt: str = "") -> int:
+def promote(cache: PagedKvCache, tier: Tier, seq_id: int, token_ids: TokenIds, cache_salt: str = "") -> int:
     """Make findable in the pool what a tier has of a text, as if a sequence `seq_id` had computed it and was freed.
 
     It waits for the tier. What the tier cannot give, or gives late or wrong, is not findable; nothing else changes.
@@ -155,7 +155,5 @@ def place_rows(
 
 
 def _ids(token_ids: Any) -> Any:
-    _, ids, known = parse_tokens(token_ids)
-    if not known:
-        raise bad_argument("token_ids", "token ids", shown(token_ids))
+    ids = parse_ids("token_ids", token_ids)
     return ids

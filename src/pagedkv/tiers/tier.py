@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 from pagedkv.spec import MAX_COUNT
+from pagedkv.typing import TokenIds
 from pagedkv.validate import require_int, shown
 
 Rows = npt.NDArray[np.uint8]
@@ -43,7 +44,8 @@ class BlockFormat:
 
     def __post_init__(self) -> None:
         if not isinstance(self.fingerprint, str) or not self.fingerprint:
-            raise bad_argument("fingerprint", "a str that is not empty", shown(self.fingerprint))
+            hint = "fingerprint_of(…) makes one of the model"
+            raise bad_argument("fingerprint", "a str that is not empty", shown(self.fingerprint), hint)
         require_int("block_size", self.block_size, 1, MAX_COUNT)
         require_int("block_bytes", self.block_bytes, 1)
 
@@ -64,15 +66,15 @@ class Tier(Protocol):
     medium: str
     """What it is made of, as events and metrics name it: ``"CPU"``, ``"DISK"``, ``"REMOTE"``."""
 
-    def match(self, token_ids: Any, cache_salt: str = "") -> Future[int]:
+    def match(self, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
         """Answer how many leading blocks it seems to have."""
         ...
 
-    def load(self, token_ids: Any, rows: Rows, cache_salt: str = "") -> Future[int]:
+    def load(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
         """Fill `rows`; answers how many of them, from the first one on, are right."""
         ...
 
-    def store(self, token_ids: Any, rows: Rows, cache_salt: str = "") -> Future[int]:
+    def store(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
         """Keep blocks; answers how many leading blocks of the text it has then. What is there already is skipped.
 
         Blocks before those of `rows` must be there: where they are not, nothing can be kept.
