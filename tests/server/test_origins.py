@@ -28,7 +28,7 @@ async def test_a_page_of_another_origin_cannot_post(path: str) -> None:
     async with client_of(engine) as client:
         for origin in ("https://evil.example", "null", "http://localhost:3000", "http://localhost.evil.example", ""):
             answer = await client.post(path, json=BODY, headers={"origin": origin})
-            assert answer.status_code == 403 and answer.json()["error"]["code"] == "origin_not_allowed", origin
+            assert answer.status_code == 403 and "allow-origin" in answer.text, origin
     assert engine.calls == [] and engine.cleared == 0
 
 
