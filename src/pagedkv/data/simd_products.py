@@ -105,6 +105,8 @@ def _along_runs(context: Any, builder: Any, signature: Any, args: Any) -> list[A
     right = _Runs(context, builder, y, args[2], args[3], width)
 
     def added(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
+        if rows.count == 1 and rest is None:
+            right.fetch_next(offset)
         weights, result = right.at(offset, rest), []
         for i, number in enumerate(left.at(offset, rest)):
             some = totals[i * len(weights) : (i + 1) * len(weights)]
