@@ -15,6 +15,7 @@ from itertools import permutations
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm
@@ -71,23 +72,40 @@ def describe(model: Any) -> Decoder:
         raise _refusal(f"one that cannot be traced: {reason}") from error
 
 
+def _parts(description: Any) -> Iterator[Any]:
+    """Yield a description and all that it is made of."""
+    yield description
+    names = [one.name for one in fields(description)] if is_dataclass(description) else []
+    inner = description if isinstance(description, list) else [getattr(description, name) for name in names]
+    for each in inner:
+        yield from _parts(each)
+
+
 def tensors_of(description: Any) -> Iterator[Tensor]:
     """Yield every tensor of a description, or of a part of one."""
-    if isinstance(description, Tensor):
-        yield description
-    elif isinstance(description, list):
-        for each in description:
-            yield from tensors_of(each)
-    elif is_dataclass(description):
-        for one in fields(description):
-            yield from tensors_of(getattr(description, one.name))
+    return (part for part in _parts(description) if isinstance(part, Tensor))
+
+
+def state_of(model: nn.Module, decoder: Decoder) -> tuple[Any, ...]:
+    """Return what a description of a model depends on: where tensors lie, and the values of those read elsewhere."""
+    try:
+        _require_plain_model(model)
+    except InvalidOperation as refusal:
+        return (str(refusal),)
+    matrices = [decoder.embedding, *(part.weight for part in _parts(decoder) if isinstance(part, Linear))]
+    in_place, digest, places = {each.untyped_storage().data_ptr() for each in matrices}, xxhash.xxh3_128(), list[Any]()
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
+        places.append((name, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype))
+        if tensor.untyped_storage().data_ptr() not in in_place:
+            digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return *places, digest.digest()
 
 
 def copied_bytes(decoder: Decoder, model: nn.Module) -> int:
     """Return how many bytes of a description are not the memory of the model."""
     own = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
-    storages = [each.untyped_storage() for each in tensors_of(decoder)]
-    return sum({each.data_ptr(): each.nbytes() for each in storages if each.data_ptr() not in own}.values())
+    found = {each.data_ptr(): each.nbytes() for each in map(Tensor.untyped_storage, tensors_of(decoder))}
+    return sum(size for place, size in found.items() if place not in own)
 
 
 def _refusal(reason: str) -> InvalidOperation:

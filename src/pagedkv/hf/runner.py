@@ -33,7 +33,7 @@ from pagedkv.hf.compat import (
     paged_layer,
     restarts_beyond,
 )
-from pagedkv.hf.description import describe, tensors_of
+from pagedkv.hf.description import describe, state_of, tensors_of
 from pagedkv.hf.direct import DIRECT, PagedStates, Plan
 from pagedkv.hf.graphs import DecodeGraphs, Record, on_device
 from pagedkv.hf.pool import LayerTable, ModelKvCache, block_format, by_token, visible_slots
@@ -218,6 +218,7 @@ class CompiledModel:
         self._model, self._cache, self._table = model, cache, table
         self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
         self._decoder: Decoder | None = describe(model)
+        self._state = state_of(model, self._decoder)
         self._num_clears = cache.num_clears
         self._forward: Forward | None = None
         self._is_quantised = self._is_emptied = False
@@ -228,6 +229,7 @@ class CompiledModel:
         decoder = describe(self._model) if self._decoder is None else self._decoder
         self._decoder, self._forward = quantised(decoder, let_go), None
         self._is_quantised, self._is_emptied = True, not keeps_model
+        self._state = state_of(self._model, self._decoder)
         if let_go is not None:
             let_go.close()
 
@@ -254,9 +256,11 @@ class CompiledModel:
         return self._forward(batch, slots, ids, positions, rows)
 
     def _forget(self) -> None:
-        """Let the model be looked at anew: since prefixes were forgotten its weights may be others."""
+        """Describe the model anew if it is another: since prefixes were forgotten its weights may be."""
         self._num_clears = self._cache.num_clears
-        if not self._is_emptied:
+        if self._is_emptied or self._decoder is None:
+            return
+        if state_of(self._model, self._decoder) != self._state:
             self._decoder = self._forward = None
 
     def _made(self) -> Forward:
@@ -274,7 +278,7 @@ class CompiledModel:
         if self._cache.spec.is_quantised:
             raise InvalidOperation("keys and values are quantised")
         made = Forward(decoder, self._cache.storage, self._model.dtype)
-        self._decoder = decoder
+        self._decoder, self._state = decoder, state_of(self._model, decoder)
         return made
 
 
