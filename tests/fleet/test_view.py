@@ -139,6 +139,14 @@ def test_a_snapshot_holds_what_was_not_taken_yet_and_hearing_it_again_changes_no
     assert view.hear("a", *replica.batch()) and is_exact(view, "a", replica)
 
 
+def test_what_a_snapshot_does_not_name_is_gone_whether_it_clears_or_not():
+    view = FleetView(BLOCK)
+    view.hear("a", 0, [1.0, [{"type": "BlockStored", "block_hashes": [1]}]])
+    view.restore("a", 3, [2.0, [{"type": "BlockStored", "block_hashes": [2]}]])
+    assert [view.matched([name], ["a"]).sum() for name in (1, 2)] == [0, BLOCK]
+    assert not view.hear("a", 5, [3.0, []]) and view.hear("a", 4, [2.5, []])
+
+
 def test_a_snapshot_that_comes_late_takes_nothing_back():
     replica, view = Replica(7), FleetView(BLOCK)
     early = replica.snapshot()
