@@ -16,7 +16,16 @@ import yaml
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-DOORS = ("pagedkv", "pagedkv.engine", "pagedkv.hf", "pagedkv.models", "pagedkv.server", "pagedkv.sim", "pagedkv.tiers")
+DOORS = (
+    "pagedkv",
+    "pagedkv.engine",
+    "pagedkv.fleet",
+    "pagedkv.hf",
+    "pagedkv.models",
+    "pagedkv.server",
+    "pagedkv.sim",
+    "pagedkv.tiers",
+)
 
 
 def pages_of(navigation: list[Any]) -> list[str]:

@@ -29,10 +29,11 @@ MAY_IMPORT = {
     "cache": GROUND | {"spec", "control", "data"},
     "tiers": GROUND | {"jit", "spec", "control", "data", "cache"},
     "models": GROUND,
-    "sim": GROUND | {"spec", "control", "jit"},
+    "fleet": GROUND | {"control"},
+    "sim": GROUND | {"spec", "control", "jit", "fleet"},
     "hf": GROUND | {"spec", "control", "data", "cache", "tiers", "models"},
     "engine": GROUND | {"jit", "spec", "control", "data", "cache", "tiers", "hf", "models"},
-    "server": GROUND | {"spec", "engine"},
+    "server": GROUND | {"spec", "engine", "fleet"},
 }
 FREE = {"", "cli"}  # the public door and the command line may import anything, lazily
 
@@ -49,6 +50,7 @@ FORBIDDEN = {
     "data": {"transformers"},
     "cache": {"transformers"},
     "tiers": {"transformers"},
+    "fleet": {"torch", "transformers"},
     "sim": {"torch", "transformers"},
 }
 # Packages that an import of the door, of the command line or of errors and spec must not pull in.

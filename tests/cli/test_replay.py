@@ -21,6 +21,7 @@ from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import lru_curve
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.replayer import ReplayResult, replay
+from pagedkv.sim.replicas import Fleet
 from pagedkv.sim.sweeps import parse_capacities, spread_capacities
 from pagedkv.sim.tiered import Tiers, TierSpec
 
@@ -268,6 +269,43 @@ def test_tiers_are_told_in_json_csv_table_and_report(trace, tmp_path):
     assert "hits in disk" in report and f">{first.tiers[1].written:,}<" in report and "after the restart" in report
 
 
+def test_a_fleet_is_told_in_json_csv_and_table(trace):
+    asked = ("-b", 60, "--replicas", "1,3", "--routing", "round_robin,prefix")
+    facts = json.loads(replayed(trace, *asked))
+    whole = read_trace(trace)
+    fleets = [Fleet(1, "round_robin"), Fleet(3, "round_robin"), Fleet(3, "prefix")]
+    expected = [replay(whole, 60, fleet=fleet) for fleet in fleets]
+    cells = facts["cells"]
+    assert [cell["hit_blocks"] for cell in cells] == [result.hit_blocks for result in expected]
+    told = [(result.fleet.replicas, result.fleet.routing, result.fleet.busiest) for result in expected]
+    assert [tuple(cell["fleet"].values()) for cell in cells] == told and "tiers" not in cells[0]
+    rows = list(csv.DictReader(io.StringIO(call("replay", trace, *asked, "--csv", "-").stdout)))
+    assert [(row["strategy"], row["replicas"], row["routing"]) for row in rows][1:] == [
+        ("lru", "3", "round_robin"),
+        ("lru", "3", "prefix"),
+    ]
+    table = call("replay", trace, *asked).stdout
+    for row in (
+        "lru, one pool",
+        "lru, 3 x round_robin",
+        "lru, 3 x prefix",
+        "computed by the busiest replica, over the mean",
+    ):
+        assert row in table
+    assert len(json.loads(replayed(trace, "-b", 60, "--replicas", 2))["cells"]) == 4, "every policy by default"
+    assert "fleet" not in replayed(trace, "-b", 60, "-s", "lru")
+
+
+def test_a_routing_policy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeypatch):
+    (tmp_path / "my_routing.py").write_text(
+        "class First:\n    def order(self, request, candidates):\n        return range(len(candidates))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    (cell,) = json.loads(replayed(trace, "-b", 60, "--replicas", 3, "--routing", "my_routing:First"))["cells"]
+    assert cell["fleet"] == {"replicas": 3, "routing": "my_routing:First", "busiest": 3.0}
+
+
 def test_how_tiers_are_used_can_be_chosen(trace):
     read, told = read_trace(trace), {}
     for options, tiers in (
@@ -335,6 +373,17 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["--tier-writes", "finish"], "--tier-writes needs --tiers"),
         (["--restart-at", "soon"], "--restart-at: expected a moment such as 50%, 90s, 30min or 1h, got 'soon'"),
         (["--restart-at", "120%"], "--restart-at: expected a moment"),
+        (["--routing", "prefix"], "--routing needs --replicas"),
+        (["--replicas", "many"], "--replicas, --routing: expected numbers and names"),
+        (["--replicas", ","], "--replicas, --routing: expected numbers and names"),
+        (["--replicas", "0"], "--replicas: expected an int in 1"),
+        (["--replicas", "2", "--routing", "fastest"], "--routing: expected module:Class or one of round_robin"),
+        (["--replicas", "2", "--routing", "no_such:Thing"], "cannot be imported and made: ModuleNotFoundError"),
+        (["--replicas", "8", "-b", "7"], "--blocks: expected at least one for each of 8 replicas, got 7"),
+        (["--replicas", "2", "--timed"], "--replicas knows no time, no tiers and no restart"),
+        (["--replicas", "2", "--tiers", "disk:5"], "--replicas knows no time, no tiers and no restart"),
+        (["--replicas", "2", "-s", "optimal"], "the optimum knows of one pool, without replicas"),
+        (["--replicas", "2", "--html", "page.html"], "--html shows one pool: leave --replicas out"),
         (["--jobs", "0"], "error: --jobs: expected an int in 1"),
         (["--json", "--csv", "-"], "both want stdout"),
         (["--csv", "/no/such/folder/cells.csv"], "--csv: expected a file in a folder that exists"),

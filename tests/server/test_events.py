@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import msgspec
+import numpy as np
 import pytest
 from tests.contracts.user_tiers import DictTier
 from tests.engine import fakes
@@ -14,10 +15,12 @@ from tests.engine.test_offload import settle
 from tests.server.fake_snapshots import FakeEngine, server_state
 
 from pagedkv import BlockManager, InvalidOperation, MissingExtra
-from pagedkv.engine.kv_events import KvEventLog, append_event_batch
+from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
+from pagedkv.fleet import FleetView, prefix_hashes
 from pagedkv.server import events
 from pagedkv.server.events import (
     END_OF_REPLAY,
+    SNAPSHOT,
     EventPublisher,
     EventRecorder,
     kv_events,
@@ -61,6 +64,21 @@ def test_a_chain_is_one_event_and_hashes_name_content():
     cache.allocate(3, list(range(50, 60)))
     cache.commit(3)
     assert log.take() is None and batch
+
+
+def test_a_snapshot_names_every_block_that_was_told_of_and_takes_nothing():
+    cache = BlockManager(4, 2)
+    log = KvEventLog(cache)
+    assert log.snapshot()[1] == [{"type": "AllBlocksCleared"}]
+    cache.allocate(1, [1, 2, 3, 4, 5, 6])
+    cache.commit(1)
+    cache.free(1)
+    cache.allocate(2, 4)  # takes the last block's place
+    time, (cleared, held), rank = log.snapshot()
+    (event,) = stored(log.take())
+    assert cleared == {"type": "AllBlocksCleared"} and time > 1e9 and rank == 0
+    assert held["block_hashes"] == event["block_hashes"][:2] and held["medium"] == "GPU" and held["token_ids"] == []
+    assert log.snapshot()[1] == [cleared, held] and log.take() is None
 
 
 def test_what_was_stored_is_removed_under_the_same_name():
@@ -242,6 +260,41 @@ def test_listeners_hear_batches_and_get_missed_ones_again():
     assert all(len(frames[1]) == 8 and frames[0] == b"" for frames in replayed)
 
 
+def test_a_view_that_lost_batches_asks_for_a_snapshot_and_is_right_again():
+    zmq = pytest.importorskip("zmq")
+    asynchronous = pytest.importorskip("zmq.asyncio")
+    cache, view = BlockManager(16, 2), FleetView(2)
+    log = KvEventLog(cache)
+
+    async def ask(publisher):
+        context = asynchronous.Context()
+        try:
+            asking = context.socket(zmq.DEALER)
+            asking.connect(publisher.replay_address)
+            await asking.send_multipart([b"", SNAPSHOT])
+            answers = []
+            while not answers or answers[-1][1:] != [END_OF_REPLAY, b""]:
+                answers.append(await asking.recv_multipart())
+            return [(int.from_bytes(number, "big", signed=True), batch) for _, number, batch in answers[:-1]]
+        finally:
+            context.destroy(linger=0)
+
+    async def talk():
+        async with EventPublisher(ANYWHERE, ANYWHERE) as publisher:
+            assert await ask(publisher) == [], "nobody gives one"
+            publisher.snapshot = log.snapshot
+            for first in range(3):  # nobody listens
+                cache.allocate(first, [first] * 4)
+                cache.commit(first)
+                await publisher.publish(batch_bytes(log.take()))
+            ((number, batch),) = await ask(publisher)
+            assert number == 2 and view.restore("a", number, batch)
+
+    asyncio.run(asyncio.wait_for(talk(), 20))
+    for first in range(3):
+        assert view.matched(prefix_hashes([first] * 4, 2), ["a"]).tolist() == [[4, 0, 0]]
+
+
 def test_only_the_last_batches_are_kept(monkeypatch):
     pytest.importorskip("zmq.asyncio")
     monkeypatch.setattr("pagedkv.server.events.MAX_KEPT_BYTES", 100)
@@ -370,3 +423,32 @@ def test_token_ids_leave_the_machine_only_where_the_operator_says_so(tmp_path, m
     assert told and all(event["block_hashes"] and event["block_size"] == 16 for event in told)
     assert any(event["token_ids"] for event in told) is (not leaves or bool(settings))
     assert len(read_trace(path, format="kv-events").input_tokens) > 10, "a recording has everything"
+
+
+def test_a_server_gives_a_snapshot_of_its_engine(monkeypatch):
+    pytest.importorskip("zmq.asyncio")
+    engine, sent, publishers = FakeEngine(256), [], []
+
+    async def publish(self, payload):
+        sent.append(payload)
+        publishers.append(self)
+
+    monkeypatch.setattr(EventPublisher, "publish", publish)
+
+    async def serve():
+        async with kv_events(server_state(engine, events_endpoint=ANYWHERE)):
+            for _ in range(40):
+                engine.step()
+            await asyncio.sleep(3 * events.SECONDS_BETWEEN_BATCHES)
+            ((_, snapshot),) = publishers[0]._asked_for(SNAPSHOT)
+            return snapshot
+
+    followed, restored = FleetView(16), FleetView(16)
+    restored.restore("a", 0, asyncio.run(serve()))
+    for number, payload in enumerate(sent):
+        followed.hear("a", number, payload)
+    told = [
+        name for payload in sent for event in stored(msgspec.msgpack.decode(payload)) for name in event["block_hashes"]
+    ]
+    held = [view.matched([name], ["a"]).tolist() for view in (followed, restored) for name in told]
+    assert told and held[: len(told)] == held[len(told) :] and any(map(np.any, held))

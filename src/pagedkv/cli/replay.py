@@ -6,7 +6,7 @@ import csv
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from pagedkv.cli.replay_options import Tiering, strategies_of, timing_of
+from pagedkv.cli.replay_options import Tiering, fleets_of, strategies_of, timing_of
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,
@@ -64,10 +64,13 @@ EXAMPLES = """Replay a trace of real requests and count the cache hits, for ever
 
   pagedkv replay chat.jsonl.gz --blocks 2k --tiers host:10k,disk:25% --restart-at 50%
 
+  pagedkv replay chat.jsonl.gz --blocks 20k --replicas 1,8 --routing round_robin,sticky,prefix
+
 A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
 """
 
 _WHAT, _TIME, _TIERS, _OUTPUT = "What to replay", "In time", "Tiers beneath the pool", "What to show"
+_FLEET = "On a fleet"
 
 
 def replay(
@@ -88,7 +91,7 @@ def replay(
             "--strategies",
             "-s",
             help="What is evicted first: registered names, optimal for Belady's optimum, or all.",
-            default="lru,fifo,lfu,s3fifo,adaptive,optimal",
+            default="lru,fifo,lfu,s3fifo,adaptive,optimal; lru with --replicas",
             panel=_WHAT,
         ),
     ] = None,
@@ -147,6 +150,19 @@ def replay(
             panel=_TIERS,
         ),
     ] = None,
+    replicas: Annotated[
+        str | None,
+        option("--replicas", help="Replicas that share the capacity in equal parts: 8, or 1,2,4,8.", panel=_FLEET),
+    ] = None,
+    routing: Annotated[
+        str | None,
+        option(
+            "--routing",
+            help="Which replica serves a request: round_robin, least_load, sticky, prefix, or module:Class.",
+            default="all four",
+            panel=_FLEET,
+        ),
+    ] = None,
     jobs: JobsOption = None,
     ray: Annotated[bool, option("--ray", help="Replay as tasks of a running Ray cluster.", panel="How")] = False,
     json: JsonOption = False,
@@ -168,7 +184,10 @@ def replay(
         require_writable("--html", html)
         require_writable("--csv", None if csv in (None, "-") else Path(csv))
         asked = Tiering(tiers, tier_writes, exclusive, tier_strategy, restart_at)
-        names = strategies_of(strategies, strategy_from or [], timed, asked.is_asked)
+        fleets = fleets_of(replicas, routing)
+        if fleets and html is not None:
+            raise Failure("--html shows one pool: leave --replicas out")
+        names = strategies_of(strategies, strategy_from or [], timed, asked.is_asked, fleets)
         timing = timing_of(timed, prefill_tokens_per_second, decode_tokens_per_second)
         console = notes()
         with progress_bar(console) as bar:
@@ -182,7 +201,8 @@ def replay(
             capacities = parse_capacities(blocks, read.num_distinct) if read.has_content else [1]
             beneath = asked.made(read) if read.has_content else None
             show = bar("replaying")
-            results = sweep(read, names, capacities, jobs=jobs, ray=ray, timing=timing, tiers=beneath, progress=show)
+            replay_all = partial(sweep, jobs=jobs, ray=ray, timing=timing, tiers=beneath, fleets=fleets, progress=show)
+            results = replay_all(read, names, capacities)
             is_plain = timing is None and beneath is None
             lru = lru_curve(read) if curve or (html is not None and is_plain) else None
         if html is not None:
@@ -240,6 +260,11 @@ _IN_TIME = (
     _Measure("requests preempted", lambda cells, *cell: cells[cell].preempted, ",.0f"),
     _Measure("requests refused: larger than the pool", lambda cells, *cell: cells[cell].refused, ",.0f"),
 )
+_ON_A_FLEET = _Measure(
+    "computed by the busiest replica, over the mean",
+    lambda cells, *cell: getattr(cells[cell].fleet, "busiest", None),
+    ".2f",
+)
 _SPEED = _Measure("million block accesses per second", _speed, ".1f")
 
 
@@ -278,12 +303,20 @@ def _cell_tables(
     results: Sequence[ReplayResult], timed: bool, tiers: Tiers | None, width: int
 ) -> Iterator[Table | Text]:
     """Lay out the results, in as many tables beneath each other as the width of the terminal asks for."""
+    on_a_fleet = any(result.fleet is not None for result in results)
+    results = [replace(cell, strategy=f"{cell.strategy}, {cell.fleet}") if cell.fleet else cell for cell in results]
     cells: Cells = {(result.strategy, result.blocks): result for result in results}
     strategies = list(dict.fromkeys(result.strategy for result in results))
     capacities = sorted({result.blocks for result in results})
     names = max(max(map(len, strategies), default=0) + 2, 20)
     per_table = max(1, (width - names) // _COLUMN_WIDTH)
-    measures = [*_ALWAYS, *_in_tiers(tiers), *(_IN_TIME if timed else ()), _SPEED]
+    measures = [
+        *_ALWAYS,
+        *_in_tiers(tiers),
+        *(_IN_TIME if timed else ()),
+        *([_ON_A_FLEET] if on_a_fleet else ()),
+        _SPEED,
+    ]
     for first in range(0, len(capacities), per_table):
         yield _cell_table(cells, strategies, capacities[first : first + per_table], measures)
     if any(_best(cells, strategies, blocks, _ALWAYS[0]) is not None for blocks in capacities):
@@ -368,8 +401,16 @@ class RestartFacts(msgspec.Struct):
     hit_ratio: float
 
 
+class FleetFacts(msgspec.Struct):
+    """The replicas of one replay: how many, how routed, and what the busiest computed over the mean of all."""
+
+    replicas: int
+    routing: str
+    busiest: float
+
+
 class CellFacts(msgspec.Struct):
-    """One replay; `preempted` and `refused` with ``--timed`` only, the last four with tiers or a restart only."""
+    """One replay; `preempted` and `refused` with ``--timed`` only, those after them with tiers, restart or replicas."""
 
     strategy: str
     blocks: int
@@ -385,6 +426,7 @@ class CellFacts(msgspec.Struct):
     pool_hit_ratio: float | msgspec.UnsetType = msgspec.UNSET
     tiers: list[TierFacts] | msgspec.UnsetType = msgspec.UNSET
     restart: RestartFacts | None | msgspec.UnsetType = msgspec.UNSET
+    fleet: FleetFacts | None | msgspec.UnsetType = msgspec.UNSET
 
 
 class TraceFacts(msgspec.Struct):
@@ -500,6 +542,8 @@ def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:
             cell.preempted = cell.refused = msgspec.UNSET
         if not cell.tiers and not cell.restart:
             cell.pool_hit_blocks = cell.pool_hit_ratio = cell.tiers = cell.restart = msgspec.UNSET
+        if not cell.fleet:
+            cell.fleet = msgspec.UNSET
     return cells
 
 
@@ -508,10 +552,13 @@ def _columns(cell: CellFacts) -> dict[str, object]:
     row: dict[str, object] = msgspec.to_builtins(cell)
     row.pop("tiers", None)
     row.pop("restart", None)
+    row.pop("fleet", None)
     for tier in cell.tiers or ():
         row |= {f"{tier.medium}_{key}": value for key, value in msgspec.to_builtins(tier).items() if key != "medium"}
     if cell.restart:
         row |= {f"restart_{key}": value for key, value in msgspec.to_builtins(cell.restart).items()}
+    if cell.fleet:
+        row |= msgspec.to_builtins(cell.fleet)
     return row
 
 

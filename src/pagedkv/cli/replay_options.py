@@ -18,6 +18,7 @@ from pagedkv.validate import require_choice
 
 if TYPE_CHECKING:
     from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.replicas import Fleet
     from pagedkv.sim.tiered import Tiers
     from pagedkv.sim.trace import Trace
 
@@ -39,9 +40,18 @@ def split_names(text: str) -> list[str]:
     return [name.lower() if name.lower() in _FOLDED else name for name in names]
 
 
-def strategies_of(text: str | None, strategy_from: list[str], timed: bool, tiered: bool) -> list[str]:
+def strategies_of(
+    text: str | None, strategy_from: list[str], timed: bool, tiered: bool, fleets: Sequence[Fleet] = ()
+) -> list[str]:
     """Return every strategy that is asked for, once."""
-    names = [*_ONLINE, *([] if timed or tiered else [OPTIMAL])] if text is None else split_names(text)
+    if text is None and fleets:
+        names = [LRU]  # routing decides more than what is evicted
+    else:
+        names = [*_ONLINE, *([] if timed or tiered else [OPTIMAL])] if text is None else split_names(text)
+    if fleets and {OPTIMAL, _ALL} & set(names):
+        raise Failure("the optimum knows of one pool, without replicas: leave optimal and all out")
+    if fleets and (timed or tiered):
+        raise Failure("--replicas knows no time, no tiers and no restart: leave them out")
     if timed and {OPTIMAL, _ALL} & set(names):
         raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
     if tiered and {OPTIMAL, _ALL} & set(names):
@@ -63,14 +73,39 @@ def require_strategies(names: list[str], strategy_from: Sequence[str] = ()) -> N
     if not names:
         raise Failure("--strategies: expected names such as lru,s3fifo, got none")
     is_asked = any(":" in name and "=" not in name for name in (*names, *strategy_from))  # no "priority:levels=3"
-    if is_asked and "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    if is_asked:
+        _import_from_here()
     for name in names:
         named_strategy(name)
     for name in strategy_from:
         if name.endswith(".py") or ".py:" in name:
             raise Failure(f"--strategy-from: expected module:Class, not a file, got {name!r}")
         imported_strategy(name)
+
+
+def fleets_of(replicas: str | None, routing: str | None) -> tuple[Fleet, ...]:
+    """Return every fleet that is asked for; one replica needs no routing. None without ``--replicas``."""
+    from pagedkv.fleet.routing import routing_names
+    from pagedkv.sim.replicas import Fleet
+
+    if replicas is None:
+        if routing is not None:
+            raise Failure("--routing needs --replicas")
+        return ()
+    names = [name.strip() for name in (routing or ",".join(routing_names())).split(",") if name.strip()]
+    counts = [part.strip() for part in replicas.split(",") if part.strip()]
+    if not names or not counts or not all(count.isdecimal() for count in counts):
+        raise Failure(f"--replicas, --routing: expected numbers and names such as 1,8 and prefix, got {replicas!r}")
+    if any(":" in name for name in names):
+        _import_from_here()
+    fleets = [Fleet(int(count), name) for count in counts for name in (names[:1] if int(count) == 1 else names)]
+    return tuple(dict.fromkeys(fleets))
+
+
+def _import_from_here() -> None:
+    """Let ``module:Class`` name a module in the folder at hand, as ``python -m`` would find it."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
 
 
 def _all_strategies() -> list[str]:

@@ -6,8 +6,9 @@ import itertools
 import logging
 import struct
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, fields
+from hashlib import blake2b
 from inspect import GEN_RUNNING, getgeneratorstate
 from typing import Any, BinaryIO
 
@@ -71,6 +72,17 @@ class AllBlocksCleared:
 
 
 CacheEvent = BlockStored | BlockRemoved | AllBlocksCleared
+
+
+def block_hash(token_ids: Iterable[int], parent: int | None, cache_salt: str = "") -> int:
+    """Return what published events call a block: 64 bits over its tokens, all before them, and the salt."""
+    # A salt goes in at the root and reaches the rest of the chain through the parents.
+    above = parent.to_bytes(8, "big") if parent is not None else cache_salt.encode("utf-8", "surrogatepass")
+    digest = blake2b(digest_size=8, person=b"pagedkv-block")
+    digest.update(len(above).to_bytes(8, "big") + above)
+    for token in token_ids:
+        digest.update(token.to_bytes(8, "big", signed=True))
+    return int.from_bytes(digest.digest(), "big")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 from typing import Any, Protocol
 
 from pagedkv.control.events import (
@@ -15,6 +14,7 @@ from pagedkv.control.events import (
     CacheEvent,
     append_event_batch,
     batch_bytes,
+    block_hash,
 )
 from pagedkv.control.types import KvBlock
 from pagedkv.tiers.book_tier import BookTier
@@ -80,6 +80,17 @@ class KvEventLog:
             events, self._events = self._events, []
         return [time.time(), events, 0] if events else None
 
+    def snapshot(self) -> list[Any]:
+        """Return a batch that makes whoever hears it know exactly the blocks that were told of so far.
+
+        ``AllBlocksCleared``, then the hashes of each medium, without tokens and parents. What `take` has yet to return
+        is in it; to hear that again afterwards changes nothing.
+        """
+        with self._lock:
+            events: list[dict[str, Any]] = [{"type": "AllBlocksCleared"}]
+            events += [_all_of(medium) for medium in self._media if medium.hashes]
+        return [time.time(), events, 0]
+
     def close(self) -> None:
         """Stop listening."""
         for unsubscribe in self._unsubscribe:
@@ -109,7 +120,7 @@ class KvEventLog:
 
     def _stored(self, medium: _Medium, event: BlockStored) -> None:
         parent = None if event.parent_id is None else medium.hashes[int(event.parent_id)]
-        number = medium.hashes[int(event.block_id)] = _hash_of(event, parent)
+        number = medium.hashes[int(event.block_id)] = block_hash(event.token_ids, parent, event.cache_salt)
         last = self._events[-1] if self._events else None
         # A chain that is stored in one go is one event, as for a request.
         if parent is not None and last is not None and last["type"] == "BlockStored":
@@ -149,11 +160,11 @@ def _unheard(medium: _Medium, event: BlockStored) -> list[BlockStored]:
     return above[::-1]
 
 
-def _hash_of(event: BlockStored, parent: int | None) -> int:
-    # A salt goes in at the root and reaches the rest of the chain through the parents.
-    above = parent.to_bytes(8, "big") if parent is not None else event.cache_salt.encode("utf-8", "surrogatepass")
-    digest = blake2b(digest_size=8, person=b"pagedkv-block")
-    digest.update(len(above).to_bytes(8, "big") + above)
-    for token in event.token_ids:
-        digest.update(token.to_bytes(8, "big", signed=True))
-    return int.from_bytes(digest.digest(), "big")
+def _all_of(medium: _Medium) -> dict[str, Any]:
+    return {
+        "type": "BlockStored",
+        "block_hashes": list(medium.hashes.values()),
+        "parent_block_hash": None,
+        "token_ids": [],
+        "medium": medium.name,
+    }

@@ -24,6 +24,7 @@ SECONDS_BETWEEN_BATCHES = 0.05
 MAX_KEPT_BATCHES = 10_000
 MAX_KEPT_BYTES = 64 * 2**20
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+SNAPSHOT = (-2).to_bytes(8, "big", signed=True)
 HIGH_WATER_MARK = 100_000
 
 
@@ -58,7 +59,8 @@ class EventPublisher:
 
     A message is (topic, sequence number of 8 bytes big-endian, msgpack batch). A client that missed some sends (empty,
     number from which on it wants them) to the replay endpoint and gets (empty, number, batch) for each and (empty, −1,
-    empty) at the end.
+    empty) at the end. One that missed more sends (empty, −2) and gets (empty, number of the last batch, snapshot), then
+    the end: a batch that names every block, as of that number or later.
 
     Parameters
     ----------
@@ -72,6 +74,8 @@ class EventPublisher:
     ----------
     address, replay_address : str
         What was bound in the end; tells the port where it was left open.
+    snapshot : callable or None
+        Returns the snapshot, a batch; without it nobody gets one.
 
     Raises
     ------
@@ -91,6 +95,7 @@ class EventPublisher:
         self._topic = topic.encode()
         self._kept: deque[tuple[int, bytes]] = deque()
         self._kept_bytes = self._next = 0
+        self.snapshot: Callable[[], list[Any]] | None = None
         self.address = self.replay_address = ""
 
     async def __aenter__(self) -> EventPublisher:
@@ -140,11 +145,16 @@ class EventPublisher:
             if len(frames) != 3 or len(frames[2]) != 8:
                 logger.warning("a replay request of %d frames was ignored", len(frames))
                 continue
-            client, start = frames[0], int.from_bytes(frames[2], "big")
-            for number, payload in list(self._kept):
-                if number >= start:
-                    await self._router.send_multipart((client, b"", number.to_bytes(8, "big"), payload))
+            client = frames[0]
+            for number, payload in self._asked_for(frames[2]):
+                await self._router.send_multipart((client, b"", number.to_bytes(8, "big", signed=True), payload))
             await self._router.send_multipart((client, b"", END_OF_REPLAY, b""))
+
+    def _asked_for(self, what: bytes) -> list[tuple[int, bytes]]:
+        if what == SNAPSHOT:
+            return [] if self.snapshot is None else [(self._next - 1, batch_bytes(self.snapshot()))]
+        start = int.from_bytes(what, "big")
+        return [(number, payload) for number, payload in self._kept if number >= start]
 
 
 class EventRecorder:
@@ -230,6 +240,8 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
             takers.append(lambda batch: publisher.publish(batch_bytes(told(batch))))
         log = KvEventLog(state.engine, state.engine.tiers)
         stack.callback(log.close)
+        if config.events_endpoint is not None:
+            publisher.snapshot = log.snapshot
         try:
             async with in_background(_pass_on(log, takers)):
                 yield

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pagedkv.sim.planner import plan
     from pagedkv.sim.reading import read_trace
     from pagedkv.sim.replayer import ReplayResult, Timing, replay
+    from pagedkv.sim.replicas import Fleet, FleetResult
     from pagedkv.sim.sweeps import sweep
     from pagedkv.sim.synth import synthesize
     from pagedkv.sim.tiered import Tiers, TierSpec
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from pagedkv.sim.trace_stats import describe
 
 __all__ = [
+    "Fleet",
+    "FleetResult",
     "HitCurve",
     "ReplayResult",
     "TierSpec",
@@ -45,6 +48,7 @@ _HOMES = {
     "planner": ("plan",),
     "reading": ("read_trace",),
     "replayer": ("ReplayResult", "Timing", "replay"),
+    "replicas": ("Fleet", "FleetResult"),
     "sweeps": ("sweep",),
     "synth": ("synthesize",),
     "tiered": ("TierSpec", "Tiers"),

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
+from pagedkv.sim.replicas import Fleet, FleetReplay, FleetResult
 from pagedkv.sim.tiered import Restart, TieredReplay, TierResult, Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
@@ -56,6 +57,8 @@ class ReplayResult:
         Replay with tiers: what each of them did. All hits above are those of the pool and the tiers together.
     restart : Restart or None
         Replay with a restart: what was found after it.
+    fleet : FleetResult or None
+        Replay on a fleet: what its replicas did. All hits above are those of all replicas, each in its own cache.
     """
 
     strategy: str
@@ -72,6 +75,7 @@ class ReplayResult:
     refused: int = 0
     tiers: tuple[TierResult, ...] = ()
     restart: Restart | None = None
+    fleet: FleetResult | None = None
 
     @classmethod
     def of(
@@ -226,6 +230,7 @@ def replay(
     *,
     timing: Timing | None = None,
     tiers: Tiers | Sequence[TierSpec] | None = None,
+    fleet: Fleet | None = None,
 ) -> ReplayResult:
     """Replay a trace and count the hits.
 
@@ -241,6 +246,8 @@ def replay(
         served, so concurrency takes room, and running requests may be preempted.
     tiers : Tiers or sequence of TierSpec, optional
         Tiers beneath the pool, the fastest first, or a restart. Not together with `timing`.
+    fleet : Fleet, optional
+        Replicas that share `blocks`, and the routing of requests to them. Not together with `timing` or `tiers`.
 
     Returns
     -------
@@ -250,7 +257,7 @@ def replay(
     ------
     InvalidOperation
         If the trace carries lengths only, `blocks` is out of range, the strategy is unknown or returns something
-        else than scores, or `tiers` and `timing` are given.
+        else than scores, the routing policy gives no order, or two of `tiers`, `timing` and `fleet` are given.
 
     Examples
     --------
@@ -258,7 +265,10 @@ def replay(
     """
     require_content(trace)
     tiers = as_tiers(tiers, timing)
+    require_fleet_alone(fleet, timing, tiers)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
+    if fleet is not None:
+        return _replay_fleet(trace, blocks, strategy, fleet)
     if tiers is not None:
         return _replay_tiered(trace, blocks, strategy, tiers)
     # A pool larger than the trace ever fills finds the same hits in less memory.
@@ -284,6 +294,21 @@ def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) ->
     if tiers is not None and timing is not None:
         raise bad_argument("tiers", "none together with timing: tiers know no time", shown(tiers))
     return tiers
+
+
+def require_fleet_alone(fleet: Fleet | None, timing: Timing | None, tiers: Tiers | None) -> None:
+    """Refuse what is no fleet, and one together with what its replicas do not know."""
+    if fleet is not None and not isinstance(fleet, Fleet):
+        raise bad_argument("fleet", "a Fleet", shown(fleet), "write Fleet(replicas, routing)")
+    if fleet is not None and (timing is not None or tiers is not None):
+        raise bad_argument("fleet", "none together with timing or tiers: replicas know of their pools", shown(fleet))
+
+
+def _replay_fleet(trace: Trace, blocks: int, strategy: Strategy, fleet: Fleet) -> ReplayResult:
+    made = FleetReplay(trace, blocks, strategy, fleet)
+    made.run()
+    result = ReplayResult.of(trace, str(strategy), blocks, made.hits, reclaimed=made.reclaimed, seconds=made.seconds)
+    return dataclasses.replace(result, fleet=made.result())
 
 
 def _replay_tiered(trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> ReplayResult:

@@ -27,7 +27,8 @@ from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_nam
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay
+from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay, require_fleet_alone
+from pagedkv.sim.replicas import Fleet
 from pagedkv.sim.tiered import DISK, HOST, Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
 from pagedkv.validate import require_int, shown
@@ -48,6 +49,7 @@ class Cell:
     blocks: int
     timing: Timing | None = None
     tiers: Tiers | None = None
+    fleet: Fleet | None = None
 
     def try_out(self, trace: Trace) -> None:
         """Replay the first requests: everything is compiled afterwards, and a strategy that cannot work has failed."""
@@ -55,7 +57,7 @@ class Cell:
         for name, array in vars(few).items():
             if isinstance(array, np.ndarray) and not getattr(trace, name).flags.writeable:
                 array.flags.writeable = False  # read-only arrays are another type to the compiler
-        self.replay(few, min(_FEW_BLOCKS, self.blocks))
+        self.replay(few, min(max(_FEW_BLOCKS, self.fleet.replicas if self.fleet else 1), self.blocks))
 
     def replay(self, trace: Trace, blocks: int | None = None) -> ReplayResult:
         """Replay with a strategy of its own, so that what it learned in another cell plays no part."""
@@ -66,7 +68,8 @@ class Cell:
 
                 result = optimal(trace, blocks)
             else:
-                result = replay(trace, blocks, copy.deepcopy(self.strategy), timing=self.timing, tiers=self.tiers)
+                strategy = copy.deepcopy(self.strategy)
+                result = replay(trace, blocks, strategy, timing=self.timing, tiers=self.tiers, fleet=self.fleet)
         except Exception as error:
             raise self.failure(error) from error
         return replace(result, strategy=self.name)
@@ -81,7 +84,7 @@ class Cell:
 
 def try_out(trace: Trace, cells: Sequence[Cell]) -> None:
     """Try every strategy once: what they need is compiled here, and nothing is started for one that cannot work."""
-    for cell in {cell.name: cell for cell in reversed(cells)}.values():
+    for cell in {(cell.name, str(cell.fleet)): cell for cell in reversed(cells)}.values():
         cell.try_out(trace)
 
 
@@ -346,9 +349,10 @@ def sweep(
     ray: bool = False,
     timing: Timing | None = None,
     tiers: Tiers | Sequence[TierSpec] | None = None,
+    fleets: Sequence[Fleet] | None = None,
     progress: Progress | None = None,
 ) -> list[ReplayResult]:
-    """Replay a trace once for every strategy and capacity.
+    """Replay a trace once for every strategy and capacity, and for every fleet if some are given.
 
     Parameters
     ----------
@@ -369,14 +373,16 @@ def sweep(
         Let requests hold their blocks for as long as they are served; the optimum knows no time.
     tiers : Tiers or sequence of TierSpec, optional
         Beneath the pool of every cell; the optimum knows none.
+    fleets : sequence of Fleet, optional
+        Replicas that share the capacity of a cell, and their routing; the optimum knows none.
     progress : callable, optional
         Called here with (cells done, cells asked for) at the start and after each cell.
 
     Returns
     -------
     list of ReplayResult
-        Strategy by strategy in the order asked for, within it capacity by capacity. Nothing in them but the seconds
-        depends on how many processes computed them.
+        Strategy by strategy in the order asked for, within it fleet by fleet, within that capacity by capacity. Nothing
+        in them but the seconds depends on how many processes computed them.
 
     Raises
     ------
@@ -388,7 +394,7 @@ def sweep(
         If `ray` is asked for and not installed.
     """
     tiers = as_tiers(tiers, timing)
-    cells = _cells(trace, strategies, blocks, timing, tiers)
+    cells = _cells(trace, strategies, blocks, timing, tiers, fleets)
     if ray:
         return _collected(_run_on_ray(_connected_ray(), trace, cells), len(cells), progress)
     jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses * (1 if tiers is None else _TIERED_WORK))
@@ -407,9 +413,10 @@ def _cells(
     blocks: Sequence[int],
     timing: Timing | None,
     tiers: Tiers | None,
+    fleets: Sequence[Fleet] | None,
 ) -> list[Cell]:
     require_content(trace)
-    for name, values in (("strategies", strategies), ("blocks", blocks)):
+    for name, values in (("strategies", strategies), ("blocks", blocks), ("fleets", fleets or [])):
         if isinstance(values, (str, bytes)) or not isinstance(values, Sequence | np.ndarray):
             raise bad_argument(name, "a sequence", shown(values), f"write [{shown(values)}]")
     capacities = [require_int("blocks", number, 1, MAX_BLOCKS) for number in blocks]
@@ -419,7 +426,18 @@ def _cells(
             raise bad_argument("strategies", f"no {name!r} together with timing: the optimum knows no time")
         if strategy is None and tiers is not None:
             raise bad_argument("strategies", f"no {name!r} together with tiers: the optimum knows of one pool")
-    return [Cell(name, strategy, number, timing, tiers) for name, strategy in named for number in capacities]
+        if strategy is None and fleets:
+            raise bad_argument("strategies", f"no {name!r} together with fleets: the optimum knows of one pool")
+    for fleet in fleets or ():
+        require_fleet_alone(fleet, timing, tiers)
+        for number in capacities:
+            fleet.blocks_each(number)
+    return [
+        Cell(name, strategy, number, timing, tiers, fleet)
+        for name, strategy in named
+        for fleet in fleets or (None,)
+        for number in capacities
+    ]
 
 
 def _number_of_jobs(jobs: int | None, num_cells: int, num_accesses: int) -> int:
