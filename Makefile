@@ -36,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PIP) $(TORCH_FLAGS) -c constraints.txt torch==2.13.0
 	@echo "==> pagedkv and its pinned dependencies (constraints.txt)"
 	@$(PIP) -c constraints.txt hatchling editables
-	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,gguf,serve,events,gpu,dev]'
+	@$(PIP) -c constraints.txt --no-build-isolation -e '.[hf,gguf,serve,events,resp,gpu,dev]'
 	@touch $@
 
 demo: $(STAMP) ## a language model writes fifteen texts that share blocks, and shows what that saved

@@ -49,6 +49,9 @@ def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--disk", "chats", "--disk-size", "much"], "--disk-size: expected a size such as 40GiB or 80GB, got 'much'"),
         (["--host-memory", "8GiB"], "--host-memory: expected a pool on a device, got one on the CPU"),
         (["--host-memory", "8"], "--host-memory: expected a size such as 40GiB or 80GB, got '8'"),
+        (["--resp", "http://cache:6379"], "--resp: expected an address such as valkey://host:6379/0"),
+        (["--resp", "valkey://cache", "--resp-ttl", "0"], "--resp-ttl: expected an int"),
+        (["--resp-ttl", "60"], "--resp-ttl: expected --resp beside it"),
         (["--warm", "/nowhere"], "--warm: cannot read /nowhere: No such file"),
     ],
 )
@@ -81,8 +84,8 @@ def test_directories_that_cannot_be_had(tmp_path: Path) -> None:
 def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
     from pagedkv.cli.serve import TierOptions
 
-    both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB")
-    assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK"] and TierOptions().tiers() == []
+    both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB", resp="valkey://cache")
+    assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK", "REMOTE"] and TierOptions().tiers() == []
 
 
 def test_cuda_graphs_without_a_device() -> None:

@@ -13,12 +13,13 @@ from tests.contracts.user_tiers import DictTier
 from tests.engine.fakes import FakeRunner
 from tests.server.asgi import client_of
 from tests.server.fakes import shipped_tokenizer
-from tests.server.local import SMALL, process, thread
+from tests.server.local import SMALL, make_engine, process, thread
+from tests.tiers.resp_server import RespServer
 
 from pagedkv.engine import LLM, AsyncEngine, offload
 from pagedkv.server import ServerConfig
 from pagedkv.server.warm import pin_prompts, read_prompts
-from pagedkv.tiers import Tier
+from pagedkv.tiers import RespTier, Tier
 
 CHAT = [
     {"role": "system", "content": "You write Python. " * 20},
@@ -35,6 +36,36 @@ def chat(url: str) -> dict[str, Any]:
 
 def cached_of(answer: dict[str, Any]) -> int:
     return answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def test_servers_share_what_each_has_computed_and_go_on_when_it_is_gone(monkeypatch):
+    monkeypatch.setattr(offload, "PATIENCE_UNMEASURED", 60.0)  # of machines that are busy
+    shared = RespServer()
+    prompt = {"prompt": CHAT[0]["content"], "max_tokens": 8, "temperature": 0}
+
+    def completed(server: Any) -> tuple[str, int]:
+        answer = httpx.post(f"{server.url}/v1/completions", json=prompt, timeout=60).json()
+        return answer["choices"][0]["text"], cached_of(answer)
+
+    def replica() -> AsyncEngine:
+        return make_engine(tiers=[RespTier(shared.url, timeout=10)])
+
+    with thread(replica()) as server:
+        said, cached = completed(server)
+        assert cached == 0
+    assert shared.values
+    with thread(replica()) as server:
+        again, cached = completed(server)
+        assert again == said and cached > 50
+        (tier,) = httpx.get(f"{server.url}/v1/cache").json()["tiers"]
+        assert tier["medium"] == "REMOTE" and tier["loads"] > 0 == tier["failed"]
+        metrics = httpx.get(f"{server.url}/metrics").text
+        assert any("tier_loads_total" in line and 'medium="REMOTE"' in line for line in metrics.splitlines())
+    shared.stop()
+    with thread(replica()) as server:
+        assert completed(server) == (said, 0)
+        (tier,) = httpx.get(f"{server.url}/v1/cache").json()["tiers"]
+        assert tier["failed"] > 0
 
 
 def test_a_chat_goes_on_after_a_restart(tmp_path):

@@ -86,6 +86,16 @@ class TierOptions:
     host_memory: str | None = setting(
         None, "Memory of the host for them, such as 8GiB, for pools on a device.", group=_TIERS, shown=False
     )
+    resp: str | None = setting(
+        None,
+        "A Valkey or Redis server that several share: valkey://host:6379/0.",
+        group=_TIERS,
+        env="PAGEDKV_RESP",
+        shown=False,
+    )
+    resp_ttl: int | None = setting(
+        None, "Seconds that a block stays there after its last use.", group=_TIERS, shown="until there is no room"
+    )
     warm: tuple[str, ...] = setting(
         (),
         "A file with a system prompt, or a JSON list of them, to compute and pin before the port opens.",
@@ -97,6 +107,10 @@ class TierOptions:
         if (self.disk is None) != (self.disk_size is None):
             missing, given = ("--disk-size", "--disk") if self.disk_size is None else ("--disk", "--disk-size")
             raise Failure(f"{given}: expected {missing} beside it")
+        if self.resp is None and self.resp_ttl is not None:
+            raise Failure("--resp-ttl: expected --resp beside it")
+        if self.resp is not None:
+            self._shared(self.resp)
         for name in self.sizes:
             require_size(name, getattr(self, name))
 
@@ -114,7 +128,18 @@ class TierOptions:
             made.append(HostTier(self.host_memory))
         if self.disk is not None and self.disk_size is not None:
             made.append(DiskTier(self.disk, self.disk_size))
+        if self.resp is not None:
+            made.append(self._shared(self.resp))
         return made
+
+    def _shared(self, url: str) -> Tier:
+        from pagedkv.tiers import RespTier
+
+        try:
+            return RespTier(url, ttl=self.resp_ttl)
+        except InvalidOperation as error:
+            flag = {"url": "--resp", "ttl": "--resp-ttl"}[error.argument or ""]
+            raise Failure(f"{flag}{error.reason.removeprefix(error.argument or '')}") from None
 
 
 EXAMPLES = """Serve a language model behind the API that OpenAI's clients speak.
@@ -223,6 +248,9 @@ def example_curl(url: str, *, with_key: bool) -> str:
     return f'curl {url}/v1/completions{key} \\\n  -H "Content-Type: application/json" \\\n  -d {shlex.quote(body)}'
 
 
+_TIER_NAMES = {"CPU": "host memory", "DISK": "disk", "REMOTE": "shared server"}
+
+
 def _greet(
     console: Console, url: str, engine: AsyncEngine, config: ServerConfig, tiers: TierOptions, pinned: Pinned
 ) -> None:
@@ -238,9 +266,10 @@ def _greet(
         "keys": f"{keys}, {apart}" if keys else "none: whoever reaches the port may call",
         "tools": _tools(engine, config),
     }
-    for tier in engine.stats().tiers:
-        name, place = ("disk", f"{tiers.disk}, ") if tier.medium == "DISK" else ("host memory", "")
-        facts[name] = f"{place}{tier.blocks:,} of {tier.total_blocks:,} blocks"
+    for tier, figures in zip(engine.tiers, engine.stats().tiers, strict=True):
+        name, place = _TIER_NAMES[figures.medium], f"{tiers.disk}, " if figures.medium == "DISK" else ""
+        blocks = f"{figures.blocks:,} of {figures.total_blocks:,} blocks"
+        facts[name] = f"{place}{blocks}" if figures.total_blocks else str(getattr(tier, "place", ""))
     if pinned.tokens:
         facts["pinned"] = f"{pinned.tokens:,} tokens in {pinned.blocks:,} blocks"
     table = facts_table(facts.items())

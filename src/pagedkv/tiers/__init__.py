@@ -1,4 +1,4 @@
-"""Tiers: keys and values beyond the pool, in files that outlive the process or in the memory of the host."""
+"""Tiers: keys and values beyond the pool: files that outlive the process, memory of the host, a server for many."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pagedkv.tiers.host import HostTier
     from pagedkv.tiers.inspection import TierCheck, TierFacts, check_tier, clear_tier, inspect_tier
     from pagedkv.tiers.moving import demote, promote
+    from pagedkv.tiers.resp import RespTier
     from pagedkv.tiers.tier import BlockFormat, Tier
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "BookTier",
     "DiskTier",
     "HostTier",
+    "RespTier",
     "Slots",
     "Tier",
     "TierCheck",
@@ -39,6 +41,7 @@ _HOMES = {
     "BookTier": "pagedkv.tiers.book_tier",
     "DiskTier": "pagedkv.tiers.disk",
     "HostTier": "pagedkv.tiers.host",
+    "RespTier": "pagedkv.tiers.resp",
     "Slots": "pagedkv.tiers.book_tier",
     "Tier": "pagedkv.tiers.tier",
     "TierCheck": "pagedkv.tiers.inspection",

@@ -13,19 +13,16 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.arguments import parse_ids
 from pagedkv.control.events import BlockStored, CacheEvent
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.prefix import checked_salt
 from pagedkv.control.protocol import Strategy
 from pagedkv.control.restore import BlockRecords, restore_blocks
-from pagedkv.errors import InvalidOperation, OutOfMemory, bad_argument
+from pagedkv.errors import InvalidOperation, OutOfMemory
+from pagedkv.tiers.calls import first_block, not_open, whole_blocks
 from pagedkv.tiers.tier import BlockFormat, Rows, answered
 from pagedkv.tiers.transfers import Ints, Sums, after, checksums, run_pieces
 from pagedkv.typing import TokenIds
-
-MAX_TOKEN = 2**31 - 1
-"""Token ids lie in records as int32."""
 
 THREADS = 4
 # What one call of a thread moves: enough for the rate of a disk, and little enough that a chain is shared by threads.
@@ -134,6 +131,8 @@ class TierStats:
         Not stored because a write failed.
     refused : int
         Not stored because the writes of the day were spent, or other transfers held all slots.
+    unanswered : int
+        Calls that a server did not answer in time, or by an error.
     read_bytes, written_bytes : int
     read_seconds, write_seconds : float
         From the call to its end, added up over loads and stores; these overlap where several run at once.
@@ -146,6 +145,7 @@ class TierStats:
     corrupt: int = 0
     failed: int = 0
     refused: int = 0
+    unanswered: int = 0
     read_bytes: int = 0
     written_bytes: int = 0
     read_seconds: float = 0.0
@@ -314,7 +314,7 @@ class BookTier:
             As for ``match``; if `rows` are not like that.
         """
         ids, salt = self._text(token_ids, cache_salt)
-        first = self._first_block(ids, rows, is_filled=True)
+        first = first_block(ids, rows, self._block, is_filled=True)
         began = time.perf_counter()
         with self._lock:
             threads = self._require_open()
@@ -350,7 +350,7 @@ class BookTier:
             As for ``match``; if `rows` are not like that.
         """
         ids, salt = self._text(token_ids, cache_salt)
-        self._first_block(ids, rows)
+        first_block(ids, rows, self._block)
         began = time.perf_counter()
         with self._lock:
             self._require_open()
@@ -452,19 +452,12 @@ class BookTier:
 
     def _require_open(self) -> ThreadPoolExecutor:
         if self._threads is None:
-            raise InvalidOperation(
-                "the tier is not open: call open() with the format of the blocks",
-                hint="open(BlockFormat(…)); an LLM with tiers=[…] does it",
-            )
+            raise not_open()
         return self._threads
 
     def _text(self, token_ids: TokenIds, cache_salt: str) -> tuple[Ints, str]:
         """Return the ids of the whole blocks, and what stands for the salt."""
-        ids = parse_ids("token_ids", token_ids)
-        ids = ids[: len(ids) // self._block.block_size * self._block.block_size]
-        if len(ids) and not 0 <= ids.min() <= ids.max() <= MAX_TOKEN:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            raise bad_argument("token_ids", f"ids in 0 … {MAX_TOKEN}", f"{wrong}")
+        ids = whole_blocks(token_ids, self._block)
         name = self._slots.name_of_salt(checked_salt(cache_salt))
         if name not in self._salts:
             with self._lock:
@@ -472,18 +465,6 @@ class BookTier:
                     del self._salts[next(iter(self._salts))]
                 self._salts[name] = cache_salt
         return ids, name
-
-    def _first_block(self, ids: Ints, rows: Rows, is_filled: bool = False) -> int:
-        """Return the block that the first of the rows is for."""
-        size, count = self._block.block_bytes, len(ids) // self._block.block_size
-        is_array = isinstance(rows, np.ndarray) and rows.dtype == np.uint8 and rows.ndim == 2
-        if not is_array or rows.shape[1] != size or len(rows) > count or (len(rows) and rows.strides[1] != 1):
-            got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, np.ndarray) else type(rows).__name__
-            wanted = f"uint8 [m, {size}] with m of at most {count}, rows in one piece"
-            raise bad_argument("rows", wanted, got, f"a row has the {size} bytes of a block of the format")
-        if is_filled and not rows.flags.writeable:
-            raise bad_argument("rows", "an array that may be written", "one that may not")
-        return count - len(rows)
 
     def _count_good(self, ids: Ints, salt: str) -> int:
         """Return how many leading blocks are there and not in doubt."""

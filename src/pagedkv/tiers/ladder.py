@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pagedkv.errors import InvalidOperation, TierError, bad_argument
-from pagedkv.tiers.book_tier import BookTier
+from pagedkv.tiers.book_tier import BookTier, TierStats
 from pagedkv.tiers.tier import BlockFormat, Rows, Tier
 from pagedkv.validate import shown
 
@@ -69,7 +69,7 @@ class TierFigures:
         Blocks that were not what was stored, where it counts them.
     late, gated, failed, dropped : int
         Texts that did not wait any longer for it; that were computed, as this is faster; calls that it did not answer
-        but by an error; texts that were not stored because too much was on its way.
+        in time or but by an error; texts that were not stored because too much was on its way.
     read_bytes, written_bytes : int
     read_seconds, write_seconds : float
         From each call to its end.
@@ -115,12 +115,15 @@ class Rung:
     @property
     def figures(self) -> TierFigures:
         """What it has done."""
-        tier = self.tier
+        tier, figures = self.tier, self._figures
+        stats = getattr(tier, "stats", None)
+        if isinstance(stats, TierStats):
+            figures = replace(figures, corrupt=stats.corrupt, failed=figures.failed + stats.unanswered)
         if not isinstance(tier, BookTier):
-            return self._figures
+            return figures
         books = tier.books
         used = books.total_blocks - books.free_block_count + books.cached_block_count
-        return replace(self._figures, blocks=used, total_blocks=books.total_blocks, corrupt=tier.stats.corrupt)
+        return replace(figures, blocks=used, total_blocks=books.total_blocks)
 
     def is_worth(self, num_bytes: int, compute_seconds: float | None) -> bool:
         """Tell whether to load so much is sooner than to compute it; what was not measured yet is tried."""
@@ -463,9 +466,10 @@ def open_tiers(tiers: Sequence[Tier], block: BlockFormat) -> list[Tier]:
             if not isinstance(tier, Tier):
                 wanted = "tiers: match, load, store, clear, close and a medium"
                 raise bad_argument("tiers", wanted, shown(tier), "DiskTier(directory, size) makes one, for instance")
-            if isinstance(tier, BookTier) and tier.is_open:
-                if tier.block != block:
-                    raise InvalidOperation(f"{tier!r} is open for {tier.block}, not for {block}", "tiers")
+            if getattr(tier, "is_open", False):
+                known = getattr(tier, "block", block)
+                if known != block:
+                    raise InvalidOperation(f"{tier!r} is open for {known}, not for {block}", "tiers")
                 continue
             open_tier = getattr(tier, "open", None)
             if open_tier is not None:
