@@ -31,7 +31,8 @@ def first_token_of(trace, made, result):
 def test_every_price_is_what_a_replay_finds(trace, memory, target):
     if not trace.num_tokens:
         return
-    made = plan(trace, MODEL, target=target, memory=memory * BLOCK, strategies=["lru"], disk_read=1e12, prefill_rate=10)
+    memory *= BLOCK // 4 * trace.block_tokens
+    made = plan(trace, MODEL, target=target, memory=memory, strategies=["lru"], disk_read=1e12, prefill_rate=10)
     if made.disk is None:
         assert not made.levels
         return
