@@ -217,16 +217,15 @@ class CompiledModel:
             raise InvalidOperation("Numba does not compile here")
         self._model, self._cache, self._table = model, cache, table
         self._vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
-        self._decoder: Decoder | None = describe(model)
-        self._state = state_of(model, self._decoder)
         self._num_clears = cache.num_clears
+        self._decoder: Decoder | None = None
         self._forward: Forward | None = None
         self._is_quantised = self._is_emptied = False
+        self._take_up()
 
     def quantise(self, *, keeps_model: bool) -> None:
         """Compute with weights in int8 from here on; unless the model is kept, its own are let go layer by layer."""
-        let_go = None if keeps_model else _Emptied(self._model)
-        decoder = describe(self._model) if self._decoder is None else self._decoder
+        decoder, let_go = self._take_up(), None if keeps_model else _Emptied(self._model)
         self._decoder, self._forward = quantised(decoder, let_go), None
         self._is_quantised, self._is_emptied = True, not keeps_model
         self._state = state_of(self._model, self._decoder)
@@ -235,12 +234,17 @@ class CompiledModel:
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors that are computed with."""
-        return {f"{i}": tensor for i, tensor in enumerate(tensors_of(self._described()))}
+        return {f"{i}": tensor for i, tensor in enumerate(tensors_of(self._decoder or self._take_up()))}
 
-    def _described(self) -> Decoder:
-        if self._decoder is None:
-            decoder = describe(self._model)
-            return quantised(decoder) if self._is_quantised else decoder
+    def _take_up(self) -> Decoder:
+        """Return the description of the model as it is now: made anew if it is another than was described."""
+        decoder = self._decoder
+        if decoder is not None and (self._is_emptied or state_of(self._model, decoder) == self._state):
+            return decoder
+        self._decoder = self._forward = None
+        decoder = describe(self._model)
+        self._decoder = quantised(decoder) if self._is_quantised else decoder
+        self._state = state_of(self._model, self._decoder)
         return self._decoder
 
     def forward(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
@@ -249,22 +253,14 @@ class CompiledModel:
         longest = int((plan.seq_lens + plan.num_dropped).max())
         if positions.size and int(positions.max()) >= longest:
             raise bad_argument("plan", f"positions below {longest}, the length of a text", f"{positions.max()}")
-        if self._num_clears != self._cache.num_clears:
-            self._forget()
-        if self._forward is None:
-            self._forward = self._made()
+        if self._forward is None or self._num_clears != self._cache.num_clears:
+            self._num_clears = self._cache.num_clears  # since prefixes were forgotten weights may be others
+            decoder = self._take_up()
+            if self._forward is None:
+                self._forward = self._made(decoder)
         return self._forward(batch, slots, ids, positions, rows)
 
-    def _forget(self) -> None:
-        """Describe the model anew if it is another: since prefixes were forgotten its weights may be."""
-        self._num_clears = self._cache.num_clears
-        if self._is_emptied or self._decoder is None:
-            return
-        if state_of(self._model, self._decoder) != self._state:
-            self._decoder = self._forward = None
-
-    def _made(self) -> Forward:
-        decoder = self._described()
+    def _made(self, decoder: Decoder) -> Forward:
         if len(decoder.embedding) < self._vocab_size:
             raise bad_argument("model", f"embeddings of {self._vocab_size} tokens", f"{len(decoder.embedding)}")
         for number, layer in enumerate(decoder.layers):
@@ -277,9 +273,7 @@ class CompiledModel:
                 self._table.place(number, *kept)
         if self._cache.spec.is_quantised:
             raise InvalidOperation("keys and values are quantised")
-        made = Forward(decoder, self._cache.storage, self._model.dtype)
-        self._decoder, self._state = decoder, state_of(self._model, decoder)
-        return made
+        return Forward(decoder, self._cache.storage, self._model.dtype)
 
 
 class _Emptied:
