@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pagedkv.cli.chats import FORMS, Answer, Chat, Chats, ChatStore, ChatTokens, private_folder
 from pagedkv.cli.loading import load_model, require_dtype, require_kv_dtype, require_weights
-from pagedkv.cli.model_source import ModelSource, find_model
+from pagedkv.cli.model_source import ModelArgument, ModelSource, find_model
 from pagedkv.cli.terminal import (
     DebugOption,
     Failure,
@@ -159,13 +159,7 @@ class ChatOptions:
 @options_from(ChatOptions)
 def chat(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
-            show_default="the shipped model",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     *,
     debug: DebugOption = False,
     **options: Any,

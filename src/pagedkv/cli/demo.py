@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from textwrap import dedent, wrap
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import typer
@@ -19,7 +19,7 @@ from rich.text import Text
 
 from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.loading import LoadedModel, load_model
-from pagedkv.cli.model_source import find_model
+from pagedkv.cli.model_source import ModelArgument, find_model
 from pagedkv.cli.terminal import (
     DebugOption,
     JsonOption,
@@ -174,13 +174,7 @@ class DemoReport(msgspec.Struct):
 
 def demo(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
-            show_default="the shipped model",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

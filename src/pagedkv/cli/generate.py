@@ -14,7 +14,7 @@ from rich.text import Text
 
 from pagedkv.cli.block_map import BlockMap
 from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
-from pagedkv.cli.model_source import find_model
+from pagedkv.cli.model_source import MODEL_HELP, find_model
 from pagedkv.cli.terminal import (
     DebugOption,
     Failure,
@@ -75,7 +75,7 @@ class GenerateRequest:
     prompt: str
     model: str | None = setting(
         None,
-        "A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
+        MODEL_HELP,
         flag="--model,-m",
         shown="the shipped model",
         group=_SAMPLING,

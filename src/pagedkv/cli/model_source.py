@@ -10,7 +10,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from pagedkv.cli.terminal import Failure
 from pagedkv.errors import MissingExtra
@@ -22,6 +24,11 @@ HUB_SECONDS = 8.0
 _NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(@[\w./-]+)?")
 _WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What is fetched of a model: PyTorch's older pickles, ONNX and the like are not."""
+
+
+MODEL_HELP = "A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub."
+ModelArgument = Annotated[str | None, typer.Argument(help=MODEL_HELP, show_default="the shipped model")]
+"""What a command takes as its first word."""
 
 
 @dataclass(frozen=True)

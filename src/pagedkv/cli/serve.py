@@ -15,7 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
-from pagedkv.cli.model_source import ModelSource, find_model
+from pagedkv.cli.model_source import ModelArgument, ModelSource, find_model
 from pagedkv.cli.terminal import (
     ConfigOption,
     DebugOption,
@@ -166,13 +166,7 @@ Without a model the one is served that pagedkv brings. Nothing is downloaded but
 @options_from(EngineOptions, TierOptions, ServerConfig)
 def serve(
     context: typer.Context,
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="A Hugging Face model folder, a GGUF file, or a name in the Hugging Face cache or at the hub.",
-            show_default="the shipped model",
-        ),
-    ] = None,
+    model: ModelArgument = None,
     config: ConfigOption = None,
     api_key_file: Annotated[
         Path | None, option("--api-key-file", help="A file with one key a line.", default=False, panel=_KEYS)

@@ -149,5 +149,8 @@ async def _operator(server: Server, credentials: Credentials) -> None:
 Client = Depends(caller_of)
 """A router's dependency: who calls must have a key, where the server has any."""
 
+AnyCaller = Annotated[Caller, Client]
+"""The same as a parameter: who calls."""
+
 Operator = Depends(_operator)
 """The same for what shows or touches the cache of all tenants."""

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.answers import ChatChunk, ChatCompletion
-from pagedkv.server.auth import Caller, caller_of
+from pagedkv.server.auth import AnyCaller, Caller
 from pagedkv.server.errors import ApiError
 from pagedkv.server.generation import BESIDE, Generation, Job, stream, while_there
 from pagedkv.server.json_body import SizedRoute
@@ -196,9 +196,7 @@ router = APIRouter(tags=["chat"], route_class=SizedRoute)
     response_model=ChatCompletion,
     responses=answers_with_events(ChatChunk),
 )
-async def chat(
-    body: ChatRequest, request: Request, server: Server, caller: Annotated[Caller, Depends(caller_of)]
-) -> ChatCompletion | Response:
+async def chat(body: ChatRequest, request: Request, server: Server, caller: AnyCaller) -> ChatCompletion | Response:
     """Write answers to a conversation, as OpenAI's endpoint does."""
     generation, answer = await begin_chat(body, request, server, caller)
     if body.stream:

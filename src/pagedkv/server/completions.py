@@ -6,15 +6,15 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from pagedkv.engine import CompletionOutput, RequestOutput
 from pagedkv.errors import bad_argument
 from pagedkv.server.answers import Completion, CompletionChunk, Usage
-from pagedkv.server.auth import Caller, caller_of
+from pagedkv.server.auth import AnyCaller, Caller
 from pagedkv.server.errors import ApiError
 from pagedkv.server.generation import Generation, Job, stream, while_there
 from pagedkv.server.json_body import SizedRoute
@@ -36,7 +36,7 @@ DEFAULT_MAX_TOKENS = 16
     responses=answers_with_events(CompletionChunk),
 )
 async def complete(
-    body: CompletionRequest, request: Request, server: Server, caller: Annotated[Caller, Depends(caller_of)]
+    body: CompletionRequest, request: Request, server: Server, caller: AnyCaller
 ) -> Completion | Response:
     """Write texts that continue the prompts, as OpenAI's endpoint does."""
     generation, answer = await begin_completion(body, request, server, caller)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from pagedkv.errors import InvalidOperation, bad_argument
-from pagedkv.server.auth import Caller, caller_of
+from pagedkv.server.auth import AnyCaller, Caller
 from pagedkv.server.background import in_background
 from pagedkv.server.chat import begin_chat, chat_tokens
 from pagedkv.server.errors import AnthropicError, ApiError, ClientLeft, anthropic_error, api_error_of
@@ -290,7 +290,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": AnthropicError, "description": "The server is at fault, or it took too long."},
 }
 router = APIRouter(tags=["messages"], route_class=SizedRoute, responses=_ERRORS)
-AnyCaller = Annotated[Caller, Depends(caller_of)]
 
 
 @router.post(

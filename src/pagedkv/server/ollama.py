@@ -11,13 +11,13 @@ from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from pagedkv import __version__
 from pagedkv.engine import RequestOutput
-from pagedkv.server.auth import Caller, Client, caller_of
+from pagedkv.server.auth import AnyCaller, Caller, Client
 from pagedkv.server.chat import begin_chat
 from pagedkv.server.completions import begin_completion
 from pagedkv.server.errors import ClientLeft, OllamaError, api_error_of, ollama_error
@@ -279,7 +279,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": OllamaError, "description": "The server is at fault, or it took too long."},
 }
 router = APIRouter(prefix="/api", tags=["ollama"], route_class=SizedRoute, responses=_ERRORS)
-AnyCaller = Annotated[Caller, Depends(caller_of)]
 
 
 @router.post("/chat", summary="Answer a conversation", response_model=ChatLine, responses=answers_with_lines(ChatLine))

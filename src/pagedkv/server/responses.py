@@ -7,12 +7,12 @@ import time
 from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from pagedkv.errors import bad_argument
-from pagedkv.server.auth import Caller, caller_of
+from pagedkv.server.auth import AnyCaller, Caller
 from pagedkv.server.chat import begin_chat
 from pagedkv.server.errors import ApiError, ClientLeft, api_error_of
 from pagedkv.server.generation import Generation, Steps, stream_steps
@@ -277,7 +277,6 @@ class KeptResponse(BaseModel):
 
 
 router = APIRouter(tags=["responses"], route_class=SizedRoute)
-AnyCaller = Annotated[Caller, Depends(caller_of)]
 
 
 @router.post(
