@@ -10,7 +10,12 @@ import pytest
 
 GUIDE = Path(__file__).parents[2] / "docs" / "fleet.md"
 BLOCK = re.compile(r"^```(console|python)\n(.*?)^```", flags=re.M | re.S)
-PRINTED = ["prefix: 92.9%", "Thrifty: 88.3%", "[[96  0  0]\n [ 0  0  0]]"]
+PRINTED = [
+    "prefix: 92.9%",
+    "Thrifty: 88.3%",
+    "[[96  0  0]\n [ 0  0  0]]",
+    "('replica 0', 'replica 1') {'replica 0': 96",
+]
 
 
 def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,10 +30,10 @@ def run(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_guide_tells_what_happens(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "160")
-    printed, commands = "", 0
+    printed, commands, names = "", 0, {"__name__": "guide"}
     for kind, text in BLOCK.findall(GUIDE.read_text()):
         if kind == "python":
-            exec(compile(text, GUIDE.name, "exec"), {"__name__": "guide"})
+            exec(compile(text, GUIDE.name, "exec"), names)
             printed += capsys.readouterr().out
             continue
         for part in re.split(r"^\$ pagedkv ", text, flags=re.M)[1:]:

@@ -32,6 +32,12 @@ from pagedkv.control.types import (
     stats_of,
 )
 
+SNAPSHOT = (-2).to_bytes(8, "big", signed=True)
+"""What a subscriber sends to a replay endpoint in place of a number if it wants a snapshot."""
+
+END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
+"""The number of the message that ends what a replay endpoint answers; what tells it is that it has no batch."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockStored:
@@ -79,9 +85,8 @@ def block_hash(token_ids: Iterable[int], parent: int | None, cache_salt: str = "
     # A salt goes in at the root and reaches the rest of the chain through the parents.
     above = parent.to_bytes(8, "big") if parent is not None else cache_salt.encode("utf-8", "surrogatepass")
     digest = blake2b(digest_size=8, person=b"pagedkv-block")
-    digest.update(len(above).to_bytes(8, "big") + above)
-    for token in token_ids:
-        digest.update(token.to_bytes(8, "big", signed=True))
+    tokens = tuple(token_ids)
+    digest.update(len(above).to_bytes(8, "big") + above + struct.pack(f">{len(tokens)}q", *tokens))
     return int.from_bytes(digest.digest(), "big")
 
 

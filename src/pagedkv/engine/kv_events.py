@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from pagedkv.control.events import (
+    END_OF_REPLAY,
     MAX_BATCH_BYTES,
+    SNAPSHOT,
     BlockRemoved,
     BlockStored,
     CacheEvent,
@@ -20,7 +22,7 @@ from pagedkv.control.types import KvBlock
 from pagedkv.tiers.book_tier import BookTier
 from pagedkv.tiers.tier import Tier
 
-__all__ = ["MAX_BATCH_BYTES", "KvEventLog", "append_event_batch", "batch_bytes"]
+__all__ = ["END_OF_REPLAY", "MAX_BATCH_BYTES", "SNAPSHOT", "KvEventLog", "append_event_batch", "batch_bytes"]
 
 MEDIUM = "GPU"
 """What consumers call the memory that attention reads, whatever device it is on."""

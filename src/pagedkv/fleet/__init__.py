@@ -3,6 +3,7 @@
 The policies route requests to engines and, the same objects, those of a trace in the simulator.
 """
 
+from pagedkv.fleet.router import FleetRouter, RoutedRequest
 from pagedkv.fleet.routing import (
     Candidates,
     LeastLoad,
@@ -15,14 +16,18 @@ from pagedkv.fleet.routing import (
     route,
     routing_names,
 )
+from pagedkv.fleet.subscriber import FleetSubscriber
 from pagedkv.fleet.view import FleetView, prefix_hashes
 
 __all__ = [
     "Candidates",
+    "FleetRouter",
+    "FleetSubscriber",
     "FleetView",
     "LeastLoad",
     "PrefixLoad",
     "RoundRobin",
+    "RoutedRequest",
     "RoutingPolicy",
     "RoutingRequest",
     "StickySession",

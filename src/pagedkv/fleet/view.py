@@ -66,6 +66,11 @@ class FleetView:
         self._replicas: dict[str, _Replica] = {}
 
     @property
+    def block_size(self) -> int:
+        """Tokens a block."""
+        return self._block_size
+
+    @property
     def replicas(self) -> tuple[str, ...]:
         """Those that were heard of."""
         return tuple(self._replicas)
@@ -73,7 +78,7 @@ class FleetView:
     @property
     def behind(self) -> tuple[str, ...]:
         """Those of which something is missing: each needs a snapshot, unless the missing batches still come."""
-        return tuple(name for name, replica in self._replicas.items() if replica.is_behind)
+        return tuple(name for name, replica in list(self._replicas.items()) if replica.is_behind)
 
     def hear(self, replica: str, number: int, batch: Any) -> bool:
         """Take in a batch; one that was heard before changes nothing.
@@ -123,6 +128,11 @@ class FleetView:
         """
         return self._of(replica).restore(require_int("number", number, -1), *self._read(batch))
 
+    def next_number(self, replica: str) -> int:
+        """Return the number of the batch that is waited for; 0 for a replica that was never heard of."""
+        known = self._replicas.get(replica)
+        return known.next if known else 0
+
     def forget(self, replica: str) -> None:
         """Drop all that is known of a replica, which is gone or begins anew."""
         self._replicas.pop(replica, None)
@@ -143,7 +153,8 @@ class FleetView:
         """
         found = np.zeros((len(replicas), len(self._media)), np.int64)
         for row, name in zip(found, replicas, strict=True):
-            held = self._replicas[name].held if name in self._replicas else {}
+            known = self._replicas.get(name)
+            held = known.held if known else {}
             for block in hashes:
                 media = held.get(block, 0)
                 if not media:
@@ -152,7 +163,7 @@ class FleetView:
         return found
 
     def _of(self, replica: str) -> _Replica:
-        return self._replicas.setdefault(replica, _Replica(replica))
+        return self._replicas.setdefault(replica, _Replica())
 
     def _read(self, batch: Any) -> tuple[float, list[_Change]]:
         try:
@@ -198,10 +209,9 @@ def _fastest(media: int) -> int:
 class _Replica:
     """The blocks of one replica, and the batches that wait for one that is missing."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         self.held: dict[BlockHash, int] = {}  # the tiers that have a block, a bit each
-        self._name = name
-        self._next = 0
+        self.next = 0
         self._time = -np.inf
         self._waiting: dict[int, tuple[float, list[_Change]]] = {}
         self._is_restarted = False
@@ -211,9 +221,9 @@ class _Replica:
         return bool(self._waiting) or self._is_restarted
 
     def hear(self, number: int, time: float, changes: list[_Change]) -> bool:
-        if number < self._next and time <= self._time:
+        if number < self.next and time <= self._time:
             return not self.is_behind  # it comes late, or twice
-        if number < self._next and not self._is_restarted:  # a new process, which counts anew
+        if number < self.next and not self._is_restarted:  # a new process, which counts anew
             self._is_restarted = True
             self._waiting = {other: batch for other, batch in self._waiting.items() if batch[0] >= time}
         self._waiting[number] = (time, changes)
@@ -225,17 +235,17 @@ class _Replica:
     def restore(self, number: int, time: float, changes: list[_Change]) -> bool:
         if time < self._time and not self.is_behind:
             return True  # taken before what is known
-        self.held.clear()
+        self.held = {}  # a new one, as another thread may look into the old one
         self._apply(changes)
-        self._next, self._time, self._is_restarted = number + 1, time, False
+        self.next, self._time, self._is_restarted = number + 1, time, False
         self._waiting = {other: batch for other, batch in self._waiting.items() if other > number}
         self._catch_up()
         return not self.is_behind
 
     def _catch_up(self) -> None:
-        while not self._is_restarted and self._next in self._waiting:
-            self._time, changes = self._waiting.pop(self._next)
-            self._next += 1
+        while not self._is_restarted and self.next in self._waiting:
+            self._time, changes = self._waiting.pop(self.next)
+            self.next += 1
             self._apply(changes)
 
     def _apply(self, changes: list[_Change]) -> None:

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from pagedkv.engine.kv_events import KvEventLog, append_event_batch, batch_bytes
+from pagedkv.engine.kv_events import END_OF_REPLAY, SNAPSHOT, KvEventLog, append_event_batch, batch_bytes
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.server.background import in_background
 from pagedkv.server.config import ServerConfig
@@ -23,8 +23,6 @@ logger = logging.getLogger("pagedkv")
 SECONDS_BETWEEN_BATCHES = 0.05
 MAX_KEPT_BATCHES = 10_000
 MAX_KEPT_BYTES = 64 * 2**20
-END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
-SNAPSHOT = (-2).to_bytes(8, "big", signed=True)
 HIGH_WATER_MARK = 100_000
 
 
