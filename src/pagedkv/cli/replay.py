@@ -43,7 +43,8 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve
-    from pagedkv.sim.replayer import ReplayResult, Timing
+    from pagedkv.sim.queueing import Timing
+    from pagedkv.sim.replayer import ReplayResult
     from pagedkv.sim.tiered import Tiers
     from pagedkv.sim.trace import Trace
 

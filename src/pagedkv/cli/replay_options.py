@@ -17,7 +17,7 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.validate import require_choice
 
 if TYPE_CHECKING:
-    from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.queueing import Timing
     from pagedkv.sim.replicas import Fleet
     from pagedkv.sim.tiered import Tiers
     from pagedkv.sim.trace import Trace
@@ -122,7 +122,7 @@ def _all_strategies() -> list[str]:
 
 def timing_of(timed: bool, prefill_rate: float | None, decode_rate: float | None) -> Timing | None:
     """Return the rates of a replay in time; None without ``--timed``."""
-    from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.queueing import Timing
 
     for flag, rate in (("--prefill-rate", prefill_rate), ("--decode-rate", decode_rate)):
         if rate is not None and not timed:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve, lru_curve, shards_curve
     from pagedkv.sim.optimum import optimal
     from pagedkv.sim.planner import plan
+    from pagedkv.sim.queueing import Timing
     from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.replayer import ReplayResult, Timing, replay
+    from pagedkv.sim.replayer import ReplayResult, replay
     from pagedkv.sim.replicas import Fleet, FleetResult
     from pagedkv.sim.sweeps import sweep
     from pagedkv.sim.synth import synthesize
@@ -47,7 +48,8 @@ _HOMES = {
     "optimum": ("optimal",),
     "planner": ("plan",),
     "reading": ("read_trace",),
-    "replayer": ("ReplayResult", "Timing", "replay"),
+    "queueing": ("Timing",),
+    "replayer": ("ReplayResult", "replay"),
     "replicas": ("Fleet", "FleetResult"),
     "sweeps": ("sweep",),
     "synth": ("synthesize",),

@@ -27,7 +27,8 @@ from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_nam
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay, require_fleet_alone
+from pagedkv.sim.queueing import Timing
+from pagedkv.sim.replayer import ReplayResult, as_tiers, replay, require_fleet
 from pagedkv.sim.replicas import Fleet
 from pagedkv.sim.tiered import DISK, HOST, Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
@@ -429,7 +430,7 @@ def _cells(
         if strategy is None and fleets:
             raise bad_argument("strategies", f"no {name!r} together with fleets: the optimum knows of one pool")
     for fleet in fleets or ():
-        require_fleet_alone(fleet, timing, tiers)
+        require_fleet(fleet)
         for number in capacities:
             fleet.blocks_each(number)
     return [
