@@ -125,8 +125,3 @@ def test_what_a_replay_on_a_fleet_refuses(given, said):
 def test_what_is_no_fleet(given):
     with pytest.raises(InvalidOperation, match="replicas|routing"):
         Fleet(*given)
-
-
-def test_the_optimum_knows_no_fleet():
-    with pytest.raises(InvalidOperation, match="the optimum knows of one pool"):
-        sweep(as_trace([[1]]), ["optimal"], [9], fleets=[Fleet(2)])

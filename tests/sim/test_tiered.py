@@ -235,7 +235,10 @@ def test_what_makes_no_sense():
             lambda: replay(trace, 5, tiers=Tiers([disk], restart_at=1), timing=Timing()),
             "restart_at: expected none together with timing",
         ),
-        (lambda: sweep(trace, ["optimal"], [5], tiers=[disk]), "no 'optimal' together with tiers"),
+        (
+            lambda: sweep(trace, ["optimal"], [5], tiers=[disk], timing=Timing()),
+            "no 'optimal' together with timing: the optimum knows no time",
+        ),
     ):
         with pytest.raises(InvalidOperation, match=re.escape(said)):
             wrong()

@@ -72,6 +72,8 @@ class Waits:
         From the first arrival to the last token.
     refused : int
         Requests larger than the pool.
+    order : int64 [served requests]
+        In which their prompts were begun.
     """
 
     queueing: Floats
@@ -79,6 +81,7 @@ class Waits:
     busy: Floats
     seconds: float
     refused: int
+    order: Int64s
 
 
 @dataclass(eq=False)
@@ -110,6 +113,7 @@ class _Service:
         self.served = np.full(trace.num_requests, NOWHERE, np.int32)
         self.queueing, self.ttft = np.full((2, trace.num_requests), np.nan)
         self.busy = np.zeros(fleet.replicas)
+        self.order: list[int] = []
         self.last = 0.0
 
     def arrive(self, request: int, now: float) -> None:
@@ -151,6 +155,7 @@ class _Service:
             return
         at.waiting.popleft()
         at.is_busy = True
+        self.order.append(request)
         hits, seconds = self._soonest(request, at.pool.reaches(ids))
         at.pool.begin(request, ids, more, hits)
         arrived = float(self._trace.times[request])
@@ -204,5 +209,6 @@ def run_in_time(
             service.arrive(request, now)
     service.advance(float("inf"))
     found = service.found
-    waits = Waits(service.queueing, service.ttft, service.busy, service.last, fits.count(False))
+    order = np.array(service.order, np.int64)
+    waits = Waits(service.queueing, service.ttft, service.busy, service.last, fits.count(False), order)
     return found, FleetResult.of(trace, fleet, service.served, found.hits), waits

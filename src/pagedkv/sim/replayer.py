@@ -24,7 +24,7 @@ from pagedkv.errors import bad_argument
 from pagedkv.sim.queueing import Timing, output_blocks, run_in_time
 from pagedkv.sim.replicas import Fleet, FleetResult, run_fleet
 from pagedkv.sim.tiered import Restart, TierResult, Tiers, TierSpec, run_tiered
-from pagedkv.sim.trace import MAX_BLOCKS, Floats, Trace, require_content
+from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What one replay found: one cell of the table strategies × capacities.
@@ -60,12 +60,17 @@ class ReplayResult:
     utilisation : float64 [replicas]
         Replay in time with tiers or a fleet: the share of the time, from the first arrival to the last token, in which
         each replica, or the one, loaded and computed prompts.
+    order : int64 [served requests]
+        Replay in time with tiers or a fleet: the requests in the order in which their prompts were begun.
     tiers : tuple of TierResult
         Replay with tiers: what each of them did. All hits above are those of the pool and the tiers together.
     restart : Restart or None
         Replay with a restart: what was found after it.
     fleet : FleetResult or None
         Replay on a fleet: what its replicas did. All hits above are those of all replicas, each in its own cache.
+    attainable : int or None
+        Of a sweep with tiers or fleets: blocks that the optimum finds with the blocks of them all, in the order in
+        which requests were served.
     """
 
     strategy: str
@@ -83,9 +88,11 @@ class ReplayResult:
     queueing: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
     ttft: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
     utilisation: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
+    order: Int64s = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     tiers: tuple[TierResult, ...] = ()
     restart: Restart | None = None
     fleet: FleetResult | None = None
+    attainable: int | None = None
 
     @classmethod
     def of(
@@ -124,6 +131,13 @@ class ReplayResult:
     def token_hit_ratio(self) -> float:
         """Input tokens found over input tokens; 0.0 for a trace without tokens."""
         return self.hit_tokens / self.tokens if self.tokens else 0.0
+
+    @property
+    def attained(self) -> float | None:
+        """Blocks found over those that the optimum finds; None where that is not known."""
+        if self.attainable is None:
+            return None
+        return self.hit_blocks / self.attainable if self.attainable else 1.0
 
     def ttft_percentile(self, percent: float) -> float:
         """Return the seconds within which so many of 100 requests had their first token; nan where none had one.
@@ -321,6 +335,7 @@ def _replay_levels(
             refused=waits.refused,
             queueing=waits.queueing,
             ttft=waits.ttft,
+            order=waits.order,
             utilisation=waits.busy / waits.seconds if waits.seconds else np.zeros_like(waits.busy),
         )
     return dataclasses.replace(
