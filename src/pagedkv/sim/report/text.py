@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pagedkv.format import count, percent, points, share
 from pagedkv.sim.baselines import LRU, OPTIMAL
+from pagedkv.sim.measures import Measures
 from pagedkv.sim.plan_types import Level, Plan, Size
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report.charts import counts, ratios, section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
 from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, short, tag
 from pagedkv.sim.trace import Trace
 
 _NEARLY_ALL = 0.95
+_NOTHING = ("–", -1.0)
 _DEFINITIONS = (
     ("hit", "a block of the longest cached prefix of its request, counted from the first block of the prompt"),
     (
@@ -118,7 +121,7 @@ def _name(evidence: Evidence, name: str) -> Markup:
 def _cell(evidence: Evidence, name: str, blocks: int) -> object:
     cell, lru = evidence.cell(name, blocks), evidence.cell(LRU, blocks)
     if cell is None:
-        return ("–", -1.0)
+        return _NOTHING
     rivals = [rival.hit_blocks for other in evidence.strategies if (rival := evidence.cell(other, blocks))]
     is_best = name != OPTIMAL and len(rivals) > 1 and cell.hit_blocks == max(rivals)
     gain = points(cell.hit_ratio - lru.hit_ratio) if lru and lru is not cell else None
@@ -131,7 +134,7 @@ def every_replay(evidence: Evidence) -> Markup:
     is_timed = any(result.preempted or result.refused for result in evidence.results)
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "reclaimed", "seconds"]
     heads += ["preempted", "refused"] if is_timed else []
-    media = [tier.medium for tier in evidence.results[0].tiers] if evidence.results else []
+    media = next(([tier.medium for tier in result.tiers] for result in evidence.results if result.tiers), [])
     heads += [f"{what} {medium}" for medium in media for what in ("hits in", "written to")]
     restarts = any(result.restart for result in evidence.results)
     heads += ["after the restart"] if restarts else []
@@ -144,12 +147,34 @@ def every_replay(evidence: Evidence) -> Markup:
             *counts([result.reclaimed]),
             (f"{result.seconds:.3f}", result.seconds),
             *counts((result.preempted, result.refused) if is_timed else ()),
-            *counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written)),
-            *ratios([result.restart.hit_ratio] if result.restart else ()),
+            *(
+                counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written))
+                or [_NOTHING] * 2 * len(media)
+            ),
+            *(ratios([result.restart.hit_ratio] if result.restart else ()) or [_NOTHING] * restarts),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
     return table("Every replay in full", heads, rows, is_folded=True)
+
+
+def measures_section(results: Sequence[ReplayResult]) -> Markup | None:
+    """Return what replicas, tiers and time bring, in the digits of the terminal; None for one pool without either."""
+    if not any(result.fleet or result.tiers or len(result.ttft) for result in results):
+        return None
+    shown = Measures(results)
+    heads: list[object] = ["measure", "strategy", *(f"{count(blocks)} blocks" for blocks in shown.capacities)]
+    rows = [
+        [measure.title.strip(), name, *((measure.written(value), _order(value)) for value in values)]
+        for measure in shown.measures
+        for name, values in shown.rows(measure, shown.capacities)
+    ]
+    return section("measures", "Replicas, tiers and time", table("Every measure, by strategy and size", heads, rows))
+
+
+def _order(value: float | None) -> float:
+    """Return what a column is sorted by; what is not known comes first."""
+    return -1.0 if value is None or value != value else value
 
 
 def trace_section(evidence: Evidence) -> Markup:
