@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.control.events import BlockRemoved, BlockStored, CacheEvent
 from pagedkv.control.protocol import Strategy
 from pagedkv.control.restore import records_of, restore_blocks
 from pagedkv.control.strategies import as_strategy
@@ -194,13 +193,12 @@ _SHARE_AFTER_RESTART = 10
 
 
 class Level:
-    """The books of one level, and the content ids that they gave up of late where the next level wants them."""
+    """The books of one level, which remember what they give up where the next level wants it."""
 
     def __init__(self, blocks: int, strategy: Strategy, *, survives: bool, tells: bool) -> None:
         self._blocks, self._strategy, self._survives, self._tells = blocks, strategy, survives, tells
         self._stored_before = self._reclaimed_before = 0
         self._restored = 0
-        self.given_up: list[int] = []
         self.books = self._new_books()
 
     @property
@@ -224,21 +222,12 @@ class Level:
         records = records_of(self.books) if self._survives else None
         self.books = self._new_books()
         self._restored = int(restore_blocks(self.books, *records).sum()) if records else 0
-        self.given_up.clear()
 
     def _new_books(self) -> ContentCache:
         # A strategy that learned begins anew.
         books = ContentCache(self._blocks, copy.deepcopy(self._strategy))
         if self._tells:
-            holds: dict[int, int] = {}
-
-            def hear(event: CacheEvent) -> None:
-                if isinstance(event, BlockStored):
-                    holds[event.block_id] = event.token_ids[0]
-                elif isinstance(event, BlockRemoved):
-                    self.given_up.append(holds[event.block_id])
-
-            books.subscribe(hear)
+            books.remember_given_up()
         return books
 
 
@@ -323,7 +312,7 @@ class TieredPool:
         # A pool too small for the chain has not got all of it: then it stays.
         if self._tiers.exclusive and (holds_all or self.books.match_prefix(ids) == len(ids)):
             level.books.drop_tail(ids)
-            level.given_up.clear()
+            level.books.take_given_up()  # it went up, not down
 
     def _write(self, ids: Int64s, found: int) -> None:
         """Write what is written when a request begins: what it found, or what a level reclaimed for it."""
@@ -333,9 +322,8 @@ class TieredPool:
         elif self._tiers.writes == RECLAIM:
             above = self.pool
             for level in self.levels:
-                for chain in self._chains.ending_in(above.given_up):
+                for chain in self._chains.ending_in(above.books.take_given_up().tolist()):
                     level.store(chain)
-                above.given_up.clear()
                 above = level
 
 
