@@ -79,6 +79,7 @@ def cases(draw):
 
 
 @pytest.mark.parametrize("routing", POLICIES)
+@settings(max_examples=settings.default.max_examples // 2)
 @given(case=cases())
 def test_small_traces(routing, case):
     trace, pool, tiers, writes, replicas, rates = case
@@ -198,6 +199,7 @@ def test_requests_that_never_meet_are_a_replay_without_time(writes, trace, spare
 
 
 @given(case=cases(), routing=st.sampled_from(POLICIES))
+@settings(max_examples=settings.default.max_examples // 2)
 def test_nothing_in_time_finds_more_than_the_optimum_in_that_order(case, routing):
     trace, pool, tiers, writes, replicas, rates = case
     result = replayed(trace, pool, tiers, writes, rates, Fleet(replicas, routing))

@@ -120,7 +120,7 @@ class _Service:
         """Send a request that fits a pool to a replica."""
         self.advance(now)
         ids = self._blocks(request)
-        replica = self._router.route(ids, [each.pool.reaches(ids) for each in self._replicas], self.sent.copy())
+        replica = self._router.route(ids, self.found.reaches(ids), self.sent.copy())
         self.served[request] = replica
         self.sent[replica] += 1
         self._replicas[replica].waiting.append(request)

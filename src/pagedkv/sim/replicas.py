@@ -127,7 +127,8 @@ class Router:
         """
         size = self._block_tokens
         ends = np.maximum.accumulate(np.array(reaches, np.int64), axis=1) * size
-        matched = np.diff(ends, axis=1, prepend=0)
+        matched = ends.copy()
+        matched[:, 1:] -= ends[:, :-1]
         asked = RoutingRequest(self._routed, len(ids) * size, self._home_of(ids))
         replica = route(self._policy, asked, Candidates(matched, self._load.tokens, queue))[0]
         self._routed += 1
@@ -152,7 +153,7 @@ def run_fleet(
     for request in range(trace.num_requests):
         found.restart_if_due(request)
         asked = ids[offsets[request] : offsets[request + 1]]
-        reaches = [pool.reaches(asked) for pool in pools]
+        reaches = found.reaches(asked)
         replica = served[request] = router.route(asked, reaches, nobody_waits)
         found.by_level[:, request] = pools[replica].serve(asked, reaches[replica])
     return found, FleetResult.of(trace, fleet, served, found.hits)

@@ -195,8 +195,8 @@ _SHARE_AFTER_RESTART = 10
 class Level:
     """The books of one level, which remember what they give up where the next level wants it."""
 
-    def __init__(self, blocks: int, strategy: Strategy, *, survives: bool, tells: bool) -> None:
-        self._blocks, self._strategy, self._survives, self._tells = blocks, strategy, survives, tells
+    def __init__(self, blocks: int, strategy: Strategy, *, medium: str = HOST, tells: bool) -> None:
+        self._blocks, self._strategy, self._medium, self._tells = blocks, strategy, medium, tells
         self._stored_before = self._reclaimed_before = 0
         self._restored = 0
         self.books = self._new_books()
@@ -217,9 +217,11 @@ class Level:
         return int(self.books.run(ids, np.array([0, len(ids)], np.int64))[0])
 
     def restart(self) -> None:
-        """Begin anew, with what was there before where the medium keeps it."""
+        """Begin anew, with what was there before where the medium keeps it; a shared one is a server that goes on."""
+        if self._medium == SHARED:
+            return
         self._stored_before, self._reclaimed_before = self.stored, self.reclaimed
-        records = records_of(self.books) if self._survives else None
+        records = records_of(self.books) if self._medium == DISK else None
         self.books = self._new_books()
         self._restored = int(restore_blocks(self.books, *records).sum()) if records else 0
 
@@ -269,9 +271,14 @@ class TieredPool:
         """Those of the pool."""
         return self.pool.books
 
+    @property
+    def all_levels(self) -> tuple[Level, ...]:
+        """The pool, and the tiers from the fastest on."""
+        return (self.pool, *self.levels)
+
     def reaches(self, ids: Int64s) -> list[int]:
         """Return how many leading blocks each level has, the pool first."""
-        return [level.books.match_prefix(ids) for level in (self.pool, *self.levels)]
+        return [level.books.match_prefix(ids) for level in self.all_levels]
 
     def serve(self, ids: Int64s, reaches: Sequence[int]) -> list[int]:
         """Serve a request at once: load what tiers have, write by the policy; returns the blocks found by level.
@@ -340,13 +347,13 @@ def tiered_pools(
     def level(place: int) -> Level:
         tier = tiers.levels[place]
         each = min(tier.blocks_each(replicas), filled)
-        return Level(each, tier.strategy, survives=tier.medium == DISK, tells=tells[place + 1])
+        return Level(each, tier.strategy, medium=tier.medium, tells=tells[place + 1])
 
     shared = {place: level(place) for place, tier in enumerate(tiers.levels) if tier.medium == SHARED}
     chains = _Chains(trace)
     return [
         TieredPool(
-            Level(min(blocks, most or filled), strategy, survives=False, tells=tells[0]),
+            Level(min(blocks, most or filled), strategy, tells=tells[0]),
             [shared.get(place) or level(place) for place in range(last)],
             tiers,
             chains,
@@ -356,7 +363,7 @@ def tiered_pools(
 
 
 class LevelHits:
-    """The blocks that every request found in every level, and what follows from them.
+    """The levels of all replicas, the blocks that every request found in them, and what follows from that.
 
     Parameters
     ----------
@@ -369,6 +376,13 @@ class LevelHits:
     def __init__(self, trace: Trace, tiers: Tiers, pools: Sequence[TieredPool]) -> None:
         self._trace, self._tiers, self._pools = trace, tiers, pools
         self.by_level = np.zeros((len(tiers.levels) + 1, trace.num_requests), np.int32)
+        self._levels = list(dict.fromkeys(level for pool in pools for level in pool.all_levels))
+        self._places = [[self._levels.index(level) for level in pool.all_levels] for pool in pools]
+
+    def reaches(self, ids: Int64s) -> list[list[int]]:
+        """Return how many leading blocks each level of each replica has; a shared one is asked once."""
+        found = [level.books.match_prefix(ids) for level in self._levels]
+        return [[found[place] for place in places] for places in self._places]
 
     @property
     def hits(self) -> Int32s:
@@ -384,11 +398,8 @@ class LevelHits:
     def restart_if_due(self, request: int) -> None:
         """Begin anew on every replica, if that is to happen before this request."""
         if request == self._tiers.restart_at:
-            for pool in self._pools:
-                pool.pool.restart()
-                for level, tier in zip(pool.levels, self._tiers.levels, strict=True):
-                    if tier.medium != SHARED:
-                        level.restart()
+            for level in self._levels:
+                level.restart()
 
     def tiers(self) -> tuple[TierResult, ...]:
         """Return what every tier did."""
@@ -415,9 +426,7 @@ class LevelHits:
             tokens=trace.num_tokens,
             hit_blocks=int(hits.sum(dtype=np.int64)),
             hit_tokens=trace.hit_tokens(down_to) - trace.hit_tokens(down_to - hits),
-            written=sum(
-                level.stored for level in {id(pool.levels[place]): pool.levels[place] for pool in self._pools}.values()
-            ),
+            written=sum(level.stored for level in {pool.levels[place] for pool in self._pools}),
             hits=hits,
         )
 
