@@ -248,8 +248,10 @@ def _given(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "trace", f"{plan.trace_name}: {requests}, {short(plan.tokens, giga='B')} prompt tokens, {blocks}"
     yield "model", _model(plan.model)
     size = f"{format_bytes(plan.model.bytes_per_token)} per token, {format_bytes(plan.bytes_per_block)} per block"
-    if plan.model.window_bytes_per_sequence:
-        size += f", and {format_bytes(plan.model.window_bytes_per_sequence)} for the windows of a running request"
+    each = (("windows", plan.model.window_bytes_per_sequence), ("states", plan.model.state_bytes_per_sequence))
+    for what, num_bytes in each:
+        if num_bytes:
+            size += f", and {format_bytes(num_bytes)} for the {what} of a running request"
     yield "KV cache", f"{size}, in {plan.model.kv_dtype}"
     found = f"{percent(plan.attainable)} of the blocks, {percent(plan.attainable_tokens)} of the prompt tokens"
     yield "attainable", f"{found}: what a cache without a limit finds"
@@ -375,6 +377,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             "bytes_per_token": model.bytes_per_token,
             "bytes_per_token_all_layers": model.bytes_per_token_all_layers,
             "window_bytes_per_sequence": model.window_bytes_per_sequence,
+            "state_bytes_per_sequence": model.state_bytes_per_sequence,
             "bytes_per_block": plan.bytes_per_block,
             "parameters": model.parameters.total,
             "active_parameters": model.parameters.active,

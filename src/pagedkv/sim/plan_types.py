@@ -51,7 +51,7 @@ class Size:
     ----------
     strategy : str
     blocks, bytes : int
-        Capacity; the bytes count the windows of running requests too (`Load.window_bytes`).
+        Capacity; the bytes count the windows and states of running requests too (`Load.window_bytes`).
     hit_ratio, token_hit_ratio : float
     share : float
         Of the attainable hit ratio, 0 … 1.
@@ -216,7 +216,7 @@ class Load:
         Prefill time over the span of the trace, without a cache (above 1 one replica cannot keep up), and the part
         of it that the best strategy saves at the target.
     window_bytes : int
-        Windowed layers of the requests that run at the peak.
+        Windows and recurrent states of the requests that run at the peak.
     """
 
     mean_requests: float
