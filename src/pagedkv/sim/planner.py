@@ -15,9 +15,10 @@ from pagedkv.format import format_bytes, percent, share
 from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.disk_plan import price_disk
+from pagedkv.sim.fleet_plan import plan_fleet
 from pagedkv.sim.load import MAX_MEMORY, blocks_in, estimate_load
 from pagedkv.sim.model_shape import ModelShape
-from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
+from pagedkv.sim.plan_types import FleetOptions, Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.sweeps import Progress, sweep
 from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
@@ -288,6 +289,7 @@ def plan(
     hardware: Hardware | None = None,
     prefill_rate: float | None = None,
     disk_read: float | None = None,
+    fleet: FleetOptions | None = None,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -311,6 +313,8 @@ def plan(
         Tokens per second of prefill as measured, the mean of prompts like these; in place of the rate of `hardware`.
     disk_read : float, optional
         Bytes per second that a disk reads: also price a disk tier beneath the pool.
+    fleet : FleetOptions, optional
+        Also find the cheapest fleet that meets a target; `memory` is that of one replica then.
     jobs : int, optional
         Processes that replay; by default this one alone, and one a core where a round takes longer than their start.
     progress : callable, optional
@@ -339,6 +343,8 @@ def plan(
         hardware = at_prefill_rate(prefill_rate, trace, model, hardware)
     if disk_read is not None:
         disk_read = require_number("disk_read", disk_read, 0, 1e15, above=True)
+    if fleet is not None and memory is None:
+        raise bad_argument("memory", "that of one replica, for a fleet", "none")
     load = estimate_load(trace, model, hardware)
     if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= MAX_MEMORY:
         raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
@@ -347,10 +353,13 @@ def plan(
     search = Search(trace, model, jobs, progress)
     planner = _Planner(trace, model, hardware, wanted, names, curve, search, load)
     made = planner.made(memory, fitting)
-    if disk_read is None or not made.levels:
-        return made
-    beside = planner.size(LRU, fitting or min(max(1, load.peak_blocks), MAX_BLOCKS))
-    return replace(made, disk=price_disk(made, beside, disk_read))
+    if disk_read is not None and made.levels:
+        beside = planner.size(LRU, fitting or min(max(1, load.peak_blocks), MAX_BLOCKS))
+        made = replace(made, disk=price_disk(made, beside, disk_read))
+    if fleet is not None and memory is not None:
+        found = plan_fleet(trace, model, hardware, memory, fleet, load=load, curve=curve, jobs=jobs, progress=progress)
+        made = replace(made, fleet=found)
+    return made
 
 
 def at_prefill_rate(rate: float, trace: Trace, model: ModelShape, hardware: Hardware) -> Hardware:

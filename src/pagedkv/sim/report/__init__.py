@@ -102,6 +102,7 @@ def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
     replays = every_replay(evidence) if plan.runs else None
     sections = (
         text.plan_headline(plan),
+        text.fleet_section(plan),
         curve_section(evidence, replays),
         text.levels_section(plan),
         text.memory_section(plan),
