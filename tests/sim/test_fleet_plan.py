@@ -111,7 +111,7 @@ def test_nothing_cheaper_will_do(wanted):
     assert best is not None and best.meets and does(best) and best == found.nearest
     assert best.cost == min(outcome.cost for outcome in every if does(outcome))
     same = [outcome for outcome in every if does(outcome) and outcome.cost == best.cost]
-    assert best.share == max(outcome.share for outcome in same)
+    assert best.ttft_p99 == min(outcome.ttft_p99 for outcome in same)
     costs = [outcome.cost for outcome in found.outcomes]
     assert costs == sorted(costs) and len(found.outcomes) < found.candidates
     # What costs more was replayed only where it shows what each fleet finds without tiers.
@@ -142,7 +142,7 @@ def test_where_nothing_will_do_the_nearest_is_named_and_what_would_help():
     few = {"host_memory": (0,), "disk": (0,)}
     found = made(share=1.0, memory=30, replicas=(1,), **few)
     assert found.best is None and found.nearest == found.outcomes[0]
-    assert "are wanted. What would help: more memory or disk: one pool needs" in found.verdict
+    assert "instead of 100%. What would help: more memory or disk: one pool needs" in found.verdict
     assert found.verdict.startswith("The one configuration that was asked for does not give 100% of the attainable. ")
     found = made(share=None, ttft_p99=1e-3, **SPACE)
     assert "What would help: a replica that computes" in found.verdict and "times as fast" in found.verdict
@@ -157,7 +157,10 @@ def test_where_nothing_will_do_the_nearest_is_named_and_what_would_help():
 def test_requests_larger_than_a_pool_are_no_answer():
     found = made(share=0.01, memory=10, replicas=(1,), routings=("prefix",), host_memory=(0,))
     assert found.best is None and found.nearest.refused > 0
-    assert "larger than a pool" in found.verdict and "a larger pool for each replica" in found.verdict
+    largest = max(np.diff(TRACE.offsets)) + 1
+    assert "larger than a pool" in found.verdict and f"a pool of at least {largest} KiB for each" in found.verdict
+    found = made(share=0.01, memory=int(largest), replicas=(1,), routings=("prefix",), host_memory=(0,))
+    assert found.best is not None and found.best.refused == 0
 
 
 def test_tiers_that_hold_everything_are_one():

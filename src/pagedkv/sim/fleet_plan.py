@@ -25,7 +25,7 @@ from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.load import blocks_in
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import FleetOptions, FleetOutcome, FleetPlan, FleetSize, Hardware, Load
-from pagedkv.sim.queueing import Timing
+from pagedkv.sim.queueing import Timing, output_blocks
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.replicas import Fleet
 from pagedkv.sim.sweeps import Cell, run_in_processes, try_out
@@ -109,8 +109,10 @@ class _Search:
         limit = min((self.rank(size) for size, outcome in found.items() if outcome.meets), default=(math.inf,))
         outcomes = tuple(found[size] for size in sizes if size in found and (size in first or self.rank(size) <= limit))
         met = [outcome for outcome in outcomes if outcome.meets]
-        best = min(met, key=lambda outcome: (*self.rank(outcome.size), -outcome.share, outcome.ttft_p99), default=None)
-        nearest = best or min(outcomes, key=self.lacking)
+        best = min(
+            met, key=lambda each: (*self.rank(each.size), each.ttft_p99, each.ttft_p50, -each.share), default=None
+        )
+        nearest = best or min(outcomes, key=lambda each: (*self.lacking(each), *self.rank(each.size), each.ttft_p50))
         made = FleetPlan(
             options=self.options,
             prefill_tokens_per_second=self.timing.prefill_tokens_per_second,
@@ -155,6 +157,12 @@ class _Search:
             self.hardware.decode_tokens_per_second,
             float(self.model.bytes_per_token),
         )
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest request with its answer."""
+        needs = np.diff(self.trace.offsets) + output_blocks(self.trace)
+        return int(needs.max()) * self.bytes_per_block
 
     def pool_blocks(self, replicas: int) -> int:
         """Return the blocks of one pool, beside its part of the windows and states of running requests."""
@@ -231,7 +239,7 @@ class _Search:
         )
         return replace(made, meets=not any(self.lacking(made)))
 
-    def lacking(self, outcome: FleetOutcome) -> tuple[float, float, float]:
+    def lacking(self, outcome: FleetOutcome) -> tuple[int, float]:
         """Return what a configuration lacks: requests refused, then how far it is from both targets; zeros if nothing.
 
         The share is lacking in parts of what is wanted, the time in doublings.
@@ -241,7 +249,7 @@ class _Search:
         late = 0.0
         if options.ttft_p99 is not None and not outcome.ttft_p99 <= options.ttft_p99:
             late = math.log2(outcome.ttft_p99 / options.ttft_p99) if outcome.ttft_p99 > 0 else math.inf
-        return float(outcome.refused), share + late, outcome.cost if share + late else 0.0
+        return outcome.refused, share + late
 
     def one_pool(self, replicas: int) -> float:
         """Return the share of the attainable that one pool of so many replicas' memory finds under LRU."""
@@ -256,12 +264,12 @@ class _Search:
         faults, helps = [], []
         if near.refused:
             faults.append(f"it refuses {counted(near.refused, 'request')} larger than a pool")
-            helps.append("a larger pool for each replica")
+            helps.append(f"a pool of at least {format_bytes(self.largest)} for each replica")
         if options.share is not None and near.share < options.share:
-            faults.append(f"it finds {percent(near.share)} of the attainable, {share(options.share)} are wanted")
+            faults.append(f"it finds {percent(near.share)} of the attainable instead of {share(options.share)}")
             helps.append(self.more_found(near, options.share))
         if options.ttft_p99 is not None and not near.ttft_p99 <= options.ttft_p99:
-            faults.append(f"its p99 TTFT is {duration(near.ttft_p99)}, {duration(options.ttft_p99)} are wanted")
+            faults.append(f"its p99 TTFT is {duration(near.ttft_p99)} instead of {duration(options.ttft_p99)}")
             helps.append(_sooner(near, options.ttft_p99))
         none = f"None of the {counted(plan.candidates, 'configuration')} gives {wanted(options)}. Nearest comes this"
         if plan.candidates == 1:

@@ -215,8 +215,9 @@ def configurations(fleet: FleetPlan) -> Figures:
     shown = list(fleet.outcomes[:MOST_ROWS])
     if fleet.nearest not in shown:
         shown[-1] = fleet.nearest
-    priced = fleet.options.prices.are_given
-    heads = ("replicas", "routing", "beneath the pool", "of attainable", "TTFT p50", "p99", "waits", "busy")
+    priced, refused = fleet.options.prices.are_given, any(each.refused for each in shown)
+    heads = ["replicas", "routing", "beneath the pool", "of attainable", "TTFT p50", "p99", "waits", "busy"]
+    heads += ["refused"] * refused + ["an hour"] * priced
     rows = [
         [
             Figure(count(each.size.replicas), each.size.replicas),
@@ -225,11 +226,12 @@ def configurations(fleet: FleetPlan) -> Figures:
             _ratio(each.share),
             *(_seconds(value) for value in (each.ttft_p50, each.ttft_p99, each.queueing)),
             _ratio(each.utilisation),
-            *([Figure(money(each.cost), each.cost)] if priced else []),
+            *([Figure(count(each.refused), each.refused)] * refused),
+            *([Figure(money(each.cost), each.cost)] * priced),
         ]
         for each in shown
     ]
     strong = (shown.index(fleet.nearest),)
     left = len(fleet.outcomes) - len(shown)
     title = "Replayed, the cheapest first" + (f"; {left} more in --json" if left > 0 else "")
-    return Figures(title, (*heads, "an hour") if priced else heads, rows, strong)
+    return Figures(title, tuple(heads), rows, strong)

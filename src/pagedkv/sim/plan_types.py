@@ -427,7 +427,7 @@ class FleetPlan:
     candidates : int
         Configurations that were asked for; those not replayed cost more than `best`.
     best : FleetOutcome or None
-        The cheapest that meets what is wanted.
+        The cheapest that meets what is wanted; of several of one cost the one with the soonest first token.
     nearest : FleetOutcome
         `best`, or where none meets it the one that lacks least.
     verdict : str
