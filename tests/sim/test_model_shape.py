@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ PUBLISHED = {
     "llama-3.1-8b": (131_072, 131_072, 0, 0, 8.03, 8.03),
     "llama-3.1-70b": (327_680, 327_680, 0, 0, 70.55, 70.55),
     "llama-3.1-405b": (516_096, 516_096, 0, 0, 405.85, 405.85),
+    "llama-3.2-3b": (28 * 4096, 28 * 4096, 0, 0, 3.21, 3.21),
     "llama-4-scout": (12 * 4096, 48 * 4096, 36 * 4096 * 8192, 0, 107.77, 17.17),
     "llama-4-maverick": (12 * 4096, 48 * 4096, 36 * 4096 * 8192, 0, 400.71, 17.18),
     "qwen3-4b": (36 * 4096, 36 * 4096, 0, 0, 4.02, 4.02),
@@ -96,6 +98,14 @@ PUBLISHED = {
         284.3,
         13.76,
     ),
+    "deepseek-v4-pro": (
+        2 * (30 * 160 + 31 * 4),
+        2 * (30 * 160 + 31 * 4),
+        0,
+        2 * (61 * 128 * 512 + 30 * 2 * 8 * 2 * 640 + 31 * 2 * 128 * 512),
+        1573.0,
+        49.69,
+    ),
     "kimi-k2": (70_272, 70_272, 0, 0, 1026.4, 32.86),
     "kimi-linear-48b-a3b": (7 * 576 * 2, 7 * 576 * 2, 0, 20 * delta(32, keys=32), 49.12, 3.48),
     "glm-4.5": (92 * 4096, 92 * 4096, 0, 0, 352.8, 33.63),
@@ -107,6 +117,10 @@ PUBLISHED = {
     "minimax-m2": (62 * 4096, 62 * 4096, 0, 0, 228.69, 11.03),
     "nemotron-nano-9b-v2": (4 * 4096, 4 * 4096, 0, 27 * mamba2(128, 80), 8.89, 8.89),
     "nemotron-3-nano-30b-a3b": (6 * 1024, 6 * 1024, 0, 23 * mamba2(64, 64), 31.58, 3.58),
+    "jamba-v0.1": (4 * 4096, 4 * 4096, 0, 28 * (STATE * 8192 * 16 + 2 * 3 * 8192), 51.57, 12.1),
+    "olmo-hybrid-7b": (8 * 15_360, 8 * 15_360, 0, 24 * (STATE * 30 * 96 * 192 + 2 * 3 * 11_520), 7.43, 7.43),
+    "ernie-4.5-21b-a3b": (28 * 2048, 28 * 2048, 0, 0, 21.83, 3.35),
+    "solar-open-100b": (48 * 4096, 48 * 4096, 0, 0, 102.65, 12.05),
     "olmo-3-32b": (16 * 4096, 64 * 4096, 48 * 4096 * 4096, 0, 32.23, 32.23),
     "smollm3-3b": (36 * 2048, 36 * 2048, 0, 0, 3.08, 3.08),
     "pysmall": (2048, 2048, 0, 0, 0.0038034, 0.0038034),
@@ -533,3 +547,20 @@ def test_weights_are_those_of_transformers(family):
         weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     counted = read_model(json.loads(config.to_json_string(use_diff=False))).parameters.total
     assert counted == pytest.approx(weights, rel=2e-3)
+
+
+def test_the_guide_names_every_preset_and_every_gpu():
+    from pagedkv.sim.gpus import gpu_names
+
+    table = (Path(__file__).parents[2] / "docs" / "cli.md").read_text().partition("### Known models and GPUs")[2]
+    cells = [line.split("|")[2] for line in table.partition("\n## ")[0].splitlines() if line.startswith("| ")][2:]
+    told = set()
+    for cell in cells:
+        stem = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            if not name.startswith("-"):
+                told.add(name)
+                stem = re.split(r"-(?=e?\d+b)", name)[0]
+            else:
+                told.add(stem + name)
+    assert told == {*preset_names(), *gpu_names()}

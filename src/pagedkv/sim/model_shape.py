@@ -34,7 +34,7 @@ from pagedkv.validate import require_choice
 # Families whose feed-forward has two matrices, not three (no gate), and that tie the output head to the embedding.
 _UNGATED = frozenset(
     "gpt2 gpt_bigcode gpt_neo gpt_neox gptj opt bloom falcon RefinedWeb RefinedWebModel mpt phi starcoder2 nemotron "
-    "nemotron_h codegen persimmon xglm".split()
+    "nemotron_h codegen persimmon xglm apertus".split()
 )
 _TIED = frozenset(
     "gpt2 gpt_bigcode gpt_neo opt bloom falcon mpt gemma gemma2 gemma3 gemma3_text gemma3n_text gemma4_text cohere "
@@ -155,7 +155,10 @@ def _other_mixer(config: ConfigFields, heads: Heads) -> int:
         count, size, groups, state = mamba2(config)
         return hidden * (3 * count * size + 2 * groups * state + count)
     if any(name in config for name in ("mamba_expand", "expand")):
-        return 3 * hidden * hidden * config.integer("mamba_expand", "expand")
+        inner = hidden * config.integer("mamba_expand", "expand")
+        is_stated = config.first(("mamba_dt_rank",))[1] not in (None, "auto")
+        rank = config.integer("mamba_dt_rank") if is_stated else hidden // 16
+        return inner * (3 * hidden + 2 * rank + 2 * config.integer("mamba_d_state", default=16))
     return 4 * hidden * hidden
 
 
@@ -193,7 +196,7 @@ def _shared_size(config: ConfigFields, expert_size: int) -> int:
     stated = config.optional("moe_shared_expert_intermediate_size")
     if stated:
         return stated
-    count = config.integer("n_shared_experts", "num_shared_experts", default=0, low=0)
+    count = config.integer("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", default=0, low=0)
     if count:
         return count * expert_size
     if config.model_type == "llama4_text":
@@ -217,7 +220,7 @@ def _is_sparse(config: ConfigFields, layer: int) -> bool:
     words = config.items("mlp_layer_types") or []
     if layer < len(words):
         return str(words[layer]) != "dense"
-    if layer < config.integer("first_k_dense_replace", default=0, low=0):
+    if layer < config.integer("first_k_dense_replace", "moe_layer_start_index", default=0, low=0):
         return False
     if layer in (config.integers("mlp_only_layers") or ()):
         return False
