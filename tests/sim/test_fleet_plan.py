@@ -163,6 +163,14 @@ def test_requests_larger_than_a_pool_are_no_answer():
     assert found.best is not None and found.best.refused == 0
 
 
+def test_a_pool_too_small_for_everybody_never_answers():
+    found = made(share=0.5, ttft_p99=1.0, memory=1, replicas=(2,), routings=("prefix",))
+    near = found.nearest
+    assert near.refused == TRACE.num_requests and near.share == 0 and np.isnan(near.ttft_p99)
+    assert "refuses 48 requests" in found.verdict and "nan" not in found.verdict and "its p99" not in found.verdict
+    assert found.verdict.count("What would help: a pool of at least") == 1
+
+
 def test_tiers_that_hold_everything_are_one():
     sizes = {outcome.size for outcome in made(share=1.0, ttft_p99=1e-3, disk=(0, 5000, 6000), replicas=(1,)).outcomes}
     assert {size.disk_bytes for size in sizes} == {0, 5000 * BLOCK}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve, lru_curve, shards_curve
     from pagedkv.sim.optimum import optimal
+    from pagedkv.sim.plan_types import FleetOptions, Hardware, Prices
     from pagedkv.sim.planner import plan
     from pagedkv.sim.queueing import Timing
     from pagedkv.sim.reading import read_trace
@@ -24,8 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fleet",
+    "FleetOptions",
     "FleetResult",
+    "Hardware",
     "HitCurve",
+    "Prices",
     "ReplayResult",
     "TierSpec",
     "Tiers",
@@ -46,6 +50,7 @@ __all__ = [
 _HOMES = {
     "curves": ("HitCurve", "lru_curve", "shards_curve"),
     "optimum": ("optimal",),
+    "plan_types": ("FleetOptions", "Hardware", "Prices"),
     "planner": ("plan",),
     "reading": ("read_trace",),
     "queueing": ("Timing",),

@@ -248,7 +248,7 @@ class _Search:
         share = 0.0 if options.share is None else max(0.0, options.share - outcome.share - 1e-12) / options.share
         late = 0.0
         if options.ttft_p99 is not None and not outcome.ttft_p99 <= options.ttft_p99:
-            late = math.log2(outcome.ttft_p99 / options.ttft_p99) if outcome.ttft_p99 > 0 else math.inf
+            late = math.inf if math.isnan(outcome.ttft_p99) else math.log2(outcome.ttft_p99 / options.ttft_p99)
         return outcome.refused, share + late
 
     def one_pool(self, replicas: int) -> float:
@@ -268,7 +268,7 @@ class _Search:
         if options.share is not None and near.share < options.share:
             faults.append(f"it finds {percent(near.share)} of the attainable instead of {share(options.share)}")
             helps.append(self.more_found(near, options.share))
-        if options.ttft_p99 is not None and not near.ttft_p99 <= options.ttft_p99:
+        if options.ttft_p99 is not None and near.ttft_p99 > options.ttft_p99:
             faults.append(f"its p99 TTFT is {duration(near.ttft_p99)} instead of {duration(options.ttft_p99)}")
             helps.append(_sooner(near, options.ttft_p99))
         none = f"None of the {counted(plan.candidates, 'configuration')} gives {wanted(options)}. Nearest comes this"
@@ -311,7 +311,7 @@ def _ordered(plan: FleetPlan) -> str:
     left = plan.candidates - len(plan.outcomes)
     others = f"; the other {left} cost more" if left else ""
     return (
-        f"{_told(best)}: {percent(best.share)} of the attainable, p99 TTFT {duration(best.ttft_p99)}{_priced(plan)}. "
+        f"{_told(best)}: {percent(best.share)} of the attainable, p99 TTFT {soon(best.ttft_p99)}{_priced(plan)}. "
         f"It is the cheapest that gives {wanted(plan.options)}: {len(plan.outcomes)} of "
         f"{counted(plan.candidates, 'configuration')} were replayed{others}."
     )
@@ -319,6 +319,11 @@ def _ordered(plan: FleetPlan) -> str:
 
 def _priced(plan: FleetPlan) -> str:
     return f", {money(plan.nearest.cost)} an hour" if plan.options.prices.are_given else ""
+
+
+def soon(seconds: float) -> str:
+    """Return a time in which something comes; "never" where it did not."""
+    return "never" if math.isnan(seconds) else duration(seconds)
 
 
 def wanted(options: FleetOptions) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from pagedkv.format import count, counted, duration, flops, format_bytes, money, percent, rough_duration, share, short
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.sim.fleet_plan import beneath, wanted
+from pagedkv.sim.fleet_plan import beneath, soon, wanted
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.plan_types import DiskPlan, FleetOutcome, FleetPlan, Memory, Plan, Size
 
@@ -94,7 +94,7 @@ def _bytes(num_bytes: int, what: str = "") -> Figure:
 
 
 def _seconds(seconds: float) -> Figure:
-    return Figure(duration(seconds) if seconds == seconds else "never", seconds)
+    return Figure(soon(seconds), seconds)
 
 
 # What each share of the attainable costs, and what a memory gives.
