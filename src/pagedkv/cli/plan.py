@@ -362,7 +362,7 @@ def _print_screen(plan: Plan, console: Console) -> None:
         console.print()
         console.print(facts_table(figures.fleet_facts(plan.fleet)))
         _print_table(console, figures.fleets(plan.fleet))
-        _print_table(console, figures.configurations(plan.fleet), left=(1, 2))
+        _print_table(console, figures.configurations(plan.fleet), left=(1,))
         console.print(_boxed("what to order", plan.fleet.verdict, "green" if plan.fleet.best else "magenta"))
 
 

@@ -9,7 +9,7 @@ from pagedkv.format import count, counted, duration, flops, format_bytes, money,
 from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.fleet_plan import beneath, soon, wanted
 from pagedkv.sim.model_shape import ModelShape
-from pagedkv.sim.plan_types import DiskPlan, FleetOutcome, FleetPlan, Memory, Plan, Size
+from pagedkv.sim.plan_types import DiskPlan, FleetOutcome, FleetPlan, FleetSize, Memory, Plan, Size
 
 MOST_ROWS = 16
 """Configurations of a fleet that are shown; JSON has all."""
@@ -180,9 +180,10 @@ def fleet_facts(fleet: FleetPlan) -> Facts:
     rates = [f"{short(rate)}B/s from {name}" for name, sizes, rate in tiers if max(sizes)]
     if rates:
         yield "loads", ", ".join(rates)
-    if prices.are_given:
-        each = f"{money(prices.replica_hour)} a replica, {money(prices.gib_hour)} a GiB of RAM"
-        yield "prices", f"{each}, {money(prices.disk_gib_hour)} a GiB of disk, an hour"
+    named = (("a replica", prices.replica_hour), ("a GiB of RAM", prices.gib_hour))
+    costs = [f"{money(cost)} {what}" for what, cost in (*named, ("a GiB of disk", prices.disk_gib_hour)) if cost]
+    if costs:
+        yield "prices", f"{', '.join(costs)}, an hour"
     yield "wanted", f"{wanted(options)}; {len(fleet.outcomes)} of {counted(fleet.candidates, 'configuration')} replayed"
 
 
@@ -210,18 +211,21 @@ def _is(outcome: FleetOutcome, replicas: int, routing: str, least: tuple[int, ..
     return same and (size.routing == routing or replicas == 1 and size.routing == routings[0])
 
 
+def _fleet(size: FleetSize) -> str:
+    return f"{size.replicas} x {size.routing}" if size.replicas > 1 else "1 replica"
+
+
 def configurations(fleet: FleetPlan) -> Figures:
     """Return the cheapest configurations that were replayed, the one to order and the nearest among them."""
     shown = list(fleet.outcomes[:MOST_ROWS])
     if fleet.nearest not in shown:
         shown[-1] = fleet.nearest
     priced, refused = fleet.options.prices.are_given, any(each.refused for each in shown)
-    heads = ["replicas", "routing", "beneath the pool", "of attainable", "TTFT p50", "p99", "waits", "busy"]
+    heads = ["fleet", "beneath the pool", "of attainable", "TTFT p50", "p99", "waits", "busy"]
     heads += ["refused"] * refused + ["an hour"] * priced
     rows = [
         [
-            Figure(count(each.size.replicas), each.size.replicas),
-            Figure(each.size.routing if each.size.replicas > 1 else "–"),
+            Figure(_fleet(each.size), each.size.replicas),
             Figure(beneath(each.size) or "nothing"),
             _ratio(each.share),
             *(_seconds(value) for value in (each.ttft_p50, each.ttft_p99, each.queueing)),
