@@ -135,8 +135,10 @@ def read_parts(page):
 @pytest.mark.parametrize(("share", "model"), [(0.5, "llama-3.1-8b"), (0.99, "gpt-oss-20b"), (0.9, "qwen3.5-9b")])
 def test_screen_and_report_tell_the_same_figures(trace, tmp_path, share, model):
     page = tmp_path / "plan.html"
-    options = ("--memory", "1GiB", "--disk-read", "2GB/s", *FLEET, *PRICES, "--target", share, "--ttft-p99", "90s")
-    result = call("plan", trace, *ARGUMENTS, "--model", model, *options, "--html", page, env={"COLUMNS": "200"})
+    options = ("--gpu", "h200", "--memory", "1GiB", "--disk-read", "2GB/s", "--target", share, "--ttft-p99", "90s")
+    result = call(
+        "plan", trace, *ARGUMENTS, "--model", model, *options, *FLEET, *PRICES, "--html", page, env={"COLUMNS": "200"}
+    )
     assert result.exit_code == 0, result.stderr
     told, shown = numbers_of(result.stdout), numbers_of(read_parts(page))
     assert len(told) > 80 and told ^ shown == set()
@@ -169,6 +171,7 @@ def test_a_gpu_by_name_gives_memory_and_rates(trace):
     weights = told["model"]["parameters"] * 2
     assert told["memory"]["bytes"] == round(0.9 * 80 * 2**30) - weights
     assert told["hardware"]["tflops"] == 989.4
+    assert told["notes"][0] == "a replica has 72 GiB of 1 × h100: 15 GiB for the weights, 57 GiB for its pool"
     own = ("--tflops", 500, "--decode-rate", 30, "--memory", "4GiB")
     told = json.loads(call("plan", trace, *ARGUMENTS, "--gpu", "h100", *own, "--json").stdout)
     assert told["hardware"] == {"tflops": 500.0, "mfu": 0.5, "decode_tokens_per_second": 30.0}

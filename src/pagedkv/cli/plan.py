@@ -274,6 +274,7 @@ def plan(
         own = {"tflops": tflops, "decode_tokens_per_second": decode_tokens_per_second}
         stated = {name: value for name, value in own.items() if value is not None}
         hardware, host_rate = Hardware(mfu=mfu, **stated), 25e9
+        told: tuple[str, ...] = ()
         if gpu is not None:
             on_gpus = replica_on(
                 read_gpu(gpu),
@@ -285,6 +286,7 @@ def plan(
             )
             hardware, host_rate = replace(on_gpus.hardware, **stated), on_gpus.host_bytes_per_second
             size = on_gpus.pool_bytes if size is None else size
+            told = (str(on_gpus),)
         fleet = None
         if replicas is not None:
             if size is None:
@@ -321,6 +323,7 @@ def plan(
                 jobs=jobs,
                 progress=bar("replaying"),
             )
+        made = replace(made, notes=(*told, *made.notes))
         if read.num_skipped:
             console.print(f"{read.num_skipped:,} broken lines skipped", style="yellow")
         if read.num_reordered:

@@ -101,6 +101,13 @@ class ReplicaHardware:
     hardware: Hardware
     host_bytes_per_second: float
 
+    def __str__(self) -> str:
+        memory = format_bytes(self.weight_bytes + self.pool_bytes)
+        weights, pool = format_bytes(self.weight_bytes), format_bytes(self.pool_bytes)
+        return (
+            f"a replica has {memory} of {self.count} × {self.gpu.name}: {weights} for the weights, {pool} for its pool"
+        )
+
 
 def replica_on(
     gpu: Gpu,
