@@ -258,7 +258,7 @@ def plan(
         from pagedkv.sim.disk_plan import measure_read_rate
         from pagedkv.sim.gpus import read_gpu, replica_on
         from pagedkv.sim.model_shape import read_model
-        from pagedkv.sim.plan_types import FleetOptions, Hardware, Prices
+        from pagedkv.sim.plan_types import DISK_READ, HOST_READ, FleetOptions, Hardware, Prices
         from pagedkv.sim.reading import read_trace
 
         goal = planner.checked_share(0.9 if target is None else target)  # before the trace is read, which takes minutes
@@ -273,25 +273,18 @@ def plan(
         shape = read_model(model, kv_dtype=cast("DtypeName | None", kv_dtype), window_as_full=window_as_full)
         own = {"tflops": tflops, "decode_tokens_per_second": decode_tokens_per_second}
         stated = {name: value for name, value in own.items() if value is not None}
-        hardware, host_rate = Hardware(mfu=mfu, **stated), 25e9
-        told: tuple[str, ...] = ()
+        hardware, on_gpus = Hardware(mfu=mfu, **stated), None
         if gpu is not None:
-            on_gpus = replica_on(
-                read_gpu(gpu),
-                shape,
-                count=gpus_per_replica,
-                weight_bits=weight_bits,
-                memory_share=gpu_memory_share,
-                mfu=mfu,
-            )
-            hardware, host_rate = replace(on_gpus.hardware, **stated), on_gpus.host_bytes_per_second
+            bits, share, count = weight_bits, gpu_memory_share, gpus_per_replica
+            on_gpus = replica_on(read_gpu(gpu), shape, count=count, weight_bits=bits, memory_share=share, mfu=mfu)
+            hardware = replace(on_gpus.hardware, **stated)
             size = on_gpus.pool_bytes if size is None else size
-            told = (str(on_gpus),)
         fleet = None
         if replicas is not None:
             if size is None:
                 raise Failure("--replicas: expected the memory of a replica: --memory 40GiB, or --gpu h100")
             asked = fleets_of(replicas, routing)
+            own_link = on_gpus.host_bytes_per_second if on_gpus else HOST_READ
             fleet = FleetOptions(
                 replicas=tuple(dict.fromkeys(each.replicas for each in asked)),
                 routings=tuple(dict.fromkeys(each.name for each in asked)),
@@ -301,8 +294,8 @@ def plan(
                 share=None if target is None and ttft_p99 is not None else goal,
                 ttft_p99=None if ttft_p99 is None else parse_seconds("--ttft-p99", ttft_p99),
                 prices=Prices(price_replica_hour, price_gib_hour, price_disk_gib_hour),
-                host_read=host_rate if host_read is None else parse_rate("--host-read", host_read),
-                disk_read=5e9 if read_rate is None else read_rate,
+                host_read=own_link if host_read is None else parse_rate("--host-read", host_read),
+                disk_read=DISK_READ if read_rate is None else read_rate,
                 shared_read=parse_rate("--shared-read", shared_read),
             )
         console = notes()
@@ -323,7 +316,8 @@ def plan(
                 jobs=jobs,
                 progress=bar("replaying"),
             )
-        made = replace(made, notes=(*told, *made.notes))
+        if on_gpus is not None:
+            made = replace(made, notes=(str(on_gpus), *made.notes))
         if read.num_skipped:
             console.print(f"{read.num_skipped:,} broken lines skipped", style="yellow")
         if read.num_reordered:

@@ -317,6 +317,10 @@ class FleetSize:
         )
 
 
+HOST_READ, DISK_READ, SHARED_READ = 25e9, 5e9, 2.5e9
+"""Bytes per second at which a replica loads where nothing is known: over PCIe 4, from an NVMe disk, from a network."""
+
+
 @dataclass(frozen=True)
 class FleetOptions:
     """What fleets to try, and what the one to order must reach.
@@ -348,9 +352,9 @@ class FleetOptions:
     share: float | None = 0.9
     ttft_p99: float | None = None
     prices: Prices = Prices()
-    host_read: float = 25e9
-    disk_read: float = 5e9
-    shared_read: float = 2.5e9
+    host_read: float = HOST_READ
+    disk_read: float = DISK_READ
+    shared_read: float = SHARED_READ
 
     def __post_init__(self) -> None:
         for name in ("replicas", "routings", "host_memory", "disk", "shared"):
