@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -130,8 +131,8 @@ class _Search:
         """Return every configuration once, the cheapest first; of one replica there is but one routing."""
         options, most = self.options, self.trace.num_distinct * self.bytes_per_block
         made, seen = [], set()
-        beneath = product(sorted(set(options.host_memory)), sorted(set(options.disk)), sorted(set(options.shared)))
-        for replicas, routing, (host, disk, shared) in product(options.replicas, options.routings, list(beneath)):
+        tiers = list(product(*(sorted(set(tier)) for tier in (options.host_memory, options.disk, options.shared))))
+        for replicas, routing, (host, disk, shared) in product(options.replicas, options.routings, tiers):
             routing = routing if replicas > 1 else options.routings[0]
             size = FleetSize(replicas, routing, self.memory, host, disk, shared)
             same = (replicas, routing, min(host, most), min(disk, most), min(shared, most))
@@ -158,11 +159,10 @@ class _Search:
             float(self.model.bytes_per_token),
         )
 
-    @property
-    def largest(self) -> int:
-        """Bytes of the largest request with its answer."""
+    def largest(self, replicas: int) -> int:
+        """Return the bytes of a pool that holds the largest request with its answer, beside windows and states."""
         needs = np.diff(self.trace.offsets) + output_blocks(self.trace)
-        return int(needs.max()) * self.bytes_per_block
+        return int(needs.max()) * self.bytes_per_block + -(-self.load.window_bytes // replicas)
 
     def pool_blocks(self, replicas: int) -> int:
         """Return the blocks of one pool, beside its part of the windows and states of running requests."""
@@ -209,15 +209,16 @@ class _Search:
         pending = dict(enumerate(left))
         if progress:
             progress(len(found), asked)
-        for place, result in _replayed(self.trace, cells, jobs):
-            size = pending.pop(place)
-            outcome = found[size] = self.outcome(size, result)
-            if progress:
-                progress(len(found), asked)
-            if outcome.meets and not to_the_end:
-                limit = min(limit or self.rank(size), self.rank(size))
-            if limit is not None and not to_the_end and all(self.rank(other) > limit for other in pending.values()):
-                break
+        with closing(_replayed(self.trace, cells, jobs)) as outcomes:
+            for place, result in outcomes:
+                size = pending.pop(place)
+                found[size] = self.outcome(size, result)
+                if progress:
+                    progress(len(found), asked)
+                if found[size].meets and not to_the_end:
+                    limit = min(limit or self.rank(size), self.rank(size))
+                    if all(self.rank(other) > limit for other in pending.values()):
+                        break
         return found
 
     def outcome(self, size: FleetSize, result: ReplayResult) -> FleetOutcome:
@@ -264,7 +265,7 @@ class _Search:
         faults, helps = [], []
         if near.refused:
             faults.append(f"it refuses {counted(near.refused, 'request')} larger than a pool")
-            helps.append(f"a pool of at least {format_bytes(self.largest)} for each replica")
+            helps.append(f"a pool of at least {format_bytes(self.largest(near.size.replicas))} for each replica")
         if options.share is not None and near.share < options.share:
             faults.append(f"it finds {percent(near.share)} of the attainable instead of {share(options.share)}")
             helps.append(self.more_found(near, options.share))
@@ -349,7 +350,7 @@ def _told(outcome: FleetOutcome) -> str:
     return f"{counted(size.replicas, 'replica')}{routing}, {tiers}"
 
 
-def _replayed(trace: Trace, cells: Sequence[Cell], jobs: int | None) -> Iterator[tuple[int, ReplayResult]]:
+def _replayed(trace: Trace, cells: Sequence[Cell], jobs: int | None) -> Generator[tuple[int, ReplayResult]]:
     """Replay cells in their order, in this process or in others; who has heard enough closes it."""
     if jobs is None:
         jobs = usable_cores() if len(cells) * trace.num_accesses >= _WORTH_PROCESSES else 1
