@@ -46,7 +46,7 @@ LONELY = {
     "pagedkv.hf.tiers": "what lies beyond a pool; the cache over it only asks before a prompt and tells at its end",
     "pagedkv.server.connections": "what happens below HTTP; `run` only puts it there",
     "pagedkv.server.tokenizer_process": "imported by a process that must not have the server's libraries",
-    "pagedkv.sim.model_config": "a file's fields, checked; what follows from them is `model_shape`",
+    "pagedkv.sim.model_layers": "what one layer keeps; bytes, weights and FLOPs of the whole are `model_shape`",
     "pagedkv.sim.report.facts": "figures of a trace; the charts only draw them",
     "pagedkv.tiers.resp_client": "a protocol, its sockets and its time limits: nothing in it knows of blocks",
 }

@@ -17,6 +17,16 @@ def count(value: float) -> str:
     return f"{round(value):,}"
 
 
+def counted(value: int, what: str) -> str:
+    """Return a number and its noun: 1 replica, 2 replicas."""
+    return f"{count(value)} {what}{'' if value == 1 else 's'}"
+
+
+def money(value: float) -> str:
+    """Return a price, two digits behind the point and more only for small change: 7.40, 0.0125."""
+    return f"{value:,.2f}" if value >= 0.1 or not value else f"{value:.3g}"
+
+
 def round_count(value: float) -> str:
     """Return about three digits: 12,031 stays, 183,166 is 183 k."""
     return count(value) if abs(value) < 20_000 else short(value)

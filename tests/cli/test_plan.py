@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 
@@ -113,13 +114,72 @@ def test_the_report_is_written(trace, tmp_path):
     assert "pagedkv plan chats.jsonl --model llama-3.1-8b --target 0.8 --strategies lru,lfu --skip-bad --html" in text
 
 
-def test_screen_and_report_tell_the_same_figures(trace, tmp_path):
+PARTS = ("levels", "memory", "disk", "fleet", "load", "notes")
+FLEET = ("--replicas", "1,2", "--routing", "sticky,prefix", "--host-memory", "0,1GiB", "--disk", "0,2GB")
+PRICES = ("--price-replica-hour", 2.5, "--price-gib-hour", 0.004, "--price-disk-gib-hour", 0.0001)
+
+
+def numbers_of(text):
+    return set(re.findall(r"\d[\d,]*(?:\.\d+)?", text))
+
+
+def read_parts(page):
+    """The verdict and the sections of a report that tell the plan, without markup."""
+    text = page.read_text(encoding="utf-8")
+    parts = [re.search(rf'<section id="{part}".*?</section>', text, re.DOTALL) for part in PARTS]
+    assert all(parts[:5])
+    verdict = re.search(r'<p class="verdict">(.*?)</p>', text)
+    return html.unescape(re.sub("<[^>]+>", " ", " ".join([verdict[1], *(part[0] for part in parts if part)])))
+
+
+@pytest.mark.parametrize(("share", "model"), [(0.5, "llama-3.1-8b"), (0.99, "gpt-oss-20b"), (0.9, "qwen3.5-9b")])
+def test_screen_and_report_tell_the_same_figures(trace, tmp_path, share, model):
     page = tmp_path / "plan.html"
-    result = call("plan", trace, *ARGUMENTS, "--html", page, env={"COLUMNS": "120"})
-    table = page.read_text(encoding="utf-8").partition("Memory by share of the attainable hit ratio")[2]
-    shown = re.findall(r"<tr><t[dh][^>]*><span>([\d.]+%).*?</t[dh]><td[^>]*>([\d.]+%)", table.partition("</table>")[0])
-    screen = re.findall(r"^[> ]*([\d.]+%) +([\d.]+%)", result.stdout, re.MULTILINE)
-    assert len(shown) == 5 and screen == shown
+    options = ("--gpu", "h200", "--memory", "1GiB", "--disk-read", "2GB/s", "--target", share, "--ttft-p99", "90s")
+    result = call(
+        "plan", trace, *ARGUMENTS, "--model", model, *options, *FLEET, *PRICES, "--html", page, env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0, result.stderr
+    told, shown = numbers_of(result.stdout), numbers_of(read_parts(page))
+    assert len(told) > 80 and told ^ shown == set()
+
+
+def test_a_fleet_is_planned_to_order(trace):
+    options = ("--memory", "4GiB", *FLEET, *PRICES, "--target", 0.5)
+    shown = call("plan", trace, *ARGUMENTS, *options, env={"COLUMNS": "160"})
+    assert shown.exit_code == 0, shown.stderr
+    told = json.loads(call("plan", trace, *ARGUMENTS, *options, "--json").stdout)
+    assert list(told) == [*KEYS[:-1], "fleet", "curves"]
+    fleet = told["fleet"]
+    for words in ("what to order", "k prompt tokens/s, decodes 50 of", "wanted   50% of the attainable", "one pool"):
+        assert words in shown.stdout, words
+    assert " ".join(fleet["verdict"].split()[:6]) in shown.stdout
+    assert fleet["best"] == fleet["nearest"] and fleet["best"]["meets"] and fleet["best"]["share"] >= 0.5
+    assert fleet["options"]["prices"] == {"replica_hour": 2.5, "gib_hour": 0.004, "disk_gib_hour": 0.0001}
+    assert fleet["candidates"] == (1 + 2) * 2 * 2 and len(fleet["one_pool"]) == 2
+    assert all(outcome["cost"] >= 2.5 for outcome in fleet["outcomes"])
+
+
+def test_a_time_alone_may_be_wanted_of_a_fleet(trace):
+    options = ("--memory", "1GiB", "--replicas", 2, "--routing", "prefix", "--ttft-p99", "10min", "--json")
+    fleet = json.loads(call("plan", trace, *ARGUMENTS, *options).stdout)["fleet"]
+    assert fleet["options"]["share"] is None and fleet["options"]["ttft_p99"] == 600
+
+
+def test_a_gpu_by_name_gives_memory_and_rates(trace):
+    told = json.loads(call("plan", trace, *ARGUMENTS, "--gpu", "h100", "--json").stdout)
+    weights = told["model"]["parameters"] * 2
+    assert told["memory"]["bytes"] == round(0.9 * 80 * 2**30) - weights
+    assert told["hardware"]["tflops"] == 989.4
+    assert told["notes"][0] == "a replica has 72 GiB of 1 × h100: 15 GiB for the weights, 57 GiB for its pool"
+    own = ("--tflops", 500, "--decode-rate", 30, "--memory", "4GiB")
+    told = json.loads(call("plan", trace, *ARGUMENTS, "--gpu", "h100", *own, "--json").stdout)
+    assert told["hardware"] == {"tflops": 500.0, "mfu": 0.5, "decode_tokens_per_second": 30.0}
+    assert told["memory"]["bytes"] == 2**32
+    more = ("--gpu", "h100", "--gpus-per-replica", 2, "--weight-bits", 8, "--gpu-memory-share", 0.8)
+    told = json.loads(call("plan", trace, *ARGUMENTS, *more, "--json").stdout)
+    assert told["memory"]["bytes"] == round(2 * 0.8 * 80 * 2**30) - weights // 2
+    assert told["hardware"]["tflops"] == 2 * 1978.9
 
 
 @pytest.mark.parametrize(
@@ -143,7 +203,24 @@ def test_screen_and_report_tell_the_same_figures(trace, tmp_path):
         (("--disk-read", "1GB"), "--disk-read: expected a rate such as 1.0GB/s"),
         (("--disk-read", "0GB/s"), "--disk-read: expected a rate such as 1.0GB/s"),
         (("--kv-dtype", "int3"), "error: --kv-dtype: expected one of float16"),
-        (("--model", "no-such-model"), "expected a config.json, a folder with one, or one of deepseek-v3"),
+        (("--model", "no-such-model"), "a model of the local hub cache, or a known name: deepseek-v3, deepseek-v3.2"),
+        (("--model", "qwen3.5-35b"), "a known name: qwen3.5-35b-a3b"),
+        (("--gpu", "h101"), "error: --gpu: expected one of h100, "),
+        (("--gpu", "l4", "--model", "llama-3.1-70b"), "--gpus-per-replica: expected at least 7: 70.6 B weights"),
+        (("--replicas", "2"), "--replicas: expected the memory of a replica: --memory 40GiB, or --gpu h100"),
+        (("--replicas", "many", "--memory", "1GiB"), "--replicas, --routing: expected numbers and names"),
+        (("--replicas", "2", "--routing", "no-such", "--memory", "1GiB"), "no-such"),
+        (("--replicas", "2", "--memory", "1GiB", "--ttft-p99", "2"), "--ttft-p99: expected a time such as 2s or 500ms"),
+        (
+            ("--replicas", "2", "--memory", "1GiB", "--host-memory", ","),
+            "--host-memory: expected sizes such as 0,60GiB",
+        ),
+        (
+            ("--replicas", "2", "--memory", "1GiB", "--disk", "1MiB"),
+            "--disk: expected 0, or at least a block of 64 MiB",
+        ),
+        (("--replicas", "2", "--memory", "1GiB", "--shared-read", "fast"), "--shared-read: expected a rate such as"),
+        (("--replicas", "2", "--memory", "1GiB", "--price-gib-hour", "-1"), "expected a number"),
         (("--model", "{"), "model config inline JSON: expected a JSON object"),
         (("--model", '{"hidden_size": "x"}'), "hidden_size: expected an int in 1"),
         (("--html", "/no/such/folder/plan.html"), "--html: expected a file in a folder that exists"),

@@ -15,10 +15,13 @@ import numpy as np
 import pytest
 from tests.cli.commands import call, start
 
-from pagedkv.cli.replay import ReplayFacts, closed_gap
+from pagedkv.cli.replay import ReplayFacts
 from pagedkv.cli.replay_options import split_names
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.curves import lru_curve
+from pagedkv.sim.measures import closed_gap
+from pagedkv.sim.optimum import optimal
+from pagedkv.sim.queueing import Timing
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.replayer import ReplayResult, replay
 from pagedkv.sim.replicas import Fleet
@@ -26,6 +29,7 @@ from pagedkv.sim.sweeps import parse_capacities, spread_capacities
 from pagedkv.sim.tiered import Tiers, TierSpec
 
 KEYS = ["strategy", "blocks", "accesses", "hit_blocks", "hit_ratio", "token_hit_ratio", "reclaimed", "seconds"]
+IN_TIERS = ["--timed", "--tiers", "disk:5", "--bytes-per-token", "1"]
 MINE = """
 from pagedkv.control.strategies import LRU
 
@@ -189,8 +193,12 @@ def test_in_time_requests_can_be_preempted_and_refused(trace):
     facts = json.loads(
         replayed(trace, "-b", "20,60,1k", "--timed", "--prefill-rate", 2000, "--decode-rate", 1, "-s", "lru")
     )
-    assert [list(cell) for cell in facts["cells"]] == [[*KEYS, "preempted", "refused"]] * 3
-    assert facts["timing"] == {"prefill_tokens_per_second": 2000, "decode_tokens_per_second": 1}
+    assert [list(cell) for cell in facts["cells"]] == [[*KEYS, "preempted", "refused", "waits"]] * 3
+    assert facts["timing"] == {
+        "prefill_tokens_per_second": 2000,
+        "decode_tokens_per_second": 1,
+        "bytes_per_token": 0,
+    }
     tight, middle, wide = facts["cells"]
     assert tight["refused"] > 0 and middle["preempted"] > 0
     assert wide["refused"] == wide["preempted"] == 0
@@ -227,7 +235,7 @@ def test_a_strategy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeyp
     assert "NotANumber.score_blocks: expected to return integers" in error
 
 
-TIERED = ["pool_hit_blocks", "pool_hit_ratio", "tiers", "restart"]
+TIERED = ["pool_hit_blocks", "pool_hit_ratio", "tiers", "restart", "attained"]
 
 
 def test_tiers_are_told_in_json_csv_table_and_report(trace, tmp_path):
@@ -294,6 +302,55 @@ def test_a_fleet_is_told_in_json_csv_and_table(trace):
         assert row in table
     assert len(json.loads(replayed(trace, "-b", 60, "--replicas", 2))["cells"]) == 4, "every policy by default"
     assert "fleet" not in replayed(trace, "-b", 60, "-s", "lru")
+
+
+def test_fleets_with_tiers_in_time_are_told_in_json_csv_table_and_report_with_the_same_digits(trace, tmp_path):
+    page, file = tmp_path / "page.html", tmp_path / "cells.csv"
+    options = ("-b", "60,90", "--replicas", "1,3", "--routing", "round_robin,prefix", "--tiers", "host:50,shared:25%")
+    options += ("--timed", "--prefill-rate", 500, "--decode-rate", 20, "--bytes-per-token", "1KB")
+    options += ("--tier-speeds", "host:2MB/s,shared:1MB", "--tier-latencies", "shared:0.01")
+    facts = msgspec.json.decode(replayed(trace, *options, "--html", page, "--csv", file), type=ReplayFacts, strict=True)
+    read = read_trace(trace)
+    levels = [
+        TierSpec("host", 50, bytes_per_second=2e6),
+        TierSpec("shared", -(-read.num_distinct // 4), bytes_per_second=1e6, latency=0.01),
+    ]
+    fleets = [Fleet(1, "round_robin"), Fleet(3, "round_robin"), Fleet(3, "prefix")]
+    asked = [(fleet, blocks) for fleet in fleets for blocks in (60, 90)]
+    timing = Timing(500, 20, 1000)
+    expected = [replay(read, blocks, timing=timing, tiers=levels, fleet=fleet) for fleet, blocks in asked]
+    rows = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+    for cell, row, result in zip(facts.cells, rows, expected, strict=True):
+        best = optimal(read, result.blocks, tiers=levels, order=result.order)
+        assert cell.attained == result.hit_blocks / best.hit_blocks <= 1
+        told = [*map(result.ttft_percentile, (50, 90, 99)), result.mean_queueing, result.utilisation.tolist()]
+        assert list(msgspec.structs.astuple(cell.waits)) == told and told[2] > told[0] > 0
+        assert (float(row["ttft_p99"]), float(row["attained"])) == (told[2], cell.attained)
+        assert row["utilisation"] == " ".join(map(str, told[-1])) and int(row["shared_written"]) > 0
+    assert facts.tiers.levels[1].latency == 0.01 and facts.timing["bytes_per_token"] == 1000
+    table, report = call("replay", trace, *options).stdout, page.read_text(encoding="utf-8")
+    for result in expected:
+        for digits in (f"{result.ttft_percentile(99):.2f}", f"{result.mean_queueing:.2f}", f"{result.hit_ratio:.2%}"):
+            assert digits in table and f">{digits}<" in report
+    for words in (
+        "seconds to the first token, p99",
+        "utilisation, the busiest replica",
+        "lru, 3 x prefix",
+        "shared tier",
+    ):
+        assert words in table and words in report
+
+
+def test_the_optimum_over_a_fleet_and_its_tiers_is_one_row(trace, tmp_path):
+    page = tmp_path / "page.html"
+    options = ("-b", 60, "--replicas", "1,3", "--routing", "prefix", "--tiers", "shared:50", "-s", "optimal,lru")
+    cells = json.loads(replayed(trace, *options, "--html", page))["cells"]
+    assert [(cell["strategy"], "fleet" in cell) for cell in cells] == [("optimal", False), ("lru", True), ("lru", True)]
+    read = read_trace(trace)
+    assert cells[0]["hit_blocks"] == optimal(read, 110).hit_blocks == cells[1]["hit_blocks"] / cells[1]["attained"]
+    rows = list(csv.DictReader(io.StringIO(call("replay", trace, *options, "--csv", "-").stdout)))
+    assert [row["shared_hit_blocks"] == "" for row in rows] == [True, False, False]
+    assert "best possible" in page.read_text(encoding="utf-8")
 
 
 def test_a_routing_policy_of_ones_own_from_the_folder_at_hand(trace, tmp_path, monkeypatch):
@@ -367,8 +424,17 @@ def test_all_strategies_are_those_without_arguments(trace):
             "--exclusive goes with --tier-writes reclaim",
         ),
         (["--tiers", "disk:5", "--tier-strategy", "no_such"], "--tier-strategy: expected one of adaptive"),
-        (["--tiers", "disk:5", "-s", "optimal"], "the optimum knows of one pool"),
-        (["--tiers", "disk:5", "--timed"], "--timed knows no tiers and no restart"),
+        (["--tiers", "shared:5,disk:6"], "--tiers: expected the shared one last, got shared, disk"),
+        (["--restart-at", "50%", "--timed"], "--timed knows no restart"),
+        (["--bytes-per-token", "5"], "--bytes-per-token needs --timed"),
+        (["--timed", "--bytes-per-token", "many"], "--bytes-per-token: expected a size such as"),
+        (["--tiers", "disk:5", "--tier-speeds", "disk:2GB"], "--tier-speeds needs --timed and --tiers"),
+        (["--timed", "--tier-latencies", "disk:1"], "--tier-latencies needs --timed and --tiers"),
+        (["--timed", "--tiers", "disk:5", "--tier-speeds", "disk:2GB"], "--tier-speeds needs --bytes-per-token"),
+        ([*IN_TIERS, "--tier-speeds", "host:2GB"], "--tier-speeds: expected tiers of --tiers such as disk:…"),
+        ([*IN_TIERS, "--tier-speeds", "disk:fast"], "--tier-speeds: expected a size such as"),
+        ([*IN_TIERS, "--tier-latencies", "disk:soon"], "--tier-latencies: expected seconds, got 'soon'"),
+        ([*IN_TIERS, "--tier-latencies", "disk:-1"], "--tier-latencies: expected a number of at least 0"),
         (["--exclusive"], "--exclusive needs --tiers"),
         (["--tier-writes", "finish"], "--tier-writes needs --tiers"),
         (["--restart-at", "soon"], "--restart-at: expected a moment such as 50%, 90s, 30min or 1h, got 'soon'"),
@@ -380,10 +446,11 @@ def test_all_strategies_are_those_without_arguments(trace):
         (["--replicas", "2", "--routing", "fastest"], "--routing: expected module:Class or one of round_robin"),
         (["--replicas", "2", "--routing", "no_such:Thing"], "cannot be imported and made: ModuleNotFoundError"),
         (["--replicas", "8", "-b", "7"], "--blocks: expected at least one for each of 8 replicas, got 7"),
-        (["--replicas", "2", "--timed"], "--replicas knows no time, no tiers and no restart"),
-        (["--replicas", "2", "--tiers", "disk:5"], "--replicas knows no time, no tiers and no restart"),
-        (["--replicas", "2", "-s", "optimal"], "the optimum knows of one pool, without replicas"),
-        (["--replicas", "2", "--html", "page.html"], "--html shows one pool: leave --replicas out"),
+        (
+            ["--replicas", "8", "-b", "9", "--tiers", "disk:7"],
+            "--tiers: expected at least one block for each of 8 replicas, got 7",
+        ),
+        (["--replicas", "2", "--timed", "-s", "optimal"], "the optimum knows no time"),
         (["--jobs", "0"], "error: --jobs: expected an int in 1"),
         (["--json", "--csv", "-"], "both want stdout"),
         (["--csv", "/no/such/folder/cells.csv"], "--csv: expected a file in a folder that exists"),

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.contracts.user_strategies import SmallestFirst
+from tests.sim.traces import chained_traces
 
 from pagedkv import BlockRemoved, BlockStored, InvalidOperation
 from pagedkv.control.content_cache import ContentCache
@@ -146,3 +150,30 @@ def test_what_is_in_use_or_pinned_is_not_dropped():
     cache.check()
     with pytest.raises(InvalidOperation, match="ids: expected a flat int32 or int64 array"):
         cache.drop_tail([1, 2])
+
+
+@pytest.mark.parametrize("strategy", ["lru", "s3fifo", SmallestFirst()], ids=str)
+@given(trace=chained_traces(), blocks=st.integers(1, 20), listens=st.booleans())
+def test_what_is_remembered_as_given_up_is_what_events_say(strategy, trace, blocks, listens):
+    heard, cache, told = [], ContentCache(blocks, strategy), ContentCache(blocks, strategy)
+    held = {}
+
+    def hear(event):
+        if isinstance(event, BlockStored):
+            held[event.block_id] = event.token_ids[0]
+        else:
+            heard.append(held[event.block_id])
+
+    told.subscribe(hear)
+    cache.remember_given_up()
+    unsubscribe = cache.subscribe(lambda event: None)
+    if not listens:
+        unsubscribe()
+    ids = trace.ids.astype(np.int64)
+    for start, stop in zip(trace.offsets[:-1].tolist(), trace.offsets[1:].tolist(), strict=True):
+        for each in (cache, told):
+            each.run(ids, np.array([start, stop]))
+            each.drop_tail(ids[start : start + (stop - start) // 2])
+        assert cache.take_given_up().tolist() == heard
+        assert not len(cache.take_given_up())
+        heard.clear()

@@ -43,4 +43,4 @@ def test_the_guide_tells_what_happens(tmp_path, monkeypatch, capsys):
             said = " ".join((heard.out + heard.err).replace("*", " ").split())
             assert [line for line in promised if line not in said] == [] and promised
             commands += 1
-    assert commands == 2 and [line for line in PRINTED if line not in printed] == []
+    assert commands == 5 and [line for line in PRINTED if line not in printed] == []

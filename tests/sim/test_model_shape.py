@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -38,22 +39,92 @@ def kinds(**changes):
     return "".join(layer.kind[0] for layer in read_model(small(**changes)).layers)
 
 
-# name: bytes per token over full layers, over all layers, windows of a sequence, billions of parameters (all, active)
+MIB = 2**20
+STATE = 4  # bytes of an element of a recurrent state: float32
+
+
+def mamba2(heads, size, groups=8, state=128):
+    return STATE * heads * size * state + 2 * 3 * (heads * size + 2 * groups * state)
+
+
+def delta(values, keys=16, size=128):
+    return STATE * values * size * size + 2 * 3 * (2 * keys + values) * size
+
+
+# By hand, from head counts alone. Name: bytes per token over full layers, over all layers, windows of a sequence,
+# states of a sequence, billions of parameters (all, active).
 PUBLISHED = {
-    "llama-3.1-8b": (131_072, 131_072, 0, 8.03, 8.03),
-    "llama-3.1-70b": (327_680, 327_680, 0, 70.55, 70.55),
-    "llama-3.1-405b": (516_096, 516_096, 0, 405.85, 405.85),
-    "qwen3-8b": (147_456, 147_456, 0, 8.19, 8.19),
-    "qwen3-32b": (262_144, 262_144, 0, 32.76, 32.76),
-    "qwen3-30b-a3b": (98_304, 98_304, 0, 30.53, 3.35),
-    "mistral-7b": (131_072, 131_072, 0, 7.25, 7.25),
-    "mixtral-8x7b": (131_072, 131_072, 0, 46.70, 12.88),
-    "gemma-2-9b": (21 * 8192, 42 * 8192, 21 * 8192 * 4096, 9.24, 9.24),
-    "gemma-3-27b": (10 * 8192, 62 * 8192, 52 * 8192 * 1024, 27.01, 27.01),
-    "deepseek-v3": (61 * 576 * 2, 70_272, 0, 671.03, 37.55),
-    "gpt-oss-20b": (12 * 2048, 24 * 2048, 12 * 2048 * 128, 20.91, 4.19),
-    "gpt-oss-120b": (18 * 2048, 36 * 2048, 18 * 2048 * 128, 116.79, 5.71),
-    "pysmall": (2048, 2048, 0, 0.0038034, 0.0038034),
+    "llama-3.1-8b": (131_072, 131_072, 0, 0, 8.03, 8.03),
+    "llama-3.1-70b": (327_680, 327_680, 0, 0, 70.55, 70.55),
+    "llama-3.1-405b": (516_096, 516_096, 0, 0, 405.85, 405.85),
+    "llama-3.2-3b": (28 * 4096, 28 * 4096, 0, 0, 3.21, 3.21),
+    "llama-4-scout": (12 * 4096, 48 * 4096, 36 * 4096 * 8192, 0, 107.77, 17.17),
+    "llama-4-maverick": (12 * 4096, 48 * 4096, 36 * 4096 * 8192, 0, 400.71, 17.18),
+    "qwen3-4b": (36 * 4096, 36 * 4096, 0, 0, 4.02, 4.02),
+    "qwen3-8b": (147_456, 147_456, 0, 0, 8.19, 8.19),
+    "qwen3-14b": (40 * 4096, 40 * 4096, 0, 0, 14.77, 14.77),
+    "qwen3-32b": (262_144, 262_144, 0, 0, 32.76, 32.76),
+    "qwen3-30b-a3b": (98_304, 98_304, 0, 0, 30.53, 3.35),
+    "qwen3-235b-a22b": (94 * 2048, 94 * 2048, 0, 0, 235.09, 22.19),
+    "qwen3-coder-480b-a35b": (62 * 4096, 62 * 4096, 0, 0, 480.15, 35.47),
+    "qwen3-next-80b-a3b": (12 * 2048, 12 * 2048, 0, 36 * delta(32), 79.67, 3.87),
+    "qwen3.5-4b": (8 * 4096, 8 * 4096, 0, 24 * delta(32), 4.21, 4.21),
+    "qwen3.5-9b": (8 * 4096, 8 * 4096, 0, 24 * delta(32), 8.95, 8.95),
+    "qwen3.5-27b": (16 * 4096, 16 * 4096, 0, 48 * delta(48), 26.90, 26.90),
+    "qwen3.5-35b-a3b": (10 * 2048, 10 * 2048, 0, 30 * delta(32), 34.66, 3.45),
+    "qwen3.5-397b-a17b": (15 * 2048, 15 * 2048, 0, 45 * delta(64), 396.35, 17.35),
+    "mistral-7b": (131_072, 131_072, 0, 0, 7.25, 7.25),
+    "ministral-3-8b": (34 * 4096, 34 * 4096, 0, 0, 8.49, 8.49),
+    "mistral-small-4-119b": (36 * 320 * 2, 36 * 320 * 2, 0, 0, 119.0, 6.63),
+    "mixtral-8x7b": (131_072, 131_072, 0, 0, 46.70, 12.88),
+    "mixtral-8x22b": (56 * 4096, 56 * 4096, 0, 0, 140.63, 39.16),
+    "gemma-2-9b": (21 * 8192, 42 * 8192, 21 * 8192 * 4096, 0, 9.24, 9.24),
+    "gemma-3-4b": (5 * 4096, 34 * 4096, 29 * 4096 * 1024, 0, 3.88, 3.88),
+    "gemma-3-12b": (8 * 8192, 48 * 8192, 40 * 8192 * 1024, 0, 11.77, 11.77),
+    "gemma-3-27b": (10 * 8192, 62 * 8192, 52 * 8192 * 1024, 0, 27.01, 27.01),
+    "gemma-4-e2b": (3 * 2048, 3 * 2048 + 12 * 1024, 12 * 1024 * 512, 0, 4.63, 4.63),
+    "gemma-4-e4b": (4 * 4096, 4 * 4096 + 20 * 2048, 20 * 2048 * 512, 0, 7.46, 7.46),
+    "gemma-4-26b-a4b": (5 * 4096, 5 * 4096 + 25 * 8192, 25 * 8192 * 1024, 0, 25.2, 3.82),
+    "gemma-4-31b": (10 * 8192, 10 * 8192 + 50 * 16_384, 50 * 16_384 * 1024, 0, 30.7, 30.7),
+    "deepseek-v3": (61 * 576 * 2, 70_272, 0, 0, 671.03, 37.55),
+    "deepseek-v3.2": (61 * (576 + 128) * 2, 85_888, 0, 0, 671.88, 38.40),
+    # 21 layers keep 512 + 128 elements for four tokens, 20 keep 512 for 128; all a window of 128 vectors, two of them
+    # nothing else; and the values and gates of unfinished entries, twice and twice as wide where these overlap.
+    "deepseek-v4-flash": (
+        2 * (21 * 160 + 20 * 4),
+        2 * (21 * 160 + 20 * 4 + 2 * 512),
+        2 * 2 * 512 * 128,
+        2 * (41 * 128 * 512 + 21 * 2 * 8 * 2 * 640 + 20 * 2 * 128 * 512),
+        284.3,
+        13.76,
+    ),
+    "deepseek-v4-pro": (
+        2 * (30 * 160 + 31 * 4),
+        2 * (30 * 160 + 31 * 4),
+        0,
+        2 * (61 * 128 * 512 + 30 * 2 * 8 * 2 * 640 + 31 * 2 * 128 * 512),
+        1573.0,
+        49.69,
+    ),
+    "kimi-k2": (70_272, 70_272, 0, 0, 1026.4, 32.86),
+    "kimi-linear-48b-a3b": (7 * 576 * 2, 7 * 576 * 2, 0, 20 * delta(32, keys=32), 49.12, 3.48),
+    "glm-4.5": (92 * 4096, 92 * 4096, 0, 0, 352.8, 33.63),
+    "glm-4.5-air": (46 * 4096, 46 * 4096, 0, 0, 106.85, 13.42),
+    "glm-4.7-flash": (47 * 576 * 2, 47 * 576 * 2, 0, 0, 29.94, 3.90),
+    "glm-5": (78 * (576 + 128) * 2, 78 * (576 + 128) * 2, 0, 0, 743.9, 41.78),
+    "gpt-oss-20b": (12 * 2048, 24 * 2048, 12 * 2048 * 128, 0, 20.91, 4.19),
+    "gpt-oss-120b": (18 * 2048, 36 * 2048, 18 * 2048 * 128, 0, 116.79, 5.71),
+    "minimax-m2": (62 * 4096, 62 * 4096, 0, 0, 228.69, 11.03),
+    "nemotron-nano-9b-v2": (4 * 4096, 4 * 4096, 0, 27 * mamba2(128, 80), 8.89, 8.89),
+    "nemotron-3-nano-30b-a3b": (6 * 1024, 6 * 1024, 0, 23 * mamba2(64, 64), 31.58, 3.58),
+    "granite-4.0-h-micro": (4 * 2048, 4 * 2048, 0, 36 * mamba2(64, 64, groups=1), 3.19, 3.19),
+    "jamba-v0.1": (4 * 4096, 4 * 4096, 0, 28 * (STATE * 8192 * 16 + 2 * 3 * 8192), 51.57, 12.1),
+    "olmo-hybrid-7b": (8 * 15_360, 8 * 15_360, 0, 24 * (STATE * 30 * 96 * 192 + 2 * 3 * 11_520), 7.43, 7.43),
+    "ernie-4.5-21b-a3b": (28 * 2048, 28 * 2048, 0, 0, 21.83, 3.35),
+    "solar-open-100b": (48 * 4096, 48 * 4096, 0, 0, 102.65, 12.05),
+    "olmo-3-32b": (16 * 4096, 64 * 4096, 48 * 4096 * 4096, 0, 32.23, 32.23),
+    "smollm3-3b": (36 * 2048, 36 * 2048, 0, 0, 3.08, 3.08),
+    "pysmall": (2048, 2048, 0, 0, 0.0038034, 0.0038034),
 }
 
 
@@ -63,13 +134,39 @@ def test_there_is_a_figure_for_every_preset():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_figures(name):
-    full, every, windows, total, active = PUBLISHED[name]
+    full, every, windows, states, total, active = PUBLISHED[name]
     model = read_model(name)
-    assert (model.name, model.kv_dtype, model.notes) == (name, "bfloat16", ())
+    assert (model.name, model.kv_dtype) == (name, "bfloat16")
+    assert len(model.notes) == ("none" in {layer.kind for layer in model.layers})
     assert (model.bytes_per_token, model.bytes_per_token_all_layers) == (full, every)
-    assert model.window_bytes_per_sequence == windows
+    assert (model.window_bytes_per_sequence, model.state_bytes_per_sequence) == (windows, states)
+    assert model.bytes_of(1000, sequences=3) == 1000 * full + 3 * (windows + states)
     assert model.parameters.total / 1e9 == pytest.approx(total, rel=2e-3)
     assert model.parameters.active / 1e9 == pytest.approx(active, rel=2e-3)
+
+
+def test_every_preset_says_where_its_figures_are_from():
+    for name in preset_names():
+        assert json.loads((PRESETS / f"{name}.json").read_text())["_source"]
+
+
+# Not of the kind of which there is a model for text alone, and of which transformers reads the heads otherwise.
+NOT_COUNTED = ("mistral-small-4-119b", "gemma-4-26b-a4b", "gemma-4-31b", "gemma-3-27b")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(PUBLISHED) - {*NOT_COUNTED}))
+def test_presets_have_as_many_parameters_as_transformers_makes(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = json.loads((PRESETS / f"{name}.json").read_text())
+    del config["_source"]
+    config["model_type"] = {"kimi_k2": "deepseek_v3"}.get(config["model_type"], config["model_type"])
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    counted = sum(weights.numel() for weights in made.parameters())
+    assert read_model(name).parameters.total == pytest.approx(counted, rel=1e-3)
 
 
 def test_the_preset_of_the_shipped_model_is_its_config():
@@ -88,6 +185,111 @@ def test_every_way_to_name_a_model_reads_the_same(tmp_path):
     models = [read_model(way) for way in (file, str(file.parent), other, json.dumps(SMALL), SMALL)]
     assert [model.name for model in models] == ["tiny", "tiny", "shape", "llama", "llama"]
     assert len({model.layers for model in models}) == 1 and len({model.parameters for model in models}) == 1
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A cache of Hugging Face's hub with two models, one of them under two owners."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for owner, name, layers in (("acme", "Tiny-1B", 3), ("acme", "Twice", 1), ("other", "Twice", 2)):
+        folder = tmp_path / f"models--{owner}--{name}"
+        for revision, count in (("aaa", layers + 10), ("bbb", layers)):
+            (folder / "snapshots" / revision).mkdir(parents=True)
+            (folder / "snapshots" / revision / "config.json").write_text(json.dumps(small(num_hidden_layers=count)))
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("bbb\n")
+
+
+def test_a_model_of_the_local_hub_cache_is_known_by_its_name(hub):
+    for name in ("acme/Tiny-1B", "Tiny-1B", "ACME/tiny-1b"):
+        model = read_model(name)
+        assert (model.name, model.num_layers) == (name, 3)
+    assert read_model("other/Twice").num_layers == 2
+    with pytest.raises(ModelConfigError, match="acme/Twice|other/Twice"):
+        read_model("Twice")
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ("qwen3.5-35b", "qwen3.5-35b-a3b"),
+        ("Qwen/Qwen3-8B-Instruct", "qwen3-8b"),
+        ("deepseek-v32", "deepseek-v3.2"),
+        ("gemma4-31b", "gemma-4-31b"),
+        ("kimi", "kimi-k2, kimi-linear-48b-a3b"),
+        ("tiny-1", "acme/Tiny-1B"),
+    ],
+)
+def test_a_model_that_is_not_known_is_answered_with_those_like_it(hub, asked, meant):
+    with pytest.raises(ModelConfigError) as failure:
+        read_model(asked)
+    assert meant in str(failure.value) and "llama-3.1-405b" not in str(failure.value)
+
+
+def test_a_model_like_no_other_is_answered_with_all():
+    with pytest.raises(ModelConfigError) as failure:
+        read_model("no-such-preset")
+    assert all(name in str(failure.value) for name in preset_names())
+
+
+def test_a_sparse_indexer_bounds_what_attention_costs():
+    changes = {"kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    changes |= {"index_head_dim": 2, "index_n_heads": 3, "index_topk": 10}
+    model = read_model(small(**changes))
+    assert model.bytes_per_token == 4 * (8 + 4 + 2) * 2
+    per_token = 2 * model.parameters.per_token
+    by_hand = sum(per_token + 2 * 4 * (8 * (8 + 8) * min(seen, 10) + 3 * 2 * seen) for seen in range(1, 51))
+    assert float(model.prefill_flops(50)) == by_hand
+
+
+@pytest.mark.parametrize(
+    ("changes", "bytes_of_state"),
+    [
+        (
+            {"layer_types": ["mamba"] * 3 + ["attention"], "mamba_d_state": 16, "mamba_d_conv": 4},
+            4 * 128 * 16 + 2 * 3 * 128,
+        ),
+        ({"layer_types": ["conv"] * 3 + ["full_attention"], "conv_L_cache": 3}, 2 * 2 * 64),
+        ({"model_type": "minimax", "layer_types": ["linear_attention"] * 3 + ["full_attention"]}, 4 * 8 * 8 * 8),
+        (
+            {"layer_types": ["mamba"] * 3 + ["attention"], "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 16},
+            4 * 4 * 8 * 16 + 2 * 3 * (32 + 32),
+        ),
+        ({"layer_types": ["linear_attention"] * 3 + ["full_attention"]}, 0),
+        ({"cross_attention_layers": [0, 1, 2], "conv_L_cache": 3}, 0),
+    ],
+)
+def test_states_of_layers_without_attention(changes, bytes_of_state):
+    model = read_model(small(**changes))
+    assert model.state_bytes_per_sequence == 3 * bytes_of_state
+    assert model.bytes_per_token == 64 and model.bytes_of(0, sequences=2) == 2 * 3 * bytes_of_state
+
+
+def test_a_state_that_is_not_known_is_said_to_be_left_out():
+    unknown = read_model(small(layer_types=["linear_attention"] * 3 + ["full_attention"]))
+    assert "not counted" in unknown.notes[0]
+    assert "not counted" not in read_model("qwen3-next-80b-a3b").notes[0]
+
+
+def test_layers_beside_attention_keep_their_state_too():
+    model = read_model(small(model_type="falcon_h1", mamba_n_heads=4, mamba_d_head=8, mamba_d_state=16))
+    assert model.bytes_per_token == 4 * 64 and model.state_bytes_per_sequence == 4 * (
+        4 * 4 * 8 * 16 + 2 * 3 * (32 + 32)
+    )
+
+
+def test_compressed_layers_are_read_under_their_old_and_new_names():
+    old = json.loads((PRESETS / "deepseek-v4-flash.json").read_text())
+    words = {0: "sliding_attention", 4: "compressed_sparse_attention", 128: "heavily_compressed_attention"}
+    new = {name: value for name, value in old.items() if name != "compress_ratios"}
+    new["layer_types"] = [words[ratio] for ratio in old["compress_ratios"]]
+    assert read_model(new).layers == read_model({**old, "compress_ratios": [*old["compress_ratios"], 0, 0]}).layers
+    with pytest.raises(ModelConfigError, match="compress_ratios: expected an entry for each of 43 layers, got nothing"):
+        read_model({name: value for name, value in new.items() if name != "layer_types"})
+    with pytest.raises(ModelConfigError, match="43 layers, got 3"):
+        read_model({**old, "compress_ratios": [4, 4, 4]})
+    with pytest.raises(ModelConfigError, match="divisors of 640"):
+        read_model({**old, "compress_ratios": [3] * 43})
 
 
 def test_bytes_follow_the_element_type():
@@ -325,6 +527,7 @@ def test_a_config_with_odd_fields_is_read_or_refused(preset, data):
     config = json.loads((PRESETS / f"{preset}.json").read_text())
     extra = ["sliding_window", "layer_types", "kv_lora_rank", "num_experts", "attn_layer_period", "block_types"]
     extra += ["attention_types", "hybrid_override_pattern", "linear_attn_config", "moe_layer_freq", "global_head_dim"]
+    extra += ["compress_ratios", "mlp_layer_types", "linear_num_heads", "mamba_num_heads", "conv_L_cache"]
     extra += ["attention_chunk_size", "no_rope_layers", "full_attention_interval", "text_config", "mamba_expand"]
     names = st.sampled_from(sorted(config) + extra)
     config |= data.draw(st.dictionaries(names, st.sampled_from(ODD), min_size=1, max_size=3))
@@ -345,3 +548,20 @@ def test_weights_are_those_of_transformers(family):
         weights = transformers.AutoModelForCausalLM.from_config(config).num_parameters()
     counted = read_model(json.loads(config.to_json_string(use_diff=False))).parameters.total
     assert counted == pytest.approx(weights, rel=2e-3)
+
+
+def test_the_guide_names_every_preset_and_every_gpu():
+    from pagedkv.sim.gpus import gpu_names
+
+    table = (Path(__file__).parents[2] / "docs" / "cli.md").read_text().partition("### Known models and GPUs")[2]
+    cells = [line.split("|")[2] for line in table.partition("\n## ")[0].splitlines() if line.startswith("| ")][2:]
+    told = set()
+    for cell in cells:
+        stem = ""
+        for name in re.findall(r"`([^`]+)`", cell):
+            if not name.startswith("-"):
+                told.add(name)
+                stem = re.split(r"-(?=e?\d+b)", name)[0]
+            else:
+                told.add(stem + name)
+    assert told == {*preset_names(), *gpu_names()}

@@ -51,6 +51,17 @@ def nothing_twice(count=300):
     return as_trace([[block] for block in range(count)])
 
 
+def test_the_states_of_a_hybrid_are_counted_for_what_runs():
+    model = read_model({**CONFIG, "layer_types": ["conv"] * 3 + ["full_attention"], "conv_L_cache": 3})
+    made, plain = plan(there_and_back(), model, strategies=FEW), plan(there_and_back(), MODEL, strategies=FEW)
+    assert model.state_bytes_per_sequence == 3 * 2 * 2 * 64 and made.load.peak_requests >= 1
+    assert made.load.window_bytes == made.load.peak_requests * model.state_bytes_per_sequence
+    assert made.at_target.lru.blocks == plain.at_target.lru.blocks
+    assert made.at_target.lru.bytes == made.at_target.lru.blocks * BLOCK // 4 + made.load.window_bytes
+    assert any("states are counted once per running request, 768 B each" in note for note in made.notes)
+    assert not any("windowed layers" in note for note in made.notes)
+
+
 def test_traffic_without_reuse_is_told_so():
     made = plan(nothing_twice(), MODEL, strategies=FEW, memory=100 * BLOCK)
     assert (made.verdict.kind, made.attainable, made.attainable_blocks, made.levels) == ("nothing", 0.0, 0, ())

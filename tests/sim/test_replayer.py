@@ -14,7 +14,8 @@ from tests.sim.traces import AGENTS, CHAT, as_requests, as_trace, chained_reques
 
 from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim.replayer import Timing, replay, replay_timed
+from pagedkv.sim import Timing
+from pagedkv.sim.replayer import replay, replay_timed
 
 ORACLES = {
     "lru": naive_lru,

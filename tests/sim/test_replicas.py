@@ -12,7 +12,7 @@ from tests.sim.traces import AGENTS, CHAT, as_requests, as_trace, chained_traces
 
 from pagedkv import InvalidOperation, ReplayFailed
 from pagedkv.fleet import Candidates, RoutingRequest, routing_names
-from pagedkv.sim import Fleet, TierSpec, Timing, replay, sweep
+from pagedkv.sim import Fleet, TierSpec, replay, sweep
 
 POLICIES = ("round_robin", "least_load", "sticky", "prefix")
 
@@ -110,8 +110,10 @@ def test_a_sweep_over_fleets_is_the_same_in_one_process_and_in_several():
     [
         ({"fleet": 8}, "fleet: expected a Fleet"),
         ({"fleet": Fleet(8), "blocks": 7}, "blocks: expected at least one for each of 8 replicas, got 7"),
-        ({"fleet": Fleet(2), "timing": Timing()}, "fleet: expected none together"),
-        ({"fleet": Fleet(2), "tiers": [TierSpec("disk", 10)]}, "fleet: expected none together"),
+        (
+            {"fleet": Fleet(2), "tiers": [TierSpec("disk", 1)]},
+            "tiers: expected at least one block for each of 2 replicas",
+        ),
     ],
 )
 def test_what_a_replay_on_a_fleet_refuses(given, said):
@@ -123,8 +125,3 @@ def test_what_a_replay_on_a_fleet_refuses(given, said):
 def test_what_is_no_fleet(given):
     with pytest.raises(InvalidOperation, match="replicas|routing"):
         Fleet(*given)
-
-
-def test_the_optimum_knows_no_fleet():
-    with pytest.raises(InvalidOperation, match="the optimum knows of one pool"):
-        sweep(as_trace([[1]]), ["optimal"], [9], fleets=[Fleet(2)])

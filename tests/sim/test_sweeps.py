@@ -18,7 +18,8 @@ from tests.sim.sweeping import small_trace
 
 from pagedkv.control.strategies import LRU
 from pagedkv.errors import InvalidOperation, MissingExtra, ReplayFailed
-from pagedkv.sim.replayer import Timing, replay
+from pagedkv.sim import Timing
+from pagedkv.sim.replayer import replay
 from pagedkv.sim.sweeps import sweep
 
 HERE = "tests.sim.sweeping"

@@ -17,8 +17,7 @@ from tests.sim.traces import AGENTS, CHAT, as_trace, chained_requests, chained_t
 
 from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
-from pagedkv.sim import Tiers, TierSpec, lru_curve, replay, sweep
-from pagedkv.sim.replayer import Timing
+from pagedkv.sim import Tiers, TierSpec, Timing, lru_curve, replay, sweep
 from pagedkv.sim.sweeps import parse_moment, parse_tiers
 from pagedkv.tiers import BlockFormat, DiskTier, HostTier
 
@@ -229,8 +228,17 @@ def test_what_makes_no_sense():
         (lambda: Tiers([disk], "often"), "writes: expected one of finish"),
         (lambda: Tiers([disk], exclusive=True), "writes: expected 'reclaim' for exclusive tiers, got 'finish'"),
         (lambda: Tiers([disk], restart_at=0.5), "restart_at: expected an int"),
-        (lambda: replay(trace, 5, tiers=[disk], timing=Timing()), "tiers: expected none together with timing"),
-        (lambda: sweep(trace, ["optimal"], [5], tiers=[disk]), "no 'optimal' together with tiers"),
+        (lambda: Tiers([TierSpec("shared", 5), disk]), "tiers: expected the shared one last, got shared, disk"),
+        (lambda: TierSpec("disk", 5, bytes_per_second=0), "bytes_per_second: expected a number above 0"),
+        (lambda: TierSpec("disk", 5, latency=-1), "latency: expected a number of at least 0"),
+        (
+            lambda: replay(trace, 5, tiers=Tiers([disk], restart_at=1), timing=Timing()),
+            "restart_at: expected none together with timing",
+        ),
+        (
+            lambda: sweep(trace, ["optimal"], [5], tiers=[disk], timing=Timing()),
+            "no 'optimal' together with timing: the optimum knows no time",
+        ),
     ):
         with pytest.raises(InvalidOperation, match=re.escape(said)):
             wrong()

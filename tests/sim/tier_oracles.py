@@ -125,6 +125,8 @@ class NaiveTiers:
     def restart(self) -> None:
         self.reclaimed += len(self.levels[0].given_up)
         for place, level in enumerate(self.levels):
+            if place > 0 and self.media[place - 1] == "shared":
+                continue  # a server of its own
             survives = place > 0 and self.media[place - 1] == "disk"
             self.levels[place] = reopened(level) if survives else type(level)(level.capacity)
         self.told = [0] * len(self.levels)
@@ -136,19 +138,32 @@ class NaiveTiers:
         for place, reach in enumerate(reaches, start=1):
             hits.append(max(0, reach - sum(hits)))
             if hits[-1]:
-                self.store(place, request[:reach])
-                if self.exclusive and match(self.levels[0], request) >= reach:
-                    before = len(self.levels[place].given_up)
-                    leave(self.levels[place], request[:reach])
-                    del self.levels[place].given_up[before:]
+                self.take(place, request[:reach], match(self.levels[0], request) >= reach)
+        self.write_at_once(request, sum(hits))
+        self.write_at_the_end(request)
+        return hits
+
+    def take(self, place: int, chain: list[int], has_it_all: bool = True) -> None:
+        """A tier is read; what an exclusive one gives leaves it."""
+        self.store(place, chain)
+        if self.exclusive and has_it_all:
+            before = len(self.levels[place].given_up)
+            leave(self.levels[place], chain)
+            del self.levels[place].given_up[before:]
+
+    def write_at_once(self, request: list[int], found: int) -> None:
+        """What is written when a request begins."""
+        for place in range(1, len(self.levels)):
+            if self.writes == "second-hit" and found:
+                self.store(place, request[:found])
+            elif self.writes == "reclaim":
+                self.hand_down(place)
+
+    def write_at_the_end(self, request: list[int]) -> None:
+        """What is written when a request ends."""
         for place in range(1, len(self.levels)):
             if self.writes == "finish":
                 self.store(place, request)
-            elif self.writes == "second-hit" and sum(hits):
-                self.store(place, request[: sum(hits)])
-            elif self.writes == "reclaim":
-                self.hand_down(place)
-        return hits
 
     def store(self, place: int, chain: list[int]) -> None:
         level = self.levels[place]

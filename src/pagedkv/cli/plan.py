@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -15,7 +16,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 from rich.text import Text
 
-from pagedkv.cli.replay_options import require_strategies, split_names
+from pagedkv.cli.replay_options import fleets_of, require_strategies, split_names
 from pagedkv.cli.terminal import (
     BlockTokensOption,
     DebugOption,
@@ -38,14 +39,12 @@ from pagedkv.cli.terminal import (
     write_file,
 )
 from pagedkv.errors import InvalidOperation
-from pagedkv.format import duration, flops, format_bytes, percent, rough_duration, share, short
-from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.typing import DtypeName
 from pagedkv.validate import require_number, require_size
 
 if TYPE_CHECKING:
-    from pagedkv.sim.model_shape import ModelShape
-    from pagedkv.sim.plan_types import DiskPlan, Memory, Plan, Size
+    from pagedkv.sim.plan_figures import Figures
+    from pagedkv.sim.plan_types import Plan
 
 
 def parse_size(option: str, text: str) -> int:
@@ -56,18 +55,39 @@ def parse_size(option: str, text: str) -> int:
         raise Failure(error.reason) from None
 
 
-def parse_rate(option: str, text: str, measure: Callable[[Path], float]) -> float:
+def parse_rate(option: str, text: str, measure: Callable[[Path], float] | None = None) -> float:
     """Return the bytes per second that ``"1.0GB/s"`` stands for, or at which the disk of a folder is measured."""
     size, slash, unit = text.rpartition("/")
     if slash and unit.strip().lower() == "s":
         with suppress(InvalidOperation):
             return require_size(option, size)
+    if measure is None:
+        raise Failure(f"{option}: expected a rate such as 1.0GB/s, got {text!r}")
     if not Path(text).is_dir():
         raise Failure(f"{option}: expected a rate such as 1.0GB/s, or a folder on the disk to measure, got {text!r}")
     try:
         return measure(Path(text))
     except OSError as error:
         raise Failure(f"{option}: {text} cannot be measured: {error.strerror or error}") from None
+
+
+def parse_sizes(option: str, text: str) -> tuple[int, ...]:
+    """Return the bytes that ``"0,60GiB,1TB"`` stands for."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise Failure(f"{option}: expected sizes such as 0,60GiB, got {text!r}")
+    return tuple(dict.fromkeys(0 if part == "0" else parse_size(option, part) for part in parts))
+
+
+_SECONDS = {"ms": 1e-3, "s": 1.0, "min": 60.0}
+
+
+def parse_seconds(option: str, text: str) -> float:
+    """Return the seconds that ``"2s"`` or ``"500ms"`` stands for."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min)", text.strip())
+    if match is None or not float(match[1]):
+        raise Failure(f"{option}: expected a time such as 2s or 500ms, got {text!r}")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 # The options of ``pagedkv plan``. What the command needs is imported when it runs.
@@ -86,10 +106,13 @@ EXAMPLES = """Say how much KV cache a model needs for real traffic, what it save
 
   pagedkv plan trace.jsonl.gz --model ./my-model --memory 8GiB --disk-read 1.0GB/s --prefill-rate 700
 
-The model is a config.json, a folder with one, JSON text, or the name of a known shape; no weights are read.
+  pagedkv plan trace.jsonl.gz --model qwen3-32b --gpu h200 --replicas 1,2,4,8 --disk 0,1TB --ttft-p99 2s
+
+The model is a config.json, a folder with one, JSON text, a model of the local hub cache, or the name of a known shape;
+no weights are read.
 """
 
-_WHAT, _MODEL, _RATE = "What to plan", "The model", "The hardware"
+_WHAT, _MODEL, _RATE, _FLEET = "What to plan", "The model", "The hardware", "Several replicas"
 
 
 def plan(
@@ -98,16 +121,27 @@ def plan(
     model: Annotated[
         str,
         option(
-            "--model", "-m", help="A config.json, its folder, JSON text, or a known shape.", panel=_MODEL, default=False
+            "--model", "-m", help="A config.json, its folder, JSON text, or a known name.", panel=_MODEL, default=False
         ),
     ],
     target: Annotated[
-        float,
-        option("--target", "-t", help="Share wanted of the hits that a cache without a limit has.", panel=_WHAT),
-    ] = 0.9,
+        float | None,
+        option(
+            "--target",
+            "-t",
+            help="Share wanted of the hits that a cache without a limit has.",
+            default="0.9",
+            panel=_WHAT,
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
-        option("--memory", help="Also say what this much gives: 40GiB, 80GB.", default=False, panel=_WHAT),
+        option(
+            "--memory",
+            help="Also say what this much gives: 40GiB, 80GB; of one replica.",
+            default="that of --gpu",
+            panel=_WHAT,
+        ),
     ] = None,
     strategies: Annotated[
         str | None,
@@ -132,11 +166,28 @@ def plan(
         bool,
         option("--window-as-full", help="Count windowed layers as if they kept every token.", panel=_MODEL),
     ] = False,
-    tflops: Annotated[float, option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", panel=_RATE)] = 400.0,
+    gpu: Annotated[
+        str | None,
+        option(
+            "--gpu", help="Of which a replica is made, h100 say: memory and rates follow.", default=False, panel=_RATE
+        ),
+    ] = None,
+    gpus_per_replica: Annotated[int, option("--gpus-per-replica", help="How many share the weights.", panel=_RATE)] = 1,
+    weight_bits: Annotated[int, option("--weight-bits", help="Of a weight: 8 for fp8, 4 for int4.", panel=_RATE)] = 16,
+    gpu_memory_share: Annotated[
+        float, option("--gpu-memory-share", help="Of a GPU's memory, for weights and pool.", panel=_RATE)
+    ] = 0.9,
+    tflops: Annotated[
+        float | None,
+        option("--tflops", help="Peak rate of a replica, 10¹² FLOP/s.", default="400, or that of --gpu", panel=_RATE),
+    ] = None,
     mfu: Annotated[float, option("--mfu", help="Share of the peak that prefill reaches.", panel=_RATE)] = 0.5,
     decode_tokens_per_second: Annotated[
-        float, option("--decode-rate", help="New tokens per second of a request.", panel=_RATE)
-    ] = 50.0,
+        float | None,
+        option(
+            "--decode-rate", help="New tokens per second of a request.", default="50, or that of --gpu", panel=_RATE
+        ),
+    ] = None,
     prefill_rate: Annotated[
         float | None,
         option(
@@ -156,6 +207,43 @@ def plan(
             panel=_RATE,
         ),
     ] = None,
+    replicas: Annotated[
+        str | None,
+        option("--replicas", help="Also plan a fleet, of so many: 1,2,4,8.", default=False, panel=_FLEET),
+    ] = None,
+    routing: Annotated[
+        str, option("--routing", help="Policies, as for replay; names or module:Class.", panel=_FLEET)
+    ] = "round_robin,sticky,prefix",
+    host_memory: Annotated[
+        str, option("--host-memory", help="RAM beneath the pool of each replica: 0,60GiB,120GiB.", panel=_FLEET)
+    ] = "0",
+    disk: Annotated[str, option("--disk", help="Disk beneath that of each replica: 0,1TB.", panel=_FLEET)] = "0",
+    shared: Annotated[str, option("--shared", help="One tier for all replicas: 0,500GiB.", panel=_FLEET)] = "0",
+    host_read: Annotated[
+        str | None,
+        option("--host-read", help="Rate at which RAM is loaded.", default="25GB/s, or that of --gpu", panel=_FLEET),
+    ] = None,
+    shared_read: Annotated[
+        str, option("--shared-read", help="Rate at which the shared tier is loaded.", panel=_FLEET)
+    ] = "2.5GB/s",
+    ttft_p99: Annotated[
+        str | None,
+        option(
+            "--ttft-p99",
+            help="Time in which 99 of 100 must have their first token: 2s, 500ms; with --target both are wanted.",
+            default=False,
+            panel=_FLEET,
+        ),
+    ] = None,
+    price_replica_hour: Annotated[
+        float, option("--price-replica-hour", help="Of one replica with its GPUs.", panel=_FLEET)
+    ] = 0.0,
+    price_gib_hour: Annotated[
+        float, option("--price-gib-hour", help="Of a GiB of RAM, or of the shared tier.", panel=_FLEET)
+    ] = 0.0,
+    price_disk_gib_hour: Annotated[
+        float, option("--price-disk-gib-hour", help="Of a GiB of disk.", panel=_FLEET)
+    ] = 0.0,
     format: FormatOption = None,
     block_tokens: BlockTokensOption = None,
     skip_bad: SkipBadOption = False,
@@ -168,21 +256,48 @@ def plan(
     with failures_in_one_line(debug, context):
         from pagedkv.sim import planner
         from pagedkv.sim.disk_plan import measure_read_rate
+        from pagedkv.sim.gpus import read_gpu, replica_on
         from pagedkv.sim.model_shape import read_model
-        from pagedkv.sim.plan_types import Hardware
+        from pagedkv.sim.plan_types import DISK_READ, HOST_READ, FleetOptions, Hardware, Prices
         from pagedkv.sim.reading import read_trace
 
-        planner.checked_share(target)  # before the trace is read, which may take minutes
+        goal = planner.checked_share(0.9 if target is None else target)  # before the trace is read, which takes minutes
         size = None if memory is None else parse_size("--memory", memory)
         names = None if strategies is None else split_names(strategies)
         if names is not None:
             require_strategies(names)
-        hardware = Hardware(tflops, mfu, decode_tokens_per_second)
         require_writable("--html", html)
         read_rate = None if disk_read is None else parse_rate("--disk-read", disk_read, measure_read_rate)
         if prefill_rate is not None:
             require_number("prefill_rate", prefill_rate, 0, above=True)
         shape = read_model(model, kv_dtype=cast("DtypeName | None", kv_dtype), window_as_full=window_as_full)
+        own = {"tflops": tflops, "decode_tokens_per_second": decode_tokens_per_second}
+        stated = {name: value for name, value in own.items() if value is not None}
+        hardware, on_gpus = Hardware(mfu=mfu, **stated), None
+        if gpu is not None:
+            bits, share, count = weight_bits, gpu_memory_share, gpus_per_replica
+            on_gpus = replica_on(read_gpu(gpu), shape, count=count, weight_bits=bits, memory_share=share, mfu=mfu)
+            hardware = replace(on_gpus.hardware, **stated)
+            size = on_gpus.pool_bytes if size is None else size
+        fleet = None
+        if replicas is not None:
+            if size is None:
+                raise Failure("--replicas: expected the memory of a replica: --memory 40GiB, or --gpu h100")
+            asked = fleets_of(replicas, routing)
+            own_link = on_gpus.host_bytes_per_second if on_gpus else HOST_READ
+            fleet = FleetOptions(
+                replicas=tuple(dict.fromkeys(each.replicas for each in asked)),
+                routings=tuple(dict.fromkeys(each.name for each in asked)),
+                host_memory=parse_sizes("--host-memory", host_memory),
+                disk=parse_sizes("--disk", disk),
+                shared=parse_sizes("--shared", shared),
+                share=None if target is None and ttft_p99 is not None else goal,
+                ttft_p99=None if ttft_p99 is None else parse_seconds("--ttft-p99", ttft_p99),
+                prices=Prices(price_replica_hour, price_gib_hour, price_disk_gib_hour),
+                host_read=own_link if host_read is None else parse_rate("--host-read", host_read),
+                disk_read=DISK_READ if read_rate is None else read_rate,
+                shared_read=parse_rate("--shared-read", shared_read),
+            )
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(
@@ -191,15 +306,18 @@ def plan(
             made = planner.plan(
                 read,
                 shape,
-                target=target,
+                target=goal,
                 memory=size,
                 strategies=names,
                 hardware=hardware,
                 prefill_rate=prefill_rate,
                 disk_read=read_rate,
+                fleet=fleet,
                 jobs=jobs,
                 progress=bar("replaying"),
             )
+        if on_gpus is not None:
+            made = replace(made, notes=(str(on_gpus), *made.notes))
         if read.num_skipped:
             console.print(f"{read.num_skipped:,} broken lines skipped", style="yellow")
         if read.num_reordered:
@@ -221,130 +339,48 @@ _COLORS = {"nothing": "yellow", "capacity": "cyan", "strategy": "magenta", "enou
 
 def _print_screen(plan: Plan, console: Console) -> None:
     """Show the plan."""
-    console.print(facts_table(_given(plan)))
+    from pagedkv.sim import plan_figures as figures
+
+    console.print(facts_table(figures.given(plan)))
     if plan.levels:
-        console.print()
-        console.print(_level_table(plan))
+        _print_table(console, figures.levels(plan), marked=True)
     if plan.memory:
-        console.print()
-        console.print(_memory_table(plan, plan.memory))
+        _print_table(console, figures.memory(plan, plan.memory))
     console.print()
-    console.print(facts_table(_around(plan)))
+    console.print(facts_table([*figures.around(plan), *(("note", note) for note in plan.notes)]))
     console.print()
-    console.print(
-        Panel(Text(plan.verdict.text), title="verdict", title_align="left", border_style=_COLORS[plan.verdict.kind])
-    )
+    console.print(_boxed("verdict", plan.verdict.text, _COLORS[plan.verdict.kind]))
     if plan.disk:
         console.print()
-        console.print(facts_table(_disk_facts(plan.disk)))
+        console.print(facts_table(figures.disk_facts(plan.disk)))
+        _print_table(console, figures.disk(plan, plan.disk), marked=True)
+        console.print(_boxed("memory or disk", plan.disk.advice))
+    if plan.fleet:
         console.print()
-        console.print(_disk_table(plan, plan.disk))
-        console.print(Panel(Text(plan.disk.advice), title="memory or disk", title_align="left", border_style="cyan"))
+        console.print(facts_table(figures.fleet_facts(plan.fleet)))
+        _print_table(console, figures.fleets(plan.fleet))
+        _print_table(console, figures.configurations(plan.fleet), left=(1,))
+        console.print(_boxed("what to order", plan.fleet.verdict, "green" if plan.fleet.best else "magenta"))
 
 
-def _given(plan: Plan) -> Iterator[tuple[str, str]]:
-    requests = f"{plan.requests:,} requests in {duration(plan.span_seconds)}"
-    blocks = f"{plan.distinct_blocks:,} blocks of {plan.block_tokens} tokens"
-    yield "trace", f"{plan.trace_name}: {requests}, {short(plan.tokens, giga='B')} prompt tokens, {blocks}"
-    yield "model", _model(plan.model)
-    size = f"{format_bytes(plan.model.bytes_per_token)} per token, {format_bytes(plan.bytes_per_block)} per block"
-    if plan.model.window_bytes_per_sequence:
-        size += f", and {format_bytes(plan.model.window_bytes_per_sequence)} for the windows of a running request"
-    yield "KV cache", f"{size}, in {plan.model.kv_dtype}"
-    found = f"{percent(plan.attainable)} of the blocks, {percent(plan.attainable_tokens)} of the prompt tokens"
-    yield "attainable", f"{found}: what a cache without a limit finds"
+def _boxed(title: str, text: str, color: str = "cyan") -> Panel:
+    return Panel(Text(text), title=title, title_align="left", border_style=color)
 
 
-def _model(model: ModelShape) -> str:
-    others = ("windowed", model.num_layers_of("window")), ("without attention", model.num_layers_of("none"))
-    parts = [f"{model.num_layers_of('full')} full", *(f"{count} {word}" for word, count in others if count)]
-    layers = f"{model.num_layers} layers" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
-    weights = f"{short(model.parameters.total, giga='B')} parameters"
-    if model.parameters.active != model.parameters.total:
-        weights += f", {short(model.parameters.active, giga='B')} active"
-    return f"{model.name}: {layers}, {weights}"
-
-
-def _figures(title: str, *headings: Column | str) -> Table:
-    return Table(*headings, box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-
-
-def _level_table(plan: Plan) -> Table:
-    names = ("share", "hit ratio", "LRU", "best strategy", "the optimum", "prefill saved")
-    table = _figures("Memory for a share of that", *(Column(name, justify="right") for name in names))
-    for level in plan.levels:
-        is_target = level is plan.at_target
-        table.add_row(
-            f"{'> ' if is_target else ''}{share(level.share)}",
-            percent(level.best.hit_ratio),
-            format_bytes(level.lru.bytes),
-            f"{format_bytes(level.best.bytes)} {level.best.strategy}",
-            format_bytes(level.optimum.bytes),
-            _saved(level.best),
-            style="bold" if is_target else None,
-        )
-    return table
-
-
-def _memory_table(plan: Plan, memory: Memory) -> Table:
-    tokens = short(memory.blocks * plan.block_tokens, giga="B")
-    title = f"With {format_bytes(memory.bytes)}: {memory.blocks:,} blocks, {tokens} tokens"
-    names = ("hit ratio", "by token", "of attainable", "prefill saved")
-    table = _figures(title, "strategy", *(Column(name, justify="right") for name in names))
-    for size in (memory.optimum, *memory.all):
-        table.add_row(
-            "the optimum" if size.strategy == OPTIMAL else size.strategy,
-            percent(size.hit_ratio),
-            percent(size.token_hit_ratio),
-            percent(size.share),
-            _saved(size),
-            style="dim" if size.strategy == OPTIMAL else "bold" if size is memory.best else None,
-        )
-    return table
-
-
-def _disk_facts(disk: DiskPlan) -> Iterator[tuple[str, str]]:
-    load, prefill = short(disk.load_tokens_per_second), short(disk.prefill_tokens_per_second)
-    yield "disk", f"{short(disk.read_bytes_per_second)}B/s give {load} tokens/s; computed are {prefill}"
-    without, memory = duration(disk.first_token_without), format_bytes(disk.memory.bytes)
-    yield "first token", f"after {without} without a cache, {duration(disk.first_token)} with {memory} of memory alone"
-
-
-def _disk_table(plan: Plan, disk: DiskPlan) -> Table:
-    """Lay out the price of every share, in memory alone and with a disk, and when the first token comes."""
-    names = ("share", "hit ratio", "disk", "found on it", "first token", "memory instead", "first token")
-    table = _figures("Memory with a disk beneath", *(Column(name, justify="right") for name in names))
-    for price in disk.prices:
-        is_target = price.share == plan.target
-        table.add_row(
-            f"{'> ' if is_target else ''}{share(price.share)}",
-            percent(price.hit_ratio),
-            format_bytes(price.disk_bytes) if price.disk_blocks else "none",
-            percent(price.disk_hit_ratio),
-            duration(price.first_token),
-            format_bytes(price.memory_alone.bytes),
-            duration(price.first_token_memory),
-            style="bold" if is_target else None,
-        )
-    return table
-
-
-def _around(plan: Plan) -> Iterator[tuple[str, str]]:
-    load, rate = plan.load, f"{plan.hardware.tflops:g} TFLOP/s × {plan.hardware.mfu:g}"
-    yield "prefill", f"{flops(plan.prefill_flops)} without a cache, {duration(plan.prefill_seconds)} at {rate}"
-    if plan.at_target:
-        left = load.prefill_load - load.prefill_load_saved
-        busy = f"{load.prefill_load:.2f} kept busy by prefill"
-        yield "replicas", f"{busy}, {left:.2f} at {share(plan.target)} of the attainable"
-    size = format_bytes(load.peak_blocks * plan.bytes_per_block + load.window_bytes)
-    requests = f"{load.mean_requests:,.1f} requests at a time, {load.peak_requests:,} at the peak"
-    blocks = f"{load.mean_blocks:,.0f} blocks, {load.peak_blocks:,} at the peak ({size})"
-    counted = "" if load.shared else ", shared ones counted for each"
-    yield "running", f"{requests}; they alone hold {blocks}{counted}"
-    if plan.knee:
-        yield "knee of LRU", f"{format_bytes(plan.knee.bytes)} for {percent(plan.knee.share)} of the attainable"
-    for note in plan.notes:
-        yield "note", note
+def _print_table(console: Console, figures: Figures, *, marked: bool = False, left: tuple[int, ...] = ()) -> None:
+    """Print a table; where `marked`, a sign is set before what stands out."""
+    columns = [
+        Column(head, justify="left" if place in left or (not place and not marked) else "right")
+        for place, head in enumerate(figures.heads)
+    ]
+    table = Table(*columns, box=box.SIMPLE_HEAD, pad_edge=False, title=figures.title, title_justify="left")
+    for place, row in enumerate(figures.rows):
+        is_strong = place in figures.strong
+        shown = [figure.text for figure in row]
+        shown[0] = f"> {shown[0]}" if is_strong and marked else shown[0]
+        table.add_row(*shown, style="bold" if is_strong else "dim" if place == figures.faint else None)
+    console.print()
+    console.print(table)
 
 
 _TOLD_AS_IT_IS = (
@@ -375,12 +411,14 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
             "bytes_per_token": model.bytes_per_token,
             "bytes_per_token_all_layers": model.bytes_per_token_all_layers,
             "window_bytes_per_sequence": model.window_bytes_per_sequence,
+            "state_bytes_per_sequence": model.state_bytes_per_sequence,
             "bytes_per_block": plan.bytes_per_block,
             "parameters": model.parameters.total,
             "active_parameters": model.parameters.active,
         },
         **{name: _plain(getattr(plan, name)) for name in _TOLD_AS_IT_IS},
         **({"disk": _plain(plan.disk)} if plan.disk else {}),
+        **({"fleet": _plain(plan.fleet)} if plan.fleet else {}),
         "curves": [
             {
                 "strategy": line.name,
@@ -402,7 +440,3 @@ def _plain(value: Any) -> Any:
         return value
     facts = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return facts | {"gib": value.gib} if hasattr(value, "gib") else facts
-
-
-def _saved(size: Size) -> str:
-    return f"{flops(size.flops_saved)}, {rough_duration(size.seconds_saved)}"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,7 +43,9 @@ from pagedkv.sim.baselines import LRU, OPTIMAL
 
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve
-    from pagedkv.sim.replayer import ReplayResult, Timing
+    from pagedkv.sim.measures import Measure, Measures
+    from pagedkv.sim.queueing import Timing
+    from pagedkv.sim.replayer import ReplayResult
     from pagedkv.sim.tiered import Tiers
     from pagedkv.sim.trace import Trace
 
@@ -65,6 +67,8 @@ EXAMPLES = """Replay a trace of real requests and count the cache hits, for ever
   pagedkv replay chat.jsonl.gz --blocks 2k --tiers host:10k,disk:25% --restart-at 50%
 
   pagedkv replay chat.jsonl.gz --blocks 20k --replicas 1,8 --routing round_robin,sticky,prefix
+
+  pagedkv replay chat.jsonl.gz --blocks 20k --replicas 2,8 --tiers host:50k,shared:200k --timed
 
 A hit is a block of a request's longest cached prefix. The results go to stdout, everything else to stderr.
 """
@@ -107,7 +111,9 @@ def replay(
     skip_bad: SkipBadOption = False,
     timed: Annotated[
         bool,
-        option("--timed", help="Requests hold their blocks while they are served, and may be preempted.", panel=_TIME),
+        option(
+            "--timed", help="Requests hold their blocks while they are served; first tokens are timed.", panel=_TIME
+        ),
     ] = False,
     prefill_tokens_per_second: Annotated[
         float | None,
@@ -117,11 +123,35 @@ def replay(
         float | None,
         option("--decode-rate", help="New tokens per second of a request.", default="50", panel=_TIME),
     ] = None,
+    bytes_per_token: Annotated[
+        str | None,
+        option(
+            "--bytes-per-token", help="Of keys and values: 160KB. Loads take time by it.", default=False, panel=_TIME
+        ),
+    ] = None,
+    tier_speeds: Annotated[
+        str | None,
+        option(
+            "--tier-speeds",
+            help="Bytes a second that a replica loads from each tier: host:25GB,shared:2GB.",
+            default="at once",
+            panel=_TIME,
+        ),
+    ] = None,
+    tier_latencies: Annotated[
+        str | None,
+        option(
+            "--tier-latencies",
+            help="Seconds before each load begins: disk:0.0002,shared:0.002.",
+            default="0",
+            panel=_TIME,
+        ),
+    ] = None,
     tiers: Annotated[
         str | None,
         option(
             "--tiers",
-            help="Host memory, a disk, or both, the fastest first, with their sizes as --blocks has them: disk:100k.",
+            help="host, disk, shared (one for all replicas), the fastest first, sized as --blocks is: disk:100k.",
             default=False,
             panel=_TIERS,
         ),
@@ -152,7 +182,7 @@ def replay(
     ] = None,
     replicas: Annotated[
         str | None,
-        option("--replicas", help="Replicas that share the capacity in equal parts: 8, or 1,2,4,8.", panel=_FLEET),
+        option("--replicas", help="Replicas that share all blocks in equal parts: 8, or 1,2,4,8.", panel=_FLEET),
     ] = None,
     routing: Annotated[
         str | None,
@@ -183,12 +213,11 @@ def replay(
             raise Failure("--json and --csv - both want stdout; give --csv a file")
         require_writable("--html", html)
         require_writable("--csv", None if csv in (None, "-") else Path(csv))
-        asked = Tiering(tiers, tier_writes, exclusive, tier_strategy, restart_at)
+        asked = Tiering(tiers, tier_writes, exclusive, tier_strategy, restart_at, tier_speeds, tier_latencies)
         fleets = fleets_of(replicas, routing)
-        if fleets and html is not None:
-            raise Failure("--html shows one pool: leave --replicas out")
         names = strategies_of(strategies, strategy_from or [], timed, asked.is_asked, fleets)
-        timing = timing_of(timed, prefill_tokens_per_second, decode_tokens_per_second)
+        timing = timing_of(timed, prefill_tokens_per_second, decode_tokens_per_second, bytes_per_token)
+        asked.require_times(timing)
         console = notes()
         with progress_bar(console) as bar:
             read = read_trace(
@@ -203,12 +232,12 @@ def replay(
             show = bar("replaying")
             replay_all = partial(sweep, jobs=jobs, ray=ray, timing=timing, tiers=beneath, fleets=fleets, progress=show)
             results = replay_all(read, names, capacities)
-            is_plain = timing is None and beneath is None
+            is_plain = timing is None and beneath is None and not fleets
             lru = lru_curve(read) if curve or (html is not None and is_plain) else None
         if html is not None:
             from pagedkv.sim.report import replay_report
 
-            of_pool = lru if beneath is None else None  # what tiers find is on no curve of the pool
+            of_pool = lru if beneath is None and not fleets else None  # what tiers find is on no curve of one pool
             write_file("--html", html, replay_report(read, results, curve=of_pool, command=command_line(context)))
         if csv is not None:
             _write_csv(results, timing is not None, csv)
@@ -224,69 +253,6 @@ def replay(
 _COLUMN_WIDTH = 12
 BEST = "*"
 
-Cells = dict[tuple[str, int], "ReplayResult"]
-
-
-@dataclass(frozen=True)
-class _Measure:
-    """One group of rows: a number, or None, for a strategy and blocks of some cells, and the form it is written in."""
-
-    title: str
-    value: Callable[[Cells, str, int], float | None]
-    form: str
-    marks_best: bool = False  # in each column; the optimum is a bound and does not compete
-
-
-def closed_gap(cells: Cells, strategy: str, blocks: int) -> float | None:
-    """Return how much of the way from LRU to the optimum a strategy goes; None where there is no way, or no end."""
-    lru, best = cells.get((LRU, blocks)), cells.get((OPTIMAL, blocks))
-    if lru is None or best is None or strategy in (LRU, OPTIMAL) or best.hit_blocks <= lru.hit_blocks:
-        return None
-    return (cells[strategy, blocks].hit_blocks - lru.hit_blocks) / (best.hit_blocks - lru.hit_blocks)
-
-
-def _speed(cells: Cells, strategy: str, blocks: int) -> float | None:
-    result = cells[strategy, blocks]
-    return result.accesses / result.seconds / 1e6 if result.seconds > 0 else None
-
-
-_ALWAYS = (
-    _Measure("hit ratio", lambda cells, *cell: cells[cell].hit_ratio, ".2%", marks_best=True),
-    _Measure("token hit ratio", lambda cells, *cell: cells[cell].token_hit_ratio, ".2%", marks_best=True),
-    _Measure("gap from LRU to the optimum closed", closed_gap, "z.1%"),
-    _Measure("blocks reclaimed", lambda cells, *cell: cells[cell].reclaimed, ",.0f"),
-)
-_IN_TIME = (
-    _Measure("requests preempted", lambda cells, *cell: cells[cell].preempted, ",.0f"),
-    _Measure("requests refused: larger than the pool", lambda cells, *cell: cells[cell].refused, ",.0f"),
-)
-_ON_A_FLEET = _Measure(
-    "computed by the busiest replica, over the mean",
-    lambda cells, *cell: getattr(cells[cell].fleet, "busiest", None),
-    ".2f",
-)
-_SPEED = _Measure("million block accesses per second", _speed, ".1f")
-
-
-def _in_tiers(tiers: Tiers | None) -> Iterator[_Measure]:
-    """Yield the measures of a replay with tiers, or with a restart."""
-    if tiers is None:
-        return
-    if tiers.levels:
-        yield _Measure("hit ratio of the pool", lambda cells, *cell: cells[cell].pool_hit_ratio, ".2%")
-    for place, tier in enumerate(tiers.levels):
-        of = partial(lambda place, name, cells, *cell: getattr(cells[cell].tiers[place], name), place)
-        yield _Measure(f"hit ratio of the {tier.medium} tier", partial(of, "hit_ratio"), ".2%")
-        yield _Measure(f"blocks written to the {tier.medium} tier", partial(of, "written"), ",.0f")
-        yield _Measure("  as a share of all blocks touched", partial(of, "written_share"), ".2%")
-    if tiers.restart_at is not None:
-        yield _Measure("hit ratio in the 10% after the restart", _after_restart, ".2%", marks_best=True)
-
-
-def _after_restart(cells: Cells, strategy: str, blocks: int) -> float | None:
-    restart = cells[strategy, blocks].restart
-    return None if restart is None else restart.hit_ratio
-
 
 def _told_tiers(tiers: Tiers, trace: Trace) -> str:
     """Say in a line what lies beneath the pool."""
@@ -299,39 +265,27 @@ def _told_tiers(tiers: Tiers, trace: Trace) -> str:
     return "; ".join(parts) if parts else "the restart lies behind the last request"
 
 
-def _cell_tables(
-    results: Sequence[ReplayResult], timed: bool, tiers: Tiers | None, width: int
-) -> Iterator[Table | Text]:
+def _cell_tables(results: Sequence[ReplayResult], width: int) -> Iterator[Table | Text]:
     """Lay out the results, in as many tables beneath each other as the width of the terminal asks for."""
-    on_a_fleet = any(result.fleet is not None for result in results)
-    results = [replace(cell, strategy=f"{cell.strategy}, {cell.fleet}") if cell.fleet else cell for cell in results]
-    cells: Cells = {(result.strategy, result.blocks): result for result in results}
-    strategies = list(dict.fromkeys(result.strategy for result in results))
-    capacities = sorted({result.blocks for result in results})
-    names = max(max(map(len, strategies), default=0) + 2, 20)
+    from pagedkv.sim.measures import Measures
+
+    shown = Measures(results)
+    names = max(max(map(len, shown.strategies), default=0) + 2, 20)
     per_table = max(1, (width - names) // _COLUMN_WIDTH)
-    measures = [
-        *_ALWAYS,
-        *_in_tiers(tiers),
-        *(_IN_TIME if timed else ()),
-        *([_ON_A_FLEET] if on_a_fleet else ()),
-        _SPEED,
-    ]
-    for first in range(0, len(capacities), per_table):
-        yield _cell_table(cells, strategies, capacities[first : first + per_table], measures)
-    if any(_best(cells, strategies, blocks, _ALWAYS[0]) is not None for blocks in capacities):
+    for first in range(0, len(shown.capacities), per_table):
+        yield _cell_table(shown, shown.capacities[first : first + per_table])
+    if any(shown.best(shown.measures[0], blocks) is not None for blocks in shown.capacities):
         yield Text(f"{BEST} the best of its column, the optimum left out", style="dim")
 
 
-def _cell_table(cells: Cells, strategies: list[str], capacities: list[int], measures: Sequence[_Measure]) -> Table:
+def _cell_table(shown: Measures, capacities: list[int]) -> Table:
     table = _table("blocks", *(Column(f"{blocks:,}", justify="right", no_wrap=True) for blocks in capacities))
-    for measure in measures:
-        rows = [(name, [measure.value(cells, name, blocks) for blocks in capacities]) for name in strategies]
-        rows = [(name, values) for name, values in rows if any(value is not None for value in values)]
+    for measure in shown.measures:
+        rows = shown.rows(measure, capacities)
         if not rows:
             continue
         table.add_row(Text(measure.title, style="dim italic"))
-        best = [_best(cells, strategies, blocks, measure) for blocks in capacities]
+        best = [shown.best(measure, blocks) for blocks in capacities]
         for name, values in rows:
             rivals = [None] * len(values) if name == OPTIMAL else best
             table.add_row(Text(f"  {name}"), *map(partial(_written, measure), values, rivals))
@@ -350,20 +304,11 @@ def _table(*headings: Column | str, title: str | None = None) -> Table:
     )
 
 
-def _best(cells: Cells, strategies: list[str], blocks: int, measure: _Measure) -> float | None:
-    """Return the highest value of a column, where several strategies compete for it."""
-    rivals = [name for name in strategies if name != OPTIMAL]
-    values = [value for name in rivals if (value := measure.value(cells, name, blocks)) is not None]
-    return max(values) if measure.marks_best and len(values) > 1 else None
-
-
-def _written(measure: _Measure, value: float | None, best: float | None) -> Text:
-    if value is None:
-        return Text("-")
-    text = format(value, measure.form)
-    if value == best:
+def _written(measure: Measure, value: float | None, best: float | None) -> Text:
+    text = measure.written(value)
+    if value is not None and value == best:
         return Text(f"{text} {BEST}", style="bold")
-    return Text(f"{text}  " if measure.marks_best else text)
+    return Text(f"{text}  " if measure.marks_best and value is not None else text)
 
 
 def _curve_table(curve: CurveFacts) -> Table:
@@ -409,8 +354,18 @@ class FleetFacts(msgspec.Struct):
     busiest: float
 
 
+class WaitFacts(msgspec.Struct):
+    """Seconds to the first token, by percentile, and in the queue; the share of the time that each replica works."""
+
+    ttft_p50: float | None
+    ttft_p90: float | None
+    ttft_p99: float | None
+    mean_queueing: float | None
+    utilisation: list[float]
+
+
 class CellFacts(msgspec.Struct):
-    """One replay; `preempted` and `refused` with ``--timed`` only, those after them with tiers, restart or replicas."""
+    """One replay; what has a default with ``--timed``, tiers, a restart or replicas only."""
 
     strategy: str
     blocks: int
@@ -427,6 +382,8 @@ class CellFacts(msgspec.Struct):
     tiers: list[TierFacts] | msgspec.UnsetType = msgspec.UNSET
     restart: RestartFacts | None | msgspec.UnsetType = msgspec.UNSET
     fleet: FleetFacts | None | msgspec.UnsetType = msgspec.UNSET
+    attained: float | None | msgspec.UnsetType = msgspec.UNSET
+    waits: WaitFacts | msgspec.UnsetType = msgspec.UNSET
 
 
 class TraceFacts(msgspec.Struct):
@@ -453,11 +410,13 @@ class CurveFacts(msgspec.Struct):
 
 
 class TierGiven(msgspec.Struct):
-    """A tier that was asked for."""
+    """A tier that was asked for; how fast it is with ``--timed`` only."""
 
     medium: str
     blocks: int
     strategy: str
+    bytes_per_second: float | None | msgspec.UnsetType = msgspec.UNSET
+    latency: float | msgspec.UnsetType = msgspec.UNSET
 
 
 class TiersGiven(msgspec.Struct):
@@ -489,6 +448,9 @@ def _replay_facts(
     facts = ReplayFacts(_cells(results, timing is not None), _trace(trace))
     if tiers is not None:
         levels = [TierGiven(tier.medium, tier.blocks, str(tier.strategy)) for tier in tiers.levels]
+        if timing is not None:
+            for given, tier in zip(levels, tiers.levels, strict=True):
+                given.bytes_per_second, given.latency = tier.bytes_per_second, tier.latency
         facts.tiers = TiersGiven(levels, tiers.writes, tiers.exclusive, tiers.restart_at)
     if timing is not None:
         facts.timing = msgspec.to_builtins(timing)
@@ -516,7 +478,7 @@ def _print_tables(
     )
     if tiers is not None:
         console.print(Text(f"beneath the pool {_told_tiers(tiers, trace)}"), soft_wrap=True)
-    for table in _cell_tables(results, timing is not None, tiers, console.width):
+    for table in _cell_tables(results, console.width):
         console.print(table)
     if curve is not None:
         console.print(_curve_table(_curve(curve, [result.blocks for result in results], 1)))
@@ -526,7 +488,7 @@ def _write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
     """Write a line for every cell to a file, or to stdout for ``-``."""
     text = io.StringIO(newline="")
     rows = [_columns(cell) for cell in _cells(results, timed)]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(chain.from_iterable(rows))), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     if file == "-":
@@ -537,28 +499,37 @@ def _write_csv(results: Sequence[ReplayResult], timed: bool, file: str) -> None:
 
 def _cells(results: Sequence[ReplayResult], timed: bool) -> list[CellFacts]:
     cells = [msgspec.convert(result, CellFacts, from_attributes=True) for result in results]
-    for cell in cells:
-        if not timed:
+    for cell, result in zip(cells, results, strict=True):
+        if timed:
+            cell.waits = _waits(result)
+        else:
             cell.preempted = cell.refused = msgspec.UNSET
         if not cell.tiers and not cell.restart:
             cell.pool_hit_blocks = cell.pool_hit_ratio = cell.tiers = cell.restart = msgspec.UNSET
-        if not cell.fleet:
-            cell.fleet = msgspec.UNSET
+        cell.fleet = cell.fleet or msgspec.UNSET
+        cell.attained = msgspec.UNSET if cell.attained is None else cell.attained
     return cells
+
+
+def _waits(result: ReplayResult) -> WaitFacts:
+    seconds = [*map(result.ttft_percentile, (50, 90, 99)), result.mean_queueing]
+    half, most, nearly_all, queueing = (None if value != value else value for value in seconds)
+    return WaitFacts(half, most, nearly_all, queueing, result.utilisation.tolist())
 
 
 def _columns(cell: CellFacts) -> dict[str, object]:
     """Return a cell as a flat row: ``disk_hit_blocks`` is that of its disk tier."""
     row: dict[str, object] = msgspec.to_builtins(cell)
-    row.pop("tiers", None)
-    row.pop("restart", None)
-    row.pop("fleet", None)
+    for key in ("tiers", "restart", "fleet", "waits"):
+        row.pop(key, None)
     for tier in cell.tiers or ():
         row |= {f"{tier.medium}_{key}": value for key, value in msgspec.to_builtins(tier).items() if key != "medium"}
     if cell.restart:
         row |= {f"restart_{key}": value for key, value in msgspec.to_builtins(cell.restart).items()}
     if cell.fleet:
         row |= msgspec.to_builtins(cell.fleet)
+    if cell.waits:
+        row |= msgspec.to_builtins(cell.waits) | {"utilisation": " ".join(map(str, cell.waits.utilisation))}
     return row
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from pagedkv.cli.terminal import Failure
 from pagedkv.errors import InvalidOperation
 from pagedkv.sim.baselines import LRU, OPTIMAL
-from pagedkv.validate import require_choice
+from pagedkv.validate import require_choice, require_number, require_size
 
 if TYPE_CHECKING:
-    from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.queueing import Timing
     from pagedkv.sim.replicas import Fleet
-    from pagedkv.sim.tiered import Tiers
+    from pagedkv.sim.tiered import Tiers, TierSpec
     from pagedkv.sim.trace import Trace
 
 _ONLINE = (LRU, "fifo", "lfu", "s3fifo", "adaptive")
@@ -48,16 +48,8 @@ def strategies_of(
         names = [LRU]  # routing decides more than what is evicted
     else:
         names = [*_ONLINE, *([] if timed or tiered else [OPTIMAL])] if text is None else split_names(text)
-    if fleets and {OPTIMAL, _ALL} & set(names):
-        raise Failure("the optimum knows of one pool, without replicas: leave optimal and all out")
-    if fleets and (timed or tiered):
-        raise Failure("--replicas knows no time, no tiers and no restart: leave them out")
     if timed and {OPTIMAL, _ALL} & set(names):
         raise Failure("--timed leaves no optimum to find, as the optimum knows no time: leave optimal and all out")
-    if tiered and {OPTIMAL, _ALL} & set(names):
-        raise Failure("the optimum knows of one pool, without tiers or a restart: leave optimal and all out")
-    if timed and tiered:
-        raise Failure("--timed knows no tiers and no restart: leave one of them out")
     names = [*chain.from_iterable(_all_strategies() if name == _ALL else [name] for name in names)]
     require_strategies(names, strategy_from)
     return list(dict.fromkeys([*names, *strategy_from]))
@@ -120,15 +112,21 @@ def _all_strategies() -> list[str]:
     return [*names, OPTIMAL]
 
 
-def timing_of(timed: bool, prefill_rate: float | None, decode_rate: float | None) -> Timing | None:
+def timing_of(
+    timed: bool, prefill_rate: float | None, decode_rate: float | None, bytes_per_token: str | None
+) -> Timing | None:
     """Return the rates of a replay in time; None without ``--timed``."""
-    from pagedkv.sim.replayer import Timing
+    from pagedkv.sim.queueing import Timing
 
-    for flag, rate in (("--prefill-rate", prefill_rate), ("--decode-rate", decode_rate)):
-        if rate is not None and not timed:
+    given = {"--prefill-rate": prefill_rate, "--decode-rate": decode_rate, "--bytes-per-token": bytes_per_token}
+    for flag, value in given.items():
+        if value is not None and not timed:
             raise Failure(f"{flag} needs --timed")
+    if not timed:
+        return None
     rates = {"prefill_tokens_per_second": prefill_rate, "decode_tokens_per_second": decode_rate}
-    return Timing(**{name: rate for name, rate in rates.items() if rate is not None}) if timed else None
+    size = 0 if bytes_per_token is None else _bytes("bytes_per_token", bytes_per_token)
+    return Timing(**{name: rate for name, rate in rates.items() if rate is not None}, bytes_per_token=size)
 
 
 @dataclass(frozen=True)
@@ -140,6 +138,8 @@ class Tiering:
     exclusive: bool
     strategy: str
     restart_at: str | None
+    speeds: str | None = None
+    latencies: str | None = None
 
     @property
     def is_asked(self) -> bool:
@@ -168,4 +168,52 @@ class Tiering:
         levels = () if self.tiers is None else parse_tiers(self.tiers, trace.num_distinct, self.strategy)
         writes = self.writes or ("reclaim" if self.exclusive else "finish")
         restart_at = None if self.restart_at is None else parse_moment(self.restart_at, trace)
-        return Tiers(levels, writes, self.exclusive, restart_at)
+        return Tiers(self._in_time(levels), writes, self.exclusive, restart_at)
+
+    def require_times(self, timing: Timing | None) -> None:
+        """Refuse what says how fast tiers are without time, or without anything that takes time."""
+        for flag, given in (("--tier-speeds", self.speeds), ("--tier-latencies", self.latencies)):
+            if given is not None and (timing is None or self.tiers is None):
+                raise Failure(f"{flag} needs --timed and --tiers")
+        if self.speeds is not None and timing is not None and not timing.bytes_per_token:
+            raise Failure("--tier-speeds needs --bytes-per-token")
+        if self.restart_at is not None and timing is not None:
+            raise Failure("--timed knows no restart: leave one of them out")
+
+    def _in_time(self, levels: Sequence[TierSpec]) -> tuple[TierSpec, ...]:
+        speeds = _by_medium("--tier-speeds", self.speeds, levels)
+        latencies = _by_medium("--tier-latencies", self.latencies, levels)
+        return tuple(
+            replace(
+                level,
+                bytes_per_second=_speed(speeds.get(level.medium)),
+                latency=_seconds(latencies.get(level.medium, "0")),
+            )
+            for level in levels
+        )
+
+
+def _by_medium(flag: str, text: str | None, levels: Sequence[TierSpec]) -> dict[str, str]:
+    """Read ``host:25GB,disk:3GB``."""
+    parts = [part.partition(":") for part in (text or "").split(",") if part.strip()]
+    told = {medium.strip().lower(): value.strip() for medium, _, value in parts}
+    known = [level.medium for level in levels]
+    if not told.keys() <= set(known) or (text is not None and not told):
+        raise Failure(f"{flag}: expected tiers of --tiers such as {known[0]}:…, got {text!r}")
+    return told
+
+
+def _speed(text: str | None) -> float | None:
+    return None if text is None else _bytes("tier_speeds", text.removesuffix("/s"))
+
+
+def _bytes(name: str, text: str) -> int:
+    return require_size(name, int(text) if text.strip().isdecimal() else text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise Failure(f"--tier-latencies: expected seconds, got {text!r}") from None
+    return require_number("tier_latencies", seconds, 0)

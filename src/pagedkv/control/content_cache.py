@@ -14,7 +14,7 @@ from pagedkv.control.prefix import find_child, link_child, walk
 from pagedkv.control.protocol import Strategy, block_scores, block_view, room_for
 from pagedkv.control.reclaim import evict_leaf, lowest_leaf
 from pagedkv.control.sequences import carry_out_reclaims
-from pagedkv.control.state import State
+from pagedkv.control.state import State, with_log
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, compiled, inlined
 
@@ -125,6 +125,27 @@ def drop_chain_tail(state: State, namespace: int, ids: npt.NDArray[np.int64]) ->
     return found - left
 
 
+@compiled
+def follow_log(
+    log: npt.NDArray[np.int32],
+    contents: npt.NDArray[np.int64],
+    held: npt.NDArray[np.int64],
+    gone: npt.NDArray[np.int64],
+) -> int:
+    """Bring ``held[block]``, the content id of a block, up to a log of what was stored and reclaimed.
+
+    Writes what was reclaimed to `gone`; returns how many blocks that were.
+    """
+    count = 0
+    for entry in log:
+        if entry > 0:
+            held[entry - 1] = contents[entry - 1]
+        elif entry < 0:
+            gone[count] = held[-entry - 1]
+            count += 1
+    return count
+
+
 Ids = npt.NDArray[Any]
 
 
@@ -147,6 +168,7 @@ class ContentCache(BlockManager):
 
     def __init__(self, num_blocks: int, strategy: Strategy = "lru") -> None:
         super().__init__(num_blocks, 1, strategy=strategy, whole_hits=True)
+        self._given_up: list[Ids] = []
 
     def run(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """Run requests one after the other: match, allocate, commit, free.
@@ -202,6 +224,29 @@ class ContentCache(BlockManager):
             dropped = int(drop_chain_tail(self._state.packed, self._enter_namespace(""), ids))
             self._finish(0)
         return dropped
+
+    def remember_given_up(self) -> None:
+        """Remember from now on which content ids are reclaimed or dropped, for `take_given_up`; the cache is empty."""
+        with self._lock:
+            self._settle()
+            if len(self._state.log) == 1:
+                self._state = with_log(self._state)
+            held = np.zeros(self.total_blocks, np.int64)
+
+            def follow(log: npt.NDArray[np.int32]) -> None:
+                gone = np.empty(len(log), np.int64)
+                count = int(follow_log(log, self._state.contents, held, gone))
+                if count:
+                    self._given_up.append(gone[:count])
+
+            self._listens = True
+            self._feed.watch(follow, self._state)
+
+    def take_given_up(self) -> Ids:
+        """Return the content ids that were reclaimed or dropped since the last call, in order, int64; forgets them."""
+        with self._lock:
+            given_up, self._given_up = self._given_up, []
+        return np.concatenate([np.zeros(0, np.int64), *given_up])
 
     def has_room(self, ids: Ids, more: int = 0) -> bool:
         """Tell whether a request of these content ids, and `more` blocks behind them, fits now; changes nothing."""

@@ -210,6 +210,7 @@ class EventFeed:
         self._always_log = always_log
         self._namespaces = namespaces
         self._callbacks: dict[int, Callable[[CacheEvent], None]] = {}
+        self._watch: Callable[[npt.NDArray[np.int32]], None] | None = None
         self._numbers = itertools.count()
         self._queue: deque[CacheEvent] = deque()
         self._delivery = self._deliver_all()
@@ -226,6 +227,12 @@ class EventFeed:
             self._callbacks.pop(number, None)
 
         return unsubscribe
+
+    def watch(self, callback: Callable[[npt.NDArray[np.int32]], None], state: State) -> None:
+        """Let `callback` see the log of every call as it is, for who cannot wait for an event of each block."""
+        state.counters[0].logging = 1
+        self._active = True
+        self._watch = callback
 
     @property
     def is_active(self) -> bool:
@@ -246,9 +253,12 @@ class EventFeed:
         if not self._active:
             state.counters[0].log_len = 0
             return
-        self._queue.extend(self._read(state))
+        if self._watch is not None:
+            self._watch(state.log[: state.counter("log_len")])
+        if self._callbacks:
+            self._queue.extend(self._read(state))
         state.counters[0].log_len = 0
-        if not self._callbacks:
+        if not self._callbacks and self._watch is None:
             self._active = False
             state.counters[0].logging = self._always_log
             self._queue.clear()

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pagedkv.sim.curves import HitCurve, lru_curve, shards_curve
     from pagedkv.sim.optimum import optimal
+    from pagedkv.sim.plan_types import FleetOptions, Hardware, Prices
     from pagedkv.sim.planner import plan
+    from pagedkv.sim.queueing import Timing
     from pagedkv.sim.reading import read_trace
-    from pagedkv.sim.replayer import ReplayResult, Timing, replay
+    from pagedkv.sim.replayer import ReplayResult, replay
     from pagedkv.sim.replicas import Fleet, FleetResult
     from pagedkv.sim.sweeps import sweep
     from pagedkv.sim.synth import synthesize
@@ -23,8 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Fleet",
+    "FleetOptions",
     "FleetResult",
+    "Hardware",
     "HitCurve",
+    "Prices",
     "ReplayResult",
     "TierSpec",
     "Tiers",
@@ -45,9 +50,11 @@ __all__ = [
 _HOMES = {
     "curves": ("HitCurve", "lru_curve", "shards_curve"),
     "optimum": ("optimal",),
+    "plan_types": ("FleetOptions", "Hardware", "Prices"),
     "planner": ("plan",),
     "reading": ("read_trace",),
-    "replayer": ("ReplayResult", "Timing", "replay"),
+    "queueing": ("Timing",),
+    "replayer": ("ReplayResult", "replay"),
     "replicas": ("Fleet", "FleetResult"),
     "sweeps": ("sweep",),
     "synth": ("synthesize",),

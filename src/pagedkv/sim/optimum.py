@@ -8,22 +8,30 @@ first on ties the cached blocks stay closed under prefixes, and the optimum over
 The blocks of a request that come back with the same later request are interchangeable: a **run**. So the cache is a
 count of kept blocks for every coming request. "Evict" takes from the latest of them, and what is left of a count when
 its request comes is the hits of that request. A replay of r runs takes O(r log r), whatever the number of blocks.
+
+One cache of the size of several bounds all of them: the pools of a fleet, the tiers beneath them, shared or not. Let
+K be the blocks that any of them holds when a request is begun. K is no larger than all of them together; the request
+finds no more than its prefix in K; and when the next one is begun, K has lost some of its blocks and gained none but
+those of the request. So what is found is found by one cache of that size which keeps K, whatever the routing, the
+strategies and the writes to tiers are, and the optimum finds no less.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from pagedkv.errors import bad_argument
 from pagedkv.jit import compiled
 from pagedkv.sim.baselines import OPTIMAL
 from pagedkv.sim.curves import HitCurve
-from pagedkv.sim.replayer import ReplayResult
+from pagedkv.sim.replayer import ReplayResult, as_tiers
+from pagedkv.sim.tiered import Tiers, TierSpec
 from pagedkv.sim.trace import MAX_BLOCKS, Int32s, Int64s, Trace, require_content
-from pagedkv.validate import require_int
+from pagedkv.validate import require_int, shown
 
 _NEVER = -1
 
@@ -113,8 +121,12 @@ def _keep_best(run_offsets: Int64s, comeback: Int32s, blocks: Int32s, capacity: 
     return most
 
 
-def _runs_of(trace: Trace) -> _Runs:
+def _runs_of(trace: Trace, order: Int64s | None = None) -> _Runs:
     ids, offsets = np.asarray(trace.ids), np.asarray(trace.offsets)
+    if order is not None:
+        parts = [ids[start:stop] for start, stop in np.stack([offsets[order], offsets[order + 1]], axis=1).tolist()]
+        ids = np.concatenate([ids[:0], *parts])
+        offsets = np.concatenate([[0], np.cumsum(np.diff(offsets)[order])]).astype(np.int64)
     run_offsets = np.zeros(len(offsets), np.int64)
     # As long as the worst case, but memory that is never touched is never taken.
     comeback, blocks = np.empty(len(ids), np.int32), np.empty(len(ids), np.int32)
@@ -130,14 +142,27 @@ def _replay(runs: _Runs, capacity: int) -> tuple[Int32s, int]:
     return kept, most
 
 
-def optimal(trace: Trace, blocks: int) -> ReplayResult:
+def optimal(
+    trace: Trace,
+    blocks: int,
+    *,
+    tiers: Tiers | Sequence[TierSpec] | None = None,
+    order: Int64s | None = None,
+) -> ReplayResult:
     """Replay a trace with a cache that knows the future: no strategy finds more blocks.
+
+    It bounds fleets and tiers, too: no routing of the requests to replicas that share `blocks` and `tiers` finds more.
 
     Parameters
     ----------
     trace : Trace
     blocks : int
         Capacity, 1 … 2³¹−2.
+    tiers : Tiers or sequence of TierSpec, optional
+        The optimum may use their blocks, too.
+    order : int64 [served requests], optional
+        In which order requests were served; those that are left out find nothing. `ReplayResult.order` of a replay in
+        time: the bound is one for that order.
 
     Returns
     -------
@@ -148,16 +173,28 @@ def optimal(trace: Trace, blocks: int) -> ReplayResult:
     Raises
     ------
     InvalidOperation
-        If the trace carries lengths only, or `blocks` is out of range.
+        If the trace carries lengths only, `blocks` is out of range, or `order` names no requests, each once.
     """
     require_content(trace)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
+    beneath = as_tiers(tiers, None)
+    capacity = min(MAX_BLOCKS, blocks + sum(tier.blocks for tier in beneath.levels)) if beneath else blocks
+    served = np.arange(trace.num_requests) if order is None else _checked_order(trace, order)
     started = time.perf_counter()
-    hits, _ = _replay(_runs_of(trace), blocks)
+    hits = np.zeros(trace.num_requests, np.int32)
+    hits[served], _ = _replay(_runs_of(trace, None if order is None else served), capacity)
     seconds = time.perf_counter() - started
-    brought = int(np.minimum(np.diff(trace.offsets), blocks).sum()) - int(hits.sum(dtype=np.int64))
-    reclaimed = brought - min(blocks, trace.num_distinct)
+    brought = int(np.minimum(np.diff(trace.offsets)[served], capacity).sum()) - int(hits.sum(dtype=np.int64))
+    reclaimed = max(0, brought - min(capacity, trace.num_distinct))
     return ReplayResult.of(trace, OPTIMAL, blocks, hits, reclaimed=reclaimed, seconds=seconds)
+
+
+def _checked_order(trace: Trace, order: Int64s) -> Int64s:
+    served = np.asarray(order)
+    is_one = served.ndim == 1 and (served.dtype.kind in "iu" or not len(served))
+    if not is_one or not np.isin(served, np.arange(trace.num_requests)).all() or len(np.unique(served)) < len(served):
+        raise bad_argument("order", f"numbers of requests, 0 … {trace.num_requests - 1}, each once", shown(order))
+    return served.astype(np.int64)
 
 
 def optimal_curve(trace: Trace, capacities: Iterable[int]) -> HitCurve:

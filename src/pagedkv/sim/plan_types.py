@@ -1,4 +1,4 @@
-"""`Plan` and its parts: hardware, sizes, levels, load, verdict."""
+"""`Plan` and its parts: hardware, sizes, levels, load, verdict, fleets."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from pagedkv.errors import bad_argument
 from pagedkv.sim.curves import HitCurve
 from pagedkv.sim.model_shape import ModelShape
 from pagedkv.sim.replayer import ReplayResult
-from pagedkv.validate import require_number
+from pagedkv.validate import require_int, require_number
 
 _GIB = 2**30
 
@@ -51,7 +52,7 @@ class Size:
     ----------
     strategy : str
     blocks, bytes : int
-        Capacity; the bytes count the windows of running requests too (`Load.window_bytes`).
+        Capacity; the bytes count the windows and states of running requests too (`Load.window_bytes`).
     hit_ratio, token_hit_ratio : float
     share : float
         Of the attainable hit ratio, 0 … 1.
@@ -216,7 +217,7 @@ class Load:
         Prefill time over the span of the trace, without a cache (above 1 one replica cannot keep up), and the part
         of it that the best strategy saves at the target.
     window_bytes : int
-        Windowed layers of the requests that run at the peak.
+        Windows and recurrent states of the requests that run at the peak.
     """
 
     mean_requests: float
@@ -255,6 +256,197 @@ class Verdict:
     lost_to_capacity: float
     lost_to_strategy: float
     regained: float
+
+
+# Fleets: what to try, what each configuration does, and which to order.
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What hardware costs an hour, in any currency.
+
+    Attributes
+    ----------
+    replica_hour : float
+        One replica with its GPUs.
+    gib_hour, disk_gib_hour : float
+        2³⁰ bytes of memory, beside a replica or in a shared tier; and of disk.
+    """
+
+    replica_hour: float = 0.0
+    gib_hour: float = 0.0
+    disk_gib_hour: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("replica_hour", "gib_hour", "disk_gib_hour"):
+            require_number(name, getattr(self, name), 0, 1e12)
+
+    @property
+    def are_given(self) -> bool:
+        """Whether anything costs anything."""
+        return self.replica_hour + self.gib_hour + self.disk_gib_hour > 0
+
+
+@dataclass(frozen=True)
+class FleetSize:
+    """One configuration.
+
+    Attributes
+    ----------
+    replicas : int
+    routing : str
+    pool_bytes, host_bytes, disk_bytes : int
+        Of each replica: its pool, and the memory and the disk beneath it; 0 for none.
+    shared_bytes : int
+        Of one tier that all share; 0 for none.
+    """
+
+    replicas: int
+    routing: str
+    pool_bytes: int
+    host_bytes: int = 0
+    disk_bytes: int = 0
+    shared_bytes: int = 0
+
+    def cost(self, prices: Prices) -> float:
+        """Return what it costs an hour."""
+        memory = self.replicas * self.host_bytes + self.shared_bytes
+        disk = self.replicas * self.disk_bytes
+        return (
+            self.replicas * prices.replica_hour + memory / _GIB * prices.gib_hour + disk / _GIB * prices.disk_gib_hour
+        )
+
+
+HOST_READ, DISK_READ, SHARED_READ = 25e9, 5e9, 2.5e9
+"""Bytes per second at which a replica loads where nothing is known: over PCIe 4, from an NVMe disk, from a network."""
+
+
+@dataclass(frozen=True)
+class FleetOptions:
+    """What fleets to try, and what the one to order must reach.
+
+    Attributes
+    ----------
+    replicas : tuple of int
+    routings : tuple of str
+        Names of `pagedkv.fleet.routing_names`, or ``"module:Class"``.
+    host_memory, disk : tuple of int
+        Bytes beside each replica, 0 for none.
+    shared : tuple of int
+        Bytes of one tier for all, 0 for none.
+    share : float or None
+        Of the attainable hit ratio, in (0, 1]; None where only the time counts.
+    ttft_p99 : float or None
+        Seconds within which 99 of 100 requests must have their first token; None where only the share counts.
+    prices : Prices
+        Without any the fewest replicas are the cheapest, then the least memory, then the least disk.
+    host_read, disk_read, shared_read : float
+        Bytes per second at which a replica loads from each tier.
+    """
+
+    replicas: tuple[int, ...]
+    routings: tuple[str, ...] = ("prefix",)
+    host_memory: tuple[int, ...] = (0,)
+    disk: tuple[int, ...] = (0,)
+    shared: tuple[int, ...] = (0,)
+    share: float | None = 0.9
+    ttft_p99: float | None = None
+    prices: Prices = Prices()
+    host_read: float = HOST_READ
+    disk_read: float = DISK_READ
+    shared_read: float = SHARED_READ
+
+    def __post_init__(self) -> None:
+        for name in ("replicas", "routings", "host_memory", "disk", "shared"):
+            if not getattr(self, name):
+                raise bad_argument(name, "at least one", "none")
+        for number in self.replicas:
+            require_int("replicas", number, 1, 1024)
+        for name in ("host_memory", "disk", "shared"):
+            for number in getattr(self, name):
+                require_int(name, number, 0, 2**62)
+        for name in ("host_read", "disk_read", "shared_read"):
+            require_number(name, getattr(self, name), 0, 1e15, above=True)
+        if self.share is None and self.ttft_p99 is None:
+            raise bad_argument("share", "a share of the attainable, a ttft_p99, or both", "neither")
+        if self.share is not None:
+            require_number("share", self.share, 0, 1, above=True)
+        if self.ttft_p99 is not None:
+            require_number("ttft_p99", self.ttft_p99, 0, 1e9, above=True)
+
+
+@dataclass(frozen=True)
+class FleetOutcome:
+    """What one configuration does with the trace, replayed in time.
+
+    Attributes
+    ----------
+    size : FleetSize
+    cost : float
+        An hour; 0 without prices.
+    hit_ratio : float
+        Blocks found in pools and tiers over blocks touched.
+    share : float
+        Of the attainable hit ratio.
+    ttft_p50, ttft_p99 : float
+        Seconds within which so many of 100 requests have their first token; nan where none has one.
+    service_p99 : float
+        The same without the wait in the queue.
+    queueing : float
+        Seconds that a request waits for its turn, the mean.
+    utilisation : float
+        Share of the time in which the busiest replica loads and computes prompts.
+    refused : int
+        Requests larger than the pool of a replica.
+    meets : bool
+        Whether it reaches what is wanted.
+    """
+
+    size: FleetSize
+    cost: float
+    hit_ratio: float
+    share: float
+    ttft_p50: float
+    ttft_p99: float
+    service_p99: float
+    queueing: float
+    utilisation: float
+    refused: int
+    meets: bool
+
+
+@dataclass(frozen=True)
+class FleetPlan:
+    """Which fleet to order.
+
+    Attributes
+    ----------
+    options : FleetOptions
+    prefill_tokens_per_second, decode_tokens_per_second : float
+        Of one replica: prompts at the mean rate of the trace, and the answer of one request.
+    one_pool : tuple of float
+        Of the attainable, what one pool of the memory of 1, … replicas finds under LRU, for every number asked for.
+    outcomes : tuple of FleetOutcome
+        Everything that was replayed, the cheapest first.
+    candidates : int
+        Configurations that were asked for; those not replayed cost more than `best`.
+    best : FleetOutcome or None
+        The cheapest that meets what is wanted; of several of one cost the one with the soonest first token.
+    nearest : FleetOutcome
+        `best`, or where none meets it the one that lacks least.
+    verdict : str
+        What to order, or what is lacking and what would help.
+    """
+
+    options: FleetOptions
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    one_pool: tuple[float, ...]
+    outcomes: tuple[FleetOutcome, ...]
+    candidates: int
+    best: FleetOutcome | None
+    nearest: FleetOutcome
+    verdict: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +497,8 @@ class Plan:
         The given memory; without it the best strategy's capacity at the target.
     disk : DiskPlan or None
         Whether to buy memory or a disk, where a read rate was given and there is something to reuse.
+    fleet : FleetPlan or None
+        Which fleet to order, where fleets were asked for.
     """
 
     trace_name: str
@@ -337,3 +531,4 @@ class Plan:
     runs: tuple[ReplayResult, ...] = field(repr=False)
     shown_blocks: int | None
     disk: DiskPlan | None = None
+    fleet: FleetPlan | None = None

@@ -15,72 +15,14 @@ from pagedkv.format import format_bytes, percent, share
 from pagedkv.sim.baselines import LRU, OPTIMAL
 from pagedkv.sim.curves import HitCurve, knee, lru_curve
 from pagedkv.sim.disk_plan import price_disk
+from pagedkv.sim.fleet_plan import plan_fleet
+from pagedkv.sim.load import MAX_MEMORY, blocks_in, estimate_load
 from pagedkv.sim.model_shape import ModelShape
-from pagedkv.sim.plan_types import Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
+from pagedkv.sim.plan_types import FleetOptions, Hardware, Level, Line, Load, Memory, Plan, Size, Verdict
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.sweeps import Progress, sweep
 from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
-from pagedkv.validate import require_int, require_number, shown
-
-# What runs at the same time: the blocks that requests hold while they are served.
-
-_COUNT_SHARED_UP_TO = 20_000_000
-"""Accesses: the count sorts them all."""
-
-
-def estimate_load(trace: Trace, model: ModelShape, hardware: Hardware) -> Load:
-    """Estimate how many requests run at a time and how many blocks they hold, over at least one request."""
-    flops = model.prefill_flops(trace.input_tokens)
-    start = np.asarray(trace.times, np.float64)
-    end = start + flops / hardware.flops_per_second + trace.output_tokens / hardware.decode_tokens_per_second
-    span = max(float(start[-1] - start[0]), 1e-9)
-    own = np.diff(trace.offsets)
-    whole = -(-(trace.input_tokens + trace.output_tokens) // trace.block_tokens)
-    shared = trace.num_accesses <= _COUNT_SHARED_UP_TO
-    if shared:
-        first, last = _held_blocks(trace, start, end)
-        begins, ends = np.concatenate([first, start]), np.concatenate([last, end])
-        blocks = np.concatenate([np.ones(len(first), np.int64), np.maximum(whole - own, 0)])
-    else:
-        begins, ends, blocks = start, end, np.maximum(whole, own)
-    peak_requests = _peak(start, end, np.ones(len(start), np.int64))
-    return Load(
-        mean_requests=float((end - start).sum()) / max(span, float(end.max() - start[0])),
-        peak_requests=peak_requests,
-        mean_blocks=float(((ends - begins) * blocks).sum()) / max(span, float(end.max() - start[0])),
-        peak_blocks=_peak(begins, ends, blocks),
-        shared=shared,
-        prefill_load=float(flops.sum()) / hardware.flops_per_second / span,
-        prefill_load_saved=0.0,
-        window_bytes=peak_requests * model.window_bytes_per_sequence,
-    )
-
-
-def _held_blocks(trace: Trace, start: Floats, end: Floats) -> tuple[Floats, Floats]:
-    """Return when a block begins and ceases to be held, once for every unbroken time of every block."""
-    request = np.repeat(np.arange(trace.num_requests), np.diff(trace.offsets))
-    order = np.argsort(trace.ids, kind="stable")
-    block, request = np.asarray(trace.ids)[order], request[order]
-    if not len(block):
-        return np.zeros(0), np.zeros(0)
-    begins, ends = start[request], end[request]
-    # One running maximum serves all blocks: each lies higher than the one before by more than the whole span.
-    lift = block.astype(np.float64) * (float(end.max() - start[0]) + 1.0)
-    held_until = np.maximum.accumulate(ends + lift) - lift
-    fresh = np.ones(len(block), bool)
-    fresh[1:] = (block[1:] != block[:-1]) | (begins[1:] > held_until[:-1])
-    firsts = np.flatnonzero(fresh)
-    lasts = np.append(firsts[1:] - 1, len(block) - 1)
-    return begins[firsts], held_until[lasts]
-
-
-def _peak(begins: Floats, ends: Floats, blocks: Int64s) -> int:
-    """Return the most that is held at a time; what ends at a moment is gone before anything begins."""
-    times = np.concatenate([ends, begins])
-    changes = np.concatenate([-blocks, blocks])
-    order = np.argsort(times, kind="stable")
-    return int(np.cumsum(changes[order]).max(initial=0))
-
+from pagedkv.validate import require_number, shown
 
 # The search for the smallest capacity that finds enough, and the memory of every replay on the way.
 
@@ -303,7 +245,6 @@ def _advice(level: Level, best: Size, regained: float, rival: Size | None) -> st
 
 # What a plan may be asked for.
 
-_MAX_MEMORY = 2**62
 # They need arguments that only the operator knows, or look at something else than reuse.
 _NOT_BY_DEFAULT = {"longestfirst", "priority", "streamingllm", "ttl"}
 
@@ -332,18 +273,6 @@ def checked_names(strategies: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(dict.fromkeys([LRU, *(name for name in named if name.lower() != OPTIMAL)]))
 
 
-def blocks_in(memory: int, trace: Trace, model: ModelShape, load: Load) -> int:
-    """Return how many blocks fit a memory beside the windows of running requests."""
-    memory = require_int("memory", memory, 1, _MAX_MEMORY - 1)
-    block = trace.block_tokens * model.bytes_per_token
-    least = load.window_bytes + block
-    if memory < least:
-        windows = f" and {format_bytes(load.window_bytes)} for windowed layers" if load.window_bytes else ""
-        needs = f"{format_bytes(block)} for one block of {trace.block_tokens} tokens{windows}"
-        raise bad_argument("memory", f"at least {format_bytes(least)}: {needs}; got {format_bytes(memory)}")
-    return min((memory - load.window_bytes) // block, MAX_BLOCKS)
-
-
 LEVELS = (0.5, 0.8, 0.9, 0.95, 0.99)
 """Shares of the attainable hit ratio that every plan prices."""
 
@@ -360,6 +289,7 @@ def plan(
     hardware: Hardware | None = None,
     prefill_rate: float | None = None,
     disk_read: float | None = None,
+    fleet: FleetOptions | None = None,
     jobs: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Plan:
@@ -383,6 +313,8 @@ def plan(
         Tokens per second of prefill as measured, the mean of prompts like these; in place of the rate of `hardware`.
     disk_read : float, optional
         Bytes per second that a disk reads: also price a disk tier beneath the pool.
+    fleet : FleetOptions, optional
+        Also find the cheapest fleet that meets a target; `memory` is that of one replica then.
     jobs : int, optional
         Processes that replay; by default this one alone, and one a core where a round takes longer than their start.
     progress : callable, optional
@@ -411,18 +343,23 @@ def plan(
         hardware = at_prefill_rate(prefill_rate, trace, model, hardware)
     if disk_read is not None:
         disk_read = require_number("disk_read", disk_read, 0, 1e15, above=True)
+    if fleet is not None and memory is None:
+        raise bad_argument("memory", "that of one replica, for a fleet", "none")
     load = estimate_load(trace, model, hardware)
-    if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= _MAX_MEMORY:
+    if (trace.num_distinct + 1) * trace.block_tokens * model.bytes_per_token + load.window_bytes >= MAX_MEMORY:
         raise bad_argument("model", "sizes that fit a memory", f"{model.bytes_per_token} bytes per token")
     fitting = None if memory is None else blocks_in(memory, trace, model, load)
     curve = lru_curve(trace)
     search = Search(trace, model, jobs, progress)
     planner = _Planner(trace, model, hardware, wanted, names, curve, search, load)
     made = planner.made(memory, fitting)
-    if disk_read is None or not made.levels:
-        return made
-    beside = planner.size(LRU, fitting or min(max(1, load.peak_blocks), MAX_BLOCKS))
-    return replace(made, disk=price_disk(made, beside, disk_read))
+    if disk_read is not None and made.levels:
+        beside = planner.size(LRU, fitting or min(max(1, load.peak_blocks), MAX_BLOCKS))
+        made = replace(made, disk=price_disk(made, beside, disk_read))
+    if fleet is not None and memory is not None:
+        found = plan_fleet(trace, model, hardware, memory, fleet, load=load, curve=curve, jobs=jobs, progress=progress)
+        made = replace(made, fleet=found)
+    return made
 
 
 def at_prefill_rate(rate: float, trace: Trace, model: ModelShape, hardware: Hardware) -> Hardware:
@@ -448,6 +385,10 @@ class _Planner:
     @property
     def bytes_per_block(self) -> int:
         return self.trace.block_tokens * self.model.bytes_per_token
+
+    @property
+    def window_bytes(self) -> int:
+        return self.load.peak_requests * self.model.window_bytes_per_sequence
 
     @property
     def attainable_hits(self) -> int:
@@ -582,10 +523,16 @@ class _Planner:
                 f"at the peak running requests alone hold {self.load.peak_blocks:,} blocks, more than the {shown:,} "
                 "planned here: on one replica of this speed some would have to wait"
             )
-        if self.load.window_bytes:
+        if self.model.state_bytes_per_sequence:
+            notes.append(
+                "states are counted once per running request, "
+                f"{format_bytes(self.model.state_bytes_per_sequence)} each; an engine that resumes cached "
+                "prefixes keeps one more at every place where it can"
+            )
+        if self.model.window_bytes_per_sequence:
             all_layers = self.model.bytes_per_token_all_layers / self.model.bytes_per_token
             notes.append(
-                f"windowed layers are counted once per running request, {format_bytes(self.load.window_bytes)} at the "
+                f"windowed layers are counted once per running request, {format_bytes(self.window_bytes)} at the "
                 f"peak; an engine that keeps them for every cached block needs {all_layers:.1f}× the memory"
             )
         if self.model.kv_dtype in ("int8", "fp8"):

@@ -21,9 +21,10 @@ import numpy.typing as npt
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
-from pagedkv.sim.replicas import Fleet, FleetReplay, FleetResult
-from pagedkv.sim.tiered import Restart, TieredReplay, TierResult, Tiers, TierSpec
-from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
+from pagedkv.sim.queueing import Timing, output_blocks, run_in_time
+from pagedkv.sim.replicas import Fleet, FleetResult, run_fleet
+from pagedkv.sim.tiered import Restart, TierResult, Tiers, TierSpec, run_tiered
+from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
 # What one replay found: one cell of the table strategies × capacities.
@@ -52,13 +53,24 @@ class ReplayResult:
     hits : int32 [requests]
         Blocks found by every request; empty where the method does not give them.
     preempted, refused : int
-        Timed replay: running requests that had to give their blocks back, and requests larger than the pool.
+        Replay in time: running requests that had to give their blocks back, and requests larger than the pool.
+    queueing, ttft : float64 [requests]
+        Replay in time: seconds from the arrival of every request until its prompt was begun, and to its first token;
+        nan for one that was refused. Empty without time.
+    utilisation : float64 [replicas]
+        Replay in time with tiers or a fleet: the share of the time, from the first arrival to the last token, in which
+        each replica, or the one, loaded and computed prompts.
+    order : int64 [served requests]
+        Replay in time with tiers or a fleet: the requests in the order in which their prompts were begun.
     tiers : tuple of TierResult
         Replay with tiers: what each of them did. All hits above are those of the pool and the tiers together.
     restart : Restart or None
         Replay with a restart: what was found after it.
     fleet : FleetResult or None
         Replay on a fleet: what its replicas did. All hits above are those of all replicas, each in its own cache.
+    attainable : int or None
+        Of a sweep with tiers or fleets: blocks that the optimum finds with the blocks of them all, in the order in
+        which requests were served.
     """
 
     strategy: str
@@ -73,9 +85,14 @@ class ReplayResult:
     hits: npt.NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32), repr=False)
     preempted: int = 0
     refused: int = 0
+    queueing: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
+    ttft: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
+    utilisation: Floats = field(default_factory=lambda: np.zeros(0), repr=False)
+    order: Int64s = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
     tiers: tuple[TierResult, ...] = ()
     restart: Restart | None = None
     fleet: FleetResult | None = None
+    attainable: int | None = None
 
     @classmethod
     def of(
@@ -115,33 +132,38 @@ class ReplayResult:
         """Input tokens found over input tokens; 0.0 for a trace without tokens."""
         return self.hit_tokens / self.tokens if self.tokens else 0.0
 
+    @property
+    def attained(self) -> float | None:
+        """Blocks found over those that the optimum finds; None where that is not known."""
+        if self.attainable is None:
+            return None
+        return self.hit_blocks / self.attainable if self.attainable else 1.0
 
-# Replay in time: a request holds its blocks while it is served, so concurrency takes room, and requests are preempted.
+    def ttft_percentile(self, percent: float) -> float:
+        """Return the seconds within which so many of 100 requests had their first token; nan where none had one.
+
+        The least time of a request that is enough for them: ``ttft_percentile(50)`` is that of one of them.
+
+        Parameters
+        ----------
+        percent : float
+            0 … 100.
+        """
+        came = self.ttft[~np.isnan(self.ttft)]
+        percent = require_number("percent", percent, 0, 100)
+        return float(np.percentile(came, percent, method="inverted_cdf")) if len(came) else float("nan")
+
+    @property
+    def mean_queueing(self) -> float:
+        """Seconds that a request waited for its turn, of those that had it; nan where none had."""
+        came = self.queueing[~np.isnan(self.queueing)]
+        return float(came.mean()) if len(came) else float("nan")
 
 
-@dataclass(frozen=True)
-class Timing:
-    """How fast requests are served, for a replay in which each holds its blocks while it runs.
-
-    Parameters
-    ----------
-    prefill_tokens_per_second, decode_tokens_per_second : float
-        Of one request.
-    """
-
-    prefill_tokens_per_second: float = 10_000.0
-    decode_tokens_per_second: float = 50.0
-
-    def __post_init__(self) -> None:
-        for name in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-            require_number(name, getattr(self, name), 0, above=True)
-
+# Replay in time of one pool: a request holds its blocks while it is served, so concurrency takes room, and requests are
+# preempted. With tiers or a fleet they queue instead: `pagedkv.sim.queueing`.
 
 _PREFILLED, _SERVED = 0, 1
-
-
-def _output_blocks(trace: Trace) -> npt.NDArray[np.int64]:
-    return -(-trace.output_tokens // trace.block_tokens)
 
 
 class _Service:
@@ -152,9 +174,11 @@ class _Service:
         self._due: list[tuple[float, int, int, int]] = []  # when, what, request, its run number
         self._runs: dict[int, int] = {}
         self._waiting: deque[int] = deque()
-        self._output_blocks = _output_blocks(trace)
+        self._output_blocks = output_blocks(trace)
         self.needs = np.diff(trace.offsets) + self._output_blocks
         self.preempted = 0
+        self._begun = np.full(trace.num_requests, np.nan)  # its last run
+        self.queueing, self.ttft = np.full((2, trace.num_requests), np.nan)
 
     def arrive(self, request: int, now: float) -> int:
         """Start a request that fits the pool, whoever must go for it; returns the blocks found."""
@@ -171,6 +195,7 @@ class _Service:
                 continue  # preempted meanwhile
             if what == _PREFILLED:
                 self._cache.commit(request)
+                self._first_token(request, when)
                 continue
             self._cache.free(request)
             del self._runs[request]
@@ -183,10 +208,16 @@ class _Service:
         computed = max(0, int(trace.input_tokens[request]) - found * trace.block_tokens)
         prefilled = now + computed / timing.prefill_tokens_per_second
         served = prefilled + int(trace.output_tokens[request]) / timing.decode_tokens_per_second
+        self._begun[request] = now
         run = self._runs[request] = self._runs.get(request, 0) + 1
         heapq.heappush(self._due, (prefilled, _PREFILLED, request, run))
         heapq.heappush(self._due, (served, _SERVED, request, run))
         return found
+
+    def _first_token(self, request: int, now: float) -> None:
+        if np.isnan(self.ttft[request]):  # one that was preempted has its first token already
+            arrived = self._trace.times[request]
+            self.queueing[request], self.ttft[request] = self._begun[request] - arrived, now - arrived
 
     def _ids(self, request: int) -> npt.NDArray[np.int64]:
         start, stop = self._trace.offsets[request], self._trace.offsets[request + 1]
@@ -217,7 +248,9 @@ def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timin
     service.advance(float("inf"))
     seconds, reclaimed = time.perf_counter() - started, cache.stats.blocks_reclaimed
     result = ReplayResult.of(trace, strategy, cache.total_blocks, hits, reclaimed=reclaimed, seconds=seconds)
-    return dataclasses.replace(result, preempted=service.preempted, refused=refused)
+    return dataclasses.replace(
+        result, preempted=service.preempted, refused=refused, queueing=service.queueing, ttft=service.ttft
+    )
 
 
 # One replay: the requests of a trace through the control plane that serves models.
@@ -242,12 +275,12 @@ def replay(
     strategy : str or EvictionStrategy
         A registered name with its arguments, or an object.
     timing : Timing, optional
-        Without it a request comes and goes at once. With it a request holds its blocks from its arrival until it is
-        served, so concurrency takes room, and running requests may be preempted.
+        Without it a request comes and goes at once. With it a request holds its blocks until it is served, so
+        concurrency takes room; the result says when first tokens came.
     tiers : Tiers or sequence of TierSpec, optional
-        Tiers beneath the pool, the fastest first, or a restart. Not together with `timing`.
+        Tiers beneath the pool, the fastest first, or a restart, which knows no time.
     fleet : Fleet, optional
-        Replicas that share `blocks`, and the routing of requests to them. Not together with `timing` or `tiers`.
+        Replicas that share `blocks` and the blocks of the tiers, and the routing of requests to them.
 
     Returns
     -------
@@ -257,7 +290,8 @@ def replay(
     ------
     InvalidOperation
         If the trace carries lengths only, `blocks` is out of range, the strategy is unknown or returns something
-        else than scores, the routing policy gives no order, or two of `tiers`, `timing` and `fleet` are given.
+        else than scores, the routing policy gives no order, a replica has no block of a tier, or there is a restart
+        in time.
 
     Examples
     --------
@@ -265,14 +299,12 @@ def replay(
     """
     require_content(trace)
     tiers = as_tiers(tiers, timing)
-    require_fleet_alone(fleet, timing, tiers)
+    require_fleet(fleet)
     blocks = require_int("blocks", blocks, 1, MAX_BLOCKS)
-    if fleet is not None:
-        return _replay_fleet(trace, blocks, strategy, fleet)
-    if tiers is not None:
-        return _replay_tiered(trace, blocks, strategy, tiers)
+    if fleet is not None or tiers is not None:
+        return _replay_levels(trace, blocks, strategy, timing, tiers or Tiers(), fleet)
     # A pool larger than the trace ever fills finds the same hits in less memory.
-    most = trace.num_distinct if timing is None else trace.num_accesses + int(_output_blocks(trace).sum())
+    most = trace.num_distinct if timing is None else trace.num_accesses + int(output_blocks(trace).sum())
     cache = ContentCache(min(blocks, max(1, most)), strategy)
     if timing is not None:
         return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing), blocks=blocks)
@@ -283,6 +315,34 @@ def replay(
     return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)
 
 
+def _replay_levels(
+    trace: Trace, blocks: int, strategy: Strategy, timing: Timing | None, tiers: Tiers, fleet: Fleet | None
+) -> ReplayResult:
+    """Replay with tiers, a restart, on a fleet, or with some of them in time."""
+    started = time.perf_counter()
+    told, waits = None, None
+    if timing is not None:
+        found, told, waits = run_in_time(trace, blocks, strategy, timing, tiers, fleet or Fleet(1))
+    elif fleet is not None:
+        found, told = run_fleet(trace, blocks, strategy, tiers, fleet)
+    else:
+        found = run_tiered(trace, blocks, strategy, tiers)
+    seconds = time.perf_counter() - started
+    result = ReplayResult.of(trace, str(strategy), blocks, found.hits, reclaimed=found.reclaimed, seconds=seconds)
+    if waits is not None:
+        result = dataclasses.replace(
+            result,
+            refused=waits.refused,
+            queueing=waits.queueing,
+            ttft=waits.ttft,
+            order=waits.order,
+            utilisation=waits.busy / waits.seconds if waits.seconds else np.zeros_like(waits.busy),
+        )
+    return dataclasses.replace(
+        result, tiers=found.tiers(), restart=found.restart(), fleet=told if fleet is not None else None
+    )
+
+
 def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) -> Tiers | None:
     """Return the tiers to replay with; None for the pool alone."""
     if tiers is not None and not isinstance(tiers, Tiers):
@@ -291,30 +351,12 @@ def as_tiers(tiers: Tiers | Sequence[TierSpec] | None, timing: Timing | None) ->
         tiers = Tiers(tuple(tiers)) if len(tiers) else None
     if timing is not None and not isinstance(timing, Timing):
         raise bad_argument("timing", "a Timing", shown(timing), "write Timing(prefill_tokens_per_second=…)")
-    if tiers is not None and timing is not None:
-        raise bad_argument("tiers", "none together with timing: tiers know no time", shown(tiers))
+    if tiers is not None and tiers.restart_at is not None and timing is not None:
+        raise bad_argument("restart_at", "none together with timing: a restart knows no time", f"{tiers.restart_at}")
     return tiers
 
 
-def require_fleet_alone(fleet: Fleet | None, timing: Timing | None, tiers: Tiers | None) -> None:
-    """Refuse what is no fleet, and one together with what its replicas do not know."""
+def require_fleet(fleet: Fleet | None) -> None:
+    """Refuse what is no fleet."""
     if fleet is not None and not isinstance(fleet, Fleet):
         raise bad_argument("fleet", "a Fleet", shown(fleet), "write Fleet(replicas, routing)")
-    if fleet is not None and (timing is not None or tiers is not None):
-        raise bad_argument("fleet", "none together with timing or tiers: replicas know of their pools", shown(fleet))
-
-
-def _replay_fleet(trace: Trace, blocks: int, strategy: Strategy, fleet: Fleet) -> ReplayResult:
-    made = FleetReplay(trace, blocks, strategy, fleet)
-    made.run()
-    result = ReplayResult.of(trace, str(strategy), blocks, made.hits, reclaimed=made.reclaimed, seconds=made.seconds)
-    return dataclasses.replace(result, fleet=made.result())
-
-
-def _replay_tiered(trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> ReplayResult:
-    made = TieredReplay(trace, blocks, strategy, tiers)
-    started = time.perf_counter()
-    made.run()
-    seconds = time.perf_counter() - started
-    result = ReplayResult.of(trace, str(strategy), blocks, made.hits, reclaimed=made.reclaimed, seconds=seconds)
-    return dataclasses.replace(result, tiers=made.results(), restart=made.restart())

@@ -1,20 +1,20 @@
 """Replay of a trace on a fleet: every replica a control plane of its own, and a policy that routes each request.
 
-The replicas share the capacity in equal parts. The load that policies see is the work that a replica was given lately;
-requests come and go at once, so nobody waits and all queues are empty. Home of a request is the replica that served the
-deepest of its blocks last, the first block left out, which many conversations have in common.
+The replicas share the capacity in equal parts, that of the pool and that of every tier; a shared tier is one for all.
+The load that policies see is the work that a replica was given lately. Here requests come and go at once, so all queues
+are empty; `pagedkv.sim.queueing` lets them wait. Home of a request is the replica that the deepest of its blocks was
+sent to last, the first block left out, which many conversations have in common.
 """
 
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
 from pagedkv.fleet.routing import (
@@ -26,10 +26,13 @@ from pagedkv.fleet.routing import (
     parse_routing,
     route,
 )
-from pagedkv.sim.trace import Trace
+from pagedkv.sim.tiered import LevelHits, Tiers, tiered_pools
+from pagedkv.sim.trace import Int32s, Int64s, Trace
 from pagedkv.validate import require_int
 
 MAX_REPLICAS = 1024
+NOWHERE = -1
+"""The replica of a request that none could serve."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,22 @@ class FleetResult:
     replicas : int
     routing : str
     served : int32 [requests]
-        Which replica served each request.
+        Which replica served each request; −1 for one that was refused.
     computed_blocks : int64 [replicas]
         Blocks that each did not find.
     """
 
     replicas: int
     routing: str
-    served: npt.NDArray[np.int32]
-    computed_blocks: npt.NDArray[np.int64]
+    served: Int32s
+    computed_blocks: Int64s
+
+    @classmethod
+    def of(cls, trace: Trace, fleet: Fleet, served: Int32s, hits: Int32s) -> FleetResult:
+        """Return what the replicas did when request i found ``hits[i]`` blocks on replica ``served[i]``."""
+        missed, is_served = np.diff(trace.offsets) - hits, served != NOWHERE
+        computed = np.bincount(served[is_served], missed[is_served], fleet.replicas).astype(np.int64)
+        return cls(fleet.replicas, fleet.name, served, computed)
 
     def __str__(self) -> str:
         return _told(self.replicas, self.routing)
@@ -100,50 +110,50 @@ def _told(replicas: int, routing: str) -> str:
     return "one pool" if replicas == 1 else f"{replicas} x {routing}"
 
 
-class FleetReplay:
-    """One replay: the caches, and what the router remembers."""
+class Router:
+    """A policy, and what it is told of: the load of the replicas, and the home of each request."""
 
-    def __init__(self, trace: Trace, blocks: int, strategy: Strategy, fleet: Fleet) -> None:
-        self._trace, self._fleet = trace, fleet
+    def __init__(self, trace: Trace, fleet: Fleet) -> None:
         self._policy = copy.deepcopy(parse_routing(fleet.routing))  # one that learns begins anew
-        each = min(fleet.blocks_each(blocks), max(1, trace.num_distinct))
-        self._caches = [ContentCache(each, copy.deepcopy(strategy)) for _ in range(fleet.replicas)]
+        self._block_tokens = trace.block_tokens
         self._load = RecentLoad(fleet.replicas)
         self._home = np.full(trace.num_distinct, NO_HOME, np.int32)  # by content id
-        self._queue = np.zeros(fleet.replicas, np.int64)
-        self.hits = np.zeros(trace.num_requests, np.int32)
-        self.served = np.zeros(trace.num_requests, np.int32)
-        self.seconds = 0.0
+        self._routed = 0
 
-    def run(self) -> None:
-        """Serve every request of the trace."""
-        started = time.perf_counter()
-        ids, offsets = self._trace.ids.astype(np.int64), self._trace.offsets.tolist()
-        for request in range(self._trace.num_requests):
-            self._serve(request, ids[offsets[request] : offsets[request + 1]])
-        self.seconds = time.perf_counter() - started
+    def route(self, ids: Int64s, reaches: Sequence[Sequence[int]], queue: Int64s) -> int:
+        """Return the replica that a request goes to, and count it as sent there.
 
-    @property
-    def reclaimed(self) -> int:
-        """Cached blocks that all replicas together reclaimed."""
-        return sum(cache.stats.blocks_reclaimed for cache in self._caches)
-
-    def result(self) -> FleetResult:
-        """Return what the replicas did."""
-        missed = np.diff(self._trace.offsets) - self.hits
-        computed = np.bincount(self.served, missed, self._fleet.replicas).astype(np.int64)
-        return FleetResult(self._fleet.replicas, self._fleet.name, self.served, computed)
-
-    def _serve(self, request: int, ids: npt.NDArray[np.int64]) -> None:
-        size = self._trace.block_tokens
-        matched = np.array([[cache.match_prefix(ids)] for cache in self._caches], np.int64) * size
-        asked = RoutingRequest(request, len(ids) * size, self._home_of(ids))
-        replica = route(self._policy, asked, Candidates(matched, self._load.tokens, self._queue))[0]
-        found = int(self._caches[replica].run(ids, np.array([0, len(ids)], np.int64))[0])
+        `reaches` is what the levels of every replica have of it, in blocks.
+        """
+        size = self._block_tokens
+        ends = np.maximum.accumulate(np.array(reaches, np.int64), axis=1) * size
+        matched = ends.copy()
+        matched[:, 1:] -= ends[:, :-1]
+        asked = RoutingRequest(self._routed, len(ids) * size, self._home_of(ids))
+        replica = route(self._policy, asked, Candidates(matched, self._load.tokens, queue))[0]
+        self._routed += 1
         self._home[ids] = replica
-        self._load.add(replica, (len(ids) - found) * size)
-        self.hits[request], self.served[request] = found, replica
+        self._load.add(replica, len(ids) * size - int(ends[replica, -1]))
+        return replica
 
     def _home_of(self, ids: npt.NDArray[np.int64]) -> int:
         known = np.flatnonzero(self._home[ids[1:]] != NO_HOME)
         return int(self._home[ids[1 + known[-1]]]) if len(known) else NO_HOME
+
+
+def run_fleet(
+    trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers, fleet: Fleet
+) -> tuple[LevelHits, FleetResult]:
+    """Replay a trace on a fleet whose pools have `blocks` together."""
+    pools = tiered_pools(trace, fleet.blocks_each(blocks), strategy, tiers, replicas=fleet.replicas)
+    found, router = LevelHits(trace, tiers, pools), Router(trace, fleet)
+    nobody_waits = np.zeros(fleet.replicas, np.int64)
+    served = np.zeros(trace.num_requests, np.int32)
+    ids, offsets = np.asarray(trace.ids).astype(np.int64), trace.offsets.tolist()
+    for request in range(trace.num_requests):
+        found.restart_if_due(request)
+        asked = ids[offsets[request] : offsets[request + 1]]
+        reaches = found.reaches(asked)
+        replica = served[request] = router.route(asked, reaches, nobody_waits)
+        found.by_level[:, request] = pools[replica].serve(asked, reaches[replica])
+    return found, FleetResult.of(trace, fleet, served, found.hits)

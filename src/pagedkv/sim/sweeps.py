@@ -27,10 +27,11 @@ from pagedkv.control.strategies import as_strategy, parse_strategy, strategy_nam
 from pagedkv.errors import InvalidOperation, MissingExtra, PagedKvError, ReplayFailed, bad_argument
 from pagedkv.machine import usable_cores
 from pagedkv.sim.baselines import OPTIMAL
-from pagedkv.sim.replayer import ReplayResult, Timing, as_tiers, replay, require_fleet_alone
+from pagedkv.sim.queueing import Timing
+from pagedkv.sim.replayer import ReplayResult, as_tiers, replay, require_fleet
 from pagedkv.sim.replicas import Fleet
-from pagedkv.sim.tiered import DISK, HOST, Tiers, TierSpec
-from pagedkv.sim.trace import MAX_BLOCKS, Trace, require_content
+from pagedkv.sim.tiered import DISK, HOST, SHARED, Tiers, TierSpec
+from pagedkv.sim.trace import MAX_BLOCKS, Int64s, Trace, require_content
 from pagedkv.validate import require_int, shown
 
 Progress = Callable[[int, int], None]
@@ -64,15 +65,21 @@ class Cell:
         blocks = self.blocks if blocks is None else blocks
         try:
             if self.strategy is None:
-                from pagedkv.sim.optimum import optimal
-
-                result = optimal(trace, blocks)
+                result = self._optimal(trace, blocks)
             else:
                 strategy = copy.deepcopy(self.strategy)
                 result = replay(trace, blocks, strategy, timing=self.timing, tiers=self.tiers, fleet=self.fleet)
+                if self.fleet is not None or (self.tiers is not None and self.tiers.levels):
+                    order = None if self.timing is None else result.order
+                    result = replace(result, attainable=self._optimal(trace, blocks, order).hit_blocks)
         except Exception as error:
             raise self.failure(error) from error
         return replace(result, strategy=self.name)
+
+    def _optimal(self, trace: Trace, blocks: int, order: Int64s | None = None) -> ReplayResult:
+        from pagedkv.sim.optimum import optimal
+
+        return optimal(trace, blocks, tiers=self.tiers, order=order)
 
     def failure(self, error: Exception | str) -> ReplayFailed:
         """Return the error that names this cell; `error` is what happened in it."""
@@ -166,7 +173,7 @@ def parse_tiers(text: str, num_distinct: int, strategy: str = "lru") -> tuple[Ti
     tiers = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         medium, colon, size = part.partition(":")
-        if medium.lower() not in (HOST, DISK) or not colon:
+        if medium.lower() not in (HOST, DISK, SHARED) or not colon:
             raise bad_argument("tiers", _SOME_TIERS, f"{part!r}")
         blocks = _capacity(size.strip(), num_distinct, "tiers", _SOME_TIERS)
         tiers.append(TierSpec(medium.lower(), blocks, cast("Strategy", strategy)))  # told by its name, as it was asked
@@ -337,7 +344,7 @@ _RAY_PATIENCE = 5.0  # seconds
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
 _TIERED_WORK = 20
-"""How many plain accesses take as long as one of a replay with tiers."""
+"""How many plain accesses take as long as one of a replay with tiers or on a fleet."""
 
 
 def sweep(
@@ -372,17 +379,17 @@ def sweep(
     timing : Timing, optional
         Let requests hold their blocks for as long as they are served; the optimum knows no time.
     tiers : Tiers or sequence of TierSpec, optional
-        Beneath the pool of every cell; the optimum knows none.
+        Beneath the pool of every cell; the optimum is that of one cache as large as both.
     fleets : sequence of Fleet, optional
-        Replicas that share the capacity of a cell, and their routing; the optimum knows none.
+        Replicas that share the capacity of a cell, and their routing; the optimum bounds all of them.
     progress : callable, optional
         Called here with (cells done, cells asked for) at the start and after each cell.
 
     Returns
     -------
     list of ReplayResult
-        Strategy by strategy in the order asked for, within it fleet by fleet, within that capacity by capacity. Nothing
-        in them but the seconds depends on how many processes computed them.
+        Strategy by strategy in the order asked for, within it fleet by fleet, the optimum once for all of them, within
+        that capacity by capacity. Nothing in them but the seconds depends on how many processes computed them.
 
     Raises
     ------
@@ -397,7 +404,7 @@ def sweep(
     cells = _cells(trace, strategies, blocks, timing, tiers, fleets)
     if ray:
         return _collected(_run_on_ray(_connected_ray(), trace, cells), len(cells), progress)
-    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses * (1 if tiers is None else _TIERED_WORK))
+    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses * (_TIERED_WORK if tiers or fleets else 1))
     if jobs == 1:
         try_out(trace, cells)
         return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)
@@ -424,18 +431,16 @@ def _cells(
     for name, strategy in named:
         if strategy is None and timing is not None:
             raise bad_argument("strategies", f"no {name!r} together with timing: the optimum knows no time")
-        if strategy is None and tiers is not None:
-            raise bad_argument("strategies", f"no {name!r} together with tiers: the optimum knows of one pool")
-        if strategy is None and fleets:
-            raise bad_argument("strategies", f"no {name!r} together with fleets: the optimum knows of one pool")
     for fleet in fleets or ():
-        require_fleet_alone(fleet, timing, tiers)
+        require_fleet(fleet)
         for number in capacities:
             fleet.blocks_each(number)
+        for tier in tiers.levels if tiers else ():
+            tier.blocks_each(fleet.replicas)
     return [
         Cell(name, strategy, number, timing, tiers, fleet)
         for name, strategy in named
-        for fleet in fleets or (None,)
+        for fleet in (strategy is not None and fleets) or (None,)
         for number in capacities
     ]
 

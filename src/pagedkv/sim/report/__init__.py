@@ -6,13 +6,22 @@ from collections.abc import Sequence
 
 from pagedkv.format import count
 from pagedkv.sim.curves import HitCurve
+from pagedkv.sim.measures import by_fleet
 from pagedkv.sim.plan_types import Plan
 from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report import text
 from pagedkv.sim.report.charts import curve_section, depth_section, gap_section, session_section, time_section
 from pagedkv.sim.report.evidence import Evidence
 from pagedkv.sim.report.html import Markup, duration, page, tag
-from pagedkv.sim.report.text import every_replay, headline, method_section, results_section, trace_section, verdict
+from pagedkv.sim.report.text import (
+    every_replay,
+    headline,
+    measures_section,
+    method_section,
+    results_section,
+    trace_section,
+    verdict,
+)
 from pagedkv.sim.trace import Trace
 
 __all__ = ["plan_report", "replay_report"]
@@ -53,9 +62,10 @@ def replay_report(
     str
         HTML without references to anything outside. All text from the trace is escaped.
     """
+    shown = [*results, *(optimum or ())]
     evidence = Evidence(
         trace,
-        [*results, *(optimum or ())],
+        by_fleet(shown),
         curve,
         bytes_per_block=bytes_per_token * trace.block_tokens if bytes_per_token else None,
         chosen_blocks=chosen_blocks,
@@ -64,6 +74,7 @@ def replay_report(
         headline(evidence),
         curve_section(evidence),
         results_section(evidence),
+        measures_section(shown),
         *_details(evidence),
         trace_section(evidence),
         method_section(evidence, command),
@@ -91,6 +102,7 @@ def plan_report(plan: Plan, trace: Trace, *, command: str | None = None) -> str:
     replays = every_replay(evidence) if plan.runs else None
     sections = (
         text.plan_headline(plan),
+        text.fleet_section(plan),
         curve_section(evidence, replays),
         text.levels_section(plan),
         text.memory_section(plan),

@@ -53,7 +53,7 @@ class Evidence:
     @cached_property
     def beneath(self) -> str:
         """The tiers beneath every pool, to follow its size; empty without any."""
-        tiers = self.results[0].tiers if self.results else ()
+        tiers = next((result.tiers for result in self.results if result.tiers), ())
         return "".join(f" and a {tier.medium} tier of {count(tier.blocks)} blocks" for tier in tiers)
 
     @cached_property

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from pagedkv.format import count, percent, points, share
+from pagedkv.sim import plan_figures as figures
 from pagedkv.sim.baselines import LRU, OPTIMAL
-from pagedkv.sim.plan_types import Level, Plan, Size
+from pagedkv.sim.measures import Measures
+from pagedkv.sim.plan_figures import Figures
+from pagedkv.sim.plan_types import Plan
+from pagedkv.sim.replayer import ReplayResult
 from pagedkv.sim.report.charts import counts, ratios, section, table
 from pagedkv.sim.report.evidence import Evidence, Points, shown_name
-from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, short, tag
+from pagedkv.sim.report.html import Markup, duration, flops, format_bytes, rough_duration, round_count, tag
 from pagedkv.sim.trace import Trace
 
 _NEARLY_ALL = 0.95
+_NOTHING = ("–", -1.0)
 _DEFINITIONS = (
     ("hit", "a block of the longest cached prefix of its request, counted from the first block of the prompt"),
     (
@@ -118,7 +124,7 @@ def _name(evidence: Evidence, name: str) -> Markup:
 def _cell(evidence: Evidence, name: str, blocks: int) -> object:
     cell, lru = evidence.cell(name, blocks), evidence.cell(LRU, blocks)
     if cell is None:
-        return ("–", -1.0)
+        return _NOTHING
     rivals = [rival.hit_blocks for other in evidence.strategies if (rival := evidence.cell(other, blocks))]
     is_best = name != OPTIMAL and len(rivals) > 1 and cell.hit_blocks == max(rivals)
     gain = points(cell.hit_ratio - lru.hit_ratio) if lru and lru is not cell else None
@@ -131,7 +137,7 @@ def every_replay(evidence: Evidence) -> Markup:
     is_timed = any(result.preempted or result.refused for result in evidence.results)
     heads = ["strategy", "blocks", "hit blocks", "accesses", "hit ratio", "by tokens", "reclaimed", "seconds"]
     heads += ["preempted", "refused"] if is_timed else []
-    media = [tier.medium for tier in evidence.results[0].tiers] if evidence.results else []
+    media = next(([tier.medium for tier in result.tiers] for result in evidence.results if result.tiers), [])
     heads += [f"{what} {medium}" for medium in media for what in ("hits in", "written to")]
     restarts = any(result.restart for result in evidence.results)
     heads += ["after the restart"] if restarts else []
@@ -144,12 +150,34 @@ def every_replay(evidence: Evidence) -> Markup:
             *counts([result.reclaimed]),
             (f"{result.seconds:.3f}", result.seconds),
             *counts((result.preempted, result.refused) if is_timed else ()),
-            *counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written)),
-            *ratios([result.restart.hit_ratio] if result.restart else ()),
+            *(
+                counts(number for tier in result.tiers for number in (tier.hit_blocks, tier.written))
+                or [_NOTHING] * 2 * len(media)
+            ),
+            *(ratios([result.restart.hit_ratio] if result.restart else ()) or [_NOTHING] * restarts),
         ]
         for result in sorted(evidence.results, key=lambda result: (result.blocks, -result.hit_blocks, result.strategy))
     ]
     return table("Every replay in full", heads, rows, is_folded=True)
+
+
+def measures_section(results: Sequence[ReplayResult]) -> Markup | None:
+    """Return what replicas, tiers and time bring, in the digits of the terminal; None for one pool without either."""
+    if not any(result.fleet or result.tiers or len(result.ttft) for result in results):
+        return None
+    shown = Measures(results)
+    heads: list[object] = ["measure", "strategy", *(f"{count(blocks)} blocks" for blocks in shown.capacities)]
+    rows = [
+        [measure.title.strip(), name, *((measure.written(value), _order(value)) for value in values)]
+        for measure in shown.measures
+        for name, values in shown.rows(measure, shown.capacities)
+    ]
+    return section("measures", "Replicas, tiers and time", table("Every measure, by strategy and size", heads, rows))
+
+
+def _order(value: float | None) -> float:
+    """Return what a column is sorted by; what is not known comes first."""
+    return -1.0 if value is None or value != value else value
 
 
 def trace_section(evidence: Evidence) -> Markup:
@@ -239,8 +267,7 @@ def plan_headline(plan: Plan) -> Markup:
         if level.best.strategy != LRU:
             tiles.append(("Under LRU", format_bytes(level.lru.bytes), goal))
         tiles.append(("Least possible", format_bytes(level.optimum.bytes), f"{goal}, knowing the future"))
-        saved = level.best.flops_saved / plan.prefill_flops if plan.prefill_flops else 0.0
-        tiles.append(("Prefill saved", percent(saved), f"{rough_duration(level.best.seconds_saved)} of computing"))
+        tiles.append(("Prefill saved", rough_duration(level.best.seconds_saved), flops(level.best.flops_saved)))
     if plan.memory:
         tiles.append(("Given", format_bytes(plan.memory.bytes), f"hit ratio {percent(plan.memory.best.hit_ratio)}"))
     return _tiles(tiles)
@@ -250,54 +277,20 @@ def levels_section(plan: Plan) -> Markup | None:
     """Return the table of what every share of the attainable hit ratio costs."""
     if not plan.levels:
         return None
-    rows = [_level(plan, level) for level in plan.levels]
-    heads = ["of the attainable", "hit ratio", "LRU", "best strategy", "least possible", "prefill saved"]
     return section(
         "levels",
         "What each level costs",
         tag("p", "The memory that finds a share of what a cache without a limit would find.", class_="lede"),
-        table("Memory by share of the attainable hit ratio", heads, rows, class_="matrix"),
+        _figures("Memory by share of the attainable hit ratio", figures.levels(plan), "target"),
     )
-
-
-def _level(plan: Plan, level: Level) -> list[object]:
-    is_target = level is plan.at_target
-    wanted = tag("span", share(level.share), tag("small", "target") if is_target else None)
-    saved = level.best.flops_saved / plan.prefill_flops if plan.prefill_flops else 0.0
-    return [
-        (wanted, level.share),
-        (percent(level.best.hit_ratio), level.best.hit_ratio),
-        _memory(level.lru),
-        _memory(level.best, level.best.strategy),
-        _memory(level.optimum),
-        (tag("span", percent(saved), tag("small", rough_duration(level.best.seconds_saved))), saved),
-    ]
-
-
-def _memory(size: Size, strategy: str | None = None) -> tuple[Markup, int]:
-    below = strategy or f"{round_count(size.blocks)} blocks"
-    return tag("span", format_bytes(size.bytes), tag("small", below)), size.bytes
 
 
 def memory_section(plan: Plan) -> Markup | None:
     """Return what the given memory gives under every strategy."""
     if plan.memory is None:
         return None
-    rows = [
-        [
-            shown_name(size.strategy),
-            *ratios((size.hit_ratio, size.token_hit_ratio, size.share)),
-            (rough_duration(size.seconds_saved), size.seconds_saved),
-        ]
-        for size in (plan.memory.optimum, *plan.memory.all)
-    ]
-    heads = ["strategy", "hit ratio", "by tokens", "of the attainable", "prefill saved"]
-    return section(
-        "memory",
-        f"With {format_bytes(plan.memory.bytes)}",
-        tag("p", f"{count(plan.memory.blocks)} blocks fit.", class_="lede"),
-        table("The given memory", heads, rows),
-    )
+    given = figures.memory(plan, plan.memory)
+    return section("memory", given.title, _figures("The given memory", given))
 
 
 def disk_section(plan: Plan) -> Markup | None:
@@ -305,48 +298,49 @@ def disk_section(plan: Plan) -> Markup | None:
     disk = plan.disk
     if disk is None:
         return None
-    rows: list[list[object]] = [
-        [
-            (share(price.share), price.share),
-            *ratios((price.hit_ratio, price.disk_hit_ratio)),
-            (format_bytes(price.disk_bytes) if price.disk_blocks else "none", price.disk_bytes),
-            (duration(price.first_token), price.first_token),
-            (format_bytes(price.memory_alone.bytes), price.memory_alone.bytes),
-            (duration(price.first_token_memory), price.first_token_memory),
-        ]
-        for price in disk.prices
-    ]
-    heads = ["of the attainable", "hit ratio", "found on disk", "disk", "first token", "memory instead", "first token"]
-    rates = (
-        f" The disk gives {short(disk.load_tokens_per_second)} tokens/s, "
-        f"computed are {short(disk.prefill_tokens_per_second)}."
-    )
     return section(
         "disk",
         f"A disk beneath {format_bytes(disk.memory.bytes)} of memory",
-        tag("p", disk.advice, rates, class_="lede"),
-        table("Memory or disk", heads, rows, class_="matrix"),
+        tag("p", disk.advice, class_="lede"),
+        _figures("Memory or disk", figures.disk(plan, disk), "target"),
+        _pairs(figures.disk_facts(disk), "facts"),
     )
+
+
+def fleet_section(plan: Plan) -> Markup | None:
+    """Return which fleet to order, and what each configuration does."""
+    fleet = plan.fleet
+    if fleet is None:
+        return None
+    found, tried = figures.fleets(fleet), figures.configurations(fleet)
+    return section(
+        "fleet",
+        "What to order",
+        tag("p", fleet.verdict, class_="lede"),
+        _figures(tried.title, tried, "to order" if fleet.best else "nearest"),
+        _figures(found.title, found),
+        _pairs(figures.fleet_facts(fleet), "facts"),
+    )
+
+
+def _figures(caption: str, shown: Figures, marked: str | None = None) -> Markup:
+    """Return a table of figures, each on one line; what stands out is bold, and `marked` says why."""
+    rows: list[list[object]] = []
+    for place, row in enumerate(shown.rows):
+        texts = [re.sub(r"(?<=\d) (?=\S)", "\u00a0", figure.text) for figure in row]
+        name = "b" if place in shown.strong else "span"
+        small = tag("small", marked) if place in shown.strong and marked else None
+        cells = [tag("span", texts[0], small), *(tag(name, text) for text in texts[1:])]
+        rows.append([(cell, figure.value) for cell, figure in zip(cells, row, strict=True)])
+    return table(caption, shown.heads, rows, class_="matrix")
 
 
 def load_section(plan: Plan) -> Markup:
     """Return the facts of the model, of the hardware, and of what runs at the same time."""
-    model, load = plan.model, plan.load
-    held = "" if load.shared else ", shared blocks counted more than once"
-    held_blocks = f"{round_count(load.mean_blocks)} on average, {round_count(load.peak_blocks)}"
-    rows = [
-        ("Model", tag("bdi", model.name)),
-        ("Layers", count(model.num_layers)),
-        ("KV of a token", f"{format_bytes(model.bytes_per_token)} in {model.kv_dtype}"),
-        ("KV of a block", f"{format_bytes(plan.bytes_per_block)} for {count(plan.block_tokens)} tokens"),
-        ("Prefill of the trace", f"{flops(plan.prefill_flops)}, {duration(plan.prefill_seconds)}"),
-        ("At a rate of", f"{flops(plan.hardware.flops_per_second)}/s"),
-        ("Requests at once", f"{load.mean_requests:.1f} on average, {count(load.peak_requests)} at the peak"),
-        ("Blocks they hold", f"{held_blocks} at the peak{held}"),
-        ("Replicas for prefill", f"{load.prefill_load:.2f} busy without a cache"),
-        ("A cache at the target saves", f"{load.prefill_load_saved:.2f} of them"),
-    ]
-    return section("load", "The model and the load", _pairs(rows, "facts"))
+    facts = [*figures.given(plan), *figures.around(plan)]
+    return section(
+        "load", "The model and the load", _pairs(((name, tag("bdi", fact)) for name, fact in facts), "facts")
+    )
 
 
 def notes(plan: Plan) -> Markup | None:
