@@ -18,7 +18,7 @@ from tests.engine.test_scheduler import Load
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, AsyncEngine, SamplingParams, offload
-from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError
+from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError, ladder
 
 PROMPT = list(range(29))  # seven blocks of four, and one token
 EIGHT = {"max_tokens": 8, "ignore_eos": True}
@@ -29,6 +29,7 @@ def patient(monkeypatch):
     """Give loads all the time they need: how long a thread takes here says nothing."""
     monkeypatch.setattr(offload, "LEAST_PATIENCE", 60.0)
     monkeypatch.setattr(offload, "PATIENCE_UNMEASURED", 60.0)
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
     monkeypatch.setattr(offload, "FEWEST_MEASURED", 10**9)
 
 
@@ -197,6 +198,140 @@ def test_nobody_waits_longer_than_it_takes_to_compute(monkeypatch):
     while tier.asked:
         tier.answer()
     assert core.scheduler.offload.ladder.staged_bytes == 0
+
+
+def stalled_behind(near, monkeypatch):
+    """Return an engine over `near`, which has a prompt, and a tier that has it and answers nothing."""
+    far = MutedTier(4)
+    core = engine(tiers=[near, far])
+    core.add(new())
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    monkeypatch.setattr(offload, "LONGEST_ASK", 0.0)
+    monkeypatch.setattr(ladder, "LEAST_REST", 1e9)
+    monkeypatch.setattr(ladder, "LONGEST_REST", 1e9)
+    return core, far
+
+
+def test_a_tier_that_says_nothing_does_not_keep_a_text_from_what_nearer_ones_have(monkeypatch):
+    core, far = stalled_behind(HostTier("1MB"), monkeypatch)
+    core.add(new("two"))
+    assert core.scheduler.offload.ladder.staged_bytes > 0  # it is on its way while the other one is asked
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+    assert [each.late for each in core.stats().tiers] == [0, 1] and [each.loads for each in core.stats().tiers] == [
+        7,
+        0,
+    ]
+
+
+def test_a_near_tier_that_says_nothing_is_passed_over(monkeypatch):
+    near = MutedTier(4)
+    far = HostTier("1MB")
+    core = engine(tiers=[near, far])
+    monkeypatch.setattr(offload, "LONGEST_ASK", 0.0)
+    answer_of(core, new())
+    while near.asked:
+        near.answer(how="fails")
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    core.scheduler.offload.ladder.rungs[0]._back_at = 0.0
+    output = answer_of(core, new("two"))["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+
+
+def test_a_far_tier_adds_what_a_near_one_has_not():
+    near, far = HostTier(3 * 64), MutedTier(4)
+    core = engine(tiers=[near, far])
+    core.add(new())
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    core.add(new("two"))
+    assert core.step() == [] and len(far.asked) == 1
+    far.answer()
+    core.step()
+    far.answer()
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+    assert [each.loads for each in core.stats().tiers] == [3, 4]
+
+
+def test_a_load_that_stalls_does_not_keep_a_text_from_what_has_come(monkeypatch):
+    core, far = stalled_behind(HostTier(3 * 64), monkeypatch)
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
+    core.add(new("two"))
+    far.answer()
+    offloading = core.scheduler.offload
+    offloading.poll()
+    (arrival,) = offloading._arrivals.values()
+    while not arrival.parts[0][0].is_done:
+        time.sleep(0.001)
+    monkeypatch.setattr(offload, "LEAST_PATIENCE", 0.0)
+    offloading.prefill.note(1e12, 1.0)
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 12 and tokens_of(output) == alone(new())
+    assert [each.late for each in core.stats().tiers] == [0, 1]
+    while far.asked:
+        far.answer()
+    assert core.scheduler.offload.ladder.staged_bytes == 0
+
+
+def test_a_tier_that_stalls_is_left_alone_for_a_while(monkeypatch, caplog):
+    core, far = stalled_behind(HostTier("1MB"), monkeypatch)
+    for name in ("two", "three", "four"):
+        answer_of(core, new(name))
+        core.runner.cache.clear_prefix_cache()
+    assert sum(each.late for each in core.stats().tiers) == 1
+    assert caplog.text.count("does not answer in time") == 1
+    matches = len(far.asked)
+    assert matches <= 2  # what the second text asked, and stored
+    rung = core.scheduler.offload.ladder.rungs[1]
+    rung._back_at = 0.0  # the rest is over: one asks, and until it is answered nobody else does
+    core.add(new("five"))
+    core.add(new("six"))
+    assert len(far.asked) == matches + 1
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    core.add(new("seven"))
+    assert len(far.asked) == 1
+    far.answer()
+    run(core)
+
+
+@pytest.mark.parametrize("rests", [1, 3, 40])
+def test_rests_become_longer_up_to_a_limit(rests, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr(ladder.time, "monotonic", lambda: clock[0])
+    rung = ladder.Rung(MutedTier(4))
+    for _ in range(rests):
+        assert rung.may_be_asked()
+        rung.no_match(clock[0])
+        pause = rung._back_at - clock[0]
+        clock[0] += pause
+    assert pause == min(30.0, 2.0 ** (rests - 1))
+    rung.has_loaded()
+    assert rung.may_be_asked() and rung.may_be_asked()
+
+
+def test_a_tier_that_others_hear_of_is_late_and_not_left_alone():
+    rung = ladder.Rung(MutedTier(4))
+    since = time.monotonic()
+    rung.has_matched(0.01)
+    rung.no_match(since)
+    rung.has_loaded()
+    rung.no_load(since)
+    assert rung.may_be_asked() and not rung.is_resting and rung.figures.late == 2
 
 
 def test_a_text_that_is_looked_up_anew_has_all_its_patience_again():

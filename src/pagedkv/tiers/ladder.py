@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +17,7 @@ import numpy as np
 
 from pagedkv.errors import InvalidOperation, TierError, bad_argument
 from pagedkv.tiers.book_tier import BookTier, TierStats
-from pagedkv.tiers.tier import BlockFormat, Rows, Tier
+from pagedkv.tiers.tier import BlockFormat, Rows, Tier, answered
 from pagedkv.validate import shown
 
 logger = logging.getLogger("pagedkv")
@@ -28,6 +30,9 @@ LONGEST_GOODBYE = 10.0
 
 REFUSALS_UNTIL_TRIED = 32
 """A tier that was too slow so often in a row is tried again, as its rate may be another one by now."""
+
+LEAST_REST, LONGEST_REST = 1.0, 30.0
+"""Seconds that a tier is left alone that let somebody wait in vain, doubled with each time that follows."""
 
 _MEMORY = 0.8  # what a rate remembers of the past at each measurement
 
@@ -98,12 +103,20 @@ class Rung:
     Parameters
     ----------
     tier : Tier
+
+    Attributes
+    ----------
+    num_storing : int
+        Stores under way.
     """
 
     def __init__(self, tier: Tier) -> None:
         self.tier, self.rate = tier, Rate()
+        self.num_storing = 0
         self._figures = TierFigures(medium=tier.medium)
         self._refusals = 0
+        self._stalls, self._back_at, self._is_tried = 0, 0.0, False
+        self._last_match = self._last_load = -math.inf
         self._lock = threading.Lock()
 
     def count(self, **changes: float) -> None:
@@ -138,6 +151,62 @@ class Rung:
         self.count(gated=1)
         return False
 
+    # Whether it answers.
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it is left alone, as it let somebody wait in vain."""
+        return time.monotonic() < self._back_at
+
+    def may_be_asked(self) -> bool:
+        """Tell whether it is to be asked what it has; after a rest one asks, and the others need not wait for that."""
+        with self._lock:
+            now = time.monotonic()
+            if now < self._back_at:
+                return False
+            if self._stalls and not self._is_tried:
+                self._is_tried, self._back_at = True, now + self._rest()
+            return True
+
+    def has_matched(self, seconds: float) -> None:
+        """Note that it has said what it has, so many seconds after it was asked."""
+        with self._lock:
+            if seconds < LEAST_REST:
+                self._last_match = time.monotonic()
+                if self._is_tried:
+                    self._is_tried, self._back_at = False, 0.0
+
+    def has_loaded(self) -> None:
+        """Note that something has come from it."""
+        with self._lock:
+            self._last_load = time.monotonic()
+            was_stalled, self._stalls = self._stalls > 0, 0
+        if was_stalled:
+            logger.info("the tier %s answers again", self.tier.medium)
+
+    def no_match(self, since: float) -> None:
+        """Note that somebody goes on who has waited for what it has; it is left alone if it told nobody since then."""
+        self.count(late=1)
+        self._stall(since, self._last_match)
+
+    def no_load(self, since: float) -> None:
+        """Note that somebody goes on without a load; the tier is left alone if nothing came from it since then."""
+        self.count(late=1)
+        self._stall(since, self._last_load)
+
+    def _stall(self, since: float, last: float) -> None:
+        if last >= since:
+            return
+        with self._lock:
+            self._stalls += 1
+            self._is_tried, self._back_at = False, time.monotonic() + self._rest()
+            is_first = self._stalls == 1
+        if is_first:
+            logger.warning("the tier %s does not answer in time, what it has is computed instead", self.tier.medium)
+
+    def _rest(self) -> float:
+        return min(LONGEST_REST, LEAST_REST * 2.0 ** min(self._stalls - 1, 20))
+
 
 class Load:
     """Blocks ``[first, stop)`` of a text on their way from one tier, for one text that waits or for several.
@@ -145,13 +214,15 @@ class Load:
     Attributes
     ----------
     first, stop : int
+    began : float
+        When it was asked for, by the monotonic clock.
     rows : uint8 [stop - first, block_bytes]
     good : int or None
         How many of them are there and right, from the first one on; None while they are on their way.
     """
 
     def __init__(self, rung: Rung, first: int, stop: int, block_bytes: int, let_go: Callable[[int], None]) -> None:
-        self.rung, self.first, self.stop = rung, first, stop
+        self.rung, self.first, self.stop, self.began = rung, first, stop, time.monotonic()
         self.rows: Rows = np.empty((stop - first, block_bytes), np.uint8)
         self.good: int | None = None
         self._users, self._let_go = 1, let_go
@@ -260,16 +331,31 @@ class Ladder:
     # Loads.
 
     def match(self, ids: Any, cache_salt: str) -> list[Future[int]]:
-        """Ask every tier how many leading blocks of a text it has."""
-        asked = [_asked(rung, lambda tier: tier.match(ids, cache_salt)) for rung in self.rungs]
-        for future in asked:
-            if not future.done():
-                future.add_done_callback(lambda future: self._tell())
-        return asked
+        """Ask every tier how many leading blocks of a text it has; of one that is left alone the answer is none."""
+        return [self._ask(rung, ids, cache_salt) if rung.may_be_asked() else answered(0) for rung in self.rungs]
 
-    def counts(self, asked: Sequence[Future[int]]) -> list[int]:
-        """Return what tiers have answered to :meth:`match`; one that failed has nothing."""
-        return [_answer(rung, future) for rung, future in zip(self.rungs, asked, strict=True)]
+    def _ask(self, rung: Rung, ids: Any, cache_salt: str) -> Future[int]:
+        began = time.monotonic()
+
+        def end(future: Future[int]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                rung.has_matched(time.monotonic() - began)
+            self._tell()
+
+        future = _asked(rung, lambda tier: tier.match(ids, cache_salt))
+        if future.done():
+            rung.has_matched(0.0)
+        else:
+            future.add_done_callback(end)
+        return future
+
+    def counts(self, asked: Sequence[Future[int]], first: int = 0) -> list[int]:
+        """Return what tiers have answered to :meth:`match`, from the `first` one up to one that has not yet.
+
+        One that failed has nothing.
+        """
+        pairs = zip(self.rungs[first:], asked[first:], strict=True)
+        return [_answer(*pair) for pair in itertools.takewhile(lambda pair: pair[1].done(), pairs)]
 
     def load(
         self, ids: Any, cache_salt: str, counts: Sequence[int], first: int, seconds_per_block: float | None
@@ -315,6 +401,7 @@ class Ladder:
             good = _answer(rung, future)
             load.end(good)
             if good:
+                rung.has_loaded()
                 rung.rate.note(good * self.block.block_bytes, seconds)
             rung.count(hits=good > 0, loads=good, read_bytes=good * self.block.block_bytes, read_seconds=seconds)
             self._tell()
@@ -337,17 +424,20 @@ class Ladder:
             Takes the number of a block and returns rows of that one and all behind it.
         """
         count = len(ids) // self.block.block_size
-        asked = self.match(ids, cache_salt)
         # Who has not answered gets all: to wait for it would take longer than to copy.
-        firsts = [min(count, _answer(*pair) if pair[1].done() else 0) for pair in zip(self.rungs, asked, strict=True)]
-        lacking = [(rung, first) for rung, first in zip(self.rungs, firsts, strict=True) if first < count]
+        firsts = [(rung, min(count, self._has_now(rung, ids, cache_salt))) for rung in self.rungs]
         nothing = np.empty((0, self.block.block_bytes), np.uint8)
-        for rung, first in zip(self.rungs, firsts, strict=True):
+        lacking = []
+        for rung, first in firsts:
             if first == count:
                 _asked(rung, lambda tier: tier.store(ids, nothing, cache_salt))
+            elif rung.is_resting and rung.num_storing:  # or it would hold all memory there is for stores
+                rung.count(dropped=1)
+            else:
+                lacking.append((rung, first))
         if not lacking:
             return
-        start = min(firsts)
+        start = min(first for _, first in lacking)
         if not self._storing.take(count - start, self.block.block_bytes, at_once=True):
             for rung, _ in lacking:
                 rung.count(dropped=1)
@@ -355,6 +445,13 @@ class Ladder:
         rows, left = read(start), [len(lacking)]
         for rung, first in lacking:
             self._hand_over(rung, ids, cache_salt, rows, first - start, left)
+
+    def _has_now(self, rung: Rung, ids: Any, cache_salt: str) -> int:
+        """Return how many leading blocks of a text a tier has, as far as it says so at once."""
+        if rung.is_resting:
+            return 0
+        future = self._ask(rung, ids, cache_salt)
+        return _answer(rung, future) if future.done() else 0
 
     def _hand_over(self, rung: Rung, ids: Any, cache_salt: str, rows: Rows, skipped: int, left: list[int]) -> None:
         first = len(ids) // self.block.block_size - len(rows) + skipped
@@ -365,11 +462,14 @@ class Ladder:
             seconds, size = time.perf_counter() - began, stored * self.block.block_bytes
             rung.count(stores=stored, written_bytes=size, write_seconds=seconds)
             with self._lock:
+                rung.num_storing -= 1
                 left[0] -= 1
                 is_last = left[0] == 0
             if is_last:
                 self._let_go(self._storing, rows.nbytes)
 
+        with self._lock:
+            rung.num_storing += 1
         _asked(rung, lambda tier: tier.store(ids, rows[skipped:], cache_salt)).add_done_callback(end)
 
     # Both.
