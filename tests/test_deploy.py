@@ -159,7 +159,7 @@ def emitted() -> dict[str, set[str]]:
     from tests.server.fake_snapshots import FakeEngine, server_state
 
     from pagedkv.server.metrics import ServerMetrics
-    from pagedkv.tiers.ladder import TierFigures
+    from pagedkv.tiers.rung import TierFigures
 
     engine = FakeEngine(64)
     engine.tier_figures = (TierFigures(medium="DISK"),)

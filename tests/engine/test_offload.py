@@ -18,7 +18,7 @@ from tests.engine.test_scheduler import Load
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, AsyncEngine, SamplingParams, offload
-from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError, ladder
+from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError, rung
 
 PROMPT = list(range(29))  # seven blocks of four, and one token
 EIGHT = {"max_tokens": 8, "ignore_eos": True}
@@ -212,8 +212,8 @@ def stalled_behind(near, monkeypatch):
     settle(core)
     core.runner.cache.clear_prefix_cache()
     monkeypatch.setattr(offload, "LONGEST_ASK", 0.0)
-    monkeypatch.setattr(ladder, "LEAST_REST", 1e9)
-    monkeypatch.setattr(ladder, "LONGEST_REST", 1e9)
+    monkeypatch.setattr(rung, "LEAST_REST", 1e9)
+    monkeypatch.setattr(rung, "LONGEST_REST", 1e9)
     return core, far
 
 
@@ -293,8 +293,9 @@ def test_a_tier_that_stalls_is_left_alone_for_a_while(monkeypatch, caplog):
     assert caplog.text.count("does not answer in time") == 1
     matches = len(far.asked)
     assert matches <= 2  # what the second text asked, and stored
-    rung = core.scheduler.offload.ladder.rungs[1]
-    rung._back_at = 0.0  # the rest is over: one asks, and until it is answered nobody else does
+    core.scheduler.offload.ladder.rungs[
+        1
+    ]._back_at = 0.0  # the rest is over: one asks, and until it is answered nobody else does
     core.add(new("five"))
     core.add(new("six"))
     assert len(far.asked) == matches + 1
@@ -307,31 +308,6 @@ def test_a_tier_that_stalls_is_left_alone_for_a_while(monkeypatch, caplog):
     assert len(far.asked) == 1
     far.answer()
     run(core)
-
-
-@pytest.mark.parametrize("rests", [1, 3, 40])
-def test_rests_become_longer_up_to_a_limit(rests, monkeypatch):
-    clock = [1000.0]
-    monkeypatch.setattr(ladder.time, "monotonic", lambda: clock[0])
-    rung = ladder.Rung(MutedTier(4))
-    for _ in range(rests):
-        assert rung.may_be_asked()
-        rung.no_match(clock[0])
-        pause = rung._back_at - clock[0]
-        clock[0] += pause
-    assert pause == min(30.0, 2.0 ** (rests - 1))
-    rung.has_loaded()
-    assert rung.may_be_asked() and rung.may_be_asked()
-
-
-def test_a_tier_that_others_hear_of_is_late_and_not_left_alone():
-    rung = ladder.Rung(MutedTier(4))
-    since = time.monotonic()
-    rung.has_matched(0.01)
-    rung.no_match(since)
-    rung.has_loaded()
-    rung.no_load(since)
-    assert rung.may_be_asked() and not rung.is_resting and rung.figures.late == 2
 
 
 def test_a_text_that_is_looked_up_anew_has_all_its_patience_again():

@@ -25,8 +25,9 @@ from pagedkv.engine.batch import Ids, common_prefix, may_share
 from pagedkv.engine.request import Sequence, shares_prefixes
 from pagedkv.engine.runner import Runner
 from pagedkv.errors import OutOfMemory, bad_argument
-from pagedkv.tiers.ladder import Ladder, Load, Rate
+from pagedkv.tiers.ladder import Ladder, Load
 from pagedkv.tiers.moving import place_rows, read_rows
+from pagedkv.tiers.rung import Rate
 from pagedkv.tiers.tier import Tier, answered
 from pagedkv.validate import shown
 

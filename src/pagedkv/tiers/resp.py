@@ -122,6 +122,11 @@ class RespTier:
         return self._threads is not None
 
     @property
+    def is_available(self) -> bool:
+        """Whether the server is asked at all: not while it is left alone after a failure."""
+        return not self._connections.are_paused
+
+    @property
     def block(self) -> BlockFormat:
         """What it was opened for."""
         return self._block
