@@ -22,7 +22,7 @@ from pagedkv.cli.model_source import find_model
 from pagedkv.cli.terminal import Failure
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.models import shipped_model_path
-from pagedkv.tiers import BlockFormat
+from pagedkv.tiers import BlockFormat, DiskTier
 
 SYSTEM = """import os
 import sys
@@ -291,6 +291,19 @@ def test_a_second_program_goes_on_without_the_disk(folder, tmp_path):
     assert (
         f"the disk is left alone: tier {tier.directory}" in result.stderr and f"process {os.getpid()}" in result.stderr
     )
+
+
+def test_a_second_program_reads_what_the_first_has_stored(folder, tmp_path):
+    say = "import os\nimport sys\nimport numpy\nimport re\n"
+    given = ("--sessions", tmp_path, "--disk-size", "5MB", "--max-new-tokens", 2, "--temperature", 0)
+    chat(folder, *given, say=say)
+    (tier,) = _tiers(ChatOptions(sessions=tmp_path, disk_size="5MB", temperature=0), find_model(folder))
+    with tier.open(DiskTier.format_of(tier.directory)) as other:
+        before = other.books.cached_block_count
+        result = chat(folder, *given, say=say + "/stats\n")
+        assert other.books.cached_block_count == before
+    assert f"the disk is read, and nothing is stored: tier {tier.directory}" in result.stderr
+    assert "came from the disk" in result.stdout + result.stderr
 
 
 def test_another_model_takes_the_chat_over(folder):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -448,6 +452,39 @@ def test_what_a_pool_keeps_for_itself_is_not_given_up_by_a_tier():
         settle(core)
     assert tier.match(PROMPT).result() == 7
     tier.books.check()
+
+
+def _without_copies(store, ids, salt, read):
+    store(ids, salt, None)  # to copy a row would fail
+
+
+def test_a_second_process_finds_what_the_first_has_stored_and_stores_nothing(tmp_path, monkeypatch):
+    code = (
+        "import sys; from tests.engine.test_offload import *\n"
+        f"core = engine(tiers=[DiskTier({str(tmp_path / 'tier')!r}, '1MB')])\n"
+        "answer_of(core, new()); settle(core); print('stored', flush=True)\n"
+        "sys.stdin.readline(); core.runner.cache.clear_prefix_cache()\n"
+        "print(answer_of(core, new('again'))['again'].num_cached_tokens, core.stats().tiers[0].blocks, flush=True)\n"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "stored\n"
+        with pytest.raises(TierError, match=f"is in use by process {first.pid}: one writes"):
+            engine(tiers=[disk(tmp_path)])
+        reader = DiskTier(tmp_path / "tier", read_only=True)
+        core = engine(tiers=[reader])
+        output = answer_of(core, new())["one"]
+        assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+        ladder = core.scheduler.offload.ladder
+        monkeypatch.setattr(ladder, "store", partial(_without_copies, ladder.store))
+        answer_of(core, new("two", [7] * 20))
+        assert core.stats().tiers[0].stores == 0 == core.stats().tiers[0].dropped
+        core.clear_prefix_cache()
+        assert answer_of(core, new("three"))["three"].num_cached_tokens == 0
+        first.stdin.write("go on\n"), first.stdin.flush()
+        assert first.stdout.readline() == "28 9\n"  # the reader's clear was its own
+        core.close()
 
 
 def test_one_that_cannot_be_opened_leaves_none_open(tmp_path):

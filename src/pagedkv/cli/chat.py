@@ -527,11 +527,17 @@ def _engine(options: ChatOptions, source: ModelSource, model: Any, tokenizer: An
             raise
         if options.disk_size is not None and isinstance(error, InvalidOperation):
             raise Failure(f"--disk-size{error.reason.removeprefix('size')}") from None
-        console.print(Text(f"the disk is left alone: {error}", style="yellow"), soft_wrap=True)
-        return LLM(model, tokenizer, **sizes)
+        why = error
+    try:  # another chat writes to it, say
+        engine = LLM(model, tokenizer, tiers=_tiers(options, source, read_only=True), **sizes)
+        said = "read, and nothing is stored"
+    except TierError:
+        engine, said = LLM(model, tokenizer, **sizes), "left alone"
+    console.print(Text(f"the disk is {said}: {why}", style="yellow"), soft_wrap=True)
+    return engine
 
 
-def _tiers(options: ChatOptions, source: ModelSource) -> list[Tier]:
+def _tiers(options: ChatOptions, source: ModelSource, *, read_only: bool = False) -> list[Tier]:
     """Return the disk tier: a directory for each model, and for each way to run it, as it holds blocks of one kind."""
     if not options.disk:
         return []
@@ -548,4 +554,4 @@ def _tiers(options: ChatOptions, source: ModelSource) -> list[Tier]:
         raise Failure(f"--sessions: cannot write {directory.parent}: {error.strerror or error}") from error
     held = sum(file.stat().st_size for file in directory.glob("*") if file.is_file())
     size = options.disk_size or min(DISK_SIZE, (shutil.disk_usage(directory.parent).free + held) // 10)
-    return [DiskTier(directory, size)]
+    return [DiskTier(directory, size, read_only=read_only)]

@@ -105,7 +105,7 @@ class Slots(Protocol):
         ...
 
     def forget(self) -> None:
-        """Note that no slot holds anything."""
+        """Note that no slot holds anything; if it is read only, do nothing."""
         ...
 
     def close(self, blocks: npt.NDArray[np.void] | None) -> None:
@@ -253,6 +253,11 @@ class BookTier:
     def is_open(self) -> bool:
         """Whether it can be used."""
         return self._threads is not None
+
+    @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is stored in it from here."""
+        return self._slots.is_read_only
 
     @property
     def block(self) -> BlockFormat:
@@ -412,7 +417,7 @@ class BookTier:
             return run_pieces(threads, self._pieces(chain, missing), write, end)
 
     def clear(self) -> None:
-        """Forget everything; what is being stored now is forgotten, too.
+        """Forget everything; what is being stored now is forgotten, too. What another process writes stays where it is.
 
         Raises
         ------

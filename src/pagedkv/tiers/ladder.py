@@ -262,6 +262,8 @@ class Ladder:
         nothing = np.empty((0, self.block.block_bytes), np.uint8)
         lacking = []
         for rung in self.rungs:
+            if getattr(rung.tier, "is_read_only", False):
+                continue
             first = min(count, self._has_now(rung, ids, cache_salt, chain))
             if first == count:
                 if not rung.is_resting:
