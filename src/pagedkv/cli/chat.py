@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,16 +256,30 @@ class Screen:
         self._is_over = False
 
     def run(self, source: ModelSource | None) -> None:
-        """Chat until there is nothing more to read; another model is loaded in between where it is asked for."""
+        """Chat until there is nothing more to read; another model is loaded in between where it is asked for.
+
+        Two may not fit into the memory, so the one before is gone by then: where the other cannot be had, it is loaded
+        again.
+        """
         before: Chats | None = None
+        last: ModelSource | None = None
         while source is not None:
-            with opened(self._options, source, self._console) as chats:
+            with ExitStack() as open_now:
+                try:
+                    chats = open_now.enter_context(opened(self._options, source, self._console))
+                except (PagedKvError, MemoryError, KeyboardInterrupt) as error:
+                    if last in (None, source) or not self._typist.is_terminal:
+                        raise
+                    why = "stopped" if isinstance(error, KeyboardInterrupt) else "there is no memory for it"
+                    self._say(f"/model {source.name}: {str(error) or why}", style="red")
+                    source = last
+                    continue
                 self._greet(source, chats)
                 if before is None:
                     self._begin(chats)
                 else:
                     chats.take_over(before)
-                source, before = self._converse(chats), chats
+                source, before, last = self._converse(chats), chats, source
 
     def _converse(self, chats: Chats) -> ModelSource | None:
         """Answer messages and obey commands; returns the model that is to take over, None at the end."""
