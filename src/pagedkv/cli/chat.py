@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pagedkv.cli.chats import FORMS, Answer, Chat, Chats, ChatStore, ChatTokens, private_folder
-from pagedkv.cli.loading import load_model, require_dtype, require_kv_dtype, require_weights
+from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
 from pagedkv.cli.model_source import ModelArgument, ModelSource, find_model
 from pagedkv.cli.terminal import (
     DebugOption,
@@ -42,6 +42,7 @@ from pagedkv.validate import require_choice, require_int, require_number, requir
 if TYPE_CHECKING:
     from pagedkv.engine import LLM, SamplingParams
     from pagedkv.tiers import Tier
+    from pagedkv.typing import Dtype, Weights
 
 EXAMPLES = """Chat with a language model whose keys and values live in paged blocks, in memory and on the disk.
 
@@ -498,10 +499,7 @@ def opened(options: ChatOptions, source: ModelSource, console: Console) -> Itera
         tokens = ChatTokens(loaded, options.form)  # type: ignore[arg-type]
         params = _params(options, loaded.model.generation_config, tokens)
         num_parameters = loaded.model.num_parameters()
-        # Of a folder the engine lets go of the weights that it quantises.
-        model: Any = source.path if options.weights is not None and not source.is_gguf else loaded.model
-        llm = _engine(options, source, model, loaded.tokenizer, console)
-        del model
+        llm = _engine(options, source, loaded, console)
     with threads_for(num_parameters), llm:
         with library_notices(console), console.status("warming up"):
             warm_up(llm)
@@ -523,19 +521,28 @@ def _params(options: ChatOptions, of_model: Any, tokens: ChatTokens) -> Sampling
     )
 
 
-def _engine(options: ChatOptions, source: ModelSource, model: Any, tokenizer: Any, console: Console) -> LLM:
+def _engine(options: ChatOptions, source: ModelSource, loaded: LoadedModel, console: Console) -> LLM:
     """Return the engine, with the disk behind it where it can be had."""
     from pagedkv.engine import LLM
+    from pagedkv.engine.llm import default_blocks, default_states
+    from pagedkv.hf import load_runner
 
-    sizes: dict[str, Any] = {
-        "num_blocks": options.num_blocks,
-        "block_size": options.block_size,
-        "kv_dtype": options.kv_dtype,
-        "weights": options.weights,
-        "max_num_seqs": 4,  # by which the pool has its size: a chat is answered at a time
-    }
+    at_once = 4  # by which the pool has its size: a chat is answered at a time
+    runner = load_runner(
+        loaded.model,
+        num_blocks=options.num_blocks or default_blocks(loaded.model, options.block_size, at_once),
+        block_size=options.block_size,
+        kv_dtype=cast("Dtype | None", options.kv_dtype),
+        weights=cast("Weights | None", options.weights),
+        keep_model=False,
+        num_states=default_states(loaded.model, at_once),
+    )
+
+    def behind(tiers: list[Tier]) -> LLM:
+        return LLM(runner, loaded.tokenizer, max_num_seqs=at_once, tiers=tiers)
+
     try:
-        return LLM(model, tokenizer, tiers=_tiers(options, source), **sizes)
+        return behind(_tiers(options, source))
     except (TierError, InvalidOperation) as error:
         if isinstance(error, InvalidOperation) and error.argument != "size":
             raise
@@ -543,10 +550,10 @@ def _engine(options: ChatOptions, source: ModelSource, model: Any, tokenizer: An
             raise Failure(f"--disk-size{error.reason.removeprefix('size')}") from None
         why = error
     try:  # another chat writes to it, say
-        engine = LLM(model, tokenizer, tiers=_tiers(options, source, read_only=True), **sizes)
+        engine = behind(_tiers(options, source, read_only=True))
         said = "read, and nothing is stored"
     except TierError:
-        engine, said = LLM(model, tokenizer, **sizes), "left alone"
+        engine, said = behind([]), "left alone"
     console.print(Text(f"the disk is {said}: {why}", style="yellow"), soft_wrap=True)
     return engine
 

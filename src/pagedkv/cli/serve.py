@@ -210,8 +210,8 @@ def run(source: ModelSource, options: EngineOptions, config: ServerConfig, tiers
         with library_notices(console), console.status("loading the model"):
             loaded = load_model(source, options.device, options.dtype)
             num_parameters = loaded.model.num_parameters()
-            engine = _engine(options, source, loaded, tiers)
-            del loaded  # of a model in 8 bits nothing else holds the weights
+            engine = _engine(options, loaded, tiers)
+            del loaded
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with threads_for(num_parameters), engine.llm:
             with library_notices(console), console.status("warming up"):
@@ -221,15 +221,13 @@ def run(source: ModelSource, options: EngineOptions, config: ServerConfig, tiers
             run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config, tiers, pinned))
 
 
-def _engine(options: EngineOptions, source: ModelSource, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
+def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
 
     given = asdict(options)
-    # Of a folder the engine lets go of the weights that it quantises.
-    model: Any = loaded.model if options.weights is None or source.is_gguf else source.path
     del given["device"], given["dtype"]
     try:
-        return AsyncEngine(LLM(model, loaded.tokenizer, tiers=tiers.tiers(), **given))
+        return AsyncEngine(LLM(loaded.model, loaded.tokenizer, tiers=tiers.tiers(), keep_model=False, **given))
     except InvalidOperation as error:
         if error.argument != "size":
             raise
