@@ -14,7 +14,7 @@ COPY constraints.txt ./
 RUN pip install -c constraints.txt --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY src src
-RUN pip install -c constraints.txt '.[serve,events]' && pagedkv warmup
+RUN pip install -c constraints.txt '.[serve,events,resp]' && pagedkv warmup
 
 FROM python:3.13-slim
 

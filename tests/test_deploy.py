@@ -60,7 +60,19 @@ def test_the_image_installs_pinned_versions_and_extras_that_there_are() -> None:
     assert len(calls) == 2 and all("-c constraints.txt" in call for call in calls)
     assert f"torch=={PINS['torch']}" in calls[0].split()
     (extras,) = re.findall(r"'\.\[([\w,]+)\]'", calls[1])
-    assert {"serve"} <= set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+    assert set(extras.split(",")) <= set(PROJECT["optional-dependencies"])
+
+
+def test_the_image_has_what_options_of_the_server_need() -> None:
+    """Each extra that `serve` asks for where its package is missing, but for those of one kind of model or device."""
+    sources = [*(ROOT / "src/pagedkv/server").rglob("*.py"), *(ROOT / "src/pagedkv/tiers").glob("*.py")]
+    needed = {
+        extra
+        for path in sources
+        for extra in re.findall(r'MissingExtra\([^"]*(?:"[\w-]+", )?"(\w+)"', path.read_text())
+    }
+    (extras,) = re.findall(r"'\.\[([\w,]+)\]'", " ".join(of_kind("RUN")))
+    assert {"serve", "events", "resp"} <= needed and needed - {"torch"} <= set(extras.split(","))
 
 
 def test_the_image_is_built_of_what_it_copies(tmp_path: Path) -> None:
@@ -159,7 +171,7 @@ def emitted() -> dict[str, set[str]]:
     from tests.server.fake_snapshots import FakeEngine, server_state
 
     from pagedkv.server.metrics import ServerMetrics
-    from pagedkv.tiers.ladder import TierFigures
+    from pagedkv.tiers.rung import TierFigures
 
     engine = FakeEngine(64)
     engine.tier_figures = (TierFigures(medium="DISK"),)

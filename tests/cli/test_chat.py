@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,14 +16,15 @@ import pytest
 from tests.cli.commands import START, call
 from tests.cli.models import chat_folder
 
-from pagedkv.cli.chat import ChatOptions, Typist, _tiers, stats_of
+from pagedkv.cli import chat as chat_module
+from pagedkv.cli.chat import ChatOptions, Screen, Typist, _tiers, stats_of
 from pagedkv.cli.chats import Chat, Chats, ChatStore, ChatTokens, Message, _behind
 from pagedkv.cli.loading import load_model
 from pagedkv.cli.model_source import find_model
 from pagedkv.cli.terminal import Failure
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.models import shipped_model_path
-from pagedkv.tiers import BlockFormat
+from pagedkv.tiers import BlockFormat, DiskTier
 
 SYSTEM = """import os
 import sys
@@ -293,6 +295,19 @@ def test_a_second_program_goes_on_without_the_disk(folder, tmp_path):
     )
 
 
+def test_a_second_program_reads_what_the_first_has_stored(folder, tmp_path):
+    say = "import os\nimport sys\nimport numpy\nimport re\n"
+    given = ("--sessions", tmp_path, "--disk-size", "5MB", "--max-new-tokens", 2, "--temperature", 0)
+    chat(folder, *given, say=say)
+    (tier,) = _tiers(ChatOptions(sessions=tmp_path, disk_size="5MB", temperature=0), find_model(folder))
+    with tier.open(DiskTier.format_of(tier.directory)) as other:
+        before = other.books.cached_block_count
+        result = chat(folder, *given, say=say + "/stats\n")
+        assert other.books.cached_block_count == before
+    assert f"the disk is read, and nothing is stored: tier {tier.directory}" in result.stderr
+    assert "came from the disk" in result.stdout + result.stderr
+
+
 def test_another_model_takes_the_chat_over(folder):
     say = (
         f"import os\n/new other\n/new\n/load other\n/model\n/model {shipped_model_path()}\nimport sys\n/stats\n/chats\n"
@@ -303,6 +318,53 @@ def test_another_model_takes_the_chat_over(folder):
         r"\* other +2 messages  import sys", result.stderr
     )
     assert result.stderr.count("  2 messages  import ") == 2 and "  0 messages" in result.stderr
+
+
+class Typed:
+    """Somebody at a terminal; Ctrl-C where an exception stands."""
+
+    is_terminal = True
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def read(self):
+        return self.lines.pop(0) if self.lines else None
+
+
+@pytest.mark.parametrize("fault", ["config", "weights", KeyboardInterrupt, MemoryError])
+def test_a_model_that_cannot_be_loaded_leaves_the_one_before(folder, tmp_path, monkeypatch, capsys, fault):
+    other = tmp_path / "broken"
+    shutil.copytree(folder, other)
+    if fault == "config":
+        (other / "config.json").write_text('{"model_type": "no such"}')
+    elif fault == "weights":
+        (other / "model.safetensors").write_bytes(b"no weights")
+    else:
+        load = chat_module.load_model
+        monkeypatch.setattr(
+            chat_module,
+            "load_model",
+            lambda source, *rest: load(source, *rest) if source.path == folder else raises(fault),
+        )
+    options = ChatOptions(disk=False, max_new_tokens=2, temperature=0)
+    Screen(options, Typed("import os", f"/model {other}", "/model", "import sys", "/stats")).run(find_model(folder))
+    told = capsys.readouterr().err
+    assert "/model broken: " in told and "Traceback" not in told
+    assert told.index("/model broken: ") < told.rindex("chatty\n")
+    assert re.search(r", 4 messages", told), told
+
+
+def raises(error):
+    raise error
+
+
+def test_over_a_pipe_a_model_that_cannot_be_loaded_ends_the_program(folder, tmp_path):
+    other = tmp_path / "broken"
+    shutil.copytree(folder, other)
+    (other / "config.json").write_text('{"model_type": "no such"}')
+    result = call("chat", folder, "--no-disk", input=f"/model {other}\nimport os\n")
+    assert result.exit_code == 2 and "broken" in result.stderr
 
 
 def test_the_commands_do_what_help_says(folder, tmp_path):

@@ -46,6 +46,11 @@ def failure(*arguments: str, env: dict[str, str] | None = None) -> str:
         (["--block-size", "0", "--port", "0"], "--block-size: expected an int"),
         (["--disk", "chats"], "--disk: expected --disk-size beside it"),
         (["--disk-size", "5GB"], "--disk-size: expected --disk beside it"),
+        (["--disk-read-only"], "--disk-read-only: expected --disk beside it"),
+        (
+            ["--disk", "chats", "--disk-read-only", "--disk-size", "5GB"],
+            "--disk-size: expected none beside --disk-read-only",
+        ),
         (["--disk", "chats", "--disk-size", "much"], "--disk-size: expected a size such as 40GiB or 80GB, got 'much'"),
         (["--host-memory", "8GiB"], "--host-memory: expected a pool on a device, got one on the CPU"),
         (["--host-memory", "8"], "--host-memory: expected a size such as 40GiB or 80GB, got '8'"),
@@ -78,7 +83,8 @@ def test_directories_that_cannot_be_had(tmp_path: Path) -> None:
     assert (tmp_path / "theirs" / "thesis.tex").read_text() == "years of work"
     assert "--disk-size: expected at least" in said("small", "1kB")
     with DiskTier(tmp_path / "used", "1MB").open(BlockFormat("ours", 16, 512)):
-        assert f"is in use by process {os.getpid()}" in said("used")
+        told = said("used")
+        assert f"is in use by process {os.getpid()}" in told and "--disk-read-only" in told
 
 
 def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
@@ -86,6 +92,16 @@ def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
 
     both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB", resp="valkey://cache")
     assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK", "REMOTE"] and TierOptions().tiers() == []
+
+
+def test_a_second_server_reads_what_the_first_writes(tmp_path: Path) -> None:
+    from pagedkv.cli.serve import TierOptions
+    from pagedkv.tiers import DiskTier
+
+    first, second = TierOptions(disk=tmp_path, disk_size="1MB"), TierOptions(disk=tmp_path, disk_read_only=True)
+    tiers = [tier for options in (first, second) for tier in options.tiers()]
+    assert all(isinstance(tier, DiskTier) for tier in tiers)
+    assert [tier.is_read_only for tier in tiers if isinstance(tier, DiskTier)] == [False, True]
 
 
 def test_cuda_graphs_without_a_device() -> None:

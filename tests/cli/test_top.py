@@ -34,7 +34,7 @@ from pagedkv.cli.top_screen import BlockMapView, HelpScreen, TopApp
 from pagedkv.control.types import BLOCK_KINDS, CACHED, FREE, SHARED
 from pagedkv.engine.snapshot import encode
 from pagedkv.format import duration
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import transformers
 from tests.cli.commands import call
 
 from pagedkv.cli.loading import load_model
@@ -32,10 +33,18 @@ def test_a_text_is_written_with_weights_in_8_bits():
     assert json.loads(result.stdout)["new_tokens"] == 8
 
 
-def test_a_served_model_keeps_no_other_weights():
+def test_a_served_model_is_read_once_and_keeps_no_other_weights(monkeypatch):
     shipped = find_model(None)
     options = EngineOptions(weights="int8", num_blocks=16)
-    engine = _engine(options, shipped, load_model(shipped, "cpu"), TierOptions())
+    loads: list[object] = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *args, **more: loads.append(args) or load(*args, **more),
+    )
+    engine = _engine(options, load_model(shipped, "cpu"), TierOptions())
     with engine.llm:
         model = engine.llm.core.runner.model
         assert all(not parameter.numel() for parameter in model.parameters())
+    assert len(loads) == 1  # its weights were read once

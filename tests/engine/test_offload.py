@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +22,7 @@ from tests.engine.test_scheduler import Load
 
 from pagedkv import InvalidOperation
 from pagedkv.engine import LLM, AsyncEngine, SamplingParams, offload
-from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError
+from pagedkv.tiers import BlockFormat, DiskTier, HostTier, TierError, rung
 
 PROMPT = list(range(29))  # seven blocks of four, and one token
 EIGHT = {"max_tokens": 8, "ignore_eos": True}
@@ -29,6 +33,7 @@ def patient(monkeypatch):
     """Give loads all the time they need: how long a thread takes here says nothing."""
     monkeypatch.setattr(offload, "LEAST_PATIENCE", 60.0)
     monkeypatch.setattr(offload, "PATIENCE_UNMEASURED", 60.0)
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
     monkeypatch.setattr(offload, "FEWEST_MEASURED", 10**9)
 
 
@@ -199,6 +204,116 @@ def test_nobody_waits_longer_than_it_takes_to_compute(monkeypatch):
     assert core.scheduler.offload.ladder.staged_bytes == 0
 
 
+def stalled_behind(near, monkeypatch):
+    """Return an engine over `near`, which has a prompt, and a tier that has it and answers nothing."""
+    far = MutedTier(4)
+    core = engine(tiers=[near, far])
+    core.add(new())
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    monkeypatch.setattr(offload, "LONGEST_ASK", 0.0)
+    monkeypatch.setattr(rung, "LEAST_REST", 1e9)
+    monkeypatch.setattr(rung, "LONGEST_REST", 1e9)
+    return core, far
+
+
+def test_a_tier_that_says_nothing_does_not_keep_a_text_from_what_nearer_ones_have(monkeypatch):
+    core, far = stalled_behind(HostTier("1MB"), monkeypatch)
+    core.add(new("two"))
+    assert core.scheduler.offload.ladder.staged_bytes > 0  # it is on its way while the other one is asked
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+    assert [each.late for each in core.stats().tiers] == [0, 1] and [each.loads for each in core.stats().tiers] == [
+        7,
+        0,
+    ]
+
+
+def test_a_near_tier_that_says_nothing_is_passed_over(monkeypatch):
+    near = MutedTier(4)
+    far = HostTier("1MB")
+    core = engine(tiers=[near, far])
+    monkeypatch.setattr(offload, "LONGEST_ASK", 0.0)
+    answer_of(core, new())
+    while near.asked:
+        near.answer(how="fails")
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    core.scheduler.offload.ladder.rungs[0]._back_at = 0.0
+    output = answer_of(core, new("two"))["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+
+
+def test_a_far_tier_adds_what_a_near_one_has_not():
+    near, far = HostTier(3 * 64), MutedTier(4)
+    core = engine(tiers=[near, far])
+    core.add(new())
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    settle(core)
+    core.runner.cache.clear_prefix_cache()
+    core.add(new("two"))
+    assert core.step() == [] and len(far.asked) == 1
+    far.answer()
+    core.step()
+    far.answer()
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+    assert [each.loads for each in core.stats().tiers] == [3, 4]
+
+
+def test_a_load_that_stalls_does_not_keep_a_text_from_what_has_come(monkeypatch):
+    core, far = stalled_behind(HostTier(3 * 64), monkeypatch)
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
+    core.add(new("two"))
+    far.answer()
+    offloading = core.scheduler.offload
+    offloading.poll()
+    (arrival,) = offloading._arrivals.values()
+    while not arrival.parts[0][0].is_done:
+        time.sleep(0.001)
+    monkeypatch.setattr(offload, "LEAST_PATIENCE", 0.0)
+    offloading.prefill.note(1e12, 1.0)
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 12 and tokens_of(output) == alone(new())
+    assert [each.late for each in core.stats().tiers] == [0, 1]
+    while far.asked:
+        far.answer()
+    assert core.scheduler.offload.ladder.staged_bytes == 0
+
+
+def test_a_tier_that_stalls_is_left_alone_for_a_while(monkeypatch, caplog):
+    core, far = stalled_behind(HostTier("1MB"), monkeypatch)
+    for name in ("two", "three", "four"):
+        answer_of(core, new(name))
+        core.runner.cache.clear_prefix_cache()
+    assert sum(each.late for each in core.stats().tiers) == 1
+    assert caplog.text.count("does not answer in time") == 1
+    matches = len(far.asked)
+    assert matches <= 2  # what the second text asked, and stored
+    core.scheduler.offload.ladder.rungs[
+        1
+    ]._back_at = 0.0  # the rest is over: one asks, and until it is answered nobody else does
+    core.add(new("five"))
+    core.add(new("six"))
+    assert len(far.asked) == matches + 1
+    monkeypatch.setattr(offload, "LONGEST_ASK", 60.0)
+    while core.has_work or far.asked:
+        while far.asked:
+            far.answer()
+        core.step()
+    core.add(new("seven"))
+    assert len(far.asked) == 1
+    far.answer()
+    run(core)
+
+
 def test_a_text_that_is_looked_up_anew_has_all_its_patience_again():
     tier = MutedTier(4)
     core = engine(tiers=[tier])
@@ -337,6 +452,39 @@ def test_what_a_pool_keeps_for_itself_is_not_given_up_by_a_tier():
         settle(core)
     assert tier.match(PROMPT).result() == 7
     tier.books.check()
+
+
+def _without_copies(store, ids, salt, read):
+    store(ids, salt, None)  # to copy a row would fail
+
+
+def test_a_second_process_finds_what_the_first_has_stored_and_stores_nothing(tmp_path, monkeypatch):
+    code = (
+        "import sys; from tests.engine.test_offload import *\n"
+        f"core = engine(tiers=[DiskTier({str(tmp_path / 'tier')!r}, '1MB')])\n"
+        "answer_of(core, new()); settle(core); print('stored', flush=True)\n"
+        "sys.stdin.readline(); core.runner.cache.clear_prefix_cache()\n"
+        "print(answer_of(core, new('again'))['again'].num_cached_tokens, core.stats().tiers[0].blocks, flush=True)\n"
+    )
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout.readline() == "stored\n"
+        with pytest.raises(TierError, match=f"is in use by process {first.pid}: one writes"):
+            engine(tiers=[disk(tmp_path)])
+        reader = DiskTier(tmp_path / "tier", read_only=True)
+        core = engine(tiers=[reader])
+        output = answer_of(core, new())["one"]
+        assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+        ladder = core.scheduler.offload.ladder
+        monkeypatch.setattr(ladder, "store", partial(_without_copies, ladder.store))
+        answer_of(core, new("two", [7] * 20))
+        assert core.stats().tiers[0].stores == 0 == core.stats().tiers[0].dropped
+        core.clear_prefix_cache()
+        assert answer_of(core, new("three"))["three"].num_cached_tokens == 0
+        first.stdin.write("go on\n"), first.stdin.flush()
+        assert first.stdout.readline() == "28 9\n"  # the reader's clear was its own
+        core.close()
 
 
 def test_one_that_cannot_be_opened_leaves_none_open(tmp_path):

@@ -14,7 +14,7 @@ from pagedkv import BlockManager, InvalidOperation
 from pagedkv.control.types import ACTIVE, CACHED, FREE, PINNED, SHARED
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.snapshot import MOST_POINTS, EngineStats, TickClock, decode, encode, take_snapshot
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pagedkv.server.config import ServerConfig
 from pagedkv.server.errors import install_error_handlers
 from pagedkv.server.model import ServedModel
 from pagedkv.server.state import ServerState
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 
 class FakeRequest:

@@ -15,7 +15,7 @@ from pagedkv import BlockManager
 from pagedkv.engine import CompletionOutput, RequestMetrics, RequestOutput
 from pagedkv.server import metrics
 from pagedkv.server.metrics import VLLMS, BlockLives, ServerMetrics
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 # What vLLM's own Grafana board and the inference gateway ask for.
 READ_BY_OTHERS = [

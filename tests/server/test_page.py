@@ -14,7 +14,7 @@ from tests.server.fake_snapshots import FakeEngine
 from tests.server.local import make_engine, settle, thread
 
 from pagedkv.engine.snapshot import take_snapshot
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 PATIENCE = 30.0
 COUNTS = "return [...document.querySelectorAll('#legend b')].map((b) => Number(b.textContent.replaceAll(',', '')))"

@@ -81,7 +81,7 @@ def test_a_chat_goes_on_after_a_restart(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
     tiers = TierOptions(disk=tmp_path / "disk", disk_size="20MB")
     shipped = find_model(None)
-    engine = _engine(EngineOptions(num_blocks=64), shipped, load_model(shipped, "cpu"), tiers)
+    engine = _engine(EngineOptions(num_blocks=64), load_model(shipped, "cpu"), tiers)
     (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
     pinned = pin_prompts(engine, ServerConfig(), read_prompts([tmp_path / "prompts.json"]))
     with thread(engine) as server:

@@ -23,6 +23,15 @@ def pythonic(name: str, arguments: dict[str, Any]) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
+def bare(name: str, arguments: dict[str, Any]) -> str:
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in arguments.items()}
+    return (
+        f"<function={name}>\n"
+        + "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in texts.items())
+        + "</function>"
+    )
+
+
 def written(form: str, *calls: tuple[str, dict[str, Any]]) -> str:
     """Write calls as a model of the family does."""
     match form:
@@ -34,6 +43,8 @@ def written(form: str, *calls: tuple[str, dict[str, Any]]) -> str:
             return f"[TOOL_CALLS] [{', '.join(call(*each) for each in calls)}]"
         case "pythonic":
             return f"[{', '.join(pythonic(*each) for each in calls)}]"
+        case "qwen3_coder":
+            return "\n".join(f"<tool_call>\n{bare(*each)}\n</tool_call>" for each in calls)
     raise ValueError(form)
 
 
@@ -60,6 +71,13 @@ OTHER_WAYS = {
         "[ add( a = 1 , ) , ]",
         "[add(a=+1 if True else 1)]",
     ],
+    "qwen3_coder": [
+        "<function=add>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
+        "<function=add><parameter=a>1</parameter></function>",
+        "<tool_call><function=add><parameter= a >1</parameter> </function></tool_call>",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n</tool_call>",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>",
+    ],
 }
 TEXTS = [
     "",
@@ -72,6 +90,7 @@ TEXTS = [
     "<<tool_call[[TOOL_CALLS <|<|python_tag",
     'say {"name": "add", "parameters": {}} and [now()] in a line',
     '{"name": "add"',
+    "a <function=add> in a line and\n<function=other>\n<function=add\n<parameter=a>1</parameter>",
 ]
 
 
@@ -150,7 +169,7 @@ def test_forms_without_a_mark_take_no_functions_that_there_are_not(form: str) ->
 
 
 def test_forms_with_a_mark_take_any_name() -> None:
-    for form in ("hermes", "mistral"):
+    for form in ("hermes", "mistral", "qwen3_coder"):
         assert told(form, [written(form, ("unknown", {}))]) == ("", [("unknown", "{}")])
 
 
@@ -165,6 +184,61 @@ def test_any_value_of_a_pythonic_call_becomes_json(value: str) -> None:
         assert json.loads(calls[0][1])["b"] == 2
 
 
+TYPED = {
+    "type": "object",
+    "properties": {
+        "text": {"type": "string"},
+        "word": {"enum": ["5", "true"]},
+        "size": {"type": "integer"},
+        "share": {"$ref": "#/$defs/share"},
+        "on": {"type": ["boolean", "null"]},
+        "list": {"type": "array"},
+        "maybe": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+    },
+    "$defs": {"share": {"type": "number"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("text", "5", "5"),
+        ("text", "", ""),
+        ("text", "\n  two\nlines\n", "\n  two\nlines\n"),
+        ("text", 'a "quoted" \\ </param> \t', 'a "quoted" \\ </param> \t'),
+        ("text", "None", "None"),
+        ("word", "true", "true"),
+        ("size", "7", 7),
+        ("size", "seven", "seven"),
+        ("share", "1", 1),
+        ("share", "-0.5e3", -500.0),
+        ("on", "True", True),
+        ("on", "None", None),
+        ("list", "[1, 'a', None]", [1, "a", None]),
+        ("list", '["a"]', ["a"]),
+        ("maybe", "null", None),
+        ("maybe", "7", "7"),
+        ("maybe", '"7"', "7"),
+        ("other", "7", 7),
+        ("other", '"7"', '"7"'),
+        ("other", "plain", "plain"),
+    ],
+)
+def test_bare_values_have_the_types_of_the_schema(key: str, text: str, value: Any) -> None:
+    parser = PARSERS["qwen3_coder"](("add",), {"add": TYPED})
+    answer = f"<tool_call>\n<function=add>\n<parameter={key}>\n{text}\n</parameter>\n</function>\n</tool_call>"
+    deltas = [delta for c in answer for delta in parser.feed(c)] + parser.end()
+    told = json.loads("".join(delta.arguments for delta in deltas if isinstance(delta, CallDelta)))
+    assert told == {key: value} and type(told[key]) is type(value)
+
+
+def test_a_bare_text_is_told_as_it_is_written() -> None:
+    parser = PARSERS["qwen3_coder"](("add",), {"add": TYPED})
+    parser.feed("<tool_call>\n<function=add>\n<parameter=text>\n")
+    deltas = parser.feed("def f():\n    return '</p'\n")
+    assert [delta.arguments for delta in deltas if isinstance(delta, CallDelta)] == ["\"def f():\\n    return '</p'"]
+
+
 @pytest.mark.parametrize("form", PARSERS)
 def test_long_arguments_are_taken(form: str) -> None:
     long = {"text": "ab\n" * 100_000}
@@ -175,6 +249,7 @@ def test_long_arguments_are_taken(form: str) -> None:
 FRAGMENTS = sorted(
     {mark for parser in PARSERS.values() for mark in parser.marks}
     | {'{"name": "add", ', '"arguments": {', '"parameters": {"a": "', "}", "]", "[", ")", "add(", "a=", "1", "'", '"'}
+    | {"<function=add>", "<function=now>\n", "<parameter=a>\n", "</parameter>", "</function>"}
     | {"</tool_call>", "\n", " ", ";", ",", ":", "{", "\\", "é→", "word", "now()", '{"x": 1}', '"name": "now"'}
 )
 

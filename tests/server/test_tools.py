@@ -248,6 +248,27 @@ def test_the_grammar_of_required_calls(form: str) -> None:
     assert not follows("required", ("paint", {"colour": "red"})) and not follows("required", *[some[1]] * 17)
 
 
+def test_bare_texts_of_a_required_call_may_be_anything_but_their_end() -> None:
+    import llguidance.hf
+
+    known = llguidance.hf.from_tokenizer(shipped_tokenizer())
+    use = tool_use([Tool.model_validate(WEATHER)], "required", asked="qwen3_coder", parallel=False)
+    structure = structure_beside(use, None, {})
+    assert structure is not None
+    for city in ("Zürich", "", "two\nlines\n", "</param> <function=now>", '"'):
+        matcher = llguidance.LLMatcher(known, structure.checked().definition)
+        text = written("qwen3_coder", [("get_weather", {"city": city})])
+        ids = shipped_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        assert matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting(), city
+    strict = copy.deepcopy(WEATHER)
+    strict["function"]["strict"] = True
+    for properties, told in (({"city": {"type": "string", "pattern": "a"}}, "pattern of a text"), ({"a>": {}}, "'a>'")):
+        strict["function"]["parameters"] = {"properties": properties}
+        use = tool_use([Tool.model_validate(strict)], "required", asked="qwen3_coder")
+        with pytest.raises(InvalidOperation, match=told):
+            structure_beside(use, None, {})
+
+
 @pytest.mark.parametrize(
     ("parameters", "strict", "status"),
     [
@@ -372,6 +393,8 @@ def test_the_form_is_read_off_the_template() -> None:
     assert form_of('{{ tools }}"Environment: ipython"') == form_of("{{ tools }}<|python_tag|>") == "llama3_json"
     assert form_of("{{ tools }} ipython [func_name1(params_name1=…)]") == "pythonic"
     assert form_of("{{ tools }} something new") is form_of("{{ tools }}<tool_call><function=") is None
+    assert form_of("{{ tools }}<tool_call><function=f>\n<parameter=a>") == "qwen3_coder"
+    assert form_of("{{ tools }}<tool_call>{name}<arg_key>") is None
     assert form_of("{{ tools }} something new", "pythonic") == "pythonic"
 
 

@@ -249,7 +249,7 @@ def test_a_directory_that_another_process_writes_to(kept):
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "open\n"
-        refused(kept, f"is in use by process {other.pid}: one writes, others open it to read")
+        refused(kept, f"is in use by process {other.pid}: one writes, others open it to read: read_only=True")
         with opened(kept, read_only=True) as reader:
             assert (loaded(reader, text(9)) == payload(text(9))).all()
         other.stdin.close()
@@ -379,6 +379,18 @@ def test_a_reader_sees_what_was_there_when_it_opened(kept):
         reader.close()
         with reader.open(BLOCK):
             assert reader.match(text(9, 3)).result() == 9
+
+
+def test_what_a_reader_forgets_is_still_the_writers(kept):
+    with opened(kept) as writer, DiskTier(kept, read_only=True).open(BLOCK) as reader:
+        assert reader.is_read_only and not writer.is_read_only
+        reader.clear()
+        assert reader.match(text(9)).result() == 0
+        assert (loaded(writer, text(9)) == payload(text(9))).all()
+    with opened(kept) as writer:
+        assert writer.stats.restored == 11
+    with pytest.raises(InvalidOperation, match="size: expected the most bytes of its files"):
+        DiskTier(kept)
 
 
 def test_a_reader_needs_a_tier(tmp_path, kept):

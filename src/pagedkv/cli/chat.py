@@ -10,17 +10,17 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from pagedkv.cli.chats import FORMS, Answer, Chat, Chats, ChatStore, ChatTokens, private_folder
-from pagedkv.cli.loading import load_model, require_dtype, require_kv_dtype, require_weights
+from pagedkv.cli.loading import LoadedModel, load_model, require_dtype, require_kv_dtype, require_weights
 from pagedkv.cli.model_source import ModelArgument, ModelSource, find_model
 from pagedkv.cli.terminal import (
     DebugOption,
@@ -42,6 +42,7 @@ from pagedkv.validate import require_choice, require_int, require_number, requir
 if TYPE_CHECKING:
     from pagedkv.engine import LLM, SamplingParams
     from pagedkv.tiers import Tier
+    from pagedkv.typing import Dtype, Weights
 
 EXAMPLES = """Chat with a language model whose keys and values live in paged blocks, in memory and on the disk.
 
@@ -256,16 +257,30 @@ class Screen:
         self._is_over = False
 
     def run(self, source: ModelSource | None) -> None:
-        """Chat until there is nothing more to read; another model is loaded in between where it is asked for."""
+        """Chat until there is nothing more to read; another model is loaded in between where it is asked for.
+
+        Two may not fit into the memory, so the one before is gone by then: where the other cannot be had, it is loaded
+        again.
+        """
         before: Chats | None = None
+        last: ModelSource | None = None
         while source is not None:
-            with opened(self._options, source, self._console) as chats:
+            with ExitStack() as open_now:
+                try:
+                    chats = open_now.enter_context(opened(self._options, source, self._console))
+                except (PagedKvError, MemoryError, KeyboardInterrupt) as error:
+                    if last in (None, source) or not self._typist.is_terminal:
+                        raise
+                    why = "stopped" if isinstance(error, KeyboardInterrupt) else "there is no memory for it"
+                    self._say(f"/model {source.name}: {str(error) or why}", style="red")
+                    source = last
+                    continue
                 self._greet(source, chats)
                 if before is None:
                     self._begin(chats)
                 else:
                     chats.take_over(before)
-                source, before = self._converse(chats), chats
+                source, before, last = self._converse(chats), chats, source
 
     def _converse(self, chats: Chats) -> ModelSource | None:
         """Answer messages and obey commands; returns the model that is to take over, None at the end."""
@@ -484,10 +499,7 @@ def opened(options: ChatOptions, source: ModelSource, console: Console) -> Itera
         tokens = ChatTokens(loaded, options.form)  # type: ignore[arg-type]
         params = _params(options, loaded.model.generation_config, tokens)
         num_parameters = loaded.model.num_parameters()
-        # Of a folder the engine lets go of the weights that it quantises.
-        model: Any = source.path if options.weights is not None and not source.is_gguf else loaded.model
-        llm = _engine(options, source, model, loaded.tokenizer, console)
-        del model
+        llm = _engine(options, source, loaded, console)
     with threads_for(num_parameters), llm:
         with library_notices(console), console.status("warming up"):
             warm_up(llm)
@@ -509,29 +521,44 @@ def _params(options: ChatOptions, of_model: Any, tokens: ChatTokens) -> Sampling
     )
 
 
-def _engine(options: ChatOptions, source: ModelSource, model: Any, tokenizer: Any, console: Console) -> LLM:
+def _engine(options: ChatOptions, source: ModelSource, loaded: LoadedModel, console: Console) -> LLM:
     """Return the engine, with the disk behind it where it can be had."""
     from pagedkv.engine import LLM
+    from pagedkv.engine.llm import default_blocks, default_states
+    from pagedkv.hf import load_runner
 
-    sizes: dict[str, Any] = {
-        "num_blocks": options.num_blocks,
-        "block_size": options.block_size,
-        "kv_dtype": options.kv_dtype,
-        "weights": options.weights,
-        "max_num_seqs": 4,  # by which the pool has its size: a chat is answered at a time
-    }
+    at_once = 4  # by which the pool has its size: a chat is answered at a time
+    runner = load_runner(
+        loaded.model,
+        num_blocks=options.num_blocks or default_blocks(loaded.model, options.block_size, at_once),
+        block_size=options.block_size,
+        kv_dtype=cast("Dtype | None", options.kv_dtype),
+        weights=cast("Weights | None", options.weights),
+        keep_model=False,
+        num_states=default_states(loaded.model, at_once),
+    )
+
+    def behind(tiers: list[Tier]) -> LLM:
+        return LLM(runner, loaded.tokenizer, max_num_seqs=at_once, tiers=tiers)
+
     try:
-        return LLM(model, tokenizer, tiers=_tiers(options, source), **sizes)
+        return behind(_tiers(options, source))
     except (TierError, InvalidOperation) as error:
         if isinstance(error, InvalidOperation) and error.argument != "size":
             raise
         if options.disk_size is not None and isinstance(error, InvalidOperation):
             raise Failure(f"--disk-size{error.reason.removeprefix('size')}") from None
-        console.print(Text(f"the disk is left alone: {error}", style="yellow"), soft_wrap=True)
-        return LLM(model, tokenizer, **sizes)
+        why = error
+    try:  # another chat writes to it, say
+        engine = behind(_tiers(options, source, read_only=True))
+        said = "read, and nothing is stored"
+    except TierError:
+        engine, said = behind([]), "left alone"
+    console.print(Text(f"the disk is {said}: {why}", style="yellow"), soft_wrap=True)
+    return engine
 
 
-def _tiers(options: ChatOptions, source: ModelSource) -> list[Tier]:
+def _tiers(options: ChatOptions, source: ModelSource, *, read_only: bool = False) -> list[Tier]:
     """Return the disk tier: a directory for each model, and for each way to run it, as it holds blocks of one kind."""
     if not options.disk:
         return []
@@ -548,4 +575,4 @@ def _tiers(options: ChatOptions, source: ModelSource) -> list[Tier]:
         raise Failure(f"--sessions: cannot write {directory.parent}: {error.strerror or error}") from error
     held = sum(file.stat().st_size for file in directory.glob("*") if file.is_file())
     size = options.disk_size or min(DISK_SIZE, (shutil.disk_usage(directory.parent).free + held) // 10)
-    return [DiskTier(directory, size)]
+    return [DiskTier(directory, size, read_only=read_only)]

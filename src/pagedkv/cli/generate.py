@@ -325,6 +325,7 @@ def write(
         strategy=parse_strategy(options.strategy),
         kv_dtype=cast("Dtype | None", options.kv_dtype),
         weights=cast("Weights | None", options.weights),
+        keep_model=False,
         num_states=2 * options.rows,
     )
     pool = PoolWatch(runner)

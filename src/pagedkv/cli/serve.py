@@ -83,6 +83,9 @@ class TierOptions:
         None, "A directory for keys and values: chats go on after a restart.", group=_TIERS, shown=False
     )
     disk_size: str | None = setting(None, "Bytes that it may take, such as 50GB.", group=_TIERS, shown=False)
+    disk_read_only: bool = setting(
+        False, "Find what another server writes to that directory, and store nothing there.", group=_TIERS
+    )
     host_memory: str | None = setting(
         None, "Memory of the host for them, such as 8GiB, for pools on a device.", group=_TIERS, shown=False
     )
@@ -104,7 +107,12 @@ class TierOptions:
     )
 
     def __post_init__(self) -> None:
-        if (self.disk is None) != (self.disk_size is None):
+        if self.disk_read_only:
+            if self.disk is None:
+                raise Failure("--disk-read-only: expected --disk beside it")
+            if self.disk_size is not None:
+                raise Failure("--disk-size: expected none beside --disk-read-only, as who writes has set it")
+        elif (self.disk is None) != (self.disk_size is None):
             missing, given = ("--disk-size", "--disk") if self.disk_size is None else ("--disk", "--disk-size")
             raise Failure(f"{given}: expected {missing} beside it")
         if self.resp is None and self.resp_ttl is not None:
@@ -126,8 +134,8 @@ class TierOptions:
         made: list[Tier] = []
         if self.host_memory is not None:
             made.append(HostTier(self.host_memory))
-        if self.disk is not None and self.disk_size is not None:
-            made.append(DiskTier(self.disk, self.disk_size))
+        if self.disk is not None:
+            made.append(DiskTier(self.disk, self.disk_size, read_only=self.disk_read_only))
         if self.resp is not None:
             made.append(self._shared(self.resp))
         return made
@@ -202,8 +210,8 @@ def run(source: ModelSource, options: EngineOptions, config: ServerConfig, tiers
         with library_notices(console), console.status("loading the model"):
             loaded = load_model(source, options.device, options.dtype)
             num_parameters = loaded.model.num_parameters()
-            engine = _engine(options, source, loaded, tiers)
-            del loaded  # of a model in 8 bits nothing else holds the weights
+            engine = _engine(options, loaded, tiers)
+            del loaded
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with threads_for(num_parameters), engine.llm:
             with library_notices(console), console.status("warming up"):
@@ -213,15 +221,13 @@ def run(source: ModelSource, options: EngineOptions, config: ServerConfig, tiers
             run(engine, config, listener, on_ready=lambda: _greet(console, url, engine, config, tiers, pinned))
 
 
-def _engine(options: EngineOptions, source: ModelSource, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
+def _engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions) -> AsyncEngine:
     from pagedkv.engine import LLM, AsyncEngine
 
     given = asdict(options)
-    # Of a folder the engine lets go of the weights that it quantises.
-    model: Any = loaded.model if options.weights is None or source.is_gguf else source.path
     del given["device"], given["dtype"]
     try:
-        return AsyncEngine(LLM(model, loaded.tokenizer, tiers=tiers.tiers(), **given))
+        return AsyncEngine(LLM(loaded.model, loaded.tokenizer, tiers=tiers.tiers(), keep_model=False, **given))
     except InvalidOperation as error:
         if error.argument != "size":
             raise
@@ -262,6 +268,7 @@ def _greet(
     }
     for tier, figures in zip(engine.tiers, engine.stats().tiers, strict=True):
         name, place = _TIER_NAMES[figures.medium], f"{tiers.disk}, " if figures.medium == "DISK" else ""
+        place += "read only, " if getattr(tier, "is_read_only", False) else ""
         blocks = f"{figures.blocks:,} of {figures.total_blocks:,} blocks"
         facts[name] = f"{place}{blocks}" if figures.total_blocks else str(getattr(tier, "place", ""))
     if pinned.tokens:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from pagedkv.engine.snapshot import EngineSnapshot, EngineStats, RequestRecord
-    from pagedkv.tiers.ladder import TierFigures
+    from pagedkv.tiers.rung import TierFigures
 
 
 # Rows, lines and cells of the map, as pure functions of a frozen snapshot.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
     from pagedkv.engine.structured import Structured
     from pagedkv.errors import EngineDead, RequestRefused
-    from pagedkv.tiers.ladder import TierFigures
+    from pagedkv.tiers.rung import TierFigures
 
 __all__ = [
     "AsyncEngine",
@@ -51,7 +51,7 @@ _HOMES = {
     "RequestRefused": "pagedkv.errors",
     "SamplingParams": "pagedkv.engine.sampling_params",
     "Structured": "pagedkv.engine.structured",
-    "TierFigures": "pagedkv.tiers.ladder",
+    "TierFigures": "pagedkv.tiers.rung",
 }
 
 

@@ -127,6 +127,8 @@ class LLM:
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
     weights : {"int8"}, optional
         What the weights are quantised to; as of :func:`pagedkv.hf.load_runner`, too.
+    keep_model : bool
+        Whether a model that was given keeps its weights beside quantised ones; as of :func:`pagedkv.hf.load_runner`.
     tenant_weights : mapping, optional
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     tiers : sequence of Tier
@@ -163,6 +165,7 @@ class LLM:
         num_states: int | None = None,
         cuda_graphs: bool = False,
         weights: Weights | None = None,
+        keep_model: bool = True,
         tenant_weights: Mapping[str, float] | None = None,
         tiers: Sequence[Tier] = (),
     ) -> None:
@@ -183,6 +186,7 @@ class LLM:
                 num_states=default_states(model, max_num_seqs) if num_states is None else num_states,
                 cuda_graphs=cuda_graphs,
                 weights=weights,
+                keep_model=keep_model,
             )
         self.tokenizer = _tokenizer_of(model if tokenizer is None else tokenizer)
         self.core = EngineCore(

@@ -5,6 +5,9 @@ beside the steps; the text is passed over meanwhile, as one is that waits for an
 what has come goes into the pool and its index, as if another sequence had computed it, and is found there. A text waits
 for its load no longer than to compute that part would take, and a load that would take longer is not begun.
 
+Each tier answers for itself: what a near one has is on its way while a far one is still asked. One that does not answer
+in time is left out, and others are not asked to wait for it for a while (`tiers/ladder.py`).
+
 Whoever gives up its blocks, at its end or for others, is stored before: so a preempted text comes back by the same way.
 """
 
@@ -22,9 +25,10 @@ from pagedkv.engine.batch import Ids, common_prefix, may_share
 from pagedkv.engine.request import Sequence, shares_prefixes
 from pagedkv.engine.runner import Runner
 from pagedkv.errors import OutOfMemory, bad_argument
-from pagedkv.tiers.ladder import Ladder, Load, Rate
+from pagedkv.tiers.ladder import Ladder, Load
 from pagedkv.tiers.moving import place_rows, read_rows
-from pagedkv.tiers.tier import Tier
+from pagedkv.tiers.rung import Rate
+from pagedkv.tiers.tier import Tier, answered
 from pagedkv.validate import shown
 
 LEAST_PATIENCE = 0.05
@@ -32,6 +36,9 @@ LEAST_PATIENCE = 0.05
 
 PATIENCE_UNMEASURED = 10.0
 """Seconds that it waits as long as no prompt was computed, so that nobody knows how long that takes."""
+
+LONGEST_ASK = 0.25
+"""Seconds that a text waits at most until tiers say what they have; those that did not by then are left out."""
 
 LONGEST_WAIT = 1.0
 FEWEST_MEASURED = 16  # tokens of prompts in a step that tell how fast prompts are computed
@@ -76,35 +83,79 @@ class Arrival:
     Attributes
     ----------
     asked : list of Future
-        How many leading blocks each tier has, as long as some have not answered.
+        How many leading blocks each tier has, as long as some have not answered, or their loads have not begun.
+    asked_at : float
+        When they were asked.
     counts : list of int
-        The same, once they have all answered and as long as no load has begun for want of memory.
-    start : int
-        Blocks from here on were not in the pool when it was looked up.
+        What those have answered that are nearer than any that has not.
+    num_begun : int
+        Tiers of `counts` whose loads have begun.
+    start, stop : int
+        Blocks from `start` on were not in the pool when it was looked up; those from `stop` on need not be loaded.
     parts : list of (Load, int)
         Loads, one behind the other, and the block up to which each is of this text.
+    behind : list of (Load, int)
+        The same of what it was looked up for before, which go on from `stop`.
     since : float or None
-        When it was first held up by them.
+        When it was first held up by them, or something has come since then.
+    come_by_then : int
+        Where that ended which had come.
     """
 
-    __slots__ = ("sequence", "asked", "counts", "start", "parts", "since")
+    __slots__ = (
+        "sequence",
+        "asked",
+        "asked_at",
+        "counts",
+        "num_begun",
+        "start",
+        "stop",
+        "parts",
+        "behind",
+        "since",
+        "come_by_then",
+    )
 
     def __init__(self, sequence: Sequence, start: int) -> None:
         self.sequence, self.start = sequence, start
-        self.asked: list[Future[int]] = []
-        self.counts: list[int] = []
         self.parts: list[tuple[Load, int]] = []
+        self.behind: list[tuple[Load, int]] = []
+        self.ask([], start)
+
+    def ask(self, asked: list[Future[int]], num_blocks: int) -> None:
+        """Begin to wait for what tiers answer; what has come of its blocks, or is on its way, need not come again."""
+        self.behind = self.all_parts
+        self.stop = self.start if self.behind else num_blocks
+        self.asked, self.asked_at = asked, time.monotonic()
+        self.counts: list[int] = []
+        self.num_begun, self.parts = 0, []
         self.since: float | None = None
+        self.come_by_then = 0
+
+    def no_more(self) -> None:
+        """Wait for no answers any longer."""
+        self.asked, self.counts, self.num_begun = [], [], 0
+
+    @property
+    def all_parts(self) -> list[tuple[Load, int]]:
+        """All that has come or is on its way, one behind the other."""
+        return self.parts + self.behind
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether a tier has not answered yet."""
+        return not all(future.done() for future in self.asked)
 
     @property
     def is_settled(self) -> bool:
         """Whether all has come that will come."""
-        return not self.asked and not self.counts and all(load.is_done for load, _ in self.parts)
+        return not self.asked and all(load.is_done for load, _ in self.all_parts)
 
     def come(self) -> tuple[int, int]:
         """Return the blocks [first, stop) that have come."""
-        first = stop = self.parts[0][0].first if self.parts else self.start
-        for load, upto in self.parts:
+        parts = self.all_parts
+        first = stop = parts[0][0].first if parts else self.start
+        for load, upto in parts:
             if load.first > stop:
                 break
             stop = max(stop, min(load.first + (load.good or 0), upto))
@@ -112,9 +163,17 @@ class Arrival:
 
     def leave(self) -> None:
         """Let go of all loads."""
-        for load, _ in self.parts:
+        for load, _ in self.all_parts:
             load.leave()
-        self.parts = []
+        self.parts, self.behind = [], []
+
+    def leave_late(self) -> None:
+        """Let go of the loads that have not come."""
+        for load, _ in self.all_parts:
+            if not load.is_done:
+                load.leave()
+        self.parts = [part for part in self.parts if part[0].is_done]
+        self.behind = [part for part in self.behind if part[0].is_done]
 
 
 class Offload:
@@ -147,11 +206,11 @@ class Offload:
         arrival = self._arrivals.get(sequence)
         if arrival is None:
             arrival = self._arrivals[sequence] = Arrival(sequence, self._held(sequence))
-        arrival.since = None
-        if len(ids):
-            arrival.asked = self.ladder.match(ids, sequence.request.cache_salt)
+        asked = self.ladder.match(ids, sequence.request.cache_salt) if len(ids) else []
+        arrival.ask(asked, len(ids) // self._size)
+        if asked:
             self._asking[sequence] = arrival
-        self._begin(arrival)
+            self._begin(arrival)
 
     def poll(self) -> None:
         """Begin the loads of those whose tiers have answered meanwhile."""
@@ -168,10 +227,14 @@ class Offload:
             arrival = self._arrivals.get(sequence)
         if arrival is None or arrival.is_settled:
             return False
-        now = time.monotonic()
-        arrival.since = now if arrival.since is None else arrival.since
+        now, come = time.monotonic(), arrival.come()[1]
+        if arrival.since is None or come > arrival.come_by_then:
+            arrival.since, arrival.come_by_then = now, come
         if now - arrival.since < self._patience(arrival):
             return True
+        if arrival.is_asking:
+            self._leave_out(arrival)
+            return not arrival.is_settled
         self._give_up(arrival)
         return False
 
@@ -188,7 +251,9 @@ class Offload:
         first, stop = arrival.come()
         ids = self._text(sequence)[: stop * self._size]
         if stop > first and first <= self._held(sequence) < stop:
-            parts = [(load.first, load.rows[: max(0, min(stop, upto) - load.first)]) for load, upto in arrival.parts]
+            parts = [
+                (load.first, load.rows[: max(0, min(stop, upto) - load.first)]) for load, upto in arrival.all_parts
+            ]
             with contextlib.suppress(OutOfMemory):  # then it is computed
                 place_rows(self.cache, next(self._seq_ids), ids, parts, sequence.request.cache_salt)
         self.forget(sequence)
@@ -221,34 +286,38 @@ class Offload:
         return (tokens + self._size) // self._size if sequence.length == tokens + self._size else tokens // self._size
 
     def _begin(self, arrival: Arrival) -> None:
-        """Begin to load what tiers have and the pool has not, if they have all answered and there is memory for it."""
-        if arrival.asked and all(future.done() for future in arrival.asked):
-            arrival.counts, arrival.asked = self.ladder.counts(arrival.asked), []
-        if not arrival.counts:
+        """Begin to load what tiers have and the pool has not, of those that have answered, if there is memory for it.
+
+        A tier waits for the answers of those that are nearer: of what they have nothing comes from it.
+        """
+        arrival.counts += self.ladder.counts(arrival.asked, len(arrival.counts))
+        if arrival.num_begun == len(arrival.counts):
             return
-        sequence, counts = arrival.sequence, arrival.counts
-        start = held = self._held(sequence)
-        stop = arrival.start if arrival.parts else len(self._text(sequence)) // self._size
+        sequence, stop = arrival.sequence, arrival.stop
+        held = self._held(sequence)
+        start = arrival.parts[-1][1] if arrival.parts else held
+        counts = [0] * len(arrival.asked)
+        for i in range(arrival.num_begun, len(arrival.counts)):
+            counts[i] = min(arrival.counts[i], stop)
         parts: list[tuple[Load, int]] = []
         if max(counts) > start:
             parts, start = self._shared(arrival, start, stop)
-        if min(stop, max(counts)) > start:
-            loads = self.ladder.load(
-                self._text(sequence),
-                sequence.request.cache_salt,
-                [min(count, stop) for count in counts],
-                start,
-                self._compute_seconds(1),
-            )
+        if max(counts) > start:
+            text, salt = self._text(sequence), sequence.request.cache_salt
+            loads = self.ladder.load(text, salt, counts, start, self._compute_seconds(1))
             if loads is None:  # there is no memory now; what it could share is asked for again, too
                 for load, _ in parts:
                     load.leave()
                 return
             parts += [(load, load.stop) for load in loads]
-        arrival.counts, arrival.start = [], held
-        arrival.parts = parts + arrival.parts
-        del self._asking[sequence]
-        if arrival.parts:
+        if not arrival.parts:
+            arrival.start = held
+        arrival.parts += parts
+        arrival.num_begun = len(arrival.counts)
+        if arrival.num_begun == len(arrival.asked):
+            arrival.no_more()
+            del self._asking[sequence]
+        if arrival.parts or arrival.behind:
             self._loading[sequence] = arrival
 
     def _shared(self, arrival: Arrival, start: int, stop: int) -> tuple[list[tuple[Load, int]], int]:
@@ -259,7 +328,7 @@ class Offload:
             if other is arrival or other.sequence.request.cache_salt != mine.request.cache_salt:
                 continue
             common = min(stop, common_prefix(self._text(mine), self._text(other.sequence)) // self._size)
-            for load, upto in other.parts:
+            for load, upto in other.all_parts:
                 end = min(common, upto)
                 if load.first <= start < end:
                     parts.append((load.join(), end))
@@ -268,25 +337,37 @@ class Offload:
 
     def _patience(self, arrival: Arrival) -> float:
         """Return how many seconds a text waits: as long as it would take to compute what it waits for."""
-        stop = max((upto for _, upto in arrival.parts), default=len(self._text(arrival.sequence)))
-        seconds = self._compute_seconds(max(1, stop - arrival.start))
-        return PATIENCE_UNMEASURED if seconds is None else max(seconds, LEAST_PATIENCE)
+        parts = arrival.all_parts
+        stop = arrival.stop if arrival.asked or not parts else max(upto for _, upto in parts)
+        seconds = self._compute_seconds(max(1, stop - arrival.come()[1]))
+        seconds = PATIENCE_UNMEASURED if seconds is None else max(seconds, LEAST_PATIENCE)
+        return min(seconds, LONGEST_ASK) if arrival.is_asking else seconds
 
     def _compute_seconds(self, num_blocks: int) -> float | None:
         """Return how long it takes to compute blocks of a prompt; None where no prompt was computed yet."""
         rate = self.prefill.per_second
         return None if rate is None else num_blocks * self._size / rate
 
+    def _leave_out(self, arrival: Arrival) -> None:
+        """Go on without the tiers that have not said what they have: the others may have some of it."""
+        for i, rung in enumerate(self.ladder.rungs):
+            if not arrival.asked[i].done():
+                rung.no_match(arrival.asked_at)
+                arrival.asked[i] = answered(0)
+        arrival.since = None
+        self._begin(arrival)
+
     def _give_up(self, arrival: Arrival) -> None:
         """Let a text be computed without what has not come."""
-        late = {load.rung for load, _ in arrival.parts if not load.is_done}
-        for rung in late or self.ladder.rungs:
-            rung.count(late=1)
-        arrival.asked, arrival.counts = [], []
+        late = {load.rung: load.began for load, _ in arrival.all_parts if not load.is_done}
+        for rung, began in late.items():
+            rung.no_load(began)
+        if arrival.asked and not late:  # there was no memory for it
+            for rung in self.ladder.rungs:
+                rung.count(late=1)
+        arrival.no_more()
         self._asking.pop(arrival.sequence, None)
-        for load, _ in [part for part in arrival.parts if not part[0].is_done]:
-            load.leave()
-        arrival.parts = [part for part in arrival.parts if part[0].is_done]
+        arrival.leave_late()
 
     # Stores.
 

@@ -16,7 +16,7 @@ from pagedkv.control.manager import BlockManager
 from pagedkv.control.types import BLOCK_KINDS, FREE, HotPrefix
 from pagedkv.engine.request import Request
 from pagedkv.errors import bad_argument
-from pagedkv.tiers.ladder import TierFigures
+from pagedkv.tiers.rung import TierFigures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

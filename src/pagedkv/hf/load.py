@@ -21,7 +21,7 @@ from pagedkv.hf.pool import ModelKvCache
 from pagedkv.hf.runner import ModelRunner
 from pagedkv.spec import KvCacheSpec, dtype_name
 from pagedkv.typing import Dtype, Mode, Weights
-from pagedkv.validate import likely, require_choice, require_int, shown
+from pagedkv.validate import likely, require_choice, require_flag, require_int, shown
 
 logger = logging.getLogger("pagedkv")
 
@@ -42,6 +42,7 @@ def load_runner(
     cuda_graphs: bool = False,
     num_states: int | Callable[[int], int] = 64,
     weights: Weights | None = None,
+    keep_model: bool = True,
 ) -> ModelRunner:
     """Load a model and put it over a paged cache.
 
@@ -76,8 +77,10 @@ def load_runner(
         where a model has no such layers.
     weights : {"int8"}, optional
         What the weights are quantised to, row by row, after the exam; as they are by default. For the compiled mode,
-        and K and V that are not quantised. A model that came from a folder lets go of its own weights and runs no more;
-        one that was given keeps them.
+        and K and V that are not quantised. A model that came from a folder lets go of its own weights and runs no more.
+    keep_model : bool
+        Whether a model that was given keeps its weights beside quantised ones; without, it lets go of them as one of a
+        folder does.
 
     Returns
     -------
@@ -96,7 +99,7 @@ def load_runner(
     require_int("block_size", block_size, 1, 2**31 - 1)
     if weights is not None:
         _check_weights(weights, mode)
-    is_given = not isinstance(model, (str, PathLike))
+    keeps_model = require_flag("keep_model", keep_model) and not isinstance(model, (str, PathLike))
     if isinstance(model, (str, PathLike)):
         model = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     if not isinstance(model, PreTrainedModel):
@@ -143,10 +146,10 @@ def load_runner(
     elif cuda_graphs:
         runner.record_decoding(CudaRecorder(model.device))
     if weights is not None:
-        if not is_given:
+        if not keeps_model:
             runner.streams.measure_ahead()
         del passed, proved  # which hold on to weights
-        runner.quantise_weights(keeps_model=is_given)
+        runner.quantise_weights(keeps_model=keeps_model)
     return runner
 
 

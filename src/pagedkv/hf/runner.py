@@ -141,6 +141,8 @@ class GatherWriter:
 # For float32, torch hands them to MKL, which leaves the wide vectors of other makers' processors unused: on an AMD
 # processor with AVX-512, oneDNN multiplies twice as fast. Its results are also the same bits for every number of rows
 # but one, in any number of threads, where MKL's need four rows.
+# The compiled mode multiplies by itself, so this is for models that run by their own modules in ragged mode: without
+# it a step of a small Llama in float32 takes 1.6 times the processor's time for one sequence and 1.9 times for 16.
 
 
 class OneDnnLinears:

@@ -109,7 +109,7 @@ class CacheTiers:
             return
         for seq_id in seq_ids.tolist():
             if seq_id in self._pool and len(ids := self._pool.findable_ids(seq_id)):
-                for tier in self._tiers:
+                for tier in [tier for tier in self._tiers if not getattr(tier, "is_read_only", False)]:
                     self._try(tier, partial(self._demote, tier, seq_id, ids))
 
     def _demote(self, tier: Tier, seq_id: int, ids: Ids) -> None:

@@ -7,13 +7,15 @@ until it is one, or is not; then it is text, to the letter. White space beside c
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
-from collections.abc import Collection, Generator
+from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from pagedkv.server.tool_values import is_utf8, json_of_literal, json_of_text, kinds_of
+
+_quoted = json.JSONEncoder(ensure_ascii=False).encode
 
 T = TypeVar("T")
 Reading = Generator[None, str, T]
@@ -68,13 +70,15 @@ class ToolParser:
     ----------
     names : collection of str
         Of the functions that there are. Forms without a mark of their own take nothing else for a call.
+    schemas : mapping, optional
+        The JSON Schema of the arguments of each: a form that writes bare text has their types from it.
     """
 
     marks: tuple[str, ...] = ()
     """Texts that open a call; tokenizers may have them as special tokens, which must not be skipped then."""
 
-    def __init__(self, names: Collection[str] = ()) -> None:
-        self._names = frozenset(names)
+    def __init__(self, names: Collection[str] = (), schemas: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        self._names, self._schemas = frozenset(names), schemas or {}
         self._told: list[tuple[int | None, str | None, list[str]]] = []  # call, its name if it is new, pieces
         self._num_calls = 0
         self._held: list[str] = []  # read, and neither told nor taken for a call yet
@@ -276,15 +280,6 @@ def _arguments_of(raw: str) -> str | None:
     return "{}" if value is None else raw if isinstance(value, dict) else None
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text has no halves of surrogate pairs, which escapes can bring."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 class Hermes(ToolParser):
     """``<tool_call>{"name": …, "arguments": {…}}</tool_call>``: Hermes, Qwen 2.5 and 3, and many that follow them."""
 
@@ -432,7 +427,7 @@ class Pythonic(ToolParser):
                 return has_begun
             if not has_begun:
                 self._begin(name)
-            self._argue(f"{', ' if has_begun else '{'}{json.dumps(key)}: {_json_of(source)}")
+            self._argue(f"{', ' if has_begun else '{'}{json.dumps(key)}: {json_of_literal(source)}")
             has_begun = True
             if self._c == ",":
                 yield from self._advance()
@@ -458,40 +453,96 @@ class Pythonic(ToolParser):
         return "".join(source).strip()
 
 
-_WORDS = {"true": True, "false": False, "null": None}
+class Qwen3Coder(ToolParser):
+    """``<function=name><parameter=key>value</parameter>…</function>`` within ``<tool_call>``: Qwen3-Coder, Qwen 3.5.
 
+    Values are bare text, of the type that the schema of the function gives. The outer mark may be missing before the
+    name of a function that there is, at the beginning of a line.
+    """
 
-def _json_of(source: str) -> str:
-    """Return the JSON of a literal of JSON or of Python; of what is none, the JSON of its text."""
-    try:
-        text = json.dumps(json.loads(source), ensure_ascii=False, allow_nan=False)
-        return text if is_utf8(text) else json.dumps(source)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes that Python does not know
-            value = _literal(ast.parse(source, mode="eval").body)
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        return text if is_utf8(text) else json.dumps(value)
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
-        return json.dumps(source, ensure_ascii=False)
+    marks = ("<tool_call>",)
 
+    def _call(self) -> Reading[bool]:
+        is_line_start = self._at_line_start
+        if not (yield from self._mark("<")):
+            return False
+        has_mark = self._c == "t"
+        if has_mark:
+            if not (yield from self._mark("tool_call>")):
+                return False
+            yield from self._skip(" \t\r\n")
+            if not (yield from self._mark("<")):
+                return False
+        if not (yield from self._mark("function=")):
+            return False
+        name = yield from self._word()
+        is_name = re.fullmatch(FUNCTION_NAME, name) if has_mark else is_line_start and name in self._names
+        if not is_name or not (yield from self._mark(">")):
+            return False
+        self._begin(name)
+        yield from self._parameters(self._schemas.get(name) or {})
+        self._held.clear()
+        yield from self._skip(" \t\r\n")
+        return (yield from self._mark("</tool_call>")) or not self._held
 
-def _literal(node: ast.expr) -> Any:
-    match node:
-        case ast.Constant(value=str() | int() | float() | bool() | None as value):
-            return value
-        case ast.Name(id=name) if name in _WORDS:
-            return _WORDS[name]
-        case ast.List(elts=items) | ast.Tuple(elts=items):
-            return [_literal(item) for item in items]
-        case ast.Dict(keys=keys, values=values):
-            named = [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
-            return dict(zip(named, map(_literal, values), strict=True))
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-    raise ValueError("no literal")
+    def _parameters(self, schema: Mapping[str, Any]) -> Reading[None]:
+        """Read up to the end of the function; what is neither that nor a parameter ends it, too."""
+        properties = schema.get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        before = "{"
+        while True:
+            yield from self._skip(" \t\r\n")
+            if not self._c or not (yield from self._mark("<")):
+                break
+            if self._c != "p" or not (yield from self._mark("parameter=")):
+                if (yield from self._mark("/")):
+                    yield from self._mark("function>" if self._c == "f" else "tool_call>")
+                break
+            key = yield from self._key()
+            if not key:
+                break
+            self._argue(f"{before}{json.dumps(key, ensure_ascii=False)}: ")
+            before = ", "
+            if not (yield from self._value(kinds_of(properties.get(key), schema))):
+                return
+        self._argue("}" if before == ", " else "{}")
+
+    def _key(self) -> Reading[str]:
+        key = []
+        while self._c and self._c not in "<>\n":
+            key.append(self._c)
+            yield from self._advance()
+        return "".join(key).strip() if (yield from self._mark(">")) else ""
+
+    def _value(self, kinds: frozenset[str]) -> Reading[bool]:
+        """Read a value into the arguments, without the line breaks around it; whether it came to its end.
+
+        A text is told as it is read, anything else in the end.
+        """
+        end, is_text = "</parameter>", kinds == {"string"}
+        yield from self._skip_one("\n")
+        if is_text:
+            self._argue('"')
+        text, tail = [], ""  # of the tail nobody knows yet whether it is text
+        while self._c and tail not in (end, f"\n{end}"):
+            tail += self._c
+            yield from self._advance()
+            while not (end.startswith(tail) or f"\n{end}".startswith(tail)):
+                if is_text:
+                    self._argue(_quoted(tail[0])[1:-1])
+                else:
+                    text.append(tail[0])
+                tail = tail[1:]
+        is_whole = tail in (end, f"\n{end}")
+        if is_text and is_whole:
+            self._argue('"')
+        elif is_whole:
+            self._argue(json_of_text("".join(text), kinds))
+        return is_whole
+
+    def _skip_one(self, character: str) -> Reading[None]:
+        if self._c == character:
+            yield from self._advance()
 
 
 PARSERS: dict[str, type[ToolParser]] = {
@@ -499,5 +550,6 @@ PARSERS: dict[str, type[ToolParser]] = {
     "llama3_json": Llama3Json,
     "mistral": Mistral,
     "pythonic": Pythonic,
+    "qwen3_coder": Qwen3Coder,
 }
 """By the names that vLLM gives them."""

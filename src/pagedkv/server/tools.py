@@ -14,13 +14,15 @@ import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from pagedkv.engine.structured import WHITESPACE, with_exact_formats
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.schemas import AllowedToolsChoice, ChatMessage, Tool, ToolChoice, ToolRef
 from pagedkv.server.structure import AskedStructure
-from pagedkv.server.tool_parsers import FUNCTION_NAME, PARSERS, Delta, TextDelta, ToolParser, is_utf8
+from pagedkv.server.tool_parsers import FUNCTION_NAME, PARSERS, Delta, TextDelta, ToolParser
+from pagedkv.server.tool_values import is_utf8, kinds_of
 
 # Which form.
 
@@ -28,7 +30,8 @@ _SIGNS = (
     ("mistral", r"\[TOOL_CALLS\]"),
     ("pythonic", r"\[func_name1\(|<\|python_start\|>"),
     ("llama3_json", r"<\|python_tag\|>|ipython"),
-    ("hermes", r"^(?![\s\S]*<function=)[\s\S]*<tool_call>"),
+    ("qwen3_coder", r"<function=[\s\S]*<parameter="),
+    ("hermes", r"^(?![\s\S]*(?:<function=|<arg_key>))[\s\S]*<tool_call>"),
 )
 """What the chat templates of a family have, and those of the families before it have not."""
 
@@ -93,7 +96,9 @@ class ToolUse:
         """Return what reads one answer."""
         if not self.callable:
             return MessageReader()
-        parser = PARSERS[self.form]([tool.function.name for tool in self.callable])
+        functions = [tool.function for tool in self.callable]
+        schemas = {function.name: function.parameters or {} for function in functions}
+        parser = PARSERS[self.form]([function.name for function in functions], schemas)
         return MessageReader(
             parser,
             new_id=_mistral_id if self.form == "mistral" else _id,
@@ -226,15 +231,16 @@ def rules_of_calls(use: ToolUse, special: Mapping[str, int]) -> list[str]:
         before = f"<[{special[mark]}]> {_quoted(opening.removeprefix(mark))}"
     else:
         before = _quoted(opening)
-    # Hermes has its marks around each call, the others around all of them.
+    # Some have their marks around each call, the others around all of them.
     one, all_of_them = ("call", f"{before} {{}} {_quoted(closing)}")
-    if use.form == "hermes":
+    if use.form in ("hermes", "qwen3_coder"):
         one, all_of_them = f"({all_of_them.format('call')})", "{}"
     several = f"{one} ({_quoted(between)} {one}){{0,{MOST_CALLS - 1}}}" if use.parallel else one
     rules = [f"calls: {all_of_them.format(several)}"]
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(use.callable))))
+    write = {"pythonic": _pythonic_rules, "qwen3_coder": _bare_rules}.get(use.form, partial(_json_rules, form=use.form))
     for number, tool in enumerate(use.callable):
-        rules += _pythonic_rules(tool, number) if use.form == "pythonic" else _json_rules(tool, number, use.form)
+        rules += write(tool, number)
     return rules
 
 
@@ -243,6 +249,7 @@ _AROUND = {
     "llama3_json": ("", "; ", ""),
     "mistral": ("[TOOL_CALLS] [", ", ", "]"),
     "pythonic": ("[", ", ", "]"),
+    "qwen3_coder": ("<tool_call>\n", "\n", "\n</tool_call>"),
 }
 """What stands before calls, between two, and behind them."""
 
@@ -276,6 +283,41 @@ def _pythonic_rules(tool: Tool, number: int) -> list[str]:
             f"value_{number}_{place}: {_of_json({**defs, **value} if isinstance(value, dict) else value, tool)}",
         ]
     return [*rules, f'first_{number}_{len(properties)}: ""', f'more_{number}_{len(properties)}: ""']
+
+
+_END_OF_VALUE = "\n</parameter>\n"
+
+
+def _bare_rules(tool: Tool, number: int) -> list[str]:
+    """Return the rules of a call whose values are bare text: properties in order, as with keywords."""
+    schema = _schema_of(tool)
+    properties, required = schema.get("properties", {}), schema.get("required", ())
+    defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    rules, items = [], []
+    for place, name in enumerate(dict.fromkeys((*properties, *required))):
+        if name not in properties or re.search(r"[<>\n]", name) or name != name.strip():
+            raise bad_argument("tools", "properties that can be names of parameters in a tag", repr(name[:40]))
+        value = properties[name]
+        rule, opening = f"value_{number}_{place}", _quoted(f"<parameter={name}>\n")
+        if kinds_of(value, schema) != {"string"}:
+            given = {**defs, **value} if isinstance(value, dict) else value
+            rules += [f"{rule}: json_{number}_{place} {_quoted(_END_OF_VALUE)}"]
+            rules += [f"json_{number}_{place}: {_of_json(given, tool)}"]
+        elif words := _words_of(value):
+            rules += [f"{rule}: ({' | '.join(map(_quoted, words))}) {_quoted(_END_OF_VALUE)}"]
+        else:
+            if tool.function.strict and (wanted := {"pattern", "format", "minLength", "maxLength"} & set(value)):
+                raise bad_argument("tools", _ENFORCEABLE, f"{min(wanted)} of a text that is written without quotes")
+            rules += [f"{rule}[suffix={_quoted(_END_OF_VALUE)}]: /(?s:.*)/"]
+        items.append(f"{opening} {rule}" if name in required else f"({opening} {rule})?")
+    head = f"call_{number}: {_quoted(f'<function={tool.function.name}>' + chr(10))}"
+    return [f"{head} {' '.join(items)} {_quoted('</function>')}", *rules]
+
+
+def _words_of(schema: Mapping[str, Any]) -> list[str]:
+    """Return the only texts that a schema allows, if it names them and they can be written bare."""
+    words = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return [word for word in words if isinstance(word, str) and word and _END_OF_VALUE.strip() not in word]
 
 
 def _schema_of(tool: Tool) -> dict[str, Any]:
@@ -465,6 +507,8 @@ _HOW = {
     "llama3_json": 'answer with nothing but {"name": …, "parameters": {…}}',
     "mistral": 'answer with nothing but [TOOL_CALLS] [{"name": …, "arguments": {…}}]',
     "pythonic": "answer with nothing but [function_name(argument=value, …)]",
+    "qwen3_coder": "write <function=name>, for each argument a line <parameter=name>, its value and a line "
+    "</parameter>, and </function> between <tool_call> and </tool_call>",
 }
 
 
@@ -503,6 +547,8 @@ def written(form: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
     if form == "pythonic":
         lists = [f"{name}({', '.join(f'{key}={value!r}' for key, value in args.items())})" for name, args in calls]
         return f"[{', '.join(lists)}]"
+    if form == "qwen3_coder":
+        return "\n".join(_bare(name, arguments) for name, arguments in calls)
     key = "parameters" if form == "llama3_json" else "arguments"
     objects = [json.dumps({"name": name, key: arguments}, ensure_ascii=False) for name, arguments in calls]
     if form == "llama3_json":
@@ -510,3 +556,12 @@ def written(form: str, calls: Sequence[tuple[str, dict[str, Any]]]) -> str:
     if form == "mistral":
         return f"[TOOL_CALLS] [{', '.join(objects)}]"
     return "\n".join(f"<tool_call>\n{each}\n</tool_call>" for each in objects)
+
+
+def _bare(name: str, arguments: Mapping[str, Any]) -> str:
+    texts = {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in arguments.items()
+    }
+    parameters = "".join(f"<parameter={key}>\n{text}\n</parameter>\n" for key, text in texts.items())
+    return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"

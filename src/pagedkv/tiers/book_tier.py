@@ -105,7 +105,7 @@ class Slots(Protocol):
         ...
 
     def forget(self) -> None:
-        """Note that no slot holds anything."""
+        """Note that no slot holds anything; if it is read only, do nothing."""
         ...
 
     def close(self, blocks: npt.NDArray[np.void] | None) -> None:
@@ -255,6 +255,11 @@ class BookTier:
         return self._threads is not None
 
     @property
+    def is_read_only(self) -> bool:
+        """Whether nothing is stored in it from here."""
+        return self._slots.is_read_only
+
+    @property
     def block(self) -> BlockFormat:
         """What it was opened for."""
         return self._block
@@ -286,33 +291,14 @@ class BookTier:
         return f"{type(self).__name__}({self._books.cached_block_count}/{self._books.total_blocks} blocks)"
 
     def match(self, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
-        """Answer at once how many leading blocks it seems to have.
-
-        Raises
-        ------
-        InvalidOperation
-            If these are no token ids in 0 … 2³¹−1, or the tier is not open.
-        """
+        """Answer at once how many leading blocks of a text it seems to have: see :meth:`Tier.match`."""
         ids, salt = self._text(token_ids, cache_salt)
         with self._lock:
             self._require_open()
             return answered(self._count_good(ids, salt))
 
     def load(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Fill `rows` with the last blocks of a text; answers how many of them, from the first on, are right.
-
-        Parameters
-        ----------
-        token_ids : sequence of int
-        rows : uint8 [m, block_bytes]
-            For the last m whole blocks; the caller's again when the future is done.
-        cache_salt : str
-
-        Raises
-        ------
-        InvalidOperation
-            As for ``match``; if `rows` are not like that.
-        """
+        """Fill `rows` with the last blocks of a text: see :meth:`Tier.load`."""
         ids, salt = self._text(token_ids, cache_salt)
         first = first_block(ids, rows, self._block, is_filled=True)
         began = time.perf_counter()
@@ -335,20 +321,7 @@ class BookTier:
             return run_pieces(threads, self._pieces(chain, np.arange(first, count)), read, end)
 
     def store(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Keep the last blocks of a text; answers how many leading blocks of it are there then.
-
-        Parameters
-        ----------
-        token_ids : sequence of int
-        rows : uint8 [m, block_bytes]
-            The last m whole blocks; not to be changed until the future is done. Those before them must be there.
-        cache_salt : str
-
-        Raises
-        ------
-        InvalidOperation
-            As for ``match``; if `rows` are not like that.
-        """
+        """Keep the last blocks of a text: see :meth:`Tier.store`."""
         ids, salt = self._text(token_ids, cache_salt)
         first_block(ids, rows, self._block)
         began = time.perf_counter()
@@ -412,15 +385,7 @@ class BookTier:
             return run_pieces(threads, self._pieces(chain, missing), write, end)
 
     def clear(self) -> None:
-        """Forget everything; what is being stored now is forgotten, too.
-
-        Raises
-        ------
-        InvalidOperation
-            If the tier is not open.
-        TierError
-            If the medium refuses.
-        """
+        """Forget everything, but what another process writes: see :meth:`Tier.clear`."""
         with self._lock:
             self._require_open()
             self._slots.forget()

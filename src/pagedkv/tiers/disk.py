@@ -25,7 +25,8 @@ class DiskTier(BookTier):
     directory : str or Path
         Empty, not there yet, or a tier's. It holds blocks of one fingerprint: opened for another one, it begins anew.
     size : int or str
-        The most bytes of all files, as an int or as text: ``"50GB"``. They are allocated when it is opened.
+        The most bytes of all files, as an int or as text: ``"50GB"``. They are allocated when it is opened. With
+        `read_only` it may be left out, and means nothing.
     strategy : str or EvictionStrategy
         What is given up first when it is full.
     durable : bool
@@ -34,7 +35,8 @@ class DiskTier(BookTier):
     daily_writes : int or str, optional
         Most bytes that are written in a day, for disks that wear out; what is beyond is not stored.
     read_only : bool
-        Whether another process writes to the directory; `size` means nothing then, and nothing is stored.
+        Whether another process writes to the directory, or none does: nothing is stored, and `clear` leaves the files
+        as they are.
 
     Raises
     ------
@@ -49,7 +51,7 @@ class DiskTier(BookTier):
     def __init__(
         self,
         directory: str | Path,
-        size: int | str,
+        size: int | str | None = None,
         *,
         strategy: Strategy = "lru",
         durable: bool = False,
@@ -58,9 +60,11 @@ class DiskTier(BookTier):
     ) -> None:
         if not isinstance(directory, (str, os.PathLike)) or not str(directory):
             raise bad_argument("directory", "a path", shown(directory), "name a folder of its own for the tier")
+        if size is None and not read_only:
+            raise bad_argument("size", "the most bytes of its files, such as '50GB'", "none", "or read_only=True")
         slab = Slab(
             directory,
-            require_size("size", size),
+            0 if size is None else require_size("size", size),
             durable=require_flag("durable", durable),
             is_read_only=require_flag("read_only", read_only),
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pagedkv.errors import InvalidOperation, TierError, bad_argument
-from pagedkv.tiers.book_tier import BookTier, TierStats
-from pagedkv.tiers.tier import BlockFormat, Rows, Tier
+from pagedkv.tiers.known import chain_of
+from pagedkv.tiers.rung import Rung, TierFigures
+from pagedkv.tiers.tier import BlockFormat, Rows, Tier, answered
 from pagedkv.validate import shown
 
 logger = logging.getLogger("pagedkv")
@@ -26,118 +27,6 @@ MOST_STAGED = 2**29
 LONGEST_GOODBYE = 10.0
 """Seconds that what is under way has when all is closed; a tier that was opened here finishes it in any case."""
 
-REFUSALS_UNTIL_TRIED = 32
-"""A tier that was too slow so often in a row is tried again, as its rate may be another one by now."""
-
-_MEMORY = 0.8  # what a rate remembers of the past at each measurement
-
-
-class Rate:
-    """Amounts over seconds, as measured of late. Any thread may use it."""
-
-    def __init__(self) -> None:
-        self._amount = self._seconds = 0.0
-        self._lock = threading.Lock()
-
-    def note(self, amount: float, seconds: float) -> None:
-        """Add a measurement."""
-        with self._lock:
-            self._amount = _MEMORY * self._amount + amount
-            self._seconds = _MEMORY * self._seconds + seconds
-
-    @property
-    def per_second(self) -> float | None:
-        """The rate; None as long as nothing was measured."""
-        with self._lock:
-            return self._amount / self._seconds if self._seconds > 0 and self._amount > 0 else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TierFigures:
-    """What a tier has done for one pool.
-
-    Attributes
-    ----------
-    medium : str
-    blocks, total_blocks : int
-        That it holds, and has room for; 0 where it does not say.
-    hits : int
-        Texts that got something from it.
-    loads, stores : int
-        Blocks that came from it and were right; blocks that were handed to it and are there now.
-    corrupt : int
-        Blocks that were not what was stored, where it counts them.
-    late, gated, failed, dropped : int
-        Texts that did not wait any longer for it; that were computed, as this is faster; calls that it did not answer
-        in time or but by an error; texts that were not stored because too much was on its way.
-    read_bytes, written_bytes : int
-    read_seconds, write_seconds : float
-        From each call to its end.
-    """
-
-    medium: str
-    blocks: int = 0
-    total_blocks: int = 0
-    hits: int = 0
-    loads: int = 0
-    stores: int = 0
-    corrupt: int = 0
-    late: int = 0
-    gated: int = 0
-    failed: int = 0
-    dropped: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    read_seconds: float = 0.0
-    write_seconds: float = 0.0
-
-
-class Rung:
-    """One tier of a ladder, its rate and its counters. Any thread may use it.
-
-    Parameters
-    ----------
-    tier : Tier
-    """
-
-    def __init__(self, tier: Tier) -> None:
-        self.tier, self.rate = tier, Rate()
-        self._figures = TierFigures(medium=tier.medium)
-        self._refusals = 0
-        self._lock = threading.Lock()
-
-    def count(self, **changes: float) -> None:
-        """Add to counters."""
-        with self._lock:
-            sums = {name: getattr(self._figures, name) + change for name, change in changes.items()}
-            self._figures = replace(self._figures, **sums)
-
-    @property
-    def figures(self) -> TierFigures:
-        """What it has done."""
-        tier, figures = self.tier, self._figures
-        stats = getattr(tier, "stats", None)
-        if isinstance(stats, TierStats):
-            figures = replace(figures, corrupt=stats.corrupt, failed=figures.failed + stats.unanswered)
-        if not isinstance(tier, BookTier):
-            return figures
-        books = tier.books
-        used = books.total_blocks - books.free_block_count + books.cached_block_count
-        return replace(figures, blocks=used, total_blocks=books.total_blocks)
-
-    def is_worth(self, num_bytes: int, compute_seconds: float | None) -> bool:
-        """Tell whether to load so much is sooner than to compute it; what was not measured yet is tried."""
-        rate = self.rate.per_second
-        if rate is None or compute_seconds is None or num_bytes / rate < compute_seconds:
-            self._refusals = 0
-            return True
-        self._refusals += 1
-        if self._refusals >= REFUSALS_UNTIL_TRIED:
-            self._refusals = 0
-            return True
-        self.count(gated=1)
-        return False
-
 
 class Load:
     """Blocks ``[first, stop)`` of a text on their way from one tier, for one text that waits or for several.
@@ -145,13 +34,15 @@ class Load:
     Attributes
     ----------
     first, stop : int
+    began : float
+        When it was asked for, by the monotonic clock.
     rows : uint8 [stop - first, block_bytes]
     good : int or None
         How many of them are there and right, from the first one on; None while they are on their way.
     """
 
     def __init__(self, rung: Rung, first: int, stop: int, block_bytes: int, let_go: Callable[[int], None]) -> None:
-        self.rung, self.first, self.stop = rung, first, stop
+        self.rung, self.first, self.stop, self.began = rung, first, stop, time.monotonic()
         self.rows: Rows = np.empty((stop - first, block_bytes), np.uint8)
         self.good: int | None = None
         self._users, self._let_go = 1, let_go
@@ -217,6 +108,17 @@ class Staging:
             self.taken -= num_bytes
 
 
+class _Store(NamedTuple):
+    """A text that is being stored: copies of its blocks from `start` on, and the rungs that are not done with them."""
+
+    ids: Any
+    cache_salt: str
+    chain: list[bytes]
+    start: int
+    rows: Rows
+    under_way: set[Rung]
+
+
 class Ladder:
     """Tiers in the order in which they are asked, nearest first. None of its calls waits, but for `close`.
 
@@ -260,16 +162,34 @@ class Ladder:
     # Loads.
 
     def match(self, ids: Any, cache_salt: str) -> list[Future[int]]:
-        """Ask every tier how many leading blocks of a text it has."""
-        asked = [_asked(rung, lambda tier: tier.match(ids, cache_salt)) for rung in self.rungs]
-        for future in asked:
-            if not future.done():
-                future.add_done_callback(lambda future: self._tell())
-        return asked
+        """Ask every tier how many leading blocks of a text it has; of one that is left alone the answer is none."""
+        return [self._ask(rung, ids, cache_salt) if rung.may_be_asked() else answered(0) for rung in self.rungs]
 
-    def counts(self, asked: Sequence[Future[int]]) -> list[int]:
-        """Return what tiers have answered to :meth:`match`; one that failed has nothing."""
-        return [_answer(rung, future) for rung, future in zip(self.rungs, asked, strict=True)]
+    def _ask(self, rung: Rung, ids: Any, cache_salt: str) -> Future[int]:
+        began = time.monotonic()
+        future = _asked(rung, lambda tier: tier.match(ids, cache_salt))
+        rung.is_far = not future.done()
+        if not rung.is_far:
+            rung.has_matched(0.0)
+            return future
+        chain = chain_of(ids, cache_salt, self.block.block_size)
+
+        def end(future: Future[int]) -> None:
+            if not future.cancelled() and future.exception() is None:
+                rung.has_matched(time.monotonic() - began)
+                rung.known.note(chain, min(future.result(), len(chain)))
+            self._tell()
+
+        future.add_done_callback(end)
+        return future
+
+    def counts(self, asked: Sequence[Future[int]], first: int = 0) -> list[int]:
+        """Return what tiers have answered to :meth:`match`, from the `first` one up to one that has not yet.
+
+        One that failed has nothing.
+        """
+        pairs = zip(self.rungs[first:], asked[first:], strict=True)
+        return [_answer(*pair) for pair in itertools.takewhile(lambda pair: pair[1].done(), pairs)]
 
     def load(
         self, ids: Any, cache_salt: str, counts: Sequence[int], first: int, seconds_per_block: float | None
@@ -315,6 +235,7 @@ class Ladder:
             good = _answer(rung, future)
             load.end(good)
             if good:
+                rung.has_loaded()
                 rung.rate.note(good * self.block.block_bytes, seconds)
             rung.count(hits=good > 0, loads=good, read_bytes=good * self.block.block_bytes, read_seconds=seconds)
             self._tell()
@@ -337,40 +258,66 @@ class Ladder:
             Takes the number of a block and returns rows of that one and all behind it.
         """
         count = len(ids) // self.block.block_size
-        asked = self.match(ids, cache_salt)
-        # Who has not answered gets all: to wait for it would take longer than to copy.
-        firsts = [min(count, _answer(*pair) if pair[1].done() else 0) for pair in zip(self.rungs, asked, strict=True)]
-        lacking = [(rung, first) for rung, first in zip(self.rungs, firsts, strict=True) if first < count]
+        chain = chain_of(ids, cache_salt, self.block.block_size) if any(rung.is_far for rung in self.rungs) else []
         nothing = np.empty((0, self.block.block_bytes), np.uint8)
-        for rung, first in zip(self.rungs, firsts, strict=True):
+        lacking = []
+        for rung in self.rungs:
+            if getattr(rung.tier, "is_read_only", False):
+                continue
+            first = min(count, self._has_now(rung, ids, cache_salt, chain))
             if first == count:
-                _asked(rung, lambda tier: tier.store(ids, nothing, cache_salt))
+                if not rung.is_resting:
+                    _asked(rung, lambda tier: tier.store(ids, nothing, cache_salt))
+            elif not rung.is_available or (rung.is_resting and rung.num_storing):  # or it would hold all the memory
+                rung.count(dropped=1)
+            else:
+                lacking.append((rung, first))
+        lacking = self._with_room(lacking, count)
         if not lacking:
             return
-        start = min(firsts)
-        if not self._storing.take(count - start, self.block.block_bytes, at_once=True):
-            for rung, _ in lacking:
-                rung.count(dropped=1)
-            return
-        rows, left = read(start), [len(lacking)]
+        start = min(first for _, first in lacking)
+        store = _Store(ids, cache_salt, chain, start, read(start), {rung for rung, _ in lacking})
         for rung, first in lacking:
-            self._hand_over(rung, ids, cache_salt, rows, first - start, left)
+            self._hand_over(store, rung, first)
 
-    def _hand_over(self, rung: Rung, ids: Any, cache_salt: str, rows: Rows, skipped: int, left: list[int]) -> None:
-        first = len(ids) // self.block.block_size - len(rows) + skipped
-        began = time.perf_counter()
+    def _has_now(self, rung: Rung, ids: Any, cache_salt: str, chain: list[bytes]) -> int:
+        """Return how many leading blocks of a text a tier has; to wait for one that is far takes longer than a copy."""
+        if rung.is_far:
+            return rung.known.leading(chain)
+        future = self._ask(rung, ids, cache_salt)
+        return _answer(rung, future) if future.done() else 0
+
+    def _with_room(self, lacking: list[tuple[Rung, int]], count: int) -> list[tuple[Rung, int]]:
+        """Take memory for what tiers lack; where there is too little, those that lack the most go without."""
+        while lacking:
+            start = min(first for _, first in lacking)
+            if self._storing.take(count - start, self.block.block_bytes, at_once=True):
+                break
+            for rung, first in lacking:
+                rung.count(dropped=first == start)
+            lacking = [(rung, first) for rung, first in lacking if first > start]
+        return lacking
+
+    def _hand_over(self, store: _Store, rung: Rung, first: int) -> None:
+        rows, began = store.rows[first - store.start :], time.perf_counter()
 
         def end(future: Future[int]) -> None:
-            stored = max(0, _answer(rung, future) - first)
+            has = _answer(rung, future)
+            if store.chain:
+                rung.known.note(store.chain, min(has, len(store.chain)))
+            stored = max(0, has - first)
             seconds, size = time.perf_counter() - began, stored * self.block.block_bytes
             rung.count(stores=stored, written_bytes=size, write_seconds=seconds)
             with self._lock:
-                left[0] -= 1
-                is_last = left[0] == 0
-            if is_last:
-                self._let_go(self._storing, rows.nbytes)
+                rung.num_storing -= 1
+                store.under_way.discard(rung)
+                is_over = not store.under_way
+            if is_over:
+                self._let_go(self._storing, store.rows.nbytes)
 
-        _asked(rung, lambda tier: tier.store(ids, rows[skipped:], cache_salt)).add_done_callback(end)
+        with self._lock:
+            rung.num_storing += 1
+        _asked(rung, lambda tier: tier.store(store.ids, rows, store.cache_salt)).add_done_callback(end)
 
     # Both.
 
@@ -402,6 +349,7 @@ class Ladder:
         """
         faults: list[Exception] = []
         for rung in self.rungs:
+            rung.known.clear()
             try:
                 rung.tier.clear()
             except Exception as error:

@@ -122,6 +122,11 @@ class RespTier:
         return self._threads is not None
 
     @property
+    def is_available(self) -> bool:
+        """Whether the server is asked at all: not while it is left alone after a failure."""
+        return not self._connections.are_paused
+
+    @property
     def block(self) -> BlockFormat:
         """What it was opened for."""
         return self._block
@@ -146,52 +151,24 @@ class RespTier:
         self.close()
 
     def match(self, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
-        """Answer how many leading blocks the server has, up to the first that it lacks; they count as used.
+        """Answer how many leading blocks the server has, up to the first that it lacks: see :meth:`Tier.match`.
 
-        Raises
-        ------
-        InvalidOperation
-            If these are no token ids in 0 … 2³¹−1, or the tier is not open.
+        They count as used.
         """
         ids, salt = self._text(token_ids, cache_salt)
         return self._submit(lambda wire, until: self._match(self._chain(ids, salt), wire, until))
 
     def load(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Fill `rows` with the last blocks of a text; answers how many of them, from the first on, are right.
+        """Fill `rows` with the last blocks of a text: see :meth:`Tier.load`.
 
         A value that is not what it should be is deleted, so that the next store writes it anew.
-
-        Parameters
-        ----------
-        token_ids : sequence of int
-        rows : uint8 [m, block_bytes]
-            For the last m whole blocks; the caller's again when the future is done.
-        cache_salt : str
-
-        Raises
-        ------
-        InvalidOperation
-            As for ``match``; if `rows` are not like that.
         """
         ids, salt = self._text(token_ids, cache_salt)
         first = first_block(ids, rows, self._block, is_filled=True)
         return self._submit(lambda wire, until: self._load(self._chain(ids, salt), first, rows, wire, until))
 
     def store(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Keep the last blocks of a text; answers how many leading blocks of it are there then.
-
-        Parameters
-        ----------
-        token_ids : sequence of int
-        rows : uint8 [m, block_bytes]
-            The last m whole blocks; not to be changed until the future is done. Those before them must be there.
-        cache_salt : str
-
-        Raises
-        ------
-        InvalidOperation
-            As for ``match``; if `rows` are not like that.
-        """
+        """Keep the last blocks of a text: see :meth:`Tier.store`."""
         ids, salt = self._text(token_ids, cache_salt)
         first = first_block(ids, rows, self._block)
         with self._lock:
@@ -208,15 +185,7 @@ class RespTier:
             self._storing.discard(stored)
 
     def clear(self) -> None:
-        """Delete all blocks of this model and namespace, for everybody who shares them.
-
-        Raises
-        ------
-        InvalidOperation
-            If the tier is not open.
-        TierError
-            If the server does not answer; then some may still be there.
-        """
+        """Delete all blocks of this model and namespace, for everybody who shares them: see :meth:`Tier.clear`."""
         with self._lock:
             self._require_open()
             self._clears += 1

@@ -242,6 +242,12 @@ class Connections:
         known = self._pool.connection_kwargs
         return str(known.get("path") or f"{known.get('host', 'localhost')}:{known.get('port', 6379)}")
 
+    @property
+    def are_paused(self) -> bool:
+        """Whether the server is left alone for a while."""
+        with self._lock:
+            return not self._idle and time.monotonic() < self._back_at
+
     def take(self, until: float) -> Wire:
         """Return a connection, for this caller alone.
 

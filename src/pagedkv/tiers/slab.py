@@ -276,8 +276,8 @@ class Slab:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    reason = f"is in use by process {_owner(lock)}: one writes, others open it to read"
-                    raise self._error(reason) from None
+                    hint = "one writes, others open it to read: read_only=True, --disk-read-only of a server"
+                    raise self._error(f"is in use by process {_owner(lock)}: {hint}") from None
                 time.sleep(0.01)
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
@@ -429,7 +429,9 @@ class Slab:
         os.fdatasync(self._files["records"])
 
     def forget(self) -> None:
-        """Make all records void, and give their bytes back to the disk."""
+        """Make all records void, and give their bytes back to the disk; a reader leaves what another writes alone."""
+        if self.is_read_only:
+            return
         try:
             self._begin_anew()
             self._generations[:] = 0

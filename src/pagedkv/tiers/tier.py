@@ -67,22 +67,69 @@ class Tier(Protocol):
     """What it is made of, as events and metrics name it: ``"CPU"``, ``"DISK"``, ``"REMOTE"``."""
 
     def match(self, token_ids: TokenIds, cache_salt: str = "") -> Future[int]:
-        """Answer how many leading blocks it seems to have."""
+        """Answer how many leading blocks of a text it seems to have.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+            In 0 … 2³¹−1.
+        cache_salt : str
+            Texts of two salts share nothing.
+
+        Raises
+        ------
+        InvalidOperation
+            If these are no token ids, or the tier is not open; the same holds of `load` and `store`.
+        """
         ...
 
     def load(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Fill `rows`; answers how many of them, from the first one on, are right."""
+        """Fill `rows` with the last blocks of a text; answers how many of them, from the first one on, are right.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+        rows : uint8 [m, block_bytes]
+            For the last m whole blocks; the caller's again when the future is done.
+        cache_salt : str
+
+        Raises
+        ------
+        InvalidOperation
+            As for `match`; if `rows` are not like that.
+        """
         ...
 
     def store(self, token_ids: TokenIds, rows: Rows, cache_salt: str = "") -> Future[int]:
-        """Keep blocks; answers how many leading blocks of the text it has then. What is there already is skipped.
+        """Keep the last blocks of a text; answers how many leading blocks of it are there then.
 
-        Blocks before those of `rows` must be there: where they are not, nothing can be kept.
+        What is there already is skipped, and counts as used.
+
+        Parameters
+        ----------
+        token_ids : sequence of int
+        rows : uint8 [m, block_bytes]
+            The last m whole blocks, or none; not to be changed until the future is done. Those before them must be
+            there: where they are not, nothing can be kept.
+        cache_salt : str
+
+        Raises
+        ------
+        InvalidOperation
+            As for `match`; if `rows` are not like that.
         """
         ...
 
     def clear(self) -> None:
-        """Forget everything; what is being stored now is forgotten, too."""
+        """Forget everything; what is being stored now is forgotten, too.
+
+        Raises
+        ------
+        InvalidOperation
+            If the tier is not open.
+        TierError
+            If the medium refuses: then some may still be there.
+        """
         ...
 
     def close(self) -> None:
