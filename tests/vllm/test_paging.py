@@ -23,6 +23,9 @@ LAYOUTS = {
     "heads inside": lambda: torch.randn(BLOCKS, 4, 2, 6).permute(0, 2, 1, 3),
     "latent": lambda: torch.randn(BLOCKS, 4, 9),
     "smaller blocks of the kernel": lambda: torch.randn(BLOCKS * 2, 2, 2, 6),
+    "as wide, in other axes": lambda: torch.randn(BLOCKS, 4, 2, 6),
+    "float8 in a wider tensor": lambda: torch.randn(BLOCKS, 3, 2, 4, 6).to(torch.float8_e4m3fn)[:, 1],
+    "last axis outside": lambda: torch.randn(BLOCKS, 6, 2, 4).permute(0, 2, 3, 1),
     "a part of a wider tensor": lambda: torch.randn(BLOCKS, 3, 2, 4, 6)[:, 1],
 }
 
@@ -64,8 +67,12 @@ def test_layers_that_share_a_tensor_count_once():
 
 
 def test_layouts_differ_where_bytes_lie_elsewhere():
-    names = {KvPages({"a": make()}, BLOCKS).layout for make in LAYOUTS.values()}
-    assert len(names) >= 5
+    layouts = {name: KvPages({"a": make()}, BLOCKS).layout for name, make in LAYOUTS.items()}
+    assert (
+        layouts["fused"] == layouts["a part of a wider tensor"]
+        and layouts["float8"] == layouts["float8 in a wider tensor"]
+    )
+    assert len(set(layouts.values())) == len(LAYOUTS) - 2
 
 
 @pytest.mark.parametrize("kv", [torch.zeros(2, 5, 4), [torch.zeros(6, 4)], torch.zeros(0, 3)])

@@ -31,6 +31,13 @@ class KvPages:
     ------
     InvalidOperation
         If a tensor has no such shape.
+
+    Attributes
+    ----------
+    row_bytes : int
+        Of a block over all layers.
+    layout : str
+        Shapes, dtypes and the order of axes.
     """
 
     def __init__(self, kv_caches: Mapping[str, Tensor], num_blocks: int) -> None:
@@ -38,6 +45,7 @@ class KvPages:
         self._pages: list[Tensor] = []
         self._spans: list[tuple[int, int]] = []
         self.row_bytes = 0
+        layouts = []
         for name, kv in kv_caches.items():
             if not isinstance(kv, Tensor) or kv.ndim < 2 or not len(kv) or len(kv) % num_blocks:
                 got = list(kv.shape) if isinstance(kv, Tensor) else type(kv).__name__
@@ -46,19 +54,17 @@ class KvPages:
             if kv.data_ptr() in seen:
                 continue
             seen.add(kv.data_ptr())
+            layouts.append((str(kv.dtype), len(kv) // num_blocks, tuple(kv.shape[1:]), kv.stride()[1:]))
             if kv.is_contiguous():
                 pages = kv.view(torch.uint8).view(num_blocks, -1)
             else:
                 pages = kv.view(num_blocks, len(kv) // num_blocks, *kv.shape[1:])
+                pages = pages.view(torch.uint8) if kv.stride(-1) == 1 else pages
             size = pages[0].numel() * pages.element_size()
             self._pages.append(pages)
             self._spans.append((self.row_bytes, self.row_bytes + size))
             self.row_bytes += size
-
-    @property
-    def layout(self) -> str:
-        """Shapes, dtypes and the order of axes."""
-        return repr([(str(each.dtype), tuple(each.shape[1:]), each.stride()[1:]) for each in self._pages])
+        self.layout = repr(layouts)
 
     def read(self, block_ids: Sequence[int], rows: Rows) -> None:
         """Copy blocks into rows, uint8 ``[n, row_bytes]``."""
