@@ -33,6 +33,7 @@ class Request:
     blocks: list[int] = field(default_factory=list)
     num_prompt: int = 0
     cached: int = 0  # tokens that were not computed, in the pool or outside
+    written: list[int] = field(default_factory=list)  # as the worker has them: the scheduler may not know the last yet
 
     @property
     def num_tokens(self):
@@ -62,9 +63,22 @@ class Engine:
         The fingerprint; keys depend on it.
     seed : int
         Of chunks and preemptions; None for none of these.
+    is_async : bool
+        Whether a step is planned before the outcome of the one before is known.
     """
 
-    def __init__(self, tiers, num_blocks=40, staging=64 * (BYTES + 8), model="model", seed=None, ranks=1, **options):
+    def __init__(
+        self,
+        tiers,
+        num_blocks=40,
+        staging=64 * (BYTES + 8),
+        model="model",
+        seed=None,
+        ranks=1,
+        is_async=False,
+        **options,
+    ):
+        self.is_async, self.outcomes = is_async, []
         self.model, self.num_blocks, self.random = model, num_blocks, random.Random(seed)
         self.is_wild = seed is not None
         shape = (num_blocks, HEADS, SIZE, DIM)
@@ -87,7 +101,7 @@ class Engine:
         for i, prompt in enumerate(prompts):
             salt = salts[i] if salts else None
             request = Request(f"{id(self)}-{self.random.random()}", list(prompt), max_tokens, salt, **fields)
-            request.num_prompt = len(prompt)
+            request.num_prompt, request.written = len(prompt), list(prompt)
             requests.append(request)
             self.half.arrived(request)
         self.waiting += requests
@@ -107,15 +121,14 @@ class Engine:
 
     def step(self):
         if self.is_wild and self.running and self.random.random() < 0.05:
-            self.preempt(self.running.pop())
+            self.preempt(self.running[-1])
         scheduled = {}
         for request in list(self.running):
-            count = self.chunk(request.num_tokens - request.num_computed_tokens)
-            if not self.allocate(request, request.num_computed_tokens + count):
-                self.running.remove(request)
+            count = self.chunk(len(request.written) - request.num_computed_tokens)
+            if count and not self.allocate(request, request.num_computed_tokens + count):
                 self.preempt(request)
-                continue
-            scheduled[request.request_id] = (request, count)
+            elif count:
+                scheduled[request.request_id] = (request, count)
         for request in list(self.waiting):
             local = self.local_hit(request)
             found = self.half.found(request, local * SIZE)
@@ -146,47 +159,55 @@ class Engine:
             worker.store(plan)
         wrong = set().union(*(worker.take_wrong() for worker in self.workers))
         done = [each for worker in self.workers if (each := worker.take_done())]
+        self.outcomes.append((scheduled, wrong, done))
+        while len(self.outcomes) > self.is_async:
+            self.hear(*self.outcomes.pop(0))
+
+    def hear(self, scheduled, wrong, done):
+        """Take note of the outcome of a step."""
         if done:
             total = Done()
             for each in done:
                 total = total.aggregate(each)
             self.half.copied(total)
-        for request, count in scheduled.values():
-            self.advance(request, count, wrong)
+        for request, _ in scheduled.values():
+            if request in self.running:  # else it has ended meanwhile
+                self.advance(request, wrong)
 
     def chunk(self, count):
         return min(count, self.random.randint(1, 3 * SIZE)) if self.is_wild else count
 
-    def advance(self, request, count, wrong):
+    def advance(self, request, wrong):
         bad = [i for i, block in enumerate(request.blocks) if block in wrong]
         if bad:  # as vLLM does with policy "recompute"
             request.num_computed_tokens = min(request.cached, bad[0] * SIZE)
             for block in request.blocks[bad[0] :]:
                 self.known = {key: held for key, held in self.known.items() if held != block}
+            del request.written[request.num_tokens :]
             return
-        request.num_computed_tokens += count
-        for i in range(request.num_computed_tokens // SIZE):
+        for i in range(min(request.num_computed_tokens, request.num_tokens) // SIZE):
             self.known[self.key(request, i)] = request.blocks[i]
-        if request.num_computed_tokens == request.num_tokens:
-            if request.num_tokens - request.num_prompt == request.max_tokens:
-                self.running.remove(request)
-                self.half.finished(request.request_id)
-                self.release(request)
-            else:
-                request.all_token_ids.append(numbers(request.all_token_ids, request.cache_salt)[-1] % 97)
+        request.all_token_ids += request.written[request.num_tokens :][:1]
+        if request.num_computed_tokens == request.num_tokens == request.num_prompt + request.max_tokens:
+            self.running.remove(request)
+            self.half.finished(request.request_id)
+            self.release(request)
 
     def compute(self, request, count):
-        """Read all keys before these tokens, and write their own."""
+        """Read all keys before these tokens, and write their own and the next token."""
         start, stop = request.num_computed_tokens, request.num_computed_tokens + count
         places = torch.arange(stop)
         blocks, offsets = torch.tensor(request.blocks)[places // SIZE], places % SIZE
-        wanted = torch.tensor(numbers(request.all_token_ids[:stop], (request.cache_salt, self.model))) % 2**20
+        wanted = torch.tensor(numbers(request.written[:stop], (request.cache_salt, self.model))) % 2**20
         for rank, pool in enumerate(self.pools):
             for i, kv in enumerate(pool.values()):
                 keys = (wanted + i + 7 * rank).float()[:, None, None].expand(-1, HEADS, DIM)
                 num_wrong = int((kv[blocks[:start], :, offsets[:start]] != keys[:start]).sum())
                 self.wrong += num_wrong
                 kv[blocks[start:], :, offsets[start:]] = keys[start:] + (1 if num_wrong else 0)
+        request.num_computed_tokens = stop
+        if stop == len(request.written) < request.num_prompt + request.max_tokens:
+            request.written.append(numbers(request.written, request.cache_salt)[-1] % 97)
 
     # The pool.
 
@@ -213,6 +234,9 @@ class Engine:
         request.blocks = []
 
     def preempt(self, request):
+        if len(request.written) > request.num_tokens or any(request.request_id in each[0] for each in self.outcomes):
+            return  # what is on its way comes first
+        self.running.remove(request)
         self.release(request)
         request.num_computed_tokens = 0
         self.waiting.insert(0, request)

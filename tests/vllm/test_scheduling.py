@@ -485,14 +485,14 @@ def test_a_worker_that_cannot_reach_the_staging_memory_costs_a_recompute(closing
 # Everything at once.
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("seed", range(2))
-def test_chunks_preemptions_and_damage_never_change_a_token(tmp_path, seed, ranks):
+@pytest.mark.parametrize(("seed", "ranks", "is_async"), [(0, 1, False), (1, 2, False), (2, 1, True), (3, 2, True)])
+def test_chunks_preemptions_and_damage_never_change_a_token(tmp_path, seed, ranks, is_async):
     rng = random.Random(seed)
     heads = [prompt(rng.randint(10, 40), 100 + i) for i in range(4)]
     for round_ in range(3):
         tiers = [HostTier(8 * BYTES * ranks), disk(tmp_path, 40)]
-        engine = Engine(tiers, num_blocks=45, staging=24 * (BYTES + 8), seed=seed, ranks=ranks)
+        staging = 24 * (BYTES + 8)
+        engine = Engine(tiers, num_blocks=45, staging=staging, seed=seed, ranks=ranks, is_async=is_async)
         for _ in range(3):
             prompts = [rng.choice(heads) + prompt(rng.randint(1, 25), rng.randint(0, 5)) for _ in range(4)]
             salts = [rng.choice([None, "a"]) for _ in prompts]
