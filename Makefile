@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CLIENTS := .venv-clients
+VLLM   := build/vllm
 # A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -17,7 +18,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-slow test-clients mutants check format docs dist bench clean
+.PHONY: help demo chat test test-slow test-clients test-vllm mutants check format docs dist bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -73,6 +74,23 @@ $(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt
 test-clients: $(CLIENTS)/.installed ## a server and the clients that people use: openai, anthropic, ollama, litellm, langchain, lm-eval
 	@echo "==> pytest tests/clients"
 	@$(CLIENTS)/bin/python -m pytest -W default tests/clients
+
+# The torchvision, torchaudio and torchcodec that come along are of another build and break its import.
+$(VLLM)/.installed: $(STAMP) tests/vllm_engine/requirements.txt
+	@echo "==> $(VLLM) with vLLM for the CPU, of tests/vllm_engine/requirements.txt"
+	@rm -rf $(VLLM)
+	@$(BIN)/python -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH_FLAGS) torch==2.13.0
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet $(TORCH_FLAGS) \
+		-r tests/vllm_engine/requirements.txt
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+# PAGEDKV_VLLM_PYTHON names an interpreter that has vLLM, xxhash and valkey already.
+test-vllm: $(if $(PAGEDKV_VLLM_PYTHON),$(STAMP),$(VLLM)/.installed) ## the connector inside vLLM on the CPU, which is installed for it (ten minutes)
+	@echo "==> pytest tests/vllm_engine"
+	@PAGEDKV_VLLM_PYTHON=$(or $(PAGEDKV_VLLM_PYTHON),$(CURDIR)/$(VLLM)/bin/python) \
+		$(BIN)/python -m pytest -W default tests/vllm_engine
 
 mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: half an hour)
 	@$(BIN)/python scripts/mutants.py $(ARGS)

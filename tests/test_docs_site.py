@@ -25,6 +25,7 @@ DOORS = (
     "pagedkv.server",
     "pagedkv.sim",
     "pagedkv.tiers",
+    "pagedkv.vllm",
 )
 
 

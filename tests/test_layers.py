@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "data": GROUND | {"jit", "spec"},
     "cache": GROUND | {"spec", "control", "data"},
     "tiers": GROUND | {"jit", "spec", "control", "data", "cache"},
+    "vllm": GROUND | {"spec", "tiers"},
     "models": GROUND,
     "fleet": GROUND | {"control"},
     "sim": GROUND | {"spec", "control", "jit", "fleet"},
@@ -50,6 +51,7 @@ FORBIDDEN = {
     "data": {"transformers"},
     "cache": {"transformers"},
     "tiers": {"transformers"},
+    "vllm": {"transformers"},
     "fleet": {"torch", "transformers"},
     "sim": {"torch", "transformers"},
 }

@@ -27,6 +27,7 @@ DOORS = ("pagedkv", "pagedkv.engine", "pagedkv.hf", "pagedkv.sim", "pagedkv.tier
 # Where a caller's own types are passed on, or the engine fills in what it is alone to read.
 LOOSE = {
     "fingerprint_of.settings": "whatever JSON or str() knows",
+    "fingerprint_of_files.settings": "whatever JSON or str() knows",
     "generate.return": "what transformers' generate() returns",
     "generate.kwargs": "those of transformers' generate(), which has their types",
     "Request.prompt_token_ids": "ids as they were given, then an array",

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from pagedkv.errors import TierError
     from pagedkv.tiers.book_tier import BookTier, Slots, TierStats
     from pagedkv.tiers.disk import DiskTier
-    from pagedkv.tiers.fingerprint import fingerprint_of
+    from pagedkv.tiers.fingerprint import fingerprint_of, fingerprint_of_files
     from pagedkv.tiers.host import HostTier
     from pagedkv.tiers.inspection import TierCheck, TierFacts, check_tier, clear_tier, inspect_tier
     from pagedkv.tiers.moving import demote, promote
@@ -32,6 +32,7 @@ __all__ = [
     "clear_tier",
     "demote",
     "fingerprint_of",
+    "fingerprint_of_files",
     "inspect_tier",
     "promote",
 ]
@@ -52,6 +53,7 @@ _HOMES = {
     "clear_tier": "pagedkv.tiers.inspection",
     "demote": "pagedkv.tiers.moving",
     "fingerprint_of": "pagedkv.tiers.fingerprint",
+    "fingerprint_of_files": "pagedkv.tiers.fingerprint",
     "inspect_tier": "pagedkv.tiers.inspection",
     "promote": "pagedkv.tiers.moving",
 }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 """Raised when a release computes other K and V from the same weights, or lays them out in another way."""
+
+_PIECE_BYTES = 16 * 2**20
 
 
 def fingerprint_of(
@@ -61,6 +64,35 @@ def fingerprint_of(
         tensor = weights[name].detach()
         _add(whole, repr((name, str(tensor.dtype), tuple(tensor.shape))))
         whole.update(_bytes_of(tensor))
+    return whole.hexdigest()
+
+
+def fingerprint_of_files(files: Sequence[Path], settings: Mapping[str, object]) -> str:
+    """Return what tells blocks of a model from those of any other, where its weights are files: 32 hexadecimal digits.
+
+    The files are read (xxh3, 128 bits); where they lie plays no part, and their order none.
+
+    Parameters
+    ----------
+    files : sequence of Path
+        All that the weights were loaded from.
+    settings : mapping
+        What else the numbers depend on: the model's settings, dtype, how keys and values lie in a block. What JSON does
+        not know is taken by its ``str``.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read.
+    """
+    whole = xxhash.xxh3_128()
+    _add(whole, repr((SCHEMA, "files")))
+    _add(whole, json.dumps(dict(settings), sort_keys=True, default=str))
+    for path in sorted(files, key=lambda path: path.name):
+        _add(whole, repr((path.name, path.stat().st_size)))
+        with open(path, "rb", buffering=0) as file:
+            while piece := file.read(_PIECE_BYTES):
+                whole.update(piece)
     return whole.hexdigest()
 
 
