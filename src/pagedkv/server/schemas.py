@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from pagedkv.engine import SamplingParams
 from pagedkv.errors import bad_argument
 from pagedkv.server.errors import ApiError
-from pagedkv.server.tool_parsers import FUNCTION_NAME
+from pagedkv.server.tool_values import FUNCTION_NAME
 
 MOST_TEXTS = 128
 MOST_LOGPROBS = 20

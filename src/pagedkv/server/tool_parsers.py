@@ -13,7 +13,7 @@ from collections.abc import Collection, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pagedkv.server.tool_values import is_utf8, json_of_literal, json_of_text, kinds_of
+from pagedkv.server.tool_values import FUNCTION_NAME, is_utf8, json_of_literal, json_of_text, kinds_of
 
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -58,7 +58,6 @@ class CallDelta:
 
 Delta = TextDelta | CallDelta
 
-FUNCTION_NAME = r"[A-Za-z0-9_.\-]{1,256}"
 _NAMES, _ARGUMENTS = ("name",), ("arguments", "parameters")
 _OTHERS = ("id", "type", "index", "call_id")  # that some models write, too
 

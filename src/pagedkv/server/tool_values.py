@@ -1,4 +1,4 @@
-"""Values of arguments that a model writes without JSON: as literals of Python, or as bare text of a schema's types."""
+"""Names that functions may have, and values of arguments that a model writes without JSON: Python's, or bare text."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+FUNCTION_NAME = r"[A-Za-z0-9_.\-]{1,256}"
 
 _WORDS = {"true": True, "false": False, "null": None}
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}

@@ -21,8 +21,8 @@ from pagedkv.engine.structured import WHITESPACE, with_exact_formats
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.schemas import AllowedToolsChoice, ChatMessage, Tool, ToolChoice, ToolRef
 from pagedkv.server.structure import AskedStructure
-from pagedkv.server.tool_parsers import FUNCTION_NAME, PARSERS, Delta, TextDelta, ToolParser
-from pagedkv.server.tool_values import is_utf8, kinds_of
+from pagedkv.server.tool_parsers import PARSERS, Delta, TextDelta, ToolParser
+from pagedkv.server.tool_values import FUNCTION_NAME, is_utf8, kinds_of
 
 # Which form.
 
