@@ -90,7 +90,7 @@ $(VLLM)/.installed: $(STAMP) tests/vllm_engine/requirements.txt
 test-vllm: $(if $(PAGEDKV_VLLM_PYTHON),$(STAMP),$(VLLM)/.installed) ## the connector inside vLLM on the CPU, which is installed for it (ten minutes)
 	@echo "==> pytest tests/vllm_engine"
 	@PAGEDKV_VLLM_PYTHON=$(or $(PAGEDKV_VLLM_PYTHON),$(CURDIR)/$(VLLM)/bin/python) \
-		$(BIN)/python -m pytest -W default tests/vllm_engine
+		$(BIN)/python -m pytest -o timeout=3600 -W default tests/vllm_engine
 
 mutants: $(STAMP) ## one-line faults that the tests must notice: ARGS='--sample 10' or ARGS='--only prefix' (all: half an hour)
 	@$(BIN)/python scripts/mutants.py $(ARGS)

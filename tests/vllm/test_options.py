@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pagedkv import InvalidOperation
-from pagedkv.tiers import DiskTier, HostTier, RespTier
+from pagedkv.tiers import BlockFormat, DiskTier, HostTier, RespTier
 from pagedkv.vllm import ConnectorOptions
 
 
@@ -14,6 +14,18 @@ def test_tiers_come_nearest_first(tmp_path):
     tiers = ConnectorOptions.of(said).tiers("replica-3")
     assert [type(tier) for tier in tiers] == [HostTier, DiskTier, RespTier]
     assert tiers[1].directory == tmp_path / "replica-3"
+
+
+def test_memory_of_the_host_is_none_of_the_device(monkeypatch):
+    def refuse():
+        raise AssertionError("the scheduler's process has to leave the device alone")
+
+    monkeypatch.setattr("pagedkv.tiers.host.cuda_devices", refuse)
+    with pytest.raises(AssertionError):
+        HostTier(64).open(BlockFormat("model", 4, 8))
+    (tier,) = ConnectorOptions.of({"host": 64}).tiers()
+    with tier.open(BlockFormat("model", 4, 8)):
+        assert tier.match([1, 2, 3, 4]).result() == 0
 
 
 def test_one_of_them_is_enough():

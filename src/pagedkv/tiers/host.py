@@ -15,7 +15,7 @@ from pagedkv.machine import cuda_devices
 from pagedkv.tiers.book_tier import BookTier, Entries, Kept
 from pagedkv.tiers.tier import BlockFormat, Rows
 from pagedkv.tiers.transfers import Ints
-from pagedkv.validate import require_size
+from pagedkv.validate import require_flag, require_size
 
 
 class HostTier(BookTier):
@@ -28,6 +28,8 @@ class HostTier(BookTier):
         which is what a machine with a CUDA device gives.
     strategy : str or EvictionStrategy
         What is given up first when it is full.
+    pinned : bool
+        Whether that memory is page-locked; not in a process that leaves the device to another.
 
     Raises
     ------
@@ -35,8 +37,9 @@ class HostTier(BookTier):
         If an argument is out of range.
     """
 
-    def __init__(self, size: int | str, *, strategy: Strategy = "lru") -> None:
-        super().__init__(_Memory(require_size("size", size)), strategy=as_strategy(strategy))
+    def __init__(self, size: int | str, *, strategy: Strategy = "lru", pinned: bool = True) -> None:
+        slots = _Memory(require_size("size", size), require_flag("pinned", pinned))
+        super().__init__(slots, strategy=as_strategy(strategy))
 
 
 class _Memory:
@@ -45,8 +48,8 @@ class _Memory:
     medium = "CPU"
     is_read_only = False
 
-    def __init__(self, size: int) -> None:
-        self._size = size
+    def __init__(self, size: int, is_pinned: bool) -> None:
+        self._size, self._is_pinned = size, is_pinned
         self._slots = np.zeros((0, 1), np.uint8)
 
     def open(self, block: BlockFormat) -> Kept:
@@ -55,7 +58,7 @@ class _Memory:
             hint = "one block has to fit"
             raise bad_argument("size", f"at least {block.block_bytes} bytes", f"{self._size}", hint)
         try:
-            self._slots = _host_memory(num_slots, block.block_bytes)
+            self._slots = _host_memory(num_slots, block.block_bytes, self._is_pinned)
         except (RuntimeError, MemoryError) as error:
             hint = f"{format_bytes(num_slots * block.block_bytes)} of memory cannot be had"
             raise OutOfMemory(num_slots, 0, hint) from error
@@ -82,9 +85,9 @@ class _Memory:
         self._slots = np.zeros((0, 1), np.uint8)
 
 
-def _host_memory(num_slots: int, block_bytes: int) -> Rows:
+def _host_memory(num_slots: int, block_bytes: int, is_pinned: bool) -> Rows:
     """Return uninitialised memory, page-locked where a device could copy from it."""
-    if not cuda_devices():
+    if not is_pinned or not cuda_devices():
         return np.empty((num_slots, block_bytes), np.uint8)
     import torch
 

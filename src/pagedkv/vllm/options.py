@@ -97,7 +97,7 @@ class ConnectorOptions:
         """Return the tiers, nearest first, not open yet; those on a disk in a `folder` of the one that is named."""
         made: list[Tier] = []
         if self.host is not None:
-            made.append(HostTier(self.host))
+            made.append(HostTier(self.host, pinned=False))  # the device is another process's
         if self.disk is not None:
             place = Path(self.disk, folder)
             made.append(DiskTier(place, self.disk_size, durable=self.durable, daily_writes=self.daily_writes))

@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 
-from pagedkv.errors import TierError
 from pagedkv.tiers.calls import MAX_TOKEN
 from pagedkv.tiers.host import HostTier
 from pagedkv.tiers.ladder import LONGEST_GOODBYE, close_tiers, open_tiers
@@ -439,7 +438,7 @@ class SchedulerHalf:
         for tier in self._tiers:
             try:
                 tier.clear()
-            except (TierError, RuntimeError) as error:
+            except Exception as error:
                 logger.warning("tier %r was not cleared: %s", tier, error)
                 is_cleared = False
         return is_cleared
@@ -474,7 +473,7 @@ def _answer(future: Future[int]) -> int:
 
 def _compile(block_size: int) -> None:
     """Compile what books of a tier call, before a request waits for it."""
-    with HostTier(4 * 8) as tier:
+    with HostTier(4 * 8, pinned=False) as tier:
         tier.open(BlockFormat("compiled", block_size, 8))
         ids, rows = np.arange(2 * block_size), np.zeros((2, 8), np.uint8)
         tier.store(ids % MAX_TOKEN, rows).result()
