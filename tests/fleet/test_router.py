@@ -78,6 +78,19 @@ def test_a_request_sent_again_has_the_other_replica_for_home():
     assert router.route(prompt, ["a", "b"], cache_salt="other").replicas[0] == "a", "no home: by load"
 
 
+def test_a_common_beginning_does_not_bring_all_conversations_to_one_replica():
+    router, system = FleetRouter("sticky", FleetView(BLOCK)), list(range(100, 140))
+    homes = []
+    for chat in range(40):
+        routed = router.route([*system, chat, chat], ["a", "b"])
+        router.sent(routed, routed.replicas[0])
+        homes.append(routed.replicas[0])
+        router.done(routed.replicas[0])
+    assert 12 < homes.count("a") < 28
+    for chat in range(40):
+        assert router.route([*system, chat, chat, 1, 2], ["a", "b"]).replicas[0] == homes[chat]
+
+
 def test_a_new_replica_begins_with_the_mean_load():
     router, prompt = FleetRouter("least_load", FleetView(BLOCK)), list(range(40))
 

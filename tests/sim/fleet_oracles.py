@@ -7,13 +7,33 @@ from collections import OrderedDict
 from tests.sim.oracles import Requests, prefix_length
 
 
+class NaiveHomes:
+    """Where every block went last, and the different blocks that came behind it."""
+
+    def __init__(self) -> None:
+        self.replica: dict[int, int] = {}
+        self.behind: dict[int, set[int]] = {}
+
+    def note(self, request: list[int], replica: int) -> None:
+        for block in request:
+            self.replica[block] = replica
+        for block, after in zip(request, request[1:], strict=False):
+            self.behind.setdefault(block, set()).add(after)
+
+    def of(self, request: list[int]) -> int | None:
+        known = [block for block in request if block in self.replica]
+        if not known or len(self.behind.get(known[-1], ())) >= 8:
+            return None
+        return self.replica[known[-1]]
+
+
 def naive_fleet(
     requests: Requests, capacity: int, replicas: int, routing: str, block_tokens: int
 ) -> tuple[list[int], list[int]]:
     """Which replica serves every request, and the blocks that it finds there by LRU."""
     caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
     load = [0.0] * replicas
-    home: dict[int, int] = {}
+    homes = NaiveHomes()
     served, hits = [], []
     for number, request in enumerate(requests):
         least = min(range(replicas), key=lambda replica: load[replica])
@@ -22,8 +42,8 @@ def naive_fleet(
         elif routing == "least_load":
             chosen = least
         elif routing == "sticky":
-            known = [home[block] for block in request[1:] if block in home]
-            chosen = known[-1] if known else least
+            home = homes.of(request)
+            chosen = least if home is None else home
         else:
             limit = 1.25 * sum(load) / replicas + len(request) * block_tokens
             allowed = [replica for replica in range(replicas) if load[replica] <= limit]
@@ -35,9 +55,9 @@ def naive_fleet(
         for block in reversed(request):
             cache[block] = None
             cache.move_to_end(block)
-            home[block] = chosen
         while len(cache) > capacity // replicas:
             cache.popitem(last=False)
+        homes.note(request, chosen)
         load = [0.995 * tokens for tokens in load]
         load[chosen] += (len(request) - found) * block_tokens
         served.append(chosen)

@@ -65,7 +65,7 @@ def test_longer_traces(routing, writes):
     requests = looping_requests(3, requests=200)
     tiers = [("host", "lru", 60), ("shared", "lfu", 150)]
     result, expected = require_equal(requests, ("lru", 45), tiers, writes, 3, routing, restart_at=150)
-    assert all(sum(hits) > 10 for hits in zip(*expected.hits, strict=True)) and expected.reclaimed > 100
+    assert all(sum(hits) > 5 for hits in zip(*expected.hits, strict=True)) and expected.reclaimed > 100
     assert result.restart.accesses > result.restart.hit_blocks > 0
 
 

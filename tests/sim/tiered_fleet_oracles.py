@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from dataclasses import dataclass, field
 
+from tests.sim.fleet_oracles import NaiveHomes
 from tests.sim.oracles import Requests
 from tests.sim.tier_oracles import LEVELS, Lru, NaiveTiers, match
 
@@ -17,7 +18,7 @@ class NaiveRouter:
     def __init__(self, replicas: int, routing: str, block_tokens: int) -> None:
         self.replicas, self.routing, self.block_tokens = range(replicas), routing, block_tokens
         self.load = [0.0] * replicas
-        self.home: dict[int, int] = {}
+        self.homes = NaiveHomes()
         self.number = 0
 
     def route(self, request: list[int], ends: list[list[int]], queue: list[int]) -> int:
@@ -25,7 +26,7 @@ class NaiveRouter:
         matched = [[max(0, end - max([0, *of[:place]])) for place, end in enumerate(of)] for of in ends]
         chosen = self.choose(request, matched, queue)
         self.number += 1
-        self.home.update(dict.fromkeys(request, chosen))
+        self.homes.note(request, chosen)
         self.load = [0.995 * tokens for tokens in self.load]
         self.load[chosen] += (len(request) - sum(matched[chosen])) * self.block_tokens
         return chosen
@@ -37,8 +38,8 @@ class NaiveRouter:
         if self.routing == "least_load":
             return least
         if self.routing == "sticky":
-            known = [self.home[block] for block in request[1:] if block in self.home]
-            return known[-1] if known else least
+            home = self.homes.of(request)
+            return least if home is None else home
         limit = 1.25 * sum(self.load) / len(self.replicas) + len(request) * self.block_tokens
         allowed = [replica for replica in self.replicas if self.load[replica] <= limit]
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pagedkv.errors import bad_argument
 from pagedkv.fleet.routing import (
+    COMMON,
     NO_HOME,
     Candidates,
     RoutingPolicy,
@@ -51,6 +52,14 @@ class _Replica:
     running: int = 0
 
 
+@dataclass(slots=True)
+class _Home:
+    """Where a block went last, and how many different blocks came behind it."""
+
+    replica: str
+    branches: int = 0
+
+
 class FleetRouter:
     """Routes requests to replicas by name, and remembers what a policy wants to know of them.
 
@@ -65,9 +74,10 @@ class FleetRouter:
 
     Notes
     -----
-    Home of a request is the replica to which the deepest of its blocks went last, the first block left out, which many
-    conversations have in common. A replica that is new begins with the mean load of the others. It is to be used in one
-    thread at a time.
+    Home of a request is the replica to which the deepest of its known blocks went last. Where eight texts or more went
+    on differently behind that block it is a beginning that conversations have in common and there is no home: new ones
+    go where there is room. A replica that is new begins with the mean load of the others. It is to be used in one thread
+    at a time.
 
     Examples
     --------
@@ -80,7 +90,7 @@ class FleetRouter:
         self._policy, self._view = parse_routing(routing), view
         self._memory = require_number("memory", memory, 0, 1)
         self._replicas: dict[str, _Replica] = {}
-        self._homes: OrderedDict[BlockHash, str] = OrderedDict()  # what was sent last stands at the end
+        self._homes: OrderedDict[BlockHash, _Home] = OrderedDict()  # what was sent last stands at the end
         self._number = 0
 
     @property
@@ -149,9 +159,16 @@ class FleetRouter:
         known = self._known(replica)
         known.load += routed.tokens - routed.matched[replica]
         known.running += 1
-        for block in routed._hashes[1:]:
-            self._homes[block] = replica
+        above = None
+        for block in routed._hashes:
+            home = self._homes.get(block)
+            if home is None:
+                home = self._homes[block] = _Home(replica)
+                if above is not None:
+                    above.branches += 1
+            home.replica = replica
             self._homes.move_to_end(block)
+            above = home
         while len(self._homes) > MAX_HOMES:
             self._homes.popitem(last=False)
 
@@ -178,5 +195,6 @@ class FleetRouter:
         return np.array([require_int("queue", each) for each in queue], np.int64)
 
     def _home(self, hashes: list[BlockHash]) -> str | None:
-        """Return where the deepest block that was ever sent went last."""
-        return next((self._homes[block] for block in reversed(hashes[1:]) if block in self._homes), None)
+        """Return where the deepest block that was ever sent went last, if it is of one conversation."""
+        home = next((self._homes[block] for block in reversed(hashes) if block in self._homes), None)
+        return home.replica if home is not None and home.branches < COMMON else None

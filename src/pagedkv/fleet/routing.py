@@ -21,6 +21,9 @@ from pagedkv.validate import require_number, shown
 NO_HOME = -1
 """The home of a request whose conversation no candidate has served."""
 
+COMMON = 8
+"""A block behind which so many texts went on differently is none of one conversation: many have it in common."""
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingRequest:

@@ -2,8 +2,8 @@
 
 The replicas share the capacity in equal parts, that of the pool and that of every tier; a shared tier is one for all.
 The load that policies see is the work that a replica was given lately. Here requests come and go at once, so all queues
-are empty; `pagedkv.sim.queueing` lets them wait. Home of a request is the replica that the deepest of its blocks was
-sent to last, the first block left out, which many conversations have in common.
+are empty; `pagedkv.sim.queueing` lets them wait. Home of a request is the replica that the deepest of its blocks that
+is known was sent to last, unless many conversations have that block in common, as for `pagedkv.fleet.FleetRouter`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
 from pagedkv.fleet.routing import (
+    COMMON,
     NO_HOME,
     Candidates,
     RecentLoad,
@@ -117,7 +118,8 @@ class Router:
         self._policy = copy.deepcopy(parse_routing(fleet.routing))  # one that learns begins anew
         self._block_tokens = trace.block_tokens
         self._load = RecentLoad(fleet.replicas)
-        self._home = np.full(trace.num_distinct, NO_HOME, np.int32)  # by content id
+        self._home = np.full(trace.num_distinct, NO_HOME, np.int32)  # by content id,
+        self._branches = np.zeros(trace.num_distinct, np.int32)  # and how many different blocks came behind it
         self._routed = 0
 
     def route(self, ids: Int64s, reaches: Sequence[Sequence[int]], queue: Int64s) -> int:
@@ -132,13 +134,16 @@ class Router:
         asked = RoutingRequest(self._routed, len(ids) * size, self._home_of(ids))
         replica = route(self._policy, asked, Candidates(matched, self._load.tokens, queue))[0]
         self._routed += 1
+        self._branches[ids[:-1][self._home[ids[1:]] == NO_HOME]] += 1
         self._home[ids] = replica
         self._load.add(replica, len(ids) * size - int(ends[replica, -1]))
         return replica
 
     def _home_of(self, ids: npt.NDArray[np.int64]) -> int:
-        known = np.flatnonzero(self._home[ids[1:]] != NO_HOME)
-        return int(self._home[ids[1 + known[-1]]]) if len(known) else NO_HOME
+        known = np.flatnonzero(self._home[ids] != NO_HOME)
+        if not len(known) or self._branches[ids[known[-1]]] >= COMMON:
+            return NO_HOME
+        return int(self._home[ids[known[-1]]])
 
 
 def run_fleet(
