@@ -147,3 +147,11 @@ def test_the_optimum_in_another_order():
     assert optimal(trace, 1, order=np.array([0, 2, 1, 3])).hits.tolist() == [0, 0, 1, 1]
     assert optimal(trace, 1, order=np.array([1, 3])).hits.tolist() == [0, 0, 0, 1]
     assert optimal(trace, 1, order=np.array([], np.int64)).hit_blocks == 0
+
+
+def test_the_optimum_has_the_blocks_of_all_levels_and_a_replica_its_part():
+    trace = as_trace(looping_requests(30))
+    tiers = [TierSpec("host", 20), TierSpec("shared", 15)]
+    bound = optimal(trace, 10, tiers=tiers)
+    assert bound.hits.tolist() == optimal(trace, 45).hits.tolist() != optimal(trace, 44).hits.tolist()
+    assert TierSpec("disk", 7).blocks_each(2) == 3 and TierSpec("shared", 7).blocks_each(9) == 7

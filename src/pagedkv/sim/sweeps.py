@@ -343,8 +343,8 @@ def _without_interrupts() -> Iterator[None]:
 _RAY_PATIENCE = 5.0  # seconds
 _WORTH_PROCESSES = 5_000_000
 """Block accesses of all cells together; less is done before a second process has started."""
-_TIERED_WORK = 20
-"""How many plain accesses take as long as one of a replay with tiers or on a fleet."""
+_TIERED_WORK, _FLEET_WORK = 20, 10
+"""How many plain accesses take as long as one of a replay with tiers, and as one on a fleet without."""
 
 
 def sweep(
@@ -404,7 +404,9 @@ def sweep(
     cells = _cells(trace, strategies, blocks, timing, tiers, fleets)
     if ray:
         return _collected(_run_on_ray(_connected_ray(), trace, cells), len(cells), progress)
-    jobs = _number_of_jobs(jobs, len(cells), trace.num_accesses * (_TIERED_WORK if tiers or fleets else 1))
+    jobs = _number_of_jobs(
+        jobs, len(cells), trace.num_accesses * (_TIERED_WORK if tiers else _FLEET_WORK if fleets else 1)
+    )
     if jobs == 1:
         try_out(trace, cells)
         return _collected(((place, cell.replay(trace)) for place, cell in enumerate(cells)), len(cells), progress)

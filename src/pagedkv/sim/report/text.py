@@ -167,11 +167,12 @@ def measures_section(results: Sequence[ReplayResult]) -> Markup | None:
         return None
     shown = Measures(results)
     heads: list[object] = ["measure", "strategy", *(f"{count(blocks)} blocks" for blocks in shown.capacities)]
-    rows = [
-        [measure.title.strip(), name, *((measure.written(value), _order(value)) for value in values)]
-        for measure in shown.measures
-        for name, values in shown.rows(measure, shown.capacities)
-    ]
+    rows: list[list[object]] = []
+    title = ""
+    for measure in shown.measures:
+        title = f"{title}, {measure.title.strip()}" if measure.title.startswith(" ") else measure.title
+        for name, values in shown.rows(measure, shown.capacities):
+            rows.append([title, name, *((measure.written(value), _order(value)) for value in values)])
     return section("measures", "Replicas, tiers and time", table("Every measure, by strategy and size", heads, rows))
 
 
