@@ -338,6 +338,13 @@ def test_a_reader_of_a_server_that_takes_no_writes_still_reads(server, tier):
         assert reader.stats.unanswered == 0
 
 
+def test_texts_of_two_salts_share_nothing(server, tier):
+    ids = text(9)
+    assert tier.store(ids, payload(ids), "mine").result() == 9
+    assert tier.match(ids, "mine").result() == 9 and tier.match(ids, "theirs").result() == 0
+    assert len(server.values) == 18  # those without a salt, too
+
+
 def test_what_is_cleared_while_it_is_stored_is_gone(server):
     reached, go_on = threading.Event(), threading.Event()
 
