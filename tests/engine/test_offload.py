@@ -337,6 +337,33 @@ def test_a_text_that_is_looked_up_anew_has_all_its_patience_again():
     assert output.num_cached_tokens == 28 and core.stats().tiers[0].late == 0
 
 
+def test_of_what_the_pool_has_lost_only_that_is_loaded_anew():
+    tier = MutedTier(4)
+    core = engine(tiers=[tier])
+    for name, prompt, how in (("one", PROMPT, "right"), ("short", PROMPT[:13], "nothing")):
+        core.add(new(name, prompt, max_tokens=1))
+        while core.has_work or tier.asked:
+            while tier.asked:
+                tier.answer(how=how)
+            core.step()
+        if name == "one":
+            core.runner.cache.clear_prefix_cache()
+    core.add(new("two"))
+    tier.answer()
+    sequence, offloading = next(iter(core.scheduler.waiting)), core.scheduler.offload
+    offloading.poll()
+    tier.answer()
+    assert core.stats().tiers[0].loads == 4  # the pool has the first three
+    core.runner.cache.clear_prefix_cache()
+    assert offloading.awaits(sequence)
+    tier.answer()
+    offloading.poll()
+    tier.answer()
+    output = run(core)["two"]
+    assert output.num_cached_tokens == 28 and tokens_of(output) == alone(new())
+    assert core.stats().tiers[0].loads == 4 + 3
+
+
 def test_what_is_computed_sooner_is_not_loaded():
     core = engine(tiers=[HostTier("1MB")])
     answer_of(core, new())

@@ -14,9 +14,9 @@ from tests.server.local import make_engine
 
 from pagedkv.errors import InvalidOperation
 from pagedkv.server import ServerConfig
-from pagedkv.server.schemas import Tool, ToolRef
+from pagedkv.server.schemas import ChatMessage, Tool, ToolRef
 from pagedkv.server.tool_parsers import PARSERS
-from pagedkv.server.tools import form_of, structure_beside, tool_use, written
+from pagedkv.server.tools import chat_dicts, form_of, structure_beside, tool_use, written
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/chat/completions"
@@ -374,6 +374,11 @@ async def test_halves_of_characters_in_a_schema_are_refused() -> None:
             body = json.dumps({"messages": HELLO, "tools": tools})
             answer = await client.post(URL, content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400
+
+
+def test_templates_are_told_of_a_developer_as_of_the_system() -> None:
+    messages = [ChatMessage(role=role, content="x") for role in ("developer", "user")]
+    assert [told["role"] for told in chat_dicts(messages)] == ["system", "user"]
 
 
 async def test_tokenize_takes_tools_too() -> None:

@@ -283,6 +283,24 @@ def test_a_server_that_is_gone_is_left_alone_and_nobody_waits_for_it(server, tie
     assert "answers again" in caplog.text and tier.is_available
 
 
+def test_each_piece_has_only_the_time_that_is_left(monkeypatch):
+    now, limits = [1000.0], []
+    monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
+
+    class Socket:
+        settimeout = limits.append
+
+        def recv_into(self, buffer):
+            now[0] += 1
+            buffer[:1] = b"+"
+            return 1
+
+    wire = client.Wire(type("Connection", (), {"_sock": Socket()}))
+    with pytest.raises(TimeoutError, match="no answer in time"):
+        wire.reply(1003.0)
+    assert limits == [3.0, 2.0, 1.0]
+
+
 def test_pauses_grow_and_have_an_end(server, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(client.time, "monotonic", lambda: now[0])
@@ -336,6 +354,13 @@ def test_a_reader_of_a_server_that_takes_no_writes_still_reads(server, tier):
         other = text(2, 8)
         assert reader.store(other, payload(other)).result() == 0 and reader.stats.failed == 2
         assert reader.stats.unanswered == 0
+
+
+def test_texts_of_two_salts_share_nothing(server, tier):
+    ids = text(9)
+    assert tier.store(ids, payload(ids), "mine").result() == 9
+    assert tier.match(ids, "mine").result() == 9 and tier.match(ids, "theirs").result() == 0
+    assert len(server.values) == 18  # those without a salt, too
 
 
 def test_what_is_cleared_while_it_is_stored_is_gone(server):

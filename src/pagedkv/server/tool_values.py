@@ -93,8 +93,8 @@ def json_of_text(text: str, kinds: frozenset[str]) -> str:
     except (ValueError, RecursionError):
         pass
     else:
-        is_other = kinds != {"string"} and not (isinstance(value, str) and kinds == frozenset(_KINDS))
-        if is_other and _is_of(value, kinds) and is_utf8(written):
+        is_bare = isinstance(value, str) and kinds == frozenset(_KINDS)  # of no type in particular: with its quotes
+        if not is_bare and _is_of(value, kinds) and is_utf8(written):
             return written
     return json.dumps(text, ensure_ascii=False) if "string" in kinds else json_of_literal(text)
 
