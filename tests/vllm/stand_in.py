@@ -113,6 +113,8 @@ class Engine:
 
     def settle(self):
         """Wait until everything is stored."""
+        while self.outcomes:
+            self.hear(*self.outcomes.pop(0))
         for store in list(self.half._stores.values()):
             store.end.result(timeout=30)
         self.half.plan({}, lambda _: [])

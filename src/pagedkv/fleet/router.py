@@ -76,8 +76,8 @@ class FleetRouter:
     -----
     Home of a request is the replica to which the deepest of its known blocks went last. Where eight texts or more went
     on differently behind that block it is a beginning that conversations have in common and there is no home: new ones
-    go where there is room. A replica that is new begins with the mean load of the others. It is to be used in one thread
-    at a time.
+    go where there is room. A new replica begins with the mean load of the others. It is to be used in one thread at a
+    time.
 
     Examples
     --------
