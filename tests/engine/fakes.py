@@ -47,6 +47,11 @@ class TokenCache(BlockManager):
         origins = [self.origins.get(source, source) for source in copies[:, 0].tolist()]
         self.origins.update(zip(copies[:, 1].tolist(), origins, strict=True))
 
+    def origins_of(self, block: int) -> tuple[int | None, ...]:
+        """Where what a block holds came from, since the last pass or the one before, at once or by another block."""
+        origin = self.origins.get(block)
+        return origin, self.earlier.get(block), None if origin is None else self.earlier.get(origin)
+
 
 class TokenStorage:
     """What tiers need of a storage: blocks as tensors [layers, K and V, blocks, elements]."""
@@ -90,7 +95,7 @@ class FakeRunner:
             raise RuntimeError("the model broke")
         cache, size = self.cache, self.cache.block_size
         # What is copied between a plan and its pass, for a text that is admitted then, is told by the next plan.
-        made = [source in (cache.origins.get(to), cache.earlier.get(to)) for source, to in plan.copies.tolist()]
+        made = [source in cache.origins_of(to) for source, to in plan.copies.tolist()]
         assert all(made), "a copy that the plan names was not made"
         cache.earlier, cache.origins = cache.origins, {}
         cache.tokens[plan.slot_mapping] = token_ids
