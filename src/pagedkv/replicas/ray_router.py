@@ -1,7 +1,7 @@
 """The request router of Ray Serve: asks the routing of a fleet which replica a request goes to.
 
-Ray Serve copies this module by value, so what it shares with the door is kept, and found, in `sending`. The interface of request
-routers is an alpha one: written for Ray 2.60.
+Ray Serve copies this module by value, so what it shares with the door is kept, and found, in `sending`. The interface
+of request routers is an alpha one: written for Ray 2.60.
 """
 
 from __future__ import annotations

@@ -193,6 +193,7 @@ def start(make: Callable[[], AsyncEngine], options: RayOptions) -> RayLink:
         If there is no cluster at the address, or the replicas cannot be started.
     """
     _join(options)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = f"pagedkv-{secrets.token_hex(4)}"  # of a name that was used before the old router would be taken
     fleets[app] = Fleet()
     scale: dict[str, Any] = {"num_replicas": options.replicas}
@@ -225,7 +226,7 @@ def _join(options: RayOptions) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if options.address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    common = {"logging_level": logging.WARNING, "log_to_driver": True, "namespace": "pagedkv"}
+    common = {"logging_level": logging.WARNING, "log_to_driver": False, "namespace": "pagedkv"}
     try:
         if options.address is not None:
             ray.init(options.address, **common)
