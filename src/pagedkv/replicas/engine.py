@@ -156,10 +156,12 @@ class FleetEngine:
             while shown is None or not shown.finished:
                 try:
                     async with aclosing(self._outputs(asked, arrived, avoid)) as outputs:
-                        async for replica, output in outputs:
-                            if _goes_on(output, owed, replica):
+                        async for output in outputs:
+                            if _goes_on(output, owed):
                                 shown = output
                                 yield output
+                except _AnotherText:
+                    raise ReplicaLost(avoid[-1], "another one wrote another text") from None
                 except ReplicaLost as lost:
                     self._require_alive()
                     if len(avoid) + 1 == ATTEMPTS or lost.replica in avoid:
@@ -172,7 +174,7 @@ class FleetEngine:
 
     async def _outputs(
         self, asked: Asked, arrived: float, avoid: Collection[str]
-    ) -> AsyncGenerator[tuple[str, RequestOutput], None]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the outputs of a request at one replica; `ReplicaLost` if they do not come to their end."""
         prompt, sent = tuple(asked.token_ids.tolist()), time.monotonic()
         output, name = None, ""
@@ -187,7 +189,7 @@ class FleetEngine:
                     self._require_alive()
                     if not any(isinstance(text.stop_reason, str) for text in output.outputs):
                         raise ReplicaLost(name, "it was shut down")
-                yield name, output
+                yield output
                 if output.finished:
                     return
         raise ReplicaLost(name, "its answer ended early")
@@ -288,15 +290,19 @@ class FleetEngine:
         await self._closing
 
 
-def _goes_on(output: RequestOutput, owed: RequestOutput | None, replica: str) -> bool:
-    """Whether an output has all that a reader has already; `ReplicaLost` if it is another text."""
+class _AnotherText(Exception):
+    """A replica does not write what the one before it wrote."""
+
+
+def _goes_on(output: RequestOutput, owed: RequestOutput | None) -> bool:
+    """Whether an output has all that a reader has already; `_AnotherText` if it never will."""
     if owed is None:
         return True
     pairs = [*zip(output.outputs, owed.outputs, strict=False)]  # texts that come later are not there yet
     if len(output.outputs) < len(owed.outputs):
         return False
     if any(_differ(new, old) for new, old in pairs) or (output.finished and any(_lacks(*pair) for pair in pairs)):
-        raise ReplicaLost(replica, "another one wrote another text")
+        raise _AnotherText
     return not any(_lacks(*pair) for pair in pairs)
 
 
