@@ -156,11 +156,12 @@ def start_replicas(
     ray_options = fleet.on_ray(options.device, config)
     from pagedkv.replicas.engine import FleetEngine
     from pagedkv.replicas.ray_serve import start
+    from pagedkv.replicas.sending import routed_fleet
 
     neighbours = ray_options.most if fleet.ray_address is None else 1
     recipe = EngineRecipe(source, options, tiers, config, ray_options.threads, neighbours)
     tokenizer = load_tokenizer(source)
-    link = start(recipe, ray_options)
+    link = start(recipe, ray_options, routed_fleet(fleet.routing, options.block_size))
     return asyncio.run(FleetEngine.of(link, tokenizer)), ray_options.threads
 
 

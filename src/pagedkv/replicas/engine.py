@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.types import HotPrefix
 from pagedkv.engine import (
     CompletionOutput,
     EngineSizes,
@@ -263,10 +262,6 @@ class FleetEngine:
         handles = self._pins.pop(handle, None)
         if handles:
             await self._link.everywhere("unpin", handles)
-
-    def hottest_prefixes(self, limit: int = 0, max_tokens: int = 0) -> tuple[HotPrefix, ...]:
-        """Return nothing: the tokens of prefixes stay with the replicas, a snapshot has the rest."""
-        return ()
 
     def block_records(self, block_ids: Ints) -> npt.NDArray[np.void]:
         """Return records of blocks that hold nothing: those of other processes cannot be looked at."""

@@ -35,7 +35,7 @@ class FleetRequestRouter(RequestRouter):
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
         """Note where a request went."""
         if pending_request.args and isinstance(pending_request.args[0], Sent):
-            self._fleet.routed(pending_request.args[0], replica_id.unique_id)
+            self._fleet.went(pending_request.args[0], replica_id.unique_id)
 
     def update_replicas(self, replicas: list[Any]) -> None:
         """Take note of the replicas that there are, and where their KV events are."""

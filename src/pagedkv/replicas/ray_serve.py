@@ -165,6 +165,7 @@ class RayLink:
             is_over = True
             raise ReplicaLost(sent.replica, f"{type(error).__name__}") from error
         finally:
+            fleets[self._app].done(sent)
             if not is_over:
                 answers.cancel()
 
@@ -181,11 +182,19 @@ class RayLink:
 
     async def close(self) -> None:
         """End the replicas, and Ray where it was started for them."""
-        await asyncio.to_thread(stop, self._app, self._options)
+        await asyncio.to_thread(stop, self._app)
 
 
-def start(make: Callable[[], AsyncEngine], options: RayOptions) -> RayLink:
+def start(make: Callable[[], AsyncEngine], options: RayOptions, fleet: Fleet) -> RayLink:
     """Start Ray, or join its cluster, and run the replicas; returns when all take requests.
+
+    Parameters
+    ----------
+    make : callable
+        Returns an engine, in the process of a replica.
+    options : RayOptions
+    fleet : Fleet
+        Says which replica a request goes to; closed with the link.
 
     Raises
     ------
@@ -195,7 +204,7 @@ def start(make: Callable[[], AsyncEngine], options: RayOptions) -> RayLink:
     _join(options)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = f"pagedkv-{secrets.token_hex(4)}"  # of a name that was used before the old router would be taken
-    fleets[app] = Fleet()
+    fleets[app] = fleet
     scale: dict[str, Any] = {"num_replicas": options.replicas}
     if options.autoscaling is not None:
         scale = {"autoscaling_config": dict(options.autoscaling)}
@@ -217,7 +226,7 @@ def start(make: Callable[[], AsyncEngine], options: RayOptions) -> RayLink:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
         handle = serve.run(made.bind(make, options.address is None), name=app, route_prefix=None, logging_config=QUIET)
     except Exception as error:
-        stop(app, options)
+        stop(app)
         raise InvalidOperation(f"the replicas cannot be started: {_last_line(error)}", "replicas") from error
     return RayLink(app, handle, options)
 
@@ -237,11 +246,12 @@ def _join(options: RayOptions) -> None:
         raise InvalidOperation(f"address: cannot join Ray at {options.address}: {error}", "address") from error
 
 
-def stop(app: str, options: RayOptions) -> None:
+def stop(app: str) -> None:
     """End the replicas of an app, and Ray where it was started for them."""
     with suppress(Exception):  # whatever is left of them ends with Ray
-        serve.delete(app) if options.address is not None else serve.shutdown()
-    fleets.pop(app, None)
+        serve.delete(app)
+    if (fleet := fleets.pop(app, None)) is not None:
+        fleet.close()
     ray.shutdown()
 
 

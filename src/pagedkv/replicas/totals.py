@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.types import HotPrefix
 from pagedkv.engine import EngineSizes, EngineSnapshot, EngineStats, TierFigures
 from pagedkv.engine.snapshot import RequestRecord
 
@@ -49,17 +48,17 @@ def total_snapshot(each: Mapping[str, EngineSnapshot]) -> EngineSnapshot:
     """
     snapshots = list(each.values())
     requests: list[RequestRecord] = []
-    prefixes: list[HotPrefix] = []
-    owners, tables, first_block = [], [], 0
-    for name, snapshot in each.items():
+    owners, tables = [], []
+    firsts = np.cumsum([0] + [snapshot.total_blocks for snapshot in snapshots]).tolist()
+    for (name, snapshot), first_block in zip(each.items(), firsts, strict=False):
         owners.append(np.where(snapshot.owner < 0, -1, snapshot.owner + len(requests)).astype(np.int32))
         tables.append((snapshot.tables + first_block).astype(np.int32))
         requests += [replace(record, request_id=f"{name}/{record.request_id}") for record in snapshot.requests]
-        prefixes += [
-            replace(prefix, block_id=prefix.block_id + first_block, age=int(_milliseconds(snapshot, prefix.age)))
-            for prefix in snapshot.prefixes
-        ]
-        first_block += snapshot.total_blocks
+    prefixes = [
+        replace(prefix, block_id=prefix.block_id + first_block, age=int(_milliseconds(snapshot, prefix.age)))
+        for snapshot, first_block in zip(snapshots, firsts, strict=False)
+        for prefix in snapshot.prefixes
+    ]
     return replace(
         snapshots[0],
         taken=max(snapshot.taken for snapshot in snapshots),

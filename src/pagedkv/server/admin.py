@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagedkv import __version__
+from pagedkv.engine import AsyncEngine
 from pagedkv.engine.snapshot import encode
 from pagedkv.server.auth import Client, Operator
 from pagedkv.server.engines import ReplicatedEngine
@@ -263,7 +264,7 @@ async def snapshot(snapshots: Snapshots) -> Response:
 
 async def _texts(server: ServerState) -> dict[int, str]:
     """Return the beginnings of the hottest prefixes, by their last blocks."""
-    if server.model.tokenizer is None:
-        return {}
-    prefixes = server.engine.hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
+    if server.model.tokenizer is None or isinstance(server.engine, ReplicatedEngine):
+        return {}  # other processes do not tell the tokens of their prompts
+    prefixes = cast(AsyncEngine, server.engine).hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
     return {prefix.block_id: await server.model.decode(prefix.token_ids, "") for prefix in prefixes}

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.control.types import HotPrefix
 from pagedkv.engine import EngineSizes, EngineSnapshot, EngineStats, RequestOutput, SamplingParams, Structured
 from pagedkv.engine.core import PinnedPrefix
 from pagedkv.typing import Ints
@@ -63,9 +62,6 @@ class ServedEngine(Protocol):
 
     async def unpin(self, handle: int) -> None:
         """Take a pin back."""
-
-    def hottest_prefixes(self, limit: int = ..., max_tokens: int = 0) -> tuple[HotPrefix, ...]:
-        """Return the prefixes whose reuse saved the most tokens; never waits."""
 
     def block_records(self, block_ids: Ints) -> npt.NDArray[np.void]:
         """Return copies of the records of some blocks; never waits."""
