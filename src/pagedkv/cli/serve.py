@@ -16,7 +16,7 @@ from rich.text import Text
 from pagedkv.cli.engine_options import EngineOptions, TierOptions, make_engine
 from pagedkv.cli.loading import load_model
 from pagedkv.cli.model_source import ModelArgument, ModelSource, find_model
-from pagedkv.cli.serve_replicas import FleetOptions, require_replicas, start_replicas
+from pagedkv.cli.serve_replicas import FleetOptions, require_replicas, restart_on_hangup, start_replicas
 from pagedkv.cli.terminal import (
     ConfigOption,
     DebugOption,
@@ -146,8 +146,9 @@ def run_fleet(
     with listen(config) as listener:
         url = f"http://{_shown(config.host)}:{listener.getsockname()[1]}"
         with library_notices(console), console.status(f"starting {fleet.replicas} replicas"):
-            engine, threads = start_replicas(source, options, config, tiers, fleet)
+            engine, link, threads = start_replicas(source, options, config, tiers, fleet)
         show_logs(config)
+        restart_on_hangup(link)
         run(engine, config, listener, on_ready=lambda: _greet_fleet(console, url, engine, config, fleet, threads))
 
 

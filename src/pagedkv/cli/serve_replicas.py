@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -13,7 +16,7 @@ from pagedkv.cli.engine_options import EngineOptions, TierOptions, make_engine
 from pagedkv.cli.loading import load_model, load_tokenizer
 from pagedkv.cli.model_source import ModelSource
 from pagedkv.cli.terminal import Failure, is_small
-from pagedkv.errors import MissingExtra, TierError
+from pagedkv.errors import MissingExtra, PagedKvError, TierError
 from pagedkv.fleet import parse_routing
 from pagedkv.machine import usable_cores
 from pagedkv.server.config import ServerConfig, setting
@@ -21,7 +24,9 @@ from pagedkv.server.config import ServerConfig, setting
 if TYPE_CHECKING:
     from pagedkv.engine import AsyncEngine
     from pagedkv.replicas.engine import FleetEngine
-    from pagedkv.replicas.ray_serve import RayOptions
+    from pagedkv.replicas.ray_serve import RayLink, RayOptions
+
+logger = logging.getLogger("pagedkv")
 
 _FLEET = "On a fleet"
 MOST_REPLICAS = 4096
@@ -151,8 +156,8 @@ class EngineRecipe:
 
 def start_replicas(
     source: ModelSource, options: EngineOptions, config: ServerConfig, tiers: TierOptions, fleet: FleetOptions
-) -> tuple[FleetEngine, int]:
-    """Start the replicas of a model; returns the engine that stands for all, and how many cores each has."""
+) -> tuple[FleetEngine, RayLink, int]:
+    """Start the replicas of a model; returns the engine that stands for all, its link, how many cores each has."""
     ray_options = fleet.on_ray(options.device, config)
     from pagedkv.replicas.engine import FleetEngine
     from pagedkv.replicas.ray_serve import start
@@ -162,7 +167,22 @@ def start_replicas(
     recipe = EngineRecipe(source, options, tiers, config, ray_options.threads, neighbours)
     tokenizer = load_tokenizer(source)
     link = start(recipe, ray_options, routed_fleet(fleet.routing, options.block_size))
-    return asyncio.run(FleetEngine.of(link, tokenizer)), ray_options.threads
+    return asyncio.run(FleetEngine.of(link, tokenizer)), link, ray_options.threads
+
+
+def restart_on_hangup(link: RayLink) -> None:
+    """Replace the replicas, one after the other, whenever SIGHUP comes; where there is no such signal, never."""
+
+    def restart() -> None:
+        try:
+            logger.info("SIGHUP: the replicas are replaced, a few at a time")
+            link.restart()
+            logger.info("all replicas are new")
+        except PagedKvError as error:
+            logger.error("%s", error)
+
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=restart, daemon=True).start())
 
 
 def require_replicas(config: ServerConfig) -> None:

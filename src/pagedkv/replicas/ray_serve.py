@@ -33,6 +33,7 @@ DEPLOYMENT = "engine"
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; nothing large goes through it
 MOST_ONGOING = 100_000  # the engines queue by themselves
 HEALTH_SECONDS = 2.0
+PATIENCE_SECONDS = 30.0
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -127,14 +128,17 @@ class RayLink:
     Parameters
     ----------
     app : str
-        The name of the application.
-    handle : DeploymentHandle
+        The name of the application, which was never used before.
+    make : callable
+        Returns an engine, in the process of a replica.
     options : RayOptions
     """
 
-    def __init__(self, app: str, handle: Any, options: RayOptions) -> None:
-        self._app, self._handle, self._options = app, handle, options
-        self._stream = handle.options(method_name="generate", stream=True)
+    def __init__(self, app: str, make: Callable[[], AsyncEngine], options: RayOptions) -> None:
+        self._app, self._make, self._options = app, make, options
+        self._generation = 0
+        self._handle = self._deploy()
+        self._stream = self._handle.options(method_name="generate", stream=True)
 
     @property
     def ready(self) -> tuple[str, ...]:
@@ -172,13 +176,54 @@ class RayLink:
     async def everywhere(self, call: str, *arguments: object) -> dict[str, object]:
         """Call all replicas and return what each answers; one that is lost meanwhile is left out."""
         try:
-            answers = await self._handle.broadcast("call", call, *arguments).results_async(return_exceptions=True)
+            asked = self._handle.broadcast("call", call, *arguments)
+            answers = await asked.results_async(timeout_s=PATIENCE_SECONDS, return_exceptions=True)
         except serve.exceptions.DeploymentUnavailableError as error:
             raise ReplicaLost("", "none is ready") from error
+        except TimeoutError as error:
+            raise ReplicaLost("", f"not all have answered {call} in {PATIENCE_SECONDS:g} seconds") from error
         for answer in answers:
             if isinstance(answer, Exception) and not isinstance(answer, ray.exceptions.RayActorError):
                 raise answer
         return dict(answer for answer in answers if not isinstance(answer, Exception))
+
+    def restart(self) -> None:
+        """Replace the replicas by new ones, a few at a time; each has time for its requests. Returns when all are new.
+
+        Raises
+        ------
+        InvalidOperation
+            If the new ones cannot be started.
+        """
+        self._generation += 1
+        self._deploy()
+
+    def _deploy(self) -> Any:
+        options = self._options
+        scale: dict[str, Any] = {"num_replicas": options.replicas}
+        if options.autoscaling is not None:
+            scale = {"autoscaling_config": dict(options.autoscaling)}
+        generation = {"env_vars": {"PAGEDKV_GENERATION": str(self._generation)}}  # what is new has another one
+        deployment = serve.deployment(
+            Engine,
+            name=DEPLOYMENT,
+            max_ongoing_requests=MOST_ONGOING,
+            health_check_period_s=HEALTH_SECONDS,
+            graceful_shutdown_timeout_s=options.drain_seconds,
+            graceful_shutdown_wait_loop_s=0.1,
+            max_constructor_retry_count=1,
+            ray_actor_options={"num_cpus": options.threads, "num_gpus": options.gpus, "runtime_env": generation},
+            request_router_config=RequestRouterConfig(
+                request_router_class=FleetRequestRouter, request_router_kwargs={"fleet": self._app}
+            ),
+            **scale,
+        )
+        application = deployment.bind(self._make, options.address is None)
+        try:
+            return serve.run(application, name=self._app, route_prefix=None, logging_config=QUIET)
+        except RuntimeError as error:
+            reason = f"the replicas cannot be started: {_last_line(error)}"
+            raise InvalidOperation(reason, "replicas") from error
 
     async def close(self) -> None:
         """End the replicas, and Ray where it was started for them."""
@@ -205,30 +250,12 @@ def start(make: Callable[[], AsyncEngine], options: RayOptions, fleet: Fleet) ->
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     app = f"pagedkv-{secrets.token_hex(4)}"  # of a name that was used before the old router would be taken
     fleets[app] = fleet
-    scale: dict[str, Any] = {"num_replicas": options.replicas}
-    if options.autoscaling is not None:
-        scale = {"autoscaling_config": dict(options.autoscaling)}
-    made = serve.deployment(
-        Engine,
-        name=DEPLOYMENT,
-        max_ongoing_requests=MOST_ONGOING,
-        health_check_period_s=HEALTH_SECONDS,
-        graceful_shutdown_timeout_s=options.drain_seconds,
-        graceful_shutdown_wait_loop_s=0.1,
-        max_constructor_retry_count=1,
-        ray_actor_options={"num_cpus": options.threads, "num_gpus": options.gpus},
-        request_router_config=RequestRouterConfig(
-            request_router_class=FleetRequestRouter, request_router_kwargs={"fleet": app}
-        ),
-        **scale,
-    )
     try:
         serve.start(proxy_location="Disabled", logging_config=QUIET)
-        handle = serve.run(made.bind(make, options.address is None), name=app, route_prefix=None, logging_config=QUIET)
-    except Exception as error:
+        return RayLink(app, make, options)
+    except BaseException:
         stop(app)
-        raise InvalidOperation(f"the replicas cannot be started: {_last_line(error)}", "replicas") from error
-    return RayLink(app, handle, options)
+        raise
 
 
 def _join(options: RayOptions) -> None:

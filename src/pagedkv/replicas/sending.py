@@ -99,6 +99,12 @@ class Fleet:
                 if self._subscriber is not None and addresses.get("events"):
                     self._subscriber.follow(name, addresses["events"], addresses["replay"])
 
+    def route_by(self, routing: str | RoutingPolicy) -> None:
+        """Route by another policy from here on; what is known of the replicas stays, what they were given does not."""
+        with self._lock:
+            if self._router is not None:
+                self._router = FleetRouter(routing, self._router.view)
+
     def close(self) -> None:
         """Hear no more events."""
         if self._subscriber is not None:
