@@ -195,10 +195,11 @@ def require_replicas(config: ServerConfig) -> None:
     Failure
         Where an option does not go with several engines.
     """
+    for name in ("record_events", "events_endpoint", "show_tokens"):
+        if getattr(config, name):
+            raise Failure(
+                f"--{name.replace('_', '-')}: expected one engine, got --replicas, --autoscale or --ray-address"
+            )
     for module, extra in (("ray", "ray"), ("aiohttp", "ray"), ("zmq", "events")):
         if find_spec(module) is None:
             raise MissingExtra("ray[serve]" if extra == "ray" else "pyzmq", extra)
-    for name in ("record_events", "events_endpoint", "show_tokens"):
-        if getattr(config, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise Failure(f"{flag}: expected one engine; with --replicas each publishes its own KV events")

@@ -34,6 +34,7 @@ OBJECT_STORE_BYTES = 80 << 20  # Ray's least is 75 MiB; nothing large goes throu
 MOST_ONGOING = 100_000  # the engines queue by themselves
 HEALTH_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
+ATTEMPTS = 3
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
@@ -259,18 +260,26 @@ def start(make: Callable[[], AsyncEngine], options: RayOptions, fleet: Fleet) ->
 
 
 def _join(options: RayOptions) -> None:
+    """Join the cluster at an address, or start Ray on this machine, where nothing outside of it can reach it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # by default all that is not Ray's goes before the replicas
+    where: dict[str, Any] = {"address": options.address}
     if options.address is None:
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    common = {"logging_level": logging.WARNING, "log_to_driver": False, "namespace": "pagedkv"}
-    try:
-        if options.address is not None:
-            ray.init(options.address, **common)
-        else:
-            cores = max(options.most * options.threads, 1) + 1
-            ray.init(num_cpus=cores, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False, **common)
-    except (ConnectionError, OSError, ValueError) as error:
-        raise InvalidOperation(f"address: cannot join Ray at {options.address}: {error}", "address") from error
+        where = {
+            "num_cpus": options.most * options.threads + 1,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, namespace="pagedkv", **where)
+            return
+        except Exception as error:  # Ray raises whatever it likes here, and gives up early on a machine that is busy
+            ray.shutdown()
+            if attempt + 1 == ATTEMPTS or options.address is not None:
+                place = "on this machine" if options.address is None else f"at {options.address}"
+                raise InvalidOperation(f"ray_address: no Ray {place}: {_last_line(error)}", "ray_address") from error
 
 
 def stop(app: str) -> None:
