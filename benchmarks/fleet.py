@@ -16,7 +16,6 @@ import json
 import random
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +41,24 @@ Row = dict[str, Any]
 TARGET = 1.5
 """Cached tokens that prefix routing finds, over those of round robin."""
 SETTLES = 0.5  # seconds in which what was told by the last events is heard
-DEMO_BLOCKS, DEMO_BLOCK_SIZE = 64, 16
+DEMO_BLOCKS, DEMO_BLOCK_SIZE = 208, 16
 CHATS, TURNS = 7, 6
-SYSTEM = '"""Tools of a small library: every function has a docstring, types, and a test."""\n\nimport os\nimport sys\n'
+TURN = """
+
+# Turn {turn}, of chat {number}: a test of it
+
+import unittest
+
+
+class Test{number}(unittest.TestCase):
+    def test_{turn}(self):
+        first, second = list(range({turn})), dict.fromkeys("{number}{turn}")
+        for number, value in enumerate(first):
+            self.assertEqual(value, number)
+            self.assertNotIn(value, second)
+
+    def test_more_than_{turn}("""
+SYSTEM = '"""Tools of a library."""\n\nimport os\n'
 
 
 @dataclass
@@ -54,7 +68,7 @@ class Found:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     seconds: float = 0.0
-    computed: Counter[str] = field(default_factory=Counter)
+    computed: dict[str, int] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -64,7 +78,7 @@ class Found:
     @property
     def spread(self) -> float:
         """What the busiest replica computed, over the mean."""
-        return max(self.computed.values()) * len(self.computed) / max(1, self.computed.total())
+        return max(self.computed.values()) * len(self.computed) / max(1, sum(self.computed.values()))
 
 
 def tokens_of(block: int, count: int, vocab: int) -> list[int]:
@@ -93,7 +107,7 @@ async def play_trace(engine: FleetEngine, rows: Sequence[Row], tokens: int, gap:
         prompt = [token for block in row["hash_ids"] for token in tokens_of(block, tokens, vocab)]
         await ask(engine, prompt, 1, found)
         await asyncio.sleep(max(0.0, gap - (time.monotonic() - sent)))
-    found.computed = await computed_by(engine) - before
+    found.computed = since(before, await computed_by(engine))
     return found
 
 
@@ -105,9 +119,9 @@ async def play_chats(engine: FleetEngine, encode: Callable[[str], list[int]], se
     for turn in range(TURNS):
         for number in drawn.sample(sorted(chats), CHATS):
             written = await ask(engine, chats[number], 24, found)
-            chats[number] = [*chats[number], *written, *encode(f"\n\n# Turn {turn}: now a test of it\n\ndef test(")]
+            chats[number] = [*chats[number], *written, *encode(TURN.format(turn=turn, number=number))]
             await asyncio.sleep(0.1)
-    found.computed = await computed_by(engine) - before
+    found.computed = since(before, await computed_by(engine))
     return found
 
 
@@ -122,11 +136,15 @@ async def ask(engine: FleetEngine, prompt: list[int], count: int, found: Found) 
     return last.outputs[0].token_ids
 
 
-async def computed_by(engine: FleetEngine) -> Counter[str]:
+async def computed_by(engine: FleetEngine) -> dict[str, int]:
     """Return how many prompt tokens each replica has computed so far."""
     await engine.refresh()
-    stats = engine.replica_stats()
-    return Counter({name: each.prefix_queries - each.prefix_hits for name, each in stats.items()})
+    return {name: each.prefix_queries - each.prefix_hits for name, each in engine.replica_stats().items()}
+
+
+def since(before: dict[str, int], now: dict[str, int]) -> dict[str, int]:
+    """Return what each replica has computed meanwhile."""
+    return {name: count - before.get(name, 0) for name, count in now.items()}
 
 
 async def measured(engine: FleetEngine, fleet: Any, policies: Sequence[str], play: Any) -> dict[str, Found]:
