@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import psutil
 import pytest
-from tests.fleet_ray.conftest import MODEL
-from tests.server.local import Process
+from tests.fleet_ray.conftest import MODEL, OPTIONS
+from tests.server.local import Process, process
 
 PROMPTS = [f"def f{number}(a, b):\n    return a" + " + b" * (5 * number) for number in range(6)]
 
@@ -145,3 +147,23 @@ def test_nothing_is_left_of_a_fleet_that_ended(one: Process, fleet: Process) -> 
     assert fleet.stop() == 0
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []
+
+
+def test_replicas_come_as_load_asks(one: Process, ray_folder: str, tmp_path: Path) -> None:
+    scale = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 1, "upscale_delay_s": 0.2}
+    scale |= {"metrics_interval_s": 0.2, "look_back_period_s": 0.5}
+    options = [*OPTIONS, "--autoscale", json.dumps(scale), "--routing", "least_load"]
+    body = {"model": MODEL, "prompt": PROMPTS[2], "max_tokens": 3000, "ignore_eos": True, "temperature": 0}
+    with process(tmp_path / "log", *options, env={"RAY_TMPDIR": ray_folder}) as server:
+
+        def ready() -> int:
+            found: int = httpx.get(f"{server.url}/health", timeout=30).json()["replicas"]["ready"]
+            return found
+
+        assert ready() == 1
+        with ThreadPoolExecutor(4) as threads:
+            asked = [threads.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=300) for _ in "1234"]
+            wait_for(lambda: ready() == 2)
+            texts = {answer.result().json()["choices"][0]["text"] for answer in asked}
+        assert len(texts) == 1
+        assert server.stop() == 0

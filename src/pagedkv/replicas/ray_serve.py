@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -223,8 +224,13 @@ class RayLink:
         try:
             return serve.run(application, name=self._app, route_prefix=None, logging_config=QUIET)
         except RuntimeError as error:
-            reason = f"the replicas cannot be started: {_last_line(error)}"
-            raise InvalidOperation(reason, "replicas") from error
+            raise InvalidOperation(f"replicas: cannot be started: {self._fault() or error}", "replicas") from error
+
+    def _fault(self) -> str:
+        """Return what the last replica said that could not be started."""
+        with suppress(KeyError):
+            return _last_line(serve.status().applications[self._app].deployments[DEPLOYMENT].message)
+        return ""
 
     async def close(self) -> None:
         """End the replicas, and Ray where it was started for them."""
@@ -273,6 +279,8 @@ def _join(options: RayOptions) -> None:
         }
     for attempt in range(ATTEMPTS):
         try:
+            if options.address is not None:
+                _require_somebody(options.address)
             ray.init(logging_level=logging.ERROR, log_to_driver=False, namespace="pagedkv", **where)
             return
         except Exception as error:  # Ray raises whatever it likes here, and gives up early on a machine that is busy
@@ -291,6 +299,13 @@ def stop(app: str) -> None:
     ray.shutdown()
 
 
-def _last_line(error: Exception) -> str:
+def _require_somebody(address: str) -> None:
+    """See that somebody listens at an address, for whom Ray would wait for minutes."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "://" not in address:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _last_line(error: object) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
