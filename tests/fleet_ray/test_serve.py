@@ -84,17 +84,18 @@ def test_every_replica_has_metrics_and_is_counted(fleet: Process) -> None:
 def test_a_client_that_leaves_ends_its_request(fleet: Process) -> None:
     body = {"model": MODEL, "prompt": PROMPTS[0], "max_tokens": 3000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{fleet.url}/v1/completions", json=body, timeout=60) as answer:
-        assert next(answer.iter_lines()).startswith("data: ")
+        lines = answer.iter_lines()  # the answer is closed with it
+        assert next(lines).startswith("data: ")
         wait_for(lambda: sum(metric(fleet, "num_requests_running").values()) == 1, 60)
     wait_for(lambda: sum(metric(fleet, "num_requests_running").values()) == 0, 60)
 
 
 def replicas_of(server: Process) -> list[psutil.Process]:
     found = []
-    for process in psutil.Process(server.process.pid).children(recursive=True):
+    for child in psutil.Process(server.process.pid).children(recursive=True):
         try:
-            if process.cmdline()[0].startswith("ray::ServeReplica"):
-                found.append(process)
+            if child.cmdline()[0].startswith("ray::ServeReplica"):
+                found.append(child)
         except (psutil.NoSuchProcess, IndexError):
             continue
     return found
