@@ -77,8 +77,11 @@ def wait_for(condition: Any, seconds: float = 200.0) -> None:
 def test_every_replica_has_metrics_and_is_counted(fleet: Process) -> None:
     health = httpx.get(f"{fleet.url}/health", timeout=30).json()
     assert health == {"status": "ok", "replicas": {"ready": 2, "wanted": 2}}
-    wait_for(lambda: len(metric(fleet, "prefix_cache_hits_total")) == 2, 10)
-    assert sum(metric(fleet, "prefix_cache_hits_total").values()) > 0
+    with client_of(fleet) as client:
+        for _ in range(2):
+            client.completions.create(model=MODEL, prompt=PROMPTS[5], max_tokens=1)
+    wait_for(lambda: sum(metric(fleet, "prefix_cache_hits_total").values()) > 0, 30)
+    assert len(metric(fleet, "prefix_cache_hits_total")) == 2
 
 
 def test_a_client_that_leaves_ends_its_request(fleet: Process) -> None:
