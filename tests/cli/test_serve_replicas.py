@@ -39,6 +39,7 @@ def failure(*arguments: str) -> str:
         (["--replicas", "2", "--show-tokens"], "--show-tokens: expected one engine"),
         (["--autoscale", "1:2", "--record-events", "e"], "--record-events: expected one engine"),
         (["--ray-address", "auto", "--events-endpoint", "tcp://*:1"], "--events-endpoint: expected one engine"),
+        (["--replicas", "2", "--device", "cuda:1"], "--device: expected cuda, of which each replica gets one"),
         (["--replicas", "2", "--host-memory", "8GiB"], "--host-memory: expected a pool on a device"),
     ],
 )

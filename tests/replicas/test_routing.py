@@ -24,6 +24,10 @@ def sent(token_ids: Any, **more: Any) -> Sent:
     return Sent(Asked(request_id="r", token_ids=np.array(token_ids), params=SamplingParams(), **more))
 
 
+def salt_of(number: int) -> str:
+    return "a tenant" if number % 3 == 0 else ""
+
+
 class Unreliable:
     """The socket of a publisher that loses some batches and holds others back until the next one is sent."""
 
@@ -65,20 +69,23 @@ async def test_a_view_heals_whatever_was_lost_or_came_late(engines: dict[str, An
         for number, prompt in enumerate(prompts):
             if number == 11:
                 await engine.clear_prefix_cache()
-            async for _ in engine.generate(prompt, SamplingParams(max_tokens=2)):
+            async for _ in engine.generate(prompt, SamplingParams(max_tokens=2), cache_salt=salt_of(number)):
                 pass
             await anyio.sleep(0.06)  # each has a batch of its own
         assert socket.lost > 3 and socket.late > 3
 
-        def told(prompt: list[int]) -> tuple[int, int]:
-            held = cache.match_prefix([*prompt, 1]) // SIZE * SIZE
-            return int(view.matched(prefix_hashes(prompt, SIZE), ["a"]).sum()), held
+        def told() -> list[tuple[int, int]]:
+            """What the view says of each prompt, and what is so."""
+            salted = [(prompt, salt_of(number)) for number, prompt in enumerate(prompts)]
+            known = [int(view.matched(prefix_hashes(prompt, SIZE, salt), ["a"]).sum()) for prompt, salt in salted]
+            held = [cache.match_prefix([*prompt, 1], salt) // SIZE * SIZE for prompt, salt in salted]
+            return list(zip(known, held, strict=True))
 
         deadline = time.monotonic() + 20
-        while any(known != held for known, held in map(told, prompts)):
-            assert time.monotonic() < deadline, list(map(told, prompts))
+        while any(known != held for known, held in told()):
+            assert time.monotonic() < deadline, told()
             await anyio.sleep(0.05)
-        assert {held > 0 for _, held in map(told, prompts)} == {True, False}
+        assert {held > 0 for _, held in told()} == {True, False}
     finally:
         fleet.close()
         publisher._publisher = socket._socket

@@ -140,7 +140,7 @@ def run_fleet(
     from pagedkv.server.warm import read_prompts
 
     _check_host_memory(options, tiers)
-    require_replicas(config)
+    require_replicas(config, options.device)
     read_prompts(tiers.warm)
     console = notes()
     with listen(config) as listener:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -139,6 +140,8 @@ class EngineRecipe:
         engine = self._engine(loaded)
         engine.llm.warm_up()
         pin_prompts(engine, self.config, prompts)
+        gc.collect()
+        gc.freeze()  # a full collection would look at all that was imported, while every text waits
         return engine
 
     def _engine(self, loaded: Any) -> AsyncEngine:
@@ -185,7 +188,7 @@ def restart_on_hangup(link: RayLink) -> None:
         signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=restart, daemon=True).start())
 
 
-def require_replicas(config: ServerConfig) -> None:
+def require_replicas(config: ServerConfig, device: str) -> None:
     """See that replicas can be run, before anything heavy is imported.
 
     Raises
@@ -200,6 +203,8 @@ def require_replicas(config: ServerConfig) -> None:
             raise Failure(
                 f"--{name.replace('_', '-')}: expected one engine, got --replicas, --autoscale or --ray-address"
             )
+    if device.startswith("cuda:"):
+        raise Failure(f"--device: expected cuda, of which each replica gets one, got {device}")
     for module, extra in (("ray", "ray"), ("aiohttp", "ray"), ("zmq", "events")):
         if find_spec(module) is None:
             raise MissingExtra("ray[serve]" if extra == "ray" else "pyzmq", extra)
