@@ -103,3 +103,12 @@ def test_a_prompt_to_be_pinned_that_cannot_be_read_stops_a_replica(tmp_path: Pat
         recipe(TierOptions(warm=(str(tmp_path / "none.txt"),)))()
     with pytest.raises(Failure, match="--disk-size"):
         TierOptions(disk=tmp_path)
+
+
+def test_all_replicas_read_the_one_directory_of_another_server(tmp_path: Path) -> None:
+    folder = tmp_path / "replica-0"
+    with recipe(TierOptions(disk=tmp_path, disk_size="4MB"))().llm:
+        readers = [recipe(TierOptions(disk=folder, disk_read_only=True))() for _ in range(2)]
+        for engine in readers:
+            engine.llm.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["replica-0"]

@@ -126,9 +126,7 @@ class TierOptions:
             raise Failure(f"{flag}{error.reason.removeprefix(error.argument or '')}") from None
 
 
-def make_engine(
-    options: EngineOptions, loaded: LoadedModel, tiers: TierOptions, neighbours: int = 1
-) -> AsyncEngine:
+def make_engine(options: EngineOptions, loaded: LoadedModel, tiers: TierOptions, neighbours: int = 1) -> AsyncEngine:
     """Return the engine that the options describe, around a model that is loaded.
 
     Of the memory that pools take by default it takes an equal share with its neighbours.

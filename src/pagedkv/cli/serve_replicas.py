@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from pagedkv.cli.engine_options import EngineOptions, TierOptions, make_engine
-from pagedkv.cli.loading import load_model, load_tokenizer
+from pagedkv.cli.loading import LoadedModel, load_model, load_tokenizer
 from pagedkv.cli.model_source import ModelSource
 from pagedkv.cli.terminal import Failure, is_small
 from pagedkv.errors import MissingExtra, PagedKvError, TierError
@@ -144,16 +144,18 @@ class EngineRecipe:
         gc.freeze()  # a full collection would look at all that was imported, while every text waits
         return engine
 
-    def _engine(self, loaded: Any) -> AsyncEngine:
-        """Return the engine; of a directory for K and V it takes the first part that no other replica has."""
-        folder = self.tiers.disk
+    def _engine(self, loaded: LoadedModel) -> AsyncEngine:
+        """Return the engine; of a directory for K and V it takes the first part that no other replica writes to."""
+        folder, has_parts = self.tiers.disk, self.tiers.disk is not None and not self.tiers.disk_read_only
         for number in range(MOST_REPLICAS):
-            part = None if folder is None else folder / f"replica-{number}"
+            part = folder / f"replica-{number}" if folder is not None and has_parts else folder
             try:
-                return make_engine(self.options, self.source, loaded, replace(self.tiers, disk=part), self.neighbours)
+                return make_engine(self.options, loaded, replace(self.tiers, disk=part), self.neighbours)
             except TierError as error:
-                if part is None or "in use" not in error.reason:
+                if not has_parts or "in use" not in error.reason:
                     raise
+            if self.options.weights is not None:  # the engine that was not to be had has taken them
+                loaded = load_model(self.source, self.options.device, self.options.dtype)
         raise Failure(f"--disk: {folder} is in use")
 
 
