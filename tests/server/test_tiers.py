@@ -69,9 +69,9 @@ def test_servers_share_what_each_has_computed_and_go_on_when_it_is_gone(monkeypa
 
 
 def test_a_chat_goes_on_after_a_restart(tmp_path):
+    from pagedkv.cli.engine_options import EngineOptions, TierOptions, make_engine
     from pagedkv.cli.loading import load_model
     from pagedkv.cli.model_source import find_model
-    from pagedkv.cli.serve import EngineOptions, TierOptions, _engine
 
     disk = ["--disk", str(tmp_path / "disk"), "--disk-size", "20MB"]
     with process(tmp_path / "log", *SMALL, *disk) as server:
@@ -81,7 +81,7 @@ def test_a_chat_goes_on_after_a_restart(tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
     tiers = TierOptions(disk=tmp_path / "disk", disk_size="20MB")
     shipped = find_model(None)
-    engine = _engine(EngineOptions(num_blocks=64), load_model(shipped, "cpu"), tiers)
+    engine = make_engine(EngineOptions(num_blocks=64), load_model(shipped, "cpu"), tiers)
     (tmp_path / "prompts.json").write_text(json.dumps([CHAT[0]["content"]]))
     pinned = pin_prompts(engine, ServerConfig(), read_prompts([tmp_path / "prompts.json"]))
     with thread(engine) as server:

@@ -98,12 +98,17 @@ class LoadedModel:
 def load_model(source: ModelSource, device: str, dtype: str = "auto") -> LoadedModel:
     """Load a model that was found; `Failure` where a part of it is broken or missing, or there is no such device."""
     transformers, target = _transformers(), torch_device(device)
+    tokenizer = load_tokenizer(source)
+    return LoadedModel(_weights(transformers, source, dtype, "--model").to(target).eval(), tokenizer)
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """Load the tokenizer of a model that was found; `Failure` where it cannot be read."""
     place, where = _place(source)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(place, **where, **_ONLY_HERE)
+        return _transformers().AutoTokenizer.from_pretrained(place, **where, **_ONLY_HERE)
     except Exception as error:
         raise Failure(f"--model: {source.path} has no tokenizer that can be read: {_first_line(error)}") from error
-    return LoadedModel(_weights(transformers, source, dtype, "--model").to(target).eval(), tokenizer)
 
 
 def load_weights(source: ModelSource, device: str, argument: str) -> Any:

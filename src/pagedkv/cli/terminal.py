@@ -401,6 +401,11 @@ _SMALL = 100_000_000
 """Parameters. Below it one token takes a layer some microseconds, and threads wait for each other longer than that."""
 
 
+def is_small(num_parameters: int) -> bool:
+    """Whether a model is written fastest on one thread."""
+    return num_parameters < _SMALL
+
+
 @contextmanager
 def threads_for(num_parameters: int) -> Iterator[None]:
     """Let torch run on one thread while a small model writes; ``OMP_NUM_THREADS`` in the environment has its way.
@@ -411,7 +416,7 @@ def threads_for(num_parameters: int) -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    if "OMP_NUM_THREADS" not in os.environ and num_parameters < _SMALL:
+    if "OMP_NUM_THREADS" not in os.environ and is_small(num_parameters):
         torch.set_num_threads(1)
     try:
         yield

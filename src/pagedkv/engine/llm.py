@@ -101,9 +101,9 @@ class LLM:
         :class:`pagedkv.hf.runner.ModelRunner`, which brings its cache.
     tokenizer : str, path or tokenizer, optional
         That of the folder by default; without one prompts are token ids and outputs have no text.
-    num_blocks : int, optional
-        Size of the pool. By default what ``max_num_seqs`` texts of full length need, or a quarter of the memory that is
-        free, if that is less.
+    num_blocks : int or callable, optional
+        Size of the pool, or a function from the bytes of one block to it. By default what ``max_num_seqs`` texts of
+        full length need, or a quarter of the memory that is free, if that is less.
     block_size : int
         Tokens of a block.
     max_batch_tokens : int
@@ -153,7 +153,7 @@ class LLM:
         model: str | PathLike[str] | PreTrainedModel | Runner,
         tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None = None,
         *,
-        num_blocks: int | None = None,
+        num_blocks: int | Callable[[int], int] | None = None,
         block_size: int = 16,
         max_batch_tokens: int = 512,
         max_num_seqs: int = 256,

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from pagedkv import __version__
+from pagedkv.engine import AsyncEngine
 from pagedkv.engine.snapshot import encode
 from pagedkv.server.auth import Client, Operator
+from pagedkv.server.engines import ReplicatedEngine
 from pagedkv.server.live import Snapshots
 from pagedkv.server.origins import Json
 from pagedkv.server.state import Server, ServerState
@@ -20,10 +22,20 @@ from pagedkv.server.state import Server, ServerState
 health_router = APIRouter(tags=["server"])
 
 
+class Replicas(BaseModel):
+    """How many engines there are behind this server."""
+
+    ready: int
+    wanted: int
+
+
 class Health(BaseModel):
     """Whether requests are taken."""
 
-    status: Literal["ok", "draining", "dead"]
+    status: Literal["ok", "draining", "dead", "waiting"] = Field(
+        description="Of a fleet, `waiting` where no replica is ready."
+    )
+    replicas: Replicas | None = None
 
 
 class Version(BaseModel):
@@ -33,14 +45,23 @@ class Version(BaseModel):
 
 
 @health_router.get(
-    "/health", summary="Whether requests are taken", responses={503: {"model": Health}}, response_model=Health
+    "/health",
+    summary="Whether requests are taken",
+    responses={503: {"model": Health}},
+    response_model=Health,
+    response_model_exclude_none=True,
 )
 async def health(server: Server) -> Health | JSONResponse:
     """Answer 200 while requests are taken, 503 once the server drains or its engine has stopped."""
-    status: Literal["ok", "draining", "dead"] = "draining" if server.draining else "ok"
+    found = Health(status="draining" if server.draining else "ok")
+    if isinstance(server.engine, ReplicatedEngine):
+        count = server.engine.replica_count()
+        found.replicas = Replicas(ready=count.ready, wanted=count.wanted)
+        if not count.ready:
+            found.status = "waiting"
     if not server.engine.is_alive:
-        status = "dead"
-    return Health(status=status) if status == "ok" else JSONResponse({"status": status}, 503)
+        found.status = "dead"
+    return found if found.status == "ok" else JSONResponse(found.model_dump(exclude_none=True), 503)
 
 
 @health_router.get("/version", summary="The version")
@@ -243,7 +264,7 @@ async def snapshot(snapshots: Snapshots) -> Response:
 
 async def _texts(server: ServerState) -> dict[int, str]:
     """Return the beginnings of the hottest prefixes, by their last blocks."""
-    if server.model.tokenizer is None:
-        return {}
-    prefixes = server.engine.hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
+    if server.model.tokenizer is None or isinstance(server.engine, ReplicatedEngine):
+        return {}  # other processes do not tell the tokens of their prompts
+    prefixes = cast(AsyncEngine, server.engine).hottest_prefixes(max_tokens=MAX_SHOWN_TOKENS)
     return {prefix.block_id: await server.model.decode(prefix.token_ids, "") for prefix in prefixes}

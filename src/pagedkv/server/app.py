@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -12,7 +12,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from pagedkv import __version__
 from pagedkv.server import admin, chat, completions, live, messages, metrics, ollama, responses, tokenize
 from pagedkv.server.admission import Admission
+from pagedkv.server.background import in_background
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engines import ReplicatedEngine, ServedEngine
 from pagedkv.server.errors import ErrorResponse, install_error_handlers
 from pagedkv.server.events import kv_events
 from pagedkv.server.limits import HeadRequests, Limits
@@ -20,9 +22,6 @@ from pagedkv.server.logs import RequestLog
 from pagedkv.server.model import ServedModel
 from pagedkv.server.openapi import complete_openapi
 from pagedkv.server.state import ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 ROUTERS: tuple[APIRouter, ...] = (
     admin.health_router,
@@ -42,7 +41,19 @@ ROUTERS: tuple[APIRouter, ...] = (
 """Every one is included as it is: a router that needs a key says so with ``dependencies=[Client]`` or ``[Operator]``
 of ``server/auth.py``."""
 
+
+@asynccontextmanager
+async def watching(state: ServerState) -> AsyncIterator[None]:
+    """Keep the counters of many engines fresh, as long as the server runs."""
+    if isinstance(state.engine, ReplicatedEngine):
+        async with in_background(state.engine.watch()):
+            yield
+    else:
+        yield
+
+
 BACKGROUND: tuple[Callable[[ServerState], AbstractAsyncContextManager[None]], ...] = (
+    watching,
     metrics.metering,
     kv_events,
     messages.expiring_pins,
@@ -56,12 +67,12 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig | None = None) -> FastAPI:
+def create_app(engine: ServedEngine, config: ServerConfig | None = None) -> FastAPI:
     """Return the application that serves an engine; it shuts the engine down when it ends.
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
     config : ServerConfig, optional
 
     Returns

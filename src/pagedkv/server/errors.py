@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from pagedkv.errors import EngineDead, InvalidOperation, RequestRefused
+from pagedkv.errors import EngineDead, InvalidOperation, ReplicaLost, RequestRefused
 
 _TYPES = {
     400: "invalid_request_error",
@@ -144,6 +144,9 @@ def api_error_of(error: BaseException) -> ApiError:
         return ApiError(400, error.reason, param=error.argument, code="invalid_value")
     if isinstance(error, ClientLeft):
         return ApiError(499, "the client left", code="client_left")  # for the log
+    if isinstance(error, ReplicaLost):
+        text = f"the replica that wrote the answer has gone, and no other could go on: {error.reason}"
+        return ApiError(503, text, code="replica_lost", retry_after=1)
     if isinstance(error, EngineDead):
         return ApiError(503, "the engine has stopped", code="engine_dead")
     return ApiError(500, "the server met an error that it did not foresee", code="internal_error")
@@ -204,5 +207,5 @@ def install_error_handlers(app: FastAPI) -> None:
     """Answer every error of an app in the one shape."""
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
-    for kind in (ApiError, ClientLeft, RequestRefused, InvalidOperation, EngineDead):
+    for kind in (ApiError, ClientLeft, RequestRefused, InvalidOperation, EngineDead, ReplicaLost):
         app.add_exception_handler(kind, _known)

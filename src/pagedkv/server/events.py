@@ -10,12 +10,14 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from pagedkv.engine import AsyncEngine
 from pagedkv.engine.kv_events import END_OF_REPLAY, SNAPSHOT, KvEventLog, append_event_batch, batch_bytes
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.server.background import in_background
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engines import ReplicatedEngine
 from pagedkv.server.state import ServerState
 
 logger = logging.getLogger("pagedkv")
@@ -222,27 +224,37 @@ async def kv_events(state: ServerState) -> AsyncIterator[None]:
     if config.events_endpoint is None and config.record_events is None:
         yield
         return
+    if isinstance(state.engine, ReplicatedEngine):
+        raise bad_argument("events_endpoint", "one engine", "several, each of which publishes its own")
+    async with publishing(cast(AsyncEngine, state.engine), config):
+        yield
+
+
+@asynccontextmanager
+async def publishing(engine: AsyncEngine, config: ServerConfig) -> AsyncIterator[EventPublisher | None]:
+    """Publish and record the events of an engine's cache and tiers as a config says; gives the publisher, if any."""
     async with AsyncExitStack() as stack:
         takers: list[Callable[[list[Any]], Any]] = []
+        publisher: EventPublisher | None = None
         if config.record_events is not None:
             recorder = EventRecorder(config.record_events)
             stack.callback(recorder.close)
             takers.append(lambda batch: recorder.record(batch_bytes(batch)))
         if config.events_endpoint is not None:
-            publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
+            published = publisher = await stack.enter_async_context(EventPublisher(config.events_endpoint))
             logger.info("KV events at %s, replayed at %s", publisher.address, publisher.replay_address)
             tells_all = config.events_token_ids or stays_here(config.events_endpoint)
             if not tells_all:
                 logger.warning("KV events leave this machine without token ids; --events-token-ids sends them, too")
             told = (lambda batch: batch) if tells_all else without_token_ids
-            takers.append(lambda batch: publisher.publish(batch_bytes(told(batch))))
-        log = KvEventLog(state.engine, state.engine.tiers)
+            takers.append(lambda batch: published.publish(batch_bytes(told(batch))))
+        log = KvEventLog(engine, engine.tiers)
         stack.callback(log.close)
-        if config.events_endpoint is not None:
+        if publisher is not None:
             publisher.snapshot = log.snapshot
         try:
             async with in_background(_pass_on(log, takers)):
-                yield
+                yield publisher
         finally:
             await _hand_out(log, takers)
 

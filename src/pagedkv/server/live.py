@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator
 from functools import cache
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -18,11 +18,9 @@ from fastapi.responses import Response, StreamingResponse
 from pagedkv.engine import EngineSnapshot
 from pagedkv.engine.snapshot import pack_columns
 from pagedkv.server.auth import Operator
+from pagedkv.server.engines import ServedEngine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 SHORTEST_INTERVAL = 0.25
 SHARE_OF_TIME = 0.02
@@ -34,7 +32,7 @@ class SnapshotSource:
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
     interval : float
         Seconds between two snapshots, at least.
 
@@ -46,7 +44,7 @@ class SnapshotSource:
         Streams that are open.
     """
 
-    def __init__(self, engine: AsyncEngine, interval: float = SHORTEST_INTERVAL) -> None:
+    def __init__(self, engine: ServedEngine, interval: float = SHORTEST_INTERVAL) -> None:
         self._engine = engine
         self._shortest = interval
         self._next_at = 0.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from bisect import bisect_left
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,14 +27,12 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 from prometheus_client.utils import floatToGoString
 
-from pagedkv.engine import RequestOutput, TierFigures
+from pagedkv.engine import EngineStats, RequestOutput, TierFigures
 from pagedkv.server.auth import Operator
 from pagedkv.server.background import in_background
+from pagedkv.server.engines import ReplicaCount, ReplicatedEngine, ServedEngine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.state import Server, ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 OURS = "pagedkv:"
 
@@ -121,19 +119,48 @@ class EngineCounters(Collector):
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
     model : str
         The label ``model_name``.
     """
 
-    def __init__(self, engine: AsyncEngine, model: str) -> None:
+    def __init__(self, engine: ServedEngine, model: str) -> None:
         self._engine = engine
         self._labels = {"model_name": model, "engine": "0"}
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the metrics."""
-        stats = self._engine.stats()
+        """Yield the metrics: of a fleet those of each replica, and how many there are."""
+        if not isinstance(self._engine, ReplicatedEngine):
+            yield from self._of(self._engine.stats(), self._labels)
+            return
+        merged: dict[str, Metric] = {}
+        for replica, stats in self._engine.replica_stats().items():
+            for metric in self._of(stats, {**self._labels, "replica": replica}):
+                if metric.name in merged:
+                    merged[metric.name].samples += metric.samples
+                else:
+                    merged[metric.name] = metric
+        yield from merged.values()
+        yield from self._replicas(self._engine.replica_count())
+
+    def _replicas(self, count: ReplicaCount) -> Iterable[Metric]:
         names, values = tuple(self._labels), tuple(self._labels.values())
+        for name, text, value in (
+            ("replicas_ready", "Replicas that take requests", count.ready),
+            ("replicas_wanted", "Replicas that there should be at least", count.wanted),
+        ):
+            gauge = GaugeMetricFamily(OURS + name, text, labels=names)
+            gauge.add_metric(values, value)
+            yield gauge
+        counter = CounterMetricFamily(
+            f"{OURS}replica_failovers", "Requests that went on at another replica, as theirs had gone", labels=names
+        )
+        counter.add_metric(values, count.failovers)
+        yield counter
+
+    def _of(self, stats: EngineStats, labels: Mapping[str, str]) -> Iterable[Metric]:
+        """Yield the metrics of one engine."""
+        names, values = tuple(labels), tuple(labels.values())
         usage = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
         gauges = [(name, text, float(getattr(stats, field))) for name, text, field in _GAUGES]
         gauges.append(("kv_cache_usage_perc", "Blocks that requests hold, a fraction of all: 0 to 1", usage))
@@ -152,11 +179,11 @@ class EngineCounters(Collector):
         info.add_metric(values, sizes)
         yield info
         if stats.tiers:
-            yield from self._tiers(stats.tiers)
+            yield from self._tiers(stats.tiers, labels)
 
-    def _tiers(self, tiers: Sequence[TierFigures]) -> Iterable[Metric]:
+    def _tiers(self, tiers: Sequence[TierFigures], labels: Mapping[str, str]) -> Iterable[Metric]:
         """Yield what is known of tiers."""
-        names, values = tuple(self._labels), tuple(self._labels.values())
+        names, values = tuple(labels), tuple(labels.values())
         by_medium: dict[str, list[TierFigures]] = {}
         for tier in tiers:
             by_medium.setdefault(tier.medium, []).append(tier)

@@ -8,18 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from pagedkv.engine import Structured
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.server.admission import Turns
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engines import ServedEngine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.structure import AskedStructure
 from pagedkv.server.tokenizer_process import SECONDS, TokenizerEnded, TokenizerProcesses, decode, encode
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 T = TypeVar("T")
 Begun = tuple[asyncio.Future[T], Callable[[], None] | None]
@@ -85,7 +83,7 @@ class ServedModel:
         self._processes = TokenizerProcesses(self.tokenizer, self._threads)
 
     @classmethod
-    def of(cls, engine: AsyncEngine, config: ServerConfig) -> ServedModel:
+    def of(cls, engine: ServedEngine, config: ServerConfig) -> ServedModel:
         """Read it off an engine."""
         sizes = engine.sizes
         prompt_limit = sizes.max_model_len - 1

@@ -7,15 +7,12 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pagedkv.errors import OutOfMemory
+from pagedkv.server.engines import ServedEngine
 from pagedkv.server.fair_store import FairStore
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 SHARE = 4
 """Clients' pins take at most one part in so many of the pool."""
@@ -34,12 +31,12 @@ class Pins:
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
     clock : callable
         Returns seconds.
     """
 
-    def __init__(self, engine: AsyncEngine, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, engine: ServedEngine, clock: Callable[[], float] = time.monotonic) -> None:
         self._engine, self._clock = engine, clock
         self._store: FairStore[_Pin] = FairStore(engine.sizes.total_blocks // SHARE)
 

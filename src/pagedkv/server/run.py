@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import uvicorn
 
@@ -21,12 +21,10 @@ from pagedkv.server.app import create_app
 from pagedkv.server.background import quiet_collections
 from pagedkv.server.config import ServerConfig
 from pagedkv.server.connections import Connections, ConnectionsInUse
+from pagedkv.server.engines import ServedEngine
 from pagedkv.server.limits import SlowReaders
 from pagedkv.server.logs import JsonFormatter
 from pagedkv.server.state import ServerState
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 BACKLOG = 2048
 ACCEPTS = 32
@@ -59,7 +57,7 @@ def listen(config: ServerConfig) -> socket.socket:
 
 
 def run(
-    engine: AsyncEngine,
+    engine: ServedEngine,
     config: ServerConfig,
     listener: socket.socket | None = None,
     *,
@@ -69,7 +67,7 @@ def run(
 
     Parameters
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
         Shut down at the end.
     config : ServerConfig
     listener : socket, optional
@@ -85,7 +83,7 @@ def run(
 
 
 def make_server(
-    engine: AsyncEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
+    engine: ServedEngine, config: ServerConfig, on_ready: Callable[[], None] = lambda: None
 ) -> uvicorn.Server:
     """Return the HTTP server of an engine, for a caller that runs it in a thread of its own; see `run`."""
     app = create_app(engine, config)

@@ -7,20 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, Request
 
 from pagedkv.engine import RequestOutput
 from pagedkv.server.admission import Admission, Turns
 from pagedkv.server.config import ServerConfig
+from pagedkv.server.engines import ServedEngine
 from pagedkv.server.errors import ApiError
 from pagedkv.server.fair_store import FairStore
 from pagedkv.server.model import ServedModel, TokenText
 from pagedkv.server.pins import Pins
-
-if TYPE_CHECKING:
-    from pagedkv.engine import AsyncEngine
 
 
 class RequestIds:
@@ -68,7 +66,7 @@ class ServerState:
 
     Attributes
     ----------
-    engine : AsyncEngine
+    engine : ServedEngine
     config : ServerConfig
     model : ServedModel
         Tokenizer, limits and name of the model.
@@ -91,7 +89,7 @@ class ServerState:
         Seconds of ``time.time``.
     """
 
-    engine: AsyncEngine
+    engine: ServedEngine
     config: ServerConfig
     model: ServedModel
     admission: Admission
