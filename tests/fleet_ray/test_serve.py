@@ -107,18 +107,23 @@ def replicas_of(server: Process) -> list[psutil.Process]:
 def test_a_replica_that_is_killed_costs_no_answer(one: Process, fleet: Process) -> None:
     """Every request is answered, by the text that one engine writes, though half of them lose their replica."""
     prompts = [f"class Number{number}:\n    def __init__(self" for number in range(12)]
-    asked: Any = {"model": MODEL, "max_tokens": 160, "temperature": 1.0, "seed": 3}
+    asked: Any = {"model": MODEL, "max_tokens": 600, "temperature": 1.0, "seed": 3}
+    begun: list[str] = []
 
     def told(server: Process, prompt: str) -> str:
         with client_of(server) as client:
             answer = client.completions.create(prompt=prompt, stream=True, extra_body={"ignore_eos": True}, **asked)
-            return "".join(chunk.choices[0].text for chunk in answer)
+            text = next(iter(answer)).choices[0].text
+            begun.append(prompt)
+            return text + "".join(chunk.choices[0].text for chunk in answer)
 
-    want = [told(one, prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        want = list(threads.map(lambda prompt: told(one, prompt), prompts))
+    begun.clear()
     killed, *_ = replicas_of(fleet)
     with ThreadPoolExecutor(len(prompts)) as threads:
         answers = [threads.submit(told, fleet, prompt) for prompt in prompts]
-        wait_for(lambda: min([*metric(fleet, "num_requests_running").values(), 9]) > 0, 30)
+        wait_for(lambda: len(begun) == len(prompts), 60)
         killed.kill()
         assert [answer.result() for answer in answers] == want
     assert metric(fleet, "replica_failovers_total")[""] > 0
