@@ -349,6 +349,23 @@ def test_few_compiled_grammars_are_kept_and_the_last_used_ones(llm, monkeypatch)
     assert (grammars.kept(one), grammars.kept(two)) == (first, None)
 
 
+def test_long_grammars_are_not_kept_beside_each_other(llm, monkeypatch):
+    grammars = token_grammar.Grammars(llm.tokenizer, 4096, llm.core.eos_token_ids)
+    one, two = Structured(regex="one"), Structured(regex="two")
+    monkeypatch.setattr(token_grammar, "MOST_CHARACTERS_KEPT", len(two.definition))
+    grammars.compile(one)
+    last = grammars.compile(two)
+    assert (grammars.kept(one), grammars.kept(two)) == (None, last)
+
+
+@pytest.mark.parametrize("end", [7, 300])
+def test_a_text_may_end_by_the_tokens_that_end_texts_of_the_model(llm, end):
+    state = token_grammar.Grammars(llm.tokenizer, 4096, [end]).compile(Structured(regex="x?"))
+    (mask,) = state.tokens.masks([state])
+    allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+    assert allowed[end] and not allowed[llm.tokenizer.eos_token_id]
+
+
 def test_a_structure_can_be_sent_to_another_process():
     structured = Structured(json=PERSON, whitespace=" ?")
     assert pickle.loads(pickle.dumps(structured)) == structured
