@@ -5,6 +5,7 @@ Run from the root of the repository, with traces at hand::
     python scripts/strategy_table.py conversation.jsonl.gz --blocks 1000,2000,5000,10000,20000
     python scripts/strategy_table.py conversation.jsonl.gz --blocks 5000,10000 --part 2/2 --strategies adaptive
     python scripts/strategy_table.py agents.jsonl.gz+synth:chat --blocks 88% --strategies adaptive
+    python scripts/strategy_table.py agents.jsonl.gz --split 8 --blocks 8000 --strategies adaptive
 """
 
 from __future__ import annotations
@@ -52,6 +53,23 @@ def mixed(first: Trace, second: Trace) -> Trace:
     return merged.slice(0, merged.num_requests)  # ids in the order of their first appearance
 
 
+def split(trace: Trace, parts: int) -> Trace:
+    """Return the trace with every block cut into so many smaller ones."""
+    places = np.arange(parts)
+    ids = (trace.ids[:, None].astype(np.int64) * parts + places).ravel()
+    last_of_parent = np.where(trace.parents == NO_PARENT, NO_PARENT, (trace.parents.astype(np.int64) + 1) * parts - 1)
+    before = np.arange(trace.num_distinct)[:, None] * parts + places - 1
+    before[:, 0] = last_of_parent
+    return replace(
+        trace,
+        name=f"{trace.name}, blocks cut into {parts}",
+        block_tokens=trace.block_tokens // parts,
+        offsets=trace.offsets * parts,
+        ids=ids.astype(np.int32),
+        parents=before.ravel().astype(np.int32),
+    )
+
+
 def trace_of(name: str, part: str, requests: int, seed: int) -> Trace:
     """Return a trace file, a part of it such as 1/2, a synthetic trace such as synth:chat, or two with a + between."""
     one, _, other = name.partition("+")
@@ -82,9 +100,10 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="1/2 is the first half")
     parser.add_argument("--requests", type=int, default=12_000, help="of a synthetic trace")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--split", type=int, default=1, help="cut every block into so many")
     options = parser.parse_args()
 
-    trace = trace_of(options.trace, options.part, options.requests, options.seed)
+    trace = split(trace_of(options.trace, options.part, options.requests, options.seed), options.split)
     named = options.strategies.split(",") if options.strategies else [*default_strategies(), OPTIMAL]
     names = list(dict.fromkeys([LRU, *named, OPTIMAL]))
     blocks = parse_capacities(options.blocks, trace.num_distinct)

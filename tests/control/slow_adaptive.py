@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 WORD = 2**64 - 1
@@ -41,6 +41,7 @@ class Note:
     uses: int = 1
     kind: int | None = None
     let_go: int = 0
+    gap: int = 0
 
 
 @dataclass
@@ -55,24 +56,68 @@ class Node:
     children: int = 0
 
 
-class Shadows:
-    """Two small caches: an ordered dict for recency, a scan for the lowest rank for expiry."""
+@dataclass
+class Seen:
+    """The last access to a sampled block."""
 
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.recent: OrderedDict[int, None] = OrderedDict()
-        self.ranked: dict[int, tuple[int, int, int, int]] = {}  # path: expiry, -depth, kind, let_go
+    group: int
+    access: int
+    gap: int
+    let_go: int
 
-    def access(self, path: int, expiry: int, depth: int, kind: int, now: int) -> int:
-        lead = (path in self.ranked) - (path in self.recent)
-        if path not in self.recent and len(self.recent) == self.room:
-            self.recent.popitem(last=False)
-        self.recent[path] = None
-        self.recent.move_to_end(path)
-        if path not in self.ranked and len(self.ranked) == self.room:
-            del self.ranked[min(self.ranked, key=lambda other: (*self.ranked[other][:2], signed(other)))]
-        self.ranked[path] = (expiry, -min(depth, 4095), kind, now)
-        return lead
+
+class Shadow:
+    """A small cache: what goes is found by a scan, and is the oldest of its group."""
+
+    def __init__(self, score: Callable[[Seen], int]) -> None:
+        self.score = score
+        self.seen: dict[int, Seen] = {}  # by path
+        self.hits = 0  # in the present request
+
+    def access(self, path: int, seen: Seen, began: int, grows: bool) -> None:
+        self.hits += path in self.seen
+        if path not in self.seen and not grows:
+            del self.seen[self.first_to_go(began)]
+        self.seen[path] = seen
+
+    def first_to_go(self, began: int) -> int:
+        oldest: dict[int, int] = {}
+        for path, seen in self.seen.items():
+            if seen.group not in oldest or seen.access < self.seen[oldest[seen.group]].access:
+                oldest[seen.group] = path
+
+        def order(group: int) -> tuple[bool, int, int]:
+            seen = self.seen[oldest[group]]
+            return seen.access >= began, self.score(seen), group
+
+        return oldest[min(oldest, key=order)]
+
+
+class Duel:
+    """One order against recency."""
+
+    def __init__(self, better: float, most_lead: float) -> None:
+        self.better, self.most_lead = better, most_lead
+        self.lead = self.variance = 0.0
+        self.won = False
+
+    def end_request(self, lead: int) -> None:
+        self.lead += lead
+        self.variance += lead * lead
+
+    def judge(self, seen: float, found: float) -> None:
+        deviation = math.sqrt(self.variance)
+        usual = self.better * found
+        least = usual + 0.002 * seen
+        if self.lead > least + 2.0 * deviation:
+            self.won = True
+        elif self.lead < usual - 0.5 * deviation:
+            self.won = False
+        self.most = min(least + 2.25 * deviation, self.most_lead)
+
+    def fade(self, kept: float) -> None:
+        self.variance *= kept * kept
+        self.lead = min(self.most, max(-self.most, self.lead * kept))
 
 
 class SlowAdaptive:
@@ -86,15 +131,22 @@ class SlowAdaptive:
         while capacity // (2 * sampled) >= 512:
             sampled *= 2
         self.sampled = sampled
-        self.shadows = Shadows(max(1, capacity // sampled))
+        self.room = max(1, capacity // sampled)
+        self.recent = Shadow(lambda seen: 0)
+        self.expiring = Shadow(lambda seen: seen.let_go + self.life(seen.group))
+        self.turning = Shadow(lambda seen: self.turn(self.clock, seen.let_go, seen.gap))
+        self.shadow_size = self.began = 0
+        self.expiry_duel, self.turn_duel = Duel(0.0, 0.2 * self.room), Duel(0.08, math.inf)
         self.ghosts: list[list[Note | None]] = [[None] * 4 for _ in range(max(1, 3 * capacity // 4))]
         self.clock = self.accesses = self.lessons = self.share = 0
-        self.learned_rules = False
+        self.rules = 0
+        self.reigns = [0, 0, 0]
+        self.ranked = 0
         self.flips = 0
         self.next_lesson = self.next_duel = capacity
         self.period = max(2048, capacity // 2)
         self.stores = self.releases = self.requests = 0.0
-        self.lead = self.seen = self.variance = 0.0
+        self.seen = self.found = 0.0
         self.reused = [[0.0] * 112 for _ in CLASSES]
         self.censored = [[0.0] * 112 for _ in CLASSES]
         self.released = [0.0] * 12
@@ -108,6 +160,7 @@ class SlowAdaptive:
         while found < len(request) and request[found] in self.nodes:
             note = self.nodes[request[found]].note
             self.reused[note.kind][bucket(self.clock - note.let_go)] += 1
+            note.gap = self.gap_since(note.let_go)
             note.uses, note.kind = min(note.uses + 1, 60_000), None
             found += 1
         in_use = set(request[:found])
@@ -119,22 +172,25 @@ class SlowAdaptive:
         for place, block in zip(places, request[found:], strict=False):
             self.store(place, block, request)
         taken = found + len(places)
-        in_request = 0.0
         for block in reversed(request[:taken]):
-            in_request += self.let_go(self.nodes[block])
-        self.end(in_request)
+            self.let_go(self.nodes[block])
+        self.end()
         return found
+
+    def gap_since(self, let_go: int) -> int:
+        return max(1, self.clock - let_go)
 
     def store(self, place: int, block: int, request: list[int]) -> None:
         depth = request.index(block)
         parent = request[depth - 1] if depth else None
         path = path_of(self.nodes[parent].path if depth else self.root, block)
-        note = Note(mark=(path >> 1) & 0xFFFFFFFF)
+        note = Note(mark=(path >> 1) & 0xFFFFFFFF, gap=self.nodes[parent].note.gap if depth else 0)
         ghosts = self.ghost_set(path)
         for i, ghost in enumerate(ghosts):
             if ghost is not None and ghost.mark == note.mark:
                 note.uses = min(ghost.uses + 1, 60_000)
                 self.reused[ghost.kind][bucket(self.clock - ghost.let_go)] += 1
+                note.gap = self.gap_since(ghost.let_go)
                 ghosts[i] = None
                 break
         self.clock += 1
@@ -163,13 +219,23 @@ class SlowAdaptive:
         return True
 
     def score(self, note: Note) -> int:
-        return self.expiry(note.kind, note.let_go) if self.learned_rules else note.let_go
+        if self.rules == 0:
+            return note.let_go
+        return self.expiry(note.kind, note.let_go) if self.rules == 1 else self.turn(self.ranked, note.let_go, note.gap)
+
+    def turn(self, now: int, let_go: int, gap: int) -> int:
+        return -max(now - let_go, gap) if gap else let_go - 2**48
 
     def expiry(self, kind: int, let_go: int) -> int:
-        draw = ((let_go * 0x9E3779B97F4A7C15 & WORD) >> 24) & 0xFFFF
-        return let_go + (self.long[kind] if draw < self.share else self.short[kind])
+        return let_go + self.life(2 * kind + self.draw(let_go))
 
-    def let_go(self, node: Node) -> int:
+    def draw(self, let_go: int) -> bool:
+        return ((let_go * 0x9E3779B97F4A7C15 & WORD) >> 24) & 0xFFFF < self.share
+
+    def life(self, group: int) -> int:
+        return self.long[group // 2] if group % 2 else self.short[group // 2]
+
+    def let_go(self, node: Node) -> None:
         uses = node.note.uses
         rank = uses - 1 if uses <= 4 else 4 if uses <= 7 else 5
         kind = node.note.kind = 2 * rank + (node.children == 0)
@@ -178,15 +244,30 @@ class SlowAdaptive:
         self.accesses += 1
         self.releases += 1
         if (node.path >> 8) % self.sampled:
-            return 0
+            return
         self.seen += 1
-        lead = self.shadows.access(node.path, self.expiry(kind, self.clock), node.depth, kind, self.clock)
-        self.lead += lead
-        return lead
+        grows = self.shadow_size < self.room and not any(node.path in shadow.seen for shadow in self.shadows)
+        self.shadow_size += grows
+        gap = node.note.gap
+        groups = (0, 2 * kind + self.draw(self.clock), bucket(gap) // 2 if gap else 56)
+        for shadow, group in zip(self.shadows, groups, strict=True):
+            shadow.access(node.path, Seen(group, self.accesses, gap, self.clock), self.began, grows)
 
-    def end(self, in_request: float) -> None:
+    @property
+    def shadows(self) -> tuple[Shadow, Shadow, Shadow]:
+        return self.recent, self.expiring, self.turning
+
+    def end(self) -> None:
         self.requests += 1
-        self.variance += in_request * in_request
+        self.found += self.recent.hits
+        self.expiry_duel.end_request(self.expiring.hits - self.recent.hits)
+        self.turn_duel.end_request(self.turning.hits - self.recent.hits)
+        for shadow in self.shadows:
+            shadow.hits = 0
+        self.began = self.accesses + 1
+        old = self.rules == 2 and self.clock - self.ranked > self.capacity // 8
+        if self.clock >= self.next_lesson or self.accesses >= self.next_duel or old:
+            self.ranked = self.clock
         if self.clock >= self.next_lesson:
             self.next_lesson = self.clock + self.period
             if len(self.freed) <= self.capacity // 16:
@@ -195,26 +276,27 @@ class SlowAdaptive:
             self.next_duel = self.accesses + self.period
             if self.lessons:
                 self.judge()
+        self.reigns[self.rules] += 1
 
     def judge(self) -> None:
-        before, deviation = self.learned_rules, math.sqrt(self.variance)
-        if self.lead > 0.002 * self.seen + 2.0 * deviation:
-            self.learned_rules = True
-        elif self.lead < -0.5 * deviation:
-            self.learned_rules = False
-        self.flips += self.learned_rules != before
+        before, expiry, turns = self.rules, self.expiry_duel, self.turn_duel
+        for duel in (expiry, turns):
+            duel.judge(self.seen, self.found)
+        self.rules = int(expiry.won)
+        if turns.won and (not expiry.won or turns.lead > expiry.lead):
+            self.rules = 2
         kept = 1 / (1 + 1 / 9 * (self.period / self.capacity))
-        most = min(0.002 * self.seen + 2.25 * deviation, 0.2 * self.shadows.room)
+        for duel in (expiry, turns):
+            duel.fade(kept)
+        self.flips += self.rules != before
         self.seen *= kept
-        self.variance *= kept * kept
-        self.lead = min(most, max(-most, self.lead * kept))
+        self.found *= kept
 
     def learn(self) -> None:
         hits, space = self.promises()
         self.choose(hits, space)
-        ranked = self.shadows.ranked
-        for path, (_, depth, kind, let_go) in ranked.items():
-            ranked[path] = (self.expiry(kind, let_go), depth, kind, let_go)
+        for seen in self.expiring.seen.values():
+            seen.group = seen.group // 2 * 2 + self.draw(seen.let_go)
         self.lessons += 1
         for table in (*self.reused, *self.censored, self.released):
             table[:] = [0.95 * value for value in table]

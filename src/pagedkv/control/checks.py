@@ -194,7 +194,9 @@ def _check_notes(state: State) -> None:
     for block in np.flatnonzero(cached != (kinds[: len(blocks)] != 0))[:1].tolist():
         _require(False, "notes and cached blocks differ", block, state.notes[block])
     _require(int(kinds.max(initial=0)) <= CLASSES, "class of a note", kinds.max(initial=0))
-    _require(max(numbers.lru_size, numbers.heap_size) <= numbers.room, "shadow caches", numbers)
+    _require(numbers.shadow_size <= numbers.room, "shadow caches", numbers)
+    for groups in state.learner.places["group"]:
+        _require(np.count_nonzero(groups) == numbers.shadow_size, "entries of a shadow cache", numbers)
 
 
 def _check_pins(state: State, rows: list[int], kept_pins: dict[int, list[int]]) -> None:

@@ -257,7 +257,7 @@ def adaptive_on_request_end(state: State, _: int) -> int:
 
 
 ADAPTIVE = PolicyKernels(
-    learner.expiry_of,
+    learner.adaptive_score,
     on_store=learner.note_store,
     on_hit=learner.note_hit,
     on_release=learner.note_release,

@@ -78,6 +78,11 @@ CLASSES = 12
 # Ages fall into buckets, four to an octave: the last begins at half a billion stored blocks.
 AGES = 112
 
+# What may rule the order of the cached blocks. Each has a shadow cache, whose entries fall into groups.
+RECENCY, EXPIRY, TURNS = range(3)
+ORDERS = 3
+GROUPS = AGES // 2 + 1
+
 GHOSTS_PER_BLOCK = 3
 GHOST_SET = 4
 
@@ -99,21 +104,25 @@ LEARNER = record(
     next_lesson="i8",  # by the clock
     next_duel="i8",  # by the accesses
     lessons="i8",
-    rules="i8",  # 1 while the learned order rules
+    rules="i8",  # RECENCY, EXPIRY or TURNS
+    ranked="i8",  # when the turns were ranked last, by the clock
     share="i8",  # of the requests whose blocks have the long times to live, out of SHARES
     sample_mask="i8",
     room="i8",  # of a shadow cache
     entries="i8",  # of the shadows that were ever used
     free_entry="i8",
-    oldest="i8",  # in the LRU shadow
-    newest="i8",
-    lru_size="i8",
-    heap_size="i8",
+    shadow_size="i8",  # of each shadow cache
+    began="i8",  # the present request, by the accesses
     stores="f8",  # of late: blocks stored, blocks released, requests
     releases="f8",
     requests="f8",
-    lead="f8",  # in hits of the learned order's shadow,
-    seen="f8",  # out of so many sampled accesses
+    seen="f8",  # sampled accesses of late,
+    found="f8",  # and how many of them hit the shadow by recency
+)
+
+DUEL = record(
+    is_won="i8",  # by this order, against recency
+    lead="f8",  # of its shadow, in hits,
     request_lead="f8",  # in this request,
     variance="f8",  # and the sum of the squares of that
 )
@@ -136,14 +145,21 @@ AGE = record(
 
 SHADOW = record(
     prefix_hash="i8",
-    rank="i8",
-    released="i8",
-    older="i4",  # neighbours in the list of the LRU shadow
-    newer="i4",
+    released="i8",  # when it was used last, by the clock,
+    access="i8",  # and by the accesses
+    gap="i4",
     next="i4",  # of its hash chain, or the next free entry
-    heap_pos="i4",  # in the expiry shadow
-    kind="i4",
-    is_in_lru="i4",
+)
+
+PLACE = record(
+    group="i4",  # 1 + that of an entry in a shadow cache, or 0
+    older="i4",  # neighbours in it
+    newer="i4",
+)
+
+END = record(
+    oldest="i4",  # of a group
+    newest="i4",
 )
 
 
@@ -153,21 +169,28 @@ class Learner(NamedTuple):
     totals: npt.NDArray[np.void]  # one record of scalars
     classes: npt.NDArray[np.void]
     ages: npt.NDArray[np.void]  # by class and age
-    shadows: npt.NDArray[np.void]  # entries of both shadow caches
+    duels: npt.NDArray[np.void]  # of each order against recency
+    gaps: npt.NDArray[np.int32]  # by block: how long the turn before the last one waited, 0 in a first turn
+    shadows: npt.NDArray[np.void]  # entries of the three shadow caches
     heads: npt.NDArray[np.int64]  # of hash chains over them
-    heap: npt.NDArray[np.int64]  # the expiry shadow, what expires first on top
+    places: npt.NDArray[np.void]  # of the entries, by order
+    ends: npt.NDArray[np.void]  # of the groups, by order
 
 
-def new_learner(exists: bool) -> Learner:
+def new_learner(num_blocks: int, exists: bool) -> Learner:
     """Return a learner that knows nothing, or the empty stand-in that other strategies need."""
     size = int(exists)
+    entries = size * (ORDERS * SHADOW_ROOM + 1)
     return Learner(
         totals=np.zeros(size, LEARNER),
         classes=np.zeros(size * CLASSES, CLASS),
         ages=np.zeros((size * (CLASSES + 1), AGES + 1), AGE),
-        shadows=np.zeros(size * (2 * SHADOW_ROOM + 1), SHADOW),
+        duels=np.zeros(size * ORDERS, DUEL),
+        gaps=np.zeros(size * num_blocks, np.int32),
+        shadows=np.zeros(entries, SHADOW),
         heads=np.zeros(size * SHADOW_HEADS, np.int64),
-        heap=np.zeros(size * SHADOW_ROOM, np.int64),
+        places=np.zeros((ORDERS * size, entries), PLACE),
+        ends=np.zeros((ORDERS * size, GROUPS), END),
     )
 
 
@@ -380,7 +403,7 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, num_sta
         ghosts=np.zeros(0, GHOST),
         ghost_heads=np.zeros(0, np.int64),
         notes=np.zeros(0, NOTE),
-        learner=new_learner(False),
+        learner=new_learner(num_blocks, exists=False),
         counters=counters,
     )
 

@@ -24,6 +24,7 @@ from pagedkv.control.ghosts import forget_ghosts, with_prefix_hashes
 from pagedkv.control.learner import forget_notes, with_learner
 from pagedkv.control.protocol import EvictionStrategy, Scores, hooks_of
 from pagedkv.control.reclaim import PROBATION_SHARE
+from pagedkv.control.shadows import forget_shadows
 from pagedkv.control.state import PolicyKernels, State
 from pagedkv.control.types import BlockView, SequenceView
 from pagedkv.errors import InvalidOperation, bad_argument
@@ -322,11 +323,12 @@ class GDSF(_BuiltIn):
 class Adaptive(_BuiltIn):
     """What will be used again within the time that room lasts is kept; there is nothing to tune.
 
-    Blocks fall into classes by how often they were used and by whether they end a prefix. For each class the ages at
-    which blocks are used again are counted, and from them follows how long such a block is worth keeping: the block
-    whose time is up first goes first. As long as that is not clearly better than least recently used, judged by two
-    small shadow caches over a sample of the content, this is LRU. What it learns lies with the cache, not with the
-    object. See ``docs/strategies.md``.
+    Two orders contend with least recently used. By expiry: blocks fall into classes by how often they were used and by
+    whether they end a prefix; for each class the ages at which blocks are used again are counted, and from them follows
+    how long such a block is worth keeping. By turns: what waits longest goes first, and a block counts as waiting at
+    least as long as it did before it was used last, so that of more sessions than there is room for those stay that
+    come back soon. As long as neither is clearly better, judged by three small shadow caches over a sample of the
+    content, this is LRU. What it learns lies with the cache, not with the object. See ``docs/strategies.md``.
     """
 
 
@@ -381,6 +383,7 @@ def forget_blocks(state: State) -> None:
     """Forget what the strategy in force knows of single blocks, when all of them are forgotten."""
     forget_ghosts(state)
     forget_notes(state)
+    forget_shadows(state.learner)
 
 
 def checked_priority(strategy: EvictionStrategy, priority: Any) -> int:

@@ -1,0 +1,282 @@
+"""Shadow caches over a hashed sample of the content, one for each order that may rule, and the duels between them.
+
+All see the same accesses. When an order is significantly ahead of recency, it rules the real cache, and recency as
+soon as it is behind: that bounds the loss on traffic which cannot be learned. Sampling by hash takes all accesses of a
+block or none, so a small shadow behaves as the large cache does (Waldspurger et al., "Efficient MRC construction with
+SHARDS", FAST 2015); contests between policies are those of set dueling (Qureshi et al., "Adaptive insertion policies
+for high performance caching", ISCA 2007).
+
+In each order, blocks fall into groups in which the one used last goes last: all of them by recency, those of one time
+to live by expiry, those of about the same gap by turns. So a shadow is a list for each group, and of the oldest of all
+groups one goes. Shadows know no prefixes: of blocks released together the deepest is evicted first. What the present
+request has used stays if it can, as it would in the real cache. Until they are full all shadows hold the same blocks,
+so they have one size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagedkv.control.lifetimes import age_bucket, draws_long
+from pagedkv.control.state import CLASSES, EXPIRY, GROUPS, RECENCY, SHADOW_HEADS, TURNS, Learner
+from pagedkv.jit import called, inlined
+
+# The order by turns: what waits longest goes first, and a block counts as waiting at least as long as it did before its
+# last turn: max(age, gap), the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set
+# replacement policy", SIGMETRICS 2002). A new block has the gap of the one before it, and so of the deepest known block
+# on its path. Where nothing on the path is known, in a first turn, the gap is beyond all others.
+
+MOST_GAP = (1 << 31) - 1
+BEYOND = 1 << 48
+
+
+@inlined
+def turn_score(now: int, released: int, gap: int) -> int:
+    """Return the score of a block that was released then, and before its last turn waited so long (0 in a first)."""
+    if gap == 0:
+        return released - BEYOND
+    return min(released - now, -np.int64(gap))
+
+
+def forget_shadows(learner: Learner) -> None:
+    """Forget all that the shadow caches hold, but not who won."""
+    for array in (learner.shadows, learner.heads, learner.places, learner.ends):
+        array[:] = 0
+    if len(learner.totals):
+        totals = learner.totals[0]
+        totals.entries = totals.free_entry = totals.shadow_size = 0
+
+
+# Accesses.
+
+HELD = 1 << 60
+
+
+@called
+def contend(learner: Learner, prefix_hash: int, kind: int, gap: int) -> None:
+    """Let all shadows see an access to a sampled block, and count who had it."""
+    totals = learner.totals[0]
+    head = _head_of(prefix_hash)
+    entry = learner.heads[head] - 1
+    while entry >= 0 and learner.shadows[entry].prefix_hash != prefix_hash:
+        entry = learner.shadows[entry].next - 1
+    grows = False
+    if entry < 0:
+        entry = _new_entry(learner)
+        learner.shadows[entry].prefix_hash = prefix_hash
+        learner.shadows[entry].next = learner.heads[head]
+        learner.heads[head] = entry + 1
+        grows = totals.shadow_size < totals.room
+        totals.shadow_size += grows
+    else:
+        _count_hits(learner, entry)
+    totals.seen += 1.0
+    shadow = learner.shadows[entry]
+    shadow.gap = gap
+    shadow.released = totals.clock
+    shadow.access = totals.accesses
+    _touch(learner, RECENCY, entry, 0, grows)
+    _touch(learner, EXPIRY, entry, 2 * kind + (1 if draws_long(learner, totals.clock) else 0), grows)
+    _touch(learner, TURNS, entry, age_bucket(gap) >> 1 if gap != 0 else GROUPS - 1, grows)
+
+
+@inlined
+def _count_hits(learner: Learner, entry: int) -> None:
+    """Let those orders lead whose shadow has the entry over those whose shadow has not."""
+    by_recency = 1 if learner.places[RECENCY, entry].group != 0 else 0
+    learner.totals[0].found += by_recency
+    for order in (EXPIRY, TURNS):
+        by_this = 1 if learner.places[order, entry].group != 0 else 0
+        learner.duels[order].request_lead += by_this - by_recency
+
+
+@inlined
+def _head_of(prefix_hash: int) -> int:
+    return (prefix_hash >> 20) & (SHADOW_HEADS - 1)
+
+
+@inlined
+def _new_entry(learner: Learner) -> int:
+    totals = learner.totals[0]
+    entry = totals.free_entry - 1
+    if entry >= 0:
+        totals.free_entry = learner.shadows[entry].next
+    else:
+        entry = totals.entries
+        totals.entries += 1
+    return entry
+
+
+@inlined
+def _drop_if_unused(learner: Learner, entry: int) -> None:
+    """Free an entry that is in no shadow."""
+    for order in (RECENCY, EXPIRY, TURNS):
+        if learner.places[order, entry].group != 0:
+            return
+    totals = learner.totals[0]
+    head = _head_of(learner.shadows[entry].prefix_hash)
+    link = learner.heads[head] - 1
+    if link == entry:
+        learner.heads[head] = learner.shadows[entry].next
+    else:
+        while learner.shadows[link].next != entry + 1:
+            link = learner.shadows[link].next - 1
+        learner.shadows[link].next = learner.shadows[entry].next
+    learner.shadows[entry].next = totals.free_entry
+    totals.free_entry = entry + 1
+
+
+@called
+def _touch(learner: Learner, order: int, entry: int, group: int, grows: bool) -> None:
+    """Make the entry the newest of its group; into a full shadow it comes in exchange for another one."""
+    place = learner.places[order, entry]
+    if place.group != 0:
+        _unlink(learner, order, entry)
+    elif not grows:
+        goes = _first_to_go(learner, order)
+        _unlink(learner, order, goes)
+        learner.places[order, goes].group = 0
+        _drop_if_unused(learner, goes)
+    _append(learner, order, entry, group)
+
+
+@inlined
+def _append(learner: Learner, order: int, entry: int, group: int) -> None:
+    place, end = learner.places[order, entry], learner.ends[order, group]
+    place.group = group + 1
+    place.older = end.newest
+    place.newer = 0
+    if end.newest != 0:
+        learner.places[order, end.newest - 1].newer = entry + 1
+    else:
+        end.oldest = entry + 1
+    end.newest = entry + 1
+
+
+@inlined
+def draw_again(learner: Learner) -> None:
+    """Let the share of the requests that lives long be that of the new times to live."""
+    for kind in range(CLASSES):
+        short, long = learner.ends[EXPIRY, 2 * kind].oldest - 1, learner.ends[EXPIRY, 2 * kind + 1].oldest - 1
+        for group in (2 * kind, 2 * kind + 1):
+            learner.ends[EXPIRY, group].oldest = learner.ends[EXPIRY, group].newest = 0
+        while short >= 0 or long >= 0:
+            is_short = long < 0 or (short >= 0 and learner.shadows[short].access < learner.shadows[long].access)
+            entry = short if is_short else long
+            newer = learner.places[EXPIRY, entry].newer - 1
+            if is_short:
+                short = newer
+            else:
+                long = newer
+            is_long = draws_long(learner, learner.shadows[entry].released)
+            _append(learner, EXPIRY, entry, 2 * kind + (1 if is_long else 0))
+
+
+@inlined
+def _unlink(learner: Learner, order: int, entry: int) -> None:
+    place = learner.places[order, entry]
+    older, newer = place.older, place.newer
+    if older != 0:
+        learner.places[order, older - 1].newer = newer
+    else:
+        learner.ends[order, place.group - 1].oldest = newer
+    if newer != 0:
+        learner.places[order, newer - 1].older = older
+    else:
+        learner.ends[order, place.group - 1].newest = older
+
+
+@inlined
+def _first_to_go(learner: Learner, order: int) -> int:
+    """Return the entry of a full shadow that its order would evict."""
+    totals = learner.totals[0]
+    if order == RECENCY:
+        return learner.ends[order, 0].oldest - 1
+    chosen, lowest = -1, np.int64(0)
+    for group in range(2 * CLASSES if order == EXPIRY else GROUPS):
+        entry = learner.ends[order, group].oldest - 1
+        if entry < 0:
+            continue
+        shadow = learner.shadows[entry]
+        if order == EXPIRY:
+            lives = learner.classes[group >> 1]
+            score = shadow.released + (lives.long if group & 1 else lives.short)
+        else:
+            score = turn_score(totals.clock, shadow.released, shadow.gap)
+        if shadow.access >= totals.began:
+            score += HELD
+        if chosen < 0 or score < lowest:
+            chosen, lowest = entry, score
+    return chosen
+
+
+# Duels, judged every half capacity of accesses.
+
+# An order takes over when its shadow leads by so many standard deviations and by so much of the accesses; that by turns
+# also by so much of the hits of recency, as where that finds much, there is more to lose than to win. It loses when it
+# is behind. A lead fades, and counts for little more than what takes over, and that by expiry for at most a share of a
+# shadow: when the traffic changes, what was won before is soon used up.
+AHEAD = 2.0
+BEHIND = 0.5
+CLEARLY = 0.002
+BETTER = (0.0, 0.0, 0.08)
+FADING = 1 / 9  # per capacity of accesses
+MOST_DEVIATIONS = 2.25
+MOST_LEAD = 0.2
+
+
+@inlined
+def end_round(learner: Learner) -> None:
+    """Add the leads in this request, whose blocks are found together, to those in the duels."""
+    totals = learner.totals[0]
+    totals.began = totals.accesses + 1
+    for order in (EXPIRY, TURNS):
+        duel = learner.duels[order]
+        duel.lead += duel.request_lead
+        duel.variance += duel.request_lead * duel.request_lead
+        duel.request_lead = 0.0
+
+
+@inlined
+def judge(learner: Learner, elapsed: float) -> None:
+    """Let the order rule whose shadow had more hits lately; so many capacities of accesses went by since the last."""
+    totals = learner.totals[0]
+    for order in (EXPIRY, TURNS):
+        _decide(learner, order)
+    expiry, turns = learner.duels[EXPIRY], learner.duels[TURNS]
+    if turns.is_won != 0 and (expiry.is_won == 0 or turns.lead > expiry.lead):
+        totals.rules = TURNS
+    else:
+        totals.rules = EXPIRY if expiry.is_won != 0 else RECENCY
+    kept = 1.0 / (1.0 + FADING * elapsed)
+    for order in (EXPIRY, TURNS):
+        _fade(learner, order, kept)
+    totals.seen *= kept
+    totals.found *= kept
+
+
+@inlined
+def _least(learner: Learner, order: int) -> float:
+    """Return by how much an order must lead, chance left out."""
+    return CLEARLY * learner.totals[0].seen + BETTER[order] * learner.totals[0].found
+
+
+@inlined
+def _decide(learner: Learner, order: int) -> None:
+    """Tell whether this order is ahead of recency."""
+    duel = learner.duels[order]
+    deviation = duel.variance**0.5
+    if duel.lead > _least(learner, order) + AHEAD * deviation:
+        duel.is_won = 1
+    elif duel.lead < BETTER[order] * learner.totals[0].found - BEHIND * deviation:
+        duel.is_won = 0
+
+
+@inlined
+def _fade(learner: Learner, order: int, kept: float) -> None:
+    totals, duel = learner.totals[0], learner.duels[order]
+    most = _least(learner, order) + MOST_DEVIATIONS * duel.variance**0.5
+    if order == EXPIRY:
+        most = min(most, MOST_LEAD * totals.room)
+    duel.variance *= kept * kept
+    duel.lead = min(most, max(-most, duel.lead * kept))
