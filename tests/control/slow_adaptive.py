@@ -136,7 +136,7 @@ class SlowAdaptive:
         self.expiring = Shadow(lambda seen: seen.let_go + self.life(seen.group))
         self.turning = Shadow(lambda seen: self.turn(self.clock, seen.let_go, seen.gap))
         self.shadow_size = self.began = 0
-        self.expiry_duel, self.turn_duel = Duel(0.0, 0.2 * self.room), Duel(0.08, math.inf)
+        self.expiry_duel, self.turn_duel = Duel(0.0, 0.2 * self.room), Duel(0.12, math.inf)
         self.ghosts: list[list[Note | None]] = [[None] * 4 for _ in range(max(1, 3 * capacity // 4))]
         self.clock = self.accesses = self.lessons = self.share = 0
         self.rules = 0
@@ -160,7 +160,7 @@ class SlowAdaptive:
         while found < len(request) and request[found] in self.nodes:
             note = self.nodes[request[found]].note
             self.reused[note.kind][bucket(self.clock - note.let_go)] += 1
-            note.gap = self.gap_since(note.let_go)
+            note.gap = self.gap_since(note.let_go, note.gap)
             note.uses, note.kind = min(note.uses + 1, 60_000), None
             found += 1
         in_use = set(request[:found])
@@ -177,8 +177,10 @@ class SlowAdaptive:
         self.end()
         return found
 
-    def gap_since(self, let_go: int) -> int:
-        return max(1, self.clock - let_go)
+    def gap_since(self, let_go: int, before: int) -> int:
+        """The geometric mean of the gap that just ended and of what stood there before."""
+        gap = max(1, self.clock - let_go)
+        return int(math.sqrt(gap * before)) if before else gap
 
     def store(self, place: int, block: int, request: list[int]) -> None:
         depth = request.index(block)
@@ -190,7 +192,7 @@ class SlowAdaptive:
             if ghost is not None and ghost.mark == note.mark:
                 note.uses = min(ghost.uses + 1, 60_000)
                 self.reused[ghost.kind][bucket(self.clock - ghost.let_go)] += 1
-                note.gap = self.gap_since(ghost.let_go)
+                note.gap = self.gap_since(ghost.let_go, ghost.gap)
                 ghosts[i] = None
                 break
         self.clock += 1

@@ -7,6 +7,7 @@ between the turns of a session.
 
 from __future__ import annotations
 
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ def with_learner(state: State) -> State:
     num_blocks = len(state.blocks)
     ghosts = GHOST_SET * max(1, GHOSTS_PER_BLOCK * num_blocks // GHOST_SET)
     sampled = power_of_two(max(1, 2 * num_blocks // SHADOW_ROOM) + 1) // 2  # one block of so many
-    learner = new_learner(num_blocks, exists=True)
+    learner = new_learner(num_blocks + ghosts, exists=True)
     totals = learner.totals[0]
     totals.sample_mask = sampled - 1
     totals.room = max(1, num_blocks // sampled)
@@ -71,8 +72,10 @@ def _age_of(state: State, place: int) -> Any:
 
 
 @inlined
-def _gap_since(state: State, released: int) -> int:
-    return min(max(state.learner.totals[0].clock - released, 1), MOST_GAP)
+def _gap_since(state: State, released: int, before: np.int32) -> int:
+    """Return the gap that just ended, or the geometric mean of it and of what stood there before."""
+    gap = min(max(state.learner.totals[0].clock - released, 1), MOST_GAP)
+    return gap if before == 0 else int(sqrt(gap * float(before)))
 
 
 @pointed
@@ -80,7 +83,7 @@ def note_hit(state: State, block: int) -> int:
     """Note that a cached block is used again."""
     note = state.notes[block]
     _age_of(state, block).reused += 1.0
-    state.learner.gaps[block] = _gap_since(state, note.released)
+    state.learner.gaps[block] = _gap_since(state, note.released, state.learner.gaps[block])
     note.kind = 0
     note.uses = min(np.int64(note.uses) + 1, MOST_USES)
     return 0
@@ -102,7 +105,7 @@ def note_store(state: State, block: int) -> int:
         if ghost.kind != 0 and ghost.mark == note.mark:
             note.uses = min(np.int64(ghost.uses) + 1, MOST_USES)
             _age_of(state, i).reused += 1.0
-            gap = np.int32(_gap_since(state, ghost.released))
+            gap = np.int32(_gap_since(state, ghost.released, state.learner.gaps[i]))
             ghost.kind = 0
             break
     state.learner.gaps[block] = gap
@@ -144,6 +147,7 @@ def note_evict(state: State, block: int) -> int:
     ghost.mark = note.mark
     ghost.uses = note.uses
     ghost.kind = note.kind
+    state.learner.gaps[chosen] = state.learner.gaps[block]
     note.kind = 0
     return 0
 

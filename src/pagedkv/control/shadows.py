@@ -22,9 +22,10 @@ from pagedkv.control.state import CLASSES, EXPIRY, GROUPS, RECENCY, SHADOW_HEADS
 from pagedkv.jit import called, inlined
 
 # The order by turns: what waits longest goes first, and a block counts as waiting at least as long as it did before its
-# last turn: max(age, gap), the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set
-# replacement policy", SIGMETRICS 2002). A new block has the gap of the one before it, and so of the deepest known block
-# on its path. Where nothing on the path is known, in a first turn, the gap is beyond all others.
+# turns: max(age, gap), the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set replacement
+# policy", SIGMETRICS 2002). The gap is a geometric mean in which the last turn is one half. A new block has the gap of
+# the one before it, and so of the deepest known block on its path. Where nothing on the path is known, in a first turn,
+# the gap is beyond all others.
 
 MOST_GAP = (1 << 31) - 1
 BEYOND = 1 << 48
@@ -32,7 +33,7 @@ BEYOND = 1 << 48
 
 @inlined
 def turn_score(now: int, released: int, gap: int) -> int:
-    """Return the score of a block that was released then, and before its last turn waited so long (0 in a first)."""
+    """Return the score of a block that was released then, and before its turns waited so long (0 in a first)."""
     if gap == 0:
         return released - BEYOND
     return min(released - now, -np.int64(gap))
@@ -219,7 +220,7 @@ def _first_to_go(learner: Learner, order: int) -> int:
 AHEAD = 2.0
 BEHIND = 0.5
 CLEARLY = 0.002
-BETTER = (0.0, 0.0, 0.08)
+BETTER = (0.0, 0.0, 0.12)
 FADING = 1 / 9  # per capacity of accesses
 MOST_DEVIATIONS = 2.25
 MOST_LEAD = 0.2

@@ -170,7 +170,7 @@ class Learner(NamedTuple):
     classes: npt.NDArray[np.void]
     ages: npt.NDArray[np.void]  # by class and age
     duels: npt.NDArray[np.void]  # of each order against recency
-    gaps: npt.NDArray[np.int32]  # by block: how long the turn before the last one waited, 0 in a first turn
+    gaps: npt.NDArray[np.int32]  # by note: how long the turns waited in the mean, 0 in a first turn
     shadows: npt.NDArray[np.void]  # entries of the three shadow caches
     heads: npt.NDArray[np.int64]  # of hash chains over them
     places: npt.NDArray[np.void]  # of the entries, by order
