@@ -159,7 +159,8 @@ def test_clear_is_refused_while_a_process_writes(kept):
     with DiskTier(kept, "1MB").open(BLOCK) as tier:
         result = call("tier", "clear", kept, "--yes")
         assert result.exit_code == 2 and result.stderr == (
-            f"pagedkv: error: tier {kept}: is in use by process {os.getpid()}: one writes, others open it to read\n"
+            f"pagedkv: error: tier {kept}: is in use by process {os.getpid()}: one writes, others open it to read: "
+            "read_only=True, --disk-read-only of a server\n"
         )
         assert tier.match(text(9)).result() == 9
     assert call("tier", "clear", kept, "--yes").exit_code == 0
