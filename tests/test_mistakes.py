@@ -117,7 +117,7 @@ def llm() -> LLM:
 
 POOL: dict[str, Mistake] = {
     "a name that no strategy has": Mistake(
-        lambda: BlockManager(8, strategy="lfru"), "strategy", "one of adaptive, fifo", "'lfru'", "did you mean 'lru'?"
+        lambda: BlockManager(8, strategy="lfru"), "strategy", "one of adaptive", "'lfru'", "did you mean 'lru'?"
     ),
     "a class for an object": Mistake(
         lambda: BlockManager(8, strategy=FloatScores),

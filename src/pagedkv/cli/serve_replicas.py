@@ -18,7 +18,6 @@ from pagedkv.cli.loading import LoadedModel, load_model, load_tokenizer
 from pagedkv.cli.model_source import ModelSource
 from pagedkv.cli.terminal import Failure, is_small
 from pagedkv.errors import MissingExtra, PagedKvError, TierError
-from pagedkv.fleet import parse_routing
 from pagedkv.machine import usable_cores
 from pagedkv.server.config import ServerConfig, setting
 
@@ -59,6 +58,8 @@ class FleetOptions:
     )
 
     def __post_init__(self) -> None:
+        from pagedkv.fleet import parse_routing
+
         for name, most in (("replicas", MOST_REPLICAS), ("threads", 1024)):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
