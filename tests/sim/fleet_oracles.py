@@ -10,7 +10,8 @@ from tests.sim.oracles import Requests, prefix_length
 class NaiveHomes:
     """Where every block went last, and the different blocks that came behind it."""
 
-    def __init__(self) -> None:
+    def __init__(self, replicas: int) -> None:
+        self.replicas = replicas
         self.replica: dict[int, int] = {}
         self.behind: dict[int, set[int]] = {}
 
@@ -22,7 +23,7 @@ class NaiveHomes:
 
     def of(self, request: list[int]) -> int | None:
         known = [block for block in request if block in self.replica]
-        if not known or len(self.behind.get(known[-1], ())) >= 8:
+        if not known or len(self.behind.get(known[-1], ())) >= 2 * self.replicas:
             return None
         return self.replica[known[-1]]
 
@@ -33,7 +34,7 @@ def naive_fleet(
     """Which replica serves every request, and the blocks that it finds there by LRU."""
     caches: list[OrderedDict[int, None]] = [OrderedDict() for _ in range(replicas)]
     load = [0.0] * replicas
-    homes = NaiveHomes()
+    homes = NaiveHomes(replicas)
     served, hits = [], []
     for number, request in enumerate(requests):
         least = min(range(replicas), key=lambda replica: load[replica])

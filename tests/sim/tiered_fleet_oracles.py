@@ -18,7 +18,7 @@ class NaiveRouter:
     def __init__(self, replicas: int, routing: str, block_tokens: int) -> None:
         self.replicas, self.routing, self.block_tokens = range(replicas), routing, block_tokens
         self.load = [0.0] * replicas
-        self.homes = NaiveHomes()
+        self.homes = NaiveHomes(replicas)
         self.number = 0
 
     def route(self, request: list[int], ends: list[list[int]], queue: list[int]) -> int:

@@ -74,10 +74,10 @@ class FleetRouter:
 
     Notes
     -----
-    Home of a request is the replica to which the deepest of its known blocks went last. Where eight texts or more went
-    on differently behind that block it is a beginning that conversations have in common and there is no home: new ones
-    go where there is room. A new replica begins with the mean load of the others. It is to be used in one thread at a
-    time.
+    Home of a request is the replica to which the deepest of its known blocks went last. Where two texts or more for
+    each replica went on differently behind that block, conversations have this beginning in common and there is no
+    home: new ones go where there is room. A new replica begins with the mean load of the others. It is to be used in
+    one thread at a time.
 
     Examples
     --------
@@ -136,7 +136,7 @@ class FleetRouter:
         waiting = self._waiting(names, queue)
         hashes = prefix_hashes(token_ids, self._view.block_size, cache_salt)
         matched = self._view.matched(hashes, names)
-        home = self._home(hashes)
+        home = self._home(hashes, len(names))
         request = RoutingRequest(self._number, len(token_ids), names.index(home) if home in names else NO_HOME)
         load = np.array([self._known(name).load for name in names])
         order = route(self._policy, request, Candidates(matched, load, waiting))
@@ -194,7 +194,7 @@ class FleetRouter:
             raise bad_argument("queue", f"one number for each of {len(names)} replicas", f"{len(queue)}")
         return np.array([require_int("queue", each) for each in queue], np.int64)
 
-    def _home(self, hashes: list[BlockHash]) -> str | None:
+    def _home(self, hashes: list[BlockHash], replicas: int) -> str | None:
         """Return where the deepest block that was ever sent went last, if it is of one conversation."""
         home = next((self._homes[block] for block in reversed(hashes) if block in self._homes), None)
-        return home.replica if home is not None and home.branches < COMMON else None
+        return home.replica if home is not None and home.branches < COMMON * replicas else None

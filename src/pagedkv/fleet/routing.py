@@ -21,8 +21,8 @@ from pagedkv.validate import require_number, shown
 NO_HOME = -1
 """The home of a request whose conversation no candidate has served."""
 
-COMMON = 8
-"""A block behind which so many texts went on differently is none of one conversation: many have it in common."""
+COMMON = 2
+"""A block behind which so many texts for each replica went on differently is of no one conversation: many have it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ class Router:
         self._load = RecentLoad(fleet.replicas)
         self._home = np.full(trace.num_distinct, NO_HOME, np.int32)  # by content id,
         self._branches = np.zeros(trace.num_distinct, np.int32)  # and how many different blocks came behind it
-        self._routed = 0
+        self._routed, self._replicas = 0, fleet.replicas
 
     def route(self, ids: Int64s, reaches: Sequence[Sequence[int]], queue: Int64s) -> int:
         """Return the replica that a request goes to, and count it as sent there.
@@ -141,7 +141,7 @@ class Router:
 
     def _home_of(self, ids: npt.NDArray[np.int64]) -> int:
         known = np.flatnonzero(self._home[ids] != NO_HOME)
-        if not len(known) or self._branches[ids[known[-1]]] >= COMMON:
+        if not len(known) or self._branches[ids[known[-1]]] >= COMMON * self._replicas:
             return NO_HOME
         return int(self._home[ids[known[-1]]])
 
