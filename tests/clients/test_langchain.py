@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 from tests.clients.conftest import KEY, MODEL
 from tests.server.local import Process
 
@@ -16,11 +16,11 @@ class Person(BaseModel):
     """Somebody."""
 
     kind: Literal["user", "admin"]
-    age: int
+    age: Annotated[int, Field(ge=0, le=150)]  # of a number without bounds a model of 4M writes digits without end
 
 
 @tool
-def weather(days: int) -> str:
+def weather(days: Annotated[int, Field(ge=0, le=30)]) -> str:
     """Tell the weather."""
     return f"sunny for {days} days"
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from tests.clients.conftest import KEY, MODEL
 from tests.server.local import Process
 
@@ -27,7 +27,7 @@ TOOL: Any = {
 
 class Person(BaseModel):
     kind: Literal["user", "admin"]
-    age: int
+    age: Annotated[int, Field(ge=0, le=150)]  # of a number without bounds a model of 4M writes digits without end
 
 
 @pytest.fixture
