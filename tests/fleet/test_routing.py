@@ -101,9 +101,10 @@ def test_an_order_that_is_none_is_refused(given):
 
 
 def test_work_of_long_ago_counts_less():
-    load = RecentLoad(2, memory=0.5)
+    load, both = RecentLoad(memory=0.5), [0, 1]
+    assert load.of(both).tolist() == [0, 0]
     load.add(0, 100)
     load.add(1, 10)
-    seen = load.tokens
+    seen = load.of(both)
     load.add(1, 10)
-    assert seen.tolist() == [50, 10] and load.tokens.tolist() == [25, 15]
+    assert seen.tolist() == [50, 10] and load.of(both).tolist() == [25, 15]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,13 +14,14 @@ from pagedkv.fleet.routing import (
     COMMON,
     NO_HOME,
     Candidates,
+    RecentLoad,
     RoutingPolicy,
     RoutingRequest,
     parse_routing,
     route,
 )
 from pagedkv.fleet.view import BlockHash, FleetView, prefix_hashes
-from pagedkv.validate import require_int, require_number
+from pagedkv.validate import require_int
 
 MAX_HOMES = 500_000
 """Blocks of which a router remembers where they were sent last, about 100 bytes each."""
@@ -44,12 +45,6 @@ class RoutedRequest:
     matched: dict[str, int]
     tokens: int
     _hashes: list[BlockHash] = field(repr=False)
-
-
-@dataclass
-class _Replica:
-    load: float
-    running: int = 0
 
 
 @dataclass(slots=True)
@@ -88,8 +83,8 @@ class FleetRouter:
 
     def __init__(self, routing: str | RoutingPolicy, view: FleetView, *, memory: float = 0.995) -> None:
         self._policy, self._view = parse_routing(routing), view
-        self._memory = require_number("memory", memory, 0, 1)
-        self._replicas: dict[str, _Replica] = {}
+        self._load = RecentLoad(memory)
+        self._running: Counter[str] = Counter()
         self._homes: OrderedDict[BlockHash, _Home] = OrderedDict()  # what was sent last stands at the end
         self._number = 0
 
@@ -100,7 +95,7 @@ class FleetRouter:
 
     def running(self, replica: str) -> int:
         """Return how many requests were sent to a replica and are not done."""
-        return self._replicas[replica].running if replica in self._replicas else 0
+        return self._running[replica]
 
     def route(
         self,
@@ -138,7 +133,7 @@ class FleetRouter:
         matched = self._view.matched(hashes, names)
         home = self._home(hashes, len(names))
         request = RoutingRequest(self._number, len(token_ids), names.index(home) if home in names else NO_HOME)
-        load = np.array([self._known(name).load for name in names])
+        load = self._load.of(names)
         order = route(self._policy, request, Candidates(matched, load, waiting))
         found = dict(zip(names, matched.sum(axis=1).tolist(), strict=True))
         return RoutedRequest(tuple(names[place] for place in order), found, len(token_ids), hashes)
@@ -154,11 +149,8 @@ class FleetRouter:
         if replica not in routed.matched:
             raise bad_argument("replica", f"one of {list(routed.replicas)}", replica)
         self._number += 1
-        for each in self._replicas.values():
-            each.load *= self._memory
-        known = self._known(replica)
-        known.load += routed.tokens - routed.matched[replica]
-        known.running += 1
+        self._load.add(replica, routed.tokens - routed.matched[replica])
+        self._running[replica] += 1
         above = None
         for block in routed._hashes:
             home = self._homes.get(block)
@@ -175,17 +167,12 @@ class FleetRouter:
     def done(self, replica: str) -> None:
         """Count a request that was sent to a replica as over, however it ended."""
         if self.running(replica):
-            self._replicas[replica].running -= 1
+            self._running[replica] -= 1
 
     def forget(self, replica: str) -> None:
         """Drop the load of a replica that is gone, as its view does what it has cached."""
-        self._replicas.pop(replica, None)
-
-    def _known(self, name: str) -> _Replica:
-        if name not in self._replicas:
-            loads = [each.load for each in self._replicas.values()]
-            self._replicas[name] = _Replica(sum(loads) / len(loads) if loads else 0.0)
-        return self._replicas[name]
+        self._load.forget(replica)
+        self._running.pop(replica, None)
 
     def _waiting(self, names: tuple[str, ...], queue: Sequence[int] | None) -> npt.NDArray[np.int64]:
         if queue is None:

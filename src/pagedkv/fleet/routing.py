@@ -7,7 +7,7 @@ order wherever it is asked. Ties go to the candidate that stands first.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol, runtime_checkable
@@ -218,23 +218,33 @@ def route(policy: RoutingPolicy, request: RoutingRequest, candidates: Candidates
 class RecentLoad:
     """Work that each replica was given lately, in tokens: with every request of the fleet older work counts less.
 
+    Replicas are names; one that is new begins with the mean of the others.
+
     Parameters
     ----------
-    replicas : int
     memory : float
         What is left of it after a request: .995 halves it in 138 requests.
     """
 
-    def __init__(self, replicas: int, memory: float = 0.995) -> None:
-        self._memory = memory
-        self._tokens = np.zeros(replicas)
+    def __init__(self, memory: float = 0.995) -> None:
+        self._memory = require_number("memory", memory, 0, 1)
+        self._tokens: dict[Hashable, float] = {}
 
-    @property
-    def tokens(self) -> npt.NDArray[np.float64]:
-        """Of every replica, float64 [replicas]; a copy."""
-        return self._tokens.copy()
+    def of(self, replicas: Sequence[Hashable]) -> npt.NDArray[np.float64]:
+        """Return that of some replicas, float64 [replicas]."""
+        return np.array([self._known(replica) for replica in replicas])
 
-    def add(self, replica: int, tokens: int) -> None:
+    def add(self, replica: Hashable, tokens: int) -> None:
         """Count a request of which `replica` had to compute these tokens."""
-        self._tokens *= self._memory
-        self._tokens[replica] += tokens
+        for each in self._tokens:
+            self._tokens[each] *= self._memory
+        self._tokens[replica] = self._known(replica) + tokens
+
+    def forget(self, replica: Hashable) -> None:
+        """Drop what a replica was given that is gone."""
+        self._tokens.pop(replica, None)
+
+    def _known(self, replica: Hashable) -> float:
+        if replica not in self._tokens:
+            self._tokens[replica] = sum(self._tokens.values()) / len(self._tokens) if self._tokens else 0.0
+        return self._tokens[replica]

@@ -117,7 +117,7 @@ class Router:
     def __init__(self, trace: Trace, fleet: Fleet) -> None:
         self._policy = copy.deepcopy(parse_routing(fleet.routing))  # one that learns begins anew
         self._block_tokens = trace.block_tokens
-        self._load = RecentLoad(fleet.replicas)
+        self._load = RecentLoad()
         self._home = np.full(trace.num_distinct, NO_HOME, np.int32)  # by content id,
         self._branches = np.zeros(trace.num_distinct, np.int32)  # and how many different blocks came behind it
         self._routed, self._replicas = 0, fleet.replicas
@@ -132,7 +132,7 @@ class Router:
         matched = ends.copy()
         matched[:, 1:] -= ends[:, :-1]
         asked = RoutingRequest(self._routed, len(ids) * size, self._home_of(ids))
-        replica = route(self._policy, asked, Candidates(matched, self._load.tokens, queue))[0]
+        replica = route(self._policy, asked, Candidates(matched, self._load.of(range(self._replicas)), queue))[0]
         self._routed += 1
         self._branches[ids[:-1][self._home[ids[1:]] == NO_HOME]] += 1
         self._home[ids] = replica
