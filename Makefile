@@ -61,31 +61,27 @@ test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as p
 	@echo "==> pytest -m slow"
 	@HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest -o timeout=3600 -m "slow and not gpu and not peer"
 
-# What is in .venv is in this one, too, which has the clients beside it.
-$(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt
-	@echo "==> $(CLIENTS) with the clients of tests/clients/requirements.txt"
-	@rm -rf $(CLIENTS)
-	@$(BIN)/python -m venv $(CLIENTS)
+# What is in .venv is in this one, too, with the packages of a group of tests beside it: its directory, the group.
+define beside
+	@echo "==> $(1) with what $(2)/requirements.txt names"
+	@rm -rf $(1)
+	@$(BIN)/python -m venv $(1)
 	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
-		> $$($(CLIENTS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pagedkv-venv.pth
-	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet \
-		-c constraints.txt -r tests/clients/requirements.txt
+		> $$($(1)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pagedkv-venv.pth
+	@$(1)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-c constraints.txt -r $(2)/requirements.txt
 	@touch $@
+endef
+
+$(CLIENTS)/.installed: $(STAMP) tests/clients/requirements.txt
+	$(call beside,$(CLIENTS),tests/clients)
 
 test-clients: $(CLIENTS)/.installed ## a server and the clients that people use: openai, anthropic, ollama, litellm, langchain, lm-eval
 	@echo "==> pytest tests/clients"
 	@$(CLIENTS)/bin/python -m pytest -W default tests/clients
 
-# Ray Serve beside what is in .venv.
 $(FLEET)/.installed: $(STAMP) tests/fleet_ray/requirements.txt
-	@echo "==> $(FLEET) with Ray Serve"
-	@rm -rf $(FLEET)
-	@$(BIN)/python -m venv $(FLEET)
-	@$(BIN)/python -c 'import site; print("import site; site.addsitedir(%r)" % site.getsitepackages()[0])' \
-		> $$($(FLEET)/bin/python -c 'import site; print(site.getsitepackages()[0])')/pagedkv-venv.pth
-	@$(FLEET)/bin/python -m pip --disable-pip-version-check install --quiet \
-		-c constraints.txt -r tests/fleet_ray/requirements.txt
-	@touch $@
+	$(call beside,$(FLEET),tests/fleet_ray)
 
 test-fleet: $(FLEET)/.installed ## two replicas on Ray Serve: the same tokens as one engine, one of them killed, restarts
 	@echo "==> pytest tests/fleet_ray"
