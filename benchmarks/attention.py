@@ -21,6 +21,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from pagedkv import paged_attention
+from pagedkv.data.huge_pages import huge_pages
 from pagedkv.data.quantised import dequantised, quantised
 from pagedkv.data.simd import LANES, add, fetch_add, load, store, zeros
 from pagedkv.data.team import num_threads, run_in_threads
@@ -110,7 +111,8 @@ def _sum_chunks(counter: Any, numbers: Any, sums: Any) -> None:
 def reader() -> Way:
     """Return a function that reads memory that was written before, in the threads that the kernels use."""
     # Drawn at random: pages that are all alike may be one and the same page, and lie in a cache.
-    numbers = torch.rand(BANDWIDTH_BYTES // 4).numpy()
+    numbers = huge_pages(BANDWIDTH_BYTES).view(np.float32)
+    numbers[:] = torch.rand(len(numbers)).numpy()
     sums = np.zeros(len(numbers) // CHUNK, np.float32)
 
     def read() -> None:

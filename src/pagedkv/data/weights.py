@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp
+from pagedkv.data.huge_pages import HugePages
 from pagedkv.data.quantised import GREATEST
 from pagedkv.errors import bad_argument
 
@@ -27,13 +28,14 @@ Quantised = tuple[Tensor, Tensor]
 LetGo = Callable[[list[Tensor]], None]
 
 
-def quantised_rows(weight: Tensor) -> Quantised:
-    """Return a matrix ``[num_out, num_in]`` as contiguous int8 and float32 scales ``[num_out]``.
+def quantised_rows(weight: Tensor, room: HugePages | None = None) -> Quantised:
+    """Return a matrix ``[num_out, num_in]`` as contiguous int8, in `room`, and float32 scales ``[num_out]``.
 
     A row of zeros has scale 0. Raises InvalidOperation for NaN or an infinity.
     """
     num_rows, size = weight.shape
-    numbers, scales = torch.empty(num_rows, size, dtype=torch.int8), torch.empty(num_rows)
+    numbers = (room or HugePages()).empty((num_rows, size), torch.int8)
+    scales = torch.empty(num_rows)
     greatest, step = GREATEST[torch.int8], max(1, CHUNK // max(1, size))
     for first in range(0, num_rows, step):
         rows = weight[first : first + step].float()
@@ -82,11 +84,12 @@ class _Matrices:
     def __init__(self) -> None:
         self._found: dict[Any, Quantised] = {}
         self._done: list[Tensor] = []
+        self._room = HugePages()
 
     def matrix(self, weight: Tensor) -> Quantised:
         key = weight.data_ptr(), weight.shape, weight.stride()
         if key not in self._found:
-            self._found[key] = quantised_rows(weight)
+            self._found[key] = quantised_rows(weight, self._room)
         self._done.append(weight)
         return self._found[key]
 

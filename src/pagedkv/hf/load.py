@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pagedkv.control.protocol import Strategy
 from pagedkv.data.gpu_device import has_triton
+from pagedkv.data.huge_pages import move_weights
 from pagedkv.data.weights import WEIGHTS
 from pagedkv.errors import InvalidOperation, MissingExtra, bad_argument
 from pagedkv.hf.compat import paged_layers
@@ -79,8 +80,8 @@ def load_runner(
         What the weights are quantised to, row by row, after the exam; as they are by default. For the compiled mode,
         and K and V that are not quantised. A model that came from a folder lets go of its own weights and runs no more.
     keep_model : bool
-        Whether a model that was given keeps its weights beside quantised ones; without, it lets go of them as one of a
-        folder does.
+        Whether a model that was given keeps its weights where they are, and beside quantised ones. Without, as with one
+        of a folder, they move into huge pages if twice as much memory is free, and make room for quantised ones.
 
     Returns
     -------
@@ -108,6 +109,8 @@ def load_runner(
     if cuda_graphs:
         _require_graphs(model, mode)
     model.train(False)
+    if not keeps_model and weights is None:
+        move_weights(model)
     paged_layers("model", model.config)  # refuses a model without attention layers, whatever the mode
     # What quantising costs is the caller's choice and no fault of the mode.
     is_quantised = kv_dtype is not None and KvCacheSpec(0, dtype=kv_dtype).is_quantised
