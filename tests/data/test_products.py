@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import dot_tile
+from pagedkv.data.simd_products import add_dots, dot_tile, scores_of, totals, turn
 from pagedkv.data.team import torch_alone
 from pagedkv.jit import compiled
 
@@ -25,6 +25,24 @@ def tile_of_two(x, y, count, out):
 @compiled
 def tile_of_one(x, y, count, out):
     dot_tile(x, (2 * count,), y, (3 * count, 0 * count), count, out)
+
+
+@compiled
+def tile_in_parts(x, y, count, part, sums, out):
+    for begin in range(0, count, part):
+        runs = (begin, count + begin, 2 * count + begin, 3 * count + begin)
+        add_dots(x, runs, y, runs, min(part, count - begin), sums, 16)
+    totals(sums, 16, out)
+
+
+@compiled
+def scores_of_keys(rows, width, keys, places, dim, step, tile, scale, out):
+    for group in range(2):
+        for d in range(0, dim, step):
+            turn(rows, keys, places, 16 * group, 3 + d, dim - d, tile, (group * width + d) * 256 // step)
+    apart, count = width * 256 // step, width * 16 // step
+    scores_of(rows, 0 * dim, width, tile, (0 * dim, apart), count, scale, out, 16 + 0 * dim)
+    scores_of(rows, 0 * dim, width, tile, (apart,), count, scale, out, 144 + 0 * dim)
 
 
 KINDS = [("float32", kind) for kind in ("float32", "float16", "bfloat16", "int8")]
@@ -68,3 +86,36 @@ def test_torch_alone_gives_its_threads_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("count", "part"), [(7, 32), (64, 32), (100, 64), (576, 288), (600, 96)])
+@pytest.mark.parametrize(("left", "right"), KINDS)
+def test_products_of_parts_have_the_bits_of_whole_runs(left, right, count, part):
+    x, y = random(left, count, 1), random(right, count, 2)
+    whole, got = np.zeros(16, np.float32), np.zeros(16, np.float32)
+    tile_of_four(bits(x), bits(y), count, whole)
+    sums = np.zeros(16 + 256 + 16, np.float32)
+    tile_in_parts(bits(x), bits(y), count, part, sums, got)
+    assert (got == whole).all()
+    assert not sums[:16].any() and not sums[-16:].any()
+
+
+@pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 100])
+@pytest.mark.parametrize(("left", "right"), [kind for kind in KINDS if kind[0] == "float32" or kind[0] == kind[1]])
+def test_scores_are_right_and_the_same_for_few_keys_and_many(left, right, dim):
+    step = 32 if left == "bfloat16" else 16
+    width = -(-dim // step) * step
+    queries, pool = torch.zeros(4, width), torch.cat([random(right, 3 + dim, seed) for seed in range(10)])
+    queries[:, :dim] = random("float32", dim, 99)
+    queries = queries.to(getattr(torch, left))
+    order = np.random.default_rng(dim).permutation(40)[:32]
+    tile, out = np.full(512 * 256 // step, np.nan, np.float32), np.zeros(16 + 128 + 64 + 16, np.float32)
+    places = order * (3 + dim)
+    scores_of_keys(bits(queries), width, bits(pool), places, dim, step, tile, np.float32(0.5), out)
+    keys = pool[torch.from_numpy(order), 3:].double()
+    exact = (keys @ queries[:, :dim].double().T).numpy() * 0.5
+    size = (keys.abs() @ queries[:, :dim].double().abs().T).numpy()
+    got = out[16:144].reshape(32, 4)
+    assert (np.abs(got - exact) <= 1e-6 * size).all()
+    assert (out[144:208].reshape(16, 4) == got[16:]).all()
+    assert not out[:16].any() and not out[-16:].any()

@@ -85,22 +85,22 @@ def test_what_is_shared_ends_with_the_shortest_and_goes_on_with_the_others():
     runs = [(0, 40)]
     batch = make([(runs, 640, 1), (runs, 639, 1), (runs, 200, 1)], 16)
     shared = [item for item in items_of(batch) if len(item[0]) > 1]
-    assert shared == [([0, 1, 2], 0, 192, 0), ([0, 1], 192, SPLIT, 1), ([0, 1], SPLIT, 608, 0)]
+    assert shared == [([0, 1, 2], 0, 192, 0), ([0, 1], 192, SPLIT, 1), ([0, 1], SPLIT, 576, 0)]
 
 
 def test_nested_prefixes_go_on_from_each_other():
-    many = [([(0, 10), (20 + 20 * (i // 3), 10), (200 + 10 * i, 3)], 350, 1) for i in range(6)]
+    many = [([(0, 12), (20 + 20 * (i // 3), 8), (200 + 10 * i, 3)], 350, 1) for i in range(6)]
     items = items_of(make(many, 16))
-    assert items[0] == ([0, 1, 2, 3, 4, 5], 0, 160, 0)
-    assert sorted(items[1:3]) == [([0, 1, 2], 160, 320, 1), ([3, 4, 5], 160, 320, 1)]
+    assert items[0] == ([0, 1, 2, 3, 4, 5], 0, 192, 0)
+    assert sorted(items[1:3]) == [([0, 1, 2], 192, 320, 1), ([3, 4, 5], 192, 320, 1)]
     assert sorted(items[3:]) == [([i], 320, 350, 1) for i in range(6)]
 
 
 def test_many_sequences_are_shared_out_to_several_items_that_all_have_to_be_waited_for():
-    many = [([(0, 10), (20 + 20 * (i // 10), 12), (200 + 3 * i, 3)], 350, 1) for i in range(20)]
+    many = [([(0, 12), (20 + 20 * (i // 10), 10), (200 + 3 * i, 3)], 350, 1) for i in range(20)]
     items = items_of(make(many, 16))
     assert sum(len(members) for members, *_ in items[:3]) == 20
-    assert {end for *_, end, _ in items[:3]} == {160}
+    assert {end for *_, end, _ in items[:3]} == {192}
     assert {num_before for *_, num_before in items[3:7]} == {3}
 
 

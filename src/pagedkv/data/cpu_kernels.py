@@ -29,10 +29,11 @@ from pagedkv.data.cpu_tiles import (
     rescale,
     row_width,
     score_few,
-    score_in_place,
     score_many,
+    score_pairs,
     soft_cap,
     softmax,
+    turn_keys,
     widen,
 )
 from pagedkv.data.simd import (
@@ -169,6 +170,7 @@ def _attend_head(
         count = in_steps(end - start - tile, packed)
         position = start + tile
         if is_bfloat16(packed):
+            turn_keys(packed, keys, room.key_at, tile, 0, TILE, count, shape.head_dim, room.key_tile)
             pair_up(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
         else:
             widen(keys, room.key_at, tile, count, shape.head_dim, room.key_tile)
@@ -177,11 +179,11 @@ def _attend_head(
             if position + count <= quads[quad, QUAD.low] or position >= quads[quad, QUAD.end]:
                 continue
             at = quads[quad, place]
+            at_row = quad * ROWS * width
             if is_bfloat16(packed):
-                at_row = quad * ROWS * width
-                score_in_place(packed, at_row, keys, room.key_at, tile, count, shape.head_dim, rules.scale, scores)
+                score_pairs(packed, at_row, room.key_tile, count, shape.head_dim, rules.scale, scores, 0)
             else:
-                score_many(packed, quad * ROWS * width, room.key_tile, count, shape.head_dim, scores)
+                score_many(packed, at_row, room.key_tile, count, shape.head_dim, scores)
             if key_scales is not None:
                 rescale(scores, 0, count, room.scales, tile)
             if rules.cap > 0:
@@ -368,7 +370,20 @@ def _attend_few(
         )
     for tile in range(0, end - start, TILE):
         count = in_steps(end - start - tile, packed)
-        score_few(packed, num_heads, num_quads, keys, room.key_at, tile, count, shape, strides, rules.scale, scores)
+        score_few(
+            packed,
+            num_heads,
+            num_quads,
+            keys,
+            room.key_at,
+            tile,
+            count,
+            shape,
+            strides,
+            rules.scale,
+            scores,
+            room.key_tile,
+        )
         for head in range(num_heads):
             for quad in range(num_quads):
                 at_score, scale_at = (head * num_quads + quad) * ROWS * TILE, head * SPLIT + tile

@@ -18,7 +18,7 @@ from pagedkv.jit import called, compiled, inlined
 Array = npt.NDArray[Any]
 Ints = npt.NDArray[np.int64]
 
-TILE = 32
+TILE = 64
 """Positions whose scores are held at a time."""
 SPLIT = 512
 """Positions of a work item: 2 MB of bfloat16 keys and values at 8 heads of 128."""

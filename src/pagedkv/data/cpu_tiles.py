@@ -48,8 +48,10 @@ from pagedkv.data.simd_products import (
     load_pairs,
     load_pairs_part,
     paired,
+    scores_of,
+    turn,
 )
-from pagedkv.jit import called, inlined
+from pagedkv.jit import borrowed, called, inlined
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -106,28 +108,25 @@ QUAD = Quad(*range(10))
 # The inner loops: one tile of tokens, four query rows at a time.
 #
 # What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a
-# time, so a key or a value is loaded and widened once for all. Tokens are visited in the order in which they lie in
-# memory, a few at a time for all heads, and asked for ahead of that: a head's row is too short for the hardware to
-# see a stream. Scores are powers of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 +
-# row]``.
+# time, so a key or a value is loaded and widened once for all. Keys of bfloat16 are turned, so that sixteen of them
+# are the lanes of a vector and no product has to be summed up across lanes, which would be as much work as to
+# multiply. Others are visited in the order in which they lie in memory, a few at a time for all heads, and rows are
+# asked for ahead of that: one is too short for the hardware to see a stream. Scores are powers of two (``log2(e)`` is
+# in the scale) and interleaved by row, ``score[token * 4 + row]``.
 
 STEP = 4
-"""Tokens that are visited for all heads before the next ones."""
+"""Tokens whose values are visited for all heads before the next ones."""
 FEW_QUADS = 4
-"""Up to that many fours of rows of a head read keys and values where they lie; a copy of a tile serves more."""
+"""Up to that many fours of rows of a head read values where they lie; a copy of a tile serves more."""
 AHEAD_BYTES = 8192
 """How far ahead of its use a row is asked for."""
 
 
 @inlined
-def _visit(count: int, row: int, head: int, width: int, num_heads: int, item_bytes: int) -> tuple[int, int]:
-    """Return how many tokens to visit per head, and how many tokens ahead to ask for rows.
-
-    Where the heads of a token lie side by side (NHD) it is a few, else (HND) all tokens of the tile.
-    """
-    side_by_side = head < row
-    row_bytes = (num_heads if side_by_side else 1) * width * item_bytes
-    return (STEP if side_by_side else count), min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
+def _ahead(row: int, head: int, width: int, num_heads: int, item_bytes: int) -> int:
+    """Return how many tokens ahead to ask for rows."""
+    row_bytes = (num_heads if head < row else 1) * width * item_bytes
+    return min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
 
 
 @inlined
@@ -143,19 +142,27 @@ def score_few(
     strides: Strides,
     scale: np.float32,
     scores: Floats,
+    key_tile: Floats,
 ) -> None:
     """Score the rows of all heads against a tile's keys."""
     width = row_width(shape.head_dim, packed)
-    step, ahead = _visit(count, strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
+    ahead = _ahead(strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
+    if is_bfloat16(packed):
+        for head in range(num_heads):
+            turn_keys(packed, keys, key_at, tile, head * strides.key_head, ahead, count, shape.head_dim, key_tile)
+            for quad in range(num_quads):
+                at = head * num_quads + quad
+                score_pairs(packed, at * ROWS * width, key_tile, count, shape.head_dim, scale, scores, at * ROWS * TILE)
+        return
+    step = STEP if strides.key_head < strides.key else count
     for token in range(0, count, step):
         for head in range(num_heads):
-            head_at = head * strides.key_head
+            head_at, at = head * strides.key_head, head * num_quads * ROWS
             for i in range(token, token + step, STEP):
-                to = (head * num_quads * TILE + i) * ROWS
-                at = head * num_quads * ROWS * width
+                to = at * TILE + i * ROWS
                 _score_keys(
                     packed,
-                    at,
+                    at * width,
                     width,
                     num_quads,
                     keys,
@@ -164,7 +171,6 @@ def score_few(
                     head_at,
                     ahead,
                     shape.head_dim,
-                    scale,
                     scores,
                     to,
                 )
@@ -182,19 +188,59 @@ def _score_keys(
     head_at: int,
     ahead: int,
     dim: int,
-    scale: np.float32,
     scores: Floats,
     to: int,
 ) -> None:
-    """Score the rows of a head against four keys; those of bfloat16 are not scaled yet."""
+    """Score the rows of a head against four keys."""
     for i in range(first + ahead, first + ahead + STEP):
         for d in range(0, dim, LANES):
             prefetch(keys, key_at[i] + head_at + d)
     w, x = key_at[first] + head_at, key_at[first + 1] + head_at
     y, z = key_at[first + 2] + head_at, key_at[first + 3] + head_at
     for quad in range(num_quads):
-        result = dots(packed, at + quad * ROWS * width, width, keys, w, x, y, z, dim)
-        store(scores, to + quad * ROWS * TILE, mul(result, splat(scale)) if is_bfloat16(packed) else result)
+        store(scores, to + quad * ROWS * TILE, dots(packed, at + quad * ROWS * width, width, keys, w, x, y, z, dim))
+
+
+@called
+def turn_keys(
+    packed: Array,
+    keys: Array,
+    key_at: Ints,
+    first: int,
+    head_at: int,
+    ahead: int,
+    count: int,
+    dim: int,
+    tile: Floats,
+) -> None:
+    """Copy keys of bfloat16 to a tile, sixteen side by side, in pairs; some of those `ahead` are asked for."""
+    keys = borrowed(keys)
+    key_at = borrowed(key_at)
+    tile = borrowed(tile)
+    packed = borrowed(packed)
+    step, size = LANES * 4 // packed.itemsize, row_width(dim, packed) * packed.itemsize // 4 * LANES
+    for i in range(0, count, LANES):
+        to = i // LANES * size
+        for d in range(0, dim, step):
+            for key in range(first + i, first + i + LANES):
+                prefetch(keys, key_at[key + ahead] + head_at + d)
+            turn(packed, keys, key_at, first + i, head_at + d, dim - d, tile, to)
+            to += LANES * LANES
+
+
+@inlined
+def score_pairs(
+    packed: Array, at: int, tile: Floats, count: int, dim: int, scale: np.float32, scores: Floats, to: int
+) -> None:
+    """Score four rows of bfloat16 against keys that were turned."""
+    width = row_width(dim, packed)
+    apart, length = width // 2 * LANES, width // 2
+    if count > 2 * LANES:
+        scores_of(packed, at, width, tile, (0 * apart, apart, 2 * apart, 3 * apart), length, scale, scores, to)
+    elif count > LANES:
+        scores_of(packed, at, width, tile, (0 * apart, apart), length, scale, scores, to)
+    else:
+        scores_of(packed, at, width, tile, (0 * apart,), length, scale, scores, to)
 
 
 @called
@@ -293,7 +339,9 @@ def add_few(
 ) -> None:
     """Add a tile's weighted values to the rows of all heads."""
     dim = shape.v_head_dim
-    step, ahead = _visit(count, strides.value, strides.value_head, dim, num_heads, shape.item_bytes)
+    ahead = _ahead(strides.value, strides.value_head, dim, num_heads, shape.item_bytes)
+    # Where the heads of a token lie side by side (NHD) a few tokens are visited for all of them.
+    step = STEP if strides.value_head < strides.value else count
     for token in range(0, count, step):
         for head in range(num_heads):
             head_at = head * strides.value_head
@@ -416,7 +464,7 @@ def _add_row(
     store(partials, at, fma(z, value_z, fma(y, value_y, row)))
 
 
-# Many rows of a head: a tile's keys and values are widened once for all of them.
+# Many rows of a head: a tile's values are widened once for all of them.
 
 
 @inlined
@@ -444,25 +492,6 @@ def pair_up(array: Array, places: Ints, first: int, count: int, dim: int, tile: 
                 store(tile, to + d, load_pairs(array, at + d, following + d))
             else:
                 store(tile, to + d, load_pairs_part(array, at + d, following + d, dim - d))
-
-
-@inlined
-def score_in_place(
-    packed: Array,
-    at: int,
-    keys: Array,
-    key_at: Ints,
-    first: int,
-    count: int,
-    dim: int,
-    scale: np.float32,
-    scores: Floats,
-) -> None:
-    """Score four rows of bfloat16 against keys where they lie."""
-    width = row_width(dim, packed)
-    for i in range(0, count, STEP):
-        w, x, y, z = key_at[first + i], key_at[first + i + 1], key_at[first + i + 2], key_at[first + i + 3]
-        store(scores, i * ROWS, mul(dots(packed, at, width, keys, w, x, y, z, dim), splat(scale)))
 
 
 @inlined

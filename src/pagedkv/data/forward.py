@@ -16,6 +16,7 @@ from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
 from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
 from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
+from pagedkv.data.forward_products import ADDED, COLUMN_BLOCK, TO_FLOATS, panel_of
 from pagedkv.data.simd_llvm import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
@@ -36,9 +37,6 @@ tenth of a microsecond, and what the last one takes is what threads wait for."""
 SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
-INNER_BYTES = 24 << 10
-"""Weights that are multiplied by all rows of a block before the next ones: with four rows of activations they stay in
-the first cache."""
 MIN_ANGLES = 2048
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
 
@@ -194,7 +192,7 @@ class Program:
             position_offset=decoder.position_offset,
         )
         if decoder.embedding_norm is not None:
-            self._norm(decoder.embedding_norm, self._x, self._x, goes=kernels.TO_FLOATS)
+            self._norm(decoder.embedding_norm, self._x, self._x, goes=TO_FLOATS)
 
     def _norm(
         self, norm: Norm | None, source: _Buffer, target: _Buffer, *, picked: bool = False, **fields: Any
@@ -214,11 +212,8 @@ class Program:
         row_bytes = size_in * linear.weight.element_size()
         columns = _round_up(max(-(-ITEM_BYTES // row_bytes), -(-size_out // MOST_ITEMS)))
         if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
-            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), kernels.COLUMN_BLOCK)
-        panel_row = size_in * self._act_bytes
-        inner = max(
-            kernels.TILE_COLUMNS, min(LANES, INNER_BYTES // panel_row) // kernels.TILE_COLUMNS * kernels.TILE_COLUMNS
-        )
+            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), COLUMN_BLOCK)
+        inner, part = panel_of(size_in, self._act_bytes)
         self._add(
             source=source,
             target=_Buffer(target.start + at, target.width),
@@ -230,7 +225,8 @@ class Program:
             factor=self._constants.place(linear.scale),
             columns=columns,
             inner=inner,
-            **{"code": kernels.LINEAR, "goes": kernels.TO_FLOATS} | fields,
+            part=part,
+            **{"code": kernels.LINEAR, "goes": TO_FLOATS} | fields,
         )
 
     def _layer(self, number: int, layer: Layer) -> None:
@@ -267,11 +263,11 @@ class Program:
         self._expert_linear([mlp.down for mlp in experts], self._pair_inner, self._pair_out, **pairs)
         self._phase()
         if layer.mlp_post_norm is None:
-            known |= {"goes": kernels.ADDED, "scale": layer.residual_scale}
+            known |= {"goes": ADDED, "scale": layer.residual_scale}
             self._add(kernels.COMBINE, self._pair_out, self._x, size_out=hidden, **known)
         else:
-            self._add(kernels.COMBINE, self._pair_out, self._post, size_out=hidden, goes=kernels.TO_FLOATS, **known)
-            self._norm(layer.mlp_post_norm, self._post, self._x, goes=kernels.ADDED, scale=layer.residual_scale)
+            self._add(kernels.COMBINE, self._pair_out, self._post, size_out=hidden, goes=TO_FLOATS, **known)
+            self._norm(layer.mlp_post_norm, self._post, self._x, goes=ADDED, scale=layer.residual_scale)
 
     def _expert_linear(self, linears: list[Linear], source: _Buffer, target: _Buffer, **fields: Any) -> None:
         """Add the products of all experts, each with the rows of its pairs."""
@@ -296,10 +292,10 @@ class Program:
     def _residual(self, linear: Linear, source: _Buffer, post_norm: Norm | None, scale: float) -> None:
         self._phase()
         if post_norm is None:
-            self._linear(linear, source, self._x, goes=kernels.ADDED, scale=scale)
+            self._linear(linear, source, self._x, goes=ADDED, scale=scale)
         else:
             self._linear(linear, source, self._post)
-            self._norm(post_norm, self._post, self._x, goes=kernels.ADDED, scale=scale)
+            self._norm(post_norm, self._post, self._x, goes=ADDED, scale=scale)
 
     def _attention(self, number: int, attention: Attention) -> None:
         dim, v_dim, num_kv_heads = attention.head_dim, attention.v_head_dim, attention.num_kv_heads

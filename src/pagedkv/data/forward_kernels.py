@@ -11,7 +11,7 @@ many rows and threads there are changes no bit.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +19,43 @@ import numpy.typing as npt
 from pagedkv.data.cpu_kernels import Bases, aligned, attend_items
 from pagedkv.data.cpu_plan import Rules, Shape
 from pagedkv.data.cpu_tiles import Strides
+from pagedkv.data.forward_products import (
+    ADDED,
+    BLOCK,
+    CACHE_LINE,
+    COLUMN_BLOCK,
+    MOST_COLUMNS,
+    NOWHERE,
+    ROW_BLOCK,
+    SUMS_OF_COLUMN,
+    TILE_ROWS,
+    TO_ACTS,
+    TO_FLOATS,
+    Tile,
+    gate_of,
+    matrix_of,
+    multiply,
+    num_blocks,
+    panel_size,
+    tile_of,
+)
 from pagedkv.data.simd import (
     add,
     fetch_add,
     fma,
+    give_way,
     is_int8,
     load,
-    load_fours,
+    load_count,
     load_part,
     maximum,
     mul,
+    pause,
+    prefetch,
     put,
     sigmoid,
     splat,
     store,
-    store_fours,
     store_narrowed,
     sub,
     take,
@@ -41,8 +63,7 @@ from pagedkv.data.simd import (
     zeros,
 )
 from pagedkv.data.simd_llvm import LANES
-from pagedkv.data.simd_products import dot_tile
-from pagedkv.data.team import wait_until
+from pagedkv.data.team import PAUSES
 from pagedkv.jit import borrowed, called, compiled, inlined
 
 Array = npt.NDArray[Any]
@@ -53,12 +74,9 @@ EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP = range(9)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
-TO_ACTS, TO_FLOATS, ADDED = range(3)
-"""What becomes of a row: narrowed into ``acts``, written into ``floats``, or added there."""
-
 _WHOLES = (
     "code", "rows", "source", "source_width", "target", "target_width", "size_in", "size_out", "goes", "function",
-    "weight", "row_stride", "bias", "factor", "columns", "inner", "picked", "is_centred", "positions",
+    "weight", "row_stride", "bias", "factor", "columns", "inner", "part", "picked", "is_centred", "positions",
     "position_offset",
     "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "query_bias", "key_norm", "key_bias",
     "norm_size", "rope",
@@ -70,46 +88,21 @@ _WHOLES = (
 _NUMBERS = ("scale", "eps", "softcap")
 OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32) for name in _NUMBERS])
 """One operation. Places are in elements: ``source`` and ``target`` of row 0, ``weight`` and the bases of K and V from
-the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in ``constants``
-(-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too. ``rows`` says which
-rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones. ``columns`` is the
-outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in
-``places``. Where it ``is_activated`` the outputs go to ``acts`` by way of the ``function``, times those of a gate."""
+the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in
+``constants`` (-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too.
+``rows`` says which rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones.
+``columns`` is the outputs of an item of few rows, ``inner`` those of a panel, ``part`` how many inputs are summed up
+at once. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in ``places``. Where it
+``is_activated`` the outputs go to ``acts`` by way of the ``function``, times those of a gate."""
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
 LINE = 16
 """Counters of a phase, two cache lines of them: items taken, threads that began (8), threads that are through (9)."""
-FEW_ROWS = 32
-"""Up to so many rows are one block, and the items of a product are cut by ``columns``; more rows are cut as well."""
-ROW_BLOCK = 64
-COLUMN_BLOCK = 64
-TILE_ROWS = 4
-TILE_COLUMNS = 4
-"""Sixteen sums and what they are multiplied from fit into the registers of AVX-512."""
-BLOCK = ROW_BLOCK * COLUMN_BLOCK
-"""Outputs of a block, of which an activation takes up to two."""
-FEW_ROWS_OF_INT8 = 8
-"""More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
+LINES_OF_LOOK = 4
+"""How many are asked for between two looks at what a thread waits for."""
 ROWS_OF_ITEM = 8
 """Rows of an item that is no product."""
-
-
-class Tile(NamedTuple):
-    """Rows and outputs that one item computes."""
-
-    first_row: int
-    last_row: int
-    first_column: int
-    last_column: int
-
-
-class Matrix(NamedTuple):
-    """Where a weight, its bias and its factors begin; -1 where there is none."""
-
-    weight: int
-    bias: int
-    factor: int
 
 
 @inlined
@@ -120,22 +113,13 @@ def _num_rows(operation: Any, num_rows: int, num_picked: int) -> int:
 
 
 @inlined
-def _num_blocks(operation: Any, rows: int) -> int:
-    """Return how many items a product of so many rows is."""
-    if rows <= FEW_ROWS:
-        return (operation.size_out + operation.columns - 1) // operation.columns if rows else 0
-    blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-    return int(blocks * ((operation.size_out + COLUMN_BLOCK - 1) // COLUMN_BLOCK))
-
-
-@inlined
 def _num_items(operation: Any, rows: int, routes: Ints) -> int:
     if operation.code == LINEAR:
-        return _num_blocks(operation, rows)
+        return num_blocks(operation, rows)
     if operation.code == EXPERTS:
         count = 0
         for expert in range(operation.num_experts):
-            count += _num_blocks(operation, routes[expert + 1] - routes[expert])
+            count += num_blocks(operation, routes[expert + 1] - routes[expert])
         return count
     if operation.code == ROUTE:
         return 1
@@ -222,12 +206,16 @@ def run_program(
     places = borrowed(places)
     routes = borrowed(routes)
     shares = borrowed(shares)
-    scratch, block = np.empty(TILE_ROWS * TILE_COLUMNS, np.float32), aligned(2 * BLOCK, floats)
-    panel = aligned(_panel_size(operations) if is_int8(weights) else 0, acts)
+    scratch, block = np.empty(LANES, np.float32), aligned(2 * BLOCK, floats)
+    sums = aligned(ROW_BLOCK // TILE_ROWS * MOST_COLUMNS * SUMS_OF_COLUMN, floats)
+    panel = aligned(panel_size(operations) if is_int8(weights) else 0, acts)
+    # A thread takes its first item of the next phase before it waits for the end of this one, so that it knows what it
+    # will read; it counts as one that began by then, so nobody leaves that phase before the item is done.
+    fetch_add(counters, 8, 1)
+    item = fetch_add(counters, 0, 1)
     for phase in range(len(phases) - 1):
         line = phase * LINE
         first, last = phases[phase], phases[phase + 1]
-        fetch_add(counters, line + 8, 1)
         if operations[first].code == ATTEND:
             operation = operations[first]
             attend_items(
@@ -252,7 +240,8 @@ def run_program(
             )
         else:
             while True:
-                item = fetch_add(counters, line, 1)
+                # The next item of this thread, if each of the others takes one meanwhile.
+                guess = load_count(counters, line) + load_count(counters, line + 8) - 1
                 at = first
                 while at < last:
                     rows = _num_rows(operations[at], num_rows, len(picked))
@@ -270,14 +259,21 @@ def run_program(
                     if operation.code == EXPERTS:
                         expert, item = _expert_of(operation, item, routes)
                         first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
-                    tile = _tile_of(operation, item, first_row, rows)
-                    up = _matrix(operation, expert, places)
+                    tile = tile_of(operation, item, first_row, rows)
+                    up = matrix_of(operation, expert, places)
+                    following = NOWHERE
+                    if rows > 1:
+                        following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
                     if operation.is_activated:
-                        begin = -(tile.first_row * COLUMN_BLOCK + tile.first_column)
-                        _multiply(
+                        begin, next_panel = -(tile.first_row * COLUMN_BLOCK + tile.first_column), following
+                        if operation.has_gate:
+                            next_panel = gate_of(operation, expert, places).weight
+                            next_panel += tile.first_column * operation.row_stride
+                        multiply(
                             operation,
                             tile,
                             up,
+                            next_panel,
                             begin,
                             COLUMN_BLOCK,
                             acts,
@@ -286,15 +282,17 @@ def run_program(
                             block,
                             routes,
                             scratch,
+                            sums,
                             panel,
                         )
                         if operation.has_gate:
-                            gate = _gate(operation, expert, places)
+                            gate = gate_of(operation, expert, places)
                             begin += BLOCK
-                            _multiply(
+                            multiply(
                                 operation,
                                 tile,
                                 gate,
+                                following,
                                 begin,
                                 COLUMN_BLOCK,
                                 acts,
@@ -303,14 +301,28 @@ def run_program(
                                 block,
                                 routes,
                                 scratch,
+                                sums,
                                 panel,
                             )
                         _activate(operation, tile, block, acts)
                     else:
                         target = operation.target if operation.target >= 0 else logits
                         apart = operation.target_width
-                        _multiply(
-                            operation, tile, up, target, apart, acts, weights, constants, floats, routes, scratch, panel
+                        multiply(
+                            operation,
+                            tile,
+                            up,
+                            following,
+                            target,
+                            apart,
+                            acts,
+                            weights,
+                            constants,
+                            floats,
+                            routes,
+                            scratch,
+                            sums,
+                            panel,
                         )
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)
@@ -327,8 +339,49 @@ def run_program(
                         _combine(operation, begin, end, floats, routes, shares)
                     else:
                         _embed(operation, begin, end, ids, positions, weights, constants, floats)
+                item = fetch_add(counters, line, 1)
+        begin, end = NOWHERE, NOWHERE
+        if phase + 2 < len(phases):
+            fetch_add(counters, line + LINE + 8, 1)
+            if operations[last].code != ATTEND:
+                item = fetch_add(counters, line + LINE, 1)
+                begin, end = _weights_of(operations, last, phases[phase + 2], item, num_rows, len(picked))
         fetch_add(counters, line + 9, 1)
-        wait_until(counters, line + 9, fetch_add(counters, line + 8, 0))
+        _wait(counters, line + 9, fetch_add(counters, line + 8, 0), weights, begin, end)
+
+
+@inlined
+def _wait(counters: Ints, index: int, value: int, weights: Array, begin: int, end: int) -> None:
+    """Do as `wait_until`, and ask for the weights begin … end meanwhile."""
+    looks = 0
+    while load_count(counters, index) < value:
+        if begin < end:
+            for _ in range(LINES_OF_LOOK):
+                prefetch(weights, begin)
+                begin += CACHE_LINE // weights.itemsize
+        elif looks < PAUSES:
+            pause()
+            looks += 1
+        else:
+            give_way()
+
+
+@called
+def _weights_of(operations: Array, first: int, last: int, item: int, num_rows: int, num_picked: int) -> tuple[int, int]:
+    """Return where the weights of an item of a phase begin and end; `NOWHERE` if it is no product, or an expert's."""
+    operations = borrowed(operations)
+    for at in range(first, last):
+        operation = operations[at]
+        if operation.code != LINEAR:
+            break
+        rows = _num_rows(operation, num_rows, num_picked)
+        count = num_blocks(operation, rows)
+        if item < count:
+            tile = tile_of(operation, item, 0, rows)
+            begin = operation.weight + tile.first_column * operation.row_stride
+            return begin, operation.weight + tile.last_column * operation.row_stride
+        item -= count
+    return NOWHERE, NOWHERE
 
 
 @inlined
@@ -453,264 +506,6 @@ def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, co
                 store(floats, to + i, fma(number, scale, load(floats, to + i)))
 
 
-@inlined
-def _tile_of(operation: Any, item: int, first: int, rows: int) -> Tile:
-    """Return the block of an item of a product of some rows, from the first on."""
-    if rows <= FEW_ROWS:
-        first_row, last_row, width = first, first + rows, operation.columns
-        first_column = item * width
-    else:
-        blocks = (rows + ROW_BLOCK - 1) // ROW_BLOCK
-        first_row, width = first + item % blocks * ROW_BLOCK, COLUMN_BLOCK
-        last_row, first_column = min(first + rows, first_row + ROW_BLOCK), item // blocks * width
-    return Tile(first_row, last_row, first_column, min(operation.size_out, first_column + width))
-
-
-@inlined
-def _matrix(operation: Any, expert: int, places: Ints) -> Matrix:
-    if expert < 0:
-        return Matrix(operation.weight, operation.bias, operation.factor)
-    weight, bias = places[operation.weights + expert], places[operation.biases + expert]
-    return Matrix(weight, bias, places[operation.factors + expert])
-
-
-@inlined
-def _gate(operation: Any, expert: int, places: Ints) -> Matrix:
-    if expert < 0:
-        return Matrix(operation.gate, operation.gate_bias, operation.gate_factor)
-    weight, bias = places[operation.gates + expert], places[operation.gate_biases + expert]
-    return Matrix(weight, bias, places[operation.gate_factors + expert])
-
-
-@called
-def _multiply(
-    operation: Any,
-    tile: Tile,
-    matrix: Matrix,
-    target: int,
-    apart: int,
-    acts: Array,
-    weights: Array,
-    constants: Floats,
-    floats: Floats,
-    routes: Ints,
-    scratch: Floats,
-    panel: Array,
-) -> None:
-    """Multiply a block of rows by a block of weights; output ``column`` of a row is ``apart`` from that of the next."""
-    acts = borrowed(acts)
-    weights = borrowed(weights)
-    constants = borrowed(constants)
-    floats = borrowed(floats)
-    routes = borrowed(routes)
-    scratch = borrowed(scratch)
-    panel = borrowed(panel)
-    stride, size = operation.row_stride, operation.size_in
-    for inner in range(tile.first_column, tile.last_column, operation.inner):
-        inner_end = min(tile.last_column, inner + operation.inner)
-        first = matrix.weight + inner * stride
-        if is_int8(weights) and tile.last_row - tile.first_row > FEW_ROWS_OF_INT8:
-            width = (size + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)
-            _widen(weights, first, stride, inner_end - inner, size, width, panel)
-            _multiply_panel(
-                operation,
-                tile,
-                matrix,
-                target,
-                apart,
-                acts,
-                panel,
-                0,
-                width,
-                inner,
-                inner_end,
-                constants,
-                floats,
-                routes,
-                scratch,
-            )
-        else:
-            _multiply_panel(
-                operation,
-                tile,
-                matrix,
-                target,
-                apart,
-                acts,
-                weights,
-                first,
-                stride,
-                inner,
-                inner_end,
-                constants,
-                floats,
-                routes,
-                scratch,
-            )
-
-
-@inlined
-def _multiply_panel(
-    operation: Any,
-    tile: Tile,
-    matrix: Matrix,
-    target: int,
-    apart: int,
-    acts: Array,
-    weights: Array,
-    first: int,
-    stride: int,
-    inner: int,
-    inner_end: int,
-    constants: Floats,
-    floats: Floats,
-    routes: Ints,
-    scratch: Floats,
-) -> None:
-    """Multiply a block of rows by the weights of the outputs inner … inner_end, the first of which begins at first."""
-    size, row = operation.size_in, tile.first_row
-    whole_end = inner + (inner_end - inner) // TILE_COLUMNS * TILE_COLUMNS
-    while row < tile.last_row:
-        height = min(TILE_ROWS, tile.last_row - row)
-        x0, x1 = _source(operation, row, routes), _source(operation, row + min(1, height - 1), routes)
-        x2 = _source(operation, row + min(2, height - 1), routes)
-        x3 = _source(operation, row + height - 1, routes)
-        to = target + row * apart
-        # The only row of a step is what reads weights at the memory's speed: nothing else in its loop.
-        if height == 1:
-            for column in range(inner, whole_end, TILE_COLUMNS):
-                dot_tile(acts, (x0,), weights, _four_from(first + (column - inner) * stride, stride), size, scratch)
-                _put(operation, matrix, 1, column, to + column, apart, constants, floats, scratch)
-        elif height == 2:
-            for column in range(inner, whole_end, TILE_COLUMNS):
-                dot_tile(acts, (x0, x1), weights, _four_from(first + (column - inner) * stride, stride), size, scratch)
-                _put(operation, matrix, 2, column, to + column, apart, constants, floats, scratch)
-        else:  # three rows are computed as four, the last one twice
-            for column in range(inner, whole_end, TILE_COLUMNS):
-                columns = _four_from(first + (column - inner) * stride, stride)
-                dot_tile(acts, (x0, x1, x2, x3), weights, columns, size, scratch)
-                _put(operation, matrix, height, column, to + column, apart, constants, floats, scratch)
-        if whole_end < inner_end:
-            last = first + (whole_end - inner) * stride
-            count = inner_end - whole_end
-            _multiply_rest(acts, (x0, x1, x2, x3), weights, last, stride, count, size, scratch)
-            _put_rest(operation, matrix, height, whole_end, count, to + whole_end, apart, constants, floats, scratch)
-        row += height
-
-
-@inlined
-def _four_from(first: int, stride: int) -> tuple[int, int, int, int]:
-    return first, first + stride, first + 2 * stride, first + 3 * stride
-
-
-@called
-def _multiply_rest(
-    acts: Array,
-    rows: tuple[int, int, int, int],
-    weights: Array,
-    first: int,
-    stride: int,
-    count: int,
-    size: int,
-    scratch: Floats,
-) -> None:
-    """Multiply four rows by the last outputs, fewer than four."""
-    acts = borrowed(acts)
-    weights = borrowed(weights)
-    scratch = borrowed(scratch)
-    columns = (first, first + min(1, count - 1) * stride, first + (count - 1) * stride, first + (count - 1) * stride)
-    dot_tile(acts, rows, weights, columns, size, scratch)
-
-
-@inlined
-def _panel_size(operations: Array) -> int:
-    """Return the most that the weights of one panel take, in what is multiplied."""
-    size = 0
-    for operation in operations:
-        size = max(size, operation.inner * ((operation.size_in + 2 * LANES - 1) // (2 * LANES) * (2 * LANES)))
-    return int(size)
-
-
-@called
-def _widen(weights: Array, first: int, stride: int, count: int, size: int, width: int, panel: Array) -> None:
-    """Copy rows of weights as what is multiplied, with zeros to whole vectors."""
-    weights = borrowed(weights)
-    panel = borrowed(panel)
-    for column in range(count):
-        at, to = first + column * stride, column * width
-        for i in range(0, width, LANES):
-            some = zeros()
-            if i + LANES <= size:
-                some = load(weights, at + i)
-            elif i < size:
-                some = load_part(weights, at + i, size - i)
-            store_narrowed(panel, to + i, some)
-
-
-@inlined
-def _source(operation: Any, row: int, routes: Ints) -> int:
-    """Return where the activations of a row begin; that of a pair may be that of its token."""
-    if operation.by_pair:
-        row = routes[operation.num_experts + 1 + row]
-    return int(operation.source + row * operation.source_width)
-
-
-@inlined
-def _put(
-    operation: Any,
-    matrix: Matrix,
-    height: int,
-    column: int,
-    to: int,
-    apart: int,
-    constants: Floats,
-    floats: Floats,
-    scratch: Floats,
-) -> None:
-    """Write the sums of a tile, with what belongs to each output."""
-    # Fewer rows than four stand in the lanes of the others, too.
-    second = to + apart if height > 1 else to
-    places = (to, second, to + 2 * apart, to + (height - 1) * apart) if height > 2 else (to, second, to, second)
-    value = load(scratch, 0)
-    if matrix.factor >= 0:
-        at = matrix.factor + column
-        value = mul(value, load_fours(constants, (at, at, at, at)))
-    if matrix.bias >= 0:
-        at = matrix.bias + column
-        value = add(value, load_fours(constants, (at, at, at, at)))
-    if operation.scale != 1:
-        value = mul(value, splat(operation.scale))
-    if operation.goes == ADDED:
-        value = add(value, load_fours(floats, places))
-    store_fours(floats, places, value)
-
-
-@called
-def _put_rest(
-    operation: Any,
-    matrix: Matrix,
-    height: int,
-    column: int,
-    width: int,
-    to: int,
-    apart: int,
-    constants: Floats,
-    floats: Floats,
-    scratch: Floats,
-) -> None:
-    """Write the sums of a tile of fewer outputs than four."""
-    constants = borrowed(constants)
-    floats = borrowed(floats)
-    scratch = borrowed(scratch)
-    for j in range(width):
-        by = constants[matrix.factor + column + j] if matrix.factor >= 0 else np.float32(1)
-        more = constants[matrix.bias + column + j] if matrix.bias >= 0 else np.float32(0)
-        for i in range(height):
-            number = (scratch[i * TILE_COLUMNS + j] * by + more) * operation.scale
-            place = to + i * apart + j
-            put(floats, place, number + floats[place] if operation.goes == ADDED else number)
-
-
 @called
 def _cap(operation: Any, begin: int, end: int, floats: Floats, logits: int) -> None:
     """Soft-cap logits."""
@@ -732,11 +527,11 @@ def _cap(operation: Any, begin: int, end: int, floats: Floats, logits: int) -> N
 def _expert_of(operation: Any, item: int, routes: Ints) -> tuple[int, int]:
     """Return the expert of an item, and which of its items that is."""
     expert = 0
-    count = _num_blocks(operation, routes[1] - routes[0])
+    count = num_blocks(operation, routes[1] - routes[0])
     while item >= count:
         item -= count
         expert += 1
-        count = _num_blocks(operation, routes[expert + 1] - routes[expert])
+        count = num_blocks(operation, routes[expert + 1] - routes[expert])
     return expert, item
 
 

@@ -97,8 +97,19 @@ def _dot_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
-def _along_runs(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
-    """Build the loop along the runs, and what is left of them behind whole vectors."""
+def _add_dots(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Build the same with sums that begin and end in memory, lanes and all."""
+    rows, columns = signature.args[1], signature.args[3]
+    data = builder.gep(context.make_array(signature.args[5])(context, builder, args[5]).data, [args[6]])
+    places = [builder.gep(data, [args[6].type(i * LANES)]) for i in range(rows.count * columns.count)]
+    sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
+    for place, total in zip(places, _along_runs(context, builder, signature, args, sums), strict=True):
+        llvm.write(builder, place, total)
+    return context.get_dummy_value()
+
+
+def _along_runs(context: Any, builder: Any, signature: Any, args: Any, sums: list[Any] | None = None) -> list[Any]:
+    """Build the loop along the runs, and what is left of them behind whole vectors, from zeros or from some sums on."""
     x, rows, y, columns = signature.args[:4]
     width, count = _run_of(x), args[4]
     left = _Runs(context, builder, x, args[0], args[1], width)
@@ -114,7 +125,7 @@ def _along_runs(context: Any, builder: Any, signature: Any, args: Any) -> list[A
         return result
 
     whole = builder.and_(count, count.type(-width))
-    sums = [llvm.every(0.0)] * (rows.count * columns.count)
+    sums = sums or [llvm.every(0.0)] * (rows.count * columns.count)
     sums = _counted(builder, whole, width, sums, lambda i, sums: added(sums, i))
     rest = builder.sub(count, whole)  # at most once
     return _counted(builder, rest, width, sums, lambda i, sums: added(sums, whole, rest))  # type: ignore[no-any-return]
@@ -138,34 +149,63 @@ def dot_tile(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...]
     product's order of additions depends on `count` alone. x is float32, and y any kind that `load` takes; or x is
     uint16, bfloat16, and y is uint16 or int8, where the processor `has_bfloat16_products`.
     """
-    width = 2 * LANES if x.dtype == np.uint16 else LANES
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
-            products = np.zeros(-(-count // width) * width, np.float32)
-            products[:count] = llvm.widened(x[row : row + count]) * llvm.widened(y[column : column + count])
             total = np.zeros(LANES, np.float32)
-            for some in products.reshape(-1, LANES, width // LANES):
-                total = total + some.sum(axis=1)
-            while len(total) > 1:
-                total = total[::2] + total[1::2]
-            out[i * len(columns) + j] = total[0]
+            _add_run(x[row : row + count], y[column : column + count], total)
+            out[i * len(columns) + j] = _total(total)
+
+
+@llvm.typed(
+    lambda x, rows, y, columns, count, sums, at: (
+        types.void(x, rows, y, columns, types.int64, sums, types.int64),
+        _add_dots,
+    )
+)
+def add_dots(
+    x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, sums: Array, at: int
+) -> None:
+    """Add the products of parts of runs, each lane by itself, to `LANES` sums for each row and column from `at` on.
+
+    Parts are of whole vectors but for the last of a run. All parts of runs one after the other, from zeros on, and the
+    `totals` of that are bit by bit what `dot_tile` writes.
+    """
+    for i, row in enumerate(rows):
+        for j, column in enumerate(columns):
+            place = at + (i * len(columns) + j) * LANES
+            _add_run(x[row : row + count], y[column : column + count], sums[place : place + LANES])
+
+
+def _add_run(x: Array, y: Array, sums: Array) -> None:
+    width = 2 * LANES if x.dtype == np.uint16 else LANES
+    products = np.zeros(-(-len(x) // width) * width, np.float32)
+    products[: len(x)] = llvm.widened(x) * llvm.widened(y)
+    for some in products.reshape(-1, LANES, width // LANES):
+        sums += some.sum(axis=1)
+
+
+def _sums_to_totals(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    data = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+    places = [builder.gep(data, [args[1].type(i * LANES)]) for i in range(LANES)]
+    sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
+    llvm.write(builder, context.make_array(signature.args[2])(context, builder, args[2]).data, _totals(builder, sums))
+    return context.get_dummy_value()
+
+
+@llvm.typed(lambda sums, at, out: (types.void(sums, types.int64, out), _sums_to_totals))
+def totals(sums: Array, at: int, out: Array) -> None:
+    """Write the totals of `LANES` times as many sums, from `at` on, to `out`, as `dot_tile` adds them."""
+    for i in range(LANES):
+        out[i] = _total(sums[at + i * LANES : at + (i + 1) * LANES])
+
+
+def _total(sums: Array) -> Any:
+    while len(sums) > 1:
+        sums = sums[::2] + sums[1::2]
+    return sums[0]
 
 
 # Products of four rows and some keys, and of weights and values.
-
-
-def _summed(builder: Any, parts: list[Any]) -> Any:
-    """Return a vector of the sums over the lanes of sixteen vectors, in their order: halves are added to halves."""
-    size = LANES // 2
-    while len(parts) > 1:
-        kept = [lane if not lane & size else LANES + lane for lane in range(LANES)]
-        moved = [lane ^ size if not lane & size else LANES + (lane ^ size) for lane in range(LANES)]
-        pairs = list(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
-        parts = [
-            builder.fadd(llvm.shuffled(builder, *pair, kept), llvm.shuffled(builder, *pair, moved)) for pair in pairs
-        ]
-        size //= 2
-    return parts[0]
 
 
 def _counted(builder: Any, end: Any, step: int, sums: list[Any], body: Callable[[Any, list[Any]], list[Any]]) -> Any:
@@ -189,6 +229,20 @@ def _counted(builder: Any, end: Any, step: int, sums: list[Any], body: Callable[
         result.add_incoming(value, last)
         results.append(result)
     return results
+
+
+def _summed(builder: Any, parts: list[Any]) -> Any:
+    """Return a vector of the sums over the lanes of sixteen vectors, in their order: halves are added to halves."""
+    size = LANES // 2
+    while len(parts) > 1:
+        kept = [lane if not lane & size else LANES + lane for lane in range(LANES)]
+        moved = [lane ^ size if not lane & size else LANES + (lane ^ size) for lane in range(LANES)]
+        pairs = list(zip(parts[: len(parts) // 2], parts[len(parts) // 2 :], strict=True))
+        parts = [
+            builder.fadd(llvm.shuffled(builder, *pair, kept), llvm.shuffled(builder, *pair, moved)) for pair in pairs
+        ]
+        size //= 2
+    return parts[0]
 
 
 def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
@@ -256,6 +310,170 @@ def dots(rows: Array, at: int, width: int, keys: Array, a: int, b: int, c: int, 
             sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
         result[lane] = sums[0]
     return result
+
+
+_BLOCKS = range(0, LANES, 4)
+_SINGLES = [[i + j + k for i in _BLOCKS for j in half for k in (0, LANES)] for half in ((0, 1), (2, 3))]
+_DOUBLES = [[i + j + k for i in _BLOCKS for k in (0, LANES) for j in half] for half in ((0, 1), (2, 3))]
+_HALVES = [[k + i for k in (0, LANES) for i in half] for half in (range(8), range(8, LANES))]
+_QUARTERS = [[k + i + j for k in (0, LANES) for i in (0, 8) for j in half] for half in (range(4), range(4, 8))]
+"""Which lanes of two vectors go into two others: single numbers or pairs from within blocks of four, or whole blocks.
+Processors have one fast instruction for each."""
+
+
+def _turned(builder: Any, parts: list[Any]) -> list[Any]:
+    """Return sixteen vectors of what stands in the same lane of sixteen vectors."""
+
+    def both(orders: list[list[int]], x: Any, y: Any) -> list[Any]:
+        return [llvm.shuffled(builder, x, y, order) for order in orders]
+
+    turned: list[list[Any]] = []  # by four vectors: block b of the j-th has their lanes 4 b + j
+    for i in _BLOCKS:
+        first, second = both(_SINGLES, parts[i], parts[i + 1]), both(_SINGLES, parts[i + 2], parts[i + 3])
+        turned.append([some for pair in zip(first, second, strict=True) for some in both(_DOUBLES, *pair)])
+    columns: list[Any] = [None] * LANES
+    for j in range(4):
+        first, second = both(_HALVES, turned[0][j], turned[1][j]), both(_HALVES, turned[2][j], turned[3][j])
+        blocks = [some for pair in zip(first, second, strict=True) for some in both(_QUARTERS, *pair)]
+        columns[j::4] = blocks
+    return columns
+
+
+def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: Any, tile: Any, to: Any) -> Any:
+    width = _run_of(rows)
+    widen = llvm.widened_bits if width == LANES else lambda builder, bits, dtype: builder.bitcast(bits, VECTOR)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if width > LANES and keys.dtype != rows.dtype:  # never run
+            return context.get_dummy_value()
+        data, key_at, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2, 6)
+        )
+        begin, offset, count = args[3:6]
+        starts = []
+        for i in range(LANES):
+            place = builder.load(builder.gep(key_at, [builder.add(begin, begin.type(i))]))
+            starts.append(builder.gep(data, [builder.add(place, offset)]))
+        target = builder.gep(target, [args[7]])
+
+        def write(read: Callable[[Any], Any]) -> None:
+            parts = [widen(builder, read(start), keys.dtype) for start in starts]
+            for i, part in enumerate(_turned(builder, parts)):
+                llvm.write(builder, builder.gep(target, [begin.type(i * LANES)]), part)
+
+        with builder.if_else(builder.icmp_signed(">=", count, count.type(width))) as (whole, rest):
+            with whole:
+                write(lambda start: llvm.read(builder, keys.dtype, start, width))
+            with rest:
+                write(lambda start: llvm.read_part(builder, keys.dtype, start, count, width))
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(rows, keys, places, integer, integer, integer, tile, integer), generate
+
+
+@llvm.typed(_turn_of)
+def turn(rows: Array, keys: Array, places: Array, first: int, offset: int, count: int, tile: Array, to: int) -> None:
+    """Write a piece of sixteen keys to a tile, element by element: ``tile[to + i * LANES + key]``, float32.
+
+    The piece of a key is ``keys[place + offset :]`` for ``places[first + key]``: up to `count` numbers and zeros
+    behind, as many as a vector of `rows` has. They are widened; or stay pairs of bfloat16 where rows are uint16.
+    """
+    width = 2 * LANES if rows.dtype == np.uint16 else LANES
+    piece = np.zeros((LANES, width), keys.dtype)
+    for key in range(LANES):
+        at = places[first + key] + offset
+        piece[key, : min(count, width)] = keys[at : at + min(count, width)]
+    numbers = piece.view(np.float32) if width > LANES else llvm.widened(piece.ravel()).reshape(LANES, LANES)
+    tile[to : to + LANES * LANES] = numbers.T.ravel()
+
+
+def _scores_of(
+    rows: Any, at: Any, width: Any, tile: Any, places: Any, count: Any, scale: Any, out: Any, to: Any
+) -> Any:
+    step = _run_of(rows) // LANES
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        row_data, tile_data, data = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
+        )
+        begin, apart, integer = args[1], args[2], args[1].type
+        row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, integer(i)))]) for i in range(ROWS)]
+        starts = [builder.gep(tile_data, [place]) for place in cgutils.unpack_tuple(builder, args[4])]
+
+        def multiply(index: Any, sums: list[Any]) -> list[Any]:
+            keys = [llvm.read(builder, types.float32, builder.gep(start, [index]), LANES) for start in starts]
+            result = []
+            for row in range(ROWS):
+                place = builder.gep(row_at[row], [builder.mul(builder.ashr(index, integer(4)), integer(step))])
+                number = builder.load(builder.bitcast(place, FLOAT.as_pointer()))
+                number.align = 4
+                every = llvm.spread(builder, number, VECTOR)
+                for i, key in enumerate(keys):
+                    total = sums[row * len(keys) + i]
+                    if step == 1:
+                        result.append(llvm.call(builder, "fma", every, key, total))
+                    else:
+                        left, right = (builder.bitcast(some, llvm.BFLOATS) for some in (every, key))
+                        result.append(_multiplied(builder, left, right, total))
+            return result
+
+        end = builder.mul(args[5], integer(LANES))
+        sums = _counted(builder, end, LANES, [llvm.every(0.0)] * (ROWS * len(starts)), multiply)
+        factor = llvm.spread(builder, args[6], VECTOR)
+        for i in range(len(starts)):
+            for j, part in enumerate(_side_by_side(builder, sums[i :: len(starts)])):
+                place = builder.gep(data, [builder.add(args[8], integer((i * ROWS + j) * LANES))])
+                llvm.write(builder, place, builder.fmul(part, factor))
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(rows, integer, integer, tile, places, integer, types.float32, out, integer), generate
+
+
+def _side_by_side(builder: Any, rows: list[Any]) -> list[Any]:
+    """Return the lanes of four vectors one of each after the other."""
+    singles = [lane // 2 + lane % 2 * LANES for lane in range(2 * LANES)]
+    doubles = [lane // 4 * 2 + lane % 2 + lane // 2 % 2 * LANES for lane in range(2 * LANES)]
+    halves = []
+    for order in (singles[:LANES], singles[LANES:]):
+        halves.append(
+            (llvm.shuffled(builder, rows[0], rows[1], order), llvm.shuffled(builder, rows[2], rows[3], order))
+        )
+    orders = doubles[:LANES], doubles[LANES:]
+    return [llvm.shuffled(builder, first, second, order) for first, second in halves for order in orders]
+
+
+@llvm.typed(_scores_of)
+def scores_of(
+    rows: Array,
+    at: int,
+    width: int,
+    tile: Array,
+    places: tuple[int, ...],
+    count: int,
+    scale: np.float32,
+    out: Array,
+    to: int,
+) -> None:
+    """Write the products of four rows, ``width`` apart from ``at`` on, and sixteen keys for each place in a tile.
+
+    Keys are as `turn` writes them, `count` vectors each; ``out[to + key * 4 + row]`` is scaled. A product is summed up
+    number by number, or pair by pair, in their order. Rows are float32, or uint16 where the processor
+    `has_bfloat16_products`; they are as long as whole vectors of their kind.
+    """
+    for group, place in enumerate(places):
+        for row in range(ROWS):
+            sums = np.zeros(LANES, np.float32)
+            for i in range(count):
+                keys = tile[place + i * LANES : place + (i + 1) * LANES]
+                if rows.dtype == np.uint16:
+                    both = llvm.widened(rows[at + row * width + 2 * i : at + row * width + 2 * i + 2])
+                    sums += (llvm.widened(keys.view(np.uint16)).reshape(LANES, 2) * both).sum(axis=1)
+                else:
+                    sums = (keys.astype(np.float64) * rows[at + row * width + i] + sums).astype(np.float32)
+            begin = to + group * ROWS * LANES + row
+            out[begin : begin + ROWS * LANES : ROWS] = sums * scale
 
 
 def _run_of(array: Any) -> int:
