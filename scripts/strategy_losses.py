@@ -21,7 +21,7 @@ from pagedkv.sim import synthesize
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.trace import Trace
 
-Requests = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+Requests = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]  # ids, offsets, seconds
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.12, 0.2, 0.4, 0.7)  # of the different blocks
 SMALLEST = 50
@@ -29,30 +29,36 @@ SMALLEST = 50
 
 def part(trace: Trace, number: int, parts: int) -> Requests:
     """Return the requests of one of so many parts of a trace."""
-    piece = trace.slice(trace.num_requests * number // parts, trace.num_requests * (number + 1) // parts)
-    return piece.ids, piece.offsets
+    return of(trace.slice(trace.num_requests * number // parts, trace.num_requests * (number + 1) // parts))
+
+
+def of(trace: Trace) -> Requests:
+    """Return the requests of a trace."""
+    return trace.ids, trace.offsets, trace.times
 
 
 def one_after_the_other(*parts: Requests) -> Requests:
     """Return the requests of several traces which share nothing."""
-    ids, offsets, first, start = [], [np.zeros(1, np.int64)], 0, 0
-    for own_ids, own_offsets in parts:
+    ids, offsets, times, first, start, now = [], [np.zeros(1, np.int64)], [], 0, 0, 0.0
+    for own_ids, own_offsets, own_times in parts:
         ids.append(own_ids + np.int32(first))
         offsets.append(own_offsets[1:] + start)
+        times.append(own_times - own_times[0] + now)
+        now = times[-1][-1]
         first += int(own_ids.max()) + 1
         start += len(own_ids)
-    return np.concatenate(ids), np.concatenate(offsets)
+    return np.concatenate(ids), np.concatenate(offsets), np.concatenate(times)
 
 
 def prompts(chosen: npt.NDArray[np.int64], length: int) -> Requests:
     """Return a request for each chosen prompt; all prompts have this length."""
     ids = chosen[:, None] * length + np.arange(length)
-    return ids.ravel().astype(np.int32), np.arange(len(chosen) + 1, dtype=np.int64) * length
+    return ids.ravel().astype(np.int32), np.arange(len(chosen) + 1, dtype=np.int64) * length, np.arange(len(chosen)) / 2
 
 
 def sessions(seed: int, requests: int, live: int, spread: float, first: int, grown: int, end: float) -> Requests:
     """Return sessions that grow and end, each with a pace of its own; with a spread of 0 all have the same."""
-    draw, chains, new, waiting = np.random.default_rng(seed), [], 0, []
+    draw, chains, times, new, waiting = np.random.default_rng(seed), [], [], 0, []
     for _ in range(live):
         waiting.append((draw.exponential(), len(waiting), float(np.exp(spread * draw.normal())), []))
     heapq.heapify(waiting)
@@ -64,9 +70,10 @@ def sessions(seed: int, requests: int, live: int, spread: float, first: int, gro
         chain = [*chain, *range(new, new + more)]
         new += more
         chains.append(chain)
+        times.append(20.0 * time)
         heapq.heappush(waiting, (time + pace * float(np.exp(0.8 * draw.normal())), number, pace, chain))
     ids = np.array([block for chain in chains for block in chain], np.int32)
-    return ids, np.cumsum([0, *map(len, chains)]).astype(np.int64)
+    return ids, np.cumsum([0, *map(len, chains)]).astype(np.int64), np.array(times)
 
 
 def made_up(seed: int) -> Iterator[tuple[str, Requests]]:
@@ -74,15 +81,15 @@ def made_up(seed: int) -> Iterator[tuple[str, Requests]]:
     draw = np.random.default_rng(seed)
     for kind, count in (("chat", 8_000), ("agents", 4_000), ("rag", 8_000), ("mixed", 8_000)):
         trace = synthesize(kind, requests=count, seed=seed)
-        yield f"synth:{kind}", (trace.ids, trace.offsets)
+        yield f"synth:{kind}", of(trace)
     for rate in (0.05, 5.0):
         trace = synthesize("agents", requests=4_000, seed=seed, rate=rate)
-        yield f"synth:agents, {rate} requests a second", (trace.ids, trace.offsets)
+        yield f"synth:agents, {rate} requests a second", of(trace)
     trace = synthesize("agents", requests=4_000, seed=seed, think_spread=2.0, idle_share=0.15)
-    yield "synth:agents with long pauses", (trace.ids, trace.offsets)
+    yield "synth:agents with long pauses", of(trace)
     for kind, tokens in (("chat", 64), ("agents", 128)):
         trace = synthesize(kind, requests=2_000, seed=seed, block_tokens=tokens)
-        yield f"synth:{kind}, blocks of {tokens} tokens", (trace.ids, trace.offsets)
+        yield f"synth:{kind}, blocks of {tokens} tokens", of(trace)
     yield "equally likely prompts", prompts(draw.integers(0, 400, 6_000), 10)
     chances = 1 / np.arange(1, 1_501) ** 0.9
     yield "popular prompts", prompts(draw.choice(1_500, 10_000, p=chances / chances.sum()), 6)
@@ -119,16 +126,20 @@ def main() -> None:
     parser.add_argument("--strategy", default="adaptive")
     parser.add_argument("--seeds", default="1,2,3", help="of the synthetic traffic")
     parser.add_argument("--worst", type=int, default=8, help="print so many cells")
+    parser.add_argument("--untimed", action="store_true", help="do not tell the time")
     options = parser.parse_args()
 
     traffic = list(cut([read_trace(Path(name)) for name in options.traces]))
     for seed in map(int, options.seeds.split(",")):
         traffic += [(f"{name}, seed {seed}", requests) for name, requests in made_up(seed)]
     cells = []
-    for name, (ids, offsets) in traffic:
+    for name, (ids, offsets, times) in traffic:
         distinct = int(ids.max()) + 1
         for blocks in sorted({max(SMALLEST, int(share * distinct)) for share in SHARES}):
-            found, recent = (int(ContentCache(blocks, s).run(ids, offsets).sum()) for s in (options.strategy, "lru"))
+            found, recent = (
+                int(ContentCache(blocks, strategy).run(ids, offsets, None if options.untimed else times).sum())
+                for strategy in (options.strategy, "lru")
+            )
             cells.append(((found - recent) / len(ids), recent / max(1, len(ids) - distinct), f"{name}: {blocks:,}"))
     cells.sort()
     print("| traffic and blocks | LRU finds, of the attainable | against LRU |\n|---|---|---|")

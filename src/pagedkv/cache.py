@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ class PagedKvCache(BlockManager):
         memory of float16.
     device : str or torch.device
     layout : {"NHD", "HND"}
-    strategy, eviction_threshold, prefix_caching, on_full, num_states
+    strategy, eviction_threshold, prefix_caching, on_full, num_states, clock
         As in :class:`BlockManager`.
 
     Raises
@@ -66,6 +67,7 @@ class PagedKvCache(BlockManager):
         prefix_caching: bool = True,
         on_full: OnFull = "raise",
         num_states: int = 0,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(
             num_blocks,
@@ -75,6 +77,7 @@ class PagedKvCache(BlockManager):
             prefix_caching=prefix_caching,
             on_full=on_full,
             num_states=num_states,
+            clock=clock,
         )
         spec = KvCacheSpec(
             num_blocks,

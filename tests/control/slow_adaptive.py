@@ -29,6 +29,17 @@ def path_of(above: int, block: int) -> int:
     return (mixed ^ (mixed >> 31)) | 1
 
 
+def code_of(gap: int) -> int:
+    """A logarithm in 1,024ths of an octave, linear within one, plus 1: 0 is none."""
+    octave = gap.bit_length() - 1
+    return 1024 * octave + (gap - (1 << octave)) * 1024 // (1 << octave) + 1
+
+
+def gap_of(code: int) -> int:
+    octave, part = divmod(code - 1, 1024)
+    return (1024 + part) * 2**octave // 1024
+
+
 def bucket(age: int) -> int:
     return min(bisect_right(EDGES, age) - 1, 111)
 
@@ -41,6 +52,7 @@ class Note:
     uses: int = 1
     kind: int | None = None
     let_go: int = 0
+    when: int = 0
     gap: int = 0
 
 
@@ -64,13 +76,14 @@ class Seen:
     access: int
     gap: int
     let_go: int
+    when: int
 
 
 class Shadow:
-    """A small cache: what goes is found by a scan, and is the oldest of its group."""
+    """A small cache: what goes is found by a scan, and is the oldest of its group, or also the newest."""
 
-    def __init__(self, score: Callable[[Seen], int]) -> None:
-        self.score = score
+    def __init__(self, score: Callable[[Seen], int], goes_at_both_ends: bool = False) -> None:
+        self.score, self.goes_at_both_ends = score, goes_at_both_ends
         self.seen: dict[int, Seen] = {}  # by path
         self.hits = 0  # in the present request
 
@@ -81,16 +94,20 @@ class Shadow:
         self.seen[path] = seen
 
     def first_to_go(self, began: int) -> int:
-        oldest: dict[int, int] = {}
+        ends: dict[tuple[int, bool], int] = {}  # by group, whether it is the newest
         for path, seen in self.seen.items():
-            if seen.group not in oldest or seen.access < self.seen[oldest[seen.group]].access:
-                oldest[seen.group] = path
+            oldest, newest = (seen.group, False), (seen.group, True)
+            if oldest not in ends or seen.access < self.seen[ends[oldest]].access:
+                ends[oldest] = path
+            is_free = self.goes_at_both_ends and seen.access < began
+            if is_free and (newest not in ends or seen.access > self.seen[ends[newest]].access):
+                ends[newest] = path
 
-        def order(group: int) -> tuple[bool, int, int]:
-            seen = self.seen[oldest[group]]
-            return seen.access >= began, self.score(seen), group
+        def order(end: tuple[int, bool]) -> tuple[bool, int, tuple[int, bool]]:
+            seen = self.seen[ends[end]]
+            return seen.access >= began, self.score(seen), end
 
-        return oldest[min(oldest, key=order)]
+        return ends[min(ends, key=order)]
 
 
 class Duel:
@@ -134,10 +151,13 @@ class SlowAdaptive:
         self.room = max(1, capacity // sampled)
         self.recent = Shadow(lambda seen: 0)
         self.expiring = Shadow(lambda seen: seen.let_go + self.life(seen.group))
-        self.turning = Shadow(lambda seen: self.turn(self.clock, seen.let_go, seen.gap))
+        self.turning = Shadow(lambda seen: self.turn(self.time, seen.when, seen.gap), goes_at_both_ends=True)
         self.shadow_size = self.began = 0
         self.expiry_duel, self.turn_duel = Duel(0.0, 0.2 * self.room), Duel(0.12, math.inf)
         self.ghosts: list[list[Note | None]] = [[None] * 4 for _ in range(max(1, 3 * capacity // 4))]
+        self.heads: dict[int, Note] = {}  # by ghost set: the last block evicted from there with a gap of its own
+        self.newest: int | None = None
+        self.time = self.ranked_at = 0
         self.clock = self.accesses = self.lessons = self.share = 0
         self.rules = 0
         self.reigns = [0, 0, 0]
@@ -152,16 +172,19 @@ class SlowAdaptive:
         self.released = [0.0] * 12
         self.short, self.long = [0] * 12, [0] * 12
 
-    def run(self, requests: list[list[int]]) -> list[int]:
-        return [self.serve(request) for request in requests]
+    def run(self, requests: list[list[int]], times: list[float] | None = None) -> list[int]:
+        seconds = times or [None] * len(requests)
+        return [self.serve(request, now) for request, now in zip(requests, seconds, strict=True)]
 
-    def serve(self, request: list[int]) -> int:
+    def serve(self, request: list[int], seconds: float | None) -> int:
+        if seconds is not None:
+            self.time = int(256 * seconds)
         found = 0
         while found < len(request) and request[found] in self.nodes:
             note = self.nodes[request[found]].note
             self.reused[note.kind][bucket(self.clock - note.let_go)] += 1
-            note.gap = self.gap_since(note.let_go, note.gap)
-            note.uses, note.kind = min(note.uses + 1, 60_000), None
+            note.gap = self.gap_since(note.when, note.gap)
+            note.uses, note.kind = min(note.uses + 1, 255), None
             found += 1
         in_use = set(request[:found])
         places: list[int] = []
@@ -174,13 +197,16 @@ class SlowAdaptive:
         taken = found + len(places)
         for block in reversed(request[:taken]):
             self.let_go(self.nodes[block])
-        self.end()
+        self.end(seconds is not None)
         return found
 
-    def gap_since(self, let_go: int, before: int) -> int:
-        """The geometric mean of the gap that just ended and of what stood there before."""
-        gap = max(1, self.clock - let_go)
-        return int(math.sqrt(gap * before)) if before else gap
+    def waited(self, now: int, when: int) -> int:
+        return max(0, now - when)
+
+    def gap_since(self, when: int, before: int) -> int:
+        """The geometric mean of the gap that just ended, one eighth of it, and of what stood there before."""
+        code = code_of(max(1, self.waited(self.time, when)))
+        return (7 * before + code + 4) // 8 if before else code
 
     def store(self, place: int, block: int, request: list[int]) -> None:
         depth = request.index(block)
@@ -190,11 +216,17 @@ class SlowAdaptive:
         ghosts = self.ghost_set(path)
         for i, ghost in enumerate(ghosts):
             if ghost is not None and ghost.mark == note.mark:
-                note.uses = min(ghost.uses + 1, 60_000)
+                note.uses = min(ghost.uses + 1, 255)
                 self.reused[ghost.kind][bucket(self.clock - ghost.let_go)] += 1
-                note.gap = self.gap_since(ghost.let_go, ghost.gap)
                 ghosts[i] = None
                 break
+        place_of_head = self.set_of(path)
+        head = self.heads.get(place_of_head)
+        is_asked = parent is None or parent != self.newest
+        self.newest = block
+        if is_asked and head is not None and head.mark == note.mark:
+            note.gap = self.gap_since(head.when, head.gap)
+            del self.heads[place_of_head]
         self.clock += 1
         self.stores += 1
         self.nodes[block] = Node(place, parent, depth, path, note)
@@ -202,7 +234,10 @@ class SlowAdaptive:
             self.nodes[parent].children += 1
 
     def ghost_set(self, path: int) -> list[Note | None]:
-        return self.ghosts[((path >> 32) * len(self.ghosts)) >> 32]
+        return self.ghosts[self.set_of(path)]
+
+    def set_of(self, path: int) -> int:
+        return ((path >> 32) * len(self.ghosts)) >> 32
 
     def evict_leaf(self, in_use: set[int]) -> bool:
         leaves = [b for b, node in self.nodes.items() if node.children == 0 and b not in in_use]
@@ -210,6 +245,9 @@ class SlowAdaptive:
             return False
         block = min(leaves, key=lambda b: (self.score(self.nodes[b].note), self.nodes[b].place))
         node = self.nodes.pop(block)
+        before = self.nodes[node.parent].note if node.parent is not None else None
+        if before is None or (before.when, before.gap) != (node.note.when, node.note.gap):
+            self.heads[self.set_of(node.path)] = node.note
         if node.parent is not None:
             self.nodes[node.parent].children -= 1
         self.freed.append(node.place)
@@ -223,10 +261,13 @@ class SlowAdaptive:
     def score(self, note: Note) -> int:
         if self.rules == 0:
             return note.let_go
-        return self.expiry(note.kind, note.let_go) if self.rules == 1 else self.turn(self.ranked, note.let_go, note.gap)
+        return (
+            self.expiry(note.kind, note.let_go) if self.rules == 1 else self.turn(self.ranked_at, note.when, note.gap)
+        )
 
-    def turn(self, now: int, let_go: int, gap: int) -> int:
-        return -max(now - let_go, gap) if gap else let_go - 2**48
+    def turn(self, now: int, when: int, gap: int) -> int:
+        age = self.waited(now, when)
+        return -max(age, gap_of(gap) - age) if gap else -(2**48) - age
 
     def expiry(self, kind: int, let_go: int) -> int:
         return let_go + self.life(2 * kind + self.draw(let_go))
@@ -241,7 +282,7 @@ class SlowAdaptive:
         uses = node.note.uses
         rank = uses - 1 if uses <= 4 else 4 if uses <= 7 else 5
         kind = node.note.kind = 2 * rank + (node.children == 0)
-        node.note.let_go = self.clock
+        node.note.let_go, node.note.when = self.clock, self.time
         self.released[kind] += 1
         self.accesses += 1
         self.releases += 1
@@ -251,15 +292,15 @@ class SlowAdaptive:
         grows = self.shadow_size < self.room and not any(node.path in shadow.seen for shadow in self.shadows)
         self.shadow_size += grows
         gap = node.note.gap
-        groups = (0, 2 * kind + self.draw(self.clock), bucket(gap) // 2 if gap else 56)
+        groups = (0, 2 * kind + self.draw(self.clock), (gap - 1) // 512 if gap else 63)
         for shadow, group in zip(self.shadows, groups, strict=True):
-            shadow.access(node.path, Seen(group, self.accesses, gap, self.clock), self.began, grows)
+            shadow.access(node.path, Seen(group, self.accesses, gap, self.clock, self.time), self.began, grows)
 
     @property
     def shadows(self) -> tuple[Shadow, Shadow, Shadow]:
         return self.recent, self.expiring, self.turning
 
-    def end(self) -> None:
+    def end(self, has_clock: bool) -> None:
         self.requests += 1
         self.found += self.recent.hits
         self.expiry_duel.end_request(self.expiring.hits - self.recent.hits)
@@ -267,9 +308,12 @@ class SlowAdaptive:
         for shadow in self.shadows:
             shadow.hits = 0
         self.began = self.accesses + 1
-        old = self.rules == 2 and self.clock - self.ranked > self.capacity // 8
+        if not has_clock:
+            self.time = self.accesses
+        leaves = sum(node.children == 0 for node in self.nodes.values())
+        old = self.rules == 2 and self.clock - self.ranked > leaves // 4
         if self.clock >= self.next_lesson or self.accesses >= self.next_duel or old:
-            self.ranked = self.clock
+            self.ranked, self.ranked_at = self.clock, self.time
         if self.clock >= self.next_lesson:
             self.next_lesson = self.clock + self.period
             if len(self.freed) <= self.capacity // 16:

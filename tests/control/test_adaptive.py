@@ -11,11 +11,12 @@ import sys
 import numpy as np
 import pytest
 from tests.control.slow_adaptive import SlowAdaptive
-from tests.sim.traces import AGENTS, CHAT, real_trace
+from tests.sim.traces import AGENTS, CHAT, real_times, real_trace
 
-from pagedkv import Adaptive, BlockManager, CorruptedState
+from pagedkv import Adaptive, BlockManager, CorruptedState, InvalidOperation
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.control.prefix import name_of
+from pagedkv.control.turns import length_of, mean_gap
 from pagedkv.sim import synthesize
 
 LEARNED = 3_993
@@ -24,10 +25,18 @@ REAL = [
     (CHAT, 5_000, 48_759),
     (CHAT, 10_000, 66_488),
     (CHAT, 20_000, 85_565),
-    (AGENTS, 1_000, 554_663),
-    (AGENTS, 2_000, 880_113),
+    (AGENTS, 1_000, 553_209),
+    (AGENTS, 2_000, 878_302),
     (AGENTS, 4_000, 1_114_882),
     (AGENTS, 8_000, 1_169_640),
+]
+BY_TIME = [
+    (CHAT, 5_000, 48_759),
+    (AGENTS, 500, 315_491),
+    (AGENTS, 700, 424_807),
+    (AGENTS, 1_000, 566_470),
+    (AGENTS, 1_400, 731_593),
+    (AGENTS, 2_000, 882_864),
 ]
 
 
@@ -98,8 +107,8 @@ def arrays(requests):
     return np.array([block for request in requests for block in request], np.int64), offsets
 
 
-def run(cache, requests):
-    hits = cache.run(*arrays(requests)).tolist()
+def run(cache, requests, times=None):
+    hits = cache.run(*arrays(requests), times).tolist()
     cache.check()
     return hits
 
@@ -124,12 +133,21 @@ CELLS = [
 ]
 
 
-@pytest.mark.parametrize(("traffic", "capacity", "count"), CELLS)
-def test_it_is_its_slow_twin_to_the_count(traffic, capacity, count):
+def by_a_clock(requests, seed=7):
+    """Times in seconds, ascending."""
+    return np.cumsum(np.random.default_rng(seed).exponential(2.0, len(requests)))
+
+
+TIMED = [(*cell, False) for cell in CELLS] + [("popular", 40, 600, True), ("paces", 90, 1500, True)]
+
+
+@pytest.mark.parametrize(("traffic", "capacity", "count", "has_clock"), TIMED)
+def test_it_is_its_slow_twin_to_the_count(traffic, capacity, count, has_clock):
     requests = TRAFFIC[traffic]()[:count]
+    times = by_a_clock(requests) if has_clock else None
     twin, cache = SlowAdaptive(capacity, name_of("")), ContentCache(capacity, "adaptive")
-    expected = twin.run(requests)
-    assert run(cache, requests) == expected
+    expected = twin.run(requests, times.tolist() if has_clock else None)
+    assert run(cache, requests, times) == expected
     totals = learner(cache).totals[0]
     assert (totals.lessons, totals.rules) == (twin.lessons, twin.rules)
     assert lives(cache) == [twin.short, twin.long]
@@ -148,6 +166,80 @@ def test_of_sessions_with_their_own_pace_it_keeps_those_that_come_back_soon():
     requests = TRAFFIC["paces"]()
     learned, recent = (sum(run(ContentCache(90, strategy), requests)) for strategy in ("adaptive", "lru"))
     assert learned >= 1.02 * recent > 0
+
+
+def in_busy_and_quiet_hours(seed, requests, live=24):
+    """Sessions at their own pace, and the times of their requests; in busy hours others ask much more in between."""
+    draw = np.random.default_rng(seed)
+    waiting = [(draw.exponential(), i, math.exp(1.5 * draw.normal()), []) for i in range(live)]
+    heapq.heapify(waiting)
+    made, times, new = [], [], 5 * 10**6
+    while len(made) < requests:
+        time, i, pace, session = heapq.heappop(waiting)
+        if session and draw.random() < 0.01:
+            pace, session = math.exp(1.5 * draw.normal()), []
+        grown = int(draw.integers(0, 2) if session else draw.integers(5, 15))
+        session = [*session, *range(new, new + grown)]
+        new += grown
+        made.append(session)
+        times.append(time)
+        for _ in range(int(draw.integers(0, 8)) if time % 20 < 10 else 0):
+            made.append(list(range(new, new + 6)))
+            times.append(time)
+            new += 6
+        heapq.heappush(waiting, (time + pace * math.exp(0.3 * draw.normal()), i, pace, session))
+    return made, np.array(times)
+
+
+def test_a_clock_tells_more_of_pauses_than_counting_does_where_the_load_varies():
+    requests, times = in_busy_and_quiet_hours(1, 6000)
+    timed, counted = (sum(run(ContentCache(110, "adaptive"), requests, when)) for when in (times, None))
+    assert timed >= 1.02 * counted > 0
+
+
+def test_a_pause_is_timed_by_the_clock_of_the_cache():
+    requests = [[*request[:36], 10**8 + i] for i, request in enumerate(TRAFFIC["paces"]()[:1500])]
+    times, now = by_a_clock(requests), [0.0]
+    expected = run(ContentCache(90, "adaptive"), requests, times)
+    cache, found = ContentCache(90, "adaptive", clock=lambda: now[0]), []
+    for seq_id, request in enumerate(requests):
+        now[0] = times[seq_id]
+        found.append(cache.allocate(seq_id, request).num_cached_tokens)
+        cache.commit(seq_id)
+        cache.free(seq_id)
+    assert found == expected != run(ContentCache(90, "adaptive"), requests)
+    now[0] = 0.0
+    cache = ContentCache(90, "adaptive", clock=lambda: now[0])
+    for i, now[0] in enumerate(times.tolist()):
+        assert run(cache, requests[i : i + 1]) == expected[i : i + 1]
+
+
+@pytest.mark.parametrize("days", [0, 97.09, 194.18])
+def test_when_the_clock_began_makes_no_difference(days):
+    requests = TRAFFIC["paces"]()[:1500]
+    expected = run(ContentCache(90, "adaptive"), requests, by_a_clock(requests))
+    assert run(ContentCache(90, "adaptive"), requests, by_a_clock(requests) + 86_400 * days) == expected
+
+
+@pytest.mark.parametrize("clock", [0, "now", 1.5])
+def test_a_clock_is_a_function(clock):
+    with pytest.raises(InvalidOperation, match="clock: expected a function that returns seconds, got"):
+        BlockManager(4, 1, strategy="adaptive", clock=clock)
+
+
+def test_times_are_one_for_each_request():
+    with pytest.raises(InvalidOperation, match="times: expected one for each of 2 requests, got 1"):
+        ContentCache(4, "adaptive").run(*arrays([[1], [2]]), np.zeros(1))
+
+
+def test_a_gap_is_kept_to_a_thousandth():
+    for gap in [*range(1, 3000), 10**6 + 7, 2**31 - 1]:
+        assert gap * 0.999 - 1 <= length_of(mean_gap(gap, np.uint16(0))) <= gap
+    assert mean_gap(0, np.uint16(0)) == mean_gap(1, np.uint16(0)) == 1
+    slow = mean_gap(1, np.uint16(0))
+    for _ in range(60):
+        slow = mean_gap(5000, np.uint16(slow))
+    assert 0.98 * 5000 < length_of(slow) <= 5000
 
 
 @pytest.mark.parametrize("traffic", TRAFFIC)
@@ -264,13 +356,19 @@ def test_frozen_counts_on_real_traces(name, blocks, hits):
     assert int(ContentCache(blocks, "adaptive").run(trace.ids, trace.offsets).sum()) == hits
 
 
+@pytest.mark.parametrize(("name", "blocks", "hits"), BY_TIME)
+def test_frozen_counts_on_real_traces_in_time(name, blocks, hits):
+    trace = real_trace(name)
+    assert int(ContentCache(blocks, "adaptive").run(trace.ids, trace.offsets, real_times(name)).sum()) == hits
+
+
 # What leaf LRU and the optimum find on the chat trace.
 LEAF_LRU = {2_000: 15_665, 5_000: 32_260, 10_000: 61_046, 20_000: 83_035}
 OPTIMUM = {5_000: 98_448, 10_000: 105_710}
 
 # And on the agents; the optimum at 1,000 blocks.
-AGENTS_LRU = {1_000: 499_793, 2_000: 870_929, 4_000: 1_114_882, 8_000: 1_169_640}
-AGENTS_OPTIMUM = 805_929
+AGENTS_LRU = {700: 359_976, 1_000: 499_793, 2_000: 870_929, 4_000: 1_114_882, 8_000: 1_169_640}
+AGENTS_OPTIMUM = {700: 678_707, 1_000: 805_929}
 
 
 def test_the_counts_meet_the_targets():
@@ -279,6 +377,8 @@ def test_the_counts_meet_the_targets():
         assert counts[CHAT, blocks] >= lru
     for blocks, share in ((5_000, 0.2), (10_000, 0.1)):
         assert counts[CHAT, blocks] - LEAF_LRU[blocks] >= share * (OPTIMUM[blocks] - LEAF_LRU[blocks])
-    for blocks, lru in AGENTS_LRU.items():
-        assert counts[AGENTS, blocks] >= lru - 0.001 * 1_225_897
-    assert counts[AGENTS, 1_000] - AGENTS_LRU[1_000] >= 0.15 * (AGENTS_OPTIMUM - AGENTS_LRU[1_000])
+    for blocks in (1_000, 2_000, 4_000, 8_000):
+        assert counts[AGENTS, blocks] >= AGENTS_LRU[blocks] - 0.001 * 1_225_897
+    in_time = {(name, blocks): hits for name, blocks, hits in BY_TIME}
+    for blocks, optimum in AGENTS_OPTIMUM.items():
+        assert in_time[AGENTS, blocks] - AGENTS_LRU[blocks] >= 0.2 * (optimum - AGENTS_LRU[blocks])

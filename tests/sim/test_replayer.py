@@ -16,6 +16,7 @@ from pagedkv import InvalidOperation
 from pagedkv.control.content_cache import ContentCache
 from pagedkv.sim import Timing
 from pagedkv.sim.replayer import replay, replay_timed
+from pagedkv.sim.tiered import TraceClock
 
 ORACLES = {
     "lru": naive_lru,
@@ -187,7 +188,7 @@ def test_a_request_that_does_not_fit_at_once_counts_its_find_once():
     # [1] is in use by the first and found by the third, for which the second must go.
     trace = timed_trace([[1], [2], [1, 3, 4]], [0, 1, 2], [1, 1, 0])
     cache = ContentCache(5, "lfu")
-    result = replay_timed(trace, cache, "lfu", Timing(4, 0.01))
+    result = replay_timed(trace, cache, "lfu", Timing(4, 0.01), TraceClock())
     assert result.hits.tolist() == [0, 0, 1] and result.preempted == 1
     assert cache.stats.prefix_queries == 3 + result.preempted
 
@@ -206,7 +207,7 @@ def test_everything_is_given_back(strategy, trace, blocks, outputs, gap, seed):
     times = np.cumsum(rng.exponential(gap, count)) if gap else np.zeros(count)
     trace = with_fields(trace, times=times, output_tokens=rng.integers(0, outputs + 1, count))
     cache = ContentCache(blocks, strategy)
-    first = replay_timed(trace, cache, strategy, STEADY)
+    first = replay_timed(trace, cache, strategy, STEADY, TraceClock())
     cache.check()
     assert cache.num_sequences == cache.used_block_count == 0 and cache.free_block_count == blocks
     again = replay(trace, blocks, strategy, timing=STEADY)

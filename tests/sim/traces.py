@@ -86,3 +86,9 @@ def real_trace(name: str) -> Trace:
     with gzip.open(path, "rt") as lines:
         rows = [json.loads(line) for line in lines]
     return as_trace([row["hash_ids"] for row in rows], 512, [row["input_length"] for row in rows])
+
+
+def real_times(name: str) -> np.ndarray:
+    """When the requests of this trace came, in seconds."""
+    with gzip.open(TRACES / f"{name}.jsonl.gz", "rt") as lines:
+        return np.array([json.loads(line)["timestamp"] / 1000 for line in lines])

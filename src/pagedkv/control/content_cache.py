@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pagedkv.control.events import stored_blocks
+from pagedkv.control.learner import tell_time
 from pagedkv.control.manager import BlockManager
 from pagedkv.control.pool import drop_block, put_back, share_block, take_block, use_block
 from pagedkv.control.prefix import find_child, link_child, walk
@@ -99,10 +101,14 @@ def run_requests(
     offsets: npt.NDArray[np.int64],
     path: npt.NDArray[np.int32],
     hits: npt.NDArray[np.int32],
+    times: npt.NDArray[np.float64],
 ) -> None:
-    """Run requests one after the other; ``hits[i]`` becomes how many blocks request i found."""
+    """Run requests one after the other, at these times if they have any; ``hits[i]`` becomes what request i found."""
     state, ids, offsets, path, hits = borrowed(state), borrowed(ids), borrowed(offsets), borrowed(path), borrowed(hits)
+    times = borrowed(times)
     for i in range(len(offsets) - 1):
+        if len(times):
+            tell_time(state, times[i])
         found, held = begin_request(state, namespace, ids, offsets[i], offsets[i + 1], path)
         end_request(state, path, found, held)
         hits[i] = found
@@ -166,11 +172,15 @@ class ContentCache(BlockManager):
     many requests in one call.
     """
 
-    def __init__(self, num_blocks: int, strategy: Strategy = "lru") -> None:
-        super().__init__(num_blocks, 1, strategy=strategy, whole_hits=True)
+    def __init__(
+        self, num_blocks: int, strategy: Strategy = "lru", *, clock: Callable[[], float] | None = None
+    ) -> None:
+        super().__init__(num_blocks, 1, strategy=strategy, whole_hits=True, clock=clock)
         self._given_up: list[Ids] = []
 
-    def run(self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    def run(
+        self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64] | None = None
+    ) -> npt.NDArray[np.int32]:
         """Run requests one after the other: match, allocate, commit, free.
 
         A request of more blocks than there is room for keeps its first ones.
@@ -181,6 +191,9 @@ class ContentCache(BlockManager):
             Content ids.
         offsets : int64 [num_requests + 1]
             Request i owns ``ids[offsets[i] : offsets[i + 1]]``.
+        times : float64 [num_requests], optional
+            When they came, in seconds, ascending, for a strategy that learns from pauses; else the clock tells, if the
+            cache has one.
 
         Returns
         -------
@@ -192,15 +205,19 @@ class ContentCache(BlockManager):
         lengths = np.diff(offsets)
         if not len(offsets) or offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(ids):
             raise bad_argument("offsets", f"num_requests + 1 numbers, ascending, 0 … {len(ids)}")
+        seconds = np.zeros(0) if times is None else _flat("times", times, (np.float64,))
+        if times is not None and len(seconds) != len(lengths):
+            raise bad_argument("times", f"one for each of {len(lengths)} requests", f"{len(seconds)}")
         path = np.zeros(int(lengths.max(initial=0)), np.int32)
         hits = np.zeros(len(lengths), np.int32)
         with self._lock:
+            self._settle()
             namespace = self._enter_namespace("")
             if self._is_scored_in_numpy or self._state.counters[0].logging:
                 for i in range(len(lengths)):
                     hits[i] = self._run_observed(namespace, ids, int(offsets[i]), int(offsets[i + 1]), path)
             else:
-                run_requests(self._state.packed, namespace, ids, offsets, path, hits)
+                run_requests(self._state.packed, namespace, ids, offsets, path, hits, seconds)
         return hits
 
     def drop_tail(self, ids: Ids) -> int:

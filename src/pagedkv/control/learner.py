@@ -7,14 +7,14 @@ between the turns of a session.
 
 from __future__ import annotations
 
-from math import sqrt
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pagedkv.control.ghosts import note_prefix_hash, with_prefix_hashes
 from pagedkv.control.lifetimes import age_bucket, choose, class_of, expect, expires_at
-from pagedkv.control.shadows import MOST_GAP, contend, draw_again, end_round, judge, turn_score
+from pagedkv.control.shadows import contend, draw_again, end_round, judge
 from pagedkv.control.state import (
     AGES,
     CLASSES,
@@ -31,7 +31,10 @@ from pagedkv.control.state import (
     new_learner,
     power_of_two,
 )
+from pagedkv.control.turns import PER_SECOND, WORD, mean_gap, turn_score, waited
+from pagedkv.errors import bad_argument
 from pagedkv.jit import called, inlined, pointed
+from pagedkv.validate import shown
 
 # What the adaptive strategy begins with, and what it forgets with the content of the cache.
 #
@@ -42,26 +45,48 @@ from pagedkv.jit import called, inlined, pointed
 def with_learner(state: State) -> State:
     """Return the state with a prefix hash and a note for each block, ghosts, and a learner that knows nothing yet."""
     num_blocks = len(state.blocks)
-    ghosts = GHOST_SET * max(1, GHOSTS_PER_BLOCK * num_blocks // GHOST_SET)
+    sets = max(1, GHOSTS_PER_BLOCK * num_blocks // GHOST_SET)
     sampled = power_of_two(max(1, 2 * num_blocks // SHADOW_ROOM) + 1) // 2  # one block of so many
-    learner = new_learner(num_blocks + ghosts, exists=True)
+    learner = new_learner(num_blocks, exists=True, ghost_sets=sets)
     totals = learner.totals[0]
     totals.sample_mask = sampled - 1
     totals.room = max(1, num_blocks // sampled)
     totals.next_lesson = totals.next_duel = num_blocks
-    return with_prefix_hashes(state)._replace(notes=np.zeros(num_blocks + ghosts, NOTE), learner=learner)
+    return with_prefix_hashes(state)._replace(notes=np.zeros(num_blocks + GHOST_SET * sets, NOTE), learner=learner)
 
 
 def forget_notes(state: State) -> None:
     """Forget all blocks and ghosts, but not what was learned from them."""
     state.notes[:] = 0
+    state.learner.times[:] = 0
     state.learner.gaps[:] = 0
+
+
+@inlined
+def tell_time(state: State, seconds: float) -> None:
+    """Say what time it is; from now on turns are timed in seconds."""
+    if goes_by_time(state):
+        totals = state.learner.totals[0]
+        totals.time = int(seconds * PER_SECOND)
+        totals.is_told = 1
+
+
+@inlined
+def goes_by_time(state: State) -> bool:
+    """Tell whether the strategy in force asks what time it is."""
+    return len(state.learner.totals) > 0
+
+
+def asked_clock(state: State, clock: Callable[[], float] | None) -> Callable[[], float] | None:
+    """Return the clock if the strategy in force asks it; refuse what is none."""
+    if clock is not None and not callable(clock):
+        raise bad_argument("clock", "a function that returns seconds", shown(clock))
+    return clock if goes_by_time(state) else None
 
 
 # Notes on blocks: the kernels of the adaptive strategy, called when a block is stored, found, released and evicted.
 
-MOST_USES = 60_000
-_WORD = np.int64(0xFFFFFFFF)
+MOST_USES = 255
 
 
 @inlined
@@ -71,19 +96,12 @@ def _age_of(state: State, place: int) -> Any:
     return learner.ages[note.kind - 1, age_bucket(learner.totals[0].clock - note.released)]
 
 
-@inlined
-def _gap_since(state: State, released: int, before: np.int32) -> int:
-    """Return the gap that just ended, or the geometric mean of it and of what stood there before."""
-    gap = min(max(state.learner.totals[0].clock - released, 1), MOST_GAP)
-    return gap if before == 0 else int(sqrt(gap * float(before)))
-
-
 @pointed
 def note_hit(state: State, block: int) -> int:
     """Note that a cached block is used again."""
     note = state.notes[block]
     _age_of(state, block).reused += 1.0
-    state.learner.gaps[block] = _gap_since(state, note.released, state.learner.gaps[block])
+    note.gap = mean_gap(waited(state.learner.totals[0].time, state.learner.times[block]), note.gap)
     note.kind = 0
     note.uses = min(np.int64(note.uses) + 1, MOST_USES)
     return 0
@@ -94,21 +112,25 @@ def note_store(state: State, block: int) -> int:
     """Begin the note on a block that becomes findable; one that comes back is known by its ghost."""
     note, totals, parent = state.notes[block], state.learner.totals[0], state.blocks[block].parent
     prefix_hash = note_prefix_hash(state, block)
-    note.mark = (prefix_hash >> 1) & _WORD
-    note.is_sampled = ((prefix_hash >> 8) & totals.sample_mask) == 0
+    note.mark = (prefix_hash >> 1) & WORD
     note.kind = 0
     note.uses = 1
-    gap = state.learner.gaps[parent] if parent >= 0 else np.int32(0)
-    first = _ghost_set(state, prefix_hash)
+    note.gap = state.notes[parent].gap if parent >= 0 else 0
+    ghosts = _ghost_set(state, prefix_hash)
+    first = len(state.blocks) + GHOST_SET * ghosts
     for i in range(first, first + GHOST_SET):
         ghost = state.notes[i]
         if ghost.kind != 0 and ghost.mark == note.mark:
             note.uses = min(np.int64(ghost.uses) + 1, MOST_USES)
             _age_of(state, i).reused += 1.0
-            gap = np.int32(_gap_since(state, ghost.released, state.learner.gaps[i]))
             ghost.kind = 0
             break
-    state.learner.gaps[block] = gap
+    if parent < 0 or parent + 1 != totals.newest:  # else it was asked for a block before this one
+        known = state.learner.gaps[ghosts]
+        if known.is_known != 0 and known.mark == note.mark:
+            note.gap = mean_gap(waited(totals.time, known.time), known.gap)
+            known.is_known = 0
+    totals.newest = block + 1
     totals.clock += 1
     totals.stores += 1.0
     return MAIN
@@ -121,18 +143,21 @@ def note_release(state: State, block: int) -> int:
     kind = class_of(note.uses, record.num_children == 0)
     note.kind = 1 + kind
     note.released = totals.clock
+    state.learner.times[block] = totals.time & WORD
     state.learner.classes[kind].released += 1.0
     totals.accesses += 1
     totals.releases += 1.0
-    if note.is_sampled != 0:
-        contend(state.learner, state.prefix_hashes[block], kind, state.learner.gaps[block])
+    prefix_hash = state.prefix_hashes[block]
+    if (prefix_hash >> 8) & totals.sample_mask == 0:
+        contend(state.learner, prefix_hash, kind, note.gap)
     return 0
 
 
 @pointed
 def note_evict(state: State, block: int) -> int:
     """Make the note on an evicted block a ghost, in place of the oldest of its set."""
-    first = _ghost_set(state, state.prefix_hashes[block])
+    ghosts = _ghost_set(state, state.prefix_hashes[block])
+    first = len(state.blocks) + GHOST_SET * ghosts
     chosen = first
     for i in range(first, first + GHOST_SET):
         if state.notes[i].kind == 0:
@@ -147,9 +172,21 @@ def note_evict(state: State, block: int) -> int:
     ghost.mark = note.mark
     ghost.uses = note.uses
     ghost.kind = note.kind
-    state.learner.gaps[chosen] = state.learner.gaps[block]
+    if _has_gap_of_its_own(state, block):
+        known = state.learner.gaps[ghosts]
+        known.mark = note.mark
+        known.time = state.learner.times[block]
+        known.gap = note.gap
+        known.is_known = 1
     note.kind = 0
     return 0
+
+
+@inlined
+def _has_gap_of_its_own(state: State, block: int) -> bool:
+    """Tell whether the gap of a block cannot be learned from that of the block before it."""
+    parent, times = state.blocks[block].parent, state.learner.times
+    return parent < 0 or times[parent] != times[block] or state.notes[parent].gap != state.notes[block].gap
 
 
 @pointed
@@ -159,24 +196,23 @@ def adaptive_score(state: State, block: int) -> int:
     if rules == RECENCY:
         return note.released
     if rules == TURNS:
-        return turn_score(state.learner.totals[0].ranked, note.released, state.learner.gaps[block])
+        return turn_score(state.learner.totals[0].ranked_at, state.learner.times[block], note.gap)
     return expires_at(state.learner, note.kind - 1, note.released)
 
 
 @inlined
 def _ghost_set(state: State, prefix_hash: int) -> int:
-    num_blocks = state.counters[0].num_blocks
-    sets = (len(state.notes) - num_blocks) // GHOST_SET
-    return num_blocks + GHOST_SET * ((((prefix_hash >> 32) & _WORD) * sets) >> 32)
+    """Return the number of the set of ghosts that a block belongs to."""
+    return (((prefix_hash >> 32) & WORD) * len(state.learner.gaps)) >> 32
 
 
 # Lessons and duels: asked for at the end of every request.
 
 # Lessons come every half capacity of stored blocks, duels are judged every half capacity of accesses. While turns rule,
-# blocks are ranked by their ages of now so many times per capacity of stored blocks.
+# leaves are ranked by their ages of now whenever a quarter of their number was stored.
 PARTS = 2
 SHORTEST_PERIOD = 2048
-RANKINGS = 8
+RANKINGS = 4
 
 # Statistics lose a twentieth with each lesson; nothing is learned before the cache is full but for a sixteenth.
 MEMORY = 0.95
@@ -189,10 +225,12 @@ def end_request(state: State) -> bool:
     counters, totals = state.counters[0], state.learner.totals[0]
     totals.requests += 1.0
     end_round(state.learner)
-    ages = totals.rules == TURNS and totals.clock - totals.ranked > counters.num_blocks // RANKINGS
+    if totals.is_told == 0:
+        totals.time = totals.accesses
+    ages = totals.rules == TURNS and totals.clock - totals.ranked > counters.heap_size // RANKINGS
     if totals.clock < totals.next_lesson and totals.accesses < totals.next_duel and not ages:
         return False
-    totals.ranked = totals.clock
+    totals.ranked, totals.ranked_at = totals.clock, totals.time
     blank = counters.free_top + counters.num_blocks - counters.fresh
     return _advance(state, blank, counters.num_blocks - counters.used)
 

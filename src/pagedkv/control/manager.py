@@ -26,6 +26,7 @@ from pagedkv.control.block_tables import entries_to_grow, segment_length
 from pagedkv.control.call_lock import new_lock
 from pagedkv.control.checks import check_state
 from pagedkv.control.events import CacheEvent, CacheSnapshot, EventFeed, snapshot_of, stored_blocks
+from pagedkv.control.learner import asked_clock, tell_time
 from pagedkv.control.plan import NO_COPIES, BatchPlan, UntoldCopies, stale_plan
 from pagedkv.control.pool import available_blocks
 from pagedkv.control.prefix import Namespaces
@@ -97,6 +98,9 @@ class BlockManager:
     whole_hits : bool
         Whether whole blocks are found and nothing else: the last one of a text too, where nothing is left to compute,
         and none in part. For books of what a model has computed elsewhere.
+    clock : callable, optional
+        Tells a strategy that learns from pauses the time in seconds: ``time.monotonic``, say. Without it the strategy
+        counts used blocks, and the same calls always have the same effect.
 
     Raises
     ------
@@ -115,6 +119,7 @@ class BlockManager:
         on_full: OnFull = "raise",
         num_states: int = 0,
         whole_hits: bool = False,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         num_states = require_int("num_states", num_states, 0, 2**31 - 2)
         num_blocks = require_int("num_blocks", num_blocks, 0, 2**31 - 2)
@@ -125,6 +130,7 @@ class BlockManager:
         self._strategy = as_strategy(strategy)
         self._state = with_policy_of(new_state(num_blocks, block_size, prefix_caching, num_states), self._strategy)
         self._state.counters[0].whole_hits = require_flag("whole_hits", whole_hits)
+        self._clock = asked_clock(self._state, clock)
         self._is_scored_in_numpy = is_scored_in_numpy(self._strategy)
         self._hooks = Hooks(self._strategy)
         self._victims = sequence_eviction.VictimOrder(self._strategy)
@@ -309,9 +315,8 @@ class BlockManager:
         ------
         SequenceNotFound
         InvalidOperation
-            If `upto` is beyond the tokens, or a sequence is named twice. If a sequence of the plan streamed or began
-            anew since, or tokens of the plan were taken back and others appended; where they were only taken back,
-            what is left of them is committed.
+            If `upto` is beyond the tokens, a sequence is named twice, or one of the plan streamed or began anew, or
+            had tokens taken back and others appended; if they were only taken back, what is left is committed.
         """
         keys, counts, most, made_at = parse_commit(plan_or_seq_ids, upto, self._wide_ids)
         with self._lock:
@@ -585,8 +590,7 @@ class BlockManager:
         """
         with self._lock:
             self._settle()
-            copies = np.array(self._state_copies, np.int32).reshape(-1, 2)
-            self._state_copies = []
+            copies, self._state_copies = np.array(self._state_copies, np.int32).reshape(-1, 2), []
             return copies
 
     def blocks_to_allocate(self, tokens: Tokens, cache_salt: str = "") -> int:
@@ -617,8 +621,7 @@ class BlockManager:
         BlockNotFound
             If the pool has no such block.
         InvalidOperation
-            If the block is not cached: a sequence holds it, or it is free; if it is pinned, or a findable block
-            continues it.
+            If a sequence holds the block, or it is free or pinned, or a findable block continues it.
         """
         number = int(self.block(block_id).id)
         with self._lock:
@@ -631,8 +634,7 @@ class BlockManager:
     def clear_prefix_cache(self) -> int:
         """Make everything stored so far unfindable, pinned blocks too; returns how many blocks became free.
 
-        Live sequences keep their blocks but are never committed again: their prefix belongs to what was cleared (old
-        weights, for instance).
+        Live sequences keep their blocks but are never committed again: their prefix belongs to what was cleared.
         """
         with self._lock:
             self._begin()
@@ -644,8 +646,7 @@ class BlockManager:
     def subscribe(self, callback: Callable[[CacheEvent], None]) -> Callable[[], None]:
         """Call `callback` with every ``BlockStored``, ``BlockRemoved`` and ``AllBlocksCleared``, in order.
 
-        It is called while the cache is consistent and locked, and may call the cache itself. An exception in it is
-        logged and does not reach the caller.
+        It is called while the cache is consistent and locked, and may call it itself. An exception in it is logged.
 
         Returns
         -------
@@ -869,11 +870,12 @@ class BlockManager:
         """Finish what an interrupted call left to do: every call that reads or changes it begins with this."""
         if self._is_open:
             self._recover()
+        if self._clock is not None:
+            tell_time(self._state, self._clock())
 
     def _begin(self) -> None:
         """Begin a call that leaves something to do beside the books."""
-        if self._is_open:
-            self._recover()
+        self._settle()
         self._is_open = True
 
     def _finish(self, num_copies: int) -> None:
@@ -975,9 +977,9 @@ class BlockManager:
         ids = parse_ids("token_ids", token_ids)
         with self._lock:
             namespace = self._namespaces.find(cache_salt)
-            if namespace is None or not self.prefix_caching:
-                return 0
-            return int(count(self._state.packed, namespace, ids))
+            return (
+                int(count(self._state.packed, namespace, ids)) if namespace is not None and self.prefix_caching else 0
+            )
 
     def _enter_namespace(self, cache_salt: str) -> int:
         self._state, number = self._namespaces.enter(self._state, cache_salt)

@@ -7,36 +7,22 @@ SHARDS", FAST 2015); contests between policies are those of set dueling (Qureshi
 for high performance caching", ISCA 2007).
 
 In each order, blocks fall into groups in which the one used last goes last: all of them by recency, those of one time
-to live by expiry, those of about the same gap by turns. So a shadow is a list for each group, and of the oldest of all
-groups one goes. Shadows know no prefixes: of blocks released together the deepest is evicted first. What the present
-request has used stays if it can, as it would in the real cache. Until they are full all shadows hold the same blocks,
-so they have one size.
+to live by expiry. By turns those of about the same gap are a group, of which the one used first or last goes. So a
+shadow is a list for each group, and of the ends of all groups one goes. Shadows know no prefixes: of blocks released
+together the deepest is evicted first. What the present request has used stays if it can, as it would in the real cache.
+Until they are full all shadows hold the same blocks, so they have one size.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-from pagedkv.control.lifetimes import age_bucket, draws_long
+from pagedkv.control.lifetimes import draws_long
 from pagedkv.control.state import CLASSES, EXPIRY, GROUPS, RECENCY, SHADOW_HEADS, TURNS, Learner
+from pagedkv.control.turns import FIRST_TURNS, WORD, gap_group, gaps_below, turn_score
 from pagedkv.jit import called, inlined
-
-# The order by turns: what waits longest goes first, and a block counts as waiting at least as long as it did before its
-# turns: max(age, gap), the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set replacement
-# policy", SIGMETRICS 2002). The gap is a geometric mean in which the last turn is one half. A new block has the gap of
-# the one before it, and so of the deepest known block on its path. Where nothing on the path is known, in a first turn,
-# the gap is beyond all others.
-
-MOST_GAP = (1 << 31) - 1
-BEYOND = 1 << 48
-
-
-@inlined
-def turn_score(now: int, released: int, gap: int) -> int:
-    """Return the score of a block that was released then, and before its turns waited so long (0 in a first)."""
-    if gap == 0:
-        return released - BEYOND
-    return min(released - now, -np.int64(gap))
 
 
 def forget_shadows(learner: Learner) -> None:
@@ -54,7 +40,7 @@ HELD = 1 << 60
 
 
 @called
-def contend(learner: Learner, prefix_hash: int, kind: int, gap: int) -> None:
+def contend(learner: Learner, prefix_hash: int, kind: int, gap: np.uint16) -> None:
     """Let all shadows see an access to a sampled block, and count who had it."""
     totals = learner.totals[0]
     head = _head_of(prefix_hash)
@@ -75,10 +61,11 @@ def contend(learner: Learner, prefix_hash: int, kind: int, gap: int) -> None:
     shadow = learner.shadows[entry]
     shadow.gap = gap
     shadow.released = totals.clock
+    shadow.time = totals.time & WORD
     shadow.access = totals.accesses
     _touch(learner, RECENCY, entry, 0, grows)
     _touch(learner, EXPIRY, entry, 2 * kind + (1 if draws_long(learner, totals.clock) else 0), grows)
-    _touch(learner, TURNS, entry, age_bucket(gap) >> 1 if gap != 0 else GROUPS - 1, grows)
+    _touch(learner, TURNS, entry, gap_group(gap), grows)
 
 
 @inlined
@@ -147,6 +134,8 @@ def _append(learner: Learner, order: int, entry: int, group: int) -> None:
     place.group = group + 1
     place.older = end.newest
     place.newer = 0
+    if order == TURNS and (end.newest == 0 or not _is_held(learner, end.newest - 1)):
+        end.free = end.newest
     if end.newest != 0:
         learner.places[order, end.newest - 1].newer = entry + 1
     else:
@@ -177,6 +166,8 @@ def draw_again(learner: Learner) -> None:
 def _unlink(learner: Learner, order: int, entry: int) -> None:
     place = learner.places[order, entry]
     older, newer = place.older, place.newer
+    if learner.ends[order, place.group - 1].free == entry + 1:
+        learner.ends[order, place.group - 1].free = older
     if older != 0:
         learner.places[order, older - 1].newer = newer
     else:
@@ -190,25 +181,80 @@ def _unlink(learner: Learner, order: int, entry: int) -> None:
 @inlined
 def _first_to_go(learner: Learner, order: int) -> int:
     """Return the entry of a full shadow that its order would evict."""
-    totals = learner.totals[0]
     if order == RECENCY:
-        return learner.ends[order, 0].oldest - 1
+        return learner.ends[RECENCY, 0].oldest - 1
+    return _first_to_expire(learner) if order == EXPIRY else _first_by_turns(learner)
+
+
+@inlined
+def _first_to_expire(learner: Learner) -> int:
     chosen, lowest = -1, np.int64(0)
-    for group in range(2 * CLASSES if order == EXPIRY else GROUPS):
-        entry = learner.ends[order, group].oldest - 1
-        if entry < 0:
-            continue
-        shadow = learner.shadows[entry]
-        if order == EXPIRY:
+    for group in range(2 * CLASSES):
+        entry = learner.ends[EXPIRY, group].oldest - 1
+        if entry >= 0:
             lives = learner.classes[group >> 1]
-            score = shadow.released + (lives.long if group & 1 else lives.short)
-        else:
-            score = turn_score(totals.clock, shadow.released, shadow.gap)
-        if shadow.access >= totals.began:
-            score += HELD
-        if chosen < 0 or score < lowest:
-            chosen, lowest = entry, score
+            score = learner.shadows[entry].released + (lives.long if group & 1 else lives.short)
+            if _is_held(learner, entry):
+                score += HELD
+            if chosen < 0 or score < lowest:
+                chosen, lowest = entry, score
     return chosen
+
+
+@inlined
+def _first_by_turns(learner: Learner) -> int:
+    """Return what goes by turns: of each group that is its oldest entry or its newest one."""
+    oldest = learner.ends[TURNS, FIRST_TURNS].oldest - 1
+    if oldest >= 0 and not _is_held(learner, oldest):
+        return oldest
+    chosen, lowest = -1, np.int64(0)
+    for group in range(GROUPS - 2, -1, -1):
+        oldest = learner.ends[TURNS, group].oldest - 1
+        if oldest < 0 or _is_held(learner, oldest):
+            continue
+        if chosen < 0 or gaps_below(group) >= -lowest:
+            newest = _newest_not_held(learner, group)
+            score = _turn_score(learner, newest)
+            if chosen < 0 or score <= lowest:
+                chosen, lowest = newest, score
+        score = _turn_score(learner, oldest)
+        if score <= lowest:
+            chosen, lowest = oldest, score
+    return chosen if chosen >= 0 else _first_of_held(learner)
+
+
+@inlined
+def _newest_not_held(learner: Learner, group: int) -> int:
+    """Return the newest entry of a group whose oldest one is not held."""
+    end = learner.ends[TURNS, group]
+    newest = end.newest - 1
+    return end.free - 1 if _is_held(learner, newest) else newest
+
+
+@inlined
+def _first_of_held(learner: Learner) -> int:
+    """Return what goes by turns where the present request has used all there is."""
+    chosen, lowest = -1, np.int64(0)
+    for group in range(GROUPS):
+        oldest = learner.ends[TURNS, group].oldest - 1
+        if oldest >= 0:
+            score = _turn_score(learner, oldest)
+            if chosen < 0 or score < lowest:
+                chosen, lowest = oldest, score
+    return chosen
+
+
+@inlined
+def _turn_score(learner: Learner, entry: int) -> Any:
+    """Return the score of an entry by turns, now."""
+    shadow = learner.shadows[entry]
+    return turn_score(learner.totals[0].time, shadow.time, shadow.gap)
+
+
+@inlined
+def _is_held(learner: Learner, entry: int) -> bool:
+    """Tell whether the present request has used the entry."""
+    return learner.shadows[entry].access >= learner.totals[0].began
 
 
 # Duels, judged every half capacity of accesses.

@@ -69,8 +69,8 @@ GHOST = record(prefix_hash="i8", next="i8")
 
 # The records of the adaptive strategy: a note on every block and ghost, and all that it has learned.
 #
-# Time is counted in stored blocks, that is in misses: an age in this unit compares with the capacity, whatever the
-# speed of the traffic.
+# The clock counts stored blocks, that is misses: an age in this unit compares with the capacity, whatever the speed of
+# the traffic. The time, of turns, is that of the world outside (`turns`).
 
 # What is known of a block: how often it was used (1, 2, 3, 4, 5-7, 8+), and whether it was released as a leaf.
 CLASSES = 12
@@ -81,7 +81,7 @@ AGES = 112
 # What may rule the order of the cached blocks. Each has a shadow cache, whose entries fall into groups.
 RECENCY, EXPIRY, TURNS = range(3)
 ORDERS = 3
-GROUPS = AGES // 2 + 1
+GROUPS = 64
 
 GHOSTS_PER_BLOCK = 3
 GHOST_SET = 4
@@ -93,10 +93,19 @@ SHADOW_HEADS = 4 * SHADOW_ROOM
 NOTE = record(
     released="i8",  # when its last user had gone, in stored blocks
     mark="u4",  # a part of its prefix hash
-    uses="u2",  # before it was last evicted, too
+    gap="u2",  # of a block: a code of how long the turns waited in the mean, 0 in a first turn
+    uses="u1",  # before it was last evicted, too
     kind="i1",  # 1 + its class while it is cached or a ghost, else 0
-    is_sampled="u1",
 )
+
+GAP = record(
+    mark="u4",  # of the note on the block
+    time="u4",  # when it was released, the low 32 bits
+    gap="u2",
+    is_known="u2",
+)
+"""What is kept of an evicted block whose gap is not that of the block before it: for one that is evicted as a whole,
+the first block of a session."""
 
 LEARNER = record(
     clock="i8",  # blocks stored so far
@@ -105,7 +114,11 @@ LEARNER = record(
     next_duel="i8",  # by the accesses
     lessons="i8",
     rules="i8",  # RECENCY, EXPIRY or TURNS
+    newest="i8",  # 1 + the block stored last
+    time="i8",  # in parts of a second; in stored blocks while nobody tells it
+    is_told="i8",  # whether somebody does
     ranked="i8",  # when the turns were ranked last, by the clock
+    ranked_at="i8",  # and by the time
     share="i8",  # of the requests whose blocks have the long times to live, out of SHARES
     sample_mask="i8",
     room="i8",  # of a shadow cache
@@ -146,9 +159,10 @@ AGE = record(
 SHADOW = record(
     prefix_hash="i8",
     released="i8",  # when it was used last, by the clock,
-    access="i8",  # and by the accesses
-    gap="i4",
+    access="i8",  # by the accesses,
+    time="u4",  # and by the time
     next="i4",  # of its hash chain, or the next free entry
+    gap="u2",
 )
 
 PLACE = record(
@@ -160,6 +174,7 @@ PLACE = record(
 END = record(
     oldest="i4",  # of a group
     newest="i4",
+    free="i4",  # the newest one that the request has not used which used the newest
 )
 
 
@@ -170,14 +185,15 @@ class Learner(NamedTuple):
     classes: npt.NDArray[np.void]
     ages: npt.NDArray[np.void]  # by class and age
     duels: npt.NDArray[np.void]  # of each order against recency
-    gaps: npt.NDArray[np.int32]  # by note: how long the turns waited in the mean, 0 in a first turn
+    times: npt.NDArray[np.uint32]  # by block: the time when it was released, its low 32 bits
+    gaps: npt.NDArray[np.void]  # of evicted blocks, one for each set of ghosts
     shadows: npt.NDArray[np.void]  # entries of the three shadow caches
     heads: npt.NDArray[np.int64]  # of hash chains over them
     places: npt.NDArray[np.void]  # of the entries, by order
     ends: npt.NDArray[np.void]  # of the groups, by order
 
 
-def new_learner(num_blocks: int, exists: bool) -> Learner:
+def new_learner(num_blocks: int, exists: bool, ghost_sets: int = 0) -> Learner:
     """Return a learner that knows nothing, or the empty stand-in that other strategies need."""
     size = int(exists)
     entries = size * (ORDERS * SHADOW_ROOM + 1)
@@ -186,7 +202,8 @@ def new_learner(num_blocks: int, exists: bool) -> Learner:
         classes=np.zeros(size * CLASSES, CLASS),
         ages=np.zeros((size * (CLASSES + 1), AGES + 1), AGE),
         duels=np.zeros(size * ORDERS, DUEL),
-        gaps=np.zeros(size * num_blocks, np.int32),
+        times=np.zeros(size * num_blocks, np.uint32),
+        gaps=np.zeros(ghost_sets, GAP),
         shadows=np.zeros(entries, SHADOW),
         heads=np.zeros(size * SHADOW_HEADS, np.int64),
         places=np.zeros((ORDERS * size, entries), PLACE),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -397,14 +398,14 @@ class PagedCache(Cache):
             eviction_threshold=eviction_threshold,
             prefix_caching=prefix_caching,
             num_states=0 if keeps_nothing_else else num_states,
+            clock=time.monotonic,
         )
         pool.match_prefix([0], cache_salt)  # refuses what is no salt
         self._config, self._paged = config, paged
         self._tiers = CacheTiers(tiers, pool, cache_salt)
         table = LayerTable(pool, dtype, device)
         self._pages = Pages(pool, self._tiers, cache_salt, config.get_text_config(decoder=True), paged, table)
-        # Without snapshots of what recurrent layers hold no prefix can be gone on from; and keys that were turned by
-        # other frequencies are not those of a longer text.
+        # Recurrent layers go on from snapshots only; keys turned by other frequencies are not those of a longer text.
         self._is_reusable = (keeps_nothing_else or num_states > 0) and not has_changing_rope(config)
         self._model: weakref.ref[Any] | None = None
         super().__init__(layers=self._new_layers())

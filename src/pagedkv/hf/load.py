@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from os import PathLike
@@ -141,6 +142,7 @@ def load_runner(
         prefix_caching=prefix_caching and proved.reuses_prefixes,
         eviction_threshold=eviction_threshold,
         num_states=_checked_states(num_states, proved) if proved.has_states else 0,
+        clock=time.monotonic,
     )
     runner = ModelRunner(model, cache, proved.mode, kv_dtype, batch_invariant, passed.way.chunkable)
     runner.follow(proved)

@@ -20,7 +20,7 @@ import numpy as np
 
 from pagedkv.control.protocol import Strategy
 from pagedkv.sim.replicas import NOWHERE, Fleet, FleetResult, Router
-from pagedkv.sim.tiered import LevelHits, TieredPool, Tiers, tiered_pools
+from pagedkv.sim.tiered import LevelHits, TieredPool, Tiers, TraceClock, tiered_pools
 from pagedkv.sim.trace import Floats, Int64s, Trace
 from pagedkv.validate import require_number
 
@@ -99,8 +99,10 @@ _PREFILLED, _SERVED = 0, 1
 class _Service:
     """The replicas, and when what happens next."""
 
-    def __init__(self, trace: Trace, pools: list[TieredPool], timing: Timing, tiers: Tiers, fleet: Fleet) -> None:
-        self._trace, self._timing, self._tiers = trace, timing, tiers
+    def __init__(
+        self, trace: Trace, pools: list[TieredPool], clock: TraceClock, timing: Timing, tiers: Tiers, fleet: Fleet
+    ) -> None:
+        self._trace, self._clock, self._timing, self._tiers = trace, clock, timing, tiers
         self._replicas = [_Replica(pool) for pool in pools]
         self._router = Router(trace, fleet)
         self._due: list[tuple[float, int, int]] = []  # when, what, request
@@ -119,6 +121,7 @@ class _Service:
     def arrive(self, request: int, now: float) -> None:
         """Send a request that fits a pool to a replica."""
         self.advance(now)
+        self._clock.seconds = now
         ids = self._blocks(request)
         replica = self._router.route(ids, self.found.reaches(ids), self.sent.copy())
         self.served[request] = replica
@@ -130,6 +133,7 @@ class _Service:
         """Let everything happen that is due by `now`."""
         while self._due and self._due[0][0] <= now:
             when, what, request = heapq.heappop(self._due)
+            self._clock.seconds = when
             replica = int(self.served[request])
             at = self._replicas[replica]
             if what == _PREFILLED:
@@ -201,8 +205,9 @@ def run_in_time(
     """
     each, needs = fleet.blocks_each(blocks), np.diff(trace.offsets) + output_blocks(trace)
     most = max(1, int(needs.sum()))
-    pools = tiered_pools(trace, each, strategy, tiers, replicas=fleet.replicas, most=most)
-    service = _Service(trace, pools, timing, tiers, fleet)
+    clock = TraceClock()
+    pools = tiered_pools(trace, each, strategy, tiers, clock, replicas=fleet.replicas, most=most)
+    service = _Service(trace, pools, clock, timing, tiers, fleet)
     fits = (needs <= each).tolist()
     for request, now in enumerate(trace.times.tolist()):
         if fits[request]:

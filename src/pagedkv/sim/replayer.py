@@ -23,7 +23,7 @@ from pagedkv.control.protocol import Strategy
 from pagedkv.errors import bad_argument
 from pagedkv.sim.queueing import Timing, output_blocks, run_in_time
 from pagedkv.sim.replicas import Fleet, FleetResult, run_fleet
-from pagedkv.sim.tiered import Restart, TierResult, Tiers, TierSpec, run_tiered
+from pagedkv.sim.tiered import Restart, TierResult, Tiers, TierSpec, TraceClock, run_tiered
 from pagedkv.sim.trace import MAX_BLOCKS, Floats, Int64s, Trace, require_content
 from pagedkv.validate import require_int, require_number, shown
 
@@ -169,8 +169,8 @@ _PREFILLED, _SERVED = 0, 1
 class _Service:
     """The requests that run, those that wait, and when what happens next."""
 
-    def __init__(self, trace: Trace, cache: ContentCache, timing: Timing) -> None:
-        self._trace, self._cache, self._timing = trace, cache, timing
+    def __init__(self, trace: Trace, cache: ContentCache, clock: TraceClock, timing: Timing) -> None:
+        self._trace, self._cache, self._clock, self._timing = trace, cache, clock, timing
         self._due: list[tuple[float, int, int, int]] = []  # when, what, request, its run number
         self._runs: dict[int, int] = {}
         self._waiting: deque[int] = deque()
@@ -183,6 +183,7 @@ class _Service:
     def arrive(self, request: int, now: float) -> int:
         """Start a request that fits the pool, whoever must go for it; returns the blocks found."""
         self.advance(now)
+        self._clock.seconds = now
         while not self._cache.has_room(self._ids(request), int(self._output_blocks[request])):
             self._preempt()
         return self._start(request, now)
@@ -191,6 +192,7 @@ class _Service:
         """Let everything happen that is due by `now`."""
         while self._due and self._due[0][0] <= now:
             when, what, request, run = heapq.heappop(self._due)
+            self._clock.seconds = when
             if self._runs.get(request) != run:
                 continue  # preempted meanwhile
             if what == _PREFILLED:
@@ -234,10 +236,10 @@ class _Service:
             self._start(self._waiting.popleft(), now)
 
 
-def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timing) -> ReplayResult:
+def replay_timed(trace: Trace, cache: ContentCache, strategy: str, timing: Timing, clock: TraceClock) -> ReplayResult:
     """Replay `trace` in its own time; requests larger than the whole pool are refused and find nothing."""
     started = time.perf_counter()
-    service = _Service(trace, cache, timing)
+    service = _Service(trace, cache, clock, timing)
     hits = np.zeros(trace.num_requests, np.int32)
     refused = 0
     for request, now in enumerate(trace.times.tolist()):
@@ -305,11 +307,12 @@ def replay(
         return _replay_levels(trace, blocks, strategy, timing, tiers or Tiers(), fleet)
     # A pool larger than the trace ever fills finds the same hits in less memory.
     most = trace.num_distinct if timing is None else trace.num_accesses + int(output_blocks(trace).sum())
-    cache = ContentCache(min(blocks, max(1, most)), strategy)
+    clock = TraceClock()
+    cache = ContentCache(min(blocks, max(1, most)), strategy, clock=clock)
     if timing is not None:
-        return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing), blocks=blocks)
+        return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing, clock), blocks=blocks)
     started = time.perf_counter()
-    hits = cache.run(trace.ids, trace.offsets)
+    hits = cache.run(trace.ids, trace.offsets, trace.times)
     seconds = time.perf_counter() - started
     reclaimed = cache.stats.blocks_reclaimed
     return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)

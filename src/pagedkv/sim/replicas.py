@@ -27,7 +27,7 @@ from pagedkv.fleet.routing import (
     parse_routing,
     route,
 )
-from pagedkv.sim.tiered import LevelHits, Tiers, tiered_pools
+from pagedkv.sim.tiered import LevelHits, Tiers, TraceClock, tiered_pools
 from pagedkv.sim.trace import Int32s, Int64s, Trace
 from pagedkv.validate import require_int
 
@@ -150,12 +150,14 @@ def run_fleet(
     trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers, fleet: Fleet
 ) -> tuple[LevelHits, FleetResult]:
     """Replay a trace on a fleet whose pools have `blocks` together."""
-    pools = tiered_pools(trace, fleet.blocks_each(blocks), strategy, tiers, replicas=fleet.replicas)
+    clock = TraceClock()
+    pools = tiered_pools(trace, fleet.blocks_each(blocks), strategy, tiers, clock, replicas=fleet.replicas)
     found, router = LevelHits(trace, tiers, pools), Router(trace, fleet)
     nobody_waits = np.zeros(fleet.replicas, np.int64)
     served = np.zeros(trace.num_requests, np.int32)
     ids, offsets = np.asarray(trace.ids).astype(np.int64), trace.offsets.tolist()
     for request in range(trace.num_requests):
+        clock.seconds = float(trace.times[request])
         found.restart_if_due(request)
         asked = ids[offsets[request] : offsets[request + 1]]
         reaches = found.reaches(asked)

@@ -192,11 +192,25 @@ _SHARE_AFTER_RESTART = 10
 """A tenth of the requests shows what a restart cost: later ones meet what came after it."""
 
 
+class TraceClock:
+    """What pools ask for the time while a trace is replayed."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self) -> float:
+        """Return the seconds."""
+        return self.seconds
+
+
 class Level:
     """The books of one level, which remember what they give up where the next level wants it."""
 
-    def __init__(self, blocks: int, strategy: Strategy, *, medium: str = HOST, tells: bool) -> None:
+    def __init__(
+        self, blocks: int, strategy: Strategy, *, medium: str = HOST, tells: bool, clock: TraceClock | None = None
+    ) -> None:
         self._blocks, self._strategy, self._medium, self._tells = blocks, strategy, medium, tells
+        self._clock = clock
         self._stored_before = self._reclaimed_before = 0
         self._restored = 0
         self.books = self._new_books()
@@ -227,7 +241,7 @@ class Level:
 
     def _new_books(self) -> ContentCache:
         # A strategy that learned begins anew.
-        books = ContentCache(self._blocks, copy.deepcopy(self._strategy))
+        books = ContentCache(self._blocks, copy.deepcopy(self._strategy), clock=self._clock)
         if self._tells:
             books.remember_given_up()
         return books
@@ -335,7 +349,14 @@ class TieredPool:
 
 
 def tiered_pools(
-    trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers, *, replicas: int = 1, most: int | None = None
+    trace: Trace,
+    blocks: int,
+    strategy: Strategy,
+    tiers: Tiers,
+    clock: TraceClock,
+    *,
+    replicas: int = 1,
+    most: int | None = None,
 ) -> list[TieredPool]:
     """Return what each replica has: a pool of `blocks`, its parts of the tiers, and the shared one that all have.
 
@@ -353,7 +374,7 @@ def tiered_pools(
     chains = _Chains(trace)
     return [
         TieredPool(
-            Level(min(blocks, most or filled), strategy, tells=tells[0]),
+            Level(min(blocks, most or filled), strategy, tells=tells[0], clock=clock),
             [shared.get(place) or level(place) for place in range(last)],
             tiers,
             chains,
@@ -433,10 +454,12 @@ class LevelHits:
 
 def run_tiered(trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> LevelHits:
     """Replay a trace through one pool and the tiers beneath it."""
-    (pool,) = pools = tiered_pools(trace, blocks, strategy, tiers)
+    clock = TraceClock()
+    (pool,) = pools = tiered_pools(trace, blocks, strategy, tiers, clock)
     found = LevelHits(trace, tiers, pools)
     ids, offsets = np.asarray(trace.ids).astype(np.int64), trace.offsets.tolist()
     for request, (start, stop) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        clock.seconds = float(trace.times[request])
         found.restart_if_due(request)
         asked = ids[start:stop]
         found.by_level[:, request] = pool.serve(asked, pool.reaches(asked))
