@@ -55,13 +55,12 @@ from pagedkv.data.simd import (
     sub,
     zeros,
 )
-from pagedkv.data.simd_llvm import LANES, ROWS
+from pagedkv.data.simd_llvm import CACHE_LINE, LANES, ROWS
 from pagedkv.jit import called, compiled, inlined
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
-LINE_BYTES = 64
 
 
 class Bases(NamedTuple):
@@ -121,8 +120,8 @@ def _floats(count: int) -> Floats:
 @inlined
 def aligned(count: int, like: Array) -> Array:
     """Return room that begins at a cache line: a vector that crosses two of them takes twice as long to load."""
-    room = np.empty(count + LINE_BYTES, like.dtype)
-    first = -room.ctypes.data % LINE_BYTES // like.itemsize
+    room = np.empty(count + CACHE_LINE, like.dtype)
+    first = -room.ctypes.data % CACHE_LINE // like.itemsize
     return room[first : first + count]
 
 

@@ -218,10 +218,10 @@ def turn_keys(
     key_at = borrowed(key_at)
     tile = borrowed(tile)
     packed = borrowed(packed)
-    step, size = LANES * 4 // packed.itemsize, row_width(dim, packed) * packed.itemsize // 4 * LANES
+    size = row_width(dim, packed) // 2 * LANES
     for i in range(0, count, LANES):
         to = i // LANES * size
-        for d in range(0, dim, step):
+        for d in range(0, dim, 2 * LANES):
             for key in range(first + i, first + i + LANES):
                 prefetch(keys, key_at[key + ahead] + head_at + d)
             turn(packed, keys, key_at, first + i, head_at + d, dim - d, tile, to)

@@ -22,7 +22,6 @@ from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.forward_products import (
     ADDED,
     BLOCK,
-    CACHE_LINE,
     COLUMN_BLOCK,
     MOST_COLUMNS,
     NOWHERE,
@@ -43,14 +42,12 @@ from pagedkv.data.simd import (
     add,
     fetch_add,
     fma,
-    give_way,
     is_int8,
     load,
     load_count,
     load_part,
     maximum,
     mul,
-    pause,
     prefetch,
     put,
     sigmoid,
@@ -62,8 +59,8 @@ from pagedkv.data.simd import (
     tanh,
     zeros,
 )
-from pagedkv.data.simd_llvm import LANES
-from pagedkv.data.team import PAUSES
+from pagedkv.data.simd_llvm import CACHE_LINE, LANES
+from pagedkv.data.team import wait_until
 from pagedkv.jit import borrowed, called, compiled, inlined
 
 Array = npt.NDArray[Any]
@@ -266,9 +263,9 @@ def run_program(
                         following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
                     if operation.is_activated:
                         begin, next_panel = -(tile.first_row * COLUMN_BLOCK + tile.first_column), following
+                        gate = gate_of(operation, expert, places) if operation.has_gate else up
                         if operation.has_gate:
-                            next_panel = gate_of(operation, expert, places).weight
-                            next_panel += tile.first_column * operation.row_stride
+                            next_panel = gate.weight + tile.first_column * operation.row_stride
                         multiply(
                             operation,
                             tile,
@@ -286,7 +283,6 @@ def run_program(
                             panel,
                         )
                         if operation.has_gate:
-                            gate = gate_of(operation, expert, places)
                             begin += BLOCK
                             multiply(
                                 operation,
@@ -353,17 +349,11 @@ def run_program(
 @inlined
 def _wait(counters: Ints, index: int, value: int, weights: Array, begin: int, end: int) -> None:
     """Do as `wait_until`, and ask for the weights begin … end meanwhile."""
-    looks = 0
-    while load_count(counters, index) < value:
-        if begin < end:
-            for _ in range(LINES_OF_LOOK):
-                prefetch(weights, begin)
-                begin += CACHE_LINE // weights.itemsize
-        elif looks < PAUSES:
-            pause()
-            looks += 1
-        else:
-            give_way()
+    while begin < end and load_count(counters, index) < value:
+        for _ in range(LINES_OF_LOOK):
+            prefetch(weights, begin)
+            begin += CACHE_LINE // weights.itemsize
+    wait_until(counters, index, value)
 
 
 @called

@@ -25,7 +25,7 @@ from pagedkv.data.simd import (
     store_narrowed,
     zeros,
 )
-from pagedkv.data.simd_llvm import LANES
+from pagedkv.data.simd_llvm import CACHE_LINE, LANES
 from pagedkv.data.simd_products import add_dots, dot_tile, totals
 from pagedkv.jit import borrowed, called, inlined
 
@@ -52,8 +52,6 @@ INNER_BYTES = 24 << 10
 the first cache."""
 PART_BYTES = 3 << 10
 """Of a row of activations, what is multiplied before the next: four rows of it stay in the first cache as well."""
-CACHE_LINE = 64
-"""Bytes that one prefetch brings."""
 NOWHERE = -(1 << 62)
 """Where there are no weights to ask for; weights may lie before the array that places are counted from."""
 BLOCK = ROW_BLOCK * COLUMN_BLOCK

@@ -10,17 +10,16 @@ import ctypes
 import math
 import mmap
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pagedkv.data.simd_llvm import CACHE_LINE
 from pagedkv.machine import free_memory
 
 HUGE_PAGE = 2 << 20
-CACHE_LINE = 64
 CHUNK = 64 << 20
 """Bytes that are reserved at once; what is never written takes up no memory."""
 MIN_BYTES = 32 << 20
@@ -92,8 +91,4 @@ def _give_back(begin: int, end: int) -> None:
     size = mmap.PAGESIZE
     first, last = -(-begin // size) * size, end // size * size
     if first < last:
-        _libc().madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
-
-
-def _libc() -> Any:
-    return ctypes.CDLL(None)
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

@@ -34,6 +34,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Build = Callable[..., Any]
 
 LANES = 16
+CACHE_LINE = 64
+"""Bytes."""
 ROWS = 4
 """Query rows that are worked on together; lane ``i`` belongs to row ``i % ROWS`` where lanes hold scores."""
 

@@ -97,11 +97,16 @@ def _dot_tile(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     return context.get_dummy_value()
 
 
+def _places_of(context: Any, builder: Any, array: Any, args: Any, count: int) -> list[Any]:
+    """Return where so many vectors of an array are, from an index on."""
+    data = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
+    return [builder.gep(data, [args[1].type(i * LANES)]) for i in range(count)]
+
+
 def _add_dots(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Build the same with sums that begin and end in memory, lanes and all."""
-    rows, columns = signature.args[1], signature.args[3]
-    data = builder.gep(context.make_array(signature.args[5])(context, builder, args[5]).data, [args[6]])
-    places = [builder.gep(data, [args[6].type(i * LANES)]) for i in range(rows.count * columns.count)]
+    count = signature.args[1].count * signature.args[3].count
+    places = _places_of(context, builder, signature.args[5], args[5:], count)
     sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
     for place, total in zip(places, _along_runs(context, builder, signature, args, sums), strict=True):
         llvm.write(builder, place, total)
@@ -185,8 +190,7 @@ def _add_run(x: Array, y: Array, sums: Array) -> None:
 
 
 def _sums_to_totals(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    data = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
-    places = [builder.gep(data, [args[1].type(i * LANES)]) for i in range(LANES)]
+    places = _places_of(context, builder, signature.args[0], args, LANES)
     sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
     llvm.write(builder, context.make_array(signature.args[2])(context, builder, args[2]).data, _totals(builder, sums))
     return context.get_dummy_value()
@@ -246,11 +250,8 @@ def _summed(builder: Any, parts: list[Any]) -> Any:
 
 
 def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
-    step = _run_of(rows)
-    widen = llvm.widened_bits if step == LANES else _paired
-
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if step > LANES and keys.dtype != rows.dtype:  # never run
+        if rows.dtype != types.float32:  # never run
             return llvm.every(0.0)
         row_data, key_data = (
             context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, rows), (3, keys))
@@ -260,30 +261,27 @@ def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
         key_at = [builder.gep(key_data, [place]) for place in args[4:8]]
 
         def multiply(index: Any, sums: list[Any], read: Callable[[Any], Any]) -> list[Any]:
-            some = [widen(builder, read(builder.gep(place, [index])), keys.dtype) for place in key_at]
-            each = [
-                widen(builder, llvm.read(builder, rows.dtype, builder.gep(place, [index]), step), rows.dtype)
-                for place in row_at
-            ]
+            some = [llvm.widened_bits(builder, read(builder.gep(place, [index])), keys.dtype) for place in key_at]
+            each = [llvm.read(builder, types.float32, builder.gep(place, [index]), LANES) for place in row_at]
             return [_multiplied(builder, each[i % ROWS], some[i // ROWS], total) for i, total in enumerate(sums)]
 
-        whole = builder.and_(dim, dim.type(-step))
+        whole = builder.and_(dim, dim.type(-LANES))
         sums = [llvm.every(0.0)] * LANES
         sums = _counted(
             builder,
             whole,
-            step,
+            LANES,
             sums,
-            lambda i, sums: multiply(i, sums, lambda at: llvm.read(builder, keys.dtype, at, step)),
+            lambda i, sums: multiply(i, sums, lambda at: llvm.read(builder, keys.dtype, at, LANES)),
         )
         # What is left of a row, at most once.
         rest = builder.sub(dim, whole)
         sums = _counted(
             builder,
             rest,
-            step,
+            LANES,
             sums,
-            lambda i, sums: multiply(whole, sums, lambda at: llvm.read_part(builder, keys.dtype, at, rest, step)),
+            lambda i, sums: multiply(whole, sums, lambda at: llvm.read_part(builder, keys.dtype, at, rest)),
         )
         return _summed(builder, sums)
 
@@ -294,11 +292,10 @@ def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
 def dots(rows: Array, at: int, width: int, keys: Array, a: int, b: int, c: int, d: int, dim: int) -> Lanes:
     """Return the products of four rows, ``width`` apart from ``at`` on, and the keys at a, b, c and d.
 
-    Lane ``4 * key + row``. A lane's sum is over every sixteenth number, or pair of bfloat16, in their order; then
-    halves are added to halves. Rows are float32, or uint16 as keys are, where the processor `has_bfloat16_products`;
-    they are as long as whole vectors of their kind.
+    Lane ``4 * key + row``. A lane's sum is over every sixteenth number, in their order; then halves are added to
+    halves. Rows are float32, as long as whole vectors; where they are uint16 nothing is compiled.
     """
-    result, step = np.empty(LANES, np.float32), LANES * 4 // rows.itemsize
+    result, step = np.empty(LANES, np.float32), LANES
     for lane in range(LANES):
         sums = np.zeros(LANES, np.float32)
         for i in range(0, dim, step):
@@ -340,11 +337,10 @@ def _turned(builder: Any, parts: list[Any]) -> list[Any]:
 
 
 def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: Any, tile: Any, to: Any) -> Any:
-    width = _run_of(rows)
-    widen = llvm.widened_bits if width == LANES else lambda builder, bits, dtype: builder.bitcast(bits, VECTOR)
+    width = 2 * LANES
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if width > LANES and keys.dtype != rows.dtype:  # never run
+        if rows.dtype != types.uint16 or keys.dtype != rows.dtype:  # never run
             return context.get_dummy_value()
         data, key_at, target = (
             context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2, 6)
@@ -357,7 +353,7 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
         target = builder.gep(target, [args[7]])
 
         def write(read: Callable[[Any], Any]) -> None:
-            parts = [widen(builder, read(start), keys.dtype) for start in starts]
+            parts = [builder.bitcast(read(start), VECTOR) for start in starts]
             for i, part in enumerate(_turned(builder, parts)):
                 llvm.write(builder, builder.gep(target, [begin.type(i * LANES)]), part)
 
@@ -374,26 +370,25 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
 
 @llvm.typed(_turn_of)
 def turn(rows: Array, keys: Array, places: Array, first: int, offset: int, count: int, tile: Array, to: int) -> None:
-    """Write a piece of sixteen keys to a tile, element by element: ``tile[to + i * LANES + key]``, float32.
+    """Write a piece of sixteen keys of bfloat16 to a tile, pair by pair: ``tile[to + i * LANES + key]``.
 
     The piece of a key is ``keys[place + offset :]`` for ``places[first + key]``: up to `count` numbers and zeros
-    behind, as many as a vector of `rows` has. They are widened; or stay pairs of bfloat16 where rows are uint16.
+    behind, as many as a vector has. Nothing is compiled where rows are float32.
     """
-    width = 2 * LANES if rows.dtype == np.uint16 else LANES
-    piece = np.zeros((LANES, width), keys.dtype)
+    piece = np.zeros((LANES, 2 * LANES), np.uint16)
+    count = min(count, 2 * LANES)
     for key in range(LANES):
         at = places[first + key] + offset
-        piece[key, : min(count, width)] = keys[at : at + min(count, width)]
-    numbers = piece.view(np.float32) if width > LANES else llvm.widened(piece.ravel()).reshape(LANES, LANES)
-    tile[to : to + LANES * LANES] = numbers.T.ravel()
+        piece[key, :count] = keys[at : at + count]
+    tile[to : to + LANES * LANES] = piece.view(np.float32).T.ravel()
 
 
 def _scores_of(
     rows: Any, at: Any, width: Any, tile: Any, places: Any, count: Any, scale: Any, out: Any, to: Any
 ) -> Any:
-    step = _run_of(rows) // LANES
-
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if rows.dtype != types.uint16:  # never run
+            return context.get_dummy_value()
         row_data, tile_data, data = (
             context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
         )
@@ -405,17 +400,13 @@ def _scores_of(
             keys = [llvm.read(builder, types.float32, builder.gep(start, [index]), LANES) for start in starts]
             result = []
             for row in range(ROWS):
-                place = builder.gep(row_at[row], [builder.mul(builder.ashr(index, integer(4)), integer(step))])
+                place = builder.gep(row_at[row], [builder.ashr(index, integer(3))])
                 number = builder.load(builder.bitcast(place, FLOAT.as_pointer()))
                 number.align = 4
-                every = llvm.spread(builder, number, VECTOR)
+                every = builder.bitcast(llvm.spread(builder, number, VECTOR), llvm.BFLOATS)
                 for i, key in enumerate(keys):
-                    total = sums[row * len(keys) + i]
-                    if step == 1:
-                        result.append(llvm.call(builder, "fma", every, key, total))
-                    else:
-                        left, right = (builder.bitcast(some, llvm.BFLOATS) for some in (every, key))
-                        result.append(_multiplied(builder, left, right, total))
+                    pairs = builder.bitcast(key, llvm.BFLOATS)
+                    result.append(_multiplied(builder, every, pairs, sums[row * len(keys) + i]))
             return result
 
         end = builder.mul(args[5], integer(LANES))
@@ -459,19 +450,16 @@ def scores_of(
     """Write the products of four rows, ``width`` apart from ``at`` on, and sixteen keys for each place in a tile.
 
     Keys are as `turn` writes them, `count` vectors each; ``out[to + key * 4 + row]`` is scaled. A product is summed up
-    number by number, or pair by pair, in their order. Rows are float32, or uint16 where the processor
-    `has_bfloat16_products`; they are as long as whole vectors of their kind.
+    pair by pair, in their order. Rows are uint16, as long as whole vectors, where the processor
+    `has_bfloat16_products`; where they are float32 nothing is compiled.
     """
     for group, place in enumerate(places):
         for row in range(ROWS):
             sums = np.zeros(LANES, np.float32)
             for i in range(count):
-                keys = tile[place + i * LANES : place + (i + 1) * LANES]
-                if rows.dtype == np.uint16:
-                    both = llvm.widened(rows[at + row * width + 2 * i : at + row * width + 2 * i + 2])
-                    sums += (llvm.widened(keys.view(np.uint16)).reshape(LANES, 2) * both).sum(axis=1)
-                else:
-                    sums = (keys.astype(np.float64) * rows[at + row * width + i] + sums).astype(np.float32)
+                keys = tile[place + i * LANES : place + (i + 1) * LANES].view(np.uint16)
+                both = llvm.widened(rows[at + row * width + 2 * i : at + row * width + 2 * i + 2])
+                sums += (llvm.widened(keys).reshape(LANES, 2) * both).sum(axis=1)
             begin = to + group * ROWS * LANES + row
             out[begin : begin + ROWS * LANES : ROWS] = sums * scale
 
