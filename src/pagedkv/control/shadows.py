@@ -27,7 +27,7 @@ from pagedkv.jit import called, inlined
 
 def forget_shadows(learner: Learner) -> None:
     """Forget all that the shadow caches hold, but not who won."""
-    for array in (learner.shadows, learner.heads, learner.places, learner.ends):
+    for array in (learner.shadows, learner.heads, learner.places, learner.ends, learner.picks):
         array[:] = 0
     if len(learner.totals):
         totals = learner.totals[0]
@@ -120,6 +120,7 @@ def _touch(learner: Learner, order: int, entry: int, group: int, grows: bool) ->
     place = learner.places[order, entry]
     if place.group != 0:
         _unlink(learner, order, entry)
+        learner.picks[order].end = 0
     elif not grows:
         goes = _first_to_go(learner, order)
         _unlink(learner, order, goes)
@@ -178,27 +179,64 @@ def _unlink(learner: Learner, order: int, entry: int) -> None:
         learner.ends[order, place.group - 1].newest = older
 
 
-@inlined
+@called
 def _first_to_go(learner: Learner, order: int) -> int:
-    """Return the entry of a full shadow that its order would evict."""
+    """Return the entry of a full shadow that its order would evict.
+
+    A request evicts many, and they go session by session: at the end of the group from which one went, the next one
+    goes, too, if its score is the same. For no other candidate comes or goes, but by a hit.
+    """
     if order == RECENCY:
         return learner.ends[RECENCY, 0].oldest - 1
+    pick = learner.picks[order]
+    if pick.end != 0:
+        entry = _entry_at(learner, order, pick.end)
+        if entry >= 0 and not _is_held(learner, entry) and _score(learner, order, entry) == pick.score:
+            return entry
     return _first_to_expire(learner) if order == EXPIRY else _first_by_turns(learner)
 
 
 @inlined
+def _entry_at(learner: Learner, order: int, end: int) -> int:
+    """Return the entry that goes from an end of a group, or -1."""
+    group = (end - 1) >> 1
+    oldest = learner.ends[order, group].oldest - 1
+    is_newest = (end - 1) & 1 != 0
+    return _newest_not_held(learner, group) if is_newest and oldest >= 0 and not _is_held(learner, oldest) else oldest
+
+
+@inlined
+def _score(learner: Learner, order: int, entry: int) -> Any:
+    return _turn_score(learner, entry) if order == TURNS else _expiry_score(learner, entry)
+
+
+@inlined
+def _pick(learner: Learner, order: int, end: int, score: Any) -> None:
+    """Remember from which end of which group an entry goes, and at which score."""
+    pick = learner.picks[order]
+    pick.end, pick.score = end, score
+
+
+@inlined
 def _first_to_expire(learner: Learner) -> int:
-    chosen, lowest = -1, np.int64(0)
+    chosen, lowest, end = -1, np.int64(0), 0
     for group in range(2 * CLASSES):
         entry = learner.ends[EXPIRY, group].oldest - 1
         if entry >= 0:
-            lives = learner.classes[group >> 1]
-            score = learner.shadows[entry].released + (lives.long if group & 1 else lives.short)
+            score = _expiry_score(learner, entry)
             if _is_held(learner, entry):
                 score += HELD
             if chosen < 0 or score < lowest:
-                chosen, lowest = entry, score
+                chosen, lowest, end = entry, score, 1 + 2 * group
+    _pick(learner, EXPIRY, end, lowest)
     return chosen
+
+
+@inlined
+def _expiry_score(learner: Learner, entry: int) -> Any:
+    group = learner.places[EXPIRY, entry].group - 1
+    lives = learner.classes[group >> 1]
+    return learner.shadows[entry].released + (lives.long if group & 1 else lives.short)
 
 
 @inlined
@@ -207,7 +245,7 @@ def _first_by_turns(learner: Learner) -> int:
     oldest = learner.ends[TURNS, FIRST_TURNS].oldest - 1
     if oldest >= 0 and not _is_held(learner, oldest):
         return oldest
-    chosen, lowest = -1, np.int64(0)
+    chosen, lowest, end = -1, np.int64(0), 0
     for group in range(GROUPS - 2, -1, -1):
         oldest = learner.ends[TURNS, group].oldest - 1
         if oldest < 0 or _is_held(learner, oldest):
@@ -216,10 +254,11 @@ def _first_by_turns(learner: Learner) -> int:
             newest = _newest_not_held(learner, group)
             score = _turn_score(learner, newest)
             if chosen < 0 or score <= lowest:
-                chosen, lowest = newest, score
+                chosen, lowest, end = newest, score, 2 + 2 * group
         score = _turn_score(learner, oldest)
         if score <= lowest:
-            chosen, lowest = oldest, score
+            chosen, lowest, end = oldest, score, 1 + 2 * group
+    _pick(learner, TURNS, end, lowest)
     return chosen if chosen >= 0 else _first_of_held(learner)
 
 
@@ -277,6 +316,7 @@ def end_round(learner: Learner) -> None:
     """Add the leads in this request, whose blocks are found together, to those in the duels."""
     totals = learner.totals[0]
     totals.began = totals.accesses + 1
+    learner.picks[EXPIRY].end = learner.picks[TURNS].end = 0
     for order in (EXPIRY, TURNS):
         duel = learner.duels[order]
         duel.lead += duel.request_lead

@@ -177,6 +177,11 @@ END = record(
     free="i4",  # the newest one that the request has not used which used the newest
 )
 
+PICK = record(
+    end="i8",  # 1 + 2 * group of the entry that went last, + 1 if it was the newest of it; 0 if another may go by now
+    score="i8",
+)
+
 
 class Learner(NamedTuple):
     """All that the adaptive strategy has learned. References between entries are 1 + entry; 0 means none."""
@@ -191,6 +196,7 @@ class Learner(NamedTuple):
     heads: npt.NDArray[np.int64]  # of hash chains over them
     places: npt.NDArray[np.void]  # of the entries, by order
     ends: npt.NDArray[np.void]  # of the groups, by order
+    picks: npt.NDArray[np.void]  # of what goes, by order
 
 
 def new_learner(num_blocks: int, exists: bool, ghost_sets: int = 0) -> Learner:
@@ -208,6 +214,7 @@ def new_learner(num_blocks: int, exists: bool, ghost_sets: int = 0) -> Learner:
         heads=np.zeros(size * SHADOW_HEADS, np.int64),
         places=np.zeros((ORDERS * size, entries), PLACE),
         ends=np.zeros((ORDERS * size, GROUPS), END),
+        picks=np.zeros(ORDERS * size, PICK),
     )
 
 
