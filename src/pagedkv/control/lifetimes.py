@@ -56,11 +56,8 @@ def age_bucket(age: int) -> int:
     """Return the bucket of an age: exact below 8, then four to an octave."""
     if age < 8:
         return max(age, 0)
-    octave = 1
-    while age >= 8:
-        age >>= 1
-        octave += 1
-    return min(4 * octave + age - 4, AGES - 1)
+    # The bits of a float are its exponent, the quarter of the octave, and what is finer.
+    return min((np.float64(age).view(np.int64) >> 50) - (1024 << 2), AGES - 1)
 
 
 @inlined
