@@ -46,6 +46,34 @@ def _paired(builder: Any, bits: Any, dtype: Any) -> Any:
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), halves)
 
 
+def _has_byte_tables() -> bool:
+    """Tell whether a vector of bytes can be looked up in a table of two vectors, and what comes out be multiplied."""
+    return has_bfloat16_products() and llvm.has("avx512vbmi")
+
+
+def _table(high: int) -> list[Any]:
+    """Return the lower or the higher bytes of 0 … 127 as bfloat16, half of them in a vector."""
+    bits = np.arange(128).astype(np.float32).view(np.uint32) >> (16 + 8 * high)
+    return [ir.Constant(_BYTES, [int(byte) & 0xFF for byte in half]) for half in bits.reshape(2, -1)]
+
+
+_BYTES = ir.VectorType(ir.IntType(8), 4 * LANES)
+
+
+def _looked_up(builder: Any, bits: Any) -> list[Any]:
+    """Return 64 numbers of int8, none of them -128, as two vectors of bfloat16: in three quarters of the time."""
+    kind = ir.FunctionType(_BYTES, [_BYTES, ir.IntType(1)])
+    absolute = cgutils.get_or_insert_function(builder.module, kind, f"llvm.abs.v{_BYTES.count}i8")
+    size = builder.call(absolute, [bits, ir.IntType(1)(0)])
+    kind = ir.FunctionType(_BYTES, [_BYTES] * 3)
+    look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
+    low, high = (builder.call(look_up, [table[0], size, table[1]]) for table in (_table(0), _table(1)))
+    high = builder.or_(high, builder.and_(bits, llvm.every_int(0x80, _BYTES)))
+    order = [place for i in range(_BYTES.count) for place in (i, _BYTES.count + i)]
+    halves = order[: _BYTES.count], order[_BYTES.count :]
+    return [builder.bitcast(llvm.shuffled(builder, low, high, half), llvm.BFLOATS) for half in halves]
+
+
 def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
     """Add the products of two vectors of float32, or of pairs of bfloat16, to a sum of each lane."""
     if x.type == VECTOR:
@@ -58,20 +86,14 @@ def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
 class _Runs:
     """Some runs of one array, read side by side, as what is multiplied."""
 
-    def __init__(self, context: Any, builder: Any, array: Any, value: Any, indices: Any, width: int) -> None:
-        data = context.make_array(array)(context, builder, value).data
-        self._places = cgutils.unpack_tuple(builder, indices)
-        self._builder, self._dtype, self._width = builder, array.dtype, width
-        self._starts = [builder.gep(data, [place]) for place in self._places]
+    def __init__(self, builder: Any, dtype: Any, starts: list[Any], width: int) -> None:
+        self._builder, self._dtype, self._starts, self._width = builder, dtype, starts, width
 
-    def fetch_next(self, offset: Any) -> None:
-        """Ask for the runs behind these, as many and as far apart: of int8 the processor fetches too few by itself."""
-        if self._dtype != types.int8 or len(self._places) < 2:
-            return
-        builder, places = self._builder, self._places
-        step = builder.mul(builder.sub(places[1], places[0]), places[0].type(len(places)))
-        for start in self._starts:
-            llvm.prefetch(builder, self._dtype, builder.gep(start, [builder.add(offset, step)]))
+    def two_at(self, offset: Any) -> list[list[Any]]:
+        """Return two vectors of each run, of int8."""
+        builder, count = self._builder, 2 * self._width
+        places = [builder.gep(start, [offset]) for start in self._starts]
+        return [_looked_up(builder, llvm.read(builder, self._dtype, place, count)) for place in places]
 
     def at(self, offset: Any, count: Any = None) -> list[Any]:
         """Return a vector of each run, behind `count` numbers of zeros if that is given."""
@@ -117,23 +139,48 @@ def _along_runs(context: Any, builder: Any, signature: Any, args: Any, sums: lis
     """Build the loop along the runs, and what is left of them behind whole vectors, from zeros or from some sums on."""
     x, rows, y, columns = signature.args[:4]
     width, count = _run_of(x), args[4]
-    left = _Runs(context, builder, x, args[0], args[1], width)
-    right = _Runs(context, builder, y, args[2], args[3], width)
-
-    def added(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
-        if rows.count == 1 and rest is None:
-            right.fetch_next(offset)
-        weights, result = right.at(offset, rest), []
-        for i, number in enumerate(left.at(offset, rest)):
-            some = totals[i * len(weights) : (i + 1) * len(weights)]
-            result += [_multiplied(builder, number, y, total) for y, total in zip(weights, some, strict=True)]
-        return result
-
     whole = builder.and_(count, count.type(-width))
-    sums = sums or [llvm.every(0.0)] * (rows.count * columns.count)
-    sums = _counted(builder, whole, width, sums, lambda i, sums: added(sums, i))
     rest = builder.sub(count, whole)  # at most once
-    return _counted(builder, rest, width, sums, lambda i, sums: added(sums, whole, rest))  # type: ignore[no-any-return]
+    left = _Runs(builder, x.dtype, _starts_of(context, builder, x, args[0], args[1]), width)
+
+    def summed(starts: list[Any], sums: list[Any]) -> list[Any]:
+        right = _Runs(builder, y.dtype, starts, width)
+
+        def multiplied(totals: list[Any], numbers: list[Any], weights: list[Any]) -> list[Any]:
+            result = []
+            for i, number in enumerate(numbers):
+                some = totals[i * len(weights) : (i + 1) * len(weights)]
+                result += [_multiplied(builder, number, y, total) for y, total in zip(weights, some, strict=True)]
+            return result
+
+        def add(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
+            return multiplied(totals, left.at(offset, rest), right.at(offset, rest))
+
+        def add_two(totals: list[Any], offset: Any) -> list[Any]:
+            for i, weights in enumerate(zip(*right.two_at(offset), strict=True)):
+                totals = multiplied(totals, left.at(builder.add(offset, count.type(i * width))), list(weights))
+            return totals
+
+        done = count.type(0)
+        if y.dtype == types.int8 and width > LANES and _has_byte_tables():
+            done = builder.and_(count, count.type(-2 * width))
+            sums = _counted(builder, done, 2 * width, sums, lambda i, sums: add_two(sums, i))
+        left_over = builder.sub(whole, done)
+        sums = _counted(builder, left_over, width, sums, lambda i, sums: add(sums, builder.add(done, i)))
+        return _counted(builder, rest, width, sums, lambda i, sums: add(sums, whole, rest))
+
+    starts = _starts_of(context, builder, y, args[2], args[3])
+    if rows.count > 1:
+        return summed(starts, sums or [llvm.every(0.0)] * (rows.count * columns.count))
+    # One row reads columns at the memory's speed if it reads them one after the other: of several at a time, each so
+    # short, many processors see no stream.
+    sums = sums or [llvm.every(0.0)] * columns.count
+    return [summed([start], [total])[0] for start, total in zip(starts, sums, strict=True)]
+
+
+def _starts_of(context: Any, builder: Any, array: Any, value: Any, indices: Any) -> list[Any]:
+    data = context.make_array(array)(context, builder, value).data
+    return [builder.gep(data, [place]) for place in cgutils.unpack_tuple(builder, indices)]
 
 
 def _totals(builder: Any, parts: list[Any]) -> Any:
