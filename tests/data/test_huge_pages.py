@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pagedkv.data import huge_pages
-from pagedkv.data.huge_pages import CACHE_LINE, HUGE_PAGE, HugePages, move_weights
+from pagedkv.data.huge_pages import CACHE_LINE, HUGE_PAGE, HugePages, MappedFiles, move_weights
 
 
 class Model(torch.nn.Module):
@@ -114,8 +114,8 @@ def test_only_files_that_nobody_else_writes_are_given_back(tmp_path):
         "6000-7000 rw-p 00000000 00:00 0 \n"
         "8000-9000 r--p 00000000 fe:00 79 /other\n"
     )
-    assert huge_pages._mapped_files(maps) == [(0x1000, 0x3000), (0x8000, 0x9000)]
-    assert huge_pages._mapped_files(tmp_path / "absent") == []
+    assert MappedFiles(maps)._ranges == [(0x1000, 0x3000), (0x8000, 0x9000)]
+    assert MappedFiles(tmp_path / "absent")._ranges == []
 
 
 def test_a_mapped_file_takes_up_no_memory_once_its_weights_moved(tmp_path):

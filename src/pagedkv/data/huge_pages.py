@@ -62,13 +62,11 @@ def move_weights(model: torch.nn.Module) -> None:
     share = any(end > begin for (_, end), (begin, _) in zip(ranges, ranges[1:], strict=False))
     if total < MIN_BYTES or share or free_memory() < 2 * total:
         return
-    room, files = HugePages(), _mapped_files()
+    room, files = HugePages(), MappedFiles()
     for parameter in kept:
-        begin, end = parameter.data_ptr(), parameter.data_ptr() + parameter.nbytes
-        moved = room.empty(tuple(parameter.shape), parameter.dtype)
-        parameter.data = moved.copy_(parameter.data)
-        if any(first <= begin and end <= last for first, last in files):
-            _give_back(begin, end)
+        old = parameter.data
+        parameter.data = room.empty(tuple(old.shape), old.dtype).copy_(old)
+        files.give_back(old)
 
 
 def _is_plain(parameter: torch.nn.Parameter) -> bool:
@@ -76,19 +74,23 @@ def _is_plain(parameter: torch.nn.Parameter) -> bool:
     return is_here and type(parameter) is torch.nn.Parameter and parameter.is_contiguous() and parameter.numel() > 0
 
 
-def _mapped_files(maps: Path = Path("/proc/self/maps")) -> list[Range]:
-    """Return where files are mapped that this process alone would change; none where the system does not say."""
-    try:
-        lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
-    except OSError:
-        return []
-    found = [line[0].split("-") for line in lines if line[1].endswith("p") and line[4] != "0"]
-    return [(int(begin, 16), int(end, 16)) for begin, end in found]
+class MappedFiles:
+    """Where files are mapped that this process alone would change; nowhere where the system does not say."""
 
+    def __init__(self, maps: Path = Path("/proc/self/maps")) -> None:
+        try:
+            lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
+        except OSError:
+            lines = []
+        found = [line[0].split("-") for line in lines if line[1].endswith("p") and line[4] != "0"]
+        self._ranges: list[Range] = [(int(begin, 16), int(end, 16)) for begin, end in found]
 
-def _give_back(begin: int, end: int) -> None:
-    """Let go of the whole pages of a mapped file; whoever reads them again finds what the file has."""
-    size = mmap.PAGESIZE
-    first, last = -(-begin // size) * size, end // size * size
-    if first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+    def give_back(self, tensor: Tensor) -> None:
+        """Let go of the whole pages of a mapped file that a contiguous tensor, which nobody will read, lies in."""
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if not any(first <= begin and end <= last for first, last in self._ranges):
+            return
+        size = mmap.PAGESIZE
+        first, last = -(-begin // size) * size, end // size * size
+        if first < last:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)

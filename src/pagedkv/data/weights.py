@@ -28,22 +28,46 @@ Quantised = tuple[Tensor, Tensor]
 LetGo = Callable[[list[Tensor]], None]
 
 
-def quantised_rows(weight: Tensor, room: HugePages | None = None) -> Quantised:
+class Room:
+    """Where matrices are quantised: the numbers go into huge pages, and all take turns in the same two buffers.
+
+    The allocator would not find the holes again that buffers for each of them leave behind.
+    """
+
+    def __init__(self) -> None:
+        self._pages = HugePages()
+        self._buffers = torch.empty(2, 0)
+
+    def numbers(self, shape: tuple[int, ...]) -> Tensor:
+        """Return an int8 tensor that is not written yet."""
+        return self._pages.empty(shape, torch.int8)
+
+    def buffers(self, num_rows: int, size: int) -> tuple[Tensor, Tensor]:
+        """Return two float32 matrices."""
+        count = num_rows * size
+        if self._buffers.shape[1] < count:
+            self._buffers = torch.empty(2, max(count, CHUNK))
+        first, second = self._buffers[:, :count].view(2, num_rows, size)
+        return first, second
+
+
+def quantised_rows(weight: Tensor, room: Room | None = None) -> Quantised:
     """Return a matrix ``[num_out, num_in]`` as contiguous int8, in `room`, and float32 scales ``[num_out]``.
 
     A row of zeros has scale 0. Raises InvalidOperation for NaN or an infinity.
     """
-    num_rows, size = weight.shape
-    numbers = (room or HugePages()).empty((num_rows, size), torch.int8)
-    scales = torch.empty(num_rows)
+    room, (num_rows, size) = room or Room(), weight.shape
+    numbers, scales = room.numbers((num_rows, size)), torch.empty(num_rows)
     greatest, step = GREATEST[torch.int8], max(1, CHUNK // max(1, size))
     for first in range(0, num_rows, step):
-        rows = weight[first : first + step].float()
-        scale = rows.abs().amax(1) / greatest
+        count = min(step, num_rows - first)
+        rows, sizes = room.buffers(count, size)
+        rows.copy_(weight[first : first + count])
+        scale = torch.abs(rows, out=sizes).amax(1) / greatest
         if not torch.isfinite(scale).all():
             raise bad_argument("weights", "None for a model with NaN or infinities in its weights", "'int8'")
-        rows = rows.div(torch.where(scale > 0, scale, 1.0)[:, None]).clamp_(-greatest, greatest).round_()
-        numbers[first : first + step], scales[first : first + step] = rows, scale
+        rows.div_(torch.where(scale > 0, scale, 1.0)[:, None]).clamp_(-greatest, greatest).round_()
+        numbers[first : first + count], scales[first : first + count] = rows, scale
     return numbers, scales
 
 
@@ -84,7 +108,7 @@ class _Matrices:
     def __init__(self) -> None:
         self._found: dict[Any, Quantised] = {}
         self._done: list[Tensor] = []
-        self._room = HugePages()
+        self._room = Room()
 
     def matrix(self, weight: Tensor) -> Quantised:
         key = weight.data_ptr(), weight.shape, weight.stride()

@@ -18,6 +18,7 @@ from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.decoder import Decoder
 from pagedkv.data.forward import Forward
+from pagedkv.data.huge_pages import MappedFiles
 from pagedkv.data.storage import SlotIndex
 from pagedkv.data.team import is_interpreted
 from pagedkv.data.weights import quantised
@@ -284,11 +285,14 @@ class _Emptied:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._owners: dict[int, list[torch.nn.Parameter]] = {}
+        self._files = MappedFiles()
         for parameter in model.parameters():
             self._owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(parameter)
 
     def __call__(self, matrices: list[Tensor]) -> None:
         for matrix in matrices:
+            if matrix.is_contiguous():
+                self._files.give_back(matrix)
             for parameter in self._owners.pop(matrix.untyped_storage().data_ptr(), []):
                 parameter.data = parameter.data.new_empty(0)
 
