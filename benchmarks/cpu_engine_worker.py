@@ -31,7 +31,7 @@ class Pagedkv:
 
     def __init__(self, threads: int) -> None:
         import torch
-        import transformers  # noqa: F401  # not ours, and in memory before anything of the model is
+        import transformers.modeling_utils  # noqa: F401  # not ours, and in memory before anything of the model is
 
         from pagedkv.engine import LLM, SamplingParams
 
@@ -54,7 +54,7 @@ class Transformers:
 
     def __init__(self, threads: int) -> None:
         import torch
-        import transformers  # noqa: F401
+        import transformers.modeling_utils  # noqa: F401
 
         torch.set_num_threads(threads)
         self._torch = torch
