@@ -30,10 +30,11 @@ MOST_ROWS, FEWEST_ROWS = 512, 256
 MAX_ROW_BYTES = 64 << 20
 """How many rows go through all layers together: as many as fit into so many bytes of activations, as each such block of
 rows reads all weights once more; 256 are enough for products to be bound by arithmetic."""
-ITEM_BYTES = 1 << 16
-MOST_ITEMS = 128
-"""A product of few rows is cut into items of so many bytes of weights, but not into more items: to take one costs a
-tenth of a microsecond, and what the last one takes is what threads wait for."""
+ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
+ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
+"""A product of few rows is cut into items of so many bytes of weights at most, which are read as a stream, or into
+smaller ones so that each thread finds some; what the last one takes is what threads wait for. To take one costs a tenth
+of a microsecond."""
 SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
@@ -43,6 +44,12 @@ MIN_ANGLES = 2048
 
 def _round_up(size: int) -> int:
     return -(-size // LANES) * LANES
+
+
+def _num_items(num_bytes: int) -> int:
+    """Return into how many items a product of few rows is cut, by the bytes of its weights."""
+    shared = min(ITEMS_OF_THREAD * num_threads(), num_bytes // ITEM_BYTES)
+    return min(MOST_ITEMS, max(1, shared, -(-num_bytes // LONG_ITEM_BYTES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +217,7 @@ class Program:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
         size_out, size_in = linear.weight.shape
         row_bytes = size_in * linear.weight.element_size()
-        columns = _round_up(max(-(-ITEM_BYTES // row_bytes), -(-size_out // MOST_ITEMS)))
+        columns = _round_up(-(-size_out // _num_items(size_out * row_bytes)))
         if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
             columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), COLUMN_BLOCK)
         inner, part = panel_of(size_in, self._act_bytes)

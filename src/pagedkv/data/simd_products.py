@@ -184,13 +184,29 @@ def _starts_of(context: Any, builder: Any, array: Any, value: Any, indices: Any)
 
 
 def _totals(builder: Any, parts: list[Any]) -> Any:
-    """Return the sum over all lanes of each part, in the first lanes; neighbours are added first."""
-    parts = parts + [llvm.every(0.0)] * ((1 << (len(parts) - 1).bit_length()) - len(parts))
-    levels = LANES.bit_length() - 1
-    for _ in range(levels):
+    """Return the sum over all lanes of each part, in the lane of its number; neighbours are added first."""
+    apart = 1
+    while apart < LANES:
         pairs = zip(parts[::2], parts[1::2], strict=True) if len(parts) > 1 else [(parts[0], parts[0])]
-        parts = [llvm.pair_sums(builder, *pair) for pair in pairs]
+        parts = [_added_across(builder, *pair, apart) for pair in pairs]
+        apart *= 2
     return parts[0]
+
+
+def _added_across(builder: Any, x: Any, y: Any, apart: int) -> Any:
+    """Add lanes that are so far apart: of x where the lower one of both is, of y where the other one is.
+
+    Two blends and a swap: a permutation of two vectors takes a processor of Zen 4 as long as four blends.
+    """
+    is_low = [not lane & apart for lane in range(LANES)]
+    swapped = [lane ^ apart for lane in range(LANES)]
+    kept = x if x is y else _blended(builder, x, y, is_low)
+    moved = x if x is y else _blended(builder, y, x, is_low)
+    return builder.fadd(kept, llvm.shuffled(builder, moved, moved, swapped))
+
+
+def _blended(builder: Any, x: Any, y: Any, is_first: list[bool]) -> Any:
+    return llvm.shuffled(builder, x, y, [lane if first else LANES + lane for lane, first in enumerate(is_first)])
 
 
 @llvm.typed(lambda x, rows, y, columns, count, out: (types.void(x, rows, y, columns, types.int64, out), _dot_tile))
