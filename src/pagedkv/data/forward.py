@@ -16,7 +16,7 @@ from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
 from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
 from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
-from pagedkv.data.forward_products import ADDED, COLUMN_BLOCK, TO_FLOATS, panel_of
+from pagedkv.data.forward_products import ADDED, FEW_ROWS_COLUMNS, TO_FLOATS, panel_of
 from pagedkv.data.simd_llvm import LANES, has_bfloat16_products
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
@@ -219,7 +219,7 @@ class Program:
         row_bytes = size_in * linear.weight.element_size()
         columns = _round_up(-(-size_out // _num_items(size_out * row_bytes)))
         if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
-            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), COLUMN_BLOCK)
+            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), FEW_ROWS_COLUMNS)
         inner, part = panel_of(size_in, self._act_bytes)
         self._add(
             source=source,

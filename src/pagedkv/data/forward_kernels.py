@@ -23,6 +23,8 @@ from pagedkv.data.forward_products import (
     ADDED,
     BLOCK,
     COLUMN_BLOCK,
+    FEW_ROWS,
+    FEW_ROWS_COLUMNS,
     MOST_COLUMNS,
     NOWHERE,
     ROW_BLOCK,
@@ -262,7 +264,8 @@ def run_program(
                     if rows > 1:
                         following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
                     if operation.is_activated:
-                        begin, next_panel = -(tile.first_row * COLUMN_BLOCK + tile.first_column), following
+                        apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS
+                        begin, next_panel = -(tile.first_row * apart + tile.first_column), following
                         gate = gate_of(operation, expert, places) if operation.has_gate else up
                         if operation.has_gate:
                             next_panel = gate.weight + tile.first_column * operation.row_stride
@@ -272,7 +275,7 @@ def run_program(
                             up,
                             next_panel,
                             begin,
-                            COLUMN_BLOCK,
+                            apart,
                             acts,
                             weights,
                             constants,
@@ -290,7 +293,7 @@ def run_program(
                                 gate,
                                 following,
                                 begin,
-                                COLUMN_BLOCK,
+                                apart,
                                 acts,
                                 weights,
                                 constants,
@@ -300,7 +303,7 @@ def run_program(
                                 sums,
                                 panel,
                             )
-                        _activate(operation, tile, block, acts)
+                        _activate(operation, tile, block, apart, acts)
                     else:
                         target = operation.target if operation.target >= 0 else logits
                         apart = operation.target_width
@@ -697,12 +700,13 @@ def _minimum(x: Any, bound: float) -> Any:
 
 
 @called
-def _activate(operation: Any, tile: Tile, block: Floats, acts: Array) -> None:
-    """Apply the activation to a block of outputs; with a gate, whose block is the second one, multiply by it."""
+def _activate(operation: Any, tile: Tile, block: Floats, apart: int, acts: Array) -> None:
+    """Apply the activation to a block of outputs, whose rows are so far `apart`; with a gate, whose block is the second
+    one, multiply by it."""
     block = borrowed(block)
     acts = borrowed(acts)
     for row in range(tile.first_row, tile.last_row):
-        at = (row - tile.first_row) * COLUMN_BLOCK
+        at = (row - tile.first_row) * apart
         to = operation.target + row * operation.target_width + tile.first_column
         for i in range(0, tile.last_column - tile.first_column, LANES):
             number = load(block, at + i)

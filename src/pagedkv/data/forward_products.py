@@ -56,6 +56,9 @@ NOWHERE = -(1 << 62)
 """Where there are no weights to ask for; weights may lie before the array that places are counted from."""
 BLOCK = ROW_BLOCK * COLUMN_BLOCK
 """Outputs of a block, of which an activation takes up to two."""
+FEW_ROWS_COLUMNS = BLOCK // FEW_ROWS
+"""The most outputs of an item of few rows that are a block: the longer the weights of an item are, the faster they are
+read."""
 FEW_ROWS_OF_INT8 = 8
 """More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
 
