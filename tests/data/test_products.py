@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import add_dots, dot_tile, scores_of, totals, turn
+from pagedkv.data.simd_products import add_dots, dot_stream, dot_tile, scores_of, totals, turn
 from pagedkv.data.team import torch_alone
 from pagedkv.jit import compiled
 
@@ -15,6 +15,11 @@ from pagedkv.jit import compiled
 @compiled
 def tile_of_four(x, y, count, out):
     dot_tile(x, (0 * count, count, 2 * count, 3 * count), y, (0 * count, count, 2 * count, 3 * count), count, out)
+
+
+@compiled
+def stream_of_four(x, y, count, out):
+    dot_stream(x, (0 * count, count, 2 * count, 3 * count), y, (0 * count, count, 2 * count, 3 * count), count, out)
 
 
 @compiled
@@ -65,8 +70,10 @@ def random(kind: str, count: int, seed: int) -> torch.Tensor:
 def test_products_are_right_and_the_same_in_every_tile(left, right, count):
     x, y = random(left, count, 1), random(right, count, 2)
     exact = (x.double() @ y.double().T).numpy()
-    whole, two, one = (np.zeros(16, np.float32) for _ in range(3))
+    whole, stream, two, one = (np.zeros(16, np.float32) for _ in range(4))
     tile_of_four(bits(x), bits(y), count, whole)
+    stream_of_four(bits(x), bits(y), count, stream)
+    assert (stream == whole).all()
     tile_of_two(bits(x), bits(y), count, two)
     tile_of_one(bits(x), bits(y), count, one)
     whole = whole.reshape(4, 4)
@@ -74,6 +81,16 @@ def test_products_are_right_and_the_same_in_every_tile(left, right, count):
     assert (np.abs(whole - exact) <= 1e-6 * size).all()
     assert (two[:8].reshape(2, 4) == whole[[1, 3]]).all()
     assert (one[:2] == whole[2, [3, 0]]).all()
+
+
+@pytest.mark.skipif(not has_bfloat16_products(), reason="this processor does not multiply bfloat16")
+def test_every_number_of_int8_becomes_the_same_as_bfloat16():
+    numbers = torch.arange(-127, 128, dtype=torch.int8)
+    for at, number in enumerate(numbers.tolist()):
+        one, out = torch.zeros(4, len(numbers), dtype=torch.bfloat16), np.zeros(16, np.float32)
+        one[0, at] = 1
+        tile_of_four(bits(one), bits(numbers.repeat(4, 1)), len(numbers), out)
+        assert out[0] == number
 
 
 def test_torch_alone_gives_its_threads_back():

@@ -32,9 +32,8 @@ MAX_ROW_BYTES = 64 << 20
 rows reads all weights once more; 256 are enough for products to be bound by arithmetic."""
 ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
 ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
-"""A product of few rows is cut into items of so many bytes of weights at most, which are read as a stream, or into
-smaller ones so that each thread finds some; what the last one takes is what threads wait for. To take one costs a tenth
-of a microsecond."""
+"""A product of few rows is cut into items of so many bytes of weights, long enough to be read as a stream, or fewer so
+that each thread finds some, but not into more items: what the last one takes is what threads wait for."""
 SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
@@ -47,7 +46,6 @@ def _round_up(size: int) -> int:
 
 
 def _num_items(num_bytes: int) -> int:
-    """Return into how many items a product of few rows is cut, by the bytes of its weights."""
     shared = min(ITEMS_OF_THREAD * num_threads(), num_bytes // ITEM_BYTES)
     return min(MOST_ITEMS, max(1, shared, -(-num_bytes // LONG_ITEM_BYTES)))
 
@@ -216,8 +214,7 @@ class Program:
     def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
         size_out, size_in = linear.weight.shape
-        row_bytes = size_in * linear.weight.element_size()
-        columns = _round_up(-(-size_out // _num_items(size_out * row_bytes)))
+        columns = _round_up(-(-size_out // _num_items(size_out * size_in * linear.weight.element_size())))
         if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
             columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), FEW_ROWS_COLUMNS)
         inner, part = panel_of(size_in, self._act_bytes)

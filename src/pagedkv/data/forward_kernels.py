@@ -702,7 +702,8 @@ def _minimum(x: Any, bound: float) -> Any:
 @called
 def _activate(operation: Any, tile: Tile, block: Floats, apart: int, acts: Array) -> None:
     """Apply the activation to a block of outputs, whose rows are so far `apart`; with a gate, whose block is the second
-    one, multiply by it."""
+    one, multiply by it.
+    """
     block = borrowed(block)
     acts = borrowed(acts)
     for row in range(tile.first_row, tile.last_row):

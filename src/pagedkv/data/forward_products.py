@@ -26,7 +26,7 @@ from pagedkv.data.simd import (
     zeros,
 )
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
-from pagedkv.data.simd_products import add_dots, dot_tile, totals
+from pagedkv.data.simd_products import add_dots, dot_stream, dot_tile, totals
 from pagedkv.jit import borrowed, called, inlined
 
 Array = npt.NDArray[Any]
@@ -148,7 +148,8 @@ def multiply(
 ) -> None:
     """Multiply a block of rows by a block of weights; output ``column`` of a row is ``apart`` from that of the next.
 
-    While it computes with one panel of the weights it asks for the next one, of which the last begins at `following`.
+    The first rows read a panel of the weights as a stream; the others ask for the next one meanwhile, of which the last
+    begins at `following`.
     """
     acts = borrowed(acts)
     weights = borrowed(weights)
@@ -167,7 +168,7 @@ def multiply(
     groups = (rows + TILE_ROWS - 1) // TILE_ROWS
     line = CACHE_LINE // weights.itemsize
     part = operation.part if groups > 1 else size
-    tiles = groups * ((size + part - 1) // part)
+    tiles = max(1, groups - 1) * ((size + part - 1) // part)
     step = (TILE_COLUMNS * stride + tiles * line - 1) // (tiles * line) * line
     for inner in range(tile.first_column, tile.last_column, operation.inner):
         inner_end = min(tile.last_column, inner + operation.inner)
@@ -303,12 +304,12 @@ def _multiply_panel(
             to = target + row * apart
             for column in range(inner, whole_end, TILE_COLUMNS):
                 columns = _four_from(first + (column - inner) * stride + begin, stride)
-                if ahead != NOWHERE:
+                if ahead != NOWHERE and row > tile.first_row:
                     for i in range(ahead, ahead + step, line):
                         prefetch(weights, i)
                     ahead += step
                 # One and two rows have code of their own for whole runs; else they are computed twice, as `_put` has
-                # it, and the last of three.
+                # it, and the last of three. The first rows find the weights in memory, or on their way.
                 if part < size:
                     rows = (x0 + begin, x1 + begin, x2 + begin, x3 + begin)
                     add_dots(acts, rows, panel, columns, min(part, size - begin), sums, place)
@@ -317,6 +318,8 @@ def _multiply_panel(
                     place += TILE_COLUMNS * SUMS_OF_COLUMN
                 elif height == 1:
                     dot_tile(acts, (x0,), panel, columns, size, scratch)
+                elif row == tile.first_row:
+                    dot_stream(acts, (x0, x1, x2, x3), panel, columns, size, scratch)
                 elif height == 2:
                     dot_tile(acts, (x0, x1), panel, columns, size, scratch)
                 else:

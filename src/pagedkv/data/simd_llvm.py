@@ -200,11 +200,12 @@ def write(builder: Any, address: Any, vector: Any) -> None:
 
 
 def prefetch(builder: Any, dtype: Any, address: Any) -> None:
-    """Ask for the cache line of an address."""
+    """Ask for the cache line of an address, but not in the first cache."""
     pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [pointer, INT(0), INT(3), INT(1)])  # to read, keep in all levels, data
+    # To read, into the second cache, data: a processor has few places to wait for lines of the first one.
+    builder.call(function, [pointer, INT(0), INT(2), INT(1)])
 
 
 def load_count(builder: Any, dtype: Any, address: Any) -> Any:
