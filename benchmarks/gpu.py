@@ -1,7 +1,8 @@
 """The Triton kernels on a CUDA device: first checked against the reference, then timed beside others.
 
 Bandwidths and rates are told as fractions of a device-to-device copy and of a matrix product measured in the same run.
-Every way turns through inputs that are together larger than the L2 cache; times are medians of CUDA events.
+Every way turns through inputs that are together larger than the L2 cache; times are medians of CUDA events, taken while
+the device still sleeps when the host is done: what the host takes for a call stands beside them.
 
     python benchmarks/gpu.py [--quick] [--json FILE]
 
@@ -12,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,11 @@ DECODE = [(1, 4096), (1, 65536), (8, 4096), (32, 1024), (32, 4096), (32, 16384),
 PREFILL = [(1, 2048, 2048), (1, 8192, 8192), (4, 2048, 2048), (4, 512, 8192), (1, 8192, 32768)]
 QUICK_DECODE, QUICK_PREFILL = [(32, 4096)], [(1, 8192, 8192)]
 REPEATS, WARM = 20, 3
+SLEEP_CYCLES = 4_000_000
+"""About 2 ms: longer than the host takes for any call here."""
 TURNED_BYTES = 1 << 29
+CHECKED = [(5, 1, 3000), (3, 3, 700), (2, 300, 1500), (2, 600, 600)]
+STORED_AS = {torch.float32: "int8", torch.bfloat16: "bfloat16", torch.float16: "fp8"}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 Row = dict[str, Any]
@@ -37,27 +45,29 @@ Row = dict[str, Any]
 # --- checking ----------------------------------------------------------------------------------------------------
 
 
-def check(device: str, backend: str = "triton", is_small: bool = False) -> int:
-    """Compare every kernel with the reference on this device; return how many comparisons were made."""
-    count = 0
-    shapes = [(3, 1, 50), (2, 20, 70)] if is_small else [(5, 1, 3000), (3, 3, 700), (2, 300, 1500), (2, 600, 600)]
+def check() -> int:
+    """Compare every kernel with the reference; return how many comparisons were made.
+
+    Most of the time is the compiler's, so processes share the work.
+    """
+    cases = [(dtype, layout, shape) for shape in CHECKED for dtype in TOLERANCE for layout in ("NHD", "HND")]
+    with ProcessPoolExecutor(min(len(cases), os.cpu_count() or 1), get_context("spawn")) as pool:
+        return sum(pool.map(check_case, cases))
+
+
+def check_case(case: tuple[torch.dtype, str, tuple[int, int, int]], device: str = "cuda") -> int:
+    """Compare attention and the storage of one dtype, layout and shape with the reference; return how often."""
+    dtype, layout, shape = case
     variants: list[Row] = [{}, {"window": 33}, {"softcap": 20.0}, {"sinks": True}, {"causal": False}]
-    for dtype in TOLERANCE:
-        for layout in ("NHD", "HND"):
-            for shape in shapes:
-                batch = Batch(*shape, device, dtype, layout)
-                for variant in variants:
-                    options = {**batch.options, **variant}
-                    if "sinks" in variant:
-                        options["sinks"] = torch.randn(KV_HEADS * GROUP, device=device)
-                    inputs = batch.queries, batch.keys, batch.values
-                    compare(inputs, options, backend, TOLERANCE[dtype], f"{dtype} {layout} {shape} {variant}")
-                    count += 1
-    for kv_dtype in ("bfloat16", "int8", "fp8"):
-        for layout in ("NHD", "HND"):
-            check_storage(device, backend, kv_dtype, layout)
-            count += 1
-    return count
+    batch = Batch(*shape, device, dtype, layout)
+    for variant in variants:
+        options = {**batch.options, **variant}
+        if "sinks" in variant:
+            options["sinks"] = torch.randn(KV_HEADS * GROUP, device=device)
+        inputs = batch.queries, batch.keys, batch.values
+        compare(inputs, options, "triton", TOLERANCE[dtype], f"{dtype} {layout} {shape} {variant}")
+    check_storage(device, "triton", STORED_AS[dtype], layout)
+    return len(variants) + 1
 
 
 def compare(inputs: Any, options: Row, backend: str, tolerance: float, what: str) -> None:
@@ -86,33 +96,36 @@ def check_storage(device: str, backend: str, kv_dtype: str, layout: str) -> None
 # --- timing ------------------------------------------------------------------------------------------------------
 
 
-def seconds(ways: list[Way]) -> float:
-    """Return the median time of a call; the calls take turns, each over inputs of its own."""
+def seconds(ways: list[Way]) -> tuple[float, float]:
+    """Return the median times of a call, the device's and the host's; calls take turns, each over inputs of its own."""
     for _ in range(WARM):
         for way in ways:
             way()
-    times = []
+    device, host = [], []
     for i in range(REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)
         start.record()
+        called = time.perf_counter()
         ways[i % len(ways)]()
+        host.append(time.perf_counter() - called)
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+        device.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(device), statistics.median(host)
 
 
 def copy_bandwidth() -> float:
     """Return bytes per second, read and written, of a copy on the device."""
     source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.nbytes / seconds([lambda: target.copy_(source)])
+    return 2 * source.nbytes / seconds([lambda: target.copy_(source)])[0]
 
 
 def matmul_rate() -> float:
     """Return operations per second of a large product in DTYPE."""
     one, other = (torch.randn(8192, 8192, device="cuda", dtype=DTYPE) for _ in range(2))
-    return 2 * 8192**3 / seconds([lambda: one @ other])
+    return 2 * 8192**3 / seconds([lambda: one @ other])[0]
 
 
 def measure(kind: str, shapes: list[tuple[int, int, int]], unit: float) -> list[Row]:
@@ -128,7 +141,7 @@ def measure(kind: str, shapes: list[tuple[int, int, int]], unit: float) -> list[
             try:
                 ways = [ways_of(batch)[name]() for batch in batches]
                 torch.testing.assert_close(ways[0](), expected, rtol=3e-2, atol=3e-2)
-                row["seconds"] = seconds(ways)
+                row["seconds"], row["host_seconds"] = seconds(ways)
                 row["fraction"] = work / row["seconds"] / unit
             except Exception as error:  # another project's failure must not end the table
                 row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
@@ -144,7 +157,7 @@ def line_of(row: Row) -> str:
     where = f"{row['kind']:8}{row['batch']:5}{row['queries']:7}{row['context']:8}  {row['way']:28}"
     if "error" in row:
         return f"{where}{row['error']}"
-    return f"{where}{row['seconds'] * 1e6:12.1f} µs {row['fraction']:8.1%}"
+    return f"{where}{row['seconds'] * 1e6:12.1f} µs {row['fraction']:8.1%} {row['host_seconds'] * 1e6:9.0f} µs"
 
 
 # --- the engine --------------------------------------------------------------------------------------------------
@@ -190,12 +203,10 @@ def main() -> int:
 
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}")
-    print(f"{check('cuda')} comparisons with the reference: all equal within tolerance")
+    print(f"{check()} comparisons with the reference: all equal within tolerance")
     bandwidth, rate = copy_bandwidth(), matmul_rate()
     print(f"copy {bandwidth / 1e9:.0f} GB/s, {DTYPE} product {rate / 1e12:.0f} TFLOP/s")
-    print(
-        "kind    batch queries context  way                                 time  of copy (decode) or product (prefill)"
-    )
+    print("kind    batch queries context  way                                 time  of copy or product, host")
     decode = [(count, 1, length) for count, length in (QUICK_DECODE if options.quick else DECODE)]
     rows = measure("decode", decode, bandwidth)
     rows += measure("prefill", QUICK_PREFILL if options.quick else PREFILL, rate)

@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from pagedkv import paged_attention
 from pagedkv.data.attention import attend
 from pagedkv.data.call import AttentionCall
+from pagedkv.data.gpu_flashinfer import csr_arrays
 from pagedkv.data.gpu_plan import DevicePlan
 
 BLOCK_SIZE, KV_HEADS, GROUP, HEAD_DIM = 16, 8, 4, 128
@@ -91,7 +92,7 @@ class Batch:
         with torch.cuda.graph(graph):
             way()
 
-        def replay() -> torch.Tensor:
+        def replay(reads: Way = way) -> torch.Tensor:  # a graph does not keep the plan that it reads
             graph.replay()
             return out
 
@@ -146,6 +147,26 @@ class Batch:
             0, 1
         )
 
+    def flashinfer(self, kind: str) -> Way:
+        """Return FlashInfer's own wrapper for "prefill" or "decode", planned once as for all layers of a step."""
+        import flashinfer
+
+        device = self.queries.device
+        plan = csr_arrays(self.tables, self.options["seq_lens"], BLOCK_SIZE)
+        arrays = [torch.from_numpy(x).to(device) for x in plan]
+        workspace = torch.empty(128 << 20, dtype=torch.uint8, device=device)
+        sizes = KV_HEADS * GROUP, KV_HEADS, HEAD_DIM, BLOCK_SIZE
+        rules: dict[str, Any] = {"sm_scale": SCALE, "q_data_type": self.queries.dtype, "kv_data_type": self.keys.dtype}
+        if kind == "decode":
+            wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, self.layout, use_tensor_cores=True)
+        else:
+            wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, self.layout)
+            arrays.insert(0, torch.from_numpy(self.options["cu_seqlens_q"]).to(device))
+            rules["causal"] = True
+        wrapper.plan(*arrays, *sizes, **rules)
+        out = torch.empty_like(self.queries)
+        return lambda: wrapper.run(self.queries, (self.keys, self.values), out=out)
+
 
 def ways_of(batch: Batch, backend: str = "triton") -> dict[str, Callable[[], Way]]:
     """Return what makes each way to attend over a batch that there is here; making one may fail."""
@@ -165,5 +186,8 @@ def ways_of(batch: Batch, backend: str = "triton") -> dict[str, Callable[[], Way
     if len(batch.keys) * BLOCK_SIZE <= MOST_FLEX_SLOTS:
         makers["FlexAttention, paged mask"] = lambda: batch.flex(is_compiled=on_gpu)
     if on_gpu and find_spec("flashinfer"):
-        makers["FlashInfer"] = lambda: lambda: batch.ours("flashinfer")
+        makers["pagedkv, by FlashInfer"] = lambda: lambda: batch.ours("flashinfer")
+        makers["FlashInfer, prefill"] = lambda: batch.flashinfer("prefill")
+        if batch.q_len == 1:
+            makers["FlashInfer, decode"] = lambda: batch.flashinfer("decode")
     return makers

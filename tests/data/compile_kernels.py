@@ -20,7 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from pagedkv import paged_attention
-from pagedkv.data import attention, gpu, gpu_device, gpu_kernels, gpu_tuning
+from pagedkv.data import attention, gpu, gpu_device, gpu_kernels
 from pagedkv.data.gpu_device import Config, Device, Heads, shared_bytes
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -87,10 +87,8 @@ def main() -> None:
     JITFunction.run = lambda kernel, *args, **kwargs: compiler.compile(kernel, *args, **kwargs)
     for module in (attention, gpu_device):
         module.require_runnable = lambda name, device: None
-    for module in (gpu, gpu_tuning):
-        module.device_of = lambda device: compiler.device
-        module.is_interpreted = lambda: False
-    gpu_tuning.is_capturing = lambda device: True
+    gpu.device_of = lambda device: compiler.device
+    gpu.is_interpreted = lambda: False
     gpu._precision = lambda device: "tf32x3"
     compiler.attend("bfloat16", torch.bfloat16)
     compiler.attend("int8", torch.int8, query_dtype=torch.bfloat16, num_kv_heads=2)

@@ -27,8 +27,10 @@ from pagedkv.data.quantised import GREATEST
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 from pagedkv.data import gpu_kernels  # noqa: E402
-from pagedkv.data.gpu_device import Config, Device, Heads, candidates, num_splits, shared_bytes  # noqa: E402
+from pagedkv.data.gpu_device import Config, Device, Heads, candidates, num_splits  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAYOUTS = ["NHD", "HND"]
@@ -123,6 +125,12 @@ def test_quantised_writes(dtype, layout):
         scales.append(scale if layout == "NHD" else scale.transpose(1, 2))
     gpu_kernels.write_tokens(*pools, new_keys, new_values, slots, *scales)
     for pool, scale, new in zip(pools, scales, (new_keys, new_values), strict=True):
+        pool, scale, new, slots = (
+            pool.cpu(),
+            scale.cpu(),
+            new.cpu(),
+            slots.cpu(),
+        )  # a GPU's torch multiplies by 1 / limit
         expected_scale = new.abs().amax(-1) / limit
         expected = torch.where(expected_scale[..., None] > 0, new / expected_scale[..., None], 0.0)
         expected = expected.round().to(dtype) if dtype == torch.int8 else expected.to(dtype)
@@ -169,7 +177,7 @@ def test_any_number_of_splits(monkeypatch, splits, tile_n):
     """Splits without a key among them, those of one key, and rows that see nothing in theirs."""
     monkeypatch.setattr(gpu, "num_splits", lambda *_: splits)
     monkeypatch.setattr(
-        gpu, "run_best", lambda heads, _, run, __: run(Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
+        gpu, "_run_fitting", lambda heads, _, run: run(Config(64 if heads.most == 0 else 16, tile_n, 4, 1))
     )
     sequences = [(150, 1, 0, 0), (90, 3, 20, 9), (1, 1, 0, 0), (0, 0, 0, 0), (70, 20, 0, 0)]
     for options in ({}, {"window": 7}, {"scale": 1e-45, "softcap": 3.0}):
@@ -313,17 +321,17 @@ def test_debug_mode_looks_at_what_is_on_the_device(monkeypatch):
 
 
 def test_equal_arrays_are_uploaded_once():
-    """All layers of a step share one copy; an array that changed in place is copied again."""
+    """All layers of a step share one copy; other batches too, as long as their arrays are equal."""
     from pagedkv.data.gpu_plan import uploaded
 
-    case = make_case(Shape([(9, 1, 0, 0), (5, 2, 0, 0)]))
-    call = case.call()
+    call = make_case(Shape([(9, 1, 0, 0), (5, 2, 0, 0)])).call()
     call.queries = call.queries.to(DEVICE)
     first = uploaded(call)
+    assert uploaded(call) is first and first.total_tokens == 3 and first.longest == 9
+    batch = call.batch
+    call.batch = replace(batch, plans={})
     assert uploaded(call) is first
-    call.batch.seq_lens = call.batch.seq_lens.copy()
-    assert uploaded(call) is first
-    call.batch.seq_lens[0] = 8
+    call.batch = replace(batch, seq_lens=np.array([8, 5], np.int32), plans={})
     second = uploaded(call)
     assert second is not first and second.seq_lens.tolist() == [8, 5] and first.seq_lens.tolist() == [9, 5]
 
@@ -390,18 +398,52 @@ def test_there_is_a_configuration_for_every_shape(group, dim, item_bytes, shared
 
 
 def test_splits_fill_the_device_and_stay_worth_their_while():
-    heads, config, device = Heads(4, 128, 128, 2, 2, 1), Config(16, 64, 4, 3), Device("some", 132, 227 << 10, 90)
+    config, device = Config(16, 64, 4, 3), Device("some", 132, 227 << 10, 90)
 
     def splits(programs, longest):
-        return num_splits(programs, longest, config, heads, device)
+        return num_splits(programs, longest, config, device)
 
-    room = 3 * 132  # programs at once, by their shared memory
-    assert shared_bytes(config, heads, device) * 3 <= device.shared_bytes < shared_bytes(config, heads, device) * 4
-    assert room / 2 < 8 * splits(8, 131072) <= room
-    assert splits(256, 4096) == 1, "two on each core are enough, and a second launch would cost more"
-    assert splits(4096, 4096) == 1
-    assert splits(room + 4, 32768) > 1, "four of a second round would keep the others waiting"
-    assert splits(8, 300) == splits(0, 0) == 1
+    assert [splits(programs, 131072) for programs in (1, 8, 64, 100, 132, 133, 256, 4096)] == [64, 33, 4, 2, 2, 1, 1, 1]
+    assert [splits(8, longest) for longest in (0, 300, 512, 1024, 4096)] == [1, 1, 2, 4, 16], "four tiles for each"
+    assert splits(0, 0) == 1
+
+
+class Launches:
+    """A device on which only some configurations find room."""
+
+    def __init__(self, fitting):
+        self.fitting, self.seen = fitting, []
+
+    def __call__(self, config):
+        self.seen.append(config)
+        if config not in self.fitting:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    device = Device("some", 132, 227 << 10, 90)
+    monkeypatch.setattr(gpu, "device_of", lambda _: device)
+    monkeypatch.setattr(gpu, "_refused", set())
+    return device
+
+
+def test_a_smaller_configuration_runs_where_the_first_has_no_room(hopper):
+    heads, call = Heads(4, 128, 128, 2, 2, 1), make_case(Shape([(9, 1, 0, 0)])).call()
+    configs = candidates(heads, hopper)
+    launches = Launches({configs[2], configs[3]})
+    gpu._run_fitting(heads, call, launches)
+    assert launches.seen == list(configs[:3])
+    launches.seen.clear()
+    gpu._run_fitting(heads, call, launches)
+    assert launches.seen == [configs[2]], "what does not fit is not tried at every call"
+
+
+def test_heads_that_no_configuration_has_room_for_are_refused(hopper):
+    call = make_case(Shape([(9, 1, 0, 0)])).call()
+    for _ in range(2):
+        with pytest.raises(InvalidOperation, match="expected heads that some has the memory for, got heads of 128"):
+            gpu._run_fitting(Heads(4, 128, 128, 2, 2, 1), call, Launches(set()))
 
 
 def test_halves_are_computed_in_their_own_dtype_where_keys_fit():

@@ -19,9 +19,10 @@ class FakeFlashInfer:
 
     def __init__(self):
         self.num_plans = 0
-        self.layouts = []
+        self.layouts, self.backends = [], []
 
-    def BatchPrefillWithPagedKVCacheWrapper(self, workspace, layout):  # noqa: N802
+    def BatchPrefillWithPagedKVCacheWrapper(self, workspace, layout, backend):  # noqa: N802
+        self.backends.append(backend)
         self.layouts.append(layout)
         self.layout = layout
         return self
@@ -90,7 +91,7 @@ def test_flashinfer_is_told_everything(fake, layout, options):
     for _ in range(2):
         result = paged_attention(case.queries, case.keys, case.values, **case.options, backend="flashinfer")
         torch.testing.assert_close(result.double(), case.expected(), rtol=1e-5, atol=1e-5)
-    assert fake.num_plans == 1 and fake.layouts == [layout]
+    assert fake.num_plans == 1 and fake.layouts == [layout] and fake.backends == ["auto"]
     case.options["scale"] = 0.5
     result = paged_attention(case.queries, case.keys, case.values, **case.options, backend="flashinfer")
     torch.testing.assert_close(result.double(), case.expected(), rtol=1e-5, atol=1e-5)
@@ -121,6 +122,7 @@ def test_a_hole_behind_the_visible_tokens_is_none(fake):
     case = make_case(Shape([(9, 1, 9, 4)]))
     result = paged_attention(case.queries, case.keys, case.values, **case.options, backend="flashinfer")
     torch.testing.assert_close(result.double(), case.expected(), rtol=1e-5, atol=1e-5)
+    assert fake.backends == ["fa2"], "the kernel for few queries"
 
 
 def test_tensors_on_the_cpu_are_refused(monkeypatch):

@@ -196,11 +196,22 @@ def test_the_option_reaches_the_runner(recorder, monkeypatch):
     monkeypatch.setattr(load, "_require_graphs", lambda *_: None)
     monkeypatch.setattr(load, "CudaRecorder", lambda device: asked.append(device) or recorder)
     model = copy.deepcopy(build("llama", layers=1)).to(DEVICE)
-    runner = LLM(model, num_blocks=8, block_size=4).core.runner
+    runner = LLM(model, num_blocks=8, block_size=4, cuda_graphs=False).core.runner
     assert not asked and runner.num_recordings == 0
     runner = LLM(model, num_blocks=8, block_size=4, cuda_graphs=True).core.runner
     assert [device.type for device in asked] == [DEVICE.type] and runner._graphs._record is recorder
     assert runner.mode == "ragged"
+
+
+def test_a_model_on_a_device_is_recorded_by_default(recorder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(load, "CudaRecorder", lambda device: asked.append(device) or recorder)
+    for name, mode, on_device in [("llama", "ragged", True), ("llama", "ragged", False), ("lfm2", "auto", True)]:
+        monkeypatch.setattr(load, "_has_graphs", lambda model, answer=on_device: answer)
+        model = copy.deepcopy(build(name, layers=1) if name == "llama" else build(name)).to(DEVICE)
+        runner = load_runner(model, num_blocks=16, block_size=4, mode=mode)
+        assert (runner._graphs is not None) == bool(asked) == (runner.mode == "ragged" and on_device)
+        asked.clear()
 
 
 # --- models that cannot be recorded ------------------------------------------------------------------------------

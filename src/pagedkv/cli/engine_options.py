@@ -28,7 +28,13 @@ class EngineOptions:
     weights: str | None = setting(
         None, "Weights in 8 bits: int8, on the CPU, in compiled mode.", shown="as stored", group=_MODEL
     )
-    cuda_graphs: bool = setting(False, "Replay decode steps as CUDA graphs; not yet tried.", group=_MODEL)
+    cuda_graphs: bool | None = setting(
+        None,
+        "Replay decode steps as CUDA graphs.",
+        flag="--cuda-graphs/--no-cuda-graphs",
+        shown="on a CUDA device",
+        group=_MODEL,
+    )
     num_blocks: int | None = setting(None, "Blocks of the pool.", group=_POOL, shown="from the memory")
     kv_dtype: str | None = setting(
         None,

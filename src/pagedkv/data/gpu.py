@@ -6,12 +6,15 @@ Everything that is wrong with a call is found before anything is launched, and n
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from pagedkv.data.call import AttentionCall, Batch, DeviceBatch
 from pagedkv.data.gpu_device import (
@@ -19,6 +22,7 @@ from pagedkv.data.gpu_device import (
     TILES_PER_SPLIT,
     Config,
     Heads,
+    candidates,
     device_of,
     is_interpreted,
     num_splits,
@@ -26,8 +30,7 @@ from pagedkv.data.gpu_device import (
 )
 from pagedkv.data.gpu_kernels import Memory, Rules, Sizes, Strides, attend_tiles, combine_splits
 from pagedkv.data.gpu_plan import uploaded
-from pagedkv.data.gpu_tuning import run_best
-from pagedkv.errors import InvalidOperation
+from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT
 
 
@@ -102,9 +105,7 @@ def _launch_many(call: AttentionCall, batch: DeviceBatch, few: int) -> None:
         grid = (tiles * call.keys.shape[2], 1)
         _attend(call, batch, heads, config, grid, (few + 1, MAX_COUNT), (call.out, call.out), search=True)
 
-    # A tile has 64 rows or so.
-    work = 0 if batch.is_static else batch.longest * batch.total_tokens * heads.group // 64
-    run_best(heads, call, run, work)
+    _run_fitting(heads, call, run)
 
 
 def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
@@ -116,7 +117,7 @@ def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
 
     def run(config: Config) -> None:
         programs, num_heads = batch.num_sequences * call.keys.shape[2], call.queries.shape[1]
-        splits = num_splits(even, longest, config, heads, device_of(call.queries.device))
+        splits = num_splits(even, longest, config, device_of(call.queries.device))
         size = (batch.num_sequences * most, num_heads, splits) if splits > 1 else (0, 0, 0)
         partial = torch.empty((*size, heads.v_head_dim), dtype=torch.float32, device=call.out.device)
         sums = torch.empty((*size, 2), dtype=torch.float32, device=call.out.device)
@@ -124,8 +125,29 @@ def _launch_few(call: AttentionCall, batch: DeviceBatch, most: int) -> None:
         if splits > 1:
             _combine(call, batch, heads, partial, sums)
 
-    work = 0 if batch.is_static else batch.longest * batch.num_sequences
-    run_best(heads, call, run, work)
+    _run_fitting(heads, call, run)
+
+
+_refused: set[tuple[Any, ...]] = set()
+"""Configurations, of which heads and rules, that had no room on the device after all."""
+
+
+def _run_fitting(heads: Heads, call: AttentionCall, run: Callable[[Config], None]) -> None:
+    """Launch a call with the first configuration that the device has the registers and the shared memory for."""
+    device = device_of(call.queries.device)
+    rules = (call.causal, call.window is None, call.softcap is None, call.queries.dtype, call.keys.dtype)
+    for config in candidates(heads, device):
+        key = (device, heads, rules, config)
+        if key in _refused:
+            continue
+        with contextlib.suppress(OutOfResources):
+            return run(config)
+        _refused.add(key)
+    raise bad_argument(
+        "queries",
+        f"heads that {device.name} has the memory for",
+        f"heads of {heads.head_dim} and {heads.v_head_dim} in groups of {heads.group} (backend='reference' takes any)",
+    )
 
 
 def _attend(

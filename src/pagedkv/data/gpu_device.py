@@ -62,13 +62,8 @@ MOST_FEW_TOKENS = 8
 MOST_SPLITS = 64
 TILES_PER_SPLIT = 4
 """A split has to be worth its partial result."""
-MOST_PROGRAMS_PER_CORE = 4
-"""Registers leave room for no more programs of four warps."""
-ALONE = 0.6
-"""How long a program takes that is alone on its core, if it takes 1 among as many as there is room for."""
-COST_OF_SPLITTING = 0.03
-COST_OF_SPLIT = 0.002
-"""The second launch, and each partial result, as fractions of the whole time."""
+PROGRAMS_PER_CORE = 2
+"""As many read all that the memory gives; more only leave more behind to add up."""
 
 
 class Config(NamedTuple):
@@ -136,12 +131,15 @@ def power_of_two(number: int) -> int:
 
 @functools.cache
 def candidates(heads: Heads, device: Device) -> tuple[Config, ...]:
-    """Return the configurations worth a try, the likeliest first; never empty."""
+    """Return the configurations that may fit, the likeliest to be fast first; never empty."""
     if heads.most:
-        wanted = [(heads.rows, n, warps, stages) for n, warps, stages in _FEW]
+        likely = sorted(_FEW, key=lambda one: abs(one[0].bit_length() - _keys_of_tile(heads).bit_length()))
+        wanted = [(heads.rows, n, warps, stages) for n, warps, stages in likely]
     else:
         smallest = max(SMALLEST_DOT, power_of_two(heads.group))
-        wanted = [(max(m, smallest), n, warps, stages) for m, n, warps, stages in _MANY]
+        likely_rows = 64 if heads.tile_d <= 64 else 128
+        many = sorted(_MANY, key=lambda one: one[0] != likely_rows)
+        wanted = [(max(m, smallest), n, warps, stages) for m, n, warps, stages in many]
     configs = [Config(*numbers) for numbers in wanted]
     fitting = [
         config for config in dict.fromkeys(configs) if shared_bytes(config, heads, device) <= device.shared_bytes
@@ -150,15 +148,20 @@ def candidates(heads: Heads, device: Device) -> tuple[Config, ...]:
     return tuple([c for c in fitting if _fits_registers(c, heads, device)] or fitting or [smallest_of_all])
 
 
-# Tiles of keys, warps, stages. The first is what torch chooses for attention on such devices, or nearly so; where it
-# does not fit, another is first.
+def _keys_of_tile(heads: Heads) -> int:
+    """Return how many keys of one sequence make a tile of 16 KiB; quantised ones are converted to twice as much."""
+    return min(128, max(32, (1 << 14) // (heads.tile_d * max(2, heads.stored_bytes))))
+
+
+# Tiles of keys, warps, stages; for many queries rows of them before. The order is that of times on an H200, with long
+# sequences and short ones: choosing by the times of single calls, at the first call of a kind, did worse.
 _FEW = [(64, 4, 3), (32, 4, 3), (32, 4, 4), (64, 8, 3), (128, 8, 3), (64, 4, 2), (32, 8, 2), (32, 4, 2), (16, 4, 1)]
 _MANY = [
-    (128, 64, 8, 3),
     (128, 128, 8, 3),
+    (128, 64, 8, 3),
     (128, 32, 8, 3),
-    (64, 64, 4, 2),
     (64, 64, 4, 3),
+    (64, 64, 4, 2),
     (64, 32, 4, 3),
     (32, 64, 8, 2),
     (32, 32, 4, 2),
@@ -197,6 +200,12 @@ def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
     """Tell whether the 255 registers of a thread suffice; the limits are read off compiled kernels."""
     if _multiplies_from_shared(config, device) and config.tile_m < 16 * config.num_warps:
         return False  # two warp groups would share the rows and exchange what they found
+    if (
+        not heads.most
+        and config.tile_n > 64
+        and (heads.stored_bytes == 1 or not _multiplies_from_shared(config, device))
+    ):
+        return False  # keys and values go through registers, too
     floats = config.tile_m * (heads.tile_dv + config.tile_n)
     if heads.item_bytes == 4:  # operands too, in two parts
         floats += (config.tile_m + config.tile_n) * max(heads.tile_d, heads.tile_dv)
@@ -204,30 +213,13 @@ def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
     return floats <= (144 if config.num_warps > 4 else 112) * 32 * config.num_warps
 
 
-def num_splits(num_programs: int, longest: int, config: Config, heads: Heads, device: Device) -> int:
+def num_splits(num_programs: int, longest: int, config: Config, device: Device) -> int:
     """Return among how many programs the keys of the longest sequence, which sees `longest` of them, are split.
 
     Without splitting there are `num_programs`: sequences times kv heads, if every sequence were as long as the longest.
     """
-    worthwhile = longest // (config.tile_n * TILES_PER_SPLIT)
-    resident = min(MOST_PROGRAMS_PER_CORE, device.shared_bytes // shared_bytes(config, heads, device))
-    return _best_splits(max(1, num_programs), min(worthwhile, MOST_SPLITS), device.cores * max(1, resident))
-
-
-@functools.lru_cache(maxsize=4096)
-def _best_splits(num_programs: int, most: int, room: int) -> int:
-    """Return into how many parts programs are split best, of which a device has room for so many at once.
-
-    A program that is left over after full rounds takes as long as a round, but has the memory for itself then.
-    """
-
-    def worth(splits: int) -> float:
-        rounds, left = divmod(num_programs * splits, room)
-        time = rounds + (max(left / room, ALONE) if left else 0.0)
-        cost = 0.0 if splits == 1 else COST_OF_SPLITTING + COST_OF_SPLIT * splits
-        return num_programs * splits / room / time * (1 - cost)
-
-    return max(range(1, max(most, 1) + 1), key=worth)
+    worthwhile = min(longest // (config.tile_n * TILES_PER_SPLIT), MOST_SPLITS)
+    return max(1, min(worthwhile, PROGRAMS_PER_CORE * device.cores // max(1, num_programs)))
 
 
 _INTERPRETED = Device("interpreter", 4, 1 << 20, 80)

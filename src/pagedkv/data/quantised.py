@@ -32,7 +32,8 @@ def quantised(name: str, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """
     greatest = GREATEST[dtype]
     elements = tokens.to(torch.float32)
-    scales = elements.abs().amax(dim=2).div_(greatest)
+    # By a tensor: torch multiplies by the reciprocal of a number on a GPU, which rounds otherwise.
+    scales = elements.abs().amax(dim=2).div_(elements.new_full((), greatest))
     if scales.device.type == "cpu" and not torch.isfinite(scales).all():
         raise bad_argument(name, "finite numbers, which alone can be quantised", "NaN or infinity")
     divisors = torch.where(scales > 0, scales, 1.0).unsqueeze(2)

@@ -123,7 +123,7 @@ class LLM:
     num_states : int, optional
         Slots for the states of recurrent layers, as of :func:`pagedkv.hf.load_runner`. By default two for each of
         ``max_num_seqs`` texts, or an eighth of the memory that is free, if that is less.
-    cuda_graphs : bool
+    cuda_graphs : bool, optional
         Whether decode steps are replayed as CUDA graphs; as of :func:`pagedkv.hf.load_runner`, too.
     weights : {"int8"}, optional
         What the weights are quantised to; as of :func:`pagedkv.hf.load_runner`, too.
@@ -163,7 +163,7 @@ class LLM:
         kv_dtype: Dtype | None = None,
         mode: Mode = "auto",
         num_states: int | None = None,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool | None = None,
         weights: Weights | None = None,
         keep_model: bool = True,
         tenant_weights: Mapping[str, float] | None = None,

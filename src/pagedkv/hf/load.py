@@ -41,7 +41,7 @@ def load_runner(
     mode: Mode = "auto",
     eviction_threshold: float = 0.9,
     batch_invariant: bool = True,
-    cuda_graphs: bool = False,
+    cuda_graphs: bool | None = None,
     num_states: int | Callable[[int], int] = 64,
     weights: Weights | None = None,
     keep_model: bool = True,
@@ -70,9 +70,10 @@ def load_runner(
     batch_invariant : bool
         Whether logits in ragged mode on the CPU are to have the same bits whatever else is in a batch and however a
         text is cut (see docs/huggingface.md). It costs time in float32 where fewer than four tokens are computed.
-    cuda_graphs : bool
-        Whether decode steps are recorded and replayed as CUDA graphs (see docs/gpu.md), in ragged mode. A model that
-        cannot be recorded runs without, and the logger says why.
+    cuda_graphs : bool, optional
+        Whether decode steps are recorded and replayed as CUDA graphs (see docs/gpu.md), in ragged mode; by default
+        where the model is on a CUDA device and Triton is installed. A model that cannot be recorded runs without, and
+        the logger says why.
     num_states : int, or callable
         Slots for the states of recurrent, convolution and linear-attention layers: one for each sequence at a time, the
         rest for snapshots of them, by which prefixes are reused. A callable is given the bytes of one. None are made
@@ -148,7 +149,7 @@ def load_runner(
     runner.follow(proved)
     if cuda_graphs and runner.mode == "gather":
         logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
-    elif cuda_graphs:
+    elif cuda_graphs or (cuda_graphs is None and runner.mode == "ragged" and _has_graphs(model)):
         runner.record_decoding(CudaRecorder(model.device))
     if weights is not None:
         if not keeps_model:
@@ -189,6 +190,10 @@ def _require_graphs(model: Any, mode: str) -> None:
         raise bad_argument("cuda_graphs", "a model on a CUDA device", f"one on {model.device}")
     if not has_triton():
         raise MissingExtra("triton", "gpu")
+
+
+def _has_graphs(model: Any) -> bool:
+    return model.device.type == "cuda" and has_triton()
 
 
 def _warn(model: Any, passed: Passed) -> None:
