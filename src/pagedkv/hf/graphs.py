@@ -88,8 +88,8 @@ class _Recording:
 class DecodeGraphs:
     """The recordings of one model over one cache.
 
-    They serve steps in which each sequence has one query token. The first two steps of a kind are computed as ever, so
-    that kernels are tuned with real work; then the kind is recorded, and later steps are replayed.
+    They serve steps in which each sequence has one query token. The first two steps of a kind are computed as ever,
+    as a kind may come only once; then it is recorded, and later steps are replayed.
 
     Parameters
     ----------
