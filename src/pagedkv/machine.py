@@ -70,6 +70,14 @@ def _free_of_group() -> list[int]:
         return []
 
 
+def give_back_freed() -> None:
+    """Give back to the system what was freed and the C library keeps for later; only glibc can be asked to."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # another C library; Windows has no such handle
+        return
+
+
 def cuda_devices() -> list[str]:
     """Return the names of the GPUs; the driver itself is asked, as torch takes seconds to import."""
     try:

@@ -69,6 +69,7 @@ def tell_time(state: State, seconds: float) -> None:
         totals = state.learner.totals[0]
         totals.time = int(seconds * PER_SECOND)
         totals.is_told = 1
+        state.learner.picks[TURNS].end = 0  # ages have grown, and scores with them
 
 
 @inlined

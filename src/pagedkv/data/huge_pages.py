@@ -20,7 +20,7 @@ from pagedkv.data.simd_llvm import CACHE_LINE
 from pagedkv.machine import free_memory
 
 HUGE_PAGE = 2 << 20
-CHUNK = 64 << 20
+CHUNK = 256 << 20
 """Bytes that are reserved at once; what is never written takes up no memory."""
 MIN_BYTES = 32 << 20
 """Weights of fewer bytes stay in a processor's caches, and where they are."""
