@@ -513,3 +513,107 @@ def test_a_part_has_no_machine_code_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text(COUNTED_PARTS)
     printed = run("import parts", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
     assert printed.splitlines()[1] == "False"
+
+
+# Ctrl-C
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from numba import types
+from numba.extending import intrinsic
+from pagedkv.jit import compiled
+
+@intrinsic
+def pressed(context, number):
+    for _ in range(int(sys.argv[1])):
+        os.kill(os.getpid(), signal.SIGINT)
+        sum(range(1000))
+    return types.int64(types.int64), lambda context, builder, signature, args: args[0]
+
+@compiled
+def kernel(number):
+    return pressed(number) + 1
+
+def call():
+    try:
+        seen.append(kernel(1))
+    except KeyboardInterrupt:
+        seen.append("Ctrl-C")
+    seen.append(len(kernel.overloads))
+
+seen = []
+before = signal.default_int_handler
+if sys.argv[2] == "own":
+    before = lambda number, frame: seen.append(["own", number == signal.SIGINT, frame is not None])
+signal.signal(signal.SIGINT, before if sys.argv[2] != "ignored" else signal.SIG_IGN)
+if sys.argv[2] == "thread":
+    came = []
+    threading.Thread(target=call).start()
+    while len(seen) < 2:
+        try:
+            time.sleep(0.01)
+        except KeyboardInterrupt:
+            came.append("Ctrl-C")
+    seen += came
+else:
+    call()
+is_back = signal.getsignal(signal.SIGINT) == (before if sys.argv[2] != "ignored" else signal.SIG_IGN)
+print([*seen, is_back])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a process is interrupted by a signal")
+@pytest.mark.parametrize(
+    ("presses", "handler", "expected"),
+    [
+        (1, "default", ["Ctrl-C", 1, True]),  # once it is compiled
+        (2, "default", ["Ctrl-C", 0, True]),  # at once
+        (1, "own", [["own", True, True], 2, 1, True]),
+        (2, "own", [["own", True, True], ["own", True, True], 2, 1, True]),
+        (1, "ignored", [2, 1, True]),
+        (1, "thread", [2, 1, "Ctrl-C", True]),
+    ],
+)
+def test_ctrl_c_waits_for_the_end_of_a_compile(
+    tmp_path: Path, presses: int, handler: str, expected: list[object]
+) -> None:
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    code = f"import runpy, sys; sys.argv = ['', '{presses}', '{handler}']; runpy.run_path('interrupted.py')"
+    assert run(code, tmp_path).splitlines()[0] == str(expected)
+
+
+RETURNED = """
+import numba.core.serialize
+from typing import NamedTuple
+import numpy as np
+from pagedkv.jit import compiled
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+numba.core.serialize._numba_unpickle = interrupted
+
+class Pair(NamedTuple):
+    first: np.ndarray
+    second: np.ndarray
+
+@compiled
+def arrays(number):
+    return number, np.arange(number), np.zeros((number, 1), np.float32)
+
+@compiled
+def pair(number):
+    return Pair(np.arange(number), np.ones(number))
+
+_, some, zeros = arrays(3)
+print(some.tolist(), zeros.tolist(), zeros.dtype, pair(2))
+"""
+
+
+def test_no_python_that_ctrl_c_could_interrupt_runs_where_a_kernel_hands_back_arrays(tmp_path: Path) -> None:
+    """Numba calls Python for the class of each array, and does not look whether that failed."""
+    (tmp_path / "returned.py").write_text(RETURNED)
+    for _ in range(2):  # compiled, then from the disk
+        printed = run("import returned", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
+        expected = "[0, 1, 2] [[0.0], [0.0], [0.0]] float32 Pair(first=array([0, 1]), second=array([1., 1.]))"
+        assert printed.splitlines()[0] == expected

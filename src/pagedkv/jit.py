@@ -14,12 +14,13 @@ from numba.core import cgutils, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.core.imputils import builtin_registry
+from numba.core.pythonapi import PythonAPI
 from numba.core.registry import CPUDispatcher
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, models, overload, register_jitable, register_model
 from numba.np.arrayobj import make_array, populate_array
 
-from pagedkv.kernel_cache import cache_directory, manage, watch_compiles
+from pagedkv.kernel_cache import cache_directory, manage, uninterrupted, watch_compiles
 
 __all__ = [
     "borrowed",
@@ -98,6 +99,45 @@ _SEAMS = ("_optimize_final_module", "_finalize_final_module", "_finalize_dynamic
 _PART_COMPILER = _PartCompiler if all(hasattr(JITCodeLibrary, name) for name in _SEAMS) else Compiler
 
 
+class _ConstantAPI(PythonAPI):
+    """What Numba makes of results for Python; classes of arrays and of named tuples are kept beside the function.
+
+    Numba unpickles them by a function in Python, at every call, and does not look whether that failed: Ctrl-C at this
+    moment gave a tuple with holes, which ends the process, or SystemError.
+    """
+
+    def __init__(self, context: Any, builder: Any) -> None:
+        super().__init__(context, builder)
+        self._objects: list[tuple[Any, Any]] = []
+        self._environment: Any = None
+
+    def get_env_manager(self, env: Any, env_body: Any, env_ptr: Any) -> Any:
+        self._environment = super().get_env_manager(env, env_body, env_ptr)
+        return self._environment
+
+    def serialize_object(self, obj: Any) -> Any:
+        pickled = super().serialize_object(obj)
+        self._objects.append((pickled, obj))
+        return pickled
+
+    def unserialize(self, structptr: Any) -> Any:
+        known = next((obj for pickled, obj in self._objects if pickled is structptr), None)
+        if known is None or self._environment is None:
+            return super().unserialize(structptr)
+        found = self._environment.read_const(self._environment.add_const(known))
+        self.incref(found)
+        return found
+
+
+class _KernelCompiler(Compiler):
+    """Numba's compiler, whose results are handed to Python in that way."""
+
+    def compile_extra(self, function: Any) -> Any:
+        context = self.state.targetctx = self.state.targetctx.subtarget()
+        context.get_python_api = functools.partial(_ConstantAPI, context)
+        return super().compile_extra(function)
+
+
 class _Kernel(CPUDispatcher):
     """A compiled function that Python calls and other kernels call, compiled apart for the two.
 
@@ -115,7 +155,7 @@ class _Kernel(CPUDispatcher):
         **for_kernels: bool,
     ) -> None:
         options = {"nopython": True, "nogil": True, "error_model": "numpy", "no_cfunc_wrapper": True}
-        super().__init__(function, targetoptions=options)
+        super().__init__(function, targetoptions=options, pipeline_class=_KernelCompiler)
         self._part = CPUDispatcher(
             function,
             targetoptions=options | {"no_cpython_wrapper": True} | for_kernels,
@@ -123,6 +163,11 @@ class _Kernel(CPUDispatcher):
         )
         manage(self, on_disk=on_disk)
         manage(self._part, on_disk=part_on_disk)
+
+    def _compile_for_args(self, *args: Any, **kws: Any) -> Any:
+        # What C calls where it knows no code for the types of the arguments.
+        with uninterrupted():
+            return super()._compile_for_args(*args, **kws)  # type: ignore[misc]
 
     def get_call_template(self, args: Any, kws: Any) -> Any:
         return self._part.get_call_template(tuple(map(types.unliteral, args)), kws)
@@ -132,8 +177,9 @@ class _Kernel(CPUDispatcher):
 
     def address(self, state: Borrowed) -> int:
         """Return where the machine code of a `pointed` kernel lies."""
-        compiled = self._part.get_compile_result(types.int64(state, types.int64))
-        return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)  # type: ignore[no-any-return]
+        with uninterrupted():
+            compiled = self._part.get_compile_result(types.int64(state, types.int64))
+            return compiled.library.get_pointer_to_function(compiled.fndesc.llvm_func_name)  # type: ignore[no-any-return]
 
 
 def compiled(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Disk cache of compiled kernels: digest of their sources, files, the lock between processes, the progress line.
+"""Disk cache of compiled kernels: digest of their sources, files, the lock between processes, progress, Ctrl-C.
 
 Numba's own disk cache watches the file of a function alone, while a kernel holds code and constants of many files.
 Here the name of a cached entry has a digest of all sources that can end in machine code, so that a change in any of
@@ -17,13 +17,16 @@ import contextlib
 import functools
 import gc
 import hashlib
+import inspect
 import logging
 import math
 import os
 import pickle
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -294,6 +297,67 @@ class EntryLock:
                 _set_lock(self._file, self._place, held=False)
 
 
+# Ctrl-C
+
+
+class _Patient:
+    """A handler of SIGINT in another one's place: keeps a first signal for later, and lets both through at a second."""
+
+    def __init__(self, before: Callable[..., Any]) -> None:
+        self._before = before
+        self._process = os.getpid()
+        self._has_come = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        # In a process that was forked meanwhile nothing ends this, unless it was this thread that forked.
+        if self._has_come or os.getpid() != self._process:
+            self.end()
+            self._before(number, frame)
+        else:
+            self._has_come = True
+
+    def obey(self) -> None:
+        """Do what the handler before this one does, if a signal has come."""
+        if self._has_come:
+            self._has_come = False
+            self._before(signal.SIGINT, inspect.currentframe())
+
+    def end(self) -> None:
+        """Put the handler before this one back into its place, and let it do what it was kept from."""
+        is_there = signal.getsignal(signal.SIGINT) is self
+        if is_there:
+            signal.signal(signal.SIGINT, self._before)
+        self.obey()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait until the body ends; who presses it twice gets out at once.
+
+    Numba and LLVM are not made for an exception that comes from nowhere. It was lost where LLVM calls back to Python,
+    left the compiler's lock taken for ever, or types half registered, so that no kernel could be compiled any more.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_asked = threading.current_thread() is threading.main_thread()  # no other thread gets signals, nor may it do this
+    if not is_asked or not callable(before) or isinstance(before, _Patient):
+        yield
+        return
+    patient = _Patient(before)
+    signal.signal(signal.SIGINT, patient)
+    try:
+        yield
+    finally:
+        patient.end()
+
+
+def _wait_patiently() -> None:
+    """Say that another process compiles, and obey Ctrl-C: nothing is half done, and it may take minutes."""
+    _progress.wait()
+    handler = signal.getsignal(signal.SIGINT)
+    if isinstance(handler, _Patient) and threading.current_thread() is threading.main_thread():
+        handler.obey()
+
+
 # The compiles
 
 
@@ -419,7 +483,7 @@ class _KernelCache(caching.NullCache):
         this = _Compile(self._name, directory, lock)
         _running.append(this)
         if files and lock:
-            if not lock.wait(_progress.wait):
+            if not lock.wait(_wait_patiently):
                 _progress.warn_once("pagedkv: waited too long for another process, compiling its kernels here too")
             # Saved while this process waited, or between its first look and its turn.
             found = files.load(key, target)
@@ -489,7 +553,7 @@ def manage(dispatcher: Any, *, on_disk: bool) -> None:
     @functools.wraps(compile_it)
     def compile(signature: Any) -> Any:
         # A failed compile saves nothing: only here is it known that it has ended.
-        with global_compiler_lock, _without_collections():
+        with uninterrupted(), global_compiler_lock, _without_collections():
             depth = len(_running)
             try:
                 return compile_it(signature)
