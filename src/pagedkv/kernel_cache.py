@@ -540,6 +540,15 @@ def _without_collections() -> Iterator[None]:
             gc.enable()
 
 
+# In a child nobody could let go of the lock that another thread of its parent held: a fork waits for a compile to end.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=global_compiler_lock.acquire,
+        after_in_parent=global_compiler_lock.release,
+        after_in_child=global_compiler_lock.release,
+    )
+
+
 def manage(dispatcher: Any, *, on_disk: bool) -> None:
     """Give a function of Numba, without a cache or signatures of its own, this module's cache.
 

@@ -30,6 +30,27 @@ def in_child(work):
 manager = BlockManager(400, 4)
 """
 
+COMPILING = """
+import time
+from numba.core.compiler_lock import global_compiler_lock
+
+held = threading.Event()
+
+def compile_for_a_while():
+    with global_compiler_lock:
+        held.set()
+        time.sleep(0.5)
+
+def use():  # kernels that are loaded in the child
+    manager.allocate(1, 5)
+    return 0
+
+threading.Thread(target=compile_for_a_while).start()
+held.wait()
+assert in_child(use) == 0
+print("fine", flush=True)
+"""
+
 BUSY = """
 def serve(seq_id):
     manager.allocate(seq_id, list(range(400)))
@@ -50,7 +71,7 @@ def use():
     manager.check()
     return 0
 
-use(), serve(0)  # what is compiled or imported while a process forks is nothing that pagedkv can wait for
+use(), serve(0)  # what is imported while a process forks is nothing that pagedkv can wait for
 threading.Thread(target=keep_busy, daemon=True).start()
 for _ in range(6):
     assert in_child(use) == 0
@@ -90,7 +111,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("script", [BUSY, STUCK], ids=["busy", "stuck"])
+@pytest.mark.parametrize("script", [BUSY, STUCK, COMPILING], ids=["busy", "stuck", "compiling"])
 def test_the_child_of_a_fork_has_a_cache_at_rest_or_a_typed_error(script):
     done = subprocess.run([sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=240)
     assert done.stdout == "fine\n", done.stdout + done.stderr
