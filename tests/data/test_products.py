@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import add_dots, dot_stream, dot_tile, scores_of, totals, turn
+from pagedkv.data.simd_products import WIDENED, add_dots, dot_stream, dot_tile, scores_of, totals, turn, widen
 from pagedkv.data.team import torch_alone
 from pagedkv.jit import compiled
 
@@ -48,6 +48,22 @@ def scores_of_keys(rows, width, keys, places, dim, step, tile, scale, out):
     apart, count = width * 256 // step, width * 16 // step
     scores_of(rows, 0 * dim, width, tile, (0 * dim, apart), count, scale, out, 16 + 0 * dim)
     scores_of(rows, 0 * dim, width, tile, (apart,), count, scale, out, 144 + 0 * dim)
+
+
+@compiled
+def widened_at(numbers, index, target, to):
+    widen(numbers, index, target, to)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_of_int8_are_widened_without_error_and_nothing_else_is_written(dtype):
+    numbers = torch.arange(-127, 128, dtype=torch.int8)
+    for index in (0, 1, 64, 127, 255 - WIDENED):
+        target = torch.full((WIDENED + 5,), 3.0, dtype=dtype)
+        widened_at(numbers.numpy(), index, bits(target), 3)
+        expected = torch.full((WIDENED + 5,), 3.0)
+        expected[3 : 3 + WIDENED] = numbers[index : index + WIDENED]
+        assert target.float().equal(expected)
 
 
 KINDS = [("float32", kind) for kind in ("float32", "float16", "bfloat16", "int8")]

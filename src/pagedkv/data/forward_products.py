@@ -26,7 +26,7 @@ from pagedkv.data.simd import (
     zeros,
 )
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
-from pagedkv.data.simd_products import add_dots, dot_stream, dot_tile, totals
+from pagedkv.data.simd_products import WIDENED, add_dots, dot_stream, dot_tile, totals, widen
 from pagedkv.jit import borrowed, called, inlined
 
 Array = npt.NDArray[Any]
@@ -374,9 +374,12 @@ def _widen(weights: Array, first: int, stride: int, count: int, size: int, width
     """Copy rows of weights as what is multiplied, with zeros to whole vectors."""
     weights = borrowed(weights)
     panel = borrowed(panel)
+    whole = size - size % WIDENED
     for column in range(count):
         at, to = first + column * stride, column * width
-        for i in range(0, width, LANES):
+        for i in range(0, whole, WIDENED):
+            widen(weights, at + i, panel, to + i)
+        for i in range(whole, width, LANES):
             some = zeros()
             if i + LANES <= size:
                 some = load(weights, at + i)

@@ -222,7 +222,8 @@ def sigmoid(x: Lanes) -> Lanes:
         return (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
 
 
-def _write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
+def write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
+    """Write all lanes to an address, as `store_narrowed` does."""
     if dtype == types.uint16:
         value = builder.bitcast(builder.fptrunc(value, ir.VectorType(llvm.Bfloat(), LANES)), SHORTS)
     elif dtype == types.int16:
@@ -230,7 +231,7 @@ def _write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = dtype.bitwidth // 8
 
 
-@llvm.at_index(_write_narrowed, types.void, lanes)
+@llvm.at_index(write_narrowed, types.void, lanes)
 def store_narrowed(array: Array, index: int, value: Lanes) -> None:
     """Write all lanes to ``array[index:]``: as they are, or the bits of the nearest bfloat16 or float16."""
     array[index : index + LANES] = [narrowed(number, array) for number in value]

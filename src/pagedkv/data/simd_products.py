@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 
 from pagedkv.data import simd_llvm as llvm
-from pagedkv.data.simd import fma, load, narrowed, splat_at, store
+from pagedkv.data.simd import fma, load, narrowed, splat_at, store, write_narrowed
 from pagedkv.data.simd_llvm import (
     FLOAT,
     INT,
@@ -237,6 +237,34 @@ def _dot_stream(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 def dot_stream(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, out: Array) -> None:
     """Do as `dot_tile`, column by column: faster where y comes from memory, slower where it is in the caches."""
     dot_tile(x, rows, y, columns, count, out)
+
+
+WIDENED = 4 * LANES
+"""Numbers that `widen` copies."""
+
+
+def _widen(context: Any, builder: Any, signature: Any, args: Any) -> None:
+    (numbers, target), counted = (signature.args[0], signature.args[2]), args[1].type
+    place, to = (
+        builder.gep(context.make_array(kind)(context, builder, array).data, [index])
+        for kind, array, index in ((numbers, args[0], args[1]), (target, args[2], args[3]))
+    )
+    if (numbers.dtype, target.dtype) == (types.int8, types.uint16) and _has_byte_tables():
+        bits = builder.bitcast(to, llvm.BFLOATS.as_pointer())
+        for i, half in enumerate(_looked_up(builder, llvm.read(builder, numbers.dtype, place, WIDENED))):
+            builder.store(half, builder.gep(bits, [counted(i)])).align = target.dtype.bitwidth // 8
+        return
+    for i in range(0, WIDENED, LANES):
+        some = llvm.read(builder, numbers.dtype, builder.gep(place, [counted(i)]), LANES)
+        some = llvm.widened_bits(builder, some, numbers.dtype)
+        write_narrowed(builder, target.dtype, builder.gep(to, [counted(i)]), some)
+
+
+@llvm.typed(lambda numbers, index, target, to: (types.void(numbers, types.int64, target, types.int64), _widen))
+def widen(numbers: Array, index: int, target: Array, to: int) -> None:
+    """Copy 64 numbers that `load` takes, of int8 none of them -128, to ``target[to:]`` as `store_narrowed` does."""
+    for i in range(WIDENED):
+        target[to + i] = narrowed(np.float32(numbers[index + i]), target)
 
 
 @llvm.typed(
