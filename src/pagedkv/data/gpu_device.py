@@ -198,13 +198,10 @@ def _multiplies_from_shared(config: Config, device: Device) -> bool:
 
 def _fits_registers(config: Config, heads: Heads, device: Device) -> bool:
     """Tell whether the 255 registers of a thread suffice; the limits are read off compiled kernels."""
-    if _multiplies_from_shared(config, device) and config.tile_m < 16 * config.num_warps:
+    reads_shared = _multiplies_from_shared(config, device)
+    if reads_shared and config.tile_m < 16 * config.num_warps:
         return False  # two warp groups would share the rows and exchange what they found
-    if (
-        not heads.most
-        and config.tile_n > 64
-        and (heads.stored_bytes == 1 or not _multiplies_from_shared(config, device))
-    ):
+    if not heads.most and config.tile_n > 64 and (heads.stored_bytes == 1 or not reads_shared):
         return False  # keys and values go through registers, too
     floats = config.tile_m * (heads.tile_dv + config.tile_n)
     if heads.item_bytes == 4:  # operands too, in two parts

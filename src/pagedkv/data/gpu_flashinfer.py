@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.call import AttentionCall
-from pagedkv.data.gpu_device import is_capturing
+from pagedkv.data.gpu_device import MOST_FEW_TOKENS, is_capturing
 from pagedkv.errors import InvalidOperation, MissingExtra
 
 Int32Array = npt.NDArray[np.int32]
 
 _WORKSPACE_BYTES = 128 << 20
-_FEW_QUERIES = 8
 _kept = threading.local()
 
 
@@ -84,7 +83,7 @@ def _planned(flashinfer: Any, call: AttentionCall, layout: str) -> Any:
     options = _plan_options(call)
     block_tables, seq_lens, cu_seqlens_q, _ = arrays = call.host_batch.arrays
     # With few queries the kernel for Hopper, which "auto" takes there, reads a quarter of what memory gives.
-    kind = "fa2" if np.diff(cu_seqlens_q).max(initial=0) <= _FEW_QUERIES else "auto"
+    kind = "fa2" if np.diff(cu_seqlens_q).max(initial=0) <= MOST_FEW_TOKENS else "auto"
     key = (call.queries.device, layout, kind, tuple(options.items()))
     kept_key, kept_arrays, wrapper = getattr(_kept, "last", ((), (), None))
     if kept_key == key and all(np.array_equal(a, b) for a, b in zip(kept_arrays, arrays, strict=True)):

@@ -193,23 +193,14 @@ _kept = threading.local()
 def uploaded(call: AttentionCall) -> DeviceBatch:
     """Return the arrays of a checked call on its device.
 
-    All layers of a step use the same arrays: what a batch was copied to it keeps, and the copy that this thread made
-    last serves other batches with equal arrays. While a CUDA graph is captured they are refused, as it would replay
-    these very arrays for ever.
+    All layers of a step use the same arrays: the copy that this thread made last is used again where they are equal.
+    While a CUDA graph is captured they are refused, as it would replay these very arrays for ever.
     """
     device = call.queries.device
+    arrays = call.host_batch.arrays
     if is_capturing(device):
         raise bad_argument("block_tables", "a DevicePlan while a CUDA graph is captured", "host arrays")
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    plans = call.host_batch.plans
-    key = ("on the device", device, stream)
-    if key not in plans:
-        plans[key] = _uploaded(call.host_batch.arrays, device, stream)
-    batch: DeviceBatch = plans[key]
-    return batch
-
-
-def _uploaded(arrays: tuple[Int32Array, ...], device: torch.device, stream: int) -> DeviceBatch:
     made_for, made_on, batch = getattr(_kept, "last", ((), None, None))
     if batch is not None and made_on == (device, stream) and _equal(made_for, arrays):
         return batch  # type: ignore[no-any-return]
@@ -222,7 +213,7 @@ def _uploaded(arrays: tuple[Int32Array, ...], device: torch.device, stream: int)
     tables, lens, cuts, holes = _views(staging.to(device, non_blocking=True), shapes)[2:]
     counts = np.diff(arrays[2]).astype(np.int32)
     longest = int(arrays[1].max(initial=0))
-    batch = DeviceBatch(tables, lens, cuts, holes, int(arrays[2][-1]), longest, counts)
+    batch = DeviceBatch(tables, lens, cuts, holes, len(call.queries), longest, counts)
     _kept.last = (tuple(array.copy() for array in arrays), (device, stream), batch)
     return batch
 

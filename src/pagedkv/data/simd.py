@@ -228,7 +228,7 @@ def write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
         value = builder.bitcast(builder.fptrunc(value, ir.VectorType(llvm.Bfloat(), LANES)), SHORTS)
     elif dtype == types.int16:
         value = builder.bitcast(builder.fptrunc(value, HALVES), SHORTS)
-    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = dtype.bitwidth // 8
+    llvm.write(builder, address, value, dtype.bitwidth // 8)
 
 
 @llvm.at_index(write_narrowed, types.void, lanes)

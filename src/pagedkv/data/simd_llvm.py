@@ -194,9 +194,9 @@ def read_part(builder: Any, dtype: Any, address: Any, count: Any, size: int = LA
     return builder.call(function, [pointer, INT(width // 8), mask, ir.Constant(kind, None)])
 
 
-def write(builder: Any, address: Any, vector: Any) -> None:
-    """Write a vector to where any of its numbers may lie."""
-    builder.store(vector, builder.bitcast(address, vector.type.as_pointer())).align = 4
+def write(builder: Any, address: Any, vector: Any, align: int = 4) -> None:
+    """Write a vector to where any of its numbers may lie, which take so many bytes."""
+    builder.store(vector, builder.bitcast(address, vector.type.as_pointer())).align = align
 
 
 def prefetch(builder: Any, dtype: Any, address: Any) -> None:

@@ -244,20 +244,17 @@ WIDENED = 4 * LANES
 
 
 def _widen(context: Any, builder: Any, signature: Any, args: Any) -> None:
-    (numbers, target), counted = (signature.args[0], signature.args[2]), args[1].type
-    place, to = (
-        builder.gep(context.make_array(kind)(context, builder, array).data, [index])
-        for kind, array, index in ((numbers, args[0], args[1]), (target, args[2], args[3]))
-    )
+    numbers, _, target, _ = signature.args
+    places = _places_of(context, builder, numbers, args, WIDENED // LANES)
+    targets = _places_of(context, builder, target, args[2:], WIDENED // LANES)
     if (numbers.dtype, target.dtype) == (types.int8, types.uint16) and _has_byte_tables():
-        bits = builder.bitcast(to, llvm.BFLOATS.as_pointer())
-        for i, half in enumerate(_looked_up(builder, llvm.read(builder, numbers.dtype, place, WIDENED))):
-            builder.store(half, builder.gep(bits, [counted(i)])).align = target.dtype.bitwidth // 8
+        halves = _looked_up(builder, llvm.read(builder, numbers.dtype, places[0], WIDENED))
+        for to, half in zip(targets[::2], halves, strict=True):
+            llvm.write(builder, to, half, target.dtype.bitwidth // 8)
         return
-    for i in range(0, WIDENED, LANES):
-        some = llvm.read(builder, numbers.dtype, builder.gep(place, [counted(i)]), LANES)
-        some = llvm.widened_bits(builder, some, numbers.dtype)
-        write_narrowed(builder, target.dtype, builder.gep(to, [counted(i)]), some)
+    for place, to in zip(places, targets, strict=True):
+        some = llvm.read(builder, numbers.dtype, place, LANES)
+        write_narrowed(builder, target.dtype, to, llvm.widened_bits(builder, some, numbers.dtype))
 
 
 @llvm.typed(lambda numbers, index, target, to: (types.void(numbers, types.int64, target, types.int64), _widen))
