@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +72,36 @@ def _free_of_group() -> list[int]:
         return []
 
 
-def give_back_freed() -> None:
-    """Give back to the system what was freed and the C library keeps for later; only glibc can be asked to."""
+def give_back_unused() -> None:
+    """Give back memory that only loading needed: what the C library keeps of what was freed, and code of libraries.
+
+    Code is dropped from this process, not from the system's cache: what runs again is mapped again, 16 pages at once.
+    Only glibc and Linux can be asked to.
+    """
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):  # another C library; Windows has no such handle
+        system = ctypes.CDLL(None)
+        system.malloc_trim(0)
+        system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        for start, size in _untouched_code(Path("/proc/self/smaps").read_text()):
+            system.madvise(start, size, mmap.MADV_DONTNEED)
+    except (AttributeError, OSError, TypeError, ValueError):  # another C library or system; Windows has no such handle
         return
+
+
+def _untouched_code(maps: str) -> list[tuple[int, int]]:
+    """Return start and size in bytes of the pieces of the compiler's and torch's libraries that are as in their files.
+
+    Their imports are over: a library that another thread is just loading may be relocated after a look at its pages.
+    """
+    found = []
+    for piece in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", maps, flags=re.MULTILINE)[1:]:
+        head, _, fields = piece.partition("\n")
+        span, rights, *_ = head.split()
+        library = re.search(r"/(llvmlite/binding|torch/lib)/[^/]*\.so[.\d]*$", head)
+        if library and "w" not in rights and re.search(r"^Anonymous: +0 kB$", fields, re.MULTILINE):
+            start, end = (int(word, 16) for word in span.split("-"))
+            found.append((start, end - start))
+    return found
 
 
 def cuda_devices() -> list[str]:

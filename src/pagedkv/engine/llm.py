@@ -20,7 +20,7 @@ from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampling_params import SamplingParams
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats
 from pagedkv.errors import bad_argument
-from pagedkv.machine import free_memory, give_back_freed
+from pagedkv.machine import free_memory, give_back_unused
 from pagedkv.tiers.tier import Tier
 from pagedkv.typing import Dtype, Mode, Weights
 from pagedkv.validate import shown
@@ -200,7 +200,7 @@ class LLM:
         )
         self._numbers = itertools.count()
         self._turn = threading.Lock()
-        give_back_freed()  # the exam, kernels and a tokenizer were loaded: some 40 MiB
+        give_back_unused()  # the exam, kernels and a tokenizer were loaded: some 80 MiB
 
     def generate(
         self,
