@@ -113,8 +113,8 @@ class EngineProcess:
 
     Attributes
     ----------
-    bare : int
-        Bytes of memory with all libraries imported and nothing loaded.
+    bare_data, bare_code : int
+        Bytes of memory with all libraries imported and nothing loaded: written, and read from files.
     """
 
     def __init__(self, spec: Spec, threads: int, env: dict[str, str]) -> None:
@@ -139,7 +139,8 @@ class EngineProcess:
     def _load(self) -> None:
         self._read()
         forget_peak(self._process.pid)
-        self.bare = memory(self._process.pid, "VmRSS")
+        self.bare_data = memory(self._process.pid, "RssAnon")
+        self.bare_code = memory(self._process.pid, "RssFile")
         self._write("load")
         loaded = self._read()
         self.pool = int(loaded.get("pool", 0))
@@ -185,6 +186,10 @@ class EngineProcess:
     def peak(self) -> int:
         """Return the most bytes of memory since the libraries were imported."""
         return memory(self._process.pid, "VmHWM")
+
+    def libraries(self) -> int:
+        """Return the bytes of the libraries as imported, without what the engine has given back of their code."""
+        return self.bare_data + min(self.bare_code, memory(self._process.pid, "RssFile"))
 
     def close(self) -> None:
         """End the process."""

@@ -278,8 +278,9 @@ def memory_rows(run: Run, all_numbers: int) -> list[Row]:
     """Say how much memory every engine took."""
     rows = []
     for name, engine in run.engines.items():
-        peak, loaded = engine.peak() - engine.bare, engine.peak_while_loading - engine.bare
-        note = f"libraries {engine.bare / 2**20:,.0f} MiB more; when loaded {loaded / 2**20:,.0f}"
+        libraries = engine.libraries()
+        peak, loaded = engine.peak() - libraries, engine.peak_while_loading - libraries
+        note = f"libraries {libraries / 2**20:,.0f} MiB more; when loaded {loaded / 2**20:,.0f}"
         rows.append(row(f"{run.dtype}: peak memory of {name}", peak / 2**20, "MiB", note))
         if name == OURS:
             weights = all_numbers * BYTES[run.dtype]
