@@ -1,4 +1,4 @@
-"""Tiles of dot products: right for every kind of weights and every length, and of the same bits in every tile."""
+"""Products of runs and panels: right for every kind of weights and every length, and of the same bits in every tile."""
 
 from __future__ import annotations
 
@@ -7,37 +7,46 @@ import pytest
 import torch
 
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import WIDENED, add_dots, dot_stream, dot_tile, scores_of, totals, turn, widen
+from pagedkv.data.simd_products import (
+    PANEL,
+    WIDENED,
+    add_panels,
+    add_panels_ahead,
+    pack,
+    scores_of,
+    turn,
+    unit_of,
+    unpacked,
+    widen,
+)
 from pagedkv.data.team import torch_alone
 from pagedkv.jit import compiled
 
 
 @compiled
-def tile_of_four(x, y, count, out):
-    dot_tile(x, (0 * count, count, 2 * count, 3 * count), y, (0 * count, count, 2 * count, 3 * count), count, out)
+def four_by_two(x, y, count, sums):
+    add_panels(x, (0 * count, count, 2 * count, 3 * count), y, (0 * count, PANEL * count), count, sums)
 
 
 @compiled
-def stream_of_four(x, y, count, out):
-    dot_stream(x, (0 * count, count, 2 * count, 3 * count), y, (0 * count, count, 2 * count, 3 * count), count, out)
+def four_by_one(x, y, count, sums, ahead, step):
+    rows = (3 * count, count, 0 * count, 2 * count)
+    add_panels_ahead(x, rows, y, (PANEL * count,), count, sums, y, ahead, step)
 
 
 @compiled
-def tile_of_two(x, y, count, out):
-    dot_tile(x, (count, 3 * count), y, (0 * count, count, 2 * count, 3 * count), count, out)
+def two_by_one(x, y, count, sums):
+    add_panels(x, (count, 3 * count), y, (0 * count,), count, sums)
 
 
 @compiled
-def tile_of_one(x, y, count, out):
-    dot_tile(x, (2 * count,), y, (3 * count, 0 * count), count, out)
+def one_by_one(x, y, count, sums):
+    add_panels(x, (2 * count,), y, (PANEL * count,), count, sums)
 
 
 @compiled
-def tile_in_parts(x, y, count, part, sums, out):
-    for begin in range(0, count, part):
-        runs = (begin, count + begin, 2 * count + begin, 3 * count + begin)
-        add_dots(x, runs, y, runs, min(part, count - begin), sums, 16)
-    totals(sums, 16, out)
+def packed_piece(y, first, apart, last, offset, left, panel, to):
+    pack(y, first, apart, last, offset, left, panel, to)
 
 
 @compiled
@@ -55,17 +64,6 @@ def widened_at(numbers, index, target, to):
     widen(numbers, index, target, to)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_numbers_of_int8_are_widened_without_error_and_nothing_else_is_written(dtype):
-    numbers = torch.arange(-127, 128, dtype=torch.int8)
-    for index in (0, 1, 64, 127, 255 - WIDENED):
-        target = torch.full((WIDENED + 5,), 3.0, dtype=dtype)
-        widened_at(numbers.numpy(), index, bits(target), 3)
-        expected = torch.full((WIDENED + 5,), 3.0)
-        expected[3 : 3 + WIDENED] = numbers[index : index + WIDENED]
-        assert target.float().equal(expected)
-
-
 KINDS = [("float32", kind) for kind in ("float32", "float16", "bfloat16", "int8")]
 if has_bfloat16_products():
     KINDS += [("bfloat16", "bfloat16"), ("bfloat16", "int8")]
@@ -76,37 +74,123 @@ def bits(numbers: torch.Tensor) -> np.ndarray:
     return numbers.view(shown).numpy().ravel()
 
 
-def random(kind: str, count: int, seed: int) -> torch.Tensor:
-    numbers = torch.randn(4, count, generator=torch.Generator().manual_seed(seed))
+def random(kind: str, count: int, seed: int, rows: int = 4) -> torch.Tensor:
+    numbers = torch.randn(rows, count, generator=torch.Generator().manual_seed(seed))
     return (40 * numbers).clamp(-127, 127).to(torch.int8) if kind == "int8" else numbers.to(getattr(torch, kind))
 
 
-@pytest.mark.parametrize("count", [1, 7, 16, 33, 64, 100, 576])
-@pytest.mark.parametrize(("left", "right"), KINDS)
-def test_products_are_right_and_the_same_in_every_tile(left, right, count):
-    x, y = random(left, count, 1), random(right, count, 2)
+def panel_of(rows: np.ndarray, unit: int) -> np.ndarray:
+    """Return 32 rows as a panel, number by number; the other one of a last pair must not count."""
+    size = -(-rows.shape[1] // unit) * unit
+    panel = np.full(
+        size * PANEL, bits(torch.ones(1, dtype=torch.bfloat16))[0] if size > rows.shape[1] else 0, rows.dtype
+    )
+    for o in range(PANEL):
+        for k in range(rows.shape[1]):
+            at = {
+                1: k * PANEL + o,
+                2: (k // 2 * PANEL + o) * 2 + k % 2,
+                4: k // 4 * 4 * PANEL + o // 16 * 64 + o % 16 // 4 * 16 + k % 4 // 2 * 8 + o % 4 * 2 + k % 2,
+            }[unit]
+            panel[at] = rows[o, k]
+    return panel
+
+
+def kinds_and_counts():
+    found = []
+    for left, right in KINDS:
+        unit = unit_of(4 if left == "float32" else 2, right == "int8")
+        for count in (1, 7, 16, 33, 64, 100, 576):
+            count = -(-count // unit) * unit if unit == 4 else count
+            found.append(pytest.param(left, right, count, unit, id=f"{left}-{right}-{count}"))
+    return found
+
+
+@pytest.mark.parametrize(("left", "right", "count", "unit"), kinds_and_counts())
+def test_products_are_right_and_the_same_in_every_tile(left, right, count, unit):
+    x, y = random(left, count, 1), random(right, count, 2, 2 * PANEL)
     exact = (x.double() @ y.double().T).numpy()
-    whole, stream, two, one = (np.zeros(16, np.float32) for _ in range(4))
-    tile_of_four(bits(x), bits(y), count, whole)
-    stream_of_four(bits(x), bits(y), count, stream)
-    assert (stream == whole).all()
-    tile_of_two(bits(x), bits(y), count, two)
-    tile_of_one(bits(x), bits(y), count, one)
-    whole = whole.reshape(4, 4)
+    rows = bits(y).reshape(2, PANEL, count)
+    # Panels of an odd number of pairs are longer than `count`: what is multiplied by zero is behind the last one.
+    flat = np.zeros(PANEL * (2 * count + 4), rows.dtype)
+    for i in (0, 1):
+        panel = panel_of(rows[i], unit)
+        assert (unpacked(panel, unit)[:, :count] == rows[i]).all()
+        flat[PANEL * count * i : PANEL * count * i + len(panel)] = panel
+    if count % unit:  # the second panel then begins within the first one's last pair
+        for i in (0, 1):
+            alone = np.zeros(2 * PANEL, np.float32)
+            one = panel_of(rows[i], unit)
+            two_by_one(bits(x), one, count, alone)
+            check(
+                alone.reshape(2, PANEL), exact[[1, 3], PANEL * i : PANEL * (i + 1)], x[[1, 3]], y[PANEL * i :][:PANEL]
+            )
+        return
+    whole, ahead, two, one = (np.zeros(size, np.float32) for size in (8 * PANEL, 4 * PANEL, 2 * PANEL, PANEL))
+    four_by_two(bits(x), flat, count, whole)
+    whole = whole.reshape(4, 2 * PANEL)
+    check(whole, exact, x, y)
+    four_by_one(bits(x), flat, count, ahead, -(10**6), 64)
+    two_by_one(bits(x), flat, count, two)
+    one_by_one(bits(x), flat, count, one)
+    assert (ahead.reshape(4, PANEL) == whole[[3, 1, 0, 2], PANEL:]).all()
+    assert (two.reshape(2, PANEL) == whole[[1, 3], :PANEL]).all()
+    assert (one == whole[2, PANEL:]).all()
+    again = whole.ravel().copy()
+    four_by_two(bits(x), flat, count, again)
+    assert (np.abs(again - 2 * whole.ravel()) <= 1e-5 * np.abs(whole).max()).all(), "sums are added to"
+
+
+def check(got, exact, x, y):
     size = (x.double().abs() @ y.double().abs().T).numpy()
-    assert (np.abs(whole - exact) <= 1e-6 * size).all()
-    assert (two[:8].reshape(2, 4) == whole[[1, 3]]).all()
-    assert (one[:2] == whole[2, [3, 0]]).all()
+    assert (np.abs(got - exact) <= 2e-6 * size).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("right", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(("count", "rows"), [(1, 16), (16, 5), (33, 16), (100, 1)])
+def test_rows_become_panels_as_what_is_multiplied(right, dtype, count, rows):
+    if dtype == torch.bfloat16 and (right not in ("bfloat16", "int8") or not has_bfloat16_products()):
+        pytest.skip("is not multiplied by bfloat16")
+    unit = unit_of(dtype.itemsize, False)
+    y, width = random(right, count + 3, 5, rows), -(-count // 32) * 32
+    panel = np.full(PANEL * width + 8, 7, bits(torch.zeros(1, dtype=dtype)).dtype)
+    untouched = panel.copy()
+    for i in range(0, count, 16 * unit):
+        packed_piece(bits(y), 2, count + 3, rows - 1, i, count - i, panel, i * PANEL)
+    got = unpacked(panel[: PANEL * width], unit)[:16, : -(-count // (16 * unit)) * 16 * unit]
+    expected = np.zeros_like(got)
+    numbers = torch.zeros(16, count)
+    numbers[:rows] = y[:, 2 : 2 + count].float()
+    numbers[rows:] = numbers[rows - 1]
+    expected[:, :count] = bits(numbers.to(dtype)).reshape(16, count)
+    assert (got == expected).all()
+    assert (panel[-8:] == untouched[-8:]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_of_int8_are_widened_without_error_and_nothing_else_is_written(dtype):
+    if dtype == torch.bfloat16 and not has_bfloat16_products():
+        pytest.skip("this processor does not multiply bfloat16")
+    for seed in range(4):
+        rows = np.resize(np.roll(np.arange(-127, 128, dtype=np.int8), 77 * seed), (PANEL, 4))
+        numbers = np.concatenate([np.zeros(5, np.int8), panel_of(rows, unit_of(dtype.itemsize, True))])
+        target = torch.full((WIDENED + 5,), 3.0, dtype=dtype)
+        widened_at(numbers, 5, bits(target), 3)
+        expected = panel_of(rows.astype(np.float32), unit_of(dtype.itemsize, False))
+        assert target[3:-2].float().equal(torch.from_numpy(expected))
+        assert target[:3].eq(3).all() and target[-2:].eq(3).all()
 
 
 @pytest.mark.skipif(not has_bfloat16_products(), reason="this processor does not multiply bfloat16")
 def test_every_number_of_int8_becomes_the_same_as_bfloat16():
-    numbers = torch.arange(-127, 128, dtype=torch.int8)
-    for at, number in enumerate(numbers.tolist()):
-        one, out = torch.zeros(4, len(numbers), dtype=torch.bfloat16), np.zeros(16, np.float32)
-        one[0, at] = 1
-        tile_of_four(bits(one), bits(numbers.repeat(4, 1)), len(numbers), out)
-        assert out[0] == number
+    numbers = np.arange(-127, 129, dtype=np.int16).clip(max=127).astype(np.int8)
+    rows = np.tile(numbers, (PANEL, 1))
+    x = torch.eye(len(numbers), dtype=torch.bfloat16)
+    for at, number in enumerate(numbers):
+        sums = np.zeros(2 * PANEL, np.float32)
+        two_by_one(bits(torch.cat([x[at : at + 1]] * 4)), panel_of(rows, 4), len(numbers), sums)
+        assert (sums == number).all()
 
 
 def test_torch_alone_gives_its_threads_back():
@@ -119,18 +203,6 @@ def test_torch_alone_gives_its_threads_back():
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(("count", "part"), [(7, 32), (64, 32), (100, 64), (576, 288), (600, 96)])
-@pytest.mark.parametrize(("left", "right"), KINDS)
-def test_products_of_parts_have_the_bits_of_whole_runs(left, right, count, part):
-    x, y = random(left, count, 1), random(right, count, 2)
-    whole, got = np.zeros(16, np.float32), np.zeros(16, np.float32)
-    tile_of_four(bits(x), bits(y), count, whole)
-    sums = np.zeros(16 + 256 + 16, np.float32)
-    tile_in_parts(bits(x), bits(y), count, part, sums, got)
-    assert (got == whole).all()
-    assert not sums[:16].any() and not sums[-16:].any()
 
 
 @pytest.mark.parametrize("dim", [1, 7, 16, 33, 64, 100])

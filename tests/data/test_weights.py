@@ -1,6 +1,9 @@
-"""Weights in 8 bits: how near they are to what they were, that tied ones stay one, and what is let go when."""
+"""Weights in 8 bits: how near they are to what they were, that tied ones stay one, what is let go when; and panels."""
 
 from __future__ import annotations
+
+import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +11,10 @@ import torch
 from tests.hf.described import tiny
 
 from pagedkv import InvalidOperation
+from pagedkv.data.decoder import Linear
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import dot_tile
-from pagedkv.data.weights import CHUNK, quantised, quantised_rows
+from pagedkv.data.simd_products import PANEL, add_panels, unit_of, unpacked
+from pagedkv.data.weights import CHUNK, _pack, packed, quantised, quantised_rows
 from pagedkv.hf.description import describe, tensors_of
 from pagedkv.jit import compiled
 
@@ -62,23 +66,64 @@ def test_layers_are_let_go_one_by_one():
 
 
 @compiled
-def _tile(x, rows, y, columns, count, out):
-    dot_tile(x, rows, y, columns, count, out)
+def _products(x, rows, panel, count, sums):
+    add_panels(x, rows, panel, (0 * count,), count, sums)
 
 
 @pytest.mark.parametrize("is_narrow", [False, True])
-@pytest.mark.parametrize("count", [1, 15, 32, 33, 100, 256])
+@pytest.mark.parametrize("count", [4, 16, 32, 36, 100, 256])
 def test_products_are_those_of_the_numbers(count, is_narrow):
     """All of small integers, so that no sum is rounded: every one of the 255 numbers is widened without error."""
     if is_narrow and not has_bfloat16_products():
         pytest.skip("the processor does not multiply bfloat16")
     rng = np.random.default_rng(count)
     x = rng.integers(-8, 9, (4, count)).astype(np.float32)
-    y = rng.integers(-127, 128, (4, count)).astype(np.int8)
+    y = rng.integers(-127, 128, (PANEL, count)).astype(np.int8)
     y[:, :] = np.where(rng.random(y.shape) < 0.5, np.resize(np.arange(-127, 128), y.shape), y)
     given = (x.view(np.uint32) >> 16).astype(np.uint16) if is_narrow else x
-    places = tuple(i * count for i in range(4))
+    panel = y.copy()
+    _pack(torch.from_numpy(panel), unit_of(given.itemsize, True))
     for height in (1, 2, 4):
-        out = np.zeros(16, np.float32)
-        _tile(given.ravel(), places[:height], y.ravel(), places, count, out)
-        assert np.array_equal(out[: 4 * height].reshape(height, 4), x[:height] @ y.astype(np.float32).T)
+        sums = np.zeros(height * PANEL, np.float32)
+        _products(given.ravel(), tuple(i * count for i in range(height)), panel.ravel(), count, sums)
+        assert np.array_equal(sums.reshape(height, PANEL), x[:height] @ y.astype(np.float32).T)
+
+
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1), (torch.bfloat16, 2), (torch.int8, 4)], ids=str)
+def test_whole_panels_are_packed_in_place_and_the_last_rows_stay(dtype, unit):
+    weight = torch.randint(-100, 100, (3 * PANEL + 5, 48)).to(dtype)
+    before, place = weight.clone(), weight.data_ptr()
+    _pack(weight, unit)
+    assert weight.data_ptr() == place and torch.equal(weight[3 * PANEL :], before[3 * PANEL :])
+    for i in range(0, 3 * PANEL, PANEL):
+        rows = unpacked(weight[i : i + PANEL].float().numpy().ravel(), unit)
+        assert np.array_equal(rows, before[i : i + PANEL].float().numpy())
+
+
+def linear(weight):
+    return Linear(weight)
+
+
+def test_matrices_that_share_a_part_of_their_memory_are_left_as_they_are():
+    decoder = describe(copy.deepcopy(tiny("llama")))
+    shared = torch.randn(100, decoder.embedding.shape[1])
+    alone = torch.randn(64, decoder.embedding.shape[1])
+    apart = torch.randn(64, 2 * decoder.embedding.shape[1])[:, ::2].t().contiguous().t()
+    layer = decoder.layers[0]
+    attention = replace(layer.attention, query=linear(shared[:64]), key=linear(shared[32:96]), value=linear(alone))
+    attention = replace(attention, output=linear(apart))
+    before = [each.clone() for each in (shared, alone, apart)]
+    got = packed(replace(decoder, layers=[replace(layer, attention=attention)]), torch.float32).layers[0].attention
+    assert [each.is_packed for each in (got.query, got.key, got.value, got.output)] == [False, False, True, False]
+    assert torch.equal(shared, before[0]) and not torch.equal(alone, before[1]) and torch.equal(apart, before[2])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_oss", "qwen3_moe", "gemma3"])
+def test_tied_matrices_are_packed_once(name):
+    decoder = describe(copy.deepcopy(tiny(name)))
+    is_tied = decoder.head.weight.data_ptr() == decoder.embedding.data_ptr()
+    before, table = decoder.head.weight.clone(), decoder.embedding.clone()
+    got = packed(decoder, torch.float32)
+    assert got.embedding_is_packed == is_tied and got.head.is_packed
+    assert np.array_equal(unpacked(got.head.weight[:PANEL].numpy().ravel(), 1), before[:PANEL].numpy())
+    assert torch.equal(got.embedding, table) != is_tied

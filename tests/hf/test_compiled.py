@@ -140,6 +140,20 @@ def test_a_given_module_is_kept_intact():
     assert torch.equal(right_logits(model, ids), logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3", "gpt_oss", "qwen3_moe", "phi", "gpt_neox", "phi3"])
+def test_a_folders_weights_are_packed_and_change_no_bit(name, dtype, tmp_path):
+    tiny(name, dtype).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    kept, own = (load_runner(given, num_blocks=200, block_size=4) for given in (model, tmp_path))
+    assert own.mode == "compiled"
+    for text in texts(kept.vocab_size):
+        assert torch.equal(logits_of(own, text, WHOLE), logits_of(kept, text, WHOLE))
+        assert torch.equal(logits_of(own, text, 7), logits_of(kept, text, WHOLE))
+    with pytest.raises(InvalidOperation, match="model: expected one that has its weights"):
+        own.model(torch.tensor([[1]]))
+
+
 def live_bytes(dtype: torch.dtype) -> int:
     gc.collect()
     with warnings.catch_warnings():

@@ -22,11 +22,14 @@ class Linear:
         float32, bfloat16 or float16, or int8 with a scale; the elements of a row side by side, rows at any distance.
     bias : float32 Tensor [num_out], optional
     scale : float32 Tensor [num_out], optional
+    is_packed : bool
+        Whether the memory of the weight holds panels, as :func:`pagedkv.data.weights.packed` leaves it.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
+    is_packed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -190,6 +193,8 @@ class Decoder:
     head : Linear
     norm, embedding_norm : Norm, optional
         After the last layer; after the embedding.
+    embedding_is_packed : bool
+        As that of a `Linear`.
     embedding_scale : float
         What embeddings are multiplied by.
     positions : Tensor [n, hidden_size], optional
@@ -207,6 +212,7 @@ class Decoder:
     norm: Norm | None = None
     embedding_norm: Norm | None = None
     embedding_row_scale: Tensor | None = None
+    embedding_is_packed: bool = False
     embedding_scale: float = 1.0
     positions: Tensor | None = None
     position_offset: int = 0

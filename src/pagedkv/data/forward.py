@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,12 @@ from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
 from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
 from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
-from pagedkv.data.forward_products import ADDED, FEW_ROWS_COLUMNS, TO_FLOATS, panel_of
-from pagedkv.data.simd_llvm import LANES, has_bfloat16_products
+from pagedkv.data.forward_products import ADDED, FEW_ROWS_COLUMNS, TO_FLOATS
+from pagedkv.data.simd_llvm import LANES
+from pagedkv.data.simd_products import PANEL, unit_of
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
+from pagedkv.data.weights import acts_dtype
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT
 
@@ -190,6 +192,8 @@ class Program:
             self._x,
             weight=0,
             row_stride=decoder.embedding.stride(0),
+            packed=_num_packed(decoder.embedding, decoder.embedding_is_packed),
+            unit=unit_of(self._act_bytes, decoder.embedding.dtype == torch.int8),
             size_out=decoder.embedding.shape[1],
             scale=decoder.embedding_scale,
             factor=self._constants.place(decoder.embedding_row_scale),
@@ -214,10 +218,9 @@ class Program:
     def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
         size_out, size_in = linear.weight.shape
-        columns = _round_up(-(-size_out // _num_items(size_out * size_in * linear.weight.element_size())))
+        columns = -(-size_out // _num_items(size_out * size_in * linear.weight.element_size()))
         if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
-            columns = min(_round_up(columns // (2 if fields.get("has_gate") else 1)), FEW_ROWS_COLUMNS)
-        inner, part = panel_of(size_in, self._act_bytes)
+            columns = min(columns // (2 if fields.get("has_gate") else 1), FEW_ROWS_COLUMNS)
         self._add(
             source=source,
             target=_Buffer(target.start + at, target.width),
@@ -227,9 +230,8 @@ class Program:
             row_stride=linear.weight.stride(0),
             bias=self._constants.place(linear.bias),
             factor=self._constants.place(linear.scale),
-            columns=columns,
-            inner=inner,
-            part=part,
+            packed=_num_packed(linear.weight, linear.is_packed),
+            columns=-(-columns // PANEL) * PANEL,
             **{"code": kernels.LINEAR, "goes": TO_FLOATS} | fields,
         )
 
@@ -277,7 +279,7 @@ class Program:
         """Add the products of all experts, each with the rows of its pairs."""
         _require_alike(linears)
         starts = self._starts(linears, "weights", "biases", "factors")
-        shape = Linear(linears[0].weight)  # biases and scales are found by expert
+        shape = replace(linears[0], bias=None, scale=None)  # which are found by expert
         self._linear(shape, source, target, **{"code": kernels.EXPERTS} | starts | fields)
 
     def _starts(self, linears: list[Linear], *names: str) -> dict[str, int]:
@@ -391,8 +393,13 @@ def _activation(mlp: Mlp) -> dict[str, int]:
     return {"is_activated": 1, "function": ACTIVATIONS.index(mlp.activation), "has_gate": int(mlp.gate is not None)}
 
 
+def _num_packed(weight: Tensor, is_packed: bool) -> int:
+    """Return how many of the first rows of a matrix are panels."""
+    return len(weight) // PANEL * PANEL if is_packed else 0
+
+
 def _require_alike(linears: list[Linear]) -> None:
-    if len({(each.weight.shape, each.weight.stride()) for each in linears}) > 1:
+    if len({(each.weight.shape, each.weight.stride(), each.is_packed) for each in linears}) > 1:
         raise InvalidOperation("weights of one operation that have several shapes")
 
 
@@ -444,12 +451,10 @@ class Forward:
     """
 
     def __init__(self, decoder: Decoder, storage: KvStorage, dtype: torch.dtype | None = None) -> None:
-        kind = dtype if decoder.embedding.dtype == torch.int8 else decoder.embedding.dtype
-        is_narrow = kind == torch.bfloat16 and has_bfloat16_products()
-        self._program = Program(decoder, storage, _rows_at_once(decoder), 2 if is_narrow else 4)
+        of_acts = acts_dtype(decoder.embedding.dtype, dtype)
+        self._program = Program(decoder, storage, _rows_at_once(decoder), of_acts.itemsize)
         program = self._program
         # Torch's memory begins at a cache line: vectors that cross two of them take twice as long to load.
-        of_acts = torch.uint16 if is_narrow else torch.float32
         self._floats = torch.zeros(program.num_floats, dtype=torch.float32, device="cpu").numpy()
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         # Attention multiplies what products do where keys and values are that, too.

@@ -25,26 +25,22 @@ from pagedkv.data.forward_products import (
     COLUMN_BLOCK,
     FEW_ROWS,
     FEW_ROWS_COLUMNS,
-    MOST_COLUMNS,
     NOWHERE,
-    ROW_BLOCK,
-    SUMS_OF_COLUMN,
-    TILE_ROWS,
+    SUMS,
     TO_ACTS,
     TO_FLOATS,
     Tile,
+    copy_size,
     gate_of,
     matrix_of,
     multiply,
     num_blocks,
-    panel_size,
     tile_of,
 )
 from pagedkv.data.simd import (
     add,
     fetch_add,
     fma,
-    is_int8,
     load,
     load_count,
     load_part,
@@ -58,10 +54,12 @@ from pagedkv.data.simd import (
     store_narrowed,
     sub,
     take,
+    take_widened,
     tanh,
     zeros,
 )
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
+from pagedkv.data.simd_products import PANEL
 from pagedkv.data.team import wait_until
 from pagedkv.jit import borrowed, called, compiled, inlined
 
@@ -75,7 +73,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swig
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
 _WHOLES = (
     "code", "rows", "source", "source_width", "target", "target_width", "size_in", "size_out", "goes", "function",
-    "weight", "row_stride", "bias", "factor", "columns", "inner", "part", "picked", "is_centred", "positions",
+    "weight", "row_stride", "bias", "factor", "packed", "unit", "columns", "picked", "is_centred", "positions",
     "position_offset",
     "num_q_heads", "num_kv_heads", "head_dim", "v_head_dim", "query_norm", "query_bias", "key_norm", "key_bias",
     "norm_size", "rope",
@@ -90,9 +88,9 @@ OPERATION = np.dtype([(name, np.int64) for name in _WHOLES] + [(name, np.float32
 the first element of the array that stands for all of their kind, ``bias``, ``factor``, norms and sinks in
 ``constants`` (-1 where there is none), ``rope`` in ``angles``; ``learned`` positions are in ``constants``, too.
 ``rows`` says which rows take part, and ``picked`` is 1 where the source is read at the places of the picked ones.
-``columns`` is the outputs of an item of few rows, ``inner`` those of a panel, ``part`` how many inputs are summed up
-at once. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in ``places``. Where it
-``is_activated`` the outputs go to ``acts`` by way of the ``function``, times those of a gate."""
+The first ``packed`` rows of the weights, or of embeddings, are panels; for ``unit`` see `unit_of`. ``columns`` is the
+outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are where the places of each expert's begin in
+``places``. Where it ``is_activated`` the outputs go to ``acts`` by way of the ``function``, times those of a gate."""
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
@@ -205,9 +203,8 @@ def run_program(
     places = borrowed(places)
     routes = borrowed(routes)
     shares = borrowed(shares)
-    scratch, block = np.empty(LANES, np.float32), aligned(2 * BLOCK, floats)
-    sums = aligned(ROW_BLOCK // TILE_ROWS * MOST_COLUMNS * SUMS_OF_COLUMN, floats)
-    panel = aligned(panel_size(operations) if is_int8(weights) else 0, acts)
+    block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
+    copy = aligned(copy_size(operations), acts)
     # A thread takes its first item of the next phase before it waits for the end of this one, so that it knows what it
     # will read; it counts as one that began by then, so nobody leaves that phase before the item is done.
     fetch_add(counters, 8, 1)
@@ -281,9 +278,8 @@ def run_program(
                             constants,
                             block,
                             routes,
-                            scratch,
                             sums,
-                            panel,
+                            copy,
                         )
                         if operation.has_gate:
                             begin += BLOCK
@@ -299,9 +295,8 @@ def run_program(
                                 constants,
                                 block,
                                 routes,
-                                scratch,
                                 sums,
-                                panel,
+                                copy,
                             )
                         _activate(operation, tile, block, apart, acts)
                     else:
@@ -319,9 +314,8 @@ def run_program(
                             constants,
                             floats,
                             routes,
-                            scratch,
                             sums,
-                            panel,
+                            copy,
                         )
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)
@@ -425,18 +419,39 @@ def _embed(
     floats = borrowed(floats)
     size = operation.size_out
     for row in range(begin, end):
-        at = operation.weight + ids[row] * operation.row_stride
         to = operation.target + row * operation.target_width
+        if ids[row] < operation.packed:
+            _take_packed(operation, ids[row], weights, floats, to)
         factor = operation.scale
         if operation.factor >= 0:
             factor *= constants[operation.factor + ids[row]]
+        at = operation.weight + ids[row] * operation.row_stride
         for i in range(0, size, LANES):
-            number = load(weights, at + i) if i + LANES <= size else load_part(weights, at + i, size - i)
+            if ids[row] < operation.packed:
+                number = load(floats, to + i)
+            else:
+                number = load(weights, at + i) if i + LANES <= size else load_part(weights, at + i, size - i)
             number = mul(number, splat(factor))
             if operation.learned >= 0:
                 place = operation.learned + (positions[row] + operation.position_offset) * size + i
                 number = add(number, load(constants, place))
             store(floats, to + i, number)
+
+
+@called
+def _take_packed(operation: Any, row: int, weights: Array, floats: Floats, to: int) -> None:
+    """Write a row of panels to ``floats[to:]``."""
+    weights = borrowed(weights)
+    floats = borrowed(floats)
+    unit, size = operation.unit, operation.size_out
+    panel, lane = operation.weight + row // PANEL * PANEL * operation.row_stride, row % PANEL
+    for i in range(size):
+        at = i * PANEL + lane
+        if unit == 2:
+            at = i // 2 * 2 * PANEL + lane * 2 + i % 2
+        elif unit == 4:
+            at = i // 4 * 4 * PANEL + lane // 4 * 16 + i % 4 // 2 * 8 + lane % 4 * 2 + i % 2
+        put(floats, to + i, take_widened(weights, panel + at))
 
 
 @inlined

@@ -21,7 +21,6 @@ from pagedkv.data.simd_llvm import (
     SHORTS,
     VECTOR,
     Array,
-    Build,
     Function,
     Lanes,
     lanes,
@@ -68,6 +67,12 @@ def store(array: Array, index: int, value: Lanes) -> None:
 @llvm.at_index(llvm.prefetch, types.void)
 def prefetch(array: Array, index: int) -> None:
     """Ask for the cache line of ``array[index]``, which may lie anywhere."""
+    return
+
+
+@llvm.at_index(lambda builder, dtype, at: llvm.prefetch(builder, dtype, at, to_write=True), types.void)
+def prefetch_to_write(array: Array, index: int) -> None:
+    """Ask for the cache line of ``array[index]`` to write to it, which may lie anywhere."""
     return
 
 
@@ -261,6 +266,18 @@ def take(array: Array, index: int) -> Any:
     return array[index]
 
 
+def _read_number(builder: Any, dtype: Any, address: Any) -> Any:
+    number = builder.load(address)
+    bits = llvm.spread(builder, number, ir.VectorType(number.type, LANES))
+    return builder.extract_element(llvm.widened_bits(builder, bits, dtype), llvm.INT(0))
+
+
+@llvm.at_index(_read_number, types.float32)
+def take_widened(array: Array, index: int) -> Any:
+    """Return ``array[index]`` as float32, as `load` widens it; the index may be negative, and is no wrap."""
+    return llvm.widened(array[index : index + 1])[0]
+
+
 def _write_scalar(builder: Any, dtype: Any, address: Any, number: Any) -> None:
     builder.store(llvm.narrowed_to(builder, dtype, number), address)
 
@@ -271,55 +288,28 @@ def put(array: Array, index: int, number: float | np.floating[Any]) -> None:
     array[index] = narrowed(number, array)
 
 
-# Four rows of four numbers, as a tile of sums has them.
-
 _FOUR = ir.VectorType(FLOAT, LANES // 4)
 
 
-def _of_array(build: Build, result: Any, *others: Any) -> Callable[[Function], Function]:
-    """Compile a function of an array, places in it and more to ``build(builder, addresses, *more)``."""
+def _read_fours(array: Any, places: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data, parts = context.make_array(array)(context, builder, args[0]).data, []
+        for place in cgutils.unpack_tuple(builder, args[1]):
+            part = builder.load(builder.bitcast(builder.gep(data, [place]), _FOUR.as_pointer()))
+            part.align = 4
+            parts.append(part)
+        while len(parts) > 1:
+            size = 2 * parts[0].type.count
+            parts = [llvm.shuffled(builder, x, y, range(size)) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
 
-    def typing(array: Any, places: Any, *_: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            data = context.make_array(array)(context, builder, args[0]).data
-            at = cgutils.unpack_tuple(builder, args[1])
-            addresses = [builder.bitcast(builder.gep(data, [place]), _FOUR.as_pointer()) for place in at]
-            built = build(builder, addresses, *args[2:])
-            return context.get_dummy_value() if result == types.void else built
-
-        return result(array, places, *others), generate
-
-    return llvm.typed(typing)
-
-
-def _read_fours(builder: Any, addresses: Any) -> Any:
-    parts = []
-    for address in addresses:
-        part = builder.load(address)
-        part.align = 4
-        parts.append(part)
-    while len(parts) > 1:
-        size = 2 * parts[0].type.count
-        parts = [llvm.shuffled(builder, x, y, range(size)) for x, y in zip(parts[::2], parts[1::2], strict=True)]
-    return parts[0]
+    return lanes(array, places), generate
 
 
-def _write_fours(builder: Any, addresses: Any, value: Any) -> None:
-    for i, address in enumerate(addresses):
-        builder.store(llvm.shuffled(builder, value, value, range(4 * i, 4 * i + 4)), address).align = 4
-
-
-@_of_array(_read_fours, lanes)
+@llvm.typed(_read_fours)
 def load_fours(array: Array, places: tuple[int, int, int, int]) -> Lanes:
     """Return four numbers, float32, from each of four places."""
     return np.concatenate([array[place : place + 4] for place in places])
-
-
-@_of_array(_write_fours, types.void, lanes)
-def store_fours(array: Array, places: tuple[int, int, int, int], value: Lanes) -> None:
-    """Write four lanes, float32, to each of four places, one after the other."""
-    for i, place in enumerate(places):
-        array[place : place + 4] = value[4 * i : 4 * i + 4]
 
 
 def _if_of(dtype: Any) -> Callable[[Function], Function]:

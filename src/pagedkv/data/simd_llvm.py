@@ -199,13 +199,13 @@ def write(builder: Any, address: Any, vector: Any, align: int = 4) -> None:
     builder.store(vector, builder.bitcast(address, vector.type.as_pointer())).align = align
 
 
-def prefetch(builder: Any, dtype: Any, address: Any) -> None:
-    """Ask for the cache line of an address, but not in the first cache."""
+def prefetch(builder: Any, dtype: Any, address: Any, *, to_write: bool = False) -> None:
+    """Ask for the cache line of an address: to read it, but not in the first cache, or to write it."""
     pointer = builder.bitcast(address, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, INT, INT, INT])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    # To read, into the second cache, data: a processor has few places to wait for lines of the first one.
-    builder.call(function, [pointer, INT(0), INT(2), INT(1)])
+    # Into the second cache: a processor has few places to wait for lines of the first one. The last number is "data".
+    builder.call(function, [pointer, INT(int(to_write)), INT(3 if to_write else 2), INT(1)])
 
 
 def load_count(builder: Any, dtype: Any, address: Any) -> Any:
@@ -264,13 +264,6 @@ def narrowed_to(builder: Any, dtype: Any, number: Any) -> Any:
     nearest = builder.add(builder.add(bits, INT(0x7FFF)), builder.and_(high, INT(1)))  # ties to even
     is_nan = builder.fcmp_unordered("uno", number, number)
     return builder.trunc(builder.select(is_nan, INT(0x7FC0), builder.lshr(nearest, INT(16))), SHORT)
-
-
-def pair_sums(builder: Any, x: Any, y: Any) -> Any:
-    """Return the sums of neighbours: those of x in the first half, those of y in the second."""
-    evens = shuffled(builder, x, y, range(0, 2 * LANES, 2))
-    odds = shuffled(builder, x, y, range(1, 2 * LANES, 2))
-    return builder.fadd(evens, odds)
 
 
 def by_row(builder: Any, x: Any, combine: Build) -> Any:

@@ -17,6 +17,7 @@ from numba.core import cgutils
 from pagedkv.data import simd_llvm as llvm
 from pagedkv.data.simd import fma, load, narrowed, splat_at, store, write_narrowed
 from pagedkv.data.simd_llvm import (
+    CACHE_LINE,
     FLOAT,
     INT,
     LANES,
@@ -30,6 +31,7 @@ from pagedkv.data.simd_llvm import (
     has_bfloat16_products,
     lanes,
 )
+from pagedkv.jit import formula
 
 # Dot products.
 
@@ -69,9 +71,20 @@ def _looked_up(builder: Any, bits: Any) -> list[Any]:
     look_up = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpermi2var.qi.512")
     low, high = (builder.call(look_up, [table[0], size, table[1]]) for table in (_table(0), _table(1)))
     high = builder.or_(high, builder.and_(bits, llvm.every_int(0x80, _BYTES)))
-    order = [place for i in range(_BYTES.count) for place in (i, _BYTES.count + i)]
-    halves = order[: _BYTES.count], order[_BYTES.count :]
-    return [builder.bitcast(llvm.shuffled(builder, low, high, half), llvm.BFLOATS) for half in halves]
+    orders = [[place for i in half for place in (i, _BYTES.count + i)] for half in _HALVES_OF_FOURS]
+    return [builder.bitcast(llvm.shuffled(builder, low, high, order), llvm.BFLOATS) for order in orders]
+
+
+_HALVES_OF_FOURS = [[i + j + k for i in range(0, 64, 16) for j in range(8)] for k in (0, 8)]
+"""Bytes of 64 that are the first and the second pair of inputs of sixteen outputs: the halves of each block of sixteen,
+which one instruction interleaves."""
+
+
+def _pairs_of_fours(builder: Any, bits: Any) -> list[Any]:
+    """Return 64 numbers of int8 as both pairs of four inputs of sixteen outputs."""
+    if _has_byte_tables():
+        return _looked_up(builder, bits)
+    return [_paired(builder, llvm.shuffled(builder, bits, bits, half), types.int8) for half in _HALVES_OF_FOURS]
 
 
 def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
@@ -83,163 +96,244 @@ def _multiplied(builder: Any, x: Any, y: Any, total: Any) -> Any:
     return builder.call(function, [total, x, y])
 
 
-class _Runs:
-    """Some runs of one array, read side by side, as what is multiplied."""
-
-    def __init__(self, builder: Any, dtype: Any, starts: list[Any], width: int) -> None:
-        self._builder, self._dtype, self._starts, self._width = builder, dtype, starts, width
-
-    def two_at(self, offset: Any) -> list[list[Any]]:
-        """Return two vectors of each run, of int8."""
-        builder, count = self._builder, 2 * self._width
-        places = [builder.gep(start, [offset]) for start in self._starts]
-        return [_looked_up(builder, llvm.read(builder, self._dtype, place, count)) for place in places]
-
-    def at(self, offset: Any, count: Any = None) -> list[Any]:
-        """Return a vector of each run, behind `count` numbers of zeros if that is given."""
-        builder, found = self._builder, []
-        for start in self._starts:
-            address = builder.gep(start, [offset])
-            if count is None:
-                bits = llvm.read(builder, self._dtype, address, self._width)
-            else:
-                bits = llvm.read_part(builder, self._dtype, address, count, self._width)
-            widen = llvm.widened_bits if self._width == LANES else _paired
-            found.append(widen(builder, bits, self._dtype))
-        return found
-
-
-def _dot_tile(context: Any, builder: Any, signature: Any, args: Any, is_stream: bool = False) -> Any:
-    """Build the sums of lanes, and their totals."""
-    sums = _along_runs(context, builder, signature, args, is_stream=is_stream or signature.args[1].count == 1)
-    data = context.make_array(signature.args[5])(context, builder, args[5]).data
-    for first in range(0, len(sums), LANES):
-        place = builder.gep(data, [args[4].type(first)])
-        llvm.write(builder, place, _totals(builder, sums[first : first + LANES]))
-    return context.get_dummy_value()
-
-
-def _places_of(context: Any, builder: Any, array: Any, args: Any, count: int) -> list[Any]:
+def _places_of(context: Any, builder: Any, array: Any, args: Any, count: int, apart: int = LANES) -> list[Any]:
     """Return where so many vectors of an array are, from an index on."""
     data = builder.gep(context.make_array(array)(context, builder, args[0]).data, [args[1]])
-    return [builder.gep(data, [args[1].type(i * LANES)]) for i in range(count)]
+    return [builder.gep(data, [args[1].type(i * apart)]) for i in range(count)]
 
 
-def _add_dots(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Build the same with sums that begin and end in memory, lanes and all."""
-    count = signature.args[1].count * signature.args[3].count
-    places = _places_of(context, builder, signature.args[5], args[5:], count)
-    sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
-    for place, total in zip(places, _along_runs(context, builder, signature, args, sums), strict=True):
+# Panels: the weights of 32 outputs side by side, input by input.
+
+PANEL = 2 * LANES
+"""Outputs of a panel."""
+UNROLLED = 4
+"""Units of inputs that one turn of the loop multiplies."""
+MOST_AHEAD = {1: 8, 2: 2}
+"""Cache lines that one turn asks for, by panels: as many as it reads of one panel, and two panels serve many rows."""
+
+
+@formula
+def unit_of(act_bytes: int, is_int8: bool) -> int:
+    """Return how many inputs of an output lie side by side, in one unit of a panel.
+
+    One input is ``[size_in, 32]``. Pairs of bfloat16 are multiplied together: ``[size_in / 2, 32, 2]``. int8 that is
+    multiplied as bfloat16 comes in fours: ``[size_in / 4, 2, 4, 2, 4, 2]``, in which an output is found by the second,
+    third and fifth place and an input by the others.
+    """
+    return 1 if act_bytes == 4 else 4 if is_int8 else 2
+
+
+class _Panels:
+    """Panels that are multiplied by runs of some array: of `left` by `right`, both dtypes."""
+
+    def __init__(self, builder: Any, left: Any, right: Any) -> None:
+        self._builder, self._left, self._right = builder, left, right
+        self.unit = unit_of(left.bitwidth // 8, right == types.int8)
+
+    def weights(self, start: Any, unit: Any) -> list[list[Any]]:
+        """Return what one unit of 32 outputs is multiplied by: for each number, or pair, of it two vectors."""
+        builder = self._builder
+        size = LANES * self.unit
+        places = [builder.gep(start, [builder.add(unit, unit.type(i * size))]) for i in range(2)]
+        bits = [llvm.read(builder, self._right, place, size) for place in places]
+        if self.unit == 4:
+            return [list(pair) for pair in zip(*(_pairs_of_fours(builder, each) for each in bits), strict=True)]
+        if self.unit == 2:
+            return [[builder.bitcast(each, llvm.BFLOATS) for each in bits]]
+        return [[llvm.widened_bits(builder, each, self._right) for each in bits]]
+
+    def number(self, start: Any, offset: Any) -> Any:
+        """Return a number, or a pair, of a run in all lanes."""
+        builder, address = self._builder, self._builder.gep(start, [offset])
+        if self.unit == 1:
+            return llvm.spread(builder, builder.load(address), VECTOR)
+        pair = builder.load(builder.bitcast(address, INT.as_pointer()))
+        pair.align = 2
+        return builder.bitcast(llvm.spread(builder, pair, llvm.INTS), llvm.BFLOATS)
+
+    def last_number(self, start: Any, offset: Any) -> Any:
+        """Return the last number of a run with a zero for the other one of the pair."""
+        builder = self._builder
+        pair = builder.zext(builder.load(builder.gep(start, [offset])), INT)
+        return builder.bitcast(llvm.spread(builder, pair, llvm.INTS), llvm.BFLOATS)
+
+
+def _add_panels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Build the loop along the runs, with sums in registers."""
+    x, rows, y, panels, _, sums = signature.args[:6]
+    x_data, y_data = (context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, x), (2, y)))
+    xs = [builder.gep(x_data, [place]) for place in cgutils.unpack_tuple(builder, args[1])]
+    ys = [builder.gep(y_data, [place]) for place in cgutils.unpack_tuple(builder, args[3])]
+    count = args[4]
+    places = _places_of(context, builder, sums, (args[5], count.type(0)), 2 * rows.count * panels.count)
+    some = _Panels(builder, x.dtype, y.dtype)
+    ask = (
+        _asking(context, builder, signature.args[6:], args[6:], MOST_AHEAD[panels.count])
+        if len(args) > 6
+        else lambda turn: None
+    )
+
+    def multiplied(totals: list[Any], numbers: list[Any], weights: list[Any]) -> list[Any]:
+        terms = [(number, weight) for number in numbers for weight in weights]
+        return [_multiplied(builder, *term, total) for term, total in zip(terms, totals, strict=True)]
+
+    def add_unit(totals: list[Any], offset: Any, number: Callable[[Any, Any], Any] = some.number) -> list[Any]:
+        at = builder.mul(offset, offset.type(PANEL))
+        parts = [some.weights(start, at) for start in ys]
+        for i, weights in enumerate(zip(*parts, strict=True)):
+            place = builder.add(offset, offset.type(2 * i))
+            totals = multiplied(
+                totals, [number(start, place) for start in xs], [each for pair in weights for each in pair]
+            )
+        return totals
+
+    def add_turn(offset: Any, totals: list[Any]) -> list[Any]:
+        ask(builder.sdiv(offset, offset.type(UNROLLED * some.unit)))
+        for i in range(UNROLLED):
+            totals = add_unit(totals, builder.add(offset, offset.type(i * some.unit)))
+        return totals
+
+    turns = builder.and_(count, count.type(-UNROLLED * some.unit))
+    whole = builder.and_(count, count.type(-some.unit))
+    totals = [llvm.read(builder, types.float32, place, LANES) for place in places]
+    totals = _counted(builder, turns, UNROLLED * some.unit, totals, add_turn)
+    left = builder.sub(whole, turns)
+    totals = _counted(builder, left, some.unit, totals, lambda i, totals: add_unit(totals, builder.add(turns, i)))
+    if some.unit == 2:
+        rest = builder.sub(count, whole)
+        totals = _counted(builder, rest, 1, totals, lambda i, totals: add_unit(totals, whole, some.last_number))
+    for place, total in zip(places, totals, strict=True):
         llvm.write(builder, place, total)
     return context.get_dummy_value()
 
 
-def _along_runs(
-    context: Any, builder: Any, signature: Any, args: Any, sums: list[Any] | None = None, is_stream: bool = False
-) -> list[Any]:
-    """Build the loop along the runs, and what is left of them behind whole vectors, from zeros or from some sums on.
+def _asking(context: Any, builder: Any, kinds: Any, args: Any, count: int) -> Callable[[Any], None]:
+    """Return what asks for some cache lines in a turn of the loop."""
+    data, line = context.make_array(kinds[0])(context, builder, args[0]).data, CACHE_LINE * 8 // kinds[0].dtype.bitwidth
 
-    Columns come all at once or, as a stream, one after the other: of several runs side by side, each so short, many
-    processors see no stream, and the memory rests.
-    """
-    x, rows, y, columns = signature.args[:4]
-    width, count = _run_of(x), args[4]
-    whole = builder.and_(count, count.type(-width))
-    rest = builder.sub(count, whole)  # at most once
-    left = _Runs(builder, x.dtype, _starts_of(context, builder, x, args[0], args[1]), width)
+    def ask(turn: Any) -> None:
+        begin = builder.add(args[1], builder.mul(turn, args[2]))
+        for i in range(count):
+            place = builder.gep(data, [builder.add(begin, begin.type(i * line))])
+            llvm.prefetch(builder, kinds[0].dtype, place)
 
-    def summed(starts: list[Any], sums: list[Any]) -> list[Any]:
-        right = _Runs(builder, y.dtype, starts, width)
-
-        def multiplied(totals: list[Any], numbers: list[Any], weights: list[Any]) -> list[Any]:
-            result = []
-            for i, number in enumerate(numbers):
-                some = totals[i * len(weights) : (i + 1) * len(weights)]
-                result += [_multiplied(builder, number, y, total) for y, total in zip(weights, some, strict=True)]
-            return result
-
-        def add(totals: list[Any], offset: Any, rest: Any = None) -> list[Any]:
-            return multiplied(totals, left.at(offset, rest), right.at(offset, rest))
-
-        def add_two(totals: list[Any], offset: Any) -> list[Any]:
-            for i, weights in enumerate(zip(*right.two_at(offset), strict=True)):
-                totals = multiplied(totals, left.at(builder.add(offset, count.type(i * width))), list(weights))
-            return totals
-
-        done = count.type(0)
-        if y.dtype == types.int8 and width > LANES and _has_byte_tables():
-            done = builder.and_(count, count.type(-2 * width))
-            sums = _counted(builder, done, 2 * width, sums, lambda i, sums: add_two(sums, i))
-        left_over = builder.sub(whole, done)
-        sums = _counted(builder, left_over, width, sums, lambda i, sums: add(sums, builder.add(done, i)))
-        return _counted(builder, rest, width, sums, lambda i, sums: add(sums, whole, rest))  # type: ignore[no-any-return]
-
-    starts = _starts_of(context, builder, y, args[2], args[3])
-    sums = sums or [llvm.every(0.0)] * (rows.count * columns.count)
-    if not is_stream:
-        return summed(starts, sums)
-    some = [summed([start], sums[i :: columns.count]) for i, start in enumerate(starts)]
-    return [total for row in zip(*some, strict=True) for total in row]
+    return ask
 
 
-def _starts_of(context: Any, builder: Any, array: Any, value: Any, indices: Any) -> list[Any]:
-    data = context.make_array(array)(context, builder, value).data
-    return [builder.gep(data, [place]) for place in cgutils.unpack_tuple(builder, indices)]
+def _panels_typing(x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: Any, *ahead: Any) -> Any:
+    more = (ahead[0], types.int64, types.int64) if ahead else ()
+    return types.void(x, rows, y, panels, types.int64, sums, *more), _add_panels
 
 
-def _totals(builder: Any, parts: list[Any]) -> Any:
-    """Return the sum over all lanes of each part, in the lane of its number; neighbours are added first."""
-    apart = 1
-    while apart < LANES:
-        pairs = zip(parts[::2], parts[1::2], strict=True) if len(parts) > 1 else [(parts[0], parts[0])]
-        parts = [_added_across(builder, *pair, apart) for pair in pairs]
-        apart *= 2
-    return parts[0]
+@llvm.typed(lambda x, rows, y, panels, count, sums: _panels_typing(x, rows, y, panels, count, sums))
+def add_panels(x: Array, rows: tuple[int, ...], y: Array, panels: tuple[int, ...], count: int, sums: Array) -> None:
+    """Add the products of runs of `count` numbers of x, which begin at `rows`, and of panels of y, at `panels`.
 
-
-def _added_across(builder: Any, x: Any, y: Any, apart: int) -> Any:
-    """Add lanes that are so far apart: of x where the lower one of both is, of y where the other one is.
-
-    Two blends and a swap: a permutation of two vectors takes a processor of Zen 4 as long as four blends.
-    """
-    is_low = [not lane & apart for lane in range(LANES)]
-    swapped = [lane ^ apart for lane in range(LANES)]
-    kept = x if x is y else _blended(builder, x, y, is_low)
-    moved = x if x is y else _blended(builder, y, x, is_low)
-    return builder.fadd(kept, llvm.shuffled(builder, moved, moved, swapped))
-
-
-def _blended(builder: Any, x: Any, y: Any, is_first: list[bool]) -> Any:
-    return llvm.shuffled(builder, x, y, [lane if first else LANES + lane for lane, first in enumerate(is_first)])
-
-
-@llvm.typed(lambda x, rows, y, columns, count, out: (types.void(x, rows, y, columns, types.int64, out), _dot_tile))
-def dot_tile(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, out: Array) -> None:
-    """Write the dot products of runs of `count` numbers of x, which begin at `rows`, and of y, at `columns`, to `out`.
-
-    Rows and columns are tuples; ``out[row * len(columns) + column]``, float32, has room for a multiple of `LANES`. A
-    product's order of additions depends on `count` alone. x is float32, and y any kind that `load` takes; or x is
-    uint16, bfloat16, and y is uint16 or int8 without -128, where the processor `has_bfloat16_products`.
+    Rows and panels are tuples; the sums of a row and a panel are ``sums[(row * len(panels) + panel) * PANEL :]``,
+    float32. An output's products are added one after the other, whatever is computed beside it. x is float32, and y any
+    kind that `load` takes; or x is uint16, bfloat16, and y is uint16 or int8 without -128, where the processor
+    `has_bfloat16_products`. For the order of y see `unit_of`: `count` is whole units, but may be odd where they are 2.
     """
     for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            total = np.zeros(LANES, np.float32)
-            _add_run(x[row : row + count], y[column : column + count], total)
-            out[i * len(columns) + j] = _total(total)
+        for j, panel in enumerate(panels):
+            at = (i * len(panels) + j) * PANEL
+            _add_panel(x[row : row + count], y[panel:], sums[at : at + PANEL])
 
 
-def _dot_stream(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    return _dot_tile(context, builder, signature, args, is_stream=True)
+@llvm.typed(_panels_typing)
+def add_panels_ahead(
+    x: Array,
+    rows: tuple[int, ...],
+    y: Array,
+    panels: tuple[int, ...],
+    count: int,
+    sums: Array,
+    weights: Array,
+    ahead: int,
+    step: int,
+) -> None:
+    """Do the same, and ask for `weights` from the place `ahead` on: for `step` numbers in each turn of the loop.
+
+    A turn is `UNROLLED` units, and asks for `MOST_AHEAD` cache lines. They may lie anywhere.
+    """
+    add_panels(x, rows, y, panels, count, sums)
 
 
-@llvm.typed(lambda x, rows, y, columns, count, out: (types.void(x, rows, y, columns, types.int64, out), _dot_stream))
-def dot_stream(x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, out: Array) -> None:
-    """Do as `dot_tile`, column by column: faster where y comes from memory, slower where it is in the caches."""
-    dot_tile(x, rows, y, columns, count, out)
+def _add_panel(x: Array, y: Array, sums: Array) -> None:
+    unit = unit_of(x.itemsize, y.dtype == np.int8)
+    size = -(-len(x) // unit) * unit
+    numbers = np.zeros(size, np.float32)
+    numbers[: len(x)] = llvm.widened(x)
+    weights = unpacked(llvm.widened(y[: size * PANEL]), unit)
+    step = min(unit, 2)
+    for i in range(0, size, step):
+        sums += (numbers[i : i + step] * weights[:, i : i + step]).sum(axis=1)
 
 
-WIDENED = 4 * LANES
+_ORDERS = {1: (1, 0), 2: (1, 0, 2), 4: (1, 2, 4, 0, 3, 5)}
+_SHAPES = {1: (-1, PANEL), 2: (-1, PANEL, 2), 4: (-1, 2, 4, 2, 4, 2)}
+
+
+def unpacked(panel: Array, unit: int) -> Array:
+    """Return a panel as rows, ``[PANEL, size_in]``."""
+    return panel.reshape(_SHAPES[unit]).transpose(_ORDERS[unit]).reshape(PANEL, -1)
+
+
+def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    """Build the transposition of sixteen rows of sixteen numbers, or pairs."""
+    y, panel = signature.args[0], signature.args[6]
+    unit = unit_of(panel.dtype.bitwidth // 8, False)
+    data = context.make_array(y)(context, builder, args[0]).data
+    first, apart, last, offset, left = args[1:6]
+    starts = []
+    for i in range(LANES):
+        row = builder.select(builder.icmp_signed("<", last, last.type(i)), last, last.type(i))
+        starts.append(builder.gep(data, [builder.add(builder.add(first, builder.mul(apart, row)), offset)]))
+    targets = _places_of(context, builder, panel, args[6:], LANES, PANEL * unit)
+    size = LANES * unit
+
+    def write(read: Callable[[Any], Any]) -> None:
+        bits = [read(start) for start in starts]
+        if unit == 2:
+            parts = [builder.bitcast(_paired(builder, each, y.dtype), VECTOR) for each in bits]
+        else:
+            parts = [llvm.widened_bits(builder, each, y.dtype) for each in bits]
+        for target, part in zip(targets, _turned(builder, parts), strict=True):
+            llvm.write(builder, target, part, panel.dtype.bitwidth // 8)
+
+    with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
+        with whole:
+            write(lambda start: llvm.read(builder, y.dtype, start, size))
+        with rest:
+            write(lambda start: llvm.read_part(builder, y.dtype, start, left, size))
+    return context.get_dummy_value()
+
+
+@llvm.typed(
+    lambda y, first, apart, last, offset, left, panel, to: (
+        types.void(y, *[types.int64] * 5, panel, types.int64),
+        _pack,
+    )
+)
+def pack(y: Array, first: int, apart: int, last: int, offset: int, left: int, panel: Array, to: int) -> None:
+    """Write a piece of sixteen rows of weights to half a panel, ``panel[to:]``, as what is multiplied.
+
+    Row i begins at ``first + min(i, last) * apart``. The piece begins at `offset`: sixteen numbers, or as many pairs
+    where the panel is uint16, bfloat16; of them `left` are read, with zeros behind.
+    """
+    unit = unit_of(panel.itemsize, False)
+    size, left = LANES * unit, min(left, LANES * unit)
+    piece = np.zeros((LANES, size), np.float32)
+    for i in range(LANES):
+        at = first + min(i, last) * apart + offset
+        piece[i, :left] = llvm.widened(y[at : at + left])
+    rows = piece.reshape(LANES, LANES, unit)
+    for i in range(LANES):
+        for j, number in enumerate(rows[:, i].ravel()):
+            panel[to + i * PANEL * unit + j] = narrowed(number, panel)
+
+
+WIDENED = 4 * PANEL
 """Numbers that `widen` copies."""
 
 
@@ -247,10 +341,11 @@ def _widen(context: Any, builder: Any, signature: Any, args: Any) -> None:
     numbers, _, target, _ = signature.args
     places = _places_of(context, builder, numbers, args, WIDENED // LANES)
     targets = _places_of(context, builder, target, args[2:], WIDENED // LANES)
-    if (numbers.dtype, target.dtype) == (types.int8, types.uint16) and _has_byte_tables():
-        halves = _looked_up(builder, llvm.read(builder, numbers.dtype, places[0], WIDENED))
-        for to, half in zip(targets[::2], halves, strict=True):
-            llvm.write(builder, to, half, target.dtype.bitwidth // 8)
+    if (numbers.dtype, target.dtype) == (types.int8, types.uint16):
+        bits = [llvm.read(builder, numbers.dtype, place, 4 * LANES) for place in places[::4]]
+        pairs = zip(*(_pairs_of_fours(builder, each) for each in bits), strict=True)
+        for to, vector in zip(targets[::2], [each for pair in pairs for each in pair], strict=True):
+            llvm.write(builder, to, vector, target.dtype.bitwidth // 8)
         return
     for place, to in zip(places, targets, strict=True):
         some = llvm.read(builder, numbers.dtype, place, LANES)
@@ -259,57 +354,12 @@ def _widen(context: Any, builder: Any, signature: Any, args: Any) -> None:
 
 @llvm.typed(lambda numbers, index, target, to: (types.void(numbers, types.int64, target, types.int64), _widen))
 def widen(numbers: Array, index: int, target: Array, to: int) -> None:
-    """Copy 64 numbers that `load` takes, of int8 none of them -128, to ``target[to:]`` as `store_narrowed` does."""
-    for i in range(WIDENED):
-        target[to + i] = narrowed(np.float32(numbers[index + i]), target)
-
-
-@llvm.typed(
-    lambda x, rows, y, columns, count, sums, at: (
-        types.void(x, rows, y, columns, types.int64, sums, types.int64),
-        _add_dots,
-    )
-)
-def add_dots(
-    x: Array, rows: tuple[int, ...], y: Array, columns: tuple[int, ...], count: int, sums: Array, at: int
-) -> None:
-    """Add the products of parts of runs, each lane by itself, to `LANES` sums for each row and column from `at` on.
-
-    Parts are of whole vectors but for the last of a run. All parts of runs one after the other, from zeros on, and the
-    `totals` of that are bit by bit what `dot_tile` writes.
-    """
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            place = at + (i * len(columns) + j) * LANES
-            _add_run(x[row : row + count], y[column : column + count], sums[place : place + LANES])
-
-
-def _add_run(x: Array, y: Array, sums: Array) -> None:
-    width = 2 * LANES if x.dtype == np.uint16 else LANES
-    products = np.zeros(-(-len(x) // width) * width, np.float32)
-    products[: len(x)] = llvm.widened(x) * llvm.widened(y)
-    for some in products.reshape(-1, LANES, width // LANES):
-        sums += some.sum(axis=1)
-
-
-def _sums_to_totals(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    places = _places_of(context, builder, signature.args[0], args, LANES)
-    sums = [llvm.read(builder, types.float32, place, LANES) for place in places]
-    llvm.write(builder, context.make_array(signature.args[2])(context, builder, args[2]).data, _totals(builder, sums))
-    return context.get_dummy_value()
-
-
-@llvm.typed(lambda sums, at, out: (types.void(sums, types.int64, out), _sums_to_totals))
-def totals(sums: Array, at: int, out: Array) -> None:
-    """Write the totals of `LANES` times as many sums, from `at` on, to `out`, as `dot_tile` adds them."""
-    for i in range(LANES):
-        out[i] = _total(sums[at + i * LANES : at + (i + 1) * LANES])
-
-
-def _total(sums: Array) -> Any:
-    while len(sums) > 1:
-        sums = sums[::2] + sums[1::2]
-    return sums[0]
+    """Copy four inputs of a panel of int8 without -128 to ``target[to:]``, a panel of what is multiplied."""
+    some = llvm.widened(numbers[index : index + WIDENED])
+    if target.dtype == np.uint16:
+        some = unpacked(some, 4).reshape(PANEL, 2, 2).transpose(1, 0, 2).ravel()
+    for i, number in enumerate(some):
+        target[to + i] = narrowed(number, target)
 
 
 # Products of four rows and some keys, and of weights and values.
@@ -565,11 +615,6 @@ def scores_of(
                 sums += (llvm.widened(keys).reshape(LANES, 2) * both).sum(axis=1)
             begin = to + group * ROWS * LANES + row
             out[begin : begin + ROWS * LANES : ROWS] = sums * scale
-
-
-def _run_of(array: Any) -> int:
-    """Return how many numbers a vector of what is multiplied has."""
-    return 2 * LANES if array.dtype == types.uint16 else LANES
 
 
 # Pairs of bfloat16, in lanes as if they were float32: what is multiplied where `has_bfloat16_products`.

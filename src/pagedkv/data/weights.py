@@ -1,8 +1,9 @@
-"""Weights in 8 bits: the matrices of a decoder as int8, with a float32 scale for each row.
+"""Weights in 8 bits, and weights as panels, in the order in which they are multiplied.
 
-Symmetric and without a zero point: ``scale = amax / 127`` over the inputs of one output, ``number = round(weight /
-scale)``, half to even. A product is that of the numbers, multiplied by the scale once all is summed up. Vectors (norms,
-biases, sinks) and learned positions stay as they are.
+In 8 bits the matrices of a decoder are int8, with a float32 scale for each row: symmetric, without a zero point,
+``scale = amax / 127`` over the inputs of one output, ``number = round(weight / scale)``, half to even. A product is
+that of the numbers, multiplied by the scale once all is summed up. Vectors (norms, biases, sinks) and learned positions
+stay as they are.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp
 from pagedkv.data.huge_pages import HugePages
 from pagedkv.data.quantised import GREATEST
+from pagedkv.data.simd_llvm import has_bfloat16_products
+from pagedkv.data.simd_products import PANEL, unit_of
 from pagedkv.errors import bad_argument
 
 WEIGHTS = ("int8",)
@@ -93,13 +97,24 @@ def quantised(decoder: Decoder, let_go: LetGo | None = None) -> Decoder:
     matrices, layers = _Matrices(), []
     while decoder.layers:
         layer = decoder.layers.pop(0)
-        layers.append(matrices.part(layer))
+        layers.append(_changed(layer, matrices.linear))
         del layer
         matrices.leave(let_go)
     embedding, row_scale = matrices.matrix(decoder.embedding)
     head = matrices.linear(decoder.head)
     matrices.leave(let_go)
     return replace(decoder, embedding=embedding, embedding_row_scale=row_scale, layers=layers, head=head)
+
+
+def _changed(part: Any, change: Callable[[Linear], Linear]) -> Any:
+    """Return a part of a decoder with all of its products changed."""
+    if isinstance(part, Linear):
+        return change(part)
+    if isinstance(part, list):
+        return [_changed(each, change) for each in part]
+    if isinstance(part, (Layer, Attention, Mlp, Experts)):
+        return replace(part, **{one.name: _changed(getattr(part, one.name), change) for one in fields(part)})
+    return part
 
 
 class _Matrices:
@@ -111,7 +126,7 @@ class _Matrices:
         self._room = Room()
 
     def matrix(self, weight: Tensor) -> Quantised:
-        key = weight.data_ptr(), weight.shape, weight.stride()
+        key = _place_of(weight)
         if key not in self._found:
             self._found[key] = quantised_rows(weight, self._room)
         self._done.append(weight)
@@ -121,18 +136,95 @@ class _Matrices:
         weight, scale = self.matrix(linear.weight)
         return Linear(weight, linear.bias, scale)
 
-    def part(self, part: Any) -> Any:
-        """Return a part of a layer with all of its matrices in int8."""
-        if isinstance(part, Linear):
-            return self.linear(part)
-        if isinstance(part, list):
-            return [self.part(each) for each in part]
-        if isinstance(part, (Layer, Attention, Mlp, Experts)):
-            return replace(part, **{one.name: self.part(getattr(part, one.name)) for one in fields(part)})
-        return part
-
     def leave(self, let_go: LetGo | None) -> None:
         """Hand on what is done with, and hold it no longer."""
         done, self._done = self._done, []
         if let_go is not None:
             let_go(done)
+
+
+def acts_dtype(weights: torch.dtype, dtype: torch.dtype | None) -> torch.dtype:
+    """Return what weights are multiplied by: float32, or uint16 for bfloat16 where the processor multiplies that.
+
+    Parameters
+    ----------
+    weights, dtype : torch.dtype
+        Of the weights; of the model, which counts where they are int8.
+    """
+    kind = dtype if weights == torch.int8 else weights
+    return torch.uint16 if kind == torch.bfloat16 and has_bfloat16_products() else torch.float32
+
+
+def packed(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """Return a decoder whose matrices are panels, of 32 outputs each, for the processor at hand.
+
+    Panels are read as one stream, and their sums need no adding up. Matrices are packed where they lie, whoever else
+    holds them: nothing is copied. Left as they are: the last rows that make no panel, matrices whose rows lie apart or
+    are no whole units (see :func:`pagedkv.data.simd_products.unit_of`), and those of which others share a part.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    dtype : torch.dtype
+        Of the model.
+
+    Returns
+    -------
+    Decoder
+    """
+    matrices: list[Tensor] = []
+
+    def note(linear: Linear) -> Linear:
+        matrices.append(linear.weight)
+        return linear
+
+    _changed([*decoder.layers, decoder.head], note)
+    unit = unit_of(acts_dtype(decoder.embedding.dtype, dtype).itemsize, decoder.embedding.dtype == torch.int8)
+    multiplied, done = {_place_of(each) for each in matrices}, set[Any]()
+    for weight in _apart([*matrices, decoder.embedding]):
+        whole = unit if weight.dtype != torch.int8 else 4  # what `widen` copies at once
+        if _place_of(weight) in multiplied and weight.is_contiguous() and weight.shape[1] % whole == 0:
+            _pack(weight, unit)
+            done.add(_place_of(weight))
+
+    def packed_linear(linear: Linear) -> Linear:
+        return replace(linear, is_packed=_place_of(linear.weight) in done)
+
+    return replace(
+        decoder,
+        layers=_changed(decoder.layers, packed_linear),
+        head=packed_linear(decoder.head),
+        embedding_is_packed=_place_of(decoder.embedding) in done,
+    )
+
+
+def _place_of(weight: Tensor) -> tuple[Any, ...]:
+    return weight.data_ptr(), weight.shape, weight.stride()
+
+
+def _apart(weights: list[Tensor]) -> list[Tensor]:
+    """Return each matrix once, but none that shares a part of its memory with another one."""
+    found = sorted({_place_of(each): each for each in weights}.values(), key=Tensor.data_ptr)
+    ends = [each.data_ptr() + each.element_size() * (1 + _last_of(each)) for each in found]
+    reached = np.maximum.accumulate([0, *ends[:-1]])
+    begins = [*(each.data_ptr() for each in found[1:]), 1 << 63]
+    triples = zip(found, reached, ends, begins, strict=True)
+    return [each for each, before, end, after in triples if each.data_ptr() >= before and end <= after]
+
+
+def _last_of(weight: Tensor) -> int:
+    return sum((size - 1) * apart for size, apart in zip(weight.shape, weight.stride(), strict=True))
+
+
+_SPLIT = {1: (PANEL, -1), 2: (PANEL, -1, 2), 4: (2, 4, 4, -1, 2, 2)}
+_ORDER = {1: (0, 2, 1), 2: (0, 2, 1, 3), 4: (0, 4, 1, 2, 5, 3, 6)}
+
+
+def _pack(weight: Tensor, unit: int) -> None:
+    """Make panels of all rows but the last ones, in their place."""
+    num_rows = len(weight) // PANEL * PANEL
+    step = PANEL * max(1, CHUNK // (PANEL * weight.shape[1]))
+    for first in range(0, num_rows, step):
+        rows = weight[first : min(num_rows, first + step)]
+        split = rows.view(len(rows) // PANEL, *_SPLIT[unit])
+        rows.copy_(split.permute(_ORDER[unit]).contiguous().view(rows.shape))

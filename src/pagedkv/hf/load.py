@@ -151,11 +151,13 @@ def load_runner(
         logger.warning("%s runs without CUDA graphs, as it runs in gather mode", type(model).__name__)
     elif cuda_graphs or (cuda_graphs is None and runner.mode == "ragged" and _has_graphs(model)):
         runner.record_decoding(CudaRecorder(model.device))
+    del passed, proved  # which hold on to weights
+    if runner.mode == "compiled" and not keeps_model:
+        runner.streams.measure_ahead()
     if weights is not None:
-        if not keeps_model:
-            runner.streams.measure_ahead()
-        del passed, proved  # which hold on to weights
         runner.quantise_weights(keeps_model=keeps_model)
+    elif runner.mode == "compiled" and not keeps_model:
+        runner.pack_weights()
     return runner
 
 

@@ -21,7 +21,7 @@ from pagedkv.data.forward import Forward
 from pagedkv.data.huge_pages import MappedFiles
 from pagedkv.data.storage import SlotIndex
 from pagedkv.data.team import is_interpreted
-from pagedkv.data.weights import quantised
+from pagedkv.data.weights import packed, quantised
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.hf.compat import (
     Cache,
@@ -229,11 +229,20 @@ class CompiledModel:
     def quantise(self, *, keeps_model: bool) -> None:
         """Compute with weights in int8 from here on; unless the model is kept, its own are let go layer by layer."""
         decoder, let_go = self._take_up(), None if keeps_model else _Emptied(self._model)
-        self._decoder, self._forward = quantised(decoder, let_go), None
+        self._decoder, self._forward = self._quantised(decoder, let_go), None
         self._is_quantised, self._is_emptied = True, not keeps_model
         self._state = state_of(self._model, self._decoder)
         if let_go is not None:
             let_go.close()
+
+    def _quantised(self, decoder: Decoder, let_go: _Emptied | None = None) -> Decoder:
+        return packed(quantised(decoder, let_go), self._model.dtype)
+
+    def pack(self) -> None:
+        """Put the model's own weights in the order in which they are multiplied: it runs no more."""
+        self._decoder, self._forward = packed(self._take_up(), self._model.dtype), None
+        self._is_emptied = True
+        _Emptied(self._model).close()
 
     def weights(self) -> dict[str, Tensor]:
         """Return all tensors that are computed with."""
@@ -246,7 +255,7 @@ class CompiledModel:
             return decoder
         self._decoder = self._forward = None
         decoder = describe(self._model)
-        self._decoder = quantised(decoder) if self._is_quantised else decoder
+        self._decoder = self._quantised(decoder) if self._is_quantised else decoder
         self._state = state_of(self._model, self._decoder)
         return self._decoder
 
@@ -304,7 +313,7 @@ class _Emptied:
 
 
 def _refuse_to_run(*args: Any, **kwargs: Any) -> None:
-    raise bad_argument("model", "one that has its weights", "one whose runner has them in int8: load the folder anew")
+    raise bad_argument("model", "one that has its weights", "one whose runner alone has them: load the folder anew")
 
 
 # The runner.
@@ -415,6 +424,15 @@ class ModelRunner:
         self._compiled.quantise(keeps_model=keeps_model)
         self._has_own_weights = True
         self.cache.numerics += ", int8 weights"
+
+    def pack_weights(self) -> None:
+        """Put the model's own weights in the order in which the compiled mode multiplies them: it runs no more.
+
+        The same numbers are added in the same order as before; prompts and one stream are faster.
+        """
+        if self._compiled is not None:
+            self._compiled.pack()
+            self._has_own_weights = True
 
     def block_format(self) -> BlockFormat:
         """Return what a tier must know of the blocks of the pool: see :func:`pagedkv.hf.block_format`."""
