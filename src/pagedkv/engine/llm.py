@@ -128,7 +128,7 @@ class LLM:
     weights : {"int8"}, optional
         What the weights are quantised to; as of :func:`pagedkv.hf.load_runner`, too.
     keep_model : bool
-        Whether a model that was given keeps its weights beside quantised ones; as of :func:`pagedkv.hf.load_runner`.
+        Whether a model that was given keeps its weights and can run by itself; as of :func:`pagedkv.hf.load_runner`.
     tenant_weights : mapping, optional
         Tenants to their parts of what is computed and held, in proportion; 1 for those that are not in it.
     tiers : sequence of Tier

@@ -40,8 +40,8 @@ HALF_TOLERANCE = 0.05
 """The same in bfloat16 and float16, where rounding alone is up to 0.03, for three of four tokens, and twice as much for
 all others: but where a mixture has experts, rounding decides ties between them, and such a token may be far off."""
 MOST_TOLERANCE = 0.2
-"""What that grows to at most: to three times what the model is from itself with another of transformers' own attentions,
-which round less apart than other products do."""
+"""What that grows to at most: to three times what the model is from itself with another of transformers' attentions, as
+other products round as well."""
 
 LENGTH = 24
 """Tokens of each of the three texts of an exam."""

@@ -80,10 +80,11 @@ def load_runner(
         where a model has no such layers.
     weights : {"int8"}, optional
         What the weights are quantised to, row by row, after the exam; as they are by default. For the compiled mode,
-        and K and V that are not quantised. A model that came from a folder lets go of its own weights and runs no more.
+        and K and V that are not quantised.
     keep_model : bool
         Whether a model that was given keeps its weights where they are, and beside quantised ones. Without, as with one
-        of a folder, they move into huge pages if twice as much memory is free, and make room for quantised ones.
+        of a folder, they move into huge pages if twice as much memory is free. In compiled mode they then belong to the
+        runner, in the order in which they are multiplied, or make room for quantised ones, and the model runs no more.
 
     Returns
     -------
