@@ -258,7 +258,7 @@ def run_program(
                     tile = tile_of(operation, item, first_row, rows)
                     up = matrix_of(operation, expert, places)
                     following = NOWHERE
-                    if rows > 1:
+                    if rows > 1 or operation.packed == 0:
                         following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
                     if operation.is_activated:
                         apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.simd import add, is_int8, load, mul, prefetch_to_write, put, splat, store, take, zeros
+from pagedkv.data.simd import add, is_int8, load, mul, prefetch, prefetch_to_write, put, splat, store, take, zeros
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
 from pagedkv.data.simd_products import (
     PANEL,
@@ -189,7 +189,7 @@ def multiply(
                     for i in range(0, PANEL * size, WIDENED):
                         widen(weights, at + i, copy, to + i)
                 else:
-                    _copy_rows(weights, at, operation.row_stride, min(PANEL, end - begin), size, copy, to)
+                    _copy_rows(weights, at, operation.row_stride, min(PANEL, end - begin), size, copy, to, ahead)
             _multiply_panels(
                 operation,
                 tile,
@@ -213,14 +213,23 @@ def multiply(
 
 
 @called
-def _copy_rows(weights: Array, first: int, stride: int, count: int, size: int, copy: Array, to: int) -> None:
-    """Copy rows of weights as a panel of what is multiplied, with zeros to whole vectors."""
+def _copy_rows(
+    weights: Array, first: int, stride: int, count: int, size: int, copy: Array, to: int, ahead: int
+) -> None:
+    """Copy rows of weights as a panel of what is multiplied, with zeros to whole vectors; ask for others from ahead on.
+
+    The processor sees no stream in sixteen rows that are read side by side.
+    """
     weights = borrowed(weights)
     copy = borrowed(copy)
-    unit = 4 // copy.itemsize
+    unit, line = 4 // copy.itemsize, CACHE_LINE // weights.itemsize
     for half in range(0, count, LANES):
         at, last = first + half * stride, min(LANES, count - half) - 1
         for i in range(0, size, LANES * unit):
+            if ahead != NOWHERE:
+                begin = ahead + half * size + i * LANES
+                for j in range(begin, begin + LANES * LANES * unit, line):
+                    prefetch(weights, j)
             pack(weights, at, stride, last, i, size - i, copy, to + i * PANEL + half * unit)
 
 
