@@ -155,8 +155,8 @@ class EngineRecipe:
             except TierError as error:
                 if not has_parts or "in use" not in error.reason:
                     raise
-            if self.options.weights is not None:  # the engine that was not to be had has taken them
-                loaded = load_model(self.source, self.options.device, self.options.dtype)
+            # The engine that was not to be had has taken the weights.
+            loaded = load_model(self.source, self.options.device, self.options.dtype)
         raise Failure(f"--disk: {folder} is in use")
 
 

@@ -21,7 +21,7 @@ from pagedkv.data.simd_llvm import LANES
 from pagedkv.data.simd_products import PANEL, unit_of
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
-from pagedkv.data.weights import acts_dtype
+from pagedkv.data.weights import acts_dtype, num_packed
 from pagedkv.errors import InvalidOperation, bad_argument
 from pagedkv.spec import MAX_COUNT
 
@@ -192,7 +192,7 @@ class Program:
             self._x,
             weight=0,
             row_stride=decoder.embedding.stride(0),
-            packed=_num_packed(decoder.embedding, decoder.embedding_is_packed),
+            packed=num_packed(decoder.embedding, decoder.embedding_is_packed),
             unit=unit_of(self._act_bytes, decoder.embedding.dtype == torch.int8),
             size_out=decoder.embedding.shape[1],
             scale=decoder.embedding_scale,
@@ -230,7 +230,7 @@ class Program:
             row_stride=linear.weight.stride(0),
             bias=self._constants.place(linear.bias),
             factor=self._constants.place(linear.scale),
-            packed=_num_packed(linear.weight, linear.is_packed),
+            packed=num_packed(linear.weight, linear.is_packed),
             columns=-(-columns // PANEL) * PANEL,
             **{"code": kernels.LINEAR, "goes": TO_FLOATS} | fields,
         )
@@ -391,11 +391,6 @@ class Program:
 def _activation(mlp: Mlp) -> dict[str, int]:
     """Return what a product needs whose outputs are activated."""
     return {"is_activated": 1, "function": ACTIVATIONS.index(mlp.activation), "has_gate": int(mlp.gate is not None)}
-
-
-def _num_packed(weight: Tensor, is_packed: bool) -> int:
-    """Return how many of the first rows of a matrix are panels."""
-    return len(weight) // PANEL * PANEL if is_packed else 0
 
 
 def _require_alike(linears: list[Linear]) -> None:

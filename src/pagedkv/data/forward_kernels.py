@@ -628,6 +628,13 @@ def _turned(floats: Floats, at: int, operation: Any, position: int, angles: Floa
     half = operation.rope_width // 2
     cosines = operation.rope + position * operation.rope_width
     sines = cosines + half
+    if half % LANES == 0 and not operation.is_interleaved:
+        for i in range(0, half, LANES):
+            left, right = load(floats, at + i), load(floats, at + half + i)
+            cos, sin = load(angles, cosines + i), load(angles, sines + i)
+            store(floats, at + i, sub(mul(left, cos), mul(right, sin)))
+            store(floats, at + half + i, add(mul(right, cos), mul(left, sin)))
+        return
     apart, step = (1, 2) if operation.is_interleaved else (half, 1)
     for i in range(half):
         x, y = floats[at + i * step], floats[at + i * step + apart]
@@ -676,12 +683,19 @@ def _heads(
         block, offset = slots[row] // block_size, slots[row] % block_size
         for head in range(operation.num_kv_heads):
             to = operation.key_base + block * operation.key_block + offset * operation.key + head * operation.key_head
-            for i in range(dim):
-                put(memory, to + i, floats[key + head * dim + i])
+            _write(floats, key + head * dim, dim, memory, to)
             to = operation.value_base + block * operation.value_block + offset * operation.value
-            to += head * operation.value_head
-            for i in range(v_dim):
-                put(memory, to + i, floats[value + head * v_dim + i])
+            _write(floats, value + head * v_dim, v_dim, memory, to + head * operation.value_head)
+
+
+@inlined
+def _write(floats: Floats, at: int, count: int, memory: Array, to: int) -> None:
+    """Write numbers to the pool, as what it holds."""
+    whole = count // LANES * LANES
+    for i in range(0, whole, LANES):
+        store_narrowed(memory, to + i, load(floats, at + i))
+    for i in range(whole, count):
+        put(memory, to + i, floats[at + i])
 
 
 @inlined

@@ -198,6 +198,11 @@ def packed(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     )
 
 
+def num_packed(weight: Tensor, is_packed: bool) -> int:
+    """Return how many of the first rows of a matrix are panels, if it is packed."""
+    return len(weight) // PANEL * PANEL if is_packed else 0
+
+
 def _place_of(weight: Tensor) -> tuple[Any, ...]:
     return weight.data_ptr(), weight.shape, weight.stride()
 
@@ -222,7 +227,7 @@ _ORDER = {1: (0, 2, 1), 2: (0, 2, 1, 3), 4: (0, 4, 1, 2, 5, 3, 6)}
 
 def _pack(weight: Tensor, unit: int) -> None:
     """Make panels of all rows but the last ones, in their place."""
-    num_rows = len(weight) // PANEL * PANEL
+    num_rows = num_packed(weight, True)
     step = PANEL * max(1, CHUNK // (PANEL * weight.shape[1]))
     for first in range(0, num_rows, step):
         rows = weight[first : min(num_rows, first + step)]
