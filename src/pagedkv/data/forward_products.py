@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.data.simd import add, is_int8, load, mul, prefetch, prefetch_to_write, put, splat, store, take, zeros
-from pagedkv.data.simd_llvm import CACHE_LINE, LANES
+from pagedkv.data.simd_llvm import CACHE_LINE, LANES, has
 from pagedkv.data.simd_products import (
     PANEL,
     UNROLLED,
@@ -36,9 +36,12 @@ FEW_ROWS = 32
 """Up to so many rows are one block, and the items of a product are cut by ``columns``; more rows are cut as well."""
 ROW_BLOCK = 64
 COLUMN_BLOCK = 2 * PANEL
-TILE_ROWS = 4
-"""With the sums of two panels they fill half of the registers of AVX-512."""
-SUMS = TILE_ROWS * COLUMN_BLOCK
+IS_WIDE = has("avx512f")
+"""Whether a register is a whole vector, and there are 32 of them."""
+TILE_ROWS = 4 if IS_WIDE else 2
+TILE_COLUMNS = COLUMN_BLOCK if IS_WIDE else PANEL
+"""The sums of a tile fill half of the registers."""
+SUMS = TILE_ROWS * TILE_COLUMNS
 """Sums of a tile."""
 NOWHERE = -(1 << 62)
 """Where there are no weights to ask for; weights may lie before the array that places are counted from."""
@@ -153,7 +156,7 @@ def multiply(
     sums = borrowed(sums)
     copy = borrowed(copy)
     rows, size = tile.last_row - tile.first_row, operation.size_in
-    width = COLUMN_BLOCK if rows > FEW_ROWS else PANEL
+    width = TILE_COLUMNS if rows > FEW_ROWS else PANEL
     column = tile.first_column
     while column < tile.last_column:
         end = min(tile.last_column, column + width)
@@ -269,7 +272,7 @@ def _multiply_panels(
     for row in range(tile.first_row, tile.last_row, TILE_ROWS):
         height = min(TILE_ROWS, tile.last_row - row)
         x0, x1 = _source(operation, row, routes), _source(operation, row + min(1, height - 1), routes)
-        # One and two rows have code of their own; else the last one of three is computed twice.
+        # One and two rows have code of their own; else, and where more is asked for, the last one is computed again.
         x2 = _source(operation, row + (2 if height > 2 else 0), routes)
         x3 = _source(operation, row + height - 1, routes)
         for i in range(0, SUMS, LANES):
@@ -278,7 +281,9 @@ def _multiply_panels(
             for at in range(column, end, LANES):
                 prefetch_to_write(floats, target + (row + i) * apart + at)
         is_ahead = row > tile.first_row and ahead != NOWHERE
-        if end - column > PANEL and is_ahead:
+        if not IS_WIDE and is_ahead:
+            add_panels_ahead(acts, (x0, x1), panels, (first,), size, sums, weights, ahead, turn)
+        elif end - column > PANEL and is_ahead:
             add_panels_ahead(acts, (x0, x1, x2, x3), panels, (first, second), size, sums, weights, ahead, turn)
         elif end - column > PANEL:
             add_panels(acts, (x0, x1, x2, x3), panels, (first, second), size, sums)

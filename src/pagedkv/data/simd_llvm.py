@@ -254,16 +254,22 @@ def any_greater(builder: Any, x: Any, y: Any) -> Any:
 
 
 def narrowed_to(builder: Any, dtype: Any, number: Any) -> Any:
-    """Return a float32 as a number of a dtype, rounded to the nearest."""
+    """Return a float32, or a vector, as a number of a dtype, or several, rounded to the nearest."""
     if dtype == types.float32:
         return number
     if dtype == types.int16:
         return builder.bitcast(builder.fptrunc(number, HALF), SHORT)
-    bits = builder.bitcast(number, INT)
-    high = builder.lshr(bits, INT(16))
-    nearest = builder.add(builder.add(bits, INT(0x7FFF)), builder.and_(high, INT(1)))  # ties to even
+    is_vector = number.type == VECTOR
+    ints, shorts = (INTS, SHORTS) if is_vector else (INT, SHORT)
+
+    def every_one(value: int) -> Any:
+        return every_int(value, ints) if is_vector else ints(value)
+
+    bits = builder.bitcast(number, ints)
+    high = builder.lshr(bits, every_one(16))
+    nearest = builder.add(builder.add(bits, every_one(0x7FFF)), builder.and_(high, every_one(1)))  # ties to even
     is_nan = builder.fcmp_unordered("uno", number, number)
-    return builder.trunc(builder.select(is_nan, INT(0x7FC0), builder.lshr(nearest, INT(16))), SHORT)
+    return builder.trunc(builder.select(is_nan, every_one(0x7FC0), builder.lshr(nearest, every_one(16))), shorts)
 
 
 def by_row(builder: Any, x: Any, combine: Build) -> Any:
