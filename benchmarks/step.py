@@ -103,7 +103,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
     limit = model.config.max_position_embeddings
-    runner = load_runner(model, num_blocks=1200, mode="compiled", weights=options.weights)
+    runner = load_runner(model, num_blocks=1200, mode="compiled", weights=options.weights, keep_model=False)
     rows = [take_apart(runner, *step) for step in STEPS if step[1] + step[2] <= limit]
     for row in rows:
         print(f"{row['sequences']} x {row['new']} tokens behind {row['before']}: {row['ms']:.2f} ms")
