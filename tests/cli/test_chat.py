@@ -446,11 +446,15 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def wait_for(self, pattern: str, seconds: float = 300) -> None:
+    def wait_for(self, pattern: str, seconds: float = 300, again: str = "", pause: float = 10) -> None:
+        """Read until a pattern has come; type `again` after every pause."""
         deadline = time.monotonic() + seconds
-        start = len(self.seen)
+        start, last = len(self.seen), time.monotonic()
         while not re.search(pattern, self.seen[start:]):
             assert time.monotonic() < deadline, self.seen
+            if again and time.monotonic() > last + pause:
+                self.type(again)
+                last = time.monotonic()
             if select.select([self._master], [], [], 0.1)[0]:
                 try:
                     self.seen += os.read(self._master, 65536).decode(errors="replace")
@@ -483,7 +487,8 @@ def test_on_a_terminal_ctrl_c_stops_the_answer_and_ctrl_d_the_program(folder, tm
     terminal.type("\x03")
     terminal.wait_for(r"\(stopped\)[\s\S]*>>> ")
     terminal.type("\x03")
-    terminal.wait_for(r"Ctrl-D or /quit ends[\s\S]*>>> ")
+    # Python's input() does not see a signal between its prompt and its waiting: whoever typed it types it again.
+    terminal.wait_for(r"Ctrl-D or /quit ends[\s\S]*>>> ", again="\x03")
     terminal.type("/bogus\r")
     terminal.wait_for(r"there is no command /bogus[\s\S]*>>> ")
     terminal.type("\x04")
