@@ -79,13 +79,16 @@ def give_back_unused() -> None:
     Only glibc and Linux can be asked to.
     """
     try:
-        system = ctypes.CDLL(None)
-        system.malloc_trim(0)
-        system.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        ctypes.CDLL(None).malloc_trim(0)
         for start, size in _untouched_code(Path("/proc/self/smaps").read_text()):
-            system.madvise(start, size, mmap.MADV_DONTNEED)
+            drop_pages(start, size)
     except (AttributeError, OSError, TypeError, ValueError):  # another C library or system; Windows has no such handle
         return
+
+
+def drop_pages(start: int, size: int) -> None:
+    """Let go of whole pages of a mapped file that this process has not written, or will not read."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 def _untouched_code(maps: str) -> list[tuple[int, int]]:

@@ -225,7 +225,7 @@ def _copy_rows(
     """
     weights = borrowed(weights)
     copy = borrowed(copy)
-    unit, line = 4 // copy.itemsize, CACHE_LINE // weights.itemsize
+    unit, line = unit_of(copy.itemsize, False), CACHE_LINE // weights.itemsize
     for half in range(0, count, LANES):
         at, last = first + half * stride, min(LANES, count - half) - 1
         for i in range(0, size, LANES * unit):

@@ -6,7 +6,6 @@ lie in pages of 4 KiB and, as the file's header has any length, across cache lin
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.simd_llvm import CACHE_LINE
-from pagedkv.machine import free_memory
+from pagedkv.machine import drop_pages, free_memory
 
 HUGE_PAGE = 2 << 20
 CHUNK = 256 << 20
@@ -93,4 +92,4 @@ class MappedFiles:
         size = mmap.PAGESIZE
         first, last = -(-begin // size) * size, end // size * size
         if first < last:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+            drop_pages(first, last - first)

@@ -102,6 +102,12 @@ def _places_of(context: Any, builder: Any, array: Any, args: Any, count: int, ap
     return [builder.gep(data, [args[1].type(i * apart)]) for i in range(count)]
 
 
+def _starts_of(context: Any, builder: Any, array: Any, value: Any, indices: Any) -> list[Any]:
+    """Return where the places of a tuple are in an array."""
+    data = context.make_array(array)(context, builder, value).data
+    return [builder.gep(data, [place]) for place in cgutils.unpack_tuple(builder, indices)]
+
+
 # Panels: the weights of 32 outputs side by side, input by input.
 
 PANEL = 2 * LANES
@@ -161,9 +167,7 @@ class _Panels:
 def _add_panels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Build the loop along the runs, with sums in registers."""
     x, rows, y, panels, _, sums = signature.args[:6]
-    x_data, y_data = (context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, x), (2, y)))
-    xs = [builder.gep(x_data, [place]) for place in cgutils.unpack_tuple(builder, args[1])]
-    ys = [builder.gep(y_data, [place]) for place in cgutils.unpack_tuple(builder, args[3])]
+    xs, ys = (_starts_of(context, builder, signature.args[i], args[i], args[i + 1]) for i in (0, 2))
     count = args[4]
     places = _places_of(context, builder, sums, (args[5], count.type(0)), 2 * rows.count * panels.count)
     some = _Panels(builder, x.dtype, y.dtype)
@@ -270,13 +274,18 @@ def _add_panel(x: Array, y: Array, sums: Array) -> None:
         sums += (numbers[i : i + step] * weights[:, i : i + step]).sum(axis=1)
 
 
-_ORDERS = {1: (1, 0), 2: (1, 0, 2), 4: (1, 2, 4, 0, 3, 5)}
-_SHAPES = {1: (-1, PANEL), 2: (-1, PANEL, 2), 4: (-1, 2, 4, 2, 4, 2)}
+AXES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    1: ((-1, PANEL), (1, 0)),
+    2: ((-1, PANEL, 2), (1, 0, 2)),
+    4: ((-1, 2, 4, 2, 4, 2), (1, 2, 4, 0, 3, 5)),
+}
+"""By unit: the shape of a panel, and the order in which its axes are those of rows."""
 
 
 def unpacked(panel: Array, unit: int) -> Array:
     """Return a panel as rows, ``[PANEL, size_in]``."""
-    return panel.reshape(_SHAPES[unit]).transpose(_ORDERS[unit]).reshape(PANEL, -1)
+    shape, order = AXES[unit]
+    return panel.reshape(shape).transpose(order).reshape(PANEL, -1)
 
 
 def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -290,22 +299,13 @@ def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         row = builder.select(builder.icmp_signed("<", last, last.type(i)), last, last.type(i))
         starts.append(builder.gep(data, [builder.add(builder.add(first, builder.mul(apart, row)), offset)]))
     targets = _places_of(context, builder, panel, args[6:], LANES, PANEL * unit)
-    size = LANES * unit
 
-    def write(read: Callable[[Any], Any]) -> None:
-        bits = [read(start) for start in starts]
+    def widened(bits: Any) -> Any:
         if unit == 2:
-            parts = [builder.bitcast(_paired(builder, each, y.dtype), VECTOR) for each in bits]
-        else:
-            parts = [llvm.widened_bits(builder, each, y.dtype) for each in bits]
-        for target, part in zip(targets, _turned(builder, parts), strict=True):
-            llvm.write(builder, target, part, panel.dtype.bitwidth // 8)
+            return builder.bitcast(_paired(builder, bits, y.dtype), VECTOR)
+        return llvm.widened_bits(builder, bits, y.dtype)
 
-    with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
-        with whole:
-            write(lambda start: llvm.read(builder, y.dtype, start, size))
-        with rest:
-            write(lambda start: llvm.read_part(builder, y.dtype, start, left, size))
+    _turn_piece(builder, y.dtype, starts, left, LANES * unit, widened, targets, panel.dtype.bitwidth // 8)
     return context.get_dummy_value()
 
 
@@ -489,32 +489,39 @@ def _turned(builder: Any, parts: list[Any]) -> list[Any]:
     return columns
 
 
+def _turn_piece(
+    builder: Any, dtype: Any, starts: list[Any], left: Any, size: int, widened: Any, targets: list[Any], align: int
+) -> None:
+    """Build the transposition of sixteen runs of `size` numbers; where fewer are left, with zeros behind them."""
+
+    def turn(read: Callable[[Any], Any]) -> None:
+        parts = [widened(read(start)) for start in starts]
+        for target, part in zip(targets, _turned(builder, parts), strict=True):
+            llvm.write(builder, target, part, align)
+
+    with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
+        with whole:
+            turn(lambda start: llvm.read(builder, dtype, start, size))
+        with rest:
+            turn(lambda start: llvm.read_part(builder, dtype, start, left, size))
+
+
 def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: Any, tile: Any, to: Any) -> Any:
     width = 2 * LANES
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if rows.dtype != types.uint16 or keys.dtype != rows.dtype:  # never run
             return context.get_dummy_value()
-        data, key_at, target = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2, 6)
-        )
+        data, key_at = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2))
         begin, offset, count = args[3:6]
         starts = []
         for i in range(LANES):
             place = builder.load(builder.gep(key_at, [builder.add(begin, begin.type(i))]))
             starts.append(builder.gep(data, [builder.add(place, offset)]))
-        target = builder.gep(target, [args[7]])
-
-        def write(read: Callable[[Any], Any]) -> None:
-            parts = [builder.bitcast(read(start), VECTOR) for start in starts]
-            for i, part in enumerate(_turned(builder, parts)):
-                llvm.write(builder, builder.gep(target, [begin.type(i * LANES)]), part)
-
-        with builder.if_else(builder.icmp_signed(">=", count, count.type(width))) as (whole, rest):
-            with whole:
-                write(lambda start: llvm.read(builder, keys.dtype, start, width))
-            with rest:
-                write(lambda start: llvm.read_part(builder, keys.dtype, start, count, width))
+        targets = _places_of(context, builder, tile, args[6:], LANES)
+        _turn_piece(
+            builder, keys.dtype, starts, count, width, lambda bits: builder.bitcast(bits, VECTOR), targets, align=4
+        )
         return context.get_dummy_value()
 
     integer = types.int64
@@ -542,12 +549,10 @@ def _scores_of(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if rows.dtype != types.uint16:  # never run
             return context.get_dummy_value()
-        row_data, tile_data, data = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
-        )
+        row_data, data = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 7))
         begin, apart, integer = args[1], args[2], args[1].type
         row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, integer(i)))]) for i in range(ROWS)]
-        starts = [builder.gep(tile_data, [place]) for place in cgutils.unpack_tuple(builder, args[4])]
+        starts = _starts_of(context, builder, tile, args[3], args[4])
 
         def multiply(index: Any, sums: list[Any]) -> list[Any]:
             keys = [llvm.read(builder, types.float32, builder.gep(start, [index]), LANES) for start in starts]

@@ -20,7 +20,7 @@ from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp
 from pagedkv.data.huge_pages import HugePages
 from pagedkv.data.quantised import GREATEST
 from pagedkv.data.simd_llvm import has_bfloat16_products
-from pagedkv.data.simd_products import PANEL, unit_of
+from pagedkv.data.simd_products import AXES, PANEL, unit_of
 from pagedkv.errors import bad_argument
 
 WEIGHTS = ("int8",)
@@ -221,15 +221,13 @@ def _last_of(weight: Tensor) -> int:
     return sum((size - 1) * apart for size, apart in zip(weight.shape, weight.stride(), strict=True))
 
 
-_SPLIT = {1: (PANEL, -1), 2: (PANEL, -1, 2), 4: (2, 4, 4, -1, 2, 2)}
-_ORDER = {1: (0, 2, 1), 2: (0, 2, 1, 3), 4: (0, 4, 1, 2, 5, 3, 6)}
-
-
 def _pack(weight: Tensor, unit: int) -> None:
     """Make panels of all rows but the last ones, in their place."""
+    shape, order = AXES[unit]
+    split, back = [shape[axis] for axis in order], [1 + order.index(axis) for axis in range(len(order))]
     num_rows = num_packed(weight, True)
     step = PANEL * max(1, CHUNK // (PANEL * weight.shape[1]))
     for first in range(0, num_rows, step):
         rows = weight[first : min(num_rows, first + step)]
-        split = rows.view(len(rows) // PANEL, *_SPLIT[unit])
-        rows.copy_(split.permute(_ORDER[unit]).contiguous().view(rows.shape))
+        panels = rows.view(len(rows) // PANEL, *split).permute(0, *back)
+        rows.copy_(panels.contiguous().view(rows.shape))

@@ -153,11 +153,12 @@ def load_runner(
     elif cuda_graphs or (cuda_graphs is None and runner.mode == "ragged" and _has_graphs(model)):
         runner.record_decoding(CudaRecorder(model.device))
     del passed, proved  # which hold on to weights
-    if runner.mode == "compiled" and not keeps_model:
+    takes_weights = runner.mode == "compiled" and not keeps_model
+    if takes_weights:
         runner.streams.measure_ahead()
     if weights is not None:
         runner.quantise_weights(keeps_model=keeps_model)
-    elif runner.mode == "compiled" and not keeps_model:
+    elif takes_weights:
         runner.pack_weights()
     return runner
 
