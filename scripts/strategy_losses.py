@@ -12,6 +12,7 @@ import argparse
 import heapq
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,15 @@ from pagedkv.sim import synthesize
 from pagedkv.sim.reading import read_trace
 from pagedkv.sim.trace import Trace
 
-Requests = tuple[npt.NDArray[np.int32], npt.NDArray[np.int64], npt.NDArray[np.float64]]  # ids, offsets, seconds
+
+class Requests(NamedTuple):
+    """What `ContentCache.run` takes."""
+
+    ids: npt.NDArray[np.int32]
+    offsets: npt.NDArray[np.int64]
+    times: npt.NDArray[np.float64]
+    outputs: npt.NDArray[np.int64]
+
 
 SHARES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.12, 0.2, 0.4, 0.7)  # of the different blocks
 SMALLEST = 50
@@ -34,26 +43,34 @@ def part(trace: Trace, number: int, parts: int) -> Requests:
 
 def of(trace: Trace) -> Requests:
     """Return the requests of a trace."""
-    return trace.ids, trace.offsets, trace.times
+    return Requests(trace.ids, trace.offsets, trace.times, trace.output_tokens)
+
+
+def made(chains: list[list[int]], times: npt.NDArray[np.float64], seed: int) -> Requests:
+    """Return requests whose outputs tell nothing."""
+    ids = np.array([block for chain in chains for block in chain], np.int32)
+    outputs = np.random.default_rng(seed).geometric(1 / 300, len(chains))
+    return Requests(ids, np.cumsum([0, *map(len, chains)]).astype(np.int64), times, outputs)
 
 
 def one_after_the_other(*parts: Requests) -> Requests:
     """Return the requests of several traces which share nothing."""
     ids, offsets, times, first, start, now = [], [np.zeros(1, np.int64)], [], 0, 0, 0.0
-    for own_ids, own_offsets, own_times in parts:
-        ids.append(own_ids + np.int32(first))
-        offsets.append(own_offsets[1:] + start)
-        times.append(own_times - own_times[0] + now)
+    for one in parts:
+        ids.append(one.ids + np.int32(first))
+        offsets.append(one.offsets[1:] + start)
+        times.append(one.times - one.times[0] + now)
         now = times[-1][-1]
-        first += int(own_ids.max()) + 1
-        start += len(own_ids)
-    return np.concatenate(ids), np.concatenate(offsets), np.concatenate(times)
+        first += int(one.ids.max()) + 1
+        start += len(one.ids)
+    outputs = np.concatenate([one.outputs for one in parts])
+    return Requests(np.concatenate(ids), np.concatenate(offsets), np.concatenate(times), outputs)
 
 
 def prompts(chosen: npt.NDArray[np.int64], length: int) -> Requests:
     """Return a request for each chosen prompt; all prompts have this length."""
-    ids = chosen[:, None] * length + np.arange(length)
-    return ids.ravel().astype(np.int32), np.arange(len(chosen) + 1, dtype=np.int64) * length, np.arange(len(chosen)) / 2
+    chains = chosen[:, None] * length + np.arange(length)
+    return made(chains.tolist(), np.arange(len(chosen)) / 2, length)
 
 
 def sessions(seed: int, requests: int, live: int, spread: float, first: int, grown: int, end: float) -> Requests:
@@ -72,8 +89,7 @@ def sessions(seed: int, requests: int, live: int, spread: float, first: int, gro
         chains.append(chain)
         times.append(20.0 * time)
         heapq.heappush(waiting, (time + pace * float(np.exp(0.8 * draw.normal())), number, pace, chain))
-    ids = np.array([block for chain in chains for block in chain], np.int32)
-    return ids, np.cumsum([0, *map(len, chains)]).astype(np.int64), np.array(times)
+    return made(chains, np.array(times), seed)
 
 
 def made_up(seed: int) -> Iterator[tuple[str, Requests]]:
@@ -127,20 +143,25 @@ def main() -> None:
     parser.add_argument("--seeds", default="1,2,3", help="of the synthetic traffic")
     parser.add_argument("--worst", type=int, default=8, help="print so many cells")
     parser.add_argument("--untimed", action="store_true", help="do not tell the time")
+    parser.add_argument("--without-outputs", action="store_true", help="do not tell how many tokens requests write")
     options = parser.parse_args()
 
     traffic = list(cut([read_trace(Path(name)) for name in options.traces]))
     for seed in map(int, options.seeds.split(",")):
         traffic += [(f"{name}, seed {seed}", requests) for name, requests in made_up(seed)]
     cells = []
-    for name, (ids, offsets, times) in traffic:
-        distinct = int(ids.max()) + 1
+    for name, requests in traffic:
+        accesses, distinct = len(requests.ids), int(requests.ids.max()) + 1
+        told = (
+            requests.times if not options.untimed else None,
+            requests.outputs if not options.without_outputs else None,
+        )
         for blocks in sorted({max(SMALLEST, int(share * distinct)) for share in SHARES}):
             found, recent = (
-                int(ContentCache(blocks, strategy).run(ids, offsets, None if options.untimed else times).sum())
+                int(ContentCache(blocks, strategy).run(requests.ids, requests.offsets, *told).sum())
                 for strategy in (options.strategy, "lru")
             )
-            cells.append(((found - recent) / len(ids), recent / max(1, len(ids) - distinct), f"{name}: {blocks:,}"))
+            cells.append(((found - recent) / accesses, recent / max(1, accesses - distinct), f"{name}: {blocks:,}"))
     cells.sort()
     print("| traffic and blocks | LRU finds, of the attainable | against LRU |\n|---|---|---|")
     for gain, share, name in cells[: options.worst]:

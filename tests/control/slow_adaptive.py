@@ -54,6 +54,8 @@ class Note:
     let_go: int = 0
     when: int = 0
     gap: int = 0
+    output: int = 0
+    expected: int = 0
 
 
 @dataclass
@@ -74,7 +76,7 @@ class Seen:
 
     group: int
     access: int
-    gap: int
+    expected: int
     let_go: int
     when: int
 
@@ -113,28 +115,66 @@ class Shadow:
 class Duel:
     """One order against recency."""
 
-    def __init__(self, better: float, most_lead: float) -> None:
-        self.better, self.most_lead = better, most_lead
-        self.lead = self.variance = 0.0
+    def __init__(self, better: float, most_lead: float, memory: int) -> None:
+        self.better, self.most_lead, self.memory = better, most_lead, memory
+        self.lead = self.variance = self.seen = self.found = self.gain = 0.0
         self.won = False
 
     def end_request(self, lead: int) -> None:
+        self.gain += lead
         self.lead += lead
         self.variance += lead * lead
 
-    def judge(self, seen: float, found: float) -> None:
+    def judge(self) -> None:
         deviation = math.sqrt(self.variance)
-        usual = self.better * found
-        least = usual + 0.002 * seen
+        usual = self.better * self.found
+        least = usual + 0.002 * self.seen
         if self.lead > least + 2.0 * deviation:
             self.won = True
         elif self.lead < usual - 0.5 * deviation:
             self.won = False
         self.most = min(least + 2.25 * deviation, self.most_lead)
 
-    def fade(self, kept: float) -> None:
+    def fade(self, accesses: int) -> None:
+        kept = 1 / (1 + 1 / 9 * (accesses / self.memory))
+        self.seen *= kept
+        self.found *= kept
         self.variance *= kept * kept
         self.lead = min(self.most, max(-self.most, self.lead * kept))
+
+
+class Pauses:
+    """How long a session waits, in octaves: recursive least squares with matrices as lists of rows."""
+
+    def __init__(self) -> None:
+        self.weights = [12.0, 0.5, 0.0, 0.0]
+        self.doubts = [[50.0 * (i == j) for j in range(4)] for i in range(4)]
+        self.count = 0
+
+    def known(self, gap: int, output: int) -> list[float]:
+        slow = (gap - 1) / 1024 - 12.0 if gap else 0.0
+        return [1.0, slow, (output - 1) / 1024 - 8.0, float(gap == 0)]
+
+    def expected(self, gap: int, output: int) -> int:
+        if not output or self.count < 30:
+            return gap
+        octaves = math.log2(8 / 7)
+        for weight, number in zip(self.weights, self.known(gap, output), strict=True):
+            octaves += weight * number
+        return int(min(max(1024 * octaves, 0), 29 * 1024)) + 1
+
+    def learn(self, pause: int, gap: int, output: int) -> None:
+        self.count += 1
+        known, doubts = self.known(gap, output), self.doubts
+        kept = 0.9995 if sum(doubts[i][i] for i in range(4)) < 200 else 1.0
+        gains = [sum(doubt * number for doubt, number in zip(row, known, strict=True)) for row in doubts]
+        certain, error = kept, (code_of(max(1, pause)) - 1) / 1024
+        for weight, number, gain in zip(self.weights, known, gains, strict=True):
+            certain += gain * number
+            error -= weight * number
+        step, more = 1 / certain, 1 / kept
+        self.weights = [weight + gain * step * error for weight, gain in zip(self.weights, gains, strict=True)]
+        self.doubts = [[(doubts[i][j] - gains[i] * gains[j] * step) * more for j in range(4)] for i in range(4)]
 
 
 class SlowAdaptive:
@@ -151,39 +191,44 @@ class SlowAdaptive:
         self.room = max(1, capacity // sampled)
         self.recent = Shadow(lambda seen: 0)
         self.expiring = Shadow(lambda seen: seen.let_go + self.life(seen.group))
-        self.turning = Shadow(lambda seen: self.turn(self.time, seen.when, seen.gap), goes_at_both_ends=True)
+        self.turning = Shadow(lambda seen: self.turn(seen.when, seen.expected), goes_at_both_ends=True)
         self.shadow_size = self.began = 0
-        self.expiry_duel, self.turn_duel = Duel(0.0, 0.2 * self.room), Duel(0.12, math.inf)
+        self.expiry_duel = Duel(0.0, 0.2 * self.room, capacity)
+        self.turn_duel = Duel(0.09, math.inf, max(capacity, 4000))
+        self.pauses = Pauses()
+        self.pause: tuple[int, int, int] | None = None  # the last one that the present request ended
+        self.output = 0
         self.ghosts: list[list[Note | None]] = [[None] * 4 for _ in range(max(1, 3 * capacity // 4))]
         self.heads: dict[int, Note] = {}  # by ghost set: the last block evicted from there with a gap of its own
         self.newest: int | None = None
-        self.time = self.ranked_at = 0
+        self.time = 0
         self.clock = self.accesses = self.lessons = self.share = 0
         self.rules = 0
         self.reigns = [0, 0, 0]
-        self.ranked = 0
         self.flips = 0
         self.next_lesson = self.next_duel = capacity
         self.period = max(2048, capacity // 2)
         self.stores = self.releases = self.requests = 0.0
-        self.seen = self.found = 0.0
         self.reused = [[0.0] * 112 for _ in CLASSES]
         self.censored = [[0.0] * 112 for _ in CLASSES]
         self.released = [0.0] * 12
         self.short, self.long = [0] * 12, [0] * 12
 
-    def run(self, requests: list[list[int]], times: list[float] | None = None) -> list[int]:
-        seconds = times or [None] * len(requests)
-        return [self.serve(request, now) for request, now in zip(requests, seconds, strict=True)]
+    def run(
+        self, requests: list[list[int]], times: list[float] | None = None, outputs: list[int] | None = None
+    ) -> list[int]:
+        seconds, written = times or [None] * len(requests), outputs or [0] * len(requests)
+        return [self.serve(*each) for each in zip(requests, seconds, written, strict=True)]
 
-    def serve(self, request: list[int], seconds: float | None) -> int:
+    def serve(self, request: list[int], seconds: float | None, output: int) -> int:
+        self.output, self.pause = code_of(output) if output and seconds is not None else 0, None
         if seconds is not None:
             self.time = int(256 * seconds)
         found = 0
         while found < len(request) and request[found] in self.nodes:
             note = self.nodes[request[found]].note
             self.reused[note.kind][bucket(self.clock - note.let_go)] += 1
-            note.gap = self.gap_since(note.when, note.gap)
+            note.gap = self.gap_since(note)
             note.uses, note.kind = min(note.uses + 1, 255), None
             found += 1
         in_use = set(request[:found])
@@ -203,9 +248,11 @@ class SlowAdaptive:
     def waited(self, now: int, when: int) -> int:
         return max(0, now - when)
 
-    def gap_since(self, when: int, before: int) -> int:
+    def gap_since(self, note: Note) -> int:
         """The geometric mean of the gap that just ended, one eighth of it, and of what stood there before."""
-        code = code_of(max(1, self.waited(self.time, when)))
+        pause, before = self.waited(self.time, note.when), note.gap
+        self.pause = (pause, before, note.output) if note.output else None
+        code = code_of(max(1, pause))
         return (7 * before + code + 4) // 8 if before else code
 
     def store(self, place: int, block: int, request: list[int]) -> None:
@@ -225,7 +272,7 @@ class SlowAdaptive:
         is_asked = parent is None or parent != self.newest
         self.newest = block
         if is_asked and head is not None and head.mark == note.mark:
-            note.gap = self.gap_since(head.when, head.gap)
+            note.gap = self.gap_since(head)
             del self.heads[place_of_head]
         self.clock += 1
         self.stores += 1
@@ -244,6 +291,10 @@ class SlowAdaptive:
         if not leaves:
             return False
         block = min(leaves, key=lambda b: (self.score(self.nodes[b].note), self.nodes[b].place))
+        if self.rules == 2:
+            last = min(leaves, key=lambda b: (-self.end_of(self.nodes[b].note), self.nodes[b].place))
+            age = self.waited(self.time, self.nodes[block].note.when)
+            block = last if self.end_of(self.nodes[last].note) - self.time > age else block
         node = self.nodes.pop(block)
         before = self.nodes[node.parent].note if node.parent is not None else None
         if before is None or (before.when, before.gap) != (node.note.when, node.note.gap):
@@ -259,15 +310,14 @@ class SlowAdaptive:
         return True
 
     def score(self, note: Note) -> int:
-        if self.rules == 0:
-            return note.let_go
-        return (
-            self.expiry(note.kind, note.let_go) if self.rules == 1 else self.turn(self.ranked_at, note.when, note.gap)
-        )
+        return self.expiry(note.kind, note.let_go) if self.rules == 1 else note.let_go
 
-    def turn(self, now: int, when: int, gap: int) -> int:
-        age = self.waited(now, when)
-        return -max(age, gap_of(gap) - age) if gap else -(2**48) - age
+    def end_of(self, note: Note) -> int:
+        return note.when + gap_of(note.expected) if note.expected else 2**48 - note.when
+
+    def turn(self, when: int, expected: int) -> int:
+        age = self.waited(self.time, when)
+        return -max(age, gap_of(expected) - age) if expected else -(2**48) - age
 
     def expiry(self, kind: int, let_go: int) -> int:
         return let_go + self.life(2 * kind + self.draw(let_go))
@@ -282,19 +332,20 @@ class SlowAdaptive:
         uses = node.note.uses
         rank = uses - 1 if uses <= 4 else 4 if uses <= 7 else 5
         kind = node.note.kind = 2 * rank + (node.children == 0)
-        node.note.let_go, node.note.when = self.clock, self.time
+        node.note.let_go, node.note.when, node.note.output = self.clock, self.time, self.output
+        expected = node.note.expected = self.pauses.expected(node.note.gap, self.output)
         self.released[kind] += 1
         self.accesses += 1
         self.releases += 1
         if (node.path >> 8) % self.sampled:
             return
-        self.seen += 1
+        for duel in (self.expiry_duel, self.turn_duel):
+            duel.seen += 1
         grows = self.shadow_size < self.room and not any(node.path in shadow.seen for shadow in self.shadows)
         self.shadow_size += grows
-        gap = node.note.gap
-        groups = (0, 2 * kind + self.draw(self.clock), (gap - 1) // 512 if gap else 63)
+        groups = (0, 2 * kind + self.draw(self.clock), (expected - 1) // 512 if expected else 63)
         for shadow, group in zip(self.shadows, groups, strict=True):
-            shadow.access(node.path, Seen(group, self.accesses, gap, self.clock, self.time), self.began, grows)
+            shadow.access(node.path, Seen(group, self.accesses, expected, self.clock, self.time), self.began, grows)
 
     @property
     def shadows(self) -> tuple[Shadow, Shadow, Shadow]:
@@ -302,18 +353,17 @@ class SlowAdaptive:
 
     def end(self, has_clock: bool) -> None:
         self.requests += 1
-        self.found += self.recent.hits
+        for duel in (self.expiry_duel, self.turn_duel):
+            duel.found += self.recent.hits
         self.expiry_duel.end_request(self.expiring.hits - self.recent.hits)
         self.turn_duel.end_request(self.turning.hits - self.recent.hits)
         for shadow in self.shadows:
             shadow.hits = 0
         self.began = self.accesses + 1
+        if self.pause is not None:
+            self.pauses.learn(*self.pause)
         if not has_clock:
             self.time = self.accesses
-        leaves = sum(node.children == 0 for node in self.nodes.values())
-        old = self.rules == 2 and self.clock - self.ranked > leaves // 4
-        if self.clock >= self.next_lesson or self.accesses >= self.next_duel or old:
-            self.ranked, self.ranked_at = self.clock, self.time
         if self.clock >= self.next_lesson:
             self.next_lesson = self.clock + self.period
             if len(self.freed) <= self.capacity // 16:
@@ -327,16 +377,14 @@ class SlowAdaptive:
     def judge(self) -> None:
         before, expiry, turns = self.rules, self.expiry_duel, self.turn_duel
         for duel in (expiry, turns):
-            duel.judge(self.seen, self.found)
+            duel.judge()
         self.rules = int(expiry.won)
-        if turns.won and (not expiry.won or turns.lead > expiry.lead):
+        if turns.won and (not expiry.won or turns.gain > expiry.gain):
             self.rules = 2
-        kept = 1 / (1 + 1 / 9 * (self.period / self.capacity))
         for duel in (expiry, turns):
-            duel.fade(kept)
+            duel.fade(self.period)
+            duel.gain *= 1 / (1 + 1 / 9 * (self.period / turns.memory))
         self.flips += self.rules != before
-        self.seen *= kept
-        self.found *= kept
 
     def learn(self) -> None:
         hits, space = self.promises()

@@ -90,5 +90,14 @@ def real_trace(name: str) -> Trace:
 
 def real_times(name: str) -> np.ndarray:
     """When the requests of this trace came, in seconds."""
+    return np.array(_column(name, "timestamp")) / 1000
+
+
+def real_outputs(name: str) -> np.ndarray:
+    """How many tokens the requests of this trace wrote."""
+    return np.array(_column(name, "output_length"), np.int64)
+
+
+def _column(name: str, field: str) -> list[float]:
     with gzip.open(TRACES / f"{name}.jsonl.gz", "rt") as lines:
-        return np.array([json.loads(line)["timestamp"] / 1000 for line in lines])
+        return [json.loads(line)[field] for line in lines]

@@ -9,7 +9,7 @@ import numpy as np
 
 from pagedkv.control.prefix import find_child
 from pagedkv.control.sequence_table import find_row
-from pagedkv.control.state import CLASSES, DIRTY, LIVE, MAIN, OPAQUE, PROBATION, State
+from pagedkv.control.state import CLASSES, DIRTY, LIVE, MAIN, OPAQUE, PROBATION, TURNS, State
 from pagedkv.errors import CorruptedState
 
 
@@ -27,6 +27,7 @@ def check_state(state: State, kept_pins: dict[int, list[int]]) -> None:
     _check_free_blocks(state)
     _check_trie(state)
     _check_heap(state)
+    _check_expected(state)
     _check_notes(state)
     _check_pins(state, rows, kept_pins)
     _check_states(state, rows)
@@ -184,6 +185,24 @@ def _check_heap(state: State) -> None:
         expected = np.flatnonzero(leaf & (blocks["indexed"] == 1 + queue)).tolist()
         _require(sorted(heap) == expected, "heap and cached leaves differ", queue, sorted(heap))
     _require(counters.probation == (blocks["indexed"] == 1 + PROBATION).sum(), "probation", counters.probation)
+
+
+def _check_expected(state: State) -> None:
+    """The second order of leaves: all of them while turns rule, else none."""
+    if not len(state.expected):
+        return
+    counters, ranks = state.counters[0], state.expected
+    base, size = len(state.blocks), int(counters.expected_heap_size)
+    heap = state.heap[base : base + size].tolist()
+    for position, block in enumerate(heap):
+        _require(ranks[block].heap_pos == position + 1, "place in the order by turns", block, position)
+        if position:
+            above, key = heap[(position - 1) // 2], (int(ranks[block].score), block)
+            _require((int(ranks[above].score), above) < key, "order by turns", above, block)
+    _require(bool(counters.by_turns) == (state.learner.totals[0].rules == TURNS), "what rules", counters.by_turns)
+    leaves = state.heap[: int(counters.heap_size)].tolist() if counters.by_turns else []
+    _require(sorted(heap) == sorted(leaves), "order by turns and cached leaves differ", sorted(heap))
+    _require(np.count_nonzero(ranks["heap_pos"]) == size, "a block has a place in the order by turns", size)
 
 
 def _check_notes(state: State) -> None:

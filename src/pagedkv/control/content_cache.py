@@ -15,10 +15,14 @@ from pagedkv.control.pool import drop_block, put_back, share_block, take_block, 
 from pagedkv.control.prefix import find_child, link_child, walk
 from pagedkv.control.protocol import Strategy, block_scores, block_view, room_for
 from pagedkv.control.reclaim import evict_leaf, lowest_leaf
+from pagedkv.control.sequence_table import row_of
 from pagedkv.control.sequences import carry_out_reclaims
-from pagedkv.control.state import State, with_log
+from pagedkv.control.state import MAX_OUTPUTS, State, with_log
+from pagedkv.control.turns import tell_output
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, compiled, inlined
+from pagedkv.spec import MAX_COUNT
+from pagedkv.validate import require_int
 
 # Requests whose blocks are named by content ids: matched, computed and released at once, a whole trace in one call.
 #
@@ -102,13 +106,18 @@ def run_requests(
     path: npt.NDArray[np.int32],
     hits: npt.NDArray[np.int32],
     times: npt.NDArray[np.float64],
+    outputs: npt.NDArray[np.int64],
 ) -> None:
-    """Run requests one after the other, at these times if they have any; ``hits[i]`` becomes what request i found."""
+    """Run requests one after the other; ``hits[i]`` becomes what request i found.
+
+    They come at these times and write so many tokens, if they have any.
+    """
     state, ids, offsets, path, hits = borrowed(state), borrowed(ids), borrowed(offsets), borrowed(path), borrowed(hits)
-    times = borrowed(times)
+    times, outputs = borrowed(times), borrowed(outputs)
     for i in range(len(offsets) - 1):
         if len(times):
             tell_time(state, times[i])
+        tell_output(state, outputs[i] if len(outputs) else 0)
         found, held = begin_request(state, namespace, ids, offsets[i], offsets[i + 1], path)
         end_request(state, path, found, held)
         hits[i] = found
@@ -164,6 +173,16 @@ def _flat(name: str, array: object, dtypes: tuple[type, ...]) -> Ids:
     return np.ascontiguousarray(array)
 
 
+def _by_request(name: str, numbers: object, dtype: type, count: int) -> Ids:
+    """Return the numbers, one for each request, or none."""
+    if numbers is None:
+        return np.zeros(0, dtype)
+    flat = _flat(name, numbers, (dtype,))
+    if len(flat) != count:
+        raise bad_argument(name, f"one for each of {count} requests", f"{len(flat)}")
+    return flat
+
+
 class ContentCache(BlockManager):
     """The control plane over content ids: one id stands for a whole block of tokens.
 
@@ -179,7 +198,11 @@ class ContentCache(BlockManager):
         self._given_up: list[Ids] = []
 
     def run(
-        self, ids: npt.NDArray[Any], offsets: npt.NDArray[np.int64], times: npt.NDArray[np.float64] | None = None
+        self,
+        ids: npt.NDArray[Any],
+        offsets: npt.NDArray[np.int64],
+        times: npt.NDArray[np.float64] | None = None,
+        outputs: npt.NDArray[np.int64] | None = None,
     ) -> npt.NDArray[np.int32]:
         """Run requests one after the other: match, allocate, commit, free.
 
@@ -194,6 +217,8 @@ class ContentCache(BlockManager):
         times : float64 [num_requests], optional
             When they came, in seconds, ascending, for a strategy that learns from pauses; else the clock tells, if the
             cache has one.
+        outputs : int64 [num_requests], optional
+            How many tokens each of them wrote, for the same strategy; 0 where that is not known.
 
         Returns
         -------
@@ -205,9 +230,10 @@ class ContentCache(BlockManager):
         lengths = np.diff(offsets)
         if not len(offsets) or offsets[0] < 0 or (lengths < 0).any() or offsets[-1] > len(ids):
             raise bad_argument("offsets", f"num_requests + 1 numbers, ascending, 0 … {len(ids)}")
-        seconds = np.zeros(0) if times is None else _flat("times", times, (np.float64,))
-        if times is not None and len(seconds) != len(lengths):
-            raise bad_argument("times", f"one for each of {len(lengths)} requests", f"{len(seconds)}")
+        seconds = _by_request("times", times, np.float64, len(lengths))
+        written = _by_request("outputs", outputs, np.int64, len(lengths))
+        if (written < 0).any():
+            raise bad_argument("outputs", "0 or more tokens", f"{written.min()}")
         path = np.zeros(int(lengths.max(initial=0)), np.int32)
         hits = np.zeros(len(lengths), np.int32)
         with self._lock:
@@ -215,10 +241,28 @@ class ContentCache(BlockManager):
             namespace = self._enter_namespace("")
             if self._is_scored_in_numpy or self._state.counters[0].logging:
                 for i in range(len(lengths)):
+                    if len(seconds):
+                        tell_time(self._state, seconds.item(i))
+                    tell_output(self._state, written.item(i) if len(written) else 0)
                     hits[i] = self._run_observed(namespace, ids, int(offsets[i]), int(offsets[i + 1]), path)
             else:
-                run_requests(self._state.packed, namespace, ids, offsets, path, hits, seconds)
+                run_requests(self._state.packed, namespace, ids, offsets, path, hits, seconds, written)
         return hits
+
+    def tell_output(self, seq_id: int, tokens: int) -> None:
+        """Say how many tokens a request writes, for a strategy that learns from it; else its appended blocks count.
+
+        Parameters
+        ----------
+        seq_id : int
+        tokens : int
+            0 or more; 0 if that is not known.
+        """
+        tokens = require_int("tokens", tokens, 0, MAX_COUNT)
+        with self._lock:
+            self._settle()
+            row = row_of(self._state, seq_id)
+            self._state.sequences[row].num_outputs = min(tokens, MAX_OUTPUTS)
 
     def drop_tail(self, ids: Ids) -> int:
         """Give up the cached blocks of a chain, the last one first, up to one that another chain continues.

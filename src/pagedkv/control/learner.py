@@ -18,12 +18,12 @@ from pagedkv.control.shadows import contend, draw_again, end_round, judge
 from pagedkv.control.state import (
     AGES,
     CLASSES,
+    EXPECTED,
     EXPIRY,
     GHOST_SET,
     GHOSTS_PER_BLOCK,
     MAIN,
     NOTE,
-    RECENCY,
     SHADOW_ROOM,
     TURNS,
     Learner,
@@ -31,7 +31,7 @@ from pagedkv.control.state import (
     new_learner,
     power_of_two,
 )
-from pagedkv.control.turns import PER_SECOND, WORD, mean_gap, turn_score, waited
+from pagedkv.control.turns import PER_SECOND, WORD, end_pause, expected_wait, learn_pause, mean_gap, waited
 from pagedkv.errors import bad_argument
 from pagedkv.jit import called, inlined, pointed
 from pagedkv.validate import shown
@@ -52,13 +52,15 @@ def with_learner(state: State) -> State:
     totals.sample_mask = sampled - 1
     totals.room = max(1, num_blocks // sampled)
     totals.next_lesson = totals.next_duel = num_blocks
-    return with_prefix_hashes(state)._replace(notes=np.zeros(num_blocks + GHOST_SET * sets, NOTE), learner=learner)
+    notes, expected = np.zeros(num_blocks + GHOST_SET * sets, NOTE), np.zeros(num_blocks, EXPECTED)
+    return with_prefix_hashes(state)._replace(notes=notes, expected=expected, learner=learner)
 
 
 def forget_notes(state: State) -> None:
     """Forget all blocks and ghosts, but not what was learned from them."""
     state.notes[:] = 0
-    state.learner.times[:] = 0
+    state.expected[:] = 0
+    state.learner.waits[:] = 0
     state.learner.gaps[:] = 0
 
 
@@ -102,10 +104,19 @@ def note_hit(state: State, block: int) -> int:
     """Note that a cached block is used again."""
     note = state.notes[block]
     _age_of(state, block).reused += 1.0
-    note.gap = mean_gap(waited(state.learner.totals[0].time, state.learner.times[block]), note.gap)
+    wait = state.learner.waits[block]
+    note.gap = _after_pause(state.learner, wait.time, note.gap, wait.output)
     note.kind = 0
     note.uses = min(np.int64(note.uses) + 1, MOST_USES)
     return 0
+
+
+@inlined
+def _after_pause(learner: Learner, since: Any, gap: Any, output: Any) -> Any:
+    """Return the gap of a block that waited until now, and note the end of its pause."""
+    pause = waited(learner.totals[0].time, since)
+    end_pause(learner, pause, gap, output)
+    return mean_gap(pause, gap)
 
 
 @pointed
@@ -129,7 +140,7 @@ def note_store(state: State, block: int) -> int:
     if parent < 0 or parent + 1 != totals.newest:  # else it was asked for a block before this one
         known = state.learner.gaps[ghosts]
         if known.is_known != 0 and known.mark == note.mark:
-            note.gap = mean_gap(waited(totals.time, known.time), known.gap)
+            note.gap = _after_pause(state.learner, known.time, known.gap, known.output)
             known.is_known = 0
     totals.newest = block + 1
     totals.clock += 1
@@ -144,13 +155,16 @@ def note_release(state: State, block: int) -> int:
     kind = class_of(note.uses, record.num_children == 0)
     note.kind = 1 + kind
     note.released = totals.clock
-    state.learner.times[block] = totals.time & WORD
+    wait = state.learner.waits[block]
+    wait.time = totals.time & WORD
+    wait.output = totals.output
+    wait.expected = expected_wait(state.learner, note.gap)
     state.learner.classes[kind].released += 1.0
     totals.accesses += 1
     totals.releases += 1.0
     prefix_hash = state.prefix_hashes[block]
     if (prefix_hash >> 8) & totals.sample_mask == 0:
-        contend(state.learner, prefix_hash, kind, note.gap)
+        contend(state.learner, prefix_hash, kind, wait.expected)
     return 0
 
 
@@ -176,8 +190,9 @@ def note_evict(state: State, block: int) -> int:
     if _has_gap_of_its_own(state, block):
         known = state.learner.gaps[ghosts]
         known.mark = note.mark
-        known.time = state.learner.times[block]
+        known.time = state.learner.waits[block].time
         known.gap = note.gap
+        known.output = state.learner.waits[block].output
         known.is_known = 1
     note.kind = 0
     return 0
@@ -186,19 +201,17 @@ def note_evict(state: State, block: int) -> int:
 @inlined
 def _has_gap_of_its_own(state: State, block: int) -> bool:
     """Tell whether the gap of a block cannot be learned from that of the block before it."""
-    parent, times = state.blocks[block].parent, state.learner.times
-    return parent < 0 or times[parent] != times[block] or state.notes[parent].gap != state.notes[block].gap
+    parent, waits = state.blocks[block].parent, state.learner.waits
+    return parent < 0 or waits[parent].time != waits[block].time or state.notes[parent].gap != state.notes[block].gap
 
 
 @pointed
 def adaptive_score(state: State, block: int) -> int:
-    """Return the score of a cached block: since when it waits, when it expires, or what its turns say."""
-    note, rules = state.notes[block], state.learner.totals[0].rules
-    if rules == RECENCY:
-        return note.released
-    if rules == TURNS:
-        return turn_score(state.learner.totals[0].ranked_at, state.learner.times[block], note.gap)
-    return expires_at(state.learner, note.kind - 1, note.released)
+    """Return the score of a cached block: when it expires, or since when it waits; turns have an order beside that."""
+    note = state.notes[block]
+    if state.learner.totals[0].rules == EXPIRY:
+        return expires_at(state.learner, note.kind - 1, note.released)
+    return note.released
 
 
 @inlined
@@ -209,11 +222,9 @@ def _ghost_set(state: State, prefix_hash: int) -> int:
 
 # Lessons and duels: asked for at the end of every request.
 
-# Lessons come every half capacity of stored blocks, duels are judged every half capacity of accesses. While turns rule,
-# leaves are ranked by their ages of now whenever a quarter of their number was stored.
+# Lessons come every half capacity of stored blocks, duels are judged every half capacity of accesses.
 PARTS = 2
 SHORTEST_PERIOD = 2048
-RANKINGS = 4
 
 # Statistics lose a twentieth with each lesson; nothing is learned before the cache is full but for a sixteenth.
 MEMORY = 0.95
@@ -226,12 +237,12 @@ def end_request(state: State) -> bool:
     counters, totals = state.counters[0], state.learner.totals[0]
     totals.requests += 1.0
     end_round(state.learner)
+    if totals.is_over:
+        learn_pause(state.learner)
     if totals.is_told == 0:
         totals.time = totals.accesses
-    ages = totals.rules == TURNS and totals.clock - totals.ranked > counters.heap_size // RANKINGS
-    if totals.clock < totals.next_lesson and totals.accesses < totals.next_duel and not ages:
+    if totals.clock < totals.next_lesson and totals.accesses < totals.next_duel:
         return False
-    totals.ranked, totals.ranked_at = totals.clock, totals.time
     blank = counters.free_top + counters.num_blocks - counters.fresh
     return _advance(state, blank, counters.num_blocks - counters.used)
 
@@ -255,8 +266,8 @@ def _advance(state: State, blank: int, room: int) -> bool:
     if totals.accesses >= totals.next_duel:
         totals.next_duel = totals.accesses + period
         if totals.lessons > 0:
-            judge(learner, period / num_blocks)
-    return totals.rules != before or totals.rules == TURNS or (learned and totals.rules == EXPIRY)
+            judge(learner, period, num_blocks)
+    return totals.rules != before or (learned and totals.rules == EXPIRY)
 
 
 @inlined

@@ -2,12 +2,16 @@
 
 Only a leaf (no cached or active child) is ever in a heap, so a chain shrinks from its tail and no unreachable block
 is kept. The order is total: by score, then by block id. All operations are O(log n).
+
+While turns rule, leaves are in a second heap, too: the first one is in the order in which they were released, and that
+one in the order in which they are expected, the last one first. What goes is one of these two, whatever time it is.
 """
 
 from __future__ import annotations
 
 from pagedkv.control.prefix import unlink_leaf
-from pagedkv.control.state import State
+from pagedkv.control.state import TURNS, State
+from pagedkv.control.turns import expected_end, waited
 from pagedkv.errors import bad_argument
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
@@ -32,50 +36,136 @@ def _resize(state: State, base: int, change: int) -> int:
     return counters.probation_heap_size
 
 
+# A heap: of a queue by score, or the second one of those that have two.
+
+
 @inlined
-def _goes_before(state: State, a: int, b: int) -> bool:
-    first, second = state.blocks[a].score, state.blocks[b].score
+def _goes_before(state: State, is_second: bool, a: int, b: int) -> bool:
+    if is_second:
+        first, second = state.expected[a].score, state.expected[b].score
+    else:
+        first, second = state.blocks[a].score, state.blocks[b].score
     return first < second or (first == second and a < b)
 
 
 @inlined
-def _place(state: State, block: int, base: int, position: int) -> None:
+def _place(state: State, is_second: bool, block: int, base: int, position: int) -> None:
     state.heap[base + position] = block
-    state.blocks[block].heap_pos = position + 1
+    if is_second:
+        state.expected[block].heap_pos = position + 1
+    else:
+        state.blocks[block].heap_pos = position + 1
 
 
 @inlined
-def _rise(state: State, block: int, base: int, position: int) -> None:
+def _rise(state: State, is_second: bool, block: int, base: int, position: int) -> None:
     while position > 0:
         above = (position - 1) >> 1
         other = state.heap[base + above]
-        if not _goes_before(state, block, other):
+        if not _goes_before(state, is_second, block, other):
             break
-        _place(state, other, base, position)
+        _place(state, is_second, other, base, position)
         position = above
-    _place(state, block, base, position)
+    _place(state, is_second, block, base, position)
 
 
 @inlined
-def _sink(state: State, block: int, base: int, position: int, size: int) -> None:
+def _sink(state: State, is_second: bool, block: int, base: int, position: int, size: int) -> None:
     while True:
         below = 2 * position + 1
         if below >= size:
             break
-        if below + 1 < size and _goes_before(state, state.heap[base + below + 1], state.heap[base + below]):
+        if below + 1 < size and _goes_before(state, is_second, state.heap[base + below + 1], state.heap[base + below]):
             below += 1
         other = state.heap[base + below]
-        if not _goes_before(state, other, block):
+        if not _goes_before(state, is_second, other, block):
             break
-        _place(state, other, base, position)
+        _place(state, is_second, other, base, position)
         position = below
-    _place(state, block, base, position)
+    _place(state, is_second, block, base, position)
+
+
+@inlined
+def _leave(state: State, is_second: bool, block: int, base: int, position: int, size: int) -> None:
+    """Close the gap at a position of a heap, which has this size without it."""
+    last = state.heap[base + size]
+    if last != block:
+        if position > 0 and _goes_before(state, is_second, last, state.heap[base + ((position - 1) >> 1)]):
+            _rise(state, is_second, last, base, position)
+        else:
+            _sink(state, is_second, last, base, position, size)
+
+
+@inlined
+def _sort(state: State, is_second: bool, base: int, size: int) -> None:
+    """Make a heap of blocks in any order, O(n)."""
+    for position in range(size // 2 - 1, -1, -1):
+        _sink(state, is_second, state.heap[base + position], base, position, size)
+
+
+# The order in which leaves are expected, while turns rule.
+
+
+@inlined
+def _expect(state: State, block: int) -> None:
+    wait = state.learner.waits[block]
+    state.expected[block].score = -expected_end(state.learner.totals[0].time, wait.time, wait.expected)
+
+
+@called
+def _enter_expected(state: State, block: int) -> None:
+    state = borrowed(state)
+    counters = state.counters[0]
+    _expect(state, block)
+    _rise(state, True, block, counters.num_blocks, counters.expected_heap_size)
+    counters.expected_heap_size += 1
+
+
+@called
+def _leave_expected(state: State, block: int) -> None:
+    state = borrowed(state)
+    counters = state.counters[0]
+    counters.expected_heap_size -= 1
+    position = state.expected[block].heap_pos - 1
+    state.expected[block].heap_pos = 0
+    _leave(state, True, block, counters.num_blocks, position, counters.expected_heap_size)
+
+
+@called
+def _rank_expected(state: State) -> None:
+    """Let all leaves of the first heap be in the second one while turns rule, and none else."""
+    state = borrowed(state)
+    counters = state.counters[0]
+    for position in range(counters.expected_heap_size):
+        state.expected[state.heap[counters.num_blocks + position]].heap_pos = 0
+    counters.expected_heap_size = 0
+    counters.by_turns = state.learner.totals[0].rules == TURNS
+    if counters.by_turns != 0:
+        counters.expected_heap_size = counters.heap_size
+        for position in range(counters.heap_size):
+            block = state.heap[position]
+            _expect(state, block)
+            _place(state, True, block, counters.num_blocks, position)
+        _sort(state, True, counters.num_blocks, counters.heap_size)
+
+
+@called
+def _first_by_turns(state: State) -> int:
+    """Return who waits longest, or who is expected last if that is for longer."""
+    state = borrowed(state)
+    now, num_blocks = state.learner.totals[0].time, state.counters[0].num_blocks
+    oldest, last = state.heap[0], state.heap[num_blocks]
+    age = waited(now, state.learner.waits[oldest].time)
+    return last if -state.expected[last].score - now > age else oldest
+
+
+# All of them.
 
 
 @inlined
 def _enter(state: State, block: int) -> None:
     base = _base(state, block)
-    _rise(state, block, base, _resize(state, base, 1) - 1)
+    _rise(state, False, block, base, _resize(state, base, 1) - 1)
 
 
 @inlined
@@ -92,6 +182,8 @@ def offer(state: State, block: int) -> None:
         if record.heap_pos == 0:
             record.score = _score(state, block)
             _enter(state, block)
+            if state.counters[0].by_turns != 0:
+                _enter_expected(state, block)
 
 
 @compiled
@@ -104,13 +196,9 @@ def withdraw(state: State, block: int) -> None:
     position = record.heap_pos - 1
     record.heap_pos = 0
     base = _base(state, block)
-    size = _resize(state, base, -1)
-    last = state.heap[base + size]
-    if last != block:
-        if position > 0 and _goes_before(state, last, state.heap[base + ((position - 1) >> 1)]):
-            _rise(state, last, base, position)
-        else:
-            _sink(state, last, base, position, size)
+    _leave(state, False, block, base, position, _resize(state, base, -1))
+    if state.counters[0].by_turns != 0:
+        _leave_expected(state, block)
 
 
 @compiled
@@ -133,8 +221,9 @@ def rank_leaves(state: State) -> None:
     for position in range(size):
         block = state.heap[position]
         state.blocks[block].score = _score(state, block)
-    for position in range(size // 2 - 1, -1, -1):
-        _sink(state, state.heap[position], 0, position, size)
+    _sort(state, False, 0, size)
+    if len(state.expected) > 0:
+        _rank_expected(state)
 
 
 @inlined
@@ -159,7 +248,9 @@ def lowest_leaf(state: State) -> int:
     counters = state.counters[0]
     if counters.probation_heap_size > 0 and (counters.heap_size == 0 or _prefers_probation(state)):
         return state.heap[counters.num_blocks]
-    return state.heap[0] if counters.heap_size > 0 else -1
+    if counters.heap_size == 0:
+        return -1
+    return _first_by_turns(state) if counters.by_turns != 0 else state.heap[0]
 
 
 @compiled

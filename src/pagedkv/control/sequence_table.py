@@ -115,6 +115,7 @@ def new_row(state: State, seq_id: int, namespace: int, priority: int) -> int:
     record.num_known = 0
     record.num_cached = 0
     record.num_dropped = 0
+    record.num_outputs = 0
     record.access_count = 0
     record.created = counters.tick
     record.epoch = next_epoch(state, counters.tick)

@@ -47,7 +47,8 @@ from pagedkv.control.sequence_table import (
     spare_row,
     touch_row,
 )
-from pagedkv.control.state import EVICT, MAIN, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
+from pagedkv.control.state import EVICT, MAIN, MAX_OUTPUTS, OPAQUE, RECLAIM, RESCORE, TRUNCATED, State
+from pagedkv.control.turns import tell_output
 from pagedkv.errors import OutOfMemory, SequenceNotFound
 from pagedkv.jit import borrowed, call_kernel, called, compiled, inlined
 
@@ -342,6 +343,7 @@ def fork_row(state: State, row: int, dst: int) -> tuple[int, int]:
     twin.num_known = source.num_known
     twin.num_cached = source.num_cached
     twin.num_dropped = source.num_dropped
+    twin.num_outputs = source.num_outputs
     twin.num_blocks = source.num_blocks
     twin.num_indexed = source.num_indexed
     twin.hole_start = source.hole_start
@@ -430,6 +432,7 @@ def free_row(state: State, row: int) -> None:
     state.counters[0].changes += 1
     record, table = state.sequences[row], table_of(state, row)
     _hand_over_use(state, row, 0)
+    tell_output(state, record.num_outputs)
     for i in range(record.num_blocks - 1, -1, -1):
         block = table[i]
         if i < record.pinned_blocks and state.blocks[block].indexed:
@@ -507,6 +510,7 @@ def truncate_row(state: State, row: int, num_tokens: int) -> None:
         tail = state.blocks[table[num_blocks - 1]]
         if tail.ref_count == 1 and not tail.indexed:
             tail.num_tokens = end % size
+    record.num_outputs = max(0, record.num_outputs - (record.num_tokens - num_tokens))
     record.num_tokens = num_tokens
     record.num_blocks = num_blocks
     record.num_committed = min(record.num_committed, num_tokens)
@@ -643,6 +647,7 @@ def _extend(state: State, row: int, count: int, ids: Ints, first: int, known: bo
             _fill(state, block, 0, min(end - base, size), ids, first + base - slot, known)
             base += size
         record.num_tokens += count
+        record.num_outputs = min(MAX_OUTPUTS, record.num_outputs + count)
         if known:
             record.num_known = record.num_tokens
         if record.marks & TRUNCATED:

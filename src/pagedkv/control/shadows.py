@@ -21,7 +21,7 @@ import numpy as np
 
 from pagedkv.control.lifetimes import draws_long
 from pagedkv.control.state import CLASSES, EXPIRY, GROUPS, RECENCY, SHADOW_HEADS, TURNS, Learner
-from pagedkv.control.turns import FIRST_TURNS, WORD, gap_group, gaps_below, turn_score
+from pagedkv.control.turns import FIRST_TURNS, WORD, group_of, lengths_below, turn_score
 from pagedkv.jit import called, inlined
 
 
@@ -40,7 +40,7 @@ HELD = 1 << 60
 
 
 @called
-def contend(learner: Learner, prefix_hash: int, kind: int, gap: np.uint16) -> None:
+def contend(learner: Learner, prefix_hash: int, kind: int, expected: np.uint16) -> None:
     """Let all shadows see an access to a sampled block, and count who had it."""
     totals = learner.totals[0]
     head = _head_of(prefix_hash)
@@ -59,13 +59,13 @@ def contend(learner: Learner, prefix_hash: int, kind: int, gap: np.uint16) -> No
         _count_hits(learner, entry)
     totals.seen += 1.0
     shadow = learner.shadows[entry]
-    shadow.gap = gap
+    shadow.expected = expected
     shadow.released = totals.clock
     shadow.time = totals.time & WORD
     shadow.access = totals.accesses
     _touch(learner, RECENCY, entry, 0, grows)
     _touch(learner, EXPIRY, entry, 2 * kind + (1 if draws_long(learner, totals.clock) else 0), grows)
-    _touch(learner, TURNS, entry, gap_group(gap), grows)
+    _touch(learner, TURNS, entry, group_of(expected), grows)
 
 
 @inlined
@@ -250,7 +250,7 @@ def _first_by_turns(learner: Learner) -> int:
         oldest = learner.ends[TURNS, group].oldest - 1
         if oldest < 0 or _is_held(learner, oldest):
             continue
-        if chosen < 0 or gaps_below(group) >= -lowest:
+        if chosen < 0 or lengths_below(group) >= -lowest:
             newest = _newest_not_held(learner, group)
             score = _turn_score(learner, newest)
             if chosen < 0 or score <= lowest:
@@ -287,7 +287,7 @@ def _first_of_held(learner: Learner) -> int:
 def _turn_score(learner: Learner, entry: int) -> Any:
     """Return the score of an entry by turns, now."""
     shadow = learner.shadows[entry]
-    return turn_score(learner.totals[0].time, shadow.time, shadow.gap)
+    return turn_score(learner.totals[0].time, shadow.time, shadow.expected)
 
 
 @inlined
@@ -305,8 +305,9 @@ def _is_held(learner: Learner, entry: int) -> bool:
 AHEAD = 2.0
 BEHIND = 0.5
 CLEARLY = 0.002
-BETTER = (0.0, 0.0, 0.12)
-FADING = 1 / 9  # per capacity of accesses
+BETTER = (0.0, 0.0, 0.09)
+FADING = 1 / 9  # per capacity of accesses, or so many of them if it is smaller:
+SHORTEST_MEMORY = (0, 0, 4000)
 MOST_DEVIATIONS = 2.25
 MOST_LEAD = 0.2
 
@@ -319,33 +320,41 @@ def end_round(learner: Learner) -> None:
     learner.picks[EXPIRY].end = learner.picks[TURNS].end = 0
     for order in (EXPIRY, TURNS):
         duel = learner.duels[order]
+        duel.seen += totals.seen
+        duel.found += totals.found
         duel.lead += duel.request_lead
+        duel.gain += duel.request_lead
         duel.variance += duel.request_lead * duel.request_lead
         duel.request_lead = 0.0
+    totals.seen = totals.found = 0.0
 
 
 @inlined
-def judge(learner: Learner, elapsed: float) -> None:
-    """Let the order rule whose shadow had more hits lately; so many capacities of accesses went by since the last."""
+def judge(learner: Learner, elapsed: int, num_blocks: int) -> None:
+    """Let the order rule whose shadow had more hits lately; so many accesses went by since the last judgement."""
     totals = learner.totals[0]
     for order in (EXPIRY, TURNS):
         _decide(learner, order)
     expiry, turns = learner.duels[EXPIRY], learner.duels[TURNS]
-    if turns.is_won != 0 and (expiry.is_won == 0 or turns.lead > expiry.lead):
+    if turns.is_won != 0 and (expiry.is_won == 0 or turns.gain > expiry.gain):
         totals.rules = TURNS
     else:
         totals.rules = EXPIRY if expiry.is_won != 0 else RECENCY
-    kept = 1.0 / (1.0 + FADING * elapsed)
     for order in (EXPIRY, TURNS):
-        _fade(learner, order, kept)
-    totals.seen *= kept
-    totals.found *= kept
+        _fade(learner, order, _kept(elapsed, max(num_blocks, SHORTEST_MEMORY[order])))
+        learner.duels[order].gain *= _kept(elapsed, max(num_blocks, SHORTEST_MEMORY[TURNS]))
+
+
+@inlined
+def _kept(elapsed: int, memory: int) -> float:
+    """Return which share of what was seen before counts after so many accesses."""
+    return 1.0 / (1.0 + FADING * (elapsed / memory))
 
 
 @inlined
 def _least(learner: Learner, order: int) -> float:
     """Return by how much an order must lead, chance left out."""
-    return CLEARLY * learner.totals[0].seen + BETTER[order] * learner.totals[0].found
+    return CLEARLY * learner.duels[order].seen + BETTER[order] * learner.duels[order].found
 
 
 @inlined
@@ -355,7 +364,7 @@ def _decide(learner: Learner, order: int) -> None:
     deviation = duel.variance**0.5
     if duel.lead > _least(learner, order) + AHEAD * deviation:
         duel.is_won = 1
-    elif duel.lead < BETTER[order] * learner.totals[0].found - BEHIND * deviation:
+    elif duel.lead < BETTER[order] * duel.found - BEHIND * deviation:
         duel.is_won = 0
 
 
@@ -365,5 +374,7 @@ def _fade(learner: Learner, order: int, kept: float) -> None:
     most = _least(learner, order) + MOST_DEVIATIONS * duel.variance**0.5
     if order == EXPIRY:
         most = min(most, MOST_LEAD * totals.room)
+    duel.seen *= kept
+    duel.found *= kept
     duel.variance *= kept * kept
     duel.lead = min(most, max(-most, duel.lead * kept))

@@ -11,7 +11,7 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``buckets``        the prefix table: the first block of each hash chain
 ``siblings``       per block: first child, next sibling, previous sibling, and the bucket of its hash chain
 ``roots``          per namespace: number of children, first child, number of live sequences, what the salt hashes to
-``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues
+``heap``           cached leaves in the order in which they are evicted, one heap for each of two queues or orders
 ``free_stack``     blocks that were used before and hold nothing now; never used ones lie above ``fresh``
 ``sequences``      one record per live sequence, as long as two
 ``tables``         the block tables of all sequences, a segment of it each (`block_tables`)
@@ -28,7 +28,8 @@ fresh memory from the operating system is all zeros, so a pool of any size is cr
 ``ghosts``         the last blocks that S3-FIFO evicted from probation
 ``ghost_heads``    their hash chains
 ``notes``          what the adaptive strategy remembers of each block and ghost (`learner`)
-``learner``        what it has learned; both are empty while another strategy is in force
+``expected``       and the places of cached leaves in its second order (`reclaim`)
+``learner``        what it has learned; all three are empty while another strategy is in force
 ``counters``       one record of scalars
 =================  ====================================================================================================
 """
@@ -86,6 +87,9 @@ GROUPS = 64
 GHOSTS_PER_BLOCK = 3
 GHOST_SET = 4
 
+# Numbers from which it is expected how long a session waits (`turns`).
+KNOWN = 4
+
 # A shadow cache has half to all of so many blocks, or all blocks of a smaller pool.
 SHADOW_ROOM = 1024
 SHADOW_HEADS = 4 * SHADOW_ROOM
@@ -98,10 +102,22 @@ NOTE = record(
     kind="i1",  # 1 + its class while it is cached or a ghost, else 0
 )
 
+WAIT = record(
+    time="u4",  # when a block was released, the low 32 bits
+    output="u2",  # a code of how many tokens the turn wrote, 0 where that is not known
+    expected="u2",  # a code of how long the block is expected to wait, 0 where that is beyond all others
+)
+
+EXPECTED = record(
+    score="i8",  # the later a cached leaf is expected, the lower
+    heap_pos="i8",
+)
+
 GAP = record(
     mark="u4",  # of the note on the block
     time="u4",  # when it was released, the low 32 bits
     gap="u2",
+    output="u2",
     is_known="u2",
 )
 """What is kept of an evicted block whose gap is not that of the block before it: for one that is evicted as a whole,
@@ -117,8 +133,14 @@ LEARNER = record(
     newest="i8",  # 1 + the block stored last
     time="i8",  # in parts of a second; in stored blocks while nobody tells it
     is_told="i8",  # whether somebody does
-    ranked="i8",  # when the turns were ranked last, by the clock
-    ranked_at="i8",  # and by the time
+    output="i8",  # a code of how many tokens the turn wrote whose blocks are released now, 0 where that is not known
+    expects="i8",  # 1 + the gap of those of its blocks that were released last, or 0,
+    expected="i8",  # and how long they are expected to wait
+    pauses="i8",  # learned from so far
+    is_over="i8",  # whether the present request ended a pause,
+    pause="i8",  # how long that was,
+    pause_gap="i8",  # and what was known before it
+    pause_output="i8",
     share="i8",  # of the requests whose blocks have the long times to live, out of SHARES
     sample_mask="i8",
     room="i8",  # of a shadow cache
@@ -129,15 +151,18 @@ LEARNER = record(
     stores="f8",  # of late: blocks stored, blocks released, requests
     releases="f8",
     requests="f8",
-    seen="f8",  # sampled accesses of late,
+    seen="f8",  # sampled accesses of the present request,
     found="f8",  # and how many of them hit the shadow by recency
 )
 
 DUEL = record(
     is_won="i8",  # by this order, against recency
-    lead="f8",  # of its shadow, in hits,
+    seen="f8",  # sampled accesses of late,
+    found="f8",  # how many of them hit the shadow by recency,
+    lead="f8",  # of the shadow of this order, in hits,
     request_lead="f8",  # in this request,
-    variance="f8",  # and the sum of the squares of that
+    variance="f8",  # the sum of the squares of that,
+    gain="f8",  # and its sum without bounds, by which both orders are compared
 )
 
 CLASS = record(
@@ -162,7 +187,7 @@ SHADOW = record(
     access="i8",  # by the accesses,
     time="u4",  # and by the time
     next="i4",  # of its hash chain, or the next free entry
-    gap="u2",
+    expected="u2",  # to wait for so long
 )
 
 PLACE = record(
@@ -190,13 +215,16 @@ class Learner(NamedTuple):
     classes: npt.NDArray[np.void]
     ages: npt.NDArray[np.void]  # by class and age
     duels: npt.NDArray[np.void]  # of each order against recency
-    times: npt.NDArray[np.uint32]  # by block: the time when it was released, its low 32 bits
+    waits: npt.NDArray[np.void]  # by block: since when it waits, and for how long that is expected
     gaps: npt.NDArray[np.void]  # of evicted blocks, one for each set of ghosts
     shadows: npt.NDArray[np.void]  # entries of the three shadow caches
     heads: npt.NDArray[np.int64]  # of hash chains over them
     places: npt.NDArray[np.void]  # of the entries, by order
     ends: npt.NDArray[np.void]  # of the groups, by order
     picks: npt.NDArray[np.void]  # of what goes, by order
+    factors: npt.NDArray[np.float64]  # by which pauses are expected, one for each thing known
+    doubts: npt.NDArray[np.float64]  # how they may be wrong together, row by row
+    gains: npt.NDArray[np.float64]  # and what the last pause told of each
 
 
 def new_learner(num_blocks: int, exists: bool, ghost_sets: int = 0) -> Learner:
@@ -208,13 +236,16 @@ def new_learner(num_blocks: int, exists: bool, ghost_sets: int = 0) -> Learner:
         classes=np.zeros(size * CLASSES, CLASS),
         ages=np.zeros((size * (CLASSES + 1), AGES + 1), AGE),
         duels=np.zeros(size * ORDERS, DUEL),
-        times=np.zeros(size * num_blocks, np.uint32),
+        waits=np.zeros(size * num_blocks, WAIT),
         gaps=np.zeros(ghost_sets, GAP),
         shadows=np.zeros(entries, SHADOW),
         heads=np.zeros(size * SHADOW_HEADS, np.int64),
         places=np.zeros((ORDERS * size, entries), PLACE),
         ends=np.zeros((ORDERS * size, GROUPS), END),
         picks=np.zeros(ORDERS * size, PICK),
+        factors=np.zeros(size * KNOWN),
+        doubts=np.zeros(size * KNOWN * KNOWN),
+        gains=np.zeros(size * KNOWN),
     )
 
 
@@ -258,7 +289,8 @@ SEQUENCE = record(
     hole_start="i4",  # in slots of the table: [hole_start, hole_start + hole_len) is dropped
     hole_len="i4",
     pinned_blocks="i4",
-    marks="i4",
+    marks="i2",
+    num_outputs="u2",  # tokens that were appended after the prompt, at most 65,535
 )
 
 STATE_SLOT = record(
@@ -277,12 +309,12 @@ MAIN, PROBATION = 0, 1
 EVICT, RECLAIM, RESCORE = range(3)
 """Kinds of orders: a sequence goes if need be, a cached leaf goes, a cached leaf stays at another score."""
 
-MAX_PINS = np.iinfo(np.uint16).max
+MAX_PINS = MAX_OUTPUTS = np.iinfo(np.uint16).max
 
 COUNTERS = record(
     **dict.fromkeys(
         "num_blocks block_size prefix_caching whole_hits seed factor tick stamp changes newest_epoch "
-        "fresh free_top used cached pinned heap_size probation_heap_size probation "
+        "fresh free_top used cached pinned heap_size probation_heap_size by_turns expected_heap_size probation "
         "num_sequences rows_used free_row num_dirty tables_top tables_left "
         "logging log_len num_copies num_orders was_cleared "
         "free_state states_used states_cached states_stored states_reclaimed num_state_copies "
@@ -336,6 +368,7 @@ class _State(NamedTuple):
     ghosts: npt.NDArray[np.void]
     ghost_heads: npt.NDArray[np.int64]
     notes: npt.NDArray[np.void]
+    expected: npt.NDArray[np.void]
     learner: Learner
     counters: npt.NDArray[np.void]
 
@@ -427,6 +460,7 @@ def _empty_state(num_blocks: int, block_size: int, prefix_caching: bool, num_sta
         ghosts=np.zeros(0, GHOST),
         ghost_heads=np.zeros(0, np.int64),
         notes=np.zeros(0, NOTE),
+        expected=np.zeros(0, EXPECTED),
         learner=new_learner(num_blocks, exists=False),
         counters=counters,
     )

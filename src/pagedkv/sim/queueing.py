@@ -162,6 +162,7 @@ class _Service:
         self.order.append(request)
         hits, seconds = self._soonest(request, at.pool.reaches(ids))
         at.pool.begin(request, ids, more, hits)
+        at.pool.books.tell_output(request, self._output_tokens[request])
         arrived = float(self._trace.times[request])
         self.found.by_level[:, request] = hits
         self.busy[replica] += seconds

@@ -207,6 +207,7 @@ class _Service:
         trace, timing = self._trace, self._timing
         found = self._cache.allocate(request, self._ids(request)).num_cached_tokens
         self._cache.append(request, int(self._output_blocks[request]))
+        self._cache.tell_output(request, int(trace.output_tokens[request]))
         computed = max(0, int(trace.input_tokens[request]) - found * trace.block_tokens)
         prefilled = now + computed / timing.prefill_tokens_per_second
         served = prefilled + int(trace.output_tokens[request]) / timing.decode_tokens_per_second
@@ -312,7 +313,7 @@ def replay(
     if timing is not None:
         return dataclasses.replace(replay_timed(trace, cache, str(strategy), timing, clock), blocks=blocks)
     started = time.perf_counter()
-    hits = cache.run(trace.ids, trace.offsets, trace.times)
+    hits = cache.run(trace.ids, trace.offsets, trace.times, trace.output_tokens)
     seconds = time.perf_counter() - started
     reclaimed = cache.stats.blocks_reclaimed
     return ReplayResult.of(trace, str(strategy), blocks, hits, reclaimed=reclaimed, seconds=seconds)

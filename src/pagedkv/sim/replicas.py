@@ -162,5 +162,5 @@ def run_fleet(
         asked = ids[offsets[request] : offsets[request + 1]]
         reaches = found.reaches(asked)
         replica = served[request] = router.route(asked, reaches, nobody_waits)
-        found.by_level[:, request] = pools[replica].serve(asked, reaches[replica])
+        found.by_level[:, request] = pools[replica].serve(asked, reaches[replica], int(trace.output_tokens[request]))
     return found, FleetResult.of(trace, fleet, served, found.hits)

@@ -226,9 +226,9 @@ class Level:
         here = self.books.cached_block_count + self.books.stats.blocks_reclaimed - self._restored
         return self._stored_before + here
 
-    def store(self, ids: Int64s) -> int:
+    def store(self, ids: Int64s, output: int = 0) -> int:
         """Hold a chain, or as much of it as there is room for; returns how many blocks of it were there."""
-        return int(self.books.run(ids, np.array([0, len(ids)], np.int64))[0])
+        return int(self.books.run(ids, np.array([0, len(ids)], np.int64), outputs=np.array([output], np.int64))[0])
 
     def restart(self) -> None:
         """Begin anew, with what was there before where the medium keeps it; a shared one is a server that goes on."""
@@ -294,12 +294,12 @@ class TieredPool:
         """Return how many leading blocks each level has, the pool first."""
         return [level.books.match_prefix(ids) for level in self.all_levels]
 
-    def serve(self, ids: Int64s, reaches: Sequence[int]) -> list[int]:
+    def serve(self, ids: Int64s, reaches: Sequence[int], output: int) -> list[int]:
         """Serve a request at once: load what tiers have, write by the policy; returns the blocks found by level.
 
-        `reaches` is what the levels have of it.
+        `reaches` is what the levels have of it, and `output` how many tokens it writes.
         """
-        hits = [self.pool.store(ids)]
+        hits = [self.pool.store(ids, output)]
         for place, reach in enumerate(reaches[1:]):
             found = sum(hits)
             hits.append(max(0, reach - found))
@@ -462,5 +462,5 @@ def run_tiered(trace: Trace, blocks: int, strategy: Strategy, tiers: Tiers) -> L
         clock.seconds = float(trace.times[request])
         found.restart_if_due(request)
         asked = ids[start:stop]
-        found.by_level[:, request] = pool.serve(asked, pool.reaches(asked))
+        found.by_level[:, request] = pool.serve(asked, pool.reaches(asked), int(trace.output_tokens[request]))
     return found
