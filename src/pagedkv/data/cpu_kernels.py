@@ -23,6 +23,7 @@ from pagedkv.data.cpu_tiles import (
     Strides,
     add_few,
     add_many,
+    ask_for_rows,
     in_steps,
     mask,
     pair_up,
@@ -360,6 +361,8 @@ def _attend_few(
     table, hole, scores = block_tables[sequence], holes[sequence], room.scores
     heads = len(scores) // (FEW_QUADS * ROWS * TILE)
     _locate(table, hole, start, end, first_head, bases, shape, strides, room.key_at, room.value_at)
+    ask_for_rows(keys, room.key_at, end - start, num_heads, strides.key, strides.key_head, shape.head_dim)
+    ask_for_rows(values, room.value_at, end - start, num_heads, strides.value, strides.value_head, shape.v_head_dim)
     if key_scales is not None and value_scales is not None:
         base, to = bases.key_scale, heads * SPLIT
         _gather_scales(key_scales, base, table, hole, start, end, first_head, num_heads, shape, strides, room.scales, 0)

@@ -37,7 +37,7 @@ from pagedkv.data.simd import (
     tanh,
     zeros,
 )
-from pagedkv.data.simd_llvm import LANES, ROWS
+from pagedkv.data.simd_llvm import CACHE_LINE, LANES, ROWS
 from pagedkv.data.simd_products import (
     add_pair_products_16,
     add_pair_products_64,
@@ -127,6 +127,21 @@ def _ahead(row: int, head: int, width: int, num_heads: int, item_bytes: int) -> 
     """Return how many tokens ahead to ask for rows."""
     row_bytes = (num_heads if head < row else 1) * width * item_bytes
     return min(TILE, max(STEP, AHEAD_BYTES // row_bytes))
+
+
+@called
+def ask_for_rows(array: Array, places: Ints, count: int, num_heads: int, row: int, apart: int, width: int) -> None:
+    """Ask for the first rows, of all heads, at once.
+
+    What computes asks for those that lie further ahead; it would wait for these, a few at a time.
+    """
+    array = borrowed(array)
+    places = borrowed(places)
+    for i in range(min(count, _ahead(row, apart, width, num_heads, array.itemsize))):
+        for head in range(num_heads):
+            at = places[i] + head * apart
+            for d in range(0, width, CACHE_LINE // array.itemsize):
+                prefetch(array, at + d)
 
 
 @inlined
