@@ -16,9 +16,9 @@ from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
 from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
 from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
-from pagedkv.data.forward_products import ADDED, FEW_ROWS_COLUMNS, TO_FLOATS
+from pagedkv.data.forward_products import ADDED, TO_FLOATS, columns_of_item
 from pagedkv.data.simd_llvm import LANES
-from pagedkv.data.simd_products import PANEL, unit_of
+from pagedkv.data.simd_products import unit_of
 from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.data.weights import acts_dtype, num_packed
@@ -32,10 +32,6 @@ MOST_ROWS, FEWEST_ROWS = 512, 256
 MAX_ROW_BYTES = 64 << 20
 """How many rows go through all layers together: as many as fit into so many bytes of activations, as each such block of
 rows reads all weights once more; 256 are enough for products to be bound by arithmetic."""
-ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
-ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
-"""A product of few rows is cut into items of so many bytes of weights, long enough to be read as a stream, or fewer so
-that each thread finds some, but not into more items: what the last one takes is what threads wait for."""
 SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
@@ -45,11 +41,6 @@ MIN_ANGLES = 2048
 
 def _round_up(size: int) -> int:
     return -(-size // LANES) * LANES
-
-
-def _num_items(num_bytes: int) -> int:
-    shared = min(ITEMS_OF_THREAD * num_threads(), num_bytes // ITEM_BYTES)
-    return min(MOST_ITEMS, max(1, shared, -(-num_bytes // LONG_ITEM_BYTES)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,9 +209,7 @@ class Program:
     def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
         size_out, size_in = linear.weight.shape
-        columns = -(-size_out // _num_items(size_out * size_in * linear.weight.element_size()))
-        if fields.get("is_activated"):  # an item's outputs fit into a block, and with a gate they have two weights each
-            columns = min(columns // (2 if fields.get("has_gate") else 1), FEW_ROWS_COLUMNS)
+        is_activated, has_gate = bool(fields.get("is_activated")), bool(fields.get("has_gate"))
         self._add(
             source=source,
             target=_Buffer(target.start + at, target.width),
@@ -231,7 +220,7 @@ class Program:
             bias=self._constants.place(linear.bias),
             factor=self._constants.place(linear.scale),
             packed=num_packed(linear.weight, linear.is_packed),
-            columns=-(-columns // PANEL) * PANEL,
+            columns=columns_of_item(size_out, size_in * linear.weight.element_size(), is_activated, has_gate),
             **{"code": kernels.LINEAR, "goes": TO_FLOATS} | fields,
         )
 

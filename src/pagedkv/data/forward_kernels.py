@@ -257,9 +257,7 @@ def run_program(
                         first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
                     tile = tile_of(operation, item, first_row, rows)
                     up = matrix_of(operation, expert, places)
-                    following = NOWHERE
-                    if rows > 1 or operation.packed == 0:
-                        following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
+                    following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
                     if operation.is_activated:
                         apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS
                         begin, next_panel = -(tile.first_row * apart + tile.first_column), following

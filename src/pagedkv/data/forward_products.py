@@ -23,6 +23,7 @@ from pagedkv.data.simd_products import (
     unit_of,
     widen,
 )
+from pagedkv.data.team import num_threads
 from pagedkv.jit import borrowed, called, inlined
 
 Array = npt.NDArray[Any]
@@ -54,6 +55,14 @@ FEW_ROWS_OF_INT8 = 8
 """More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
 
 
+FIRST_LINES = 32
+"""How many lines of what few rows read next are asked for: the processor sees a stream only when some were read."""
+ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
+ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
+"""A product of few rows is cut into items of so many bytes of weights, long enough to be read as a stream, or fewer so
+that each thread finds some, but not into more items: what the last one takes is what threads wait for."""
+
+
 class Tile(NamedTuple):
     """Rows and outputs that one item computes."""
 
@@ -69,6 +78,34 @@ class Matrix(NamedTuple):
     weight: int
     bias: int
     factor: int
+
+
+def columns_of_item(size_out: int, output_bytes: int, is_activated: bool, has_gate: bool) -> int:
+    """Return how many outputs an item of few rows has, so that threads which take items by turns read alike.
+
+    Parameters
+    ----------
+    size_out : int
+    output_bytes : int
+        Of the weights of an output.
+    is_activated, has_gate : bool
+        An item's outputs then fit into a block, and with a gate they have two weights each.
+    """
+    threads, num_bytes = num_threads(), size_out * output_bytes
+    num_items = max(1, min(ITEMS_OF_THREAD * threads, num_bytes // ITEM_BYTES), -(-num_bytes // LONG_ITEM_BYTES))
+    columns = -(-size_out // min(MOST_ITEMS, num_items)) // (2 if has_gate else 1)
+    panels, most = _panels(size_out), _panels(FEW_ROWS_COLUMNS if is_activated else size_out)
+    wanted = min(most, max(1, _panels(columns)))
+
+    def cost(count: int) -> tuple[int, int]:
+        turns = -(-panels // (count * threads))
+        return turns * count, abs(count - wanted)
+
+    return PANEL * min(range(wanted // 2 + 1, min(most, wanted + wanted // 2) + 1), key=cost)
+
+
+def _panels(columns: int) -> int:
+    return -(-columns // PANEL)
 
 
 @inlined
@@ -145,8 +182,8 @@ def multiply(
     """Multiply a block of rows by a block of weights; output ``column`` of a row is ``apart`` from that of the next.
 
     The first rows read a panel of the weights as a stream; the others ask for the next one meanwhile, of which the last
-    begins at `following`. What is no panel yet, and int8 for more rows, is copied as what is
-    multiplied. The block begins at a whole panel.
+    begins at `following`. Where there are no others its first lines are asked for. What is no panel yet, and int8 for
+    more rows, is copied as what is multiplied. The block begins at a whole panel.
     """
     acts = borrowed(acts)
     weights = borrowed(weights)
@@ -165,6 +202,10 @@ def multiply(
         first = matrix.weight + column * operation.row_stride
         ahead = following if end == tile.last_column else matrix.weight + end * operation.row_stride
         is_packed = end <= operation.packed
+        if end == tile.last_column and rows <= TILE_ROWS and following != NOWHERE:
+            line = CACHE_LINE // weights.itemsize
+            for i in range(following, following + FIRST_LINES * line, line):
+                prefetch(weights, i)
         if is_packed and not (is_int8(weights) and rows > FEW_ROWS_OF_INT8):
             _multiply_panels(
                 operation,
