@@ -53,8 +53,6 @@ FEW_ROWS_COLUMNS = BLOCK // FEW_ROWS
 read."""
 FEW_ROWS_OF_INT8 = 8
 """More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
-
-
 FIRST_LINES = 32
 """How many lines of what few rows read next are asked for: the processor sees a stream only when some were read."""
 ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
