@@ -438,6 +438,7 @@ def free_row(state: State, row: int) -> None:
         if i < record.pinned_blocks and state.blocks[block].indexed:
             pin_block(state, block)
         drop_block(state, block)
+    tell_output(state, 0)
     if len(state.states) > 0:
         release_slot(state, row, _indexed_block(state, row, 1))
     drop_row(state, row)

@@ -4,10 +4,10 @@ A session of an agent that had to wait long for its turns will wait long again, 
 blocks know of that is a gap, a slow geometric mean of how long they waited; new blocks have the gap of the block before
 them, so of the deepest known one on their path. From it and from how many tokens the last turn wrote follows how long
 the next pause is expected to be, by a regression that learns from every turn (recursive least squares with forgetting:
-Haykin, "Adaptive Filter Theory", ch. 10). Until that is over, a block is expected at its end; if it is not used then,
-it counts as waiting for as long again as it does already. What is expected last goes first. That gaps tell more than
-ages is the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set replacement policy",
-SIGMETRICS 2002).
+Haykin, "Adaptive Filter Theory", 5th ed., ch. 10). Until that is over, a block is expected at its end; if it is not
+used then, it counts as waiting for as long again as it does already. What is expected last goes first. That gaps tell
+more than ages is the idea of LIRS (Jiang & Zhang, "LIRS: an efficient low inter-reference recency set replacement
+policy", SIGMETRICS 2002).
 
 Gaps are those of the world outside, of people and of tools: they are as long whatever the cache and its traffic, so
 they are predicted best in seconds. Without a clock, time is counted in used blocks. Where nobody tells that, or how
