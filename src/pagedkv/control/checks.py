@@ -192,15 +192,14 @@ def _check_expected(state: State) -> None:
     if not len(state.expected):
         return
     counters, ranks = state.counters[0], state.expected
-    base, size = len(state.blocks), int(counters.expected_heap_size)
-    heap = state.heap[base : base + size].tolist()
+    _require(bool(counters.by_turns) == (state.learner.totals[0].rules == TURNS), "what rules", counters.by_turns)
+    size, base = int(counters.heap_size) if counters.by_turns else 0, len(state.blocks)
+    heap, leaves = state.heap[base : base + size].tolist(), state.heap[:size].tolist()
     for position, block in enumerate(heap):
         _require(ranks[block].heap_pos == position + 1, "place in the order by turns", block, position)
         if position:
             above, key = heap[(position - 1) // 2], (int(ranks[block].score), block)
             _require((int(ranks[above].score), above) < key, "order by turns", above, block)
-    _require(bool(counters.by_turns) == (state.learner.totals[0].rules == TURNS), "what rules", counters.by_turns)
-    leaves = state.heap[: int(counters.heap_size)].tolist() if counters.by_turns else []
     _require(sorted(heap) == sorted(leaves), "order by turns and cached leaves differ", sorted(heap))
     _require(np.count_nonzero(ranks["heap_pos"]) == size, "a block has a place in the order by turns", size)
 

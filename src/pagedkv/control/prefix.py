@@ -318,7 +318,6 @@ def clear(state: State) -> int:
     counters.pinned = 0
     counters.heap_size = 0
     counters.probation_heap_size = 0
-    counters.expected_heap_size = 0
     counters.probation = 0
     counters.was_cleared = 1
     counters.log_len = 0

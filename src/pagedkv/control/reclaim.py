@@ -114,38 +114,36 @@ def _expect(state: State, block: int) -> None:
 
 @called
 def _enter_expected(state: State, block: int) -> None:
+    """Put a leaf into the second heap that has just entered the first one."""
     state = borrowed(state)
     counters = state.counters[0]
     _expect(state, block)
-    _rise(state, True, block, counters.num_blocks, counters.expected_heap_size)
-    counters.expected_heap_size += 1
+    _rise(state, True, block, counters.num_blocks, counters.heap_size - 1)
 
 
 @called
 def _leave_expected(state: State, block: int) -> None:
+    """Take a leaf out of the second heap that has just left the first one."""
     state = borrowed(state)
     counters = state.counters[0]
-    counters.expected_heap_size -= 1
     position = state.expected[block].heap_pos - 1
     state.expected[block].heap_pos = 0
-    _leave(state, True, block, counters.num_blocks, position, counters.expected_heap_size)
+    _leave(state, True, block, counters.num_blocks, position, counters.heap_size)
 
 
 @called
 def _rank_expected(state: State) -> None:
-    """Let all leaves of the first heap be in the second one while turns rule, and none else."""
+    """Let all leaves be in the second heap if turns rule by now, and none else."""
     state = borrowed(state)
     counters = state.counters[0]
-    for position in range(counters.expected_heap_size):
-        state.expected[state.heap[counters.num_blocks + position]].heap_pos = 0
-    counters.expected_heap_size = 0
     counters.by_turns = state.learner.totals[0].rules == TURNS
-    if counters.by_turns != 0:
-        counters.expected_heap_size = counters.heap_size
-        for position in range(counters.heap_size):
-            block = state.heap[position]
+    for position in range(counters.heap_size):
+        block = state.heap[position]
+        state.expected[block].heap_pos = 0
+        if counters.by_turns != 0:
             _expect(state, block)
             _place(state, True, block, counters.num_blocks, position)
+    if counters.by_turns != 0:
         _sort(state, True, counters.num_blocks, counters.heap_size)
 
 

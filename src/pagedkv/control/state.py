@@ -314,7 +314,7 @@ MAX_PINS = MAX_OUTPUTS = np.iinfo(np.uint16).max
 COUNTERS = record(
     **dict.fromkeys(
         "num_blocks block_size prefix_caching whole_hits seed factor tick stamp changes newest_epoch "
-        "fresh free_top used cached pinned heap_size probation_heap_size by_turns expected_heap_size probation "
+        "fresh free_top used cached pinned heap_size probation_heap_size by_turns probation "
         "num_sequences rows_used free_row num_dirty tables_top tables_left "
         "logging log_len num_copies num_orders was_cleared "
         "free_state states_used states_cached states_stored states_reclaimed num_state_copies "
