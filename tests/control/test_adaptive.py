@@ -220,16 +220,24 @@ def test_a_clock_tells_more_of_pauses_than_counting_does_where_the_load_varies()
     assert timed >= 1.02 * counted > 0
 
 
-def test_a_pause_is_timed_by_the_clock_of_the_cache():
-    requests = [[*request[:36], 10**8 + i] for i, request in enumerate(TRAFFIC["paces"]()[:1500])]
-    times, now = by_a_clock(requests), [0.0]
-    expected = run(ContentCache(90, "adaptive"), requests, times)
-    cache, found = ContentCache(90, "adaptive", clock=lambda: now[0]), []
+def by_calls_in_time(cache, now, requests, times, finish=lambda seq_id: None):
+    """Allocate, commit, finish and free, one request after the other, at these times."""
+    found = []
     for seq_id, request in enumerate(requests):
         now[0] = times[seq_id]
         found.append(cache.allocate(seq_id, request).num_cached_tokens)
         cache.commit(seq_id)
+        finish(seq_id)
         cache.free(seq_id)
+    cache.check()
+    return found
+
+
+def test_a_pause_is_timed_by_the_clock_of_the_cache():
+    requests = [[*request[:36], 10**8 + i] for i, request in enumerate(TRAFFIC["paces"]()[:1500])]
+    times, now = by_a_clock(requests), [0.0]
+    expected = run(ContentCache(90, "adaptive"), requests, times)
+    found = by_calls_in_time(ContentCache(90, "adaptive", clock=lambda: now[0]), now, requests, times)
     assert found == expected != run(ContentCache(90, "adaptive"), requests)
     now[0] = 0.0
     cache = ContentCache(90, "adaptive", clock=lambda: now[0])
@@ -305,19 +313,6 @@ def test_a_regression_that_learns_nothing_new_stays_bounded():
     assert learner(cache).totals[0].pauses > 8000
     assert np.isfinite(learner(cache).factors).all() and np.trace(doubts) < 2 * 200
     assert (doubts == doubts.T).all() and np.linalg.eigvalsh(doubts).min() > -1e-6
-
-
-def by_calls_in_time(cache, now, requests, times, finish):
-    """Allocate, commit, finish and free, one request after the other, at these times."""
-    found = []
-    for seq_id, request in enumerate(requests):
-        now[0] = times[seq_id]
-        found.append(cache.allocate(seq_id, request).num_cached_tokens)
-        cache.commit(seq_id)
-        finish(seq_id)
-        cache.free(seq_id)
-    cache.check()
-    return found
 
 
 def test_what_is_told_of_a_sequence_is_what_is_told_of_a_request():

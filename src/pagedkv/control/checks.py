@@ -170,18 +170,22 @@ def _siblings(state: State, link: int) -> list[int]:
     return found
 
 
+def _check_order(heap: list[int], ranks: Any, what: str) -> None:
+    """Blocks know their places in a heap, and none goes before the one above it."""
+    for position, block in enumerate(heap):
+        _require(ranks[block].heap_pos == position + 1, "place in the heap", block, position)
+        if position:
+            above, key = heap[(position - 1) // 2], (int(ranks[block].score), block)
+            _require((int(ranks[above].score), above) < key, what, above, block)
+
+
 def _check_heap(state: State) -> None:
     blocks, counters = state.blocks, state.counters[0]
     leaf = (blocks["indexed"] != 0) & (blocks["ref_count"] == 0) & (blocks["pins"] == 0) & (blocks["num_children"] == 0)
     for queue, size in ((MAIN, counters.heap_size), (PROBATION, counters.probation_heap_size)):
         base = queue * len(blocks)
         heap = state.heap[base : base + int(size)].tolist()
-        for position, block in enumerate(heap):
-            _require(blocks[block].heap_pos == position + 1, "place in the heap", block, position)
-            if position:
-                above = heap[(position - 1) // 2]
-                key = (int(blocks[block].score), block)
-                _require((int(blocks[above].score), above) < key, "heap order", above, block)
+        _check_order(heap, blocks, "heap order")
         expected = np.flatnonzero(leaf & (blocks["indexed"] == 1 + queue)).tolist()
         _require(sorted(heap) == expected, "heap and cached leaves differ", queue, sorted(heap))
     _require(counters.probation == (blocks["indexed"] == 1 + PROBATION).sum(), "probation", counters.probation)
@@ -195,11 +199,7 @@ def _check_expected(state: State) -> None:
     _require(bool(counters.by_turns) == (state.learner.totals[0].rules == TURNS), "what rules", counters.by_turns)
     size, base = int(counters.heap_size) if counters.by_turns else 0, len(state.blocks)
     heap, leaves = state.heap[base : base + size].tolist(), state.heap[:size].tolist()
-    for position, block in enumerate(heap):
-        _require(ranks[block].heap_pos == position + 1, "place in the order by turns", block, position)
-        if position:
-            above, key = heap[(position - 1) // 2], (int(ranks[block].score), block)
-            _require((int(ranks[above].score), above) < key, "order by turns", above, block)
+    _check_order(heap, ranks, "order by turns")
     _require(sorted(heap) == sorted(leaves), "order by turns and cached leaves differ", sorted(heap))
     _require(np.count_nonzero(ranks["heap_pos"]) == size, "a block has a place in the order by turns", size)
 

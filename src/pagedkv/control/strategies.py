@@ -326,10 +326,9 @@ class Adaptive(_BuiltIn):
     Two orders contend with least recently used. By expiry: blocks fall into classes by how often they were used and by
     whether they end a prefix; for each class the ages at which blocks are used again are counted, and from them follows
     how long such a block is worth keeping. By turns: a session is expected back after as long a pause as it made before
-    its other turns and as such long answers let expect, so that of more sessions than there is room for those stay that
-    come back soon. As long as neither
-    is clearly better, judged by three small shadow caches over a sample of the content, this is LRU. What it learns
-    lies with the cache, not with the object. See ``docs/strategies.md``.
+    its other turns, and as follows an answer of that length, so that of more sessions than there is room for those stay
+    that come back soon. As long as neither is clearly better, judged by three small shadow caches over a sample of the
+    content, this is LRU. What it learns lies with the cache, not with the object. See ``docs/strategies.md``.
     """
 
 
