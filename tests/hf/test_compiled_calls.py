@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -164,6 +165,23 @@ def test_two_runners_in_two_threads(threads):
     for each in both:
         each.join()
     assert same == [[True] * 50] * 2
+
+
+def test_a_thread_that_comes_when_all_is_done_changes_nothing(monkeypatch):
+    runner, calls = runner_of("qwen3_moe"), []
+
+    def run_and_keep(kernel: Any, arguments: tuple[Any, ...], threads: int) -> None:
+        kernel(*arguments)
+        calls.append(dict(zip(inspect.signature(kernel).parameters, arguments, strict=True)))
+
+    monkeypatch.setattr(forward, "run_in_threads", run_and_keep)
+    logits = runner.forward(planned(runner, TEXT[:1]), TEXT[:1], np.zeros(1, np.int64))
+    call, num_experts = calls[0], runner.model.config.num_experts
+    call["routes"][: num_experts + 1] = np.arange(num_experts + 1)  # those of another layer, with more experts
+    before = [each.copy() for each in (logits.numpy(), call["floats"], call["acts"])] + contents(runner)
+    forward.run_program(*call.values())
+    after = [logits.numpy(), call["floats"], call["acts"], *contents(runner)]
+    assert all(np.array_equal(*each) for each in zip(before, after, strict=True))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -15,7 +15,7 @@ from pagedkv.data.call import Batch
 from pagedkv.data.cpu import LOG2_E, NO_WINDOW, flat_bits
 from pagedkv.data.cpu_plan import ITEM, Rules, Shape, partial_size, plan_items
 from pagedkv.data.decoder import Attention, Decoder, Experts, Layer, Linear, Mlp, Norm, Rope
-from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, OPERATION, run_program
+from pagedkv.data.forward_kernels import ACTIVATIONS, LINE, MOST_RUNS, OPERATION, run_program
 from pagedkv.data.forward_products import ADDED, TO_FLOATS, columns_of_item
 from pagedkv.data.simd_llvm import LANES
 from pagedkv.data.simd_products import unit_of
@@ -443,7 +443,7 @@ class Forward:
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         # Attention multiplies what products do where keys and values are that, too.
         self._like = self._acts if program.memory.dtype == np.uint16 else self._floats
-        self._counters = np.zeros(LINE * len(program.phases), np.int64)
+        self._counters = np.zeros(LINE * (1 + MOST_RUNS) * (len(program.phases) - 1), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
         self._partials = np.zeros(0, np.float32)
@@ -539,9 +539,12 @@ class Forward:
         )
         if len(self._partials) < size:
             self._partials = np.empty(size, np.float32)
-        self._counters[:] = 0
+        num_runs = min(threads, MOST_RUNS)
+        counters = self._counters[: LINE * (1 + num_runs) * (len(program.phases) - 1)]
+        counters[:] = 0
         arguments = (
-            self._counters,
+            counters,
+            num_runs,
             program.phases,
             program.operations,
             len(ids),

@@ -2,10 +2,11 @@
 
 Activations are rows of buffers in two flat arrays: float32 sums in ``floats``, and what is multiplied next, narrowed to
 what products take, in ``acts``. An operation is a record that says where its rows come from, where they go, and by
-which weights. Operations that do not need each other's results form a phase. The items of a phase are taken by an
-atomic counter; a thread that finds none left waits until those that have begun are through, so no thread waits for one
-that never came. An item is computed by one thread in one order, and an element of a row depends on that row alone: how
-many rows and threads there are changes no bit.
+which weights. Operations that do not need each other's results form a phase. The items of a phase are cut into runs,
+one for each thread, which takes them in order by an atomic counter and then those of others: the weights of a run are
+read as one stream. A thread that finds none left waits until those that have begun are through, so no thread waits for
+one that never came. An item is computed by one thread in one order, and an element of a row depends on that row alone:
+how many rows and threads there are changes no bit.
 """
 
 from __future__ import annotations
@@ -94,8 +95,12 @@ outputs of an item of few rows. ``weights``, ``biases`` and ``factors`` are wher
 ALL, PICKED, PAIRS = range(3)
 """Which rows take part: those of all tokens, of tokens whose logits are wanted, or one for each token and expert."""
 
-LINE = 16
-"""Counters of a phase, two cache lines of them: items taken, threads that began (8), threads that are through (9)."""
+LINE = 8
+"""Counters of a cache line. A phase has a line of its own, which counts the threads that began and those that are
+through, and behind it one for each run, which counts the items taken."""
+THROUGH = 1
+MOST_RUNS = 16
+"""More threads share runs."""
 LINES_OF_LOOK = 4
 """How many are asked for between two looks at what a thread waits for."""
 ROWS_OF_ITEM = 8
@@ -126,6 +131,7 @@ def _num_items(operation: Any, rows: int, routes: Ints) -> int:
 @compiled
 def run_program(
     counters: Ints,
+    num_runs: int,
     phases: Ints,
     operations: Array,
     num_rows: int,
@@ -156,8 +162,10 @@ def run_program(
 
     Parameters
     ----------
-    counters : int64 [phases * LINE]
+    counters : int64 [phases * (1 + num_runs) * LINE]
         Zeros.
+    num_runs : int
+        Into how many runs the items of a phase are cut.
     phases : int64 [phases + 1]
         The first operation of each phase.
     operations : OPERATION [n]
@@ -205,12 +213,13 @@ def run_program(
     shares = borrowed(shares)
     block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
     copy = aligned(copy_size(operations), acts)
+    lines = LINE * (1 + num_runs)
     # A thread takes its first item of the next phase before it waits for the end of this one, so that it knows what it
     # will read; it counts as one that began by then, so nobody leaves that phase before the item is done.
-    fetch_add(counters, 8, 1)
-    item = fetch_add(counters, 0, 1)
+    run = fetch_add(counters, 0, 1) % num_runs
+    item = -1
     for phase in range(len(phases) - 1):
-        line = phase * LINE
+        line = phase * lines
         first, last = phases[phase], phases[phase + 1]
         if operations[first].code == ATTEND:
             operation = operations[first]
@@ -235,29 +244,30 @@ def run_program(
                 _rules(operation),
             )
         else:
-            while True:
-                # The next item of this thread, if each of the others takes one meanwhile.
-                guess = load_count(counters, line) + load_count(counters, line + 8) - 1
-                at = first
-                while at < last:
-                    rows = _num_rows(operations[at], num_rows, len(picked))
-                    count = _num_items(operations[at], rows, routes)
-                    if item < count:
+            # Where one is through no item is left, and ``routes`` may be those of another phase already.
+            count = 0
+            if load_count(counters, line + THROUGH) == 0:
+                count = _items_of_phase(operations, first, last, num_rows, len(picked), routes)
+            if item < 0:
+                item = _take(counters, line, run, num_runs, count)
+            while item >= 0:
+                at, place = first, item
+                while True:
+                    some = _num_items(operations[at], _num_rows(operations[at], num_rows, len(picked)), routes)
+                    if place < some:
                         break
-                    item -= count
+                    place -= some
                     at += 1
-                if at == last:
-                    break
                 operation = operations[at]
                 rows = _num_rows(operation, num_rows, len(picked))
                 if operation.code in (LINEAR, EXPERTS):
                     first_row, expert = 0, -1
                     if operation.code == EXPERTS:
-                        expert, item = _expert_of(operation, item, routes)
+                        expert, place = _expert_of(operation, place, routes)
                         first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
-                    tile = tile_of(operation, item, first_row, rows)
+                    tile = tile_of(operation, place, first_row, rows)
                     up = matrix_of(operation, expert, places)
-                    following, _ = _weights_of(operations, first, last, guess, num_rows, len(picked))
+                    following, _ = _weights_of(operations, first, last, item + 1, num_rows, len(picked))
                     if operation.is_activated:
                         apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS
                         begin, next_panel = -(tile.first_row * apart + tile.first_column), following
@@ -318,7 +328,7 @@ def run_program(
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)
                 else:
-                    begin = item * ROWS_OF_ITEM
+                    begin = place * ROWS_OF_ITEM
                     end = min(rows, begin + ROWS_OF_ITEM)
                     if operation.code == NORM:
                         _norm(operation, begin, end, picked, floats, constants, acts)
@@ -330,15 +340,45 @@ def run_program(
                         _combine(operation, begin, end, floats, routes, shares)
                     else:
                         _embed(operation, begin, end, ids, positions, weights, constants, floats)
-                item = fetch_add(counters, line, 1)
+                item = _take(counters, line, run, num_runs, count)
         begin, end = NOWHERE, NOWHERE
+        item = -1
         if phase + 2 < len(phases):
-            fetch_add(counters, line + LINE + 8, 1)
-            if operations[last].code != ATTEND:
-                item = fetch_add(counters, line + LINE, 1)
-                begin, end = _weights_of(operations, last, phases[phase + 2], item, num_rows, len(picked))
-        fetch_add(counters, line + 9, 1)
-        _wait(counters, line + 9, fetch_add(counters, line + 8, 0), weights, begin, end)
+            fetch_add(counters, line + lines, 1)
+            if operations[last].code == LINEAR:
+                after = phases[phase + 2]
+                count = _items_of_phase(operations, last, after, num_rows, len(picked), routes)
+                item = _take(counters, line + lines, run, num_runs, count)
+                begin, end = _weights_of(operations, last, after, item, num_rows, len(picked))
+        fetch_add(counters, line + THROUGH, 1)
+        _wait(counters, line + THROUGH, fetch_add(counters, line, 0), weights, begin, end)
+
+
+@inlined
+def _items_of_phase(operations: Array, first: int, last: int, num_rows: int, num_picked: int, routes: Ints) -> int:
+    count = 0
+    for at in range(first, last):
+        count += _num_items(operations[at], _num_rows(operations[at], num_rows, num_picked), routes)
+    return count
+
+
+@inlined
+def _first_of_run(run: int, num_runs: int, count: int) -> int:
+    return (run * count + num_runs - 1) // num_runs
+
+
+@inlined
+def _take(counters: Ints, line: int, run: int, num_runs: int, count: int) -> int:
+    """Return an item of a phase that nobody has taken, of this run before others; -1 if there is none."""
+    for turn in range(num_runs):
+        each = (run + turn) % num_runs
+        first, last = _first_of_run(each, num_runs, count), _first_of_run(each + 1, num_runs, count)
+        index = line + LINE * (1 + each)
+        if load_count(counters, index) < last - first:
+            item = first + fetch_add(counters, index, 1)
+            if item < last:
+                return int(item)
+    return -1
 
 
 @inlined
@@ -357,7 +397,7 @@ def _weights_of(operations: Array, first: int, last: int, item: int, num_rows: i
     operations = borrowed(operations)
     for at in range(first, last):
         operation = operations[at]
-        if operation.code != LINEAR:
+        if operation.code != LINEAR or item < 0:
             break
         rows = _num_rows(operation, num_rows, num_picked)
         count = num_blocks(operation, rows)
