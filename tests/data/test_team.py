@@ -185,6 +185,25 @@ def test_who_is_interrupted_waits_for_the_others():
 
 
 @compiled_only
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_that_are_about_to_return_from_a_kernel_that_joins_are_waited_for_by_the_next_call(threads):
+    together, leave, ended = threading.Barrier(2, timeout=60), threading.Event(), []
+
+    def kernel():
+        together.wait()
+        if threading.current_thread().name.startswith("pagedkv"):
+            leave.wait(60)
+            time.sleep(0.05)
+            ended.append("helper")
+
+    run_in_threads(kernel, (), 2, joins=True)
+    assert not ended
+    leave.set()
+    run_in_threads(lambda: ended.append("next"), (), threads)
+    assert ended[:2] == ["helper", "next"]
+
+
+@compiled_only
 def test_what_was_given_is_not_kept():
     class Given:
         pass

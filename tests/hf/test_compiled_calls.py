@@ -170,7 +170,7 @@ def test_two_runners_in_two_threads(threads):
 def test_a_thread_that_comes_when_all_is_done_changes_nothing(monkeypatch):
     runner, calls = runner_of("qwen3_moe"), []
 
-    def run_and_keep(kernel: Any, arguments: tuple[Any, ...], threads: int) -> None:
+    def run_and_keep(kernel: Any, arguments: tuple[Any, ...], threads: int, joins: bool) -> None:
         kernel(*arguments)
         calls.append(dict(zip(inspect.signature(kernel).parameters, arguments, strict=True)))
 
@@ -203,8 +203,8 @@ def test_an_interrupted_pass_leaves_nothing_behind(monkeypatch):
     expected = runner.forward(plan, TEXT, [29])
     run = forward.run_in_threads
 
-    def interrupted(*call: Any) -> None:
-        run(*call)
+    def interrupted(*call: Any, **options: Any) -> None:
+        run(*call, **options)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

@@ -443,22 +443,25 @@ class Forward:
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         # Attention multiplies what products do where keys and values are that, too.
         self._like = self._acts if program.memory.dtype == np.uint16 else self._floats
-        self._counters = np.zeros(LINE * (1 + MOST_RUNS) * (len(program.phases) - 1), np.int64)
+        self._floats_at = self._floats.ctypes.data
+        # Two of each: threads may still look at those of the pass before this one.
+        self._counters = np.zeros((2, LINE * (1 + MOST_RUNS) * (len(program.phases) - 1)), np.int64)
         self._angles = np.zeros(LANES, np.float32)
         self._num_angles = 0
+        # For each kind of layers the rules and the shape of attention, and how large its partials are.
+        self._sets = [
+            (Rules(np.float32(1), np.float32(0), True, window), shape, partial_size(shape.v_head_dim))
+            for shape, window in program.sets
+        ]
+        self._fewest_heads = min(shape.num_kv_heads for shape, _ in program.sets)
+        self._set_counters = np.zeros((2, len(program.decoder.layers), 0), np.int64)
+        self._side = 0
         self._partials = np.zeros(0, np.float32)
         self._routes = np.zeros(1 + program.most_experts + 2 * program.most_pairs, np.int64)
         self._shares = np.zeros(program.most_pairs, np.float32)
         self._vocab_size = len(decoder.head.weight)
 
-    def __call__(
-        self,
-        batch: Batch,
-        slots: Ints,
-        ids: Ints,
-        positions: Ints,
-        wanted: Ints,
-    ) -> Tensor:
+    def __call__(self, batch: Batch, slots: Ints, ids: Ints, positions: Ints, wanted: Ints) -> Tensor:
         """Write K and V of a ragged batch and return some logits.
 
         Parameters
@@ -484,17 +487,19 @@ class Forward:
         program, total = self._program, len(ids)
         self._require_positions(positions, total)
         places: Ints | None = None
-        if not (wanted[1:] > wanted[:-1]).all():
+        if len(wanted) > 1 and not (wanted[1:] > wanted[:-1]).all():
             wanted, places = np.unique(wanted, return_inverse=True)
         logits = torch.empty(len(wanted), self._vocab_size, dtype=torch.float32, device="cpu")
-        done = 0
-        for first in range(0, total, program.max_rows):
-            last = min(total, first + program.max_rows)
-            low, high = np.searchsorted(wanted, (first, last)).tolist()
-            span = slice(first, last)
-            part = batch if last - first == total else _window(batch, first, last)
-            self._run(part, ids[span], positions[span], slots[span], wanted[low:high] - first, logits, done)
-            done += high - low
+        if total <= program.max_rows:
+            self._run(batch, ids, positions, slots, wanted, logits, 0)
+        else:
+            done = 0
+            for first in range(0, total, program.max_rows):
+                last = min(total, first + program.max_rows)
+                low, high = np.searchsorted(wanted, (first, last)).tolist()
+                part, span = _window(batch, first, last), slice(first, last)
+                self._run(part, ids[span], positions[span], slots[span], wanted[low:high] - first, logits, done)
+                done += high - low
         return logits if places is None else logits[torch.from_numpy(places)]
 
     def _require_positions(self, positions: Ints, count: int) -> None:
@@ -529,19 +534,17 @@ class Forward:
         self, batch: Batch, ids: Ints, positions: Ints, slots: Ints, picked: Ints, logits: Tensor, row: int
     ) -> None:
         program, threads = self._program, num_threads()
-        plans = tuple(
-            plan_items(*batch.arrays, Rules(np.float32(1), np.float32(0), True, window), shape)
-            for shape, window in program.sets
-        )
-        size = max(
-            plan.num_partials * partial_size(shape.v_head_dim)
-            for plan, (shape, _) in zip(plans, program.sets, strict=True)
-        )
+        plans = tuple([plan_items(*batch.arrays, rules, shape) for rules, shape, _ in self._sets])
+        size = max([plan.num_partials * kind[2] for plan, kind in zip(plans, self._sets, strict=True)])
         if len(self._partials) < size:
             self._partials = np.empty(size, np.float32)
-        num_runs = min(threads, MOST_RUNS)
-        counters = self._counters[: LINE * (1 + num_runs) * (len(program.phases) - 1)]
-        counters[:] = 0
+        num_counters = max([plan.num_counters for plan in plans])
+        if self._set_counters.shape[2] < num_counters:
+            self._set_counters = np.empty((2, len(program.decoder.layers), num_counters), np.int64)
+        self._side = 1 - self._side
+        set_counters, num_runs = self._set_counters[self._side], min(threads, MOST_RUNS)
+        counters = self._counters[self._side, : LINE * (1 + num_runs) * (len(program.phases) - 1)]
+        set_counters[:, :num_counters] = counters[:] = 0
         arguments = (
             counters,
             num_runs,
@@ -559,10 +562,10 @@ class Forward:
             self._acts,
             self._like,
             program.memory,
-            (logits[row:].data_ptr() - self._floats.ctypes.data) // 4 if len(picked) else 0,
+            (logits.data_ptr() - self._floats_at) // 4 + row * self._vocab_size,
             plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
-            _num_parts(plans, program, threads),
-            np.zeros((len(program.decoder.layers), max(plan.num_counters for plan in plans)), np.int64),
+            self._num_parts(plans, threads),
+            set_counters,
             self._partials,
             batch.block_tables,
             batch.holes,
@@ -571,16 +574,15 @@ class Forward:
             self._routes,
             self._shares,
         )
-        run_in_threads(run_program, arguments, threads)
+        run_in_threads(run_program, arguments, threads, joins=True)
 
-
-def _num_parts(plans: tuple[Any, ...], program: Program, threads: int) -> int:
-    """Return into how many parts by heads an item of attention is cut, so that there is enough to share."""
-    if threads == 1:
-        return 1
-    fewest = min(max(1, len(plan.items)) for plan in plans)
-    wanted = LONG_ITEMS if any(plan.items[:, ITEM.is_whole].any() for plan in plans) else SHORT_ITEMS
-    return min(min(shape.num_kv_heads for shape, _ in program.sets), -(-wanted * threads // fewest))
+    def _num_parts(self, plans: tuple[Any, ...], threads: int) -> int:
+        """Return into how many parts by heads an item of attention is cut, so that there is enough to share."""
+        if threads == 1:
+            return 1
+        fewest = min([max(1, len(plan.items)) for plan in plans])
+        wanted = LONG_ITEMS if any([plan.items[:, ITEM.is_whole].any() for plan in plans]) else SHORT_ITEMS
+        return min(self._fewest_heads, -(-wanted * threads // fewest))
 
 
 def _window(batch: Batch, first: int, last: int) -> Batch:

@@ -66,7 +66,9 @@ def num_threads() -> int:
     return 1 if _INTERPRETED else min(torch.get_num_threads(), usable_cores())
 
 
-def run_in_threads(kernel: Callable[..., Any], arguments: tuple[Any, ...], threads: int) -> None:
+def run_in_threads(
+    kernel: Callable[..., Any], arguments: tuple[Any, ...], threads: int, *, joins: bool = False
+) -> None:
     """Call ``kernel(*arguments)`` in up to ``threads`` threads at the same time; return when all of them are done.
 
     Parameters
@@ -77,18 +79,23 @@ def run_in_threads(kernel: Callable[..., Any], arguments: tuple[Any, ...], threa
         Given to each call.
     threads : int
         The calling thread is one of them.
+    joins : bool
+        Whether the kernel itself returns only when all work is done. Threads that are about to return from it are then
+        waited for in the next call, before its kernel begins: until then they may read what they count by, so who
+        ``joins`` gives two calls that follow each other other counters.
 
     Raises
     ------
     Exception
-        What the kernel raised in any thread.
+        What the kernel raised in any thread; where it ``joins``, in this one.
     """
     team = _team
     if threads <= 1 or _INTERPRETED or not team.lock.acquire(blocking=False):
+        team.last.wait()
         kernel(*arguments)
         return
     try:
-        team.run(kernel, arguments, threads - 1)
+        team.run(kernel, arguments, threads - 1, joins)
     finally:
         team.lock.release()
 
@@ -120,8 +127,9 @@ class _Job:
     """A kernel, called by all who take one of its places."""
 
     def __init__(self, number: int, kernel: Callable[..., Any], arguments: tuple[Any, ...], helpers: int) -> None:
-        self.number, self.kernel, self.arguments = number, kernel, arguments
+        self.number, self.call = number, (kernel, arguments)
         self.places = [None] * helpers
+        self.helpers = 0  # that took a place, once it is closed
         self.done = np.zeros(1, np.int64)
         self.errors: list[BaseException] = []
 
@@ -134,20 +142,25 @@ class _Job:
         return True
 
     def help(self) -> None:
+        kernel, arguments = self.call
         try:
-            self.kernel(*self.arguments)
+            kernel(*arguments)
         except BaseException as error:  # noqa: B036 - the caller raises it
             self.errors.append(error)
 
-    def finish(self, helpers: int) -> None:
-        """Let nobody begin any more, wait for who has begun, and keep nothing of the caller's alive."""
+    def close(self, helpers: int) -> None:
+        """Let nobody of so many begin any more, and keep nothing of the caller's alive."""
         try:
             while self.take_place():
                 helpers -= 1
-            if helpers:
-                _wait_for(self.done, helpers)
+            self.helpers = helpers
         finally:
-            self.kernel, self.arguments = _nothing, ()
+            self.call = _nothing, ()
+
+    def wait(self) -> None:
+        """Wait for who has begun."""
+        if self.helpers:
+            _wait_for(self.done, self.helpers)
 
 
 class _Team:
@@ -156,21 +169,28 @@ class _Team:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.numbers = np.zeros(1, np.int64)
-        self.job = _Job(0, _nothing, (), 0)
+        self.job = self.last = _Job(0, _nothing, (), 0)  # `last` is the last one that joined
         self.uncounted = np.zeros(1, np.int64)
         self.is_over = False
         self.helpers: list[threading.Thread] = []
         self.sleeping: list[bool] = []
         self.wakes: list[SimpleQueue[None]] = []
 
-    def run(self, kernel: Callable[..., Any], arguments: tuple[Any, ...], helpers: int) -> None:
+    def run(self, kernel: Callable[..., Any], arguments: tuple[Any, ...], helpers: int, joins: bool) -> None:
+        self.last.wait()
         job = _Job(self.job.number + 1, kernel, arguments, helpers)
+        is_through = False
         try:
             self._announce(job)
             kernel(*arguments)
+            is_through = joins
         finally:
-            job.finish(helpers)
-        if job.errors:
+            job.close(helpers)
+            if is_through:
+                self.last = job
+            else:
+                job.wait()
+        if job.errors and not joins:
             raise job.errors[0]
 
     def stop(self) -> None:

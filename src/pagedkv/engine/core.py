@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pagedkv.control.types import CacheStats
@@ -33,14 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("pagedkv")
 
-_COUNTED = (
-    "finished_requests",
-    "aborted_requests",
-    "generation_tokens",
-    "draft_tokens",
-    "accepted_tokens",
-    "steps",
-)
+_COUNTED = ("finished_requests", "aborted_requests", "generation_tokens", "draft_tokens", "accepted_tokens", "steps")
 
 
 class PinnedPrefix(NamedTuple):
@@ -241,7 +234,7 @@ class EngineCore:
         try:
             logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
-            with torch_alone():
+            with torch_alone() if output.needs_torch else nullcontext():
                 output.sample(logits, self._sampler)
                 sampled = time.perf_counter()
                 touched = output.apply()
@@ -467,6 +460,13 @@ class StepOutput:
             drafts = chunk.drafts.tolist()
             self._rows += [row.ahead(drafts[: i + 1]) for i in range(len(drafts))]
             self._places += range(place + 1, place + 1 + len(drafts))
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether more happens to the logits than that each row's token is the likeliest."""
+        if self._scored or self._beams or len(self._rows) != len(self._batch.chunks):
+            return True
+        return any([row.works or row.params.logprobs is not None for row in self._rows])
 
     def sample(self, logits: Any, sampler: Any) -> None:
         """Choose a token for every row; nothing has changed if this fails."""

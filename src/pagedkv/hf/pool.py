@@ -16,6 +16,7 @@ from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.control.sequence_table import find_row
 from pagedkv.data.call import Batch
+from pagedkv.data.gpu_device import require_slots
 from pagedkv.data.storage import KvStorage
 from pagedkv.errors import bad_argument
 from pagedkv.format import format_bytes
@@ -59,7 +60,11 @@ class ModelKvCache(PagedKvCache):
     def checked(self, plan: BatchPlan) -> tuple[Batch, Ids]:
         """Return the arrays of a plan and its slots, after seeing that it is of now and names nothing outside."""
         self._finish_what_was_interrupted()
-        slots = self._slot_index(plan).slots.numpy()
+        self._require_fresh_now(plan)
+        slots = plan.slot_mapping
+        if slots.dtype != np.int64 or slots.ndim != 1:
+            raise bad_argument("slot_mapping", "int64 [total_tokens]", f"{slots.dtype} {list(slots.shape)}")
+        require_slots(slots, self.total_blocks * self.block_size)
         batch = self._batch_of(plan)
         assert isinstance(batch, Batch)  # a BatchPlan has no other
         batch.check(self.total_blocks, self.block_size)

@@ -477,9 +477,9 @@ class ModelRunner:
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
         positions = self._positions(plan) if plan.num_dropped.any() else plan.positions.copy()
+        if self._compiled is not None:
+            return self._compiled.forward(plan, ids, positions, rows)
         with torch.no_grad():
-            if self._compiled is not None:
-                return self._compiled.forward(plan, ids, positions, rows)
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
