@@ -24,6 +24,7 @@ LONG = {
     "pagedkv.data.cpu_kernels": "one compile unit: the items of a call, and what is put together of their tiles",
     "pagedkv.data.simd_products": "one kind of thing: products that keep their sums in registers",
     "pagedkv.data.gpu_kernels": "one compile unit: Triton inlines what a kernel calls from its own module",
+    "pagedkv.hf.runner": "the runner and its three ways to run a model: compiled, ragged and gather",
     "pagedkv.sim.report.charts": "the charts of the report over one canvas",
 }
 

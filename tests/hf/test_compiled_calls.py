@@ -63,6 +63,19 @@ def test_rows_of_a_text_longer_than_a_pass(monkeypatch):
     assert distance(runner.forward(plan, text, rows), expected) < 1e-4
 
 
+@pytest.mark.parametrize("rows", [[], [29], [3, 5], [3, 1, 2], [5, 5]])
+@pytest.mark.parametrize("mode", ["compiled", "ragged"])
+def test_logits_in_place_are_the_same(rows, mode, monkeypatch):
+    monkeypatch.setattr(forward, "KEPT_LOGITS", 2 * VOCAB)
+    runner = load_runner(tiny("llama"), num_blocks=100, block_size=4, mode=mode)
+    plan = planned(runner)
+    expected = runner.forward(plan, TEXT, np.array(rows, np.int64))
+    got = runner.forward_in_place(plan, TEXT, np.array(rows, np.int64))
+    assert torch.equal(torch.as_tensor(got), expected)
+    runner.forward(plan, TEXT, [0])
+    assert torch.equal(torch.as_tensor(got), expected)  # what has a tensor of its own leaves them alone
+
+
 def test_an_empty_batch_has_no_logits():
     runner = runner_of("llama")
     runner.cache.allocate(1, 0)

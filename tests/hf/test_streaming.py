@@ -332,9 +332,7 @@ def test_a_failed_pass_changes_nothing(fed, mode, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         if mode == "compiled":  # modules are not called, and hooks on them refused
-            patched.setattr(
-                forward, "run_in_threads", lambda kernel, arguments, *_, **__: fail(kernel(*arguments))
-            )
+            patched.setattr(forward, "run_in_threads", lambda kernel, arguments, *_, **__: fail(kernel(*arguments)))
         else:
             patched.setattr(model.model.layers[1], "forward", fail)
         session.feed([5])

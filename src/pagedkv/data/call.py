@@ -113,6 +113,14 @@ class Batch:
         """Block tables, lengths, cumulative query tokens and holes."""
         return self.block_tables, self.seq_lens, self.cu_seqlens_q, self.holes
 
+    def window(self, first: int, last: int) -> Batch:
+        """Return the sequences with query tokens in ``[first, last)``, with these alone, and their lengths by then."""
+        begins, ends = self.cu_seqlens_q[:-1], self.cu_seqlens_q[1:]
+        rows = np.flatnonzero((begins < last) & (ends > first) & (begins < ends))
+        lens = self.seq_lens[rows] - (ends[rows] - np.minimum(ends[rows], last))
+        cuts = np.append(np.maximum(begins[rows], first), last) - first
+        return Batch(self.block_tables[rows], lens.astype(np.int32), cuts.astype(np.int32), self.holes[rows])
+
     def check(self, num_blocks: int, block_size: int) -> None:
         """Refuse arrays that do not fit each other or a pool; a batch that was checked for it is not checked again."""
         if self.checked_for == (num_blocks, block_size):

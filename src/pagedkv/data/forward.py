@@ -36,6 +36,8 @@ SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
 MIN_ANGLES = 2048
+KEPT_LOGITS = 1 << 19
+"""Numbers: 2 MiB."""
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
 
 
@@ -446,20 +448,19 @@ class Forward:
         self._floats_at = self._floats.ctypes.data
         # Two of each: threads may still look at those of the pass before this one.
         self._counters = np.zeros((2, LINE * (1 + MOST_RUNS) * (len(program.phases) - 1)), np.int64)
-        self._angles = np.zeros(LANES, np.float32)
-        self._num_angles = 0
+        self._angles, self._num_angles = np.zeros(LANES, np.float32), 0
         # For each kind of layers the rules and the shape of attention, and how large its partials are.
         self._sets = [
             (Rules(np.float32(1), np.float32(0), True, window), shape, partial_size(shape.v_head_dim))
             for shape, window in program.sets
         ]
-        self._fewest_heads = min(shape.num_kv_heads for shape, _ in program.sets)
-        self._set_counters = np.zeros((2, len(program.decoder.layers), 0), np.int64)
-        self._side = 0
+        self._set_counters, self._side = np.zeros((2, len(program.decoder.layers), 0), np.int64), 0
         self._partials = np.zeros(0, np.float32)
         self._routes = np.zeros(1 + program.most_experts + 2 * program.most_pairs, np.int64)
         self._shares = np.zeros(program.most_pairs, np.float32)
         self._vocab_size = len(decoder.head.weight)
+        self._logits = torch.empty(KEPT_LOGITS, dtype=torch.float32, device="cpu").numpy()
+        self._logits_at = self._logits.ctypes.data
 
     def __call__(self, batch: Batch, slots: Ints, ids: Ints, positions: Ints, wanted: Ints) -> Tensor:
         """Write K and V of a ragged batch and return some logits.
@@ -484,23 +485,33 @@ class Forward:
         InvalidOperation
             If a position is negative, or beyond the learned ones; nothing is written.
         """
-        program, total = self._program, len(ids)
-        self._require_positions(positions, total)
         places: Ints | None = None
-        if len(wanted) > 1 and not (wanted[1:] > wanted[:-1]).all():
+        if not _is_increasing(wanted):
             wanted, places = np.unique(wanted, return_inverse=True)
         logits = torch.empty(len(wanted), self._vocab_size, dtype=torch.float32, device="cpu")
-        if total <= program.max_rows:
-            self._run(batch, ids, positions, slots, wanted, logits, 0)
-        else:
-            done = 0
-            for first in range(0, total, program.max_rows):
-                last = min(total, first + program.max_rows)
-                low, high = np.searchsorted(wanted, (first, last)).tolist()
-                part, span = _window(batch, first, last), slice(first, last)
-                self._run(part, ids[span], positions[span], slots[span], wanted[low:high] - first, logits, done)
-                done += high - low
+        self._write(batch, slots, ids, positions, wanted, logits.data_ptr())
         return logits if places is None else logits[torch.from_numpy(places)]
+
+    def in_place(self, batch: Batch, slots: Ints, ids: Ints, positions: Ints, wanted: Ints) -> Floats:
+        """Return an array of logits instead: a few of them are where those of the last such call were."""
+        if len(wanted) * self._vocab_size > self._logits.size or not _is_increasing(wanted):
+            return self(batch, slots, ids, positions, wanted).numpy()
+        self._write(batch, slots, ids, positions, wanted, self._logits_at)
+        return self._logits[: len(wanted) * self._vocab_size].reshape(len(wanted), self._vocab_size)
+
+    def _write(self, batch: Batch, slots: Ints, ids: Ints, positions: Ints, wanted: Ints, logits_at: int) -> None:
+        """Write K and V, and the logits of tokens in their order from an address on."""
+        total, most, done = len(ids), self._program.max_rows, 0
+        self._require_positions(positions, total)
+        if total <= most:
+            self._run(batch, ids, positions, slots, wanted, logits_at)
+            return
+        for first in range(0, total, most):
+            last = min(total, first + most)
+            low, high = np.searchsorted(wanted, (first, last)).tolist()
+            part, span, at = batch.window(first, last), slice(first, last), logits_at + 4 * done * self._vocab_size
+            self._run(part, ids[span], positions[span], slots[span], wanted[low:high] - first, at)
+            done += high - low
 
     def _require_positions(self, positions: Ints, count: int) -> None:
         """Refuse positions that no table has; have cosines and sines for all others."""
@@ -530,9 +541,7 @@ class Forward:
         for operation, rope_number in program.rope_operations:
             program.operations[operation]["rope"] = starts[rope_number]
 
-    def _run(
-        self, batch: Batch, ids: Ints, positions: Ints, slots: Ints, picked: Ints, logits: Tensor, row: int
-    ) -> None:
+    def _run(self, batch: Batch, ids: Ints, positions: Ints, slots: Ints, picked: Ints, logits_at: int) -> None:
         program, threads = self._program, num_threads()
         plans = tuple([plan_items(*batch.arrays, rules, shape) for rules, shape, _ in self._sets])
         size = max([plan.num_partials * kind[2] for plan, kind in zip(plans, self._sets, strict=True)])
@@ -562,7 +571,7 @@ class Forward:
             self._acts,
             self._like,
             program.memory,
-            (logits.data_ptr() - self._floats_at) // 4 + row * self._vocab_size,
+            (logits_at - self._floats_at) // 4,
             plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
             self._num_parts(plans, threads),
             set_counters,
@@ -582,13 +591,8 @@ class Forward:
             return 1
         fewest = min([max(1, len(plan.items)) for plan in plans])
         wanted = LONG_ITEMS if any([plan.items[:, ITEM.is_whole].any() for plan in plans]) else SHORT_ITEMS
-        return min(self._fewest_heads, -(-wanted * threads // fewest))
+        return min(*[shape.num_kv_heads for _, shape, _ in self._sets], -(-wanted * threads // fewest))
 
 
-def _window(batch: Batch, first: int, last: int) -> Batch:
-    """Return the sequences that have query tokens in ``[first, last)``, with these alone, and their lengths by then."""
-    begins, ends = batch.cu_seqlens_q[:-1], batch.cu_seqlens_q[1:]
-    rows = np.flatnonzero((begins < last) & (ends > first) & (begins < ends))
-    lens = batch.seq_lens[rows] - (ends[rows] - np.minimum(ends[rows], last))
-    cuts = np.append(np.maximum(begins[rows], first), last) - first
-    return Batch(batch.block_tables[rows], lens.astype(np.int32), cuts.astype(np.int32), batch.holes[rows])
+def _is_increasing(numbers: Ints) -> bool:
+    return len(numbers) < 2 or bool((numbers[1:] > numbers[:-1]).all())

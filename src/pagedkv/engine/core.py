@@ -105,7 +105,8 @@ class EngineCore:
             weights=tenant_weights,
             ladder=ladder,
         )
-        self._sampler = Sampler() if sampler is None else sampler
+        self._sampler, self.has_own_sampler = sampler or Sampler(), sampler is not None
+        self._forward_in_place = getattr(runner, "forward_in_place", runner.forward)
         self.grammars = Grammars(tokenizer, runner.vocab_size, self.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -209,10 +210,7 @@ class EngineCore:
         return self._ended(request)
 
     def step(self) -> list[RequestOutput]:
-        """Make one forward pass and return what it brought, in the order of arrival.
-
-        If the runner or the sampler raises, the step never was: every text goes on from where it stood.
-        """
+        """Make one forward pass and return what it brought, in the order of arrival; errors as in `advance`."""
         return [OutputDraft(request).output() for request in self.advance()]
 
     def advance(self) -> list[Request]:
@@ -232,7 +230,8 @@ class EngineCore:
         output = StepOutput(batch, self)
         scheduled = time.perf_counter()
         try:
-            logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
+            forward = self.runner.forward if output.needs_torch else self._forward_in_place
+            logits = forward(batch.plan, batch.token_ids, batch.wanted)
             computed = time.perf_counter()
             with torch_alone() if output.needs_torch else nullcontext():
                 output.sample(logits, self._sampler)
@@ -464,7 +463,7 @@ class StepOutput:
     @property
     def needs_torch(self) -> bool:
         """Whether more happens to the logits than that each row's token is the likeliest."""
-        if self._scored or self._beams or len(self._rows) != len(self._batch.chunks):
+        if self._scored or self._beams or len(self._rows) != len(self._batch.chunks) or self._core.has_own_sampler:
             return True
         return any([row.works or row.params.logprobs is not None for row in self._rows])
 

@@ -282,13 +282,13 @@ class Sampler:
     steps before it matter.
     """
 
-    def sample(self, logits: Tensor, rows: Sequence[SampleRow]) -> SampleResult:
+    def sample(self, logits: Tensor | Logits, rows: Sequence[SampleRow]) -> SampleResult:
         """Choose one token a row. Changes neither logits nor rows: tell the rows with :meth:`SampleRow.accept`.
 
         Parameters
         ----------
         logits : float [k, vocab]
-            As the model gave them; -inf is a token that the model rules out.
+            As the model gave them; -inf is a token that the model rules out. A float32 array is as good as a tensor.
         rows : sequence of SampleRow
             k.
 
@@ -303,7 +303,7 @@ class Sampler:
         InvalidOperation
             Not one row of logits a row.
         """
-        if logits.dim() != 2 or logits.shape[0] != len(rows):
+        if logits.ndim != 2 or logits.shape[0] != len(rows):
             raise bad_argument("logits", f"[{len(rows)}, vocab]", f"{list(logits.shape)}")
         if not rows:
             return SampleResult(np.empty(0, np.int64), None)
@@ -311,6 +311,10 @@ class Sampler:
         if not finite:
             raise _not_finite(best, rows)
         work = [row.works for row in rows]
+        if isinstance(logits, np.ndarray):
+            if not any([row.works or row.params.logprobs is not None for row in rows]):
+                return SampleResult(tokens, None)
+            logits = torch.from_numpy(logits)
         if all(work):
             tokens = _worked(logits, best, tokens, rows)
         elif any(work):
@@ -320,13 +324,18 @@ class Sampler:
         return SampleResult(tokens, _logprobs(logits, rows, tokens))
 
 
-def _likeliest(logits: Tensor) -> tuple[Logits, Ids, bool]:
+def _likeliest(logits: Tensor | Logits) -> tuple[Logits, Ids, bool]:
     """Return the highest logit of each row, the lowest id that has it, and whether all of them are finite."""
+    if isinstance(logits, np.ndarray):
+        return _likeliest_of_array(logits)
     if logits.device.type != "cpu" or logits.dtype != torch.float32:
         values, chosen = logits.max(dim=-1)
         best: Logits = values.to("cpu", torch.float32).numpy()
         return best, chosen.cpu().numpy(), bool(np.isfinite(best).all())
-    arrays = logits.contiguous().numpy()
+    return _likeliest_of_array(logits.contiguous().numpy())
+
+
+def _likeliest_of_array(arrays: Logits) -> tuple[Logits, Ids, bool]:
     best, tokens = np.empty(len(arrays), np.float32), np.empty(len(arrays), np.int64)
     finite = likeliest(arrays, arrays.view(np.int32), best, best.view(np.int32), tokens)
     return best, tokens, finite

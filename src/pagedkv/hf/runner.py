@@ -16,6 +16,7 @@ from torch.nn import Linear, functional
 
 from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
+from pagedkv.data.call import Batch
 from pagedkv.data.decoder import Decoder
 from pagedkv.data.forward import Forward
 from pagedkv.data.huge_pages import MappedFiles
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 # the plan of the step.
 
 Slots = npt.NDArray[np.int64]
+Logits = npt.NDArray[np.float32]
 
 
 def forward_cache(stock: list[Any], paged: set[int], store: LayerStore) -> Cache:
@@ -261,6 +263,15 @@ class CompiledModel:
 
     def forward(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Tensor:
         """Write K and V of the query tokens of a plan and return the logits of some of them, float32."""
+        forward, batch, slots = self._prepared(plan, positions)
+        return forward(batch, slots, ids, positions, rows)
+
+    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Logits:
+        """Do the same; the logits are an array that the next call may write anew."""
+        forward, batch, slots = self._prepared(plan, positions)
+        return forward.in_place(batch, slots, ids, positions, rows)
+
+    def _prepared(self, plan: BatchPlan, positions: Ids) -> tuple[Forward, Batch, Ids]:
         batch, slots = self._cache.checked(plan)
         longest = int((plan.seq_lens + plan.num_dropped).max())
         if positions.size and int(positions.max()) >= longest:
@@ -270,7 +281,7 @@ class CompiledModel:
             decoder = self._take_up()
             if self._forward is None:
                 self._forward = self._made(decoder)
-        return self._forward(batch, slots, ids, positions, rows)
+        return self._forward, batch, slots
 
     def _made(self, decoder: Decoder) -> Forward:
         if len(decoder.embedding) < self._vocab_size:
@@ -476,19 +487,33 @@ class ModelRunner:
         ids, rows = self._checked(plan, token_ids, wanted)
         if not len(ids):
             return torch.empty(0, self.vocab_size, device=self.model.device)
-        positions = self._positions(plan) if plan.num_dropped.any() else plan.positions.copy()
+        positions = self._positions(plan)
         if self._compiled is not None:
             return self._compiled.forward(plan, ids, positions, rows)
+        positions = positions.copy()  # torch wants arrays that it may write
         with torch.no_grad():
             if self.mode == "ragged":
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
 
+    def forward_in_place(self, plan: BatchPlan, token_ids: TokenIds, wanted: Ints) -> Tensor | Logits:
+        """Do as `forward` for one who is done with the logits before the next call.
+
+        In compiled mode they are an array, and where they are few they lie where those of the last call did: a step of
+        one sequence does without torch.
+        """
+        if self._compiled is None or not plan.total_tokens:
+            return self.forward(plan, token_ids, wanted)
+        ids, rows = self._checked(plan, token_ids, wanted)
+        return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows)
+
     def _positions(self, plan: BatchPlan) -> Ids:
-        """Return the rotary positions of the query tokens of a plan whose sequences have dropped some.
+        """Return the rotary positions of the query tokens of a plan, whose sequences may have dropped some.
 
         Where no query could see them, nothing has changed by that.
         """
+        if not plan.num_dropped.any():
+            return plan.positions
         dropped = plan.num_dropped
         past = plan.seq_lens - plan.num_query_tokens
         unseen = (plan.holes[:, 0] == 0) & (past >= self.window - 1) if self.window else np.zeros(len(dropped), bool)
