@@ -8,6 +8,8 @@ FLEET  := .venv-fleet
 VLLM   := build/vllm
 # A faster mirror or a CPU-only build: make test TORCH_FLAGS='--extra-index-url https://download.pytorch.org/whl/cpu'
 TORCH_FLAGS ?=
+# Processes that run the tests: each takes up to 3 GB.
+JOBS   ?= 2
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 # Without the theme's word about its successor.
@@ -53,9 +55,9 @@ chat: $(STAMP) ## chat with SmolLM2-135M-Instruct, which is fetched once (93 MB 
 	echo "==> pagedkv chat $$model"; \
 	$(BIN)/pagedkv chat "$$model"
 
-test: check ## lint, types and the tests (a few minutes)
+test: check ## lint, types and the tests (a quarter of an hour on two cores)
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as plain Python, and more
 	@echo "==> pytest -m slow"
