@@ -18,6 +18,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from pagedkv import InvalidOperation, SequenceNotFound
 from pagedkv.data import forward
+from pagedkv.engine import SamplingParams
+from pagedkv.engine.core import EngineCore
+from pagedkv.engine.request import Request
+from pagedkv.engine.sampler import Sampler
 from pagedkv.hf import ModelRunner, load_runner
 from pagedkv.hf.pool import ModelKvCache
 
@@ -74,6 +78,23 @@ def test_logits_in_place_are_the_same(rows, mode, monkeypatch):
     assert torch.equal(torch.as_tensor(got), expected)
     runner.forward(plan, TEXT, [0])
     assert torch.equal(torch.as_tensor(got), expected)  # what has a tensor of its own leaves them alone
+
+
+@pytest.mark.parametrize(("given", "kind"), [(None, np.ndarray), (Sampler(), torch.Tensor)])
+def test_a_sampler_of_ones_own_is_given_tensors(given, kind, monkeypatch):
+    kinds, sample = set(), Sampler.sample
+
+    def noted(self: Sampler, logits: Any, rows: Any) -> Any:
+        kinds.add(isinstance(logits, kind))
+        return sample(self, logits, rows)
+
+    monkeypatch.setattr(Sampler, "sample", noted)
+    core = EngineCore(runner_of("llama"), sampler=given)
+    params = SamplingParams(temperature=0.0, max_tokens=5)
+    core.add(Request(request_id="a", prompt_token_ids=TEXT.numpy(), params=params))
+    while core.has_work:
+        core.step()
+    assert kinds == {True}
 
 
 def test_an_empty_batch_has_no_logits():

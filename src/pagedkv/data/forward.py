@@ -36,9 +36,9 @@ SHORT_ITEMS, LONG_ITEMS = 4, 32
 """Items of attention that a thread should find, of sequences that are cut by positions or by queries: one of the latter
 takes up to a millisecond, and threads wait for the last one."""
 MIN_ANGLES = 2048
-KEPT_LOGITS = 1 << 19
-"""Numbers: 2 MiB."""
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
+KEPT_LOGITS = 1 << 19
+"""Up to so many numbers are logits in place: 2 MiB."""
 
 
 def _round_up(size: int) -> int:

@@ -17,7 +17,7 @@ from pagedkv.engine.beam_steps import advance_beams, begin_beams
 from pagedkv.engine.output import OutputDraft
 from pagedkv.engine.request import Request, RequestOutput, Sequence, prepare, refuse_what_never_fits
 from pagedkv.engine.runner import Runner
-from pagedkv.engine.sampler import Sampler, SampleRow, random_seed, token_logprobs
+from pagedkv.engine.sampler import Sampler, SampleRow, are_likeliest, random_seed, token_logprobs
 from pagedkv.engine.scheduler import Scheduler
 from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
 from pagedkv.engine.text import Ending, OutputText
@@ -105,7 +105,7 @@ class EngineCore:
             weights=tenant_weights,
             ladder=ladder,
         )
-        self._sampler, self.has_own_sampler = sampler or Sampler(), sampler is not None
+        self._sampler, self.has_own_sampler = Sampler() if sampler is None else sampler, sampler is not None
         self._forward_in_place = getattr(runner, "forward_in_place", runner.forward)
         self.grammars = Grammars(tokenizer, runner.vocab_size, self.eos_token_ids)
         self._requests: dict[str, Request] = {}
@@ -465,7 +465,7 @@ class StepOutput:
         """Whether more happens to the logits than that each row's token is the likeliest."""
         if self._scored or self._beams or len(self._rows) != len(self._batch.chunks) or self._core.has_own_sampler:
             return True
-        return any([row.works or row.params.logprobs is not None for row in self._rows])
+        return not are_likeliest(self._rows)
 
     def sample(self, logits: Any, sampler: Any) -> None:
         """Choose a token for every row; nothing has changed if this fails."""

@@ -312,7 +312,7 @@ class Sampler:
             raise _not_finite(best, rows)
         work = [row.works for row in rows]
         if isinstance(logits, np.ndarray):
-            if not any([row.works or row.params.logprobs is not None for row in rows]):
+            if are_likeliest(rows):
                 return SampleResult(tokens, None)
             logits = torch.from_numpy(logits)
         if all(work):
@@ -322,6 +322,11 @@ class Sampler:
             chosen = logits[torch.as_tensor(few, device=logits.device)]
             tokens[few] = _worked(chosen, best[few], tokens[few], list(compress(rows, work)))
         return SampleResult(tokens, _logprobs(logits, rows, tokens))
+
+
+def are_likeliest(rows: Sequence[SampleRow]) -> bool:
+    """Tell whether each row's token is the likeliest, and nobody asks how likely."""
+    return not any([row.works or row.params.logprobs is not None for row in rows])
 
 
 def _likeliest(logits: Tensor | Logits) -> tuple[Logits, Ids, bool]:
