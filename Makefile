@@ -57,7 +57,7 @@ chat: $(STAMP) ## chat with SmolLM2-135M-Instruct, which is fetched once (93 MB 
 
 test: check ## lint, types and the tests (a quarter of an hour on two cores)
 	@echo "==> pytest"
-	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 test-slow: $(STAMP) ## the long tests: a million random steps, compiled and as plain Python, and more
 	@echo "==> pytest -m slow"

@@ -44,10 +44,12 @@ async def settled(engine):
 
 def run_with(test, **options):
     async def whole():
+        others = set(threading.enumerate())
         engine = new_engine(**options)
         await test(engine)
         await engine.shutdown()
-        assert not engine.is_alive and not any(t.name == "pagedkv-engine" for t in threading.enumerate())
+        left = [thread for thread in threading.enumerate() if thread not in others]
+        assert not engine.is_alive and not any(thread.name == "pagedkv-engine" for thread in left)
 
     asyncio.run(asyncio.wait_for(whole(), 240))
 
