@@ -106,9 +106,7 @@ def test_64_requests_of_every_family_under_pressure(name, max_batch_tokens, pref
     llm = LLM(model, num_blocks=30, block_size=4, max_batch_tokens=max_batch_tokens, prefix_caching=prefix_caching)
     outputs = llm.generate(prompts, [SamplingParams(max_tokens=n, ignore_eos=True) for n in lengths])
     assert texts(outputs) == tokens
-    # Where all layers have a window blocks behind it are given back, and nobody has to go.
-    stats = llm.core.stats()
-    assert stats.num_preemptions > 0 or max_batch_tokens < 64 or llm.core.runner.window is not None
+    assert llm.core.stats().num_preemptions > 0 or max_batch_tokens < 64
     settled(llm)
 
 
