@@ -167,8 +167,6 @@ def parse_ids(name: str, token_ids: Any) -> npt.NDArray[np.int64]:
 
 def parse_batch_tokens(tokens: Any, counts: Any, n: int) -> BatchTokens:
     """Read what each of `n` sequences is to store: ids (flat: one each; ``[n, k]``; or lists), or how many tokens."""
-    if type(tokens) is np.ndarray and tokens.ndim == 1 and len(tokens) == n and counts is None:
-        return BatchTokens(equal_counts(1, n), _id_array("tokens", tokens), True)
     if tokens is None:
         if counts is None or type(counts) is int:
             return _one_count(1 if counts is None else counts, n)

@@ -310,11 +310,9 @@ class Sampler:
         best, tokens, finite = _likeliest(logits)
         if not finite:
             raise _not_finite(best, rows)
-        work = [row.works for row in rows]
-        if isinstance(logits, np.ndarray):
-            if are_likeliest(rows):
-                return SampleResult(tokens, None)
-            logits = torch.from_numpy(logits)
+        if are_likeliest(rows):
+            return SampleResult(tokens, None)
+        logits, work = torch.as_tensor(logits), [row.works for row in rows]
         if all(work):
             tokens = _worked(logits, best, tokens, rows)
         elif any(work):
