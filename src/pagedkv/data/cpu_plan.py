@@ -7,6 +7,7 @@ softmax for each piece, see ``cpu_kernels``, and it may go on from that of anoth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -226,6 +227,43 @@ def _cut(seq_lens: Array, cu_seqlens_q: Array, rules: Rules, shape: Shape) -> tu
                 num_partials += num_splits * quads_of(num_queries, shape) * shape.num_kv_heads
             p += 1
     return pieces, num_partials
+
+
+# Passes that follow each other: each row is one token, and sees one position more in each.
+
+
+def room_for_passes(positions: Ints, slots: Ints, block_size: int, windows: Sequence[int]) -> int:
+    """Return how many passes follow by one plan, whose sequences have a query token each: as long as it needs no other
+    block, and begins and ends within the same tiles.
+
+    Parameters
+    ----------
+    positions, slots : int64 [n]
+        Of the tokens, where nothing was dropped.
+    block_size : int
+    windows : sequence of int
+        Of the kinds of layers.
+    """
+    room = min(int((block_size - 1 - slots % block_size).min()), int((TILE - 1 - positions % TILE).min()))
+    for window in windows:
+        room = min(room, int((TILE - 1 - (positions - window + 1) % TILE).min()))
+    return room
+
+
+@inlined
+def see_one_more(plan: Plan, query: int) -> None:
+    """Let a query token, the only one of its sequence, stand one position further on, and see that, too."""
+    items, pieces = plan.items, plan.pieces
+    for p in range(len(pieces)):
+        if pieces[p, PIECE.first_query] != query:
+            continue
+        end = pieces[p, PIECE.end]
+        for i in range(len(items)):  # of those of several pieces none ends within a tile
+            is_its_last = plan.members[items[i, ITEM.first_member]] == p and items[i, ITEM.end] == end
+            if is_its_last and items[i, ITEM.num_members] == 1:
+                items[i, ITEM.end] = end + 1
+        pieces[p, PIECE.end] = end + 1
+        pieces[p, PIECE.position] += 1
 
 
 # What sequences have in common. Their tables are walked as the paths of a tree: members that have one block after

@@ -7,6 +7,9 @@ one for each thread, which takes them in order by an atomic counter and then tho
 read as one stream. A thread that finds none left waits until those that have begun are through, so no thread waits for
 one that never came. An item is computed by one thread in one order, and an element of a row depends on that row alone:
 how many rows and threads there are changes no bit.
+
+A call may be several passes, each of which computes the likeliest tokens of the one before it: between two of them no
+thread leaves the call.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.data.cpu_kernels import Bases, aligned, attend_items
-from pagedkv.data.cpu_plan import Rules, Shape
+from pagedkv.data.cpu_plan import Rules, Shape, see_one_more
 from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.forward_products import (
     ADDED,
@@ -40,6 +43,7 @@ from pagedkv.data.forward_products import (
 )
 from pagedkv.data.simd import (
     add,
+    any_greater,
     fetch_add,
     fma,
     load,
@@ -68,7 +72,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP = range(9)
+EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP, NEXT = range(10)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
@@ -132,10 +136,12 @@ def _num_items(operation: Any, rows: int, routes: Ints) -> int:
 def run_program(
     counters: Ints,
     num_runs: int,
+    num_passes: int,
     phases: Ints,
     operations: Array,
     num_rows: int,
     ids: Ints,
+    ends: Ints,
     positions: Ints,
     slots: Ints,
     picked: Ints,
@@ -162,16 +168,23 @@ def run_program(
 
     Parameters
     ----------
-    counters : int64 [phases * (1 + num_runs) * LINE]
+    counters : int64 [num_passes * phases * (1 + num_runs) * LINE]
         Zeros.
     num_runs : int
         Into how many runs the items of a phase are cut.
+    num_passes : int
+        In each one after the first every row is the likeliest token after that of the pass before, which all rows want
+        the logits of, in the next slot; see `room_for_passes`.
     phases : int64 [phases + 1]
-        The first operation of each phase.
+        The first operation of each phase; the last phase ends a pass that is followed by another one.
     operations : OPERATION [n]
     num_rows : int
-    ids, positions, slots : int64 [num_rows]
-        Token ids, positions, and the slots of K and V.
+    ids : int64 [num_passes * num_rows]
+        Token ids of the first pass; those of the others are found, negative ones from where no pass follows.
+    ends : int64 [any]
+        Tokens after which no pass follows.
+    positions, slots : int64 [num_rows]
+        Positions, and the slots of K and V.
     picked : int64 [k]
         The rows whose logits are wanted.
     weights, constants, angles : arrays
@@ -183,9 +196,10 @@ def run_program(
     memory : array
         K and V of all layers as one array.
     logits : int
-        Where the logits of the first picked row go, from the first element of `floats`.
+        Where the logits of the first picked row go, from the first element of `floats`; those of a pass follow each
+        other, and the passes.
     sets : tuple of Plan
-        What attention has to do, for each kind of layers.
+        What attention has to do, for each kind of layers. Plans of several passes grow.
     places : int64 [any]
         Of the weights, biases and factors of experts.
     routes, shares : int64 and float32 arrays
@@ -195,6 +209,7 @@ def run_program(
     phases = borrowed(phases)
     operations = borrowed(operations)
     ids = borrowed(ids)
+    ends = borrowed(ends)
     positions = borrowed(positions)
     slots = borrowed(slots)
     picked = borrowed(picked)
@@ -213,18 +228,23 @@ def run_program(
     shares = borrowed(shares)
     block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
     copy = aligned(copy_size(operations), acts)
-    lines = LINE * (1 + num_runs)
+    lines, num_phases = LINE * (1 + num_runs), len(phases) - 1
+    num_layers = len(set_counters) // num_passes
+    num_logits = len(picked) * operations[phases[num_phases - 1]].source_width
     # A thread takes its first item of the next phase before it waits for the end of this one, so that it knows what it
     # will read; it counts as one that began by then, so nobody leaves that phase before the item is done.
     run = fetch_add(counters, 0, 1) % num_runs
     item = -1
-    for phase in range(len(phases) - 1):
-        line = phase * lines
+    for turn in range(num_passes * num_phases - 1):
+        step, phase = turn // num_phases, turn % num_phases
+        line = turn * lines
+        if phase == 0 and _has_ended(ids, step * num_rows, num_rows):
+            return
         first, last = phases[phase], phases[phase + 1]
         if operations[first].code == ATTEND:
             operation = operations[first]
             attend_items(
-                set_counters[operation.layer],
+                set_counters[step * num_layers + operation.layer],
                 num_parts,
                 sets[operation.set],
                 partials,
@@ -308,7 +328,7 @@ def run_program(
                             )
                         _activate(operation, tile, block, apart, acts)
                     else:
-                        target = operation.target if operation.target >= 0 else logits
+                        target = operation.target if operation.target >= 0 else logits + step * num_logits
                         apart = operation.target_width
                         multiply(
                             operation,
@@ -333,19 +353,33 @@ def run_program(
                     if operation.code == NORM:
                         _norm(operation, begin, end, picked, floats, constants, acts)
                     elif operation.code == HEADS:
-                        _heads(operation, begin, end, positions, slots, floats, constants, angles, memory, block_size)
+                        _heads(
+                            operation, begin, end, step, positions, slots, floats, constants, angles, memory, block_size
+                        )
                     elif operation.code == CAP:
-                        _cap(operation, begin, end, floats, logits)
+                        _cap(operation, begin, end, floats, logits + step * num_logits)
+                    elif operation.code == NEXT:
+                        _choose_next(
+                            operation,
+                            begin,
+                            end,
+                            floats,
+                            logits + step * num_logits,
+                            ids,
+                            (step + 1) * num_rows,
+                            ends,
+                            sets,
+                        )
                     elif operation.code == COMBINE:
                         _combine(operation, begin, end, floats, routes, shares)
                     else:
-                        _embed(operation, begin, end, ids, positions, weights, constants, floats)
+                        _embed(operation, begin, end, step, num_rows, ids, positions, weights, constants, floats)
                 item = _take(counters, line, run, num_runs, count)
         begin, end = NOWHERE, NOWHERE
         item = -1
-        if phase + 2 < len(phases):
+        if turn + 2 < num_passes * num_phases:
             fetch_add(counters, line + lines, 1)
-            if operations[last].code == LINEAR:
+            if phase + 1 < num_phases and operations[last].code == LINEAR:
                 after = phases[phase + 2]
                 count = _items_of_phase(operations, last, after, num_rows, len(picked), routes)
                 item = _take(counters, line + lines, run, num_runs, count)
@@ -447,7 +481,16 @@ def _rules(operation: Any) -> Rules:
 
 @called
 def _embed(
-    operation: Any, begin: int, end: int, ids: Ints, positions: Ints, weights: Array, constants: Floats, floats: Floats
+    operation: Any,
+    begin: int,
+    end: int,
+    step: int,
+    num_rows: int,
+    ids: Ints,
+    positions: Ints,
+    weights: Array,
+    constants: Floats,
+    floats: Floats,
 ) -> None:
     """Write the embeddings of tokens, scaled, and add learned positions."""
     ids = borrowed(ids)
@@ -457,21 +500,21 @@ def _embed(
     floats = borrowed(floats)
     size = operation.size_out
     for row in range(begin, end):
-        to = operation.target + row * operation.target_width
-        if ids[row] < operation.packed:
-            _take_packed(operation, ids[row], weights, floats, to)
+        to, token = operation.target + row * operation.target_width, ids[step * num_rows + row]
+        if token < operation.packed:
+            _take_packed(operation, token, weights, floats, to)
         factor = operation.scale
         if operation.factor >= 0:
-            factor *= constants[operation.factor + ids[row]]
-        at = operation.weight + ids[row] * operation.row_stride
+            factor *= constants[operation.factor + token]
+        at = operation.weight + token * operation.row_stride
         for i in range(0, size, LANES):
-            if ids[row] < operation.packed:
+            if token < operation.packed:
                 number = load(floats, to + i)
             else:
                 number = load(weights, at + i) if i + LANES <= size else load_part(weights, at + i, size - i)
             number = mul(number, splat(factor))
             if operation.learned >= 0:
-                place = operation.learned + (positions[row] + operation.position_offset) * size + i
+                place = operation.learned + (positions[row] + step + operation.position_offset) * size + i
                 number = add(number, load(constants, place))
             store(floats, to + i, number)
 
@@ -561,6 +604,44 @@ def _cap(operation: Any, begin: int, end: int, floats: Floats, logits: int) -> N
         for i in range(operation.size_out):
             number = take(floats, at + i) / operation.softcap
             put(floats, at + i, operation.softcap * np.float32(math.tanh(number)))
+
+
+@called
+def _choose_next(
+    operation: Any, begin: int, end: int, floats: Floats, logits: int, ids: Ints, next_ids: int, ends: Ints, sets: Any
+) -> None:
+    """Write the likeliest tokens of rows to ``ids[next_ids:]``, and let attention see one position more."""
+    floats = borrowed(floats)
+    ids = borrowed(ids)
+    ends = borrowed(ends)
+    for row in range(begin, end):
+        token = _likeliest(floats, logits + row * operation.source_width, operation.size_out)
+        for i in range(len(ends)):
+            if token == ends[i]:
+                token = -1
+        ids[next_ids + row] = token
+        for each in range(operation.set):
+            see_one_more(sets[each], row)
+
+
+@inlined
+def _has_ended(ids: Ints, first: int, count: int) -> bool:
+    for i in range(first, first + count):
+        if ids[i] < 0:
+            return True
+    return False
+
+
+@inlined
+def _likeliest(floats: Floats, at: int, size: int) -> int:
+    """Return the first of some numbers that no other one exceeds."""
+    highest, place, whole = np.float32(-np.inf), 0, size // LANES * LANES
+    for i in range(0, size, LANES):
+        if i == whole or any_greater(load(floats, at + i), splat(highest)):
+            for j in range(i, min(i + LANES, size)):
+                if take(floats, at + j) > highest:
+                    highest, place = take(floats, at + j), j
+    return place
 
 
 # A mixture of experts: pairs of a token and an expert, sorted by expert, so that each expert's weights are read once.
@@ -686,6 +767,7 @@ def _heads(
     operation: Any,
     begin: int,
     end: int,
+    step: int,
     positions: Ints,
     slots: Ints,
     floats: Floats,
@@ -717,8 +799,8 @@ def _heads(
                 _normalised(floats, head, length, operation.key_norm, operation.key_bias, operation, constants)
         if operation.rope >= 0:
             for head in range(query, value, dim):
-                _turned(floats, head, operation, positions[row], angles)
-        block, offset = slots[row] // block_size, slots[row] % block_size
+                _turned(floats, head, operation, positions[row] + step, angles)
+        block, offset = (slots[row] + step) // block_size, (slots[row] + step) % block_size
         for head in range(operation.num_kv_heads):
             to = operation.key_base + block * operation.key_block + offset * operation.key + head * operation.key_head
             _write(floats, key + head * dim, dim, memory, to)

@@ -193,6 +193,11 @@ class KvStorage:
         The backend is ``"triton"`` and it is not installed.
     OutOfMemory
         The device cannot give that much memory.
+
+    Attributes
+    ----------
+    num_writes : int
+        Grows with all that is written here, so that who computed with what was there can tell whether it still is.
     """
 
     def __init__(self, spec: KvCacheSpec, device: Device = "cpu", *, backend: MemoryBackend = "auto") -> None:
@@ -205,6 +210,7 @@ class KvStorage:
         self._dtype = torch_dtype(spec.dtype)
         self._is_hnd = spec.layout == "HND"
         self._num_slots = spec.num_blocks * spec.block_size
+        self.num_writes = 0
         self._pools: list[Pool] = []
         self._layers: list[tuple[LayerSide, LayerSide]] = []
         self._shapes: tuple[LayerSpec, ...] = ()
@@ -434,6 +440,7 @@ class KvStorage:
             they are quantised (on a CPU). Nothing is written.
         """
         key_side, value_side = self._layer(layer)
+        self.num_writes += 1
         index = self.slot_index(slot_mapping)
         new_keys = self._checked_tokens("keys", keys, len(index), key_side.token_shape)
         new_values = self._checked_tokens("values", values, len(index), value_side.token_shape)
@@ -448,6 +455,7 @@ class KvStorage:
 
     def write_keys(self, layer: int, keys: Tensor, slot_mapping: IntArray | SlotIndex) -> None:
         """Write keys over those that are there and leave the values, like :meth:`write`."""
+        self.num_writes += 1
         side, index = self._layer(layer)[0], self.slot_index(slot_mapping)
         side.write(*side.stored("keys", self._checked_tokens("keys", keys, len(index), side.token_shape)), index.places)
 
@@ -518,6 +526,7 @@ class KvStorage:
         if not len(pairs):
             return
         require_copies(pairs.numpy(), self._base.num_blocks)
+        self.num_writes += 1
         if self._uses_triton:
             for pool in self._pools:
                 _gpu_kernels().copy_blocks(pool.memory, pairs.numpy())
@@ -533,6 +542,7 @@ class KvStorage:
 
     def write_blocks(self, blocks: IntArray, contents: list[Tensor]) -> None:
         """Write what :meth:`read_blocks` returned to other blocks."""
+        self.num_writes += 1
         index = as_int64("blocks", blocks).to(self._device)
         for wide, rows in zip((wide for pool in self._pools for wide in pool.wide), contents, strict=True):
             wide.index_copy_(2, index, rows)

@@ -17,12 +17,11 @@ import numpy.typing as npt
 
 from pagedkv.control.events import CacheEvent
 from pagedkv.control.types import CacheStats, HotPrefix, KvBlock
-from pagedkv.engine.core import PinnedPrefix
 from pagedkv.engine.llm import LLM
 from pagedkv.engine.output import OutputDraft
 from pagedkv.engine.request import Request, RequestOutput
 from pagedkv.engine.sampling_params import SamplingParams
-from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats
+from pagedkv.engine.snapshot import NUM_PREFIXES, EngineSizes, EngineSnapshot, EngineStats, PinnedPrefix
 from pagedkv.engine.structured import Structured
 from pagedkv.engine.token_grammar import GrammarState
 from pagedkv.errors import EngineDead, PagedKvError

@@ -15,6 +15,8 @@ from pagedkv.engine.runner import Runner
 Ids = npt.NDArray[np.int64]
 
 NO_DRAFTS: Ids = np.empty(0, np.int64)
+MOST_AHEAD = 16
+"""Steps that are asked for ahead; how many are worth it is for the runner to say."""
 
 
 def is_scored(sequence: Sequence) -> bool:
@@ -96,6 +98,16 @@ class Batch:
     def num_prompt_tokens(self) -> int:
         """How many of the tokens are of prompts, or of what a preempted text had."""
         return sum(chunk.count for chunk in self.chunks if chunk.count > 1)
+
+    def steps_ahead(self) -> int:
+        """Return how many more steps have the same sequences, each with one token more, if none of them ends before."""
+        ahead = MOST_AHEAD
+        for chunk in self.chunks:
+            request = chunk.sequence.request
+            left = request.max_tokens - len(chunk.sequence.output_ids) - 1
+            decodes = chunk.num_query_tokens == 1 and chunk.reaches_end and not request.params.prompt_lookup
+            ahead = min(ahead, left) if decodes else 0
+        return ahead
 
 
 def query_tokens(chunks: list[ScheduledChunk]) -> Any:

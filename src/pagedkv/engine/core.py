@@ -8,7 +8,9 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from pagedkv.control.types import CacheStats
 from pagedkv.data.team import torch_alone
@@ -19,7 +21,7 @@ from pagedkv.engine.request import Request, RequestOutput, Sequence, prepare, re
 from pagedkv.engine.runner import Runner
 from pagedkv.engine.sampler import Sampler, SampleRow, are_likeliest, random_seed, token_logprobs
 from pagedkv.engine.scheduler import Scheduler
-from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, TickClock, take_snapshot
+from pagedkv.engine.snapshot import EngineSizes, EngineSnapshot, EngineStats, PinnedPrefix, TickClock, take_snapshot
 from pagedkv.engine.text import Ending, OutputText
 from pagedkv.engine.token_grammar import Grammars
 from pagedkv.errors import InvalidLogits, InvalidOperation, OutOfMemory, bad_argument
@@ -34,21 +36,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("pagedkv")
 
 _COUNTED = ("finished_requests", "aborted_requests", "generation_tokens", "draft_tokens", "accepted_tokens", "steps")
-
-
-class PinnedPrefix(NamedTuple):
-    """A prefix that is kept in the pool.
-
-    Attributes
-    ----------
-    handle : int
-        Names it to `unpin`.
-    num_tokens : int
-        How many tokens are kept, of whole blocks; 0 where none of them was there.
-    """
-
-    handle: int
-    num_tokens: int
 
 
 class EngineCore:
@@ -95,6 +82,7 @@ class EngineCore:
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
         self.runner, self.tokenizer = runner, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
+        self._end_ids = np.array(sorted(self.eos_token_ids), np.int64)
         for tenant, weight in (tenant_weights or {}).items():
             if not 0 < weight < math.inf:
                 raise bad_argument("tenant_weights", "numbers above 0", f"{weight!r} for {tenant!r}")
@@ -106,7 +94,7 @@ class EngineCore:
             ladder=ladder,
         )
         self._sampler, self.has_own_sampler = Sampler() if sampler is None else sampler, sampler is not None
-        self._forward_in_place = getattr(runner, "forward_in_place", runner.forward)
+        self._forward_in_place = getattr(runner, "forward_in_place", None)
         self.grammars = Grammars(tokenizer, runner.vocab_size, self.eos_token_ids)
         self._requests: dict[str, Request] = {}
         self._numbers = itertools.count()
@@ -230,8 +218,11 @@ class EngineCore:
         output = StepOutput(batch, self)
         scheduled = time.perf_counter()
         try:
-            forward = self.runner.forward if output.needs_torch else self._forward_in_place
-            logits = forward(batch.plan, batch.token_ids, batch.wanted)
+            if output.needs_torch or self._forward_in_place is None:
+                logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
+            else:
+                ahead = 0 if self.scheduler.waiting else batch.steps_ahead()
+                logits = self._forward_in_place(batch.plan, batch.token_ids, batch.wanted, ahead, self._end_ids)
             computed = time.perf_counter()
             with torch_alone() if output.needs_torch else nullcontext():
                 output.sample(logits, self._sampler)

@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -46,6 +46,21 @@ class EngineSizes:
     max_model_len: int
     max_num_seqs: int
     max_batch_tokens: int
+
+
+class PinnedPrefix(NamedTuple):
+    """A prefix that is kept in the pool.
+
+    Attributes
+    ----------
+    handle : int
+        Names it to `unpin`.
+    num_tokens : int
+        How many tokens are kept, of whole blocks; 0 where none of them was there.
+    """
+
+    handle: int
+    num_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

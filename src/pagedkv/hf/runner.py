@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from pagedkv.control.arguments import sequence_key
 from pagedkv.control.plan import BatchPlan
 from pagedkv.data.call import Batch
 from pagedkv.data.decoder import Decoder
-from pagedkv.data.forward import Forward
+from pagedkv.data.forward import NO_ENDS, Forward
 from pagedkv.data.huge_pages import MappedFiles
 from pagedkv.data.storage import SlotIndex
 from pagedkv.data.team import is_interpreted
@@ -198,7 +199,68 @@ def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
 Ids = npt.NDArray[np.int64]
 
 
-# Compiled: one call a step.
+# Compiled: one call a step, or for several steps of few sequences whose tokens are the likeliest. Most of the time that
+# Python takes for a step goes to fetch what the weights have driven out of the caches; of steps that follow each other
+# closely only the first one has to.
+
+MOST_PASSES, LONGEST_CALL = 8, 0.04
+"""Steps of a call, and its seconds: so long a token may have to wait for those behind it, and a new request for all."""
+
+
+class Ahead:
+    """Logits of steps that are still to be asked for, and what they were computed from.
+
+    Parameters
+    ----------
+    forward : Forward
+    first : Step
+        That was asked for.
+    logits : float32 [count, n, vocab_size]
+    tokens : int64 [count, n]
+    num_writes : int
+        To the storage, those of these steps included.
+    """
+
+    def __init__(self, forward: Forward, first: Step, logits: Logits, tokens: Ids, num_writes: int) -> None:
+        self._forward, self._first, self._logits, self._num_writes = forward, first, logits, num_writes
+        self.tokens, self._number = tokens, 0
+
+    def next(self, forward: Forward, step: Step, num_writes: int) -> Logits | None:
+        """Return the logits of the next step if that is what is asked for and all is as it was; else None."""
+        self._number += 1
+        if self._number == len(self.tokens) or forward is not self._forward or num_writes != self._num_writes:
+            return None
+        expected = self._first.later(self._number, self.tokens[self._number])
+        logits: Logits = self._logits[self._number]
+        return logits if step.contents == expected.contents else None
+
+
+class Step(NamedTuple):
+    """All that the logits of a step depend on, but for weights and what was written to the pool before."""
+
+    batch: Batch
+    slots: Ids
+    ids: Ids
+    positions: Ids
+    rows: Ids
+
+    @property
+    def decodes(self) -> bool:
+        """Whether each sequence has one token, whose logits are wanted."""
+        places = np.arange(len(self.ids) + 1)
+        arrays = (self.batch.cu_seqlens_q, places.astype(np.int32)), (self.rows, places[:-1])
+        return all([array.tobytes() == expected.tobytes() for array, expected in arrays])
+
+    def later(self, number: int, ids: Ids) -> Step:
+        """Return the step so many steps later that has these tokens."""
+        lens = self.batch.seq_lens + np.int32(number)
+        batch = Batch(self.batch.block_tables, lens, self.batch.cu_seqlens_q, self.batch.holes)
+        return Step(batch, self.slots + number, ids, self.positions + number, self.rows)
+
+    @property
+    def contents(self) -> list[bytes]:
+        """All arrays, to be compared."""
+        return [array.tobytes() for array in (*self.batch.arrays, *self[1:])]
 
 
 class CompiledModel:
@@ -226,6 +288,8 @@ class CompiledModel:
         self._decoder: Decoder | None = None
         self._forward: Forward | None = None
         self._is_quantised = self._is_emptied = False
+        self._ahead: Ahead | None = None
+        self._pass_seconds = LONGEST_CALL
         self._take_up()
 
     def quantise(self, *, keeps_model: bool) -> None:
@@ -266,10 +330,28 @@ class CompiledModel:
         forward, batch, slots = self._prepared(plan, positions)
         return forward(batch, slots, ids, positions, rows)
 
-    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids) -> Logits:
+    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids, ahead: int, ends: Ids) -> Logits:
         """Do the same; the logits are an array that the next call may write anew."""
         forward, batch, slots = self._prepared(plan, positions)
-        return forward.in_place(batch, slots, ids, positions, rows)
+        step, storage = Step(batch, slots, ids, positions, rows), self._cache.storage
+        known, self._ahead = self._ahead, None
+        if not step.decodes or plan.num_dropped.any():
+            return forward.in_place(*step)
+        logits = None if known is None else known.next(forward, step, storage.num_writes)
+        if logits is not None:
+            self._ahead = known
+            return logits
+        ahead = min(ahead, MOST_PASSES - 1, int(LONGEST_CALL / self._pass_seconds) - 1)
+        count = 1 + (min(ahead, forward.room_for_passes(batch, slots, positions)) if ahead > 0 else 0)
+        started, num_writes = time.perf_counter(), storage.num_writes + 1
+        if count == 1:
+            logits = forward.in_place(*step)
+        else:
+            of_all, tokens = forward.passes(batch, slots, ids, positions, count, ends)
+            self._ahead = Ahead(forward, step, of_all, tokens, num_writes)
+            logits = of_all[0]
+        self._pass_seconds = (time.perf_counter() - started) / count
+        return logits
 
     def _prepared(self, plan: BatchPlan, positions: Ids) -> tuple[Forward, Batch, Ids]:
         batch, slots = self._cache.checked(plan)
@@ -496,16 +578,28 @@ class ModelRunner:
                 return self._forward_ragged(plan, ids, positions, rows)
             return self._forward_gather(plan, ids, positions, rows)
 
-    def forward_in_place(self, plan: BatchPlan, token_ids: TokenIds, wanted: Ints) -> Tensor | Logits:
+    def forward_in_place(
+        self, plan: BatchPlan, token_ids: TokenIds, wanted: Ints, ahead: int = 0, ends: Ids = NO_ENDS
+    ) -> Tensor | Logits:
         """Do as `forward` for one who is done with the logits before the next call.
 
         In compiled mode they are an array, and where they are few they lie where those of the last call did: a step of
         one sequence does without torch.
+
+        Parameters
+        ----------
+        ahead : int
+            How many more steps will follow in which each sequence gets its likeliest token. As many as are worth it
+            may be computed in this call; K and V behind the end of a sequence, in its last block, are written then.
+            A step that was computed ahead is found when it is asked for, and computed again where anything is
+            different: a token, a place, a sequence more, or what the pool holds.
+        ends : int64 [any]
+            Tokens after which nothing is computed ahead.
         """
         if self._compiled is None or not plan.total_tokens:
             return self.forward(plan, token_ids, wanted)
         ids, rows = self._checked(plan, token_ids, wanted)
-        return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows)
+        return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows, ahead, ends)
 
     def _positions(self, plan: BatchPlan) -> Ids:
         """Return the rotary positions of the query tokens of a plan, whose sequences may have dropped some.

@@ -21,7 +21,7 @@ from pagedkv.engine import (
     SamplingParams,
     Structured,
 )
-from pagedkv.engine.core import PinnedPrefix
+from pagedkv.engine.snapshot import PinnedPrefix
 from pagedkv.engine.token_grammar import Grammars
 from pagedkv.errors import EngineDead, InvalidOperation, ReplicaLost
 from pagedkv.replicas.messages import Asked, Described, Told, output_of, with_seed

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, aclosing
 from typing import cast
 
 from pagedkv.engine import AsyncEngine, EngineSnapshot, EngineStats, RequestOutput
-from pagedkv.engine.core import PinnedPrefix
+from pagedkv.engine.snapshot import PinnedPrefix
 from pagedkv.errors import EngineDead, OutOfMemory, PagedKvError
 from pagedkv.replicas.messages import Asked, Described, Told, news_of
 from pagedkv.server.config import ServerConfig

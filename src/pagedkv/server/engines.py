@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.engine import EngineSizes, EngineSnapshot, EngineStats, RequestOutput, SamplingParams, Structured
-from pagedkv.engine.core import PinnedPrefix
+from pagedkv.engine.snapshot import PinnedPrefix
 from pagedkv.typing import Ints
 
 if TYPE_CHECKING:
