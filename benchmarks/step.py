@@ -72,13 +72,14 @@ def take_apart(runner: Any, sequences: int, context: int, new: int, rounds: int)
     phases = program.phases
 
     def run(first: int, last: int, rounds: int) -> float:
-        program.phases = phases[first : last + 1]
+        program.phases = phases[first : last + 2]  # the last phase is for another pass alone
         return best(lambda: runner.forward(plan, tokens, wanted), rounds)
 
-    whole, call = run(0, len(phases) - 1, rounds), run(0, 0, 20)
-    least = [float("inf")] * (len(phases) - 1)
+    count = len(phases) - 2
+    whole, call = run(0, count, rounds), run(0, 0, 20)
+    least = [float("inf")] * count
     for _ in range(rounds):
-        for phase in range(len(least)):
+        for phase in range(count):
             least[phase] = min(least[phase], run(phase, phase + 1, 1) - call)
     program.phases = phases
     parts: dict[str, float] = {}
