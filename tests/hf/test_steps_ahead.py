@@ -11,6 +11,7 @@ import torch
 from tests.hf.described import FAMILIES, tiny
 from tests.hf.models import VOCAB
 
+from pagedkv import SequenceNotFound
 from pagedkv.data import forward
 from pagedkv.engine import LLM, SamplingParams
 from pagedkv.engine.core import EngineCore
@@ -104,6 +105,11 @@ def weights_changed(runner: ModelRunner, tokens: np.ndarray) -> np.ndarray:
     return tokens
 
 
+def weights_quantised(runner: ModelRunner, tokens: np.ndarray) -> np.ndarray:
+    runner.quantise_weights()
+    return tokens
+
+
 def truncated_and_appended(runner: ModelRunner, tokens: np.ndarray) -> np.ndarray:
     length = runner.cache.get_sequence(0).num_tokens
     runner.cache.truncate(0, length - 1)
@@ -120,7 +126,8 @@ def another_sequence(runner: ModelRunner, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize(
-    "change", [another_token, keys_written, weights_changed, truncated_and_appended, another_sequence]
+    "change",
+    [another_token, keys_written, weights_changed, weights_quantised, truncated_and_appended, another_sequence],
 )
 @pytest.mark.parametrize("after", [1, 2])
 def test_what_is_out_of_date_is_computed_again(change: Callable[..., np.ndarray], after, passes):
@@ -160,6 +167,17 @@ def test_a_sequence_that_gets_two_tokens_while_another_gets_none():
     plan = runner.cache.append_batch([0, 1], [[1, 2], []])
     got = np.array(runner.forward_in_place(plan, [1, 2], [0, 1], PLENTY))
     assert np.array_equal(got, runner.forward(plan, [1, 2], [0, 1]).numpy())
+
+
+def test_a_stale_plan_is_refused_though_its_step_is_known():
+    runner = runner_of("llama")
+    tokens = read(runner, TEXTS)
+    for _ in range(2):
+        tokens = step(runner, tokens).argmax(-1)
+    plan = runner.cache.append_batch([0, 1], tokens)
+    runner.cache.free(1)
+    with pytest.raises(SequenceNotFound):
+        runner.forward_in_place(plan, tokens, np.arange(2), PLENTY)
 
 
 def test_forks_that_share_a_block_see_nothing_of_it():

@@ -57,10 +57,14 @@ class ModelKvCache(PagedKvCache):
             ids: Ids = state.contents.reshape(-1, self.block_size)[table[: record.num_indexed]].ravel()
             return ids
 
-    def checked(self, plan: BatchPlan) -> tuple[Batch, Ids]:
-        """Return the arrays of a plan and its slots, after seeing that it is of now and names nothing outside."""
+    def require_fresh(self, plan: BatchPlan) -> None:
+        """Refuse a plan that is stale."""
         self._finish_what_was_interrupted()
         self._require_fresh_now(plan)
+
+    def checked(self, plan: BatchPlan) -> tuple[Batch, Ids]:
+        """Return the arrays of a plan and its slots, after seeing that it is of now and names nothing outside."""
+        self.require_fresh(plan)
         slots = plan.slot_mapping
         if slots.dtype != np.int64 or slots.ndim != 1:
             raise bad_argument("slot_mapping", "int64 [total_tokens]", f"{slots.dtype} {list(slots.shape)}")

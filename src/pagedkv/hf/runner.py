@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -213,54 +213,52 @@ class Ahead:
     Parameters
     ----------
     forward : Forward
-    first : Step
-        That was asked for.
+    plan : BatchPlan
+        Of the first step, which was asked for, and that of each step behind it but for places that are one more.
+    rows : int64 [n]
     logits : float32 [count, n, vocab_size]
     tokens : int64 [count, n]
     num_writes : int
         To the storage, those of these steps included.
     """
 
-    def __init__(self, forward: Forward, first: Step, logits: Logits, tokens: Ids, num_writes: int) -> None:
-        self._forward, self._first, self._logits, self._num_writes = forward, first, logits, num_writes
+    def __init__(
+        self, forward: Forward, plan: BatchPlan, rows: Ids, logits: Logits, tokens: Ids, num_writes: int
+    ) -> None:
+        self._forward, self._logits, self._num_writes = forward, logits, num_writes
         self.tokens, self._number = tokens, 0
+        later = np.arange(len(tokens))[:, None]
+        slots, positions, lens = (array + later for array in (plan.slot_mapping, plan.positions, plan.seq_lens))
+        self._growing = tokens, slots, positions, lens.astype(np.int32)
+        self._constant = _contents(*_constant(plan), rows)
 
-    def next(self, forward: Forward, step: Step, num_writes: int) -> Logits | None:
+    def next(self, forward: Forward | None, plan: BatchPlan, ids: Any, rows: Any, num_writes: int) -> Logits | None:
         """Return the logits of the next step if that is what is asked for and all is as it was; else None."""
         self._number += 1
         if self._number == len(self.tokens) or forward is not self._forward or num_writes != self._num_writes:
             return None
-        expected = self._first.later(self._number, self.tokens[self._number])
+        if not isinstance(ids, np.ndarray) or not isinstance(rows, np.ndarray):
+            return None
+        expected = self._constant + _contents(*[each[self._number] for each in self._growing])
+        asked = _contents(*_constant(plan), rows, ids, plan.slot_mapping, plan.positions, plan.seq_lens)
         logits: Logits = self._logits[self._number]
-        return logits if step.contents == expected.contents else None
+        return logits if asked == expected else None
 
 
-class Step(NamedTuple):
-    """All that the logits of a step depend on, but for weights and what was written to the pool before."""
+def _constant(plan: BatchPlan) -> tuple[Any, ...]:
+    return plan.block_tables, plan.cu_seqlens_q, plan.holes, plan.num_dropped
 
-    batch: Batch
-    slots: Ids
-    ids: Ids
-    positions: Ids
-    rows: Ids
 
-    @property
-    def decodes(self) -> bool:
-        """Whether each sequence has one token, whose logits are wanted."""
-        places = np.arange(len(self.ids) + 1)
-        arrays = (self.batch.cu_seqlens_q, places.astype(np.int32)), (self.rows, places[:-1])
-        return all([array.tobytes() == expected.tobytes() for array, expected in arrays])
+def _contents(*arrays: Any) -> list[bytes]:
+    """Return what is in arrays, to be compared."""
+    return [array.tobytes() for array in arrays]
 
-    def later(self, number: int, ids: Ids) -> Step:
-        """Return the step so many steps later that has these tokens."""
-        lens = self.batch.seq_lens + np.int32(number)
-        batch = Batch(self.batch.block_tables, lens, self.batch.cu_seqlens_q, self.batch.holes)
-        return Step(batch, self.slots + number, ids, self.positions + number, self.rows)
 
-    @property
-    def contents(self) -> list[bytes]:
-        """All arrays, to be compared."""
-        return [array.tobytes() for array in (*self.batch.arrays, *self[1:])]
+def _decodes(plan: BatchPlan, rows: Ids) -> bool:
+    """Tell whether each sequence has one token, whose logits are wanted, and has dropped none."""
+    places = np.arange(plan.total_tokens + 1)
+    each = _contents(places.astype(np.int32), places[:-1])
+    return _contents(plan.cu_seqlens_q, rows) == each and not plan.num_dropped.any()
 
 
 class CompiledModel:
@@ -330,25 +328,30 @@ class CompiledModel:
         forward, batch, slots = self._prepared(plan, positions)
         return forward(batch, slots, ids, positions, rows)
 
-    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids, ahead: int, ends: Ids) -> Logits:
-        """Do the same; the logits are an array that the next call may write anew."""
-        forward, batch, slots = self._prepared(plan, positions)
-        step, storage = Step(batch, slots, ids, positions, rows), self._cache.storage
-        known, self._ahead = self._ahead, None
-        if not step.decodes or plan.num_dropped.any():
-            return forward.in_place(*step)
-        logits = None if known is None else known.next(forward, step, storage.num_writes)
+    def known(self, plan: BatchPlan, ids: Any, rows: Any) -> Logits | None:
+        """Return logits that were computed ahead, if they are what is asked for."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or self._num_clears != self._cache.num_clears:
+            return None
+        logits = ahead.next(self._forward, plan, ids, rows, self._cache.storage.num_writes)
         if logits is not None:
-            self._ahead = known
-            return logits
+            self._cache.require_fresh(plan)
+            self._ahead = ahead
+        return logits
+
+    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids, ahead: int, ends: Ids) -> Logits:
+        """Do as `forward`; the logits are an array that the next call may write anew."""
+        forward, batch, slots = self._prepared(plan, positions)
+        if not _decodes(plan, rows):
+            return forward.in_place(batch, slots, ids, positions, rows)
         ahead = min(ahead, MOST_PASSES - 1, int(LONGEST_CALL / self._pass_seconds) - 1)
         count = 1 + (min(ahead, forward.room_for_passes(batch, slots, positions)) if ahead > 0 else 0)
-        started, num_writes = time.perf_counter(), storage.num_writes + 1
+        started, num_writes = time.perf_counter(), self._cache.storage.num_writes + 1
         if count == 1:
-            logits = forward.in_place(*step)
+            logits = forward.in_place(batch, slots, ids, positions, rows)
         else:
             of_all, tokens = forward.passes(batch, slots, ids, positions, count, ends)
-            self._ahead = Ahead(forward, step, of_all, tokens, num_writes)
+            self._ahead = Ahead(forward, plan, rows, of_all, tokens, num_writes)
             logits = of_all[0]
         self._pass_seconds = (time.perf_counter() - started) / count
         return logits
@@ -596,8 +599,11 @@ class ModelRunner:
         ends : int64 [any]
             Tokens after which nothing is computed ahead.
         """
-        if self._compiled is None or not plan.total_tokens:
+        if self._compiled is None or not isinstance(plan, BatchPlan) or not plan.total_tokens:
             return self.forward(plan, token_ids, wanted)
+        known = self._compiled.known(plan, token_ids, wanted)
+        if known is not None:
+            return known
         ids, rows = self._checked(plan, token_ids, wanted)
         return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows, ahead, ends)
 
