@@ -23,27 +23,30 @@ SIZE = 200
 
 
 @compiled
-def product(operations, tile, following, x, weights, constants, out, apart, routes, sums, copy):
-    matrix = Matrix(0, operations[0].bias, operations[0].factor)
-    multiply(
-        operations[0],
-        Tile(tile[0], tile[1], tile[2], tile[3]),
-        matrix,
-        following,
-        0,
-        apart,
-        x,
-        weights,
-        constants,
-        out,
-        routes,
-        sums,
-        copy,
-    )
+def products(operations, tiles, following, x, weights, constants, out, apart, routes, sums, copies, number):
+    matrix, copied = Matrix(0, operations[0].bias, operations[0].factor), np.full(2, NOWHERE)
+    for tile in tiles:
+        multiply(
+            operations[0],
+            Tile(tile[0], tile[1], tile[2], tile[3]),
+            matrix,
+            following,
+            0,
+            apart,
+            x,
+            weights,
+            constants,
+            out,
+            routes,
+            sums,
+            copies,
+            copied,
+            number,
+        )
 
 
-def computed(x, weights, tile, *, is_packed=False, following=NOWHERE, goes=TO_FLOATS, start=None):
-    """Return what an operation makes of a block of rows of x and weights, with a bias and a factor for each output."""
+def computed(x, weights, *tiles, is_packed=False, following=NOWHERE, goes=TO_FLOATS, start=None, number=0):
+    """Return what an operation makes of blocks of rows of x and weights, with a bias and a factor for each output."""
     count = len(weights)
     if is_packed:
         weights = weights.copy()
@@ -62,10 +65,10 @@ def computed(x, weights, tile, *, is_packed=False, following=NOWHERE, goes=TO_FL
     constants = np.concatenate([np.arange(count), 1 + np.arange(count), np.zeros(16)]).astype(np.float32)
     out = np.zeros((len(x), count), np.float32) if start is None else start.copy()
     sums = np.full(SUMS, np.nan, np.float32)
-    copy = np.full(copy_size(operations.view(np.recarray)), np.nan, np.float32)
+    copies = np.full(2 * copy_size(operations.view(np.recarray)), np.nan, np.float32)
     routes = np.zeros(8, np.int64)
     flat = (x.ravel(), weights.ravel(), constants, out.ravel())
-    product(operations, np.array(tile), following, *flat, count, routes, sums, copy)
+    products(operations, np.array(tiles), following, *flat, count, routes, sums, copies, number)
     return out
 
 
@@ -122,3 +125,14 @@ def test_what_is_asked_for_ahead_changes_nothing(following, rows):
     plain = computed(x, weights, (0, rows, 0, 90))
     for is_packed in (False, True):
         assert (computed(x, weights, (0, rows, 0, 90), is_packed=is_packed, following=following) == plain).all()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("is_packed", "dtype"), [(True, np.int8), (False, np.int8), (False, np.float32)])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (1, 0, 2, 3), (2, 1, 0, 3), (3, 1, 0, 2)])
+def test_a_copy_of_weights_serves_the_rows_that_follow_and_no_others(number, is_packed, dtype, order):
+    x, weights = given(138, 64, dtype)
+    tiles = [(0, 64, 0, 64), (128, 138, 0, 32), (64, 128, 0, 64), (128, 138, 32, 64)]
+    by_themselves = sum(computed(x, weights, tile, is_packed=is_packed) for tile in tiles)
+    got = computed(x, weights, *[tiles[place] for place in order], is_packed=is_packed, number=number)
+    assert np.array_equal(got, by_themselves)

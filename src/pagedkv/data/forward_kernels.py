@@ -227,7 +227,7 @@ def run_program(
     routes = borrowed(routes)
     shares = borrowed(shares)
     block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
-    copy = aligned(copy_size(operations), acts)
+    copies, copied = aligned(2 * copy_size(operations), acts), np.full(2, NOWHERE)
     lines, num_phases = LINE * (1 + num_runs), len(phases) - 1
     num_layers = len(set_counters) // num_passes
     num_logits = len(picked) * operations[phases[num_phases - 1]].source_width
@@ -307,7 +307,9 @@ def run_program(
                             block,
                             routes,
                             sums,
-                            copy,
+                            copies,
+                            copied,
+                            0,
                         )
                         if operation.has_gate:
                             begin += BLOCK
@@ -324,7 +326,9 @@ def run_program(
                                 block,
                                 routes,
                                 sums,
-                                copy,
+                                copies,
+                                copied,
+                                1,
                             )
                         _activate(operation, tile, block, apart, acts)
                     else:
@@ -343,7 +347,9 @@ def run_program(
                             floats,
                             routes,
                             sums,
-                            copy,
+                            copies,
+                            copied,
+                            0,
                         )
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)

@@ -175,13 +175,16 @@ def multiply(
     floats: Floats,
     routes: Ints,
     sums: Floats,
-    copy: Array,
+    copies: Array,
+    copied: Ints,
+    number: int,
 ) -> None:
     """Multiply a block of rows by a block of weights; output ``column`` of a row is ``apart`` from that of the next.
 
     The first rows read a panel of the weights as a stream; the others ask for the next one meanwhile, of which the last
     begins at `following`. Where there are no others its first lines are asked for. What is no panel yet, and int8 for
-    more rows, is copied as what is multiplied. The block begins at a whole panel.
+    more rows, is copied as what is multiplied, to the copy of this number of ``copies``, unless these weights, whose
+    place is in ``copied``, are there from the rows before. The block begins at a whole panel.
     """
     acts = borrowed(acts)
     weights = borrowed(weights)
@@ -189,8 +192,10 @@ def multiply(
     floats = borrowed(floats)
     routes = borrowed(routes)
     sums = borrowed(sums)
-    copy = borrowed(copy)
+    copies = borrowed(copies)
+    copied = borrowed(copied)
     rows, size = tile.last_row - tile.first_row, operation.size_in
+    copy = number * (len(copies) // len(copied))
     width = TILE_COLUMNS if rows > FEW_ROWS else PANEL
     column = tile.first_column
     while column < tile.last_column:
@@ -225,13 +230,15 @@ def multiply(
                 ahead,
             )
         else:
-            for begin in range(column, end, PANEL):
-                at, to = matrix.weight + begin * operation.row_stride, (begin - column) * _padded(size)
+            is_there = rows > FEW_ROWS and copied[number] == first
+            for begin in range(column, column if is_there else end, PANEL):
+                at, to = matrix.weight + begin * operation.row_stride, copy + (begin - column) * _padded(size)
                 if is_packed:
                     for i in range(0, PANEL * size, WIDENED):
-                        widen(weights, at + i, copy, to + i)
+                        widen(weights, at + i, copies, to + i)
                 else:
-                    _copy_rows(weights, at, operation.row_stride, min(PANEL, end - begin), size, copy, to, ahead)
+                    _copy_rows(weights, at, operation.row_stride, min(PANEL, end - begin), size, copies, to, ahead)
+            copied[number] = first if rows > FEW_ROWS else NOWHERE  # fewer copy one panel alone
             _multiply_panels(
                 operation,
                 tile,
@@ -241,8 +248,8 @@ def multiply(
                 target,
                 apart,
                 acts,
+                copies,
                 copy,
-                0,
                 PANEL * _padded(size),
                 constants,
                 floats,
