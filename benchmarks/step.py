@@ -35,6 +35,7 @@ NAMES = {
     kernels.EXPERTS: "experts",
     kernels.COMBINE: "experts",
     kernels.CAP: "soft-cap of logits",
+    kernels.GATHER: "rows whose logits are wanted",
 }
 
 Row = dict[str, Any]

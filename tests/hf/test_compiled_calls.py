@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.hf.described import right_logits, tiny
+from tests.hf.described import FAMILIES, right_logits, tiny
 from tests.hf.models import VOCAB
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +65,26 @@ def test_rows_of_a_text_longer_than_a_pass(monkeypatch):
     rows = [599, 0, 255, 256, 257, 0, 511, 512]
     expected = right_logits(tiny("qwen3"), text)[rows]
     assert distance(runner.forward(plan, text, rows), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_last_layer_of_rows_that_nobody_wants(name):
+    """They write K and V, and those that are wanted are what they are in the company of all."""
+    texts = [torch.arange(70) * 7 % VOCAB, torch.tensor([5]), torch.arange(33) * 5 % VOCAB]
+    ends = [69, 70, 103]
+    every = None
+    for rows in (range(104), ends, [70], [69, 103], [5, 70, 71], []):
+        runner = runner_of(name)
+        for seq_id, text in enumerate(texts):
+            runner.cache.allocate(seq_id, len(text))
+        plan = runner.cache.plan([0, 1, 2])
+        logits = runner.forward(plan, torch.cat(texts), list(rows))
+        runner.cache.commit(plan)
+        plan = runner.cache.append_batch([0, 1, 2], [3, 4, 5])
+        next_ones = runner.forward(plan, [3, 4, 5], [0, 1, 2])
+        every = (logits, next_ones) if every is None else every
+        assert torch.equal(logits, every[0][list(rows)])
+        assert torch.equal(next_ones, every[1])
 
 
 @pytest.mark.parametrize("rows", [[], [29], [3, 5], [3, 1, 2], [5, 5]])

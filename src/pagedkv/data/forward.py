@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,7 +9,7 @@ from torch import Tensor
 
 from pagedkv.data.call import Batch
 from pagedkv.data.cpu import NO_WINDOW
-from pagedkv.data.cpu_plan import ITEM, Rules, partial_size, plan_items, room_for_passes
+from pagedkv.data.cpu_plan import ITEM, PIECE, Plan, Rules, partial_size, plan_items, room_for_passes
 from pagedkv.data.decoder import Decoder, Experts
 from pagedkv.data.forward_kernels import LINE, MOST_RUNS, run_program
 from pagedkv.data.program import Program
@@ -213,8 +211,11 @@ class Forward:
     ) -> None:
         program, threads, layers = self._program, num_threads(), passes * len(self._program.decoder.layers)
         program.storage.num_writes += 1
-        plans = tuple([plan_items(*batch.arrays, rules, shape) for rules, shape, _ in self._sets])
-        size = max([plan.num_partials * kind[2] for plan, kind in zip(plans, self._sets, strict=True)])
+        plans = [plan_items(*batch.arrays, rules, shape) for rules, shape, _ in self._sets]
+        num_parts = self._num_parts(plans, threads)
+        plans.append(self._plan_of_picked(batch, plans, picked))
+        sizes = [kind[2] for kind in self._sets]
+        size = max([plan.num_partials * size for plan, size in zip(plans, (*sizes, max(sizes)), strict=True)])
         if len(self._partials) < size:
             self._partials = np.empty(size, np.float32)
         num_counters = max([plan.num_counters for plan in plans])
@@ -247,8 +248,9 @@ class Forward:
             self._like,
             program.memory,
             (logits_at - self._floats_at) // 4,
-            plans if len(plans) > 1 else plans * 2,  # so that models of one kind of layers and of two share their code
-            self._num_parts(plans, threads),
+            # So that models of one kind of layers and of two share their code.
+            tuple(plans) if len(plans) > 2 else (*plans, plans[-1]),
+            num_parts,
             set_counters,
             self._partials,
             batch.block_tables,
@@ -260,7 +262,24 @@ class Forward:
         )
         run_in_threads(run_program, arguments, threads, joins=True)
 
-    def _num_parts(self, plans: tuple[Any, ...], threads: int) -> int:
+    def _plan_of_picked(self, batch: Batch, plans: list[Plan], picked: Ints) -> Plan:
+        """Return what the last layer attends to: for rows that each end a sequence these alone, else for all."""
+        kind = self._program.picked_set
+        if kind is None or len(picked) == batch.cu_seqlens_q[-1]:
+            return plans[kind or 0]
+        ends = batch.cu_seqlens_q[1:] - 1
+        rows = np.searchsorted(ends, picked)
+        if not (ends[rows] == picked).all():
+            return plans[kind]
+        cuts = np.arange(len(rows) + 1, dtype=np.int32)
+        rules, shape, _ = self._sets[kind]
+        plan = plan_items(batch.block_tables[rows], batch.seq_lens[rows], cuts, batch.holes[rows], rules, shape)
+        pieces = plan.pieces
+        pieces[:, PIECE.sequence] = rows[pieces[:, PIECE.sequence]]
+        pieces[:, PIECE.first_query] = picked[pieces[:, PIECE.first_query]]
+        return plan
+
+    def _num_parts(self, plans: list[Plan], threads: int) -> int:
         """Return into how many parts by heads an item of attention is cut, so that there is enough to share."""
         if threads == 1:
             return 1

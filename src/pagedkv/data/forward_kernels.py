@@ -72,7 +72,7 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
-EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP, NEXT = range(10)
+EMBED, NORM, LINEAR, HEADS, ATTEND, ROUTE, EXPERTS, COMBINE, CAP, NEXT, GATHER = range(11)
 """What an operation does."""
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")
 SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI = range(len(ACTIVATIONS))
@@ -127,7 +127,7 @@ def _num_items(operation: Any, rows: int, routes: Ints) -> int:
         for expert in range(operation.num_experts):
             count += num_blocks(operation, routes[expert + 1] - routes[expert])
         return count
-    if operation.code == ROUTE:
+    if operation.code in (ROUTE, GATHER):
         return 1
     return (rows + ROWS_OF_ITEM - 1) // ROWS_OF_ITEM
 
@@ -353,6 +353,8 @@ def run_program(
                         )
                 elif operation.code == ROUTE:
                     _route(operation, rows, floats, routes, shares)
+                elif operation.code == GATHER:
+                    _gather(operation, picked, floats, acts)
                 else:
                     begin = place * ROWS_OF_ITEM
                     end = min(rows, begin + ROWS_OF_ITEM)
@@ -599,6 +601,29 @@ def _norm(operation: Any, begin: int, end: int, picked: Ints, floats: Floats, co
                 store(floats, to + i, number)
             else:
                 store(floats, to + i, fma(number, scale, load(floats, to + i)))
+
+
+@called
+def _gather(operation: Any, picked: Ints, floats: Floats, acts: Array) -> None:
+    """Move the picked rows of a buffer of ``floats`` and of one of ``acts`` to the front of each."""
+    picked = borrowed(picked)
+    floats = borrowed(floats)
+    acts = borrowed(acts)
+    for row in range(len(picked)):
+        if picked[row] == row:
+            continue
+        to, at = (
+            operation.source + row * operation.source_width,
+            operation.source + picked[row] * operation.source_width,
+        )
+        for i in range(operation.size_in):
+            floats[to + i] = floats[at + i]
+        to, at = (
+            operation.target + row * operation.target_width,
+            operation.target + picked[row] * operation.target_width,
+        )
+        for i in range(operation.size_out):
+            acts[to + i] = acts[at + i]
 
 
 @called

@@ -99,6 +99,7 @@ class Program:
         self.ropes: list[Rope] = []
         self.rope_operations: list[tuple[int, int]] = []  # operation, place in `ropes`
         self.sets: list[tuple[Shape, int]] = []  # shape and window of layers that attend to the same
+        self.picked_set: int | None = None  # that of a last layer in which only picked rows attend: its own comes last
         self._build()
         self.constants = self._constants.array()
         self.places = np.array(self._places, np.int64)
@@ -128,21 +129,23 @@ class Program:
         self._routed = self._floats.buffer(self.most_experts)
         self._pair_inner = self._acts.buffer(inner, self.most_pairs)
         self._pair_out = self._floats.buffer(hidden, self.most_pairs)
+        self._rows = kernels.ALL
         self._embed()
         for number, layer in enumerate(decoder.layers):
             self._layer(number, layer)
-        self._norm(decoder.norm, self._x, self._h, picked=True)
+        is_gathered = self._rows == kernels.PICKED
+        self._rows = kernels.PICKED
+        self._norm(decoder.norm, self._x, self._h, picked=not is_gathered)
         vocabulary = len(decoder.head.weight)
         self._phase()
         logits = _Buffer(-1, vocabulary)
-        self._linear(decoder.head, self._h, logits, scale=decoder.logit_scale, rows=kernels.PICKED)
+        self._linear(decoder.head, self._h, logits, scale=decoder.logit_scale)
         if decoder.logit_softcap is not None:
             self._phase()
-            fields = {"size_out": vocabulary, "softcap": decoder.logit_softcap, "rows": kernels.PICKED}
-            self._add(kernels.CAP, logits, logits, **fields)
+            self._add(kernels.CAP, logits, logits, size_out=vocabulary, softcap=decoder.logit_softcap)
         self._phase()
         known = min(vocabulary, len(decoder.embedding))
-        self._add(kernels.NEXT, logits, logits, size_out=known, rows=kernels.PICKED, set=len(self.sets))
+        self._add(kernels.NEXT, logits, logits, size_out=known, set=len(self.sets))
 
     # --- operations ----------------------------------------------------------------------------------------------
 
@@ -152,7 +155,7 @@ class Program:
     def _add(self, code: int, source: _Buffer, target: _Buffer, **fields: Any) -> None:
         absent = dict.fromkeys(("bias", "factor", "query_norm", "key_norm", "rope", "sinks", "learned"), -1)
         places = {"source": source.start, "source_width": source.width}
-        places |= {"target": target.start, "target_width": target.width}
+        places |= {"target": target.start, "target_width": target.width, "rows": self._rows}
         self._operations.append(absent | {"code": code, "scale": 1.0} | places | fields)
 
     def _place_of(self, weight: Tensor) -> int:
@@ -194,7 +197,7 @@ class Program:
             places = {"factor": self._constants.place(norm.weight), "bias": self._constants.place(norm.bias)}
             given = {"function": 1, "eps": norm.eps, "is_centred": norm.is_centred} | places
         size = self.decoder.embedding.shape[1]
-        self._add(kernels.NORM, source, target, size_out=size, rows=picked, picked=picked, **given | fields)
+        self._add(kernels.NORM, source, target, size_out=size, picked=picked, **given | fields)
 
     def _linear(self, linear: Linear, source: _Buffer, target: _Buffer, at: int = 0, **fields: Any) -> None:
         """Add a product to the phase; its outputs go to the elements from `at` on."""
@@ -221,6 +224,8 @@ class Program:
         if layer.is_parallel and layer.mlp_norm is not None:
             mlp_input = self._parallel_h
             self._norm(layer.mlp_norm, self._x, mlp_input)
+        if number == len(self.decoder.layers) - 1 and not layer.is_parallel and isinstance(layer.mlp, Mlp):
+            self._gather(layer.attention)
         self._residual(layer.attention.output, self._attended, layer.attention_post_norm, layer.residual_scale)
         if not layer.is_parallel:
             self._norm(layer.mlp_norm, self._x, self._h)
@@ -229,6 +234,15 @@ class Program:
             return
         self._mlp(layer.mlp, mlp_input)
         self._residual(layer.mlp.down, self._inner, layer.mlp_post_norm, layer.residual_scale)
+
+    def _gather(self, attention: Attention) -> None:
+        """Go on with the rows whose logits are wanted: the last layer writes K and V of the others, and no more."""
+        attend = self._operations[-1]
+        self.picked_set, attend["set"] = attend["set"], len(self.sets)
+        self._phase()
+        fields = {"size_in": self.decoder.embedding.shape[1], "size_out": attention.num_q_heads * attention.v_head_dim}
+        self._add(kernels.GATHER, self._x, self._attended, **fields)
+        self._rows = kernels.PICKED
 
     def _experts(self, layer: Layer, mixture: Experts, source: _Buffer) -> None:
         experts, first = mixture.experts, mixture.experts[0]
