@@ -82,6 +82,8 @@ def _each(function, numbers, result):
     for i in range(0, len(numbers), simd.LANES):
         if function == 0:
             simd.store(result, i, simd.exp2(simd.load(numbers, i)))
+        elif function == 2:
+            simd.store(result, i, simd.exp2_to_bfloat16(simd.load(numbers, i)))
         else:
             simd.store(result, i, simd.tanh(simd.load(numbers, i)))
 
@@ -101,6 +103,14 @@ def test_exp2_is_right_to_float32():
     np.testing.assert_array_equal(on_lanes(0, edges), np.array(expected, np.float32))
     tiny = on_lanes(0, np.linspace(-149, -126, 16, dtype=np.float32))
     assert ((tiny == 0) | np.isclose(tiny, np.exp2(np.linspace(-149, -126, 16)), rtol=0, atol=2e-45)).all()
+
+
+def test_exp2_is_right_to_a_tenth_of_what_bfloat16_rounds_off():
+    numbers = -np.geomspace(1e-9, 125.9, 1 << 14).astype(np.float32)
+    np.testing.assert_allclose(on_lanes(2, numbers), np.exp2(numbers.astype(np.float64)), rtol=2.1e-4)
+    edges = np.array([0.0, -0.0, -126.0, -7.0, -1e30, -np.inf, np.nan, -1.0] * 2, np.float32)
+    expected = [1, 1, 2.0**-126, 2.0**-7, 0, 0, np.nan, 0.5] * 2
+    np.testing.assert_array_equal(on_lanes(2, edges), np.array(expected, np.float32))
 
 
 def test_tanh_is_right_to_float32():

@@ -16,6 +16,7 @@ from pagedkv.data.simd import (
     add,
     any_greater,
     exp2,
+    exp2_to_bfloat16,
     finite_or_zero,
     fma,
     is_bfloat16,
@@ -316,7 +317,7 @@ def softmax(
     if is_bfloat16(packed):
         for i in range(0, count * ROWS, 2 * LANES):
             first, second = sub(load(scores, at + i), base), sub(load(scores, at + i + LANES), base)
-            pairs = paired(exp2(first), exp2(second))
+            pairs = paired(exp2_to_bfloat16(first), exp2_to_bfloat16(second))
             store(scores, at + i // 2, pairs)
             total = add_pairs(pairs, splat(ONES), total)
     else:

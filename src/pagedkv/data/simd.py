@@ -177,6 +177,12 @@ def exp2(x: Lanes) -> Lanes:
     return np.exp2(x)
 
 
+@llvm.of_lanes(llvm.exp2_to_bfloat16)
+def exp2_to_bfloat16(x: Lanes) -> Lanes:
+    """Return 2 ** x for x below 127, to be rounded to bfloat16; exact for whole numbers."""
+    return np.exp2(x)
+
+
 @llvm.of_lanes(llvm.tanh)
 def tanh(x: Lanes) -> Lanes:
     """Return tanh(x), to float32's precision."""
