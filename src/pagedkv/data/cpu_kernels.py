@@ -23,6 +23,7 @@ from pagedkv.data.cpu_tiles import (
     Strides,
     add_few,
     add_many,
+    are_turned,
     ask_for_rows,
     in_steps,
     mask,
@@ -31,7 +32,7 @@ from pagedkv.data.cpu_tiles import (
     row_width,
     score_few,
     score_many,
-    score_pairs,
+    score_turned,
     soft_cap,
     softmax,
     turn_keys,
@@ -169,19 +170,21 @@ def _attend_head(
     for tile in range(0, end - start, TILE):
         count = in_steps(end - start - tile, packed)
         position = start + tile
-        if is_bfloat16(packed):
+        if are_turned(packed):
             turn_keys(packed, keys, room.key_at, tile, 0, TILE, count, shape.head_dim, room.key_tile)
-            pair_up(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
         else:
             widen(keys, room.key_at, tile, count, shape.head_dim, room.key_tile)
+        if is_bfloat16(packed):
+            pair_up(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
+        else:
             widen(values, room.value_at, tile, count, shape.v_head_dim, room.value_tile)
         for quad in range(num_quads):
             if position + count <= quads[quad, QUAD.low] or position >= quads[quad, QUAD.end]:
                 continue
             at = quads[quad, place]
             at_row = quad * ROWS * width
-            if is_bfloat16(packed):
-                score_pairs(packed, at_row, room.key_tile, count, shape.head_dim, rules.scale, scores, 0)
+            if are_turned(packed):
+                score_turned(packed, at_row, room.key_tile, count, shape.head_dim, rules.scale, scores, 0)
             else:
                 score_many(packed, at_row, room.key_tile, count, shape.head_dim, scores)
             if key_scales is not None:
@@ -507,10 +510,10 @@ def _pack(
 ) -> None:
     """Copy queries to rows of whole vectors: row ``token * group + head of the group`` of each kv head.
 
-    They are scaled, unless they are narrowed: then their scores are.
+    They are scaled, unless keys are turned: then their scores are.
     """
     width, first = row_width(shape.head_dim, packed), 0
-    scale = splat(np.float32(1) if is_bfloat16(packed) else rules.scale)
+    scale = splat(np.float32(1) if are_turned(packed) else rules.scale)
     first_member = plan.items[item, ITEM.first_member]
     for member in range(first_member, first_member + plan.items[item, ITEM.num_members]):
         piece = plan.pieces[plan.members[member]]

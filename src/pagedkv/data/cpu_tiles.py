@@ -38,7 +38,7 @@ from pagedkv.data.simd import (
     tanh,
     zeros,
 )
-from pagedkv.data.simd_llvm import CACHE_LINE, LANES, ROWS
+from pagedkv.data.simd_llvm import CACHE_LINE, IS_WIDE, LANES, ROWS
 from pagedkv.data.simd_products import (
     add_pair_products_16,
     add_pair_products_64,
@@ -163,12 +163,14 @@ def score_few(
     """Score the rows of all heads against a tile's keys."""
     width = row_width(shape.head_dim, packed)
     ahead = _ahead(strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
-    if is_bfloat16(packed):
+    if are_turned(packed):
         for head in range(num_heads):
             turn_keys(packed, keys, key_at, tile, head * strides.key_head, ahead, count, shape.head_dim, key_tile)
             for quad in range(num_quads):
                 at = head * num_quads + quad
-                score_pairs(packed, at * ROWS * width, key_tile, count, shape.head_dim, scale, scores, at * ROWS * TILE)
+                score_turned(
+                    packed, at * ROWS * width, key_tile, count, shape.head_dim, scale, scores, at * ROWS * TILE
+                )
         return
     step = STEP if strides.key_head < strides.key else count
     for token in range(0, count, step):
@@ -217,6 +219,18 @@ def _score_keys(
         store(scores, to + quad * ROWS * TILE, dots(packed, at + quad * ROWS * width, width, keys, w, x, y, z, dim))
 
 
+@inlined
+def are_turned(packed: Array) -> bool:
+    """Tell whether keys are turned: of bfloat16, and all where sixteen sums of a vector do not fit into registers."""
+    return not IS_WIDE or is_bfloat16(packed)
+
+
+@inlined
+def _per_lane(packed: Array) -> int:
+    """Return how many numbers of a key stand in a lane."""
+    return 2 if is_bfloat16(packed) else 1
+
+
 @called
 def turn_keys(
     packed: Array,
@@ -229,15 +243,16 @@ def turn_keys(
     dim: int,
     tile: Floats,
 ) -> None:
-    """Copy keys of bfloat16 to a tile, sixteen side by side, in pairs; some of those `ahead` are asked for."""
+    """Copy keys to a tile, sixteen side by side, as numbers or in pairs; some of those `ahead` are asked for."""
     keys = borrowed(keys)
     key_at = borrowed(key_at)
     tile = borrowed(tile)
     packed = borrowed(packed)
-    size = row_width(dim, packed) // 2 * LANES
+    step = _per_lane(packed) * LANES
+    size = row_width(dim, packed) // step * LANES * LANES
     for i in range(0, count, LANES):
         to = i // LANES * size
-        for d in range(0, dim, 2 * LANES):
+        for d in range(0, dim, step):
             for key in range(first + i, first + i + LANES):
                 prefetch(keys, key_at[key + ahead] + head_at + d)
             turn(packed, keys, key_at, first + i, head_at + d, dim - d, tile, to)
@@ -245,13 +260,17 @@ def turn_keys(
 
 
 @inlined
-def score_pairs(
+def score_turned(
     packed: Array, at: int, tile: Floats, count: int, dim: int, scale: np.float32, scores: Floats, to: int
 ) -> None:
-    """Score four rows of bfloat16 against keys that were turned."""
+    """Score four rows against keys that were turned."""
     width = row_width(dim, packed)
-    apart, length = width // 2 * LANES, width // 2
-    if count > 2 * LANES:
+    length = width // _per_lane(packed)
+    apart = length * LANES
+    if not IS_WIDE:
+        for i in range(0, count, LANES):
+            scores_of(packed, at, width, tile, (i * length,), length, scale, scores, to + i * ROWS)
+    elif count > 2 * LANES:
         scores_of(packed, at, width, tile, (0 * apart, apart, 2 * apart, 3 * apart), length, scale, scores, to)
     elif count > LANES:
         scores_of(packed, at, width, tile, (0 * apart, apart), length, scale, scores, to)
@@ -526,7 +545,7 @@ def add_many(partials: Floats, at: int, tile: Floats, scores: Floats, count: int
     """Add the weighted values of a tile to four rows."""
     width = padded(dim)
     d = 0
-    while d + 4 * LANES <= width:
+    while IS_WIDE and d + 4 * LANES <= width:
         if is_bfloat16(packed):
             add_pair_products_64(partials, at + d, width, tile, d, scores, 0, count // 2)
         else:

@@ -12,13 +12,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pagedkv.data.simd import add, is_int8, load, mul, prefetch, prefetch_to_write, put, splat, store, take, zeros
-from pagedkv.data.simd_llvm import CACHE_LINE, LANES, has
+from pagedkv.data.simd_llvm import CACHE_LINE, IS_WIDE, LANES
 from pagedkv.data.simd_products import (
     PANEL,
     UNROLLED,
     WIDENED,
+    add_half_panel,
     add_panels,
     add_panels_ahead,
+    lines_of_turn,
     pack,
     unit_of,
     widen,
@@ -37,13 +39,13 @@ FEW_ROWS = 32
 """Up to so many rows are one block, and the items of a product are cut by ``columns``; more rows are cut as well."""
 ROW_BLOCK = 64
 COLUMN_BLOCK = 2 * PANEL
-IS_WIDE = has("avx512f")
-"""Whether a register is a whole vector, and there are 32 of them."""
-TILE_ROWS = 4 if IS_WIDE else 2
-TILE_COLUMNS = COLUMN_BLOCK if IS_WIDE else PANEL
-"""The sums of a tile fill half of the registers."""
-SUMS = TILE_ROWS * TILE_COLUMNS
-"""Sums of a tile."""
+TILE_ROWS, TILE_COLUMNS = (4, COLUMN_BLOCK) if IS_WIDE else (6, PANEL)
+"""Rows and outputs that are multiplied together: by two panels, whose sums fill half of the registers; or, where there
+are sixteen registers of half the size, by half a panel at a time, whose sums fill three quarters."""
+TILE_INPUTS = 192
+"""Inputs of half a panel that stay in the first cache while all rows are multiplied by them."""
+SUMS = TILE_ROWS * TILE_COLUMNS if IS_WIDE else ROW_BLOCK * PANEL
+"""Sums of a tile, or of all rows and a panel."""
 NOWHERE = -(1 << 62)
 """Where there are no weights to ask for; weights may lie before the array that places are counted from."""
 BLOCK = ROW_BLOCK * COLUMN_BLOCK
@@ -51,10 +53,12 @@ BLOCK = ROW_BLOCK * COLUMN_BLOCK
 FEW_ROWS_COLUMNS = BLOCK // FEW_ROWS
 """The most outputs of an item of few rows that are a block: the longer the weights of an item are, the faster they are
 read."""
-FEW_ROWS_OF_INT8 = 8
+FEW_ROWS_OF_INT8 = 8 if IS_WIDE else ROW_BLOCK
 """More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
 FIRST_LINES = 32
 """How many lines of what few rows read next are asked for: the processor sees a stream only when some were read."""
+NEXT_LINES = 32
+"""How far ahead one or two rows ask for what they read where the processor by itself does not read ahead enough."""
 ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
 ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
 """A product of few rows is cut into items of so many bytes of weights, long enough to be read as a stream, or fewer so
@@ -310,6 +314,13 @@ def _multiply_panels(
     routes = borrowed(routes)
     sums = borrowed(sums)
     weights = borrowed(weights)
+    if not IS_WIDE and tile.last_row - tile.first_row > 2:
+        ahead = first if ahead == NOWHERE else ahead
+        own = first if end <= operation.packed else NOWHERE
+        _multiply_halves(operation, tile, end - column, acts, panels, first, routes, sums, weights, own, ahead)
+        to = target + tile.first_row * apart
+        _put(operation, matrix, tile.last_row - tile.first_row, column, end, to, apart, constants, floats, sums)
+        return
     size, second = operation.size_in, first + step
     groups = (tile.last_row - tile.first_row + TILE_ROWS - 1) // TILE_ROWS
     turns = max(1, size // (UNROLLED * unit_of(acts.itemsize, is_int8(panels))))
@@ -327,14 +338,18 @@ def _multiply_panels(
             for at in range(column, end, LANES):
                 prefetch_to_write(floats, target + (row + i) * apart + at)
         is_ahead = row > tile.first_row and ahead != NOWHERE
-        if not IS_WIDE and is_ahead:
-            add_panels_ahead(acts, (x0, x1), panels, (first,), size, sums, weights, ahead, turn)
-        elif end - column > PANEL and is_ahead:
+        if end - column > PANEL and is_ahead:
             add_panels_ahead(acts, (x0, x1, x2, x3), panels, (first, second), size, sums, weights, ahead, turn)
         elif end - column > PANEL:
             add_panels(acts, (x0, x1, x2, x3), panels, (first, second), size, sums)
         elif is_ahead:
             add_panels_ahead(acts, (x0, x1, x2, x3), panels, (first,), size, sums, weights, ahead, turn)
+        elif not IS_WIDE and panels.itemsize < acts.itemsize:
+            asked, turn = first + NEXT_LINES * CACHE_LINE // panels.itemsize, UNROLLED * PANEL
+            if height == 1:
+                add_panels_ahead(acts, (x0,), panels, (first,), size, sums, panels, asked, turn)
+            else:
+                add_panels_ahead(acts, (x0, x1), panels, (first,), size, sums, panels, asked, turn)
         elif height == 1:
             add_panels(acts, (x0,), panels, (first,), size, sums)
         elif height == 2:
@@ -344,6 +359,57 @@ def _multiply_panels(
         if is_ahead:
             ahead += turns * turn
         _put(operation, matrix, height, column, end, target + row * apart, apart, constants, floats, sums)
+
+
+@called
+def _multiply_halves(
+    operation: Any,
+    tile: Tile,
+    count: int,
+    acts: Array,
+    panels: Array,
+    first: int,
+    routes: Ints,
+    sums: Floats,
+    weights: Array,
+    own: int,
+    ahead: int,
+) -> None:
+    """Multiply a block of rows by one panel, half of it and some inputs at a time, and ask for those that are next.
+
+    They are weights of this panel, which begins at `own` unless it is a copy, or those that begin at `ahead`.
+    """
+    acts = borrowed(acts)
+    panels = borrowed(panels)
+    routes = borrowed(routes)
+    sums = borrowed(sums)
+    weights = borrowed(weights)
+    size, rows = operation.size_in, tile.last_row - tile.first_row
+    for i in range(0, rows * PANEL, LANES):
+        store(sums, i, zeros())
+    calls = (count + LANES - 1) // LANES * ((rows + TILE_ROWS - 1) // TILE_ROWS)
+    line = CACHE_LINE // weights.itemsize
+    step = (lines_of_turn(weights.itemsize) + calls - 1) // calls * line  # what is next within as many turns
+    for begin in range(0, size, TILE_INPUTS):
+        length = min(TILE_INPUTS, size - begin)
+        following = begin + length
+        asked = own + following * PANEL if following < size and own != NOWHERE else ahead
+        for half in range(0, count, LANES):
+            place = (first + begin * PANEL + half,)
+            for row in range(tile.first_row, tile.last_row, TILE_ROWS):
+                height, to = min(TILE_ROWS, tile.last_row - row), (row - tile.first_row) * PANEL + half
+                x0 = _source(operation, row, routes) + begin
+                x1 = _source(operation, row + min(1, height - 1), routes) + begin
+                x2 = _source(operation, row + min(2, height - 1), routes) + begin
+                x3 = _source(operation, row + min(3, height - 1), routes) + begin
+                if height <= 4:
+                    add_half_panel(acts, (x0, x1, x2, x3), panels, place, length, sums, to, weights, asked, step)
+                else:
+                    x4 = _source(operation, row + min(4, height - 1), routes) + begin
+                    x5 = _source(operation, row + height - 1, routes) + begin
+                    xs = (x0, x1, x2, x3, x4, x5)
+                    add_half_panel(acts, xs, panels, place, length, sums, to, weights, asked, step)
+                asked += length // UNROLLED * step
 
 
 @inlined

@@ -117,6 +117,10 @@ def has(feature: str) -> bool:
     return f"+{feature}" in (features or "").split(",")
 
 
+IS_WIDE = has("avx512f")
+"""Whether a register is a whole vector, and there are 32 of them; else one is half a vector at most."""
+
+
 def every(number: float) -> Any:
     """Return a constant vector of one float32."""
     return ir.Constant(VECTOR, [number] * LANES)

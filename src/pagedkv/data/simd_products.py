@@ -119,6 +119,12 @@ MOST_AHEAD = {1: 8, 2: 2}
 
 
 @formula
+def lines_of_turn(item_bytes: int) -> int:
+    """Return how many cache lines of a panel one turn reads where inputs lie one by one."""
+    return UNROLLED * PANEL * item_bytes // CACHE_LINE
+
+
+@formula
 def unit_of(act_bytes: int, is_int8: bool) -> int:
     """Return how many inputs of an output lie side by side, in one unit of a panel.
 
@@ -136,11 +142,11 @@ class _Panels:
         self._builder, self._left, self._right = builder, left, right
         self.unit = unit_of(left.bitwidth // 8, right == types.int8)
 
-    def weights(self, start: Any, unit: Any) -> list[list[Any]]:
-        """Return what one unit of 32 outputs is multiplied by: for each number, or pair, of it two vectors."""
+    def weights(self, start: Any, unit: Any, vectors: int) -> list[list[Any]]:
+        """Return what one unit of some outputs is multiplied by: for each number, or pair, of it so many vectors."""
         builder = self._builder
         size = LANES * self.unit
-        places = [builder.gep(start, [builder.add(unit, unit.type(i * size))]) for i in range(2)]
+        places = [builder.gep(start, [builder.add(unit, unit.type(i * size))]) for i in range(vectors)]
         bits = [llvm.read(builder, self._right, place, size) for place in places]
         if self.unit == 4:
             return [list(pair) for pair in zip(*(_pairs_of_fours(builder, each) for each in bits), strict=True)]
@@ -165,17 +171,24 @@ class _Panels:
 
 
 def _add_panels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-    """Build the loop along the runs, with sums in registers."""
-    x, rows, y, panels, _, sums = signature.args[:6]
-    xs, ys = (_starts_of(context, builder, signature.args[i], args[i], args[i + 1]) for i in (0, 2))
-    count = args[4]
-    places = _places_of(context, builder, sums, (args[5], count.type(0)), 2 * rows.count * panels.count)
-    some = _Panels(builder, x.dtype, y.dtype)
+    """Build the products of whole panels."""
+    _, rows, _, panels, _, sums = signature.args[:6]
+    places = _places_of(context, builder, sums, (args[5], args[4].type(0)), 2 * rows.count * panels.count)
     ask = (
-        _asking(context, builder, signature.args[6:], args[6:], MOST_AHEAD[panels.count])
+        _asking(context, builder, signature.args[6:], args[6:], _most_ahead(signature.args[6], panels.count))
         if len(args) > 6
         else lambda turn: None
     )
+    return _add_outputs(context, builder, signature.args, args, places, 2, ask)
+
+
+def _add_outputs(
+    context: Any, builder: Any, kinds: Any, args: Any, places: list[Any], vectors: int, ask: Callable[[Any], None]
+) -> Any:
+    """Build the loop along the runs, with sums in registers, of one vector of a panel's outputs or of both."""
+    x, y, count = kinds[0], kinds[2], args[4]
+    xs, ys = (_starts_of(context, builder, kinds[i], args[i], args[i + 1]) for i in (0, 2))
+    some = _Panels(builder, x.dtype, y.dtype)
 
     def multiplied(totals: list[Any], numbers: list[Any], weights: list[Any]) -> list[Any]:
         terms = [(number, weight) for number in numbers for weight in weights]
@@ -183,7 +196,7 @@ def _add_panels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
 
     def add_unit(totals: list[Any], offset: Any, number: Callable[[Any, Any], Any] = some.number) -> list[Any]:
         at = builder.mul(offset, offset.type(PANEL))
-        parts = [some.weights(start, at) for start in ys]
+        parts = [some.weights(start, at, vectors) for start in ys]
         for i, weights in enumerate(zip(*parts, strict=True)):
             place = builder.add(offset, offset.type(2 * i))
             totals = multiplied(
@@ -209,6 +222,10 @@ def _add_panels(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     for place, total in zip(places, totals, strict=True):
         llvm.write(builder, place, total)
     return context.get_dummy_value()
+
+
+def _most_ahead(weights: Any, panels: int) -> int:
+    return MOST_AHEAD[panels] if llvm.IS_WIDE else lines_of_turn(weights.dtype.bitwidth // 8)
 
 
 def _asking(context: Any, builder: Any, kinds: Any, args: Any, count: int) -> Callable[[Any], None]:
@@ -258,9 +275,48 @@ def add_panels_ahead(
 ) -> None:
     """Do the same, and ask for `weights` from the place `ahead` on: for `step` numbers in each turn of the loop.
 
-    A turn is `UNROLLED` units, and asks for `MOST_AHEAD` cache lines. They may lie anywhere.
+    A turn is `UNROLLED` units, and asks for `MOST_AHEAD` cache lines; where a register is half a vector, for as many as
+    it reads. They may lie anywhere.
     """
     add_panels(x, rows, y, panels, count, sums)
+
+
+def _half_panel_typing(
+    x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: Any, at: Any, weights: Any, ahead: Any, step: Any
+) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x.dtype != types.float32:  # never run
+            return context.get_dummy_value()
+        places = _places_of(context, builder, sums, args[5:7], rows.count, PANEL)
+        ask = _asking(context, builder, signature.args[7:], args[7:], lines_of_turn(weights.dtype.bitwidth // 8) // 2)
+        return _add_outputs(context, builder, signature.args, args, places, 1, ask)
+
+    integer = types.int64
+    return types.void(x, rows, y, panels, integer, sums, integer, weights, integer, integer), generate
+
+
+@llvm.typed(_half_panel_typing)
+def add_half_panel(
+    x: Array,
+    rows: tuple[int, ...],
+    y: Array,
+    panels: tuple[int, ...],
+    count: int,
+    sums: Array,
+    at: int,
+    weights: Array,
+    ahead: int,
+    step: int,
+) -> None:
+    """Do the same for one half of one panel, sixteen outputs: those of row i are ``sums[at + i * PANEL :]``.
+
+    A turn asks for half of the cache lines that both halves read in one. x is float32; for others nothing is compiled.
+    """
+    for i, row in enumerate(rows):
+        half = np.pad(y[panels[0] :][: count * PANEL], (0, PANEL // 2))[: count * PANEL]
+        both = np.zeros(PANEL, np.float32)
+        _add_panel(x[row : row + count], half, both)
+        sums[at + i * PANEL :][: PANEL // 2] += both[: PANEL // 2]
 
 
 def _add_panel(x: Array, y: Array, sums: Array) -> None:
@@ -507,10 +563,13 @@ def _turn_piece(
 
 
 def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: Any, tile: Any, to: Any) -> Any:
-    width = 2 * LANES
+    unit = 2 if rows.dtype == types.uint16 else 1
+
+    def widened(builder: Any, bits: Any) -> Any:
+        return builder.bitcast(bits, VECTOR) if unit == 2 else llvm.widened_bits(builder, bits, keys.dtype)
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if rows.dtype != types.uint16 or keys.dtype != rows.dtype:  # never run
+        if unit == 2 and keys.dtype != rows.dtype:  # never run
             return context.get_dummy_value()
         data, key_at = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2))
         begin, offset, count = args[3:6]
@@ -520,7 +579,7 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
             starts.append(builder.gep(data, [builder.add(place, offset)]))
         targets = _places_of(context, builder, tile, args[6:], LANES)
         _turn_piece(
-            builder, keys.dtype, starts, count, width, lambda bits: builder.bitcast(bits, VECTOR), targets, align=4
+            builder, keys.dtype, starts, count, unit * LANES, lambda bits: widened(builder, bits), targets, align=4
         )
         return context.get_dummy_value()
 
@@ -530,16 +589,17 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
 
 @llvm.typed(_turn_of)
 def turn(rows: Array, keys: Array, places: Array, first: int, offset: int, count: int, tile: Array, to: int) -> None:
-    """Write a piece of sixteen keys of bfloat16 to a tile, pair by pair: ``tile[to + i * LANES + key]``.
+    """Write a piece of sixteen keys to a tile, number by number: ``tile[to + i * LANES + key]``.
 
     The piece of a key is ``keys[place + offset :]`` for ``places[first + key]``: up to `count` numbers and zeros
-    behind, as many as a vector has. Nothing is compiled where rows are float32.
+    behind, as many as there are lanes, as float32. Where rows are uint16 keys are bfloat16, and go pair by pair.
     """
-    piece = np.zeros((LANES, 2 * LANES), np.uint16)
-    count = min(count, 2 * LANES)
+    unit = 2 if rows.dtype == np.uint16 else 1
+    piece = np.zeros((LANES, unit * LANES), np.uint16 if unit == 2 else np.float32)
+    count = min(count, unit * LANES)
     for key in range(LANES):
         at = places[first + key] + offset
-        piece[key, :count] = keys[at : at + count]
+        piece[key, :count] = keys[at : at + count] if unit == 2 else llvm.widened(keys[at : at + count])
     tile[to : to + LANES * LANES] = piece.view(np.float32).T.ravel()
 
 
@@ -547,8 +607,7 @@ def _scores_of(
     rows: Any, at: Any, width: Any, tile: Any, places: Any, count: Any, scale: Any, out: Any, to: Any
 ) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        if rows.dtype != types.uint16:  # never run
-            return context.get_dummy_value()
+        is_paired = rows.dtype == types.uint16
         row_data, data = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 7))
         begin, apart, integer = args[1], args[2], args[1].type
         row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, integer(i)))]) for i in range(ROWS)]
@@ -558,13 +617,14 @@ def _scores_of(
             keys = [llvm.read(builder, types.float32, builder.gep(start, [index]), LANES) for start in starts]
             result = []
             for row in range(ROWS):
-                place = builder.gep(row_at[row], [builder.ashr(index, integer(3))])
+                place = builder.gep(row_at[row], [builder.ashr(index, integer(3 if is_paired else 4))])
                 number = builder.load(builder.bitcast(place, FLOAT.as_pointer()))
                 number.align = 4
-                every = builder.bitcast(llvm.spread(builder, number, VECTOR), llvm.BFLOATS)
-                for i, key in enumerate(keys):
-                    pairs = builder.bitcast(key, llvm.BFLOATS)
-                    result.append(_multiplied(builder, every, pairs, sums[row * len(keys) + i]))
+                each = [llvm.spread(builder, number, VECTOR), *keys]
+                if is_paired:
+                    each = [builder.bitcast(some, llvm.BFLOATS) for some in each]
+                for i, key in enumerate(each[1:]):
+                    result.append(_multiplied(builder, each[0], key, sums[row * len(keys) + i]))
             return result
 
         end = builder.mul(args[5], integer(LANES))
@@ -608,16 +668,17 @@ def scores_of(
     """Write the products of four rows, ``width`` apart from ``at`` on, and sixteen keys for each place in a tile.
 
     Keys are as `turn` writes them, `count` vectors each; ``out[to + key * 4 + row]`` is scaled. A product is summed up
-    pair by pair, in their order. Rows are uint16, as long as whole vectors, where the processor
-    `has_bfloat16_products`; where they are float32 nothing is compiled.
+    number by number, or pair by pair, in their order. Rows are as long as whole vectors; they are uint16 where the
+    processor `has_bfloat16_products`.
     """
+    unit = 2 if rows.dtype == np.uint16 else 1
     for group, place in enumerate(places):
         for row in range(ROWS):
             sums = np.zeros(LANES, np.float32)
             for i in range(count):
-                keys = tile[place + i * LANES : place + (i + 1) * LANES].view(np.uint16)
-                both = llvm.widened(rows[at + row * width + 2 * i : at + row * width + 2 * i + 2])
-                sums += (llvm.widened(keys).reshape(LANES, 2) * both).sum(axis=1)
+                keys = tile[place + i * LANES : place + (i + 1) * LANES].view(rows.dtype)
+                some = llvm.widened(rows[at + row * width + unit * i : at + row * width + unit * (i + 1)])
+                sums += (llvm.widened(keys).reshape(LANES, unit) * some).sum(axis=1)
             begin = to + group * ROWS * LANES + row
             out[begin : begin + ROWS * LANES : ROWS] = sums * scale
 
