@@ -164,13 +164,18 @@ def score_few(
     width = row_width(shape.head_dim, packed)
     ahead = _ahead(strides.key, strides.key_head, shape.head_dim, num_heads, shape.item_bytes)
     if are_turned(packed):
-        for head in range(num_heads):
-            turn_keys(packed, keys, key_at, tile, head * strides.key_head, ahead, count, shape.head_dim, key_tile)
-            for quad in range(num_quads):
-                at = head * num_quads + quad
-                score_turned(
-                    packed, at * ROWS * width, key_tile, count, shape.head_dim, scale, scores, at * ROWS * TILE
-                )
+        # As many keys as are scored together; where heads of a token lie side by side, of all heads before the next.
+        is_cut = not IS_WIDE and strides.key_head < strides.key
+        size, ahead = (LANES, LANES) if is_cut else (count, ahead)
+        for token in range(0, count, size):
+            some = min(size, count - token)
+            for head in range(num_heads):
+                head_at = head * strides.key_head
+                turn_keys(packed, keys, key_at, tile + token, head_at, ahead, some, shape.head_dim, key_tile)
+                for quad in range(num_quads):
+                    row = (head * num_quads + quad) * ROWS
+                    to = row * TILE + token * ROWS
+                    score_turned(packed, row * width, key_tile, some, shape.head_dim, scale, scores, to)
         return
     step = STEP if strides.key_head < strides.key else count
     for token in range(0, count, step):

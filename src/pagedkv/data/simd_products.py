@@ -527,16 +527,26 @@ _QUARTERS = [[k + i + j for k in (0, LANES) for i in (0, 8) for j in half] for h
 Processors have one fast instruction for each."""
 
 
+def _turned_fours(builder: Any, parts: list[Any]) -> list[list[Any]]:
+    """Return, for each four of the vectors, four others: block b of the j-th has their lanes 4 b + j."""
+
+    def both(orders: list[list[int]], x: Any, y: Any) -> list[Any]:
+        return [llvm.shuffled(builder, x, y, order) for order in orders]
+
+    turned = []
+    for i in range(0, len(parts), 4):
+        first, second = both(_SINGLES, parts[i], parts[i + 1]), both(_SINGLES, parts[i + 2], parts[i + 3])
+        turned.append([some for pair in zip(first, second, strict=True) for some in both(_DOUBLES, *pair)])
+    return turned
+
+
 def _turned(builder: Any, parts: list[Any]) -> list[Any]:
     """Return sixteen vectors of what stands in the same lane of sixteen vectors."""
 
     def both(orders: list[list[int]], x: Any, y: Any) -> list[Any]:
         return [llvm.shuffled(builder, x, y, order) for order in orders]
 
-    turned: list[list[Any]] = []  # by four vectors: block b of the j-th has their lanes 4 b + j
-    for i in _BLOCKS:
-        first, second = both(_SINGLES, parts[i], parts[i + 1]), both(_SINGLES, parts[i + 2], parts[i + 3])
-        turned.append([some for pair in zip(first, second, strict=True) for some in both(_DOUBLES, *pair)])
+    turned = _turned_fours(builder, parts)
     columns: list[Any] = [None] * LANES
     for j in range(4):
         first, second = both(_HALVES, turned[0][j], turned[1][j]), both(_HALVES, turned[2][j], turned[3][j])
@@ -545,15 +555,28 @@ def _turned(builder: Any, parts: list[Any]) -> list[Any]:
     return columns
 
 
+def _turned_half(builder: Any, parts: list[Any]) -> list[Any]:
+    """Return sixteen halves of a vector, of what stands in the same lane of eight: sixteen registers of AVX2."""
+    first, second = _turned_fours(builder, parts)
+    orders = [[k + lane for k in (block, LANES + block) for lane in range(4)] for block in _BLOCKS]
+    return [llvm.shuffled(builder, first[j], second[j], order) for order in orders for j in range(4)]
+
+
 def _turn_piece(
     builder: Any, dtype: Any, starts: list[Any], left: Any, size: int, widened: Any, targets: list[Any], align: int
 ) -> None:
     """Build the transposition of sixteen runs of `size` numbers; where fewer are left, with zeros behind them."""
 
     def turn(read: Callable[[Any], Any]) -> None:
-        parts = [widened(read(start)) for start in starts]
-        for target, part in zip(targets, _turned(builder, parts), strict=True):
-            llvm.write(builder, target, part, align)
+        if llvm.IS_WIDE:
+            parts = [widened(read(start)) for start in starts]
+            for target, part in zip(targets, _turned(builder, parts), strict=True):
+                llvm.write(builder, target, part, align)
+            return
+        for first in (0, LANES // 2):
+            parts = [widened(read(start)) for start in starts[first : first + LANES // 2]]
+            for target, part in zip(targets, _turned_half(builder, parts), strict=True):
+                llvm.write(builder, builder.gep(target, [INT(first)]), part, align)
 
     with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
         with whole:
