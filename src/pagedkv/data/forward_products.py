@@ -332,7 +332,7 @@ def _multiply_panels(
         # One and two rows have code of their own; else, and where more is asked for, the last one is computed again.
         x2 = _source(operation, row + (2 if height > 2 else 0), routes)
         x3 = _source(operation, row + height - 1, routes)
-        for i in range(0, SUMS, LANES):
+        for i in range(0, SUMS if IS_WIDE else 2 * PANEL, LANES):
             store(sums, i, zeros())
         for i in range(height):  # which another processor may have written last
             for at in range(column, end, LANES):
