@@ -109,11 +109,11 @@ QUAD = Quad(*range(10))
 # The inner loops: one tile of tokens, four query rows at a time.
 #
 # What makes them fast. Query heads that share a kv head are rows of one small matrix, four of them worked on at a
-# time, so a key or a value is loaded and widened once for all. Keys of bfloat16 are turned, so that sixteen of them
-# are the lanes of a vector and no product has to be summed up across lanes, which would be as much work as to
-# multiply. Others are visited in the order in which they lie in memory, a few at a time for all heads, and rows are
-# asked for ahead of that: one is too short for the hardware to see a stream. Scores are powers of two (``log2(e)`` is
-# in the scale) and interleaved by row, ``score[token * 4 + row]``.
+# time, so a key or a value is loaded and widened once for all. Keys of bfloat16, and all where registers are few, are
+# turned, so that sixteen of them are the lanes of a vector and no product has to be summed up across lanes, which
+# would be as much work as to multiply. Others are visited in the order in which they lie in memory, a few at a time for
+# all heads, and rows are asked for ahead of that: one is too short for the hardware to see a stream. Scores are powers
+# of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 + row]``.
 
 STEP = 4
 """Tokens whose values are visited for all heads before the next ones."""
