@@ -527,30 +527,26 @@ _QUARTERS = [[k + i + j for k in (0, LANES) for i in (0, 8) for j in half] for h
 Processors have one fast instruction for each."""
 
 
+def _both(builder: Any, orders: list[list[int]], x: Any, y: Any) -> list[Any]:
+    return [llvm.shuffled(builder, x, y, order) for order in orders]
+
+
 def _turned_fours(builder: Any, parts: list[Any]) -> list[list[Any]]:
     """Return, for each four of the vectors, four others: block b of the j-th has their lanes 4 b + j."""
-
-    def both(orders: list[list[int]], x: Any, y: Any) -> list[Any]:
-        return [llvm.shuffled(builder, x, y, order) for order in orders]
-
     turned = []
     for i in range(0, len(parts), 4):
-        first, second = both(_SINGLES, parts[i], parts[i + 1]), both(_SINGLES, parts[i + 2], parts[i + 3])
-        turned.append([some for pair in zip(first, second, strict=True) for some in both(_DOUBLES, *pair)])
+        first, second = (_both(builder, _SINGLES, *parts[j : j + 2]) for j in (i, i + 2))
+        turned.append([some for pair in zip(first, second, strict=True) for some in _both(builder, _DOUBLES, *pair)])
     return turned
 
 
 def _turned(builder: Any, parts: list[Any]) -> list[Any]:
     """Return sixteen vectors of what stands in the same lane of sixteen vectors."""
-
-    def both(orders: list[list[int]], x: Any, y: Any) -> list[Any]:
-        return [llvm.shuffled(builder, x, y, order) for order in orders]
-
     turned = _turned_fours(builder, parts)
     columns: list[Any] = [None] * LANES
     for j in range(4):
-        first, second = both(_HALVES, turned[0][j], turned[1][j]), both(_HALVES, turned[2][j], turned[3][j])
-        blocks = [some for pair in zip(first, second, strict=True) for some in both(_QUARTERS, *pair)]
+        first, second = (_both(builder, _HALVES, turned[i][j], turned[i + 1][j]) for i in (0, 2))
+        blocks = [some for pair in zip(first, second, strict=True) for some in _both(builder, _QUARTERS, *pair)]
         columns[j::4] = blocks
     return columns
 
@@ -588,10 +584,10 @@ def _turn_piece(
 def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: Any, tile: Any, to: Any) -> Any:
     unit = 2 if rows.dtype == types.uint16 else 1
 
-    def widened(builder: Any, bits: Any) -> Any:
-        return builder.bitcast(bits, VECTOR) if unit == 2 else llvm.widened_bits(builder, bits, keys.dtype)
-
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        def widened(bits: Any) -> Any:
+            return builder.bitcast(bits, VECTOR) if unit == 2 else llvm.widened_bits(builder, bits, keys.dtype)
+
         if unit == 2 and keys.dtype != rows.dtype:  # never run
             return context.get_dummy_value()
         data, key_at = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2))
@@ -601,9 +597,7 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
             place = builder.load(builder.gep(key_at, [builder.add(begin, begin.type(i))]))
             starts.append(builder.gep(data, [builder.add(place, offset)]))
         targets = _places_of(context, builder, tile, args[6:], LANES)
-        _turn_piece(
-            builder, keys.dtype, starts, count, unit * LANES, lambda bits: widened(builder, bits), targets, align=4
-        )
+        _turn_piece(builder, keys.dtype, starts, count, unit * LANES, widened, targets, align=4)
         return context.get_dummy_value()
 
     integer = types.int64
