@@ -36,18 +36,15 @@ def completion(door: Any, **more: Any) -> httpx.Response:
 
 
 def test_answers_are_those_of_one_engine(door: Any, engines: dict[str, Any]) -> None:
-    with thread(engines["alone"]) as server:
-        alone = httpx.post(
-            f"{server.url}/v1/completions",
-            json={"prompt": "def f(n):\n    return n" * 8, "max_tokens": 8, "temperature": 0, "logprobs": 2},
-            timeout=60,
-        ).json()
+    message = {"max_tokens": 5, "temperature": 0, "messages": [{"role": "user", "content": "hi"}]}
+    with thread(engines["alone"]) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+        alone = completion(SimpleNamespace(client=client), logprobs=2).json()
+        told = client.post("/v1/messages", json=message).json()
     for _ in range(2):
         assert completion(door, logprobs=2).json()["choices"] == alone["choices"]
-    chat = door.client.post(
-        "/v1/messages", json={"model": "pysmall", "max_tokens": 5, "messages": [{"role": "user", "content": "hi"}]}
-    )
-    assert chat.status_code == 200 and chat.json()["usage"]["output_tokens"] == 5
+        chat = door.client.post("/v1/messages", json=message)
+        assert chat.status_code == 200 and chat.json()["usage"]["output_tokens"] == 5
+        assert chat.json()["content"] == told["content"]
 
 
 def test_health_says_how_many_are_ready(door: Any) -> None:
