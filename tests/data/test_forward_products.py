@@ -95,6 +95,23 @@ def test_products_are_right_whatever_the_rows_and_outputs(rows, count, dtype):
     assert (got == computed(x, weights, (0, rows, 0, count), is_packed=True)).all()
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.int8])
+@pytest.mark.parametrize("goes", [TO_FLOATS, ADDED])
+@pytest.mark.parametrize("first", [0, 32, 64])
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 96, 100, 128, 160, 224, 290])
+def test_one_row_by_any_number_of_panels_is_what_many_rows_are(count, first, goes, dtype):
+    x, weights = given(7, first + count + 40, dtype)
+    start = np.arange(x.shape[0] * len(weights), dtype=np.float32).reshape(x.shape[0], -1)
+    whole = computed(x, weights, (0, 7, 0, len(weights)), is_packed=True, goes=goes, start=start)
+    for row, following in ((0, NOWHERE), (4, 10**9)):
+        tile = (row, row + 1, first, first + count)
+        got = computed(x, weights, tile, is_packed=True, goes=goes, start=start, following=following)
+        block = slice(row, row + 1), slice(first, first + count)
+        assert (got[block] == whole[block]).all()
+        got[block] = start[block]
+        assert (got == start).all()
+
+
 @pytest.mark.parametrize("is_packed", [False, True])
 @pytest.mark.parametrize(("rows", "tile"), [(20, (5, 12, 32, 61)), (60, (10, 50, 32, 88)), (9, (8, 9, 64, 90))])
 def test_a_block_alone_is_written(rows, tile, is_packed):
@@ -118,7 +135,7 @@ def test_sums_are_added_once(rows):
         assert (got == plain + 1).all()
 
 
-@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("rows", [1, 9, 40])
 @pytest.mark.parametrize("following", [NOWHERE, 0, 10**9, -(10**9)])
 def test_what_is_asked_for_ahead_changes_nothing(following, rows):
     x, weights = given(rows, 90)

@@ -13,6 +13,7 @@ from pagedkv.data.simd_products import (
     add_half_panel,
     add_panels,
     add_panels_ahead,
+    add_streams,
     pack,
     scores_of,
     turn,
@@ -43,6 +44,15 @@ def two_by_one(x, y, count, sums):
 @compiled
 def one_by_one(x, y, count, sums):
     add_panels(x, (2 * count,), y, (PANEL * count,), count, sums)
+
+
+@compiled
+def streams(x, y, count, sums, ahead):
+    """Multiply one row by both panels, then once more with the first one between them, and two rows by one."""
+    add_streams(x, (2 * count,), y, (0 * count, PANEL * count), count, sums[: 2 * PANEL], ahead)
+    three = (PANEL * count, 0 * count, PANEL * count)
+    add_streams(x, (2 * count,), y, three, count, sums[2 * PANEL : 5 * PANEL], ahead)
+    add_streams(x, (count, 3 * count), y, (0 * count,), count, sums[5 * PANEL :], ahead)
 
 
 @compiled
@@ -147,6 +157,11 @@ def test_products_are_right_and_the_same_in_every_tile(left, right, count, unit)
     assert (ahead.reshape(4, PANEL) == whole[[3, 1, 0, 2], PANEL:]).all()
     assert (two.reshape(2, PANEL) == whole[[1, 3], :PANEL]).all()
     assert (one == whole[2, PANEL:]).all()
+    for distance in (0, 16, 10**7):
+        several = np.zeros(7 * PANEL, np.float32)
+        streams(bits(x), flat, count, several, distance)
+        first, second = whole[2, :PANEL], whole[2, PANEL:]
+        assert (several == np.concatenate([first, second, second, first, second, *whole[[1, 3], :PANEL]])).all()
     if left == "float32":
         halves = np.zeros(5 * PANEL, np.float32)
         three_by_halves(bits(x), flat, count, halves, count // 3)

@@ -20,6 +20,7 @@ from pagedkv.data.simd_products import (
     add_half_panel,
     add_panels,
     add_panels_ahead,
+    add_streams,
     lines_of_turn,
     pack,
     unit_of,
@@ -57,8 +58,8 @@ FEW_ROWS_OF_INT8 = 8 if IS_WIDE else ROW_BLOCK
 """More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
 FIRST_LINES = 32
 """How many lines of what few rows read next are asked for: the processor sees a stream only when some were read."""
-NEXT_LINES = 32
-"""How far ahead one or two rows ask for what they read where the processor by itself does not read ahead enough."""
+AHEAD, AHEAD_OF_STREAM = 32, 16
+"""How many cache lines are asked for ahead of what one or two rows read, of one stream or of each of some."""
 ITEM_BYTES, LONG_ITEM_BYTES = 1 << 16, 1 << 18
 ITEMS_OF_THREAD, MOST_ITEMS = 2, 128
 """A product of few rows is cut into items of so many bytes of weights, long enough to be read as a stream, or fewer so
@@ -202,6 +203,10 @@ def multiply(
     copy = number * (len(copies) // len(copied))
     width = TILE_COLUMNS if rows > FEW_ROWS else PANEL
     column = tile.first_column
+    if not IS_WIDE and rows == 1:
+        column = _multiply_row(
+            operation, tile, matrix, following, target, apart, acts, weights, constants, floats, routes, sums
+        )
     while column < tile.last_column:
         end = min(tile.last_column, column + width)
         if column < operation.packed < end:
@@ -210,9 +215,7 @@ def multiply(
         ahead = following if end == tile.last_column else matrix.weight + end * operation.row_stride
         is_packed = end <= operation.packed
         if end == tile.last_column and rows <= TILE_ROWS and following != NOWHERE:
-            line = CACHE_LINE // weights.itemsize
-            for i in range(following, following + FIRST_LINES * line, line):
-                prefetch(weights, i)
+            _ask(weights, following)
         if is_packed and not (is_int8(weights) and rows > FEW_ROWS_OF_INT8):
             _multiply_panels(
                 operation,
@@ -314,12 +317,15 @@ def _multiply_panels(
     routes = borrowed(routes)
     sums = borrowed(sums)
     weights = borrowed(weights)
-    if not IS_WIDE and tile.last_row - tile.first_row > 2:
-        ahead = first if ahead == NOWHERE else ahead
-        own = first if end <= operation.packed else NOWHERE
-        _multiply_halves(operation, tile, end - column, acts, panels, first, routes, sums, weights, own, ahead)
-        to = target + tile.first_row * apart
-        _put(operation, matrix, tile.last_row - tile.first_row, column, end, to, apart, constants, floats, sums)
+    if not IS_WIDE:
+        rows, to = tile.last_row - tile.first_row, target + tile.first_row * apart
+        if rows > 2:
+            ahead = first if ahead == NOWHERE else ahead
+            own = first if end <= operation.packed else NOWHERE
+            _multiply_halves(operation, tile, end - column, acts, panels, first, routes, sums, weights, own, ahead)
+        else:
+            _multiply_two(operation, tile, column, end, to, apart, acts, panels, first, floats, routes, sums)
+        _put(operation, matrix, rows, column, end, to, apart, constants, floats, sums, 0)
         return
     size, second = operation.size_in, first + step
     groups = (tile.last_row - tile.first_row + TILE_ROWS - 1) // TILE_ROWS
@@ -332,7 +338,7 @@ def _multiply_panels(
         # One and two rows have code of their own; else, and where more is asked for, the last one is computed again.
         x2 = _source(operation, row + (2 if height > 2 else 0), routes)
         x3 = _source(operation, row + height - 1, routes)
-        for i in range(0, SUMS if IS_WIDE else 2 * PANEL, LANES):
+        for i in range(0, SUMS, LANES):
             store(sums, i, zeros())
         for i in range(height):  # which another processor may have written last
             for at in range(column, end, LANES):
@@ -344,12 +350,6 @@ def _multiply_panels(
             add_panels(acts, (x0, x1, x2, x3), panels, (first, second), size, sums)
         elif is_ahead:
             add_panels_ahead(acts, (x0, x1, x2, x3), panels, (first,), size, sums, weights, ahead, turn)
-        elif not IS_WIDE and panels.itemsize < acts.itemsize:
-            asked, turn = first + NEXT_LINES * CACHE_LINE // panels.itemsize, UNROLLED * PANEL
-            if height == 1:
-                add_panels_ahead(acts, (x0,), panels, (first,), size, sums, panels, asked, turn)
-            else:
-                add_panels_ahead(acts, (x0, x1), panels, (first,), size, sums, panels, asked, turn)
         elif height == 1:
             add_panels(acts, (x0,), panels, (first,), size, sums)
         elif height == 2:
@@ -358,7 +358,104 @@ def _multiply_panels(
             add_panels(acts, (x0, x1, x2, x3), panels, (first,), size, sums)
         if is_ahead:
             ahead += turns * turn
-        _put(operation, matrix, height, column, end, target + row * apart, apart, constants, floats, sums)
+        _put(operation, matrix, height, column, end, target + row * apart, apart, constants, floats, sums, 0)
+
+
+@called
+def _multiply_row(
+    operation: Any,
+    tile: Tile,
+    matrix: Matrix,
+    following: int,
+    target: int,
+    apart: int,
+    acts: Array,
+    weights: Array,
+    constants: Floats,
+    floats: Floats,
+    routes: Ints,
+    sums: Floats,
+) -> int:
+    """Multiply one row by all whole panels of a block, and return the column behind them.
+
+    Memory is read faster at two or three places than at one: the panels are cut into as many streams.
+    """
+    acts = borrowed(acts)
+    weights = borrowed(weights)
+    constants = borrowed(constants)
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    sums = borrowed(sums)
+    size, column, step = operation.size_in, tile.first_column, PANEL * operation.row_stride
+    x, to = _source(operation, tile.first_row, routes), target + tile.first_row * apart
+    left = (min(tile.last_column, operation.packed) - column) // PANEL
+    while left > 0:
+        num_streams = 1 if left == 1 else 2 + left % 2
+        num_panels = left // num_streams
+        left -= num_streams * num_panels
+        for panel in range(num_panels):
+            if left == 0 and panel == num_panels - 1 and following != NOWHERE:
+                _ask(weights, following)
+            first, width = matrix.weight + column * operation.row_stride, num_panels * PANEL
+            second, third = first + num_panels * step, first + 2 * num_panels * step
+            for i in range(0, num_streams * PANEL, LANES):
+                store(sums, i, zeros())
+            for at in range(column, column + num_streams * width, width):  # which another processor may have written
+                prefetch_to_write(floats, to + at)
+                prefetch_to_write(floats, to + at + LANES)
+            if num_streams == 1:
+                add_streams(acts, (x,), weights, (first,), size, sums, AHEAD)
+            elif num_streams == 2:
+                add_streams(acts, (x,), weights, (first, second), size, sums, AHEAD_OF_STREAM)
+            else:
+                add_streams(acts, (x,), weights, (first, second, third), size, sums, AHEAD_OF_STREAM)
+            for i in range(num_streams):
+                at = column + i * width
+                _put(operation, matrix, 1, at, at + PANEL, to, apart, constants, floats, sums, i * PANEL)
+            column += PANEL
+        column += (num_streams - 1) * num_panels * PANEL
+    return column
+
+
+@inlined
+def _ask(weights: Array, first: int) -> None:
+    line = CACHE_LINE // weights.itemsize
+    for i in range(first, first + FIRST_LINES * line, line):
+        prefetch(weights, i)
+
+
+@called
+def _multiply_two(
+    operation: Any,
+    tile: Tile,
+    column: int,
+    end: int,
+    to: int,
+    apart: int,
+    acts: Array,
+    panels: Array,
+    first: int,
+    floats: Floats,
+    routes: Ints,
+    sums: Floats,
+) -> None:
+    """Multiply one or two rows by one panel."""
+    acts = borrowed(acts)
+    panels = borrowed(panels)
+    floats = borrowed(floats)
+    routes = borrowed(routes)
+    sums = borrowed(sums)
+    rows, size = tile.last_row - tile.first_row, operation.size_in
+    x0, x1 = _source(operation, tile.first_row, routes), _source(operation, tile.last_row - 1, routes)
+    for i in range(0, rows * PANEL, LANES):
+        store(sums, i, zeros())
+    for i in range(rows):  # which another processor may have written last
+        for at in range(column, end, LANES):
+            prefetch_to_write(floats, to + i * apart + at)
+    if rows == 2:
+        add_streams(acts, (x0, x1), panels, (first,), size, sums, AHEAD)
+    else:
+        add_streams(acts, (x0,), panels, (first,), size, sums, AHEAD)
 
 
 @called
@@ -432,15 +529,16 @@ def _put(
     constants: Floats,
     floats: Floats,
     sums: Floats,
+    first: int,
 ) -> None:
-    """Write the sums of a tile, with what belongs to each output."""
+    """Write the sums of a tile, from the first on, with what belongs to each output."""
     constants = borrowed(constants)
     floats = borrowed(floats)
     sums = borrowed(sums)
     width = COLUMN_BLOCK if end - column > PANEL else PANEL
     for i in range(height):
         for at in range(column, end, LANES):
-            place, begin = to + i * apart + at, i * width + at - column
+            place, begin = to + i * apart + at, first + i * width + at - column
             value = load(sums, begin)
             if matrix.factor >= 0:
                 value = mul(value, load(constants, matrix.factor + at))

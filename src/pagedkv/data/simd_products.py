@@ -281,6 +281,38 @@ def add_panels_ahead(
     add_panels(x, rows, y, panels, count, sums)
 
 
+def _streams_typing(x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: Any, ahead: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, starts = y.dtype.bitwidth, _starts_of(context, builder, y, args[2], args[3])
+        lines = lines_of_turn(bits // 8) if bits < x.dtype.bitwidth else 0
+        turn_size, line = (
+            UNROLLED * unit_of(x.dtype.bitwidth // 8, y.dtype == types.int8) * PANEL,
+            CACHE_LINE * 8 // bits,
+        )
+
+        def ask(turn: Any) -> None:
+            begin = builder.add(builder.mul(turn, turn.type(turn_size)), builder.mul(args[6], turn.type(line)))
+            for start in starts:
+                for i in range(lines):
+                    llvm.prefetch(builder, y.dtype, builder.gep(start, [builder.add(begin, begin.type(i * line))]))
+
+        places = _places_of(context, builder, sums, (args[5], args[4].type(0)), 2 * rows.count * panels.count)
+        return _add_outputs(context, builder, signature.args, args, places, 2, ask)
+
+    return types.void(x, rows, y, panels, types.int64, sums, types.int64), generate
+
+
+@llvm.typed(_streams_typing)
+def add_streams(
+    x: Array, rows: tuple[int, ...], y: Array, panels: tuple[int, ...], count: int, sums: Array, ahead: int
+) -> None:
+    """Do the same, and ask for what lies so many cache lines ahead in each panel, unless both are float32.
+
+    What is multiplied as it was read is read fast enough by the processor itself.
+    """
+    add_panels(x, rows, y, panels, count, sums)
+
+
 def _half_panel_typing(
     x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: Any, at: Any, weights: Any, ahead: Any, step: Any
 ) -> Any:
