@@ -509,6 +509,33 @@ def test_python_collects_no_garbage_during_a_compile_alone(tmp_path: Path) -> No
     assert "[False, False, 'TypingError'] True" in printed
 
 
+GARBAGE = """
+import gc, weakref
+from pagedkv.jit import compiled, watch_compiles
+
+class Ring:
+    def __init__(self):
+        self.ring = self
+
+@compiled
+def double(number):
+    return 2 * number
+
+gc.disable()
+left = weakref.ref(Ring())
+before, after = left() is not None, []
+with watch_compiles(lambda name, seconds: after.append(left() is not None)):
+    double(20)
+print(before, after, gc.isenabled())
+"""
+
+
+def test_what_a_compile_leaves_over_is_collected_at_its_end(tmp_path: Path) -> None:
+    (tmp_path / "garbage.py").write_text(GARBAGE)
+    printed = run("import garbage", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
+    assert "True [False] False" in printed
+
+
 def test_a_part_has_no_machine_code_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "parts.py").write_text(COUNTED_PARTS)
     printed = run("import parts", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}")
