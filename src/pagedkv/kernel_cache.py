@@ -512,12 +512,11 @@ class _KernelCache(caching.NullCache):
 def _end() -> None:
     """End the innermost compile, which failed or was not needed unless it is done."""
     ended = _running.pop()
-    if ended.is_done:
-        gc.collect(0)  # what this compile left over, before the next one makes as much
     if ended.lock:
         ended.lock.release()
     if ended.is_done:
         _progress.count += 1
+        gc.collect(0)  # what this compile left over, before the next one makes as much
     if _running:
         _progress.compile(_running[-1].name, _running[-1].directory)
     else:

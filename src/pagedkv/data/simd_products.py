@@ -283,21 +283,21 @@ def add_panels_ahead(
 
 def _streams_typing(x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: Any, ahead: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits, starts = y.dtype.bitwidth, _starts_of(context, builder, y, args[2], args[3])
-        lines = lines_of_turn(bits // 8) if bits < x.dtype.bitwidth else 0
-        turn_size, line = (
-            UNROLLED * unit_of(x.dtype.bitwidth // 8, y.dtype == types.int8) * PANEL,
-            CACHE_LINE * 8 // bits,
-        )
-
-        def ask(turn: Any) -> None:
-            begin = builder.add(builder.mul(turn, turn.type(turn_size)), builder.mul(args[6], turn.type(line)))
-            for start in starts:
-                for i in range(lines):
-                    llvm.prefetch(builder, y.dtype, builder.gep(start, [builder.add(begin, begin.type(i * line))]))
-
+        act_bits, bits = x.dtype.bitwidth, y.dtype.bitwidth
+        lines = lines_of_turn(bits // 8) if bits < act_bits else 0
+        turn_size = UNROLLED * unit_of(act_bits // 8, y.dtype == types.int8) * PANEL
+        distance = builder.mul(args[6], args[6].type(CACHE_LINE * 8 // bits))
+        asks = [
+            _asking(context, builder, (y,), (args[2], builder.add(panel, distance), distance.type(turn_size)), lines)
+            for panel in cgutils.unpack_tuple(builder, args[3])
+        ]
         places = _places_of(context, builder, sums, (args[5], args[4].type(0)), 2 * rows.count * panels.count)
-        return _add_outputs(context, builder, signature.args, args, places, 2, ask)
+
+        def ask_of_all(turn: Any) -> None:
+            for ask in asks:
+                ask(turn)
+
+        return _add_outputs(context, builder, signature.args, args, places, 2, ask_of_all)
 
     return types.void(x, rows, y, panels, types.int64, sums, types.int64), generate
 
@@ -306,9 +306,9 @@ def _streams_typing(x: Any, rows: Any, y: Any, panels: Any, count: Any, sums: An
 def add_streams(
     x: Array, rows: tuple[int, ...], y: Array, panels: tuple[int, ...], count: int, sums: Array, ahead: int
 ) -> None:
-    """Do the same, and ask for what lies so many cache lines ahead in each panel, unless both are float32.
+    """Do the same, and ask for what lies so many cache lines ahead in each panel, where y has fewer bits than x.
 
-    What is multiplied as it was read is read fast enough by the processor itself.
+    What is as wide as x the processor by itself reads far enough ahead.
     """
     add_panels(x, rows, y, panels, count, sums)
 
