@@ -13,6 +13,7 @@ from pagedkv.data.simd_products import (
     add_half_panel,
     add_panels,
     add_panels_ahead,
+    add_rows,
     add_streams,
     pack,
     scores_of,
@@ -78,6 +79,12 @@ def scores_of_keys(rows, width, keys, places, dim, step, tile, scale, out):
     apart, count = width * 256 // step, width * 16 // step
     scores_of(rows, 0 * dim, width, tile, (0 * dim, apart), count, scale, out, 16 + 0 * dim)
     scores_of(rows, 0 * dim, width, tile, (apart,), count, scale, out, 144 + 0 * dim)
+
+
+@compiled
+def rows_added(sums, width, values, places, first, ahead, offset, dim, weights, weight_at, count):
+    for d in range(0, dim, 16):
+        add_rows(sums, 16 + d, width, values, places, first, ahead, offset + d, dim - d, weights, weight_at, count)
 
 
 @compiled
@@ -255,3 +262,29 @@ def test_scores_are_right_and_the_same_for_few_keys_and_many(left, right, dim):
     assert (np.abs(got - exact) <= 1e-6 * size).all()
     assert (out[144:208].reshape(16, 4) == got[16:]).all()
     assert not out[:16].any() and not out[-16:].any()
+
+
+@pytest.mark.parametrize("dim", [7, 16, 24, 64])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8"])
+def test_weighted_rows_are_added_where_they_lie_token_by_token(kind, dim):
+    count, width, offset = 13, -(-dim // 16) * 16, 3
+    values = random(kind, offset + dim, 5, rows=20)
+    places = np.random.default_rng(dim).permutation(20) * (offset + dim)
+    weights = random("float32", 4, 6, rows=2 + count).numpy()
+    sums = np.arange(16 + 4 * width + 16, dtype=np.float32)
+    exact = sums[16:-16].reshape(4, width).astype(np.float64)
+    size, flat = np.abs(exact), values.double().numpy()
+    for token in range(count):
+        row = np.zeros(width)
+        row[:dim] = flat[places[2 + token] // (offset + dim), offset:]
+        exact += np.outer(weights[2 + token].astype(np.float64), row)
+        size += np.abs(np.outer(weights[2 + token].astype(np.float64), row))
+    one_by_one, before = sums.copy(), sums.copy()
+    rows_added(sums, width, bits(values), places, 2, 5, offset, dim, weights.ravel(), 8, count)
+    assert (np.abs(sums[16:-16].reshape(4, width) - exact) <= 1e-6 * size).all()
+    assert (sums[:16] == before[:16]).all() and (sums[-16:] == before[-16:]).all()
+    for token in range(count):
+        rows_added(
+            one_by_one, width, bits(values), places, 2 + token, 2, offset, dim, weights.ravel(), 8 + 4 * token, 1
+        )
+    assert (one_by_one == sums).all()

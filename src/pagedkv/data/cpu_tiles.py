@@ -22,6 +22,8 @@ from pagedkv.data.simd import (
     is_bfloat16,
     load,
     load_fours,
+    load_pairs,
+    load_pairs_part,
     load_part,
     maximum,
     maximum_by_row,
@@ -45,9 +47,8 @@ from pagedkv.data.simd_products import (
     add_pairs,
     add_products_16,
     add_products_64,
+    add_rows,
     dots,
-    load_pairs,
-    load_pairs_part,
     paired,
     scores_of,
     turn,
@@ -116,7 +117,9 @@ QUAD = Quad(*range(10))
 # of two (``log2(e)`` is in the scale) and interleaved by row, ``score[token * 4 + row]``.
 
 STEP = 4
-"""Tokens whose values are visited for all heads before the next ones."""
+"""Tokens that are scored together."""
+VISITED = STEP if IS_WIDE else LANES
+"""Tokens whose values are visited for all heads before the next ones: sums leave the registers in between."""
 FEW_QUADS = 4
 """Up to that many fours of rows of a head read values where they lie; a copy of a tile serves more."""
 AHEAD_BYTES = 8192
@@ -258,8 +261,9 @@ def turn_keys(
     for i in range(0, count, LANES):
         to = i // LANES * size
         for d in range(0, dim, step):
-            for key in range(first + i, first + i + LANES):
-                prefetch(keys, key_at[key + ahead] + head_at + d)
+            if d % (CACHE_LINE // keys.itemsize) == 0:
+                for key in range(first + i, first + i + LANES):
+                    prefetch(keys, key_at[key + ahead] + head_at + d)
             turn(packed, keys, key_at, first + i, head_at + d, dim - d, tile, to)
             to += LANES * LANES
 
@@ -381,8 +385,9 @@ def add_few(
     dim = shape.v_head_dim
     ahead = _ahead(strides.value, strides.value_head, dim, num_heads, shape.item_bytes)
     # Where the heads of a token lie side by side (NHD) a few tokens are visited for all of them.
-    step = STEP if strides.value_head < strides.value else count
-    for token in range(0, count, step):
+    size = VISITED if num_heads > 1 and strides.value_head < strides.value else count
+    for token in range(0, count, size):
+        step = min(size, count - token)
         for head in range(num_heads):
             head_at = head * strides.value_head
             for quad in range(num_quads):
@@ -410,34 +415,11 @@ def _add_values(
     scores: Floats,
     weights: int,
 ) -> None:
-    """Add ``count`` weighted values to four rows, four at a time: a row is loaded and stored once for them."""
-    width = padded(dim)
-    for i in range(first, first + count, STEP):
-        w = weights + (i - first) * ROWS
-        w0, x0, y0, z0 = _weights(scores, w)
-        w1, x1, y1, z1 = _weights(scores, w + 1)
-        w2, x2, y2, z2 = _weights(scores, w + 2)
-        w3, x3, y3, z3 = _weights(scores, w + 3)
-        at_w, at_x = value_at[i] + head_at, value_at[i + 1] + head_at
-        at_y, at_z = value_at[i + 2] + head_at, value_at[i + 3] + head_at
-        ahead_w, ahead_x = value_at[i + ahead] + head_at, value_at[i + 1 + ahead] + head_at
-        ahead_y, ahead_z = value_at[i + 2 + ahead] + head_at, value_at[i + 3 + ahead] + head_at
-        for d in range(0, width, LANES):
-            if d + LANES <= dim:
-                value_w, value_x = load(values, at_w + d), load(values, at_x + d)
-                value_y, value_z = load(values, at_y + d), load(values, at_z + d)
-            else:
-                value_w, value_x = load_part(values, at_w + d, dim - d), load_part(values, at_x + d, dim - d)
-                value_y, value_z = load_part(values, at_y + d, dim - d), load_part(values, at_z + d, dim - d)
-            prefetch(values, ahead_w + d)
-            prefetch(values, ahead_x + d)
-            prefetch(values, ahead_y + d)
-            prefetch(values, ahead_z + d)
-            at = to + d
-            _add_row(partials, at, w0, x0, y0, z0, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + width, w1, x1, y1, z1, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + 2 * width, w2, x2, y2, z2, value_w, value_x, value_y, value_z)
-            _add_row(partials, at + 3 * width, w3, x3, y3, z3, value_w, value_x, value_y, value_z)
+    """Add ``count`` weighted values to four rows, sixteen numbers of each at a time, whose sums stay in registers."""
+    width, asked = padded(dim), first + ahead
+    for d in range(0, dim, LANES):
+        at, left = head_at + d, dim - d
+        add_rows(partials, to + d, width, values, value_at, first, asked, at, left, scores, weights, count)
 
 
 @inlined
@@ -477,31 +459,6 @@ def _add_pairs(
                 at = to + row * width + d
                 some = add_pairs(splat_at(scores, w + row), first_pairs, load(partials, at))
                 store(partials, at, add_pairs(splat_at(scores, w + ROWS + row), second_pairs, some))
-
-
-@inlined
-def _weights(scores: Floats, at: int) -> tuple[Any, Any, Any, Any]:
-    """Return the weights of one row for four tokens, each in all lanes."""
-    first, second = splat_at(scores, at), splat_at(scores, at + ROWS)
-    return first, second, splat_at(scores, at + 2 * ROWS), splat_at(scores, at + 3 * ROWS)
-
-
-@inlined
-def _add_row(
-    partials: Floats,
-    at: int,
-    w: Any,
-    x: Any,
-    y: Any,
-    z: Any,
-    value_w: Any,
-    value_x: Any,
-    value_y: Any,
-    value_z: Any,
-) -> None:
-    """Add four weighted values to the lanes of one row."""
-    row = fma(x, value_x, fma(w, value_w, load(partials, at)))
-    store(partials, at, fma(z, value_z, fma(y, value_y, row)))
 
 
 # Many rows of a head: a tile's values are widened once for all of them.

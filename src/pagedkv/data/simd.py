@@ -21,6 +21,7 @@ from pagedkv.data.simd_llvm import (
     SHORTS,
     VECTOR,
     Array,
+    Build,
     Function,
     Lanes,
     lanes,
@@ -45,6 +46,49 @@ def load_part(array: Array, index: int, count: int) -> Lanes:
     result = np.zeros(LANES, np.float32)
     result[:count] = llvm.widened(array[index : index + count])
     return result
+
+
+def _bits_of_pairs(builder: Any, halves: list[Any]) -> Any:
+    """Return the numbers of two vectors of as many bfloat16 as there are lanes, one of each after the other."""
+    order = [place for lane in range(LANES) for place in (lane, LANES + lane)]
+    return builder.bitcast(llvm.shuffled(builder, halves[0], halves[1], order), VECTOR)
+
+
+def _of_two(build: Build, *others: Any) -> Callable[[Function], Function]:
+    """Compile a function of an array, two places in it and more to the pairs of ``build(builder, dtype, address, …)``.
+
+    Arrays of other kinds than uint16 have no pairs: what is compiled for them is never run.
+    """
+
+    def typing(array: Any, *_: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            if array.dtype != types.uint16:
+                return llvm.every(0.0)
+            data = context.make_array(array)(context, builder, args[0]).data
+            places = [builder.gep(data, [place]) for place in args[1:3]]
+            return _bits_of_pairs(builder, [build(builder, array.dtype, place, *args[3:]) for place in places])
+
+        return lanes(array, types.int64, types.int64, *others), generate
+
+    return llvm.typed(typing)
+
+
+def _pairs(first: Array, second: Array) -> Lanes:
+    return np.stack((first, second), axis=1).reshape(-1).view(np.float32)
+
+
+@_of_two(lambda builder, dtype, at: llvm.read(builder, dtype, at, LANES))
+def load_pairs(array: Array, first: int, second: int) -> Lanes:
+    """Return pairs of ``array[first : first + LANES]`` and as many from ``second`` on, uint16."""
+    return _pairs(array[first : first + LANES], array[second : second + LANES])
+
+
+@_of_two(lambda builder, dtype, at, count: llvm.read_part(builder, dtype, at, count), types.int64)
+def load_pairs_part(array: Array, first: int, second: int, count: int) -> Lanes:
+    """Return pairs of ``count`` numbers each and zeros behind; nothing else is read."""
+    parts = np.zeros((2, LANES), np.uint16)
+    parts[:, :count] = array[first : first + count], array[second : second + count]
+    return _pairs(*parts)
 
 
 def _read_spread(builder: Any, dtype: Any, address: Any) -> Any:

@@ -26,7 +26,6 @@ from pagedkv.data.simd_llvm import (
     VECTOR,
     Array,
     Build,
-    Function,
     Lanes,
     has_bfloat16_products,
     lanes,
@@ -550,12 +549,16 @@ def dots(rows: Array, at: int, width: int, keys: Array, a: int, b: int, c: int, 
     return result
 
 
-_BLOCKS = range(0, LANES, 4)
-_SINGLES = [[i + j + k for i in _BLOCKS for j in half for k in (0, LANES)] for half in ((0, 1), (2, 3))]
-_DOUBLES = [[i + j + k for i in _BLOCKS for k in (0, LANES) for j in half] for half in ((0, 1), (2, 3))]
+def _orders(lanes: int) -> tuple[list[list[int]], list[list[int]]]:
+    blocks, halves = range(0, lanes, 4), ((0, 1), (2, 3))
+    singles = [[i + j + k for i in blocks for j in half for k in (0, lanes)] for half in halves]
+    return singles, [[i + j + k for i in blocks for k in (0, lanes) for j in half] for half in halves]
+
+
+_ORDERS = {lanes: _orders(lanes) for lanes in (LANES, LANES // 2)}
 _HALVES = [[k + i for k in (0, LANES) for i in half] for half in (range(8), range(8, LANES))]
 _QUARTERS = [[k + i + j for k in (0, LANES) for i in (0, 8) for j in half] for half in (range(4), range(4, 8))]
-"""Which lanes of two vectors go into two others: single numbers or pairs from within blocks of four, or whole blocks.
+"""Which lanes of two vectors go into two others: single numbers and pairs from within blocks of four, or whole blocks.
 Processors have one fast instruction for each."""
 
 
@@ -565,10 +568,10 @@ def _both(builder: Any, orders: list[list[int]], x: Any, y: Any) -> list[Any]:
 
 def _turned_fours(builder: Any, parts: list[Any]) -> list[list[Any]]:
     """Return, for each four of the vectors, four others: block b of the j-th has their lanes 4 b + j."""
-    turned = []
+    turned, (singles, doubles) = [], _ORDERS[parts[0].type.count]
     for i in range(0, len(parts), 4):
-        first, second = (_both(builder, _SINGLES, *parts[j : j + 2]) for j in (i, i + 2))
-        turned.append([some for pair in zip(first, second, strict=True) for some in _both(builder, _DOUBLES, *pair)])
+        first, second = (_both(builder, singles, *parts[j : j + 2]) for j in (i, i + 2))
+        turned.append([some for pair in zip(first, second, strict=True) for some in _both(builder, doubles, *pair)])
     return turned
 
 
@@ -584,10 +587,22 @@ def _turned(builder: Any, parts: list[Any]) -> list[Any]:
 
 
 def _turned_half(builder: Any, parts: list[Any]) -> list[Any]:
-    """Return sixteen halves of a vector, of what stands in the same lane of eight: sixteen registers of AVX2."""
-    first, second = _turned_fours(builder, parts)
-    orders = [[k + lane for k in (block, LANES + block) for lane in range(4)] for block in _BLOCKS]
+    """Return halves of a vector, of what stands in the same lane of eight: there are sixteen registers of AVX2."""
+    (first, second), lanes = _turned_fours(builder, parts), parts[0].type.count
+    orders = [[k + lane for k in (block, lanes + block) for lane in range(4)] for block in range(0, lanes, 4)]
     return [llvm.shuffled(builder, first[j], second[j], order) for order in orders for j in range(4)]
+
+
+def _widened_halves(builder: Any, parts: list[Any], dtype: Any) -> list[Any]:
+    """Return as float32 what stands in the same lane of eight vectors; bfloat16 is turned pair by pair."""
+    if dtype != types.uint16:
+        return _turned_half(builder, [llvm.widened_bits(builder, part, dtype) for part in parts])
+    halves = []
+    for pairs in _turned_half(builder, [builder.bitcast(part, ir.VectorType(INT, LANES // 2)) for part in parts]):
+        first = builder.shl(pairs, llvm.every_int(16, pairs.type))
+        second = builder.and_(pairs, llvm.every_int(-1 << 16, pairs.type))
+        halves += [builder.bitcast(bits, ir.VectorType(FLOAT, LANES // 2)) for bits in (first, second)]
+    return halves
 
 
 def _turn_piece(
@@ -602,8 +617,8 @@ def _turn_piece(
                 llvm.write(builder, target, part, align)
             return
         for first in (0, LANES // 2):
-            parts = [widened(read(start)) for start in starts[first : first + LANES // 2]]
-            for target, part in zip(targets, _turned_half(builder, parts), strict=True):
+            parts = [read(start) for start in starts[first : first + LANES // 2]]
+            for target, part in zip(targets, _widened_halves(builder, parts, dtype), strict=True):
                 llvm.write(builder, builder.gep(target, [INT(first)]), part, align)
 
     with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
@@ -735,49 +750,6 @@ def scores_of(
 # Pairs of bfloat16, in lanes as if they were float32: what is multiplied where `has_bfloat16_products`.
 
 
-def _bits_of_pairs(builder: Any, halves: list[Any]) -> Any:
-    """Return the numbers of two vectors of as many bfloat16 as there are lanes, one of each after the other."""
-    order = [place for lane in range(LANES) for place in (lane, LANES + lane)]
-    return builder.bitcast(llvm.shuffled(builder, halves[0], halves[1], order), VECTOR)
-
-
-def _of_two(build: Build, *others: Any) -> Callable[[Function], Function]:
-    """Compile a function of an array, two places in it and more to the pairs of ``build(builder, dtype, address, …)``.
-
-    Arrays of other kinds than uint16 have no pairs: what is compiled for them is never run.
-    """
-
-    def typing(array: Any, *_: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            if array.dtype != types.uint16:
-                return llvm.every(0.0)
-            data = context.make_array(array)(context, builder, args[0]).data
-            places = [builder.gep(data, [place]) for place in args[1:3]]
-            return _bits_of_pairs(builder, [build(builder, array.dtype, place, *args[3:]) for place in places])
-
-        return lanes(array, types.int64, types.int64, *others), generate
-
-    return llvm.typed(typing)
-
-
-def _pairs(first: Array, second: Array) -> Lanes:
-    return np.stack((first, second), axis=1).reshape(-1).view(np.float32)
-
-
-@_of_two(lambda builder, dtype, at: llvm.read(builder, dtype, at, LANES))
-def load_pairs(array: Array, first: int, second: int) -> Lanes:
-    """Return pairs of ``array[first : first + LANES]`` and as many from ``second`` on, uint16."""
-    return _pairs(array[first : first + LANES], array[second : second + LANES])
-
-
-@_of_two(lambda builder, dtype, at, count: llvm.read_part(builder, dtype, at, count), types.int64)
-def load_pairs_part(array: Array, first: int, second: int, count: int) -> Lanes:
-    """Return pairs of ``count`` numbers each and zeros behind; nothing else is read."""
-    parts = np.zeros((2, LANES), np.uint16)
-    parts[:, :count] = array[first : first + count], array[second : second + count]
-    return _pairs(*parts)
-
-
 def _paired_tokens(builder: Any, x: Any, y: Any) -> Any:
     if not has_bfloat16_products():
         return llvm.every(0.0)
@@ -814,41 +786,81 @@ def add_pairs(x: Lanes, y: Lanes, total: Lanes) -> Lanes:
     return total + pairs
 
 
+def _add_tokens(
+    builder: Any, sums: list[Any], weights: Any, count: Any, vectors: int, combine: Build, read: Callable[[Any], Any]
+) -> None:
+    """Build the sums of four rows over some tokens, whose weights follow each other, with their vectors of values."""
+
+    def add_token(token: Any, totals: list[Any]) -> list[Any]:
+        some, weight = read(token), builder.gep(weights, [builder.mul(token, token.type(ROWS))])
+        each = [
+            llvm.spread(builder, builder.load(builder.gep(weight, [token.type(row)])), VECTOR) for row in range(ROWS)
+        ]
+        terms = [(each[i // vectors], some[i % vectors]) for i in range(len(totals))]
+        return [combine(builder, *term, total) for term, total in zip(terms, totals, strict=True)]
+
+    totals = [llvm.read(builder, types.float32, place, LANES) for place in sums]
+    for place, total in zip(sums, _counted(builder, count, 1, totals, add_token), strict=True):
+        llvm.write(builder, place, total)
+
+
+def _vectors_from(builder: Any, start: Any, count: int) -> list[Any]:
+    return [builder.gep(start, [INT(i * LANES)]) for i in range(count)]
+
+
+def _rows_from(builder: Any, sums: Any, at: Any, width: Any, vectors: int) -> list[Any]:
+    rows = [builder.gep(sums, [builder.add(at, builder.mul(width, width.type(row)))]) for row in range(ROWS)]
+    return [place for row in rows for place in _vectors_from(builder, row, vectors)]
+
+
 def _add_products_of(vectors: int, combine: Build) -> Callable[..., Any]:
     def typing(sums: Any, *_: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             data = [context.make_array(sums)(context, builder, args[i]).data for i in (0, 3, 5)]
             at, width, value_at, weight_at, count = args[1], args[2], args[4], args[6], args[7]
-            number = width.type
-            places = [
-                builder.gep(data[0], [builder.add(at, builder.add(builder.mul(width, number(row)), number(i * LANES)))])
-                for row in range(ROWS)
-                for i in range(vectors)
-            ]
 
-            def add_token(token: Any, totals: list[Any]) -> list[Any]:
+            def read(token: Any) -> list[Any]:
                 value = builder.gep(data[1], [builder.add(value_at, builder.mul(width, token))])
-                weight = builder.gep(data[2], [builder.add(weight_at, builder.mul(token, number(ROWS)))])
-                some = [
-                    llvm.read(builder, types.float32, builder.gep(value, [number(i * LANES)]), LANES)
-                    for i in range(vectors)
-                ]
-                each = [
-                    llvm.spread(builder, builder.load(builder.gep(weight, [number(row)])), VECTOR)
-                    for row in range(ROWS)
-                ]
-                terms = [(each[i // vectors], some[i % vectors]) for i in range(len(totals))]
-                return [combine(builder, *term, total) for term, total in zip(terms, totals, strict=True)]
+                starts = _vectors_from(builder, value, vectors)
+                return [llvm.read(builder, types.float32, start, LANES) for start in starts]
 
-            totals = [llvm.read(builder, types.float32, place, LANES) for place in places]
-            for place, total in zip(places, _counted(builder, count, 1, totals, add_token), strict=True):
-                llvm.write(builder, place, total)
+            places = _rows_from(builder, data[0], at, width, vectors)
+            _add_tokens(builder, places, builder.gep(data[2], [weight_at]), count, vectors, combine, read)
             return context.get_dummy_value()
 
         integer = types.int64
         return types.void(sums, integer, integer, sums, integer, sums, integer, integer), generate
 
     return typing
+
+
+def _add_rows_of(sums: Any, at: Any, width: Any, values: Any, places: Any, *others: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        data = [context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 4, 9)]
+        at, width, (first, ahead, offset, left), (weight_at, count) = args[1], args[2], args[5:9], args[10:]
+        targets = _rows_from(builder, data[0], at, width, 1)
+
+        def place_of(index: Any) -> Any:
+            place = builder.load(builder.gep(data[2], [index]))
+            return builder.gep(data[1], [builder.add(place, offset)])
+
+        def add_all(read: Callable[[Any], Any]) -> None:
+            def read_token(token: Any) -> list[Any]:
+                llvm.prefetch(builder, values.dtype, place_of(builder.add(ahead, token)))
+                bits = read(place_of(builder.add(first, token)))
+                return [llvm.widened_bits(builder, bits, values.dtype)]
+
+            _add_tokens(builder, targets, builder.gep(data[3], [weight_at]), count, 1, _fma, read_token)
+
+        with builder.if_else(builder.icmp_signed(">=", left, left.type(LANES))) as (whole, rest):
+            with whole:
+                add_all(lambda place: llvm.read(builder, values.dtype, place, LANES))
+            with rest:
+                add_all(lambda place: llvm.read_part(builder, values.dtype, place, left))
+        return context.get_dummy_value()
+
+    integer = types.int64
+    return types.void(sums, integer, integer, values, places, *[integer] * 4, sums, integer, integer), generate
 
 
 def _fma(builder: Any, x: Any, y: Any, total: Any) -> Any:
@@ -874,6 +886,33 @@ def _add_products(
                 place = at + row * width + i
                 value = load(values, value_at + token * width + i)
                 store(sums, place, combine(weight, value, load(sums, place)))
+
+
+@llvm.typed(_add_rows_of)
+def add_rows(
+    sums: Array,
+    at: int,
+    width: int,
+    values: Array,
+    places: Array,
+    first: int,
+    ahead: int,
+    offset: int,
+    left: int,
+    weights: Array,
+    weight_at: int,
+    count: int,
+) -> None:
+    """Add up to sixteen values of each of ``count`` tokens to four rows of sums, ``width`` apart, token by token.
+
+    Those of a token are ``values[place + offset :]``, as many as are ``left``, for ``places[first + token]``; those for
+    ``places[ahead + token]`` are asked for. The weight of a token in a row is at ``4 * token + row``.
+    """
+    some, left = np.zeros(LANES, np.float32), min(left, LANES)
+    for token in range(count):
+        begin = places[first + token] + offset
+        some[:left] = llvm.widened(values[begin : begin + left])
+        _add_products(1, fma, sums, at, width, some, 0, weights, weight_at + token * ROWS, 1)
 
 
 @llvm.typed(_add_products_of(4, _fma))
