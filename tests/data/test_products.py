@@ -279,12 +279,10 @@ def test_weighted_rows_are_added_where_they_lie_token_by_token(kind, dim):
         row[:dim] = flat[places[2 + token] // (offset + dim), offset:]
         exact += np.outer(weights[2 + token].astype(np.float64), row)
         size += np.abs(np.outer(weights[2 + token].astype(np.float64), row))
-    one_by_one, before = sums.copy(), sums.copy()
+    each, before = sums.copy(), sums.copy()
     rows_added(sums, width, bits(values), places, 2, 5, offset, dim, weights.ravel(), 8, count)
     assert (np.abs(sums[16:-16].reshape(4, width) - exact) <= 1e-6 * size).all()
     assert (sums[:16] == before[:16]).all() and (sums[-16:] == before[-16:]).all()
     for token in range(count):
-        rows_added(
-            one_by_one, width, bits(values), places, 2 + token, 2, offset, dim, weights.ravel(), 8 + 4 * token, 1
-        )
-    assert (one_by_one == sums).all()
+        rows_added(each, width, bits(values), places, 2 + token, 2, offset, dim, weights.ravel(), 8 + 4 * token, 1)
+    assert (each == sums).all()

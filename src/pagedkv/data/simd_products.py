@@ -107,6 +107,15 @@ def _starts_of(context: Any, builder: Any, array: Any, value: Any, indices: Any)
     return [builder.gep(data, [place]) for place in cgutils.unpack_tuple(builder, indices)]
 
 
+def _vectors_from(builder: Any, start: Any, count: int) -> list[Any]:
+    return [builder.gep(start, [INT(i * LANES)]) for i in range(count)]
+
+
+def _rows_from(builder: Any, data: Any, at: Any, width: Any) -> list[Any]:
+    """Return where four rows are, each `width` behind the one before."""
+    return [builder.gep(data, [builder.add(at, builder.mul(width, width.type(row)))]) for row in range(ROWS)]
+
+
 # Panels: the weights of 32 outputs side by side, input by input.
 
 PANEL = 2 * LANES
@@ -386,13 +395,7 @@ def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         row = builder.select(builder.icmp_signed("<", last, last.type(i)), last, last.type(i))
         starts.append(builder.gep(data, [builder.add(builder.add(first, builder.mul(apart, row)), offset)]))
     targets = _places_of(context, builder, panel, args[6:], LANES, PANEL * unit)
-
-    def widened(bits: Any) -> Any:
-        if unit == 2:
-            return builder.bitcast(_paired(builder, bits, y.dtype), VECTOR)
-        return llvm.widened_bits(builder, bits, y.dtype)
-
-    _turn_piece(builder, y.dtype, starts, left, LANES * unit, widened, targets, panel.dtype.bitwidth // 8)
+    _turn_piece(builder, y.dtype, starts, left, unit, targets, panel.dtype.bitwidth // 8)
     return context.get_dummy_value()
 
 
@@ -496,8 +499,8 @@ def _dots_of(rows: Any, at: Any, width: Any, keys: Any, *_: Any) -> Any:
         row_data, key_data = (
             context.make_array(kind)(context, builder, args[i]).data for i, kind in ((0, rows), (3, keys))
         )
-        begin, apart, dim = args[1], args[2], args[8]
-        row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, dim.type(i)))]) for i in range(ROWS)]
+        dim = args[8]
+        row_at = _rows_from(builder, row_data, args[1], args[2])
         key_at = [builder.gep(key_data, [place]) for place in args[4:8]]
 
         def multiply(index: Any, sums: list[Any], read: Callable[[Any], Any]) -> list[Any]:
@@ -606,9 +609,18 @@ def _widened_halves(builder: Any, parts: list[Any], dtype: Any) -> list[Any]:
 
 
 def _turn_piece(
-    builder: Any, dtype: Any, starts: list[Any], left: Any, size: int, widened: Any, targets: list[Any], align: int
+    builder: Any, dtype: Any, starts: list[Any], left: Any, unit: int, targets: list[Any], align: int
 ) -> None:
-    """Build the transposition of sixteen runs of `size` numbers; where fewer are left, with zeros behind them."""
+    """Build the transposition of sixteen runs of sixteen units, where fewer numbers are left with zeros behind them.
+
+    They are written as what is multiplied: float32, or where units are pairs bfloat16.
+    """
+    size = unit * LANES
+
+    def widened(bits: Any) -> Any:
+        if unit == 2:
+            return builder.bitcast(_paired(builder, bits, dtype), VECTOR)
+        return llvm.widened_bits(builder, bits, dtype)
 
     def turn(read: Callable[[Any], Any]) -> None:
         if llvm.IS_WIDE:
@@ -632,9 +644,6 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
     unit = 2 if rows.dtype == types.uint16 else 1
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        def widened(bits: Any) -> Any:
-            return builder.bitcast(bits, VECTOR) if unit == 2 else llvm.widened_bits(builder, bits, keys.dtype)
-
         if unit == 2 and keys.dtype != rows.dtype:  # never run
             return context.get_dummy_value()
         data, key_at = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (1, 2))
@@ -644,7 +653,7 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
             place = builder.load(builder.gep(key_at, [builder.add(begin, begin.type(i))]))
             starts.append(builder.gep(data, [builder.add(place, offset)]))
         targets = _places_of(context, builder, tile, args[6:], LANES)
-        _turn_piece(builder, keys.dtype, starts, count, unit * LANES, widened, targets, align=4)
+        _turn_piece(builder, keys.dtype, starts, count, unit, targets, align=4)
         return context.get_dummy_value()
 
     integer = types.int64
@@ -673,8 +682,8 @@ def _scores_of(
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         is_paired = rows.dtype == types.uint16
         row_data, data = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 7))
-        begin, apart, integer = args[1], args[2], args[1].type
-        row_at = [builder.gep(row_data, [builder.add(begin, builder.mul(apart, integer(i)))]) for i in range(ROWS)]
+        integer = args[1].type
+        row_at = _rows_from(builder, row_data, args[1], args[2])
         starts = _starts_of(context, builder, tile, args[3], args[4])
 
         def multiply(index: Any, sums: list[Any]) -> list[Any]:
@@ -804,15 +813,6 @@ def _add_tokens(
         llvm.write(builder, place, total)
 
 
-def _vectors_from(builder: Any, start: Any, count: int) -> list[Any]:
-    return [builder.gep(start, [INT(i * LANES)]) for i in range(count)]
-
-
-def _rows_from(builder: Any, sums: Any, at: Any, width: Any, vectors: int) -> list[Any]:
-    rows = [builder.gep(sums, [builder.add(at, builder.mul(width, width.type(row)))]) for row in range(ROWS)]
-    return [place for row in rows for place in _vectors_from(builder, row, vectors)]
-
-
 def _add_products_of(vectors: int, combine: Build) -> Callable[..., Any]:
     def typing(sums: Any, *_: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -824,7 +824,8 @@ def _add_products_of(vectors: int, combine: Build) -> Callable[..., Any]:
                 starts = _vectors_from(builder, value, vectors)
                 return [llvm.read(builder, types.float32, start, LANES) for start in starts]
 
-            places = _rows_from(builder, data[0], at, width, vectors)
+            rows = _rows_from(builder, data[0], at, width)
+            places = [place for row in rows for place in _vectors_from(builder, row, vectors)]
             _add_tokens(builder, places, builder.gep(data[2], [weight_at]), count, vectors, combine, read)
             return context.get_dummy_value()
 
@@ -834,11 +835,11 @@ def _add_products_of(vectors: int, combine: Build) -> Callable[..., Any]:
     return typing
 
 
-def _add_rows_of(sums: Any, at: Any, width: Any, values: Any, places: Any, *others: Any) -> Any:
+def _add_rows_of(sums: Any, _at: Any, _width: Any, values: Any, places: Any, *_: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         data = [context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 4, 9)]
         at, width, (first, ahead, offset, left), (weight_at, count) = args[1], args[2], args[5:9], args[10:]
-        targets = _rows_from(builder, data[0], at, width, 1)
+        targets = _rows_from(builder, data[0], at, width)
 
         def place_of(index: Any) -> Any:
             place = builder.load(builder.gep(data[2], [index]))
