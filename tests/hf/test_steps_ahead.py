@@ -10,10 +10,13 @@ import pytest
 import torch
 from tests.hf.described import FAMILIES, tiny
 from tests.hf.models import VOCAB
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from pagedkv import SequenceNotFound
 from pagedkv.data import forward
 from pagedkv.engine import LLM, SamplingParams
+from pagedkv.engine import llm as llms
 from pagedkv.engine.core import EngineCore
 from pagedkv.engine.request import Request
 from pagedkv.hf import ModelRunner, load_runner
@@ -196,18 +199,20 @@ def test_forks_that_share_a_block_see_nothing_of_it():
         assert np.array_equal(ahead, step(plain, tokens, 0))
 
 
-def test_nothing_is_computed_after_an_end():
+def test_nothing_is_computed_after_an_end(monkeypatch):
     plain, ahead = runner_of("llama"), runner_of("llama")
     tokens = read(plain, TEXTS[:1]).tolist()
     for _ in range(7):
         tokens.append(int(step(plain, tokens[-1:], 0).argmax()))
     step(ahead, read(ahead, TEXTS[:1]))
     plan = ahead.cache.append_batch([0], tokens[1:2])
+    monkeypatch.setattr(runners.time, "perf_counter", iter([10.0, 11.0]).__next__)
     ahead.forward_in_place(plan, np.array(tokens[1:2]), np.arange(1), PLENTY, np.array([VOCAB - 1, tokens[4]]))
     known = ahead._compiled._ahead.tokens[:, 0].tolist()
     end = tokens.index(tokens[4], 2) - 1
     assert known == tokens[1 : 1 + end] + [-1] * (len(known) - end)
     assert end < len(known)
+    assert ahead._compiled._pass_seconds == 1 / end
 
 
 # --- through the engine --------------------------------------------------------------------------------------------
@@ -251,3 +256,28 @@ def test_a_request_that_waits_is_not_kept_waiting(passes):
     params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
     llm.generate([text.tolist() for text in TEXTS], params)
     assert len(passes) <= 4  # those of the second request: while it waited the first one had its steps alone
+
+
+def test_calls_are_long_only_where_nobody_waits_for_a_token(passes, monkeypatch):
+    monkeypatch.setattr(runners, "LONGEST_CALL", 0.0)
+    monkeypatch.setattr(llms, "LONGEST_CALL", 1e9)
+    llm = LLM(runner_of("llama"))
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompt, streamed = TEXTS[0].tolist(), []
+    llm.core.add(llm.request(prompt, params))
+    while llm.core.has_work:
+        streamed += llm.core.step()
+    assert not passes
+    (output,) = llm.generate([prompt], params)
+    assert passes == [8, 16, 16]  # of the prompt all but the last token were found
+    assert output.outputs[0].token_ids == streamed[-1].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("stops", [{"stop": ["no text"]}, {"stop_token_ids": [VOCAB - 1]}])
+def test_few_steps_are_computed_where_a_stop_may_make_them_vain(stops, passes, monkeypatch):
+    monkeypatch.setattr(llms, "LONGEST_CALL", 1e9)
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, "0"))
+    llm = LLM(runner_of("llama"), PreTrainedTokenizerFast(tokenizer_object=words))
+    llm.generate([TEXTS[0].tolist()], SamplingParams(temperature=0.0, max_tokens=40, **stops))
+    assert passes
+    assert max(passes) == 4

@@ -32,8 +32,8 @@ takes up to a millisecond, and threads wait for the last one."""
 MIN_ANGLES = 2048
 """Positions whose cosines and sines are made at first; twice as many when a text is longer."""
 NO_ENDS: Ints = np.empty(0, np.int64)
-KEPT_LOGITS = 1 << 19
-"""Up to so many numbers are logits in place: 2 MiB."""
+KEPT_LOGITS = 1 << 20
+"""Up to so many numbers are logits in place: 4 MiB."""
 
 
 def _rows_at_once(decoder: Decoder) -> int:

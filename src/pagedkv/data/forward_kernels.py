@@ -290,35 +290,17 @@ def run_program(
                     following, _ = _weights_of(operations, first, last, item + 1, num_rows, len(picked))
                     if operation.is_activated:
                         apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS
-                        begin, next_panel = -(tile.first_row * apart + tile.first_column), following
-                        gate = gate_of(operation, expert, places) if operation.has_gate else up
+                        begin, gate = -(tile.first_row * apart + tile.first_column), up
                         if operation.has_gate:
-                            next_panel = gate.weight + tile.first_column * operation.row_stride
-                        multiply(
-                            operation,
-                            tile,
-                            up,
-                            next_panel,
-                            begin,
-                            apart,
-                            acts,
-                            weights,
-                            constants,
-                            block,
-                            routes,
-                            sums,
-                            copies,
-                            copied,
-                            0,
-                        )
-                        if operation.has_gate:
-                            begin += BLOCK
+                            gate = gate_of(operation, expert, places)
+                        for number in range(1 + operation.has_gate):
+                            ahead = gate.weight + tile.first_column * operation.row_stride
                             multiply(
                                 operation,
                                 tile,
-                                gate,
-                                following,
-                                begin,
+                                gate if number else up,
+                                ahead if number < operation.has_gate else following,
+                                begin + number * BLOCK,
                                 apart,
                                 acts,
                                 weights,
@@ -328,7 +310,7 @@ def run_program(
                                 sums,
                                 copies,
                                 copied,
-                                1,
+                                number,
                             )
                         _activate(operation, tile, block, apart, acts)
                     else:
@@ -612,18 +594,12 @@ def _gather(operation: Any, picked: Ints, floats: Floats, acts: Array) -> None:
     for row in range(len(picked)):
         if picked[row] == row:
             continue
-        to, at = (
-            operation.source + row * operation.source_width,
-            operation.source + picked[row] * operation.source_width,
-        )
-        for i in range(operation.size_in):
-            floats[to + i] = floats[at + i]
-        to, at = (
-            operation.target + row * operation.target_width,
-            operation.target + picked[row] * operation.target_width,
-        )
-        for i in range(operation.size_out):
-            acts[to + i] = acts[at + i]
+        first, width = operation.source, operation.source_width
+        for i in range(first, first + operation.size_in):
+            floats[i + row * width] = floats[i + picked[row] * width]
+        first, width = operation.target, operation.target_width
+        for i in range(first, first + operation.size_out):
+            acts[i + row * width] = acts[i + picked[row] * width]
 
 
 @called

@@ -15,8 +15,10 @@ from pagedkv.engine.runner import Runner
 Ids = npt.NDArray[np.int64]
 
 NO_DRAFTS: Ids = np.empty(0, np.int64)
-MOST_AHEAD = 16
-"""Steps that are asked for ahead; how many are worth it is for the runner to say."""
+MOST_AHEAD, AHEAD_OF_STOPS = 16, 3
+"""Steps that are asked for ahead, and where a stop may end a text, behind which they are in vain; how many are worth it
+is for the runner to say.
+"""
 
 
 def is_scored(sequence: Sequence) -> bool:
@@ -106,7 +108,8 @@ class Batch:
             request = chunk.sequence.request
             left = request.max_tokens - len(chunk.sequence.output_ids) - 1
             decodes = chunk.num_query_tokens == 1 and chunk.reaches_end and not request.params.prompt_lookup
-            ahead = min(ahead, left) if decodes else 0
+            most = AHEAD_OF_STOPS if request.params.stop or request.params.stop_token_ids else left
+            ahead = min(ahead, left, most) if decodes else 0
         return ahead
 
 

@@ -197,13 +197,14 @@ class EngineCore:
         request.is_aborted = True
         return self._ended(request)
 
-    def step(self) -> list[RequestOutput]:
+    def step(self, longest_call: float | None = None) -> list[RequestOutput]:
         """Make one forward pass and return what it brought, in the order of arrival; errors as in `advance`."""
-        return [OutputDraft(request).output() for request in self.advance()]
+        return [OutputDraft(request).output() for request in self.advance(longest_call)]
 
-    def advance(self) -> list[Request]:
+    def advance(self, longest_call: float | None = None) -> list[Request]:
         """Make one forward pass and return the requests of which there is something to tell, in the order of arrival.
 
+        The runner may compute steps ahead for up to `longest_call` seconds; how long is its own to say by default.
         If the runner or the sampler raises, the step never was: every text goes on from where it stood.
         """
         started = time.perf_counter()
@@ -222,7 +223,9 @@ class EngineCore:
                 logits = self.runner.forward(batch.plan, batch.token_ids, batch.wanted)
             else:
                 ahead = 0 if self.scheduler.waiting else batch.steps_ahead()
-                logits = self._forward_in_place(batch.plan, batch.token_ids, batch.wanted, ahead, self._end_ids)
+                logits = self._forward_in_place(
+                    batch.plan, batch.token_ids, batch.wanted, ahead, self._end_ids, longest_call
+                )
             computed = time.perf_counter()
             with torch_alone() if output.needs_torch else nullcontext():
                 output.sample(logits, self._sampler)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LONGEST_CALL = 0.2
+"""Seconds that steps computed ahead may take where nobody waits for a single token: so long Ctrl-C does, too."""
+
 # The size of the pool by default.
 
 SHARE = 4  # of the free memory the pool takes one part in so many
@@ -255,7 +258,7 @@ class LLM:
             with _progress_bar(len(requests)) if progress else nullcontext(lambda: None) as advance:
                 while len(done) < len(requests):
                     self.core.wait()
-                    for output in self.core.step():
+                    for output in self.core.step(LONGEST_CALL):
                         done[output.request_id] = output
                         advance()
         except BaseException:

@@ -203,8 +203,10 @@ Ids = npt.NDArray[np.int64]
 # Python takes for a step goes to fetch what the weights have driven out of the caches; of steps that follow each other
 # closely only the first one has to.
 
-MOST_PASSES, LONGEST_CALL = 8, 0.04
-"""Steps of a call, and its seconds: so long a token may have to wait for those behind it, and a new request for all."""
+MOST_PASSES, LONGEST_CALL = 16, 0.04
+"""Steps of a call, and its seconds by default: so long a token may have to wait for those behind it, and a new request
+for all.
+"""
 
 
 class Ahead:
@@ -287,7 +289,7 @@ class CompiledModel:
         self._forward: Forward | None = None
         self._is_quantised = self._is_emptied = False
         self._ahead: Ahead | None = None
-        self._pass_seconds = LONGEST_CALL
+        self._pass_seconds = float("inf")
         self._take_up()
 
     def quantise(self, *, keeps_model: bool) -> None:
@@ -339,18 +341,21 @@ class CompiledModel:
             self._ahead = ahead
         return logits
 
-    def forward_in_place(self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids, ahead: int, ends: Ids) -> Logits:
+    def forward_in_place(
+        self, plan: BatchPlan, ids: Ids, positions: Ids, rows: Ids, ahead: int, ends: Ids, longest_call: float
+    ) -> Logits:
         """Do as `forward`; the logits are an array that the next call may write anew."""
         forward, batch, slots = self._prepared(plan, positions)
         if not _decodes(plan, rows):
             return forward.in_place(batch, slots, ids, positions, rows)
-        ahead = min(ahead, MOST_PASSES - 1, int(LONGEST_CALL / self._pass_seconds) - 1)
+        ahead = min(ahead, MOST_PASSES - 1, int(longest_call / self._pass_seconds) - 1)
         count = 1 + (min(ahead, forward.room_for_passes(batch, slots, positions)) if ahead > 0 else 0)
         started, num_writes = time.perf_counter(), self._cache.storage.num_writes + 1
         if count == 1:
             logits = forward.in_place(batch, slots, ids, positions, rows)
         else:
             of_all, tokens = forward.passes(batch, slots, ids, positions, count, ends)
+            count = int((tokens.min(1) >= 0).sum())
             self._ahead = Ahead(forward, plan, rows, of_all, tokens, num_writes)
             logits = of_all[0]
         self._pass_seconds = (time.perf_counter() - started) / count
@@ -582,7 +587,13 @@ class ModelRunner:
             return self._forward_gather(plan, ids, positions, rows)
 
     def forward_in_place(
-        self, plan: BatchPlan, token_ids: TokenIds, wanted: Ints, ahead: int = 0, ends: Ids = NO_ENDS
+        self,
+        plan: BatchPlan,
+        token_ids: TokenIds,
+        wanted: Ints,
+        ahead: int = 0,
+        ends: Ids = NO_ENDS,
+        longest_call: float | None = None,
     ) -> Tensor | Logits:
         """Do as `forward` for one who is done with the logits before the next call.
 
@@ -598,6 +609,8 @@ class ModelRunner:
             different: a token, a place, a sequence more, or what the pool holds.
         ends : int64 [any]
             Tokens after which nothing is computed ahead.
+        longest_call : float, optional
+            Seconds that a call with steps ahead may take; 0.04 by default.
         """
         if self._compiled is None or not isinstance(plan, BatchPlan) or not plan.total_tokens:
             return self.forward(plan, token_ids, wanted)
@@ -605,7 +618,8 @@ class ModelRunner:
         if known is not None:
             return known
         ids, rows = self._checked(plan, token_ids, wanted)
-        return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows, ahead, ends)
+        longest = LONGEST_CALL if longest_call is None else longest_call
+        return self._compiled.forward_in_place(plan, ids, self._positions(plan), rows, ahead, ends, longest)
 
     def _positions(self, plan: BatchPlan) -> Ids:
         """Return the rotary positions of the query tokens of a plan, whose sequences may have dropped some.
