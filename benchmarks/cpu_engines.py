@@ -22,6 +22,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import struct
 import sys
 import tempfile
@@ -273,11 +274,15 @@ def work_rows(run: Run, work: str) -> list[Row]:
 
 def limit_row(run: Run, read_numbers: int, threads: int) -> Row:
     """Hold a step of one stream against reading the weights once, at the bandwidth right before or after that turn."""
-    step, seconds = min((run.time(each), read) for each, read in zip(run.outcomes["a", OURS], run.reads, strict=True))
+    turns = [(run.time(each), read) for each, read in zip(run.outcomes["a", OURS], run.reads, strict=True)]
+    step, seconds = min(turns)
     bandwidth = BANDWIDTH_BYTES / seconds
-    limit = read_numbers * BYTES[run.dtype] / bandwidth
+    size = read_numbers * BYTES[run.dtype]
+    limit = size / bandwidth
+    median = statistics.median(time * BANDWIDTH_BYTES / read / size for time, read in turns)
     note = f"{1e3 * step:.1f} ms a token, {1e3 * limit:.1f} ms to read {read_numbers / 1e6:.1f}M weights once at "
     note += f"{bandwidth / 1e9:.1f} GB/s, read by {threads} threads right before or after"
+    note += f"; {median:.2f} × in the median of {len(turns)} turns"
     return row(f"{run.dtype} a: step / bandwidth limit", step / limit, "×", note, LIMIT[run.dtype], at_most=True)
 
 

@@ -114,6 +114,7 @@ def test_a_step_is_held_against_the_bandwidth(benchmarks):
     module, run = run_of(benchmarks, ours=0.02)
     line = module.limit_row(run, 4_000_000, 2)  # 16 MB at 1 GB/s, as memory was in the better turn
     assert line["value"] == pytest.approx(1.25) and line["met"] is True
+    assert line["note"].endswith("; 3.12 × in the median of 2 turns")
     assert module.limit_row(run, 3_900_000, 2)["met"] is False
 
 
