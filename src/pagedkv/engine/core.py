@@ -198,7 +198,7 @@ class EngineCore:
         return self._ended(request)
 
     def step(self, longest_call: float | None = None) -> list[RequestOutput]:
-        """Make one forward pass and return what it brought, in the order of arrival; errors as in `advance`."""
+        """Make one forward pass and return what it brought, in the order of arrival; see `advance`."""
         return [OutputDraft(request).output() for request in self.advance(longest_call)]
 
     def advance(self, longest_call: float | None = None) -> list[Request]:
