@@ -274,14 +274,13 @@ def work_rows(run: Run, work: str) -> list[Row]:
 
 def limit_row(run: Run, read_numbers: int, threads: int) -> Row:
     """Hold a step of one stream against reading the weights once, at the bandwidth right before or after that turn."""
-    turns = [(run.time(each), read) for each, read in zip(run.outcomes["a", OURS], run.reads, strict=True)]
-    step, seconds = min(turns)
-    bandwidth = BANDWIDTH_BYTES / seconds
     size = read_numbers * BYTES[run.dtype]
-    limit = size / bandwidth
-    median = statistics.median(time * BANDWIDTH_BYTES / read / size for time, read in turns)
+    limits = [size * seconds / BANDWIDTH_BYTES for seconds in run.reads]
+    turns = list(zip(map(run.time, run.outcomes["a", OURS]), limits, strict=True))
+    step, limit = min(turns)
+    median = statistics.median(step / limit for step, limit in turns)
     note = f"{1e3 * step:.1f} ms a token, {1e3 * limit:.1f} ms to read {read_numbers / 1e6:.1f}M weights once at "
-    note += f"{bandwidth / 1e9:.1f} GB/s, read by {threads} threads right before or after"
+    note += f"{size / limit / 1e9:.1f} GB/s, read by {threads} threads right before or after"
     note += f"; {median:.2f} × in the median of {len(turns)} turns"
     return row(f"{run.dtype} a: step / bandwidth limit", step / limit, "×", note, LIMIT[run.dtype], at_most=True)
 

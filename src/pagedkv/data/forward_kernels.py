@@ -293,8 +293,8 @@ def run_program(
                         begin, gate = -(tile.first_row * apart + tile.first_column), up
                         if operation.has_gate:
                             gate = gate_of(operation, expert, places)
+                        ahead = gate.weight + tile.first_column * operation.row_stride
                         for number in range(1 + operation.has_gate):
-                            ahead = gate.weight + tile.first_column * operation.row_stride
                             multiply(
                                 operation,
                                 tile,
