@@ -212,6 +212,16 @@ def test_ends():
     assert len(tokens_of(outputs["s"])[0]) > 20 and stop not in tokens_of(outputs["s"])[0][:20]
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}, {"beam_width": 3}])
+def test_ends_that_the_model_has_no_logit_of(options):
+    texts = []
+    for eos in ([], [VOCAB, 10 * VOCAB]):
+        core = engine(eos_token_ids=eos)
+        core.add(request("r", [1, 2], max_tokens=9, min_tokens=3, **options))
+        texts.append(tokens_of(run(core)["r"]))
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("max_batch_tokens", [1, 3, 100])
 def test_prompt_logprobs_are_those_of_the_model(max_batch_tokens):
     prompt = prompts(1, 20)[0]

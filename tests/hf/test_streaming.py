@@ -11,6 +11,7 @@ import math
 
 import pytest
 import torch
+from tests.hf.described import tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -461,6 +462,11 @@ def test_our_attention_works_in_a_session_only():
     model.config._attn_implementation = "pagedkv_streaming"
     with pytest.raises(InvalidOperation, match="inside of a StreamingSession only"):
         model(random_ids(3)[None])
+
+
+def test_a_model_that_hands_no_keyword_arguments_on_to_its_attention_is_refused():
+    with pytest.raises(InvalidOperation, match="got none in NemotronAttention"):
+        StreamingSession(tiny("nemotron"), SINKS, WINDOW)
 
 
 def test_frequencies_that_change_with_the_length_are_refused():

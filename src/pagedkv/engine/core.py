@@ -48,7 +48,7 @@ class EngineCore:
     tokenizer : optional
         Turns tokens into text; without one outputs have token ids only.
     eos_token_ids : iterable of int
-        Tokens that end a text.
+        Tokens that end a text; those that the model has no logit of never come.
     max_batch_tokens : int
         Query tokens of a step; texts that are being written take part even beyond that.
     max_num_seqs : int
@@ -81,7 +81,7 @@ class EngineCore:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
         self.runner, self.tokenizer = runner, tokenizer
-        self.eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(each for each in eos_token_ids if each < runner.vocab_size)
         self._end_ids = np.array(sorted(self.eos_token_ids), np.int64)
         for tenant, weight in (tenant_weights or {}).items():
             if not 0 < weight < math.inf:

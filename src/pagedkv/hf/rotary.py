@@ -228,7 +228,8 @@ def _note_call(
     """Note the keys of lone tokens. A token that sees itself alone gets its own value, whatever its position."""
     calls: list[LayerCall] | None = kwargs.pop(ATTENTION, None)
     if calls is None:
-        raise InvalidOperation(f"attention {ATTENTION!r} works inside of a StreamingSession only")
+        wanted = "inside of a StreamingSession only, and for models that hand keyword arguments on to their attention"
+        raise InvalidOperation(f"attention {ATTENTION!r} works {wanted}, got none in {type(module).__name__}")
     if module.layer_idx != len(calls):
         raise bad_argument("model", "layers that run in order", f"{module.layer_idx} for {len(calls)}")
     calls.append(LayerCall(key, value, kwargs.pop("sliding_window", None)))
