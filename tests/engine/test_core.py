@@ -126,6 +126,7 @@ def test_refused_with_the_numbers():
         ({"max_tokens": 21}, r"are 31 positions, the model has 30"),
         ({"max_tokens": 3, "n": 4}, r"4 texts at once exceed max_num_seqs = 3"),
         ({"max_tokens": 12, "beam_width": 3}, r"need 14 blocks of 4 tokens at once"),
+        ({"max_tokens": None, "streaming": (2, 40)}, r"= None need 12 blocks .* stream through a smaller window"),
     ):
         with pytest.raises(RequestRefused, match=text):
             core.add(request("r", [1] * 10, **options))
@@ -220,6 +221,14 @@ def test_ends_that_the_model_has_no_logit_of(options):
         core.add(request("r", [1, 2], max_tokens=9, min_tokens=3, **options))
         texts.append(tokens_of(run(core)["r"]))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("options", [{}, {"beam_width": 2, "n": 2}])
+def test_where_every_token_ends_a_text_it_is_written_though(options):
+    core = engine()
+    core.add(request("r", [1, 2], max_tokens=9, min_tokens=3, stop_token_ids=range(VOCAB), **options))
+    texts = tokens_of(run(core)["r"])
+    assert len(texts) == options.get("n", 1) and all(texts)
 
 
 @pytest.mark.parametrize("max_batch_tokens", [1, 3, 100])

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from tests.schemas import random_schema
+from tokenizers import Tokenizer, models
 
 from pagedkv.engine import LLM, AsyncEngine, EngineCore, SamplingParams, Structured, token_grammar
 from pagedkv.engine import structured as structured_module
@@ -312,6 +313,8 @@ def test_what_no_text_can_follow_is_refused_before_it_is_queued(llm):
 
 
 def test_structure_goes_neither_with_beams_nor_without_a_tokenizer():
+    from transformers import PreTrainedTokenizerFast
+
     structured = Structured(regex="a")
     with pytest.raises(InvalidOperation, match="structured: does not go with beam_width"):
         SamplingParams(structured=structured, beam_width=2)
@@ -319,6 +322,9 @@ def test_structure_goes_neither_with_beams_nor_without_a_tokenizer():
         SamplingParams(structured={"json": True})
     with pytest.raises(InvalidOperation, match="structured: expected none, as the engine has no tokenizer in Rust"):
         token_grammar.Grammars(None, 10, [1]).compile(structured)
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+    with pytest.raises(InvalidOperation, match="structured: expected none, as this tokenizer does not say"):
+        token_grammar.Grammars(words, 1, [0]).compile(structured)
 
 
 def test_a_parser_that_meets_a_limit_ends_its_text_alone(llm, monkeypatch):

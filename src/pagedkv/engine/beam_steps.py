@@ -53,8 +53,9 @@ def advance_beams(request: Request, logits: Any, scheduler: Scheduler) -> int:
     """
     beams: Beams = request.beams
     log_probs = torch.log_softmax(logits, dim=-1)
-    if len(beams.state.texts[0]) < request.params.min_tokens:
-        log_probs[:, list(beams.rules.end_ids)] = -torch.inf
+    ends = beams.rules.end_ids
+    if len(beams.state.texts[0]) < request.params.min_tokens and len(ends) < log_probs.shape[1]:
+        log_probs[:, list(ends)] = -torch.inf
     state = beams.state = next_beams(beams.state, log_probs, beams.rules)
     if state.done:
         for sequence in request.sequences:

@@ -404,11 +404,13 @@ def refuse_what_never_fits(request: Request, runner: Runner, max_num_seqs: int, 
     if runner.window is not None and runner.chunkable and request.num_sequences == 1:
         # A step reads a chunk behind the window; with ragged ends.
         needed = min(needed, -(-(runner.window - 1 + max_batch_tokens) // cache.block_size) + 2)
-    text = f"{prompt} prompt tokens and max_tokens = {request.max_tokens}"
+    most = None if request.max_tokens == ENDLESS else request.max_tokens
+    text = f"{prompt} prompt tokens and max_tokens = {most}"
     if needed > cache.total_blocks:
+        shorter = "lower max_tokens" if request.params.streaming is None else "stream through a smaller window"
         raise RequestRefused(
             f"{text} need {needed} blocks of {cache.block_size} tokens at once, the pool has {cache.total_blocks}: "
-            "lower max_tokens or raise num_blocks"
+            f"{shorter} or raise num_blocks"
         )
     _refuse_what_would_be_cut(request, runner)
     positions = prompt + request.max_tokens

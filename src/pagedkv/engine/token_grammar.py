@@ -149,7 +149,11 @@ class _Tokens:
         if not getattr(tokenizer, "is_fast", False):
             raise bad_argument("structured", "none, as the engine has no tokenizer in Rust")
         size = max(vocab_size, len(tokenizer))
-        self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, size, end_ids or None)
+        try:
+            self.tokenizer = llguidance.hf.from_tokenizer(tokenizer, size, end_ids or None)
+        except ValueError as error:
+            expected = "none, as this tokenizer does not say what its tokens are"
+            raise bad_argument("structured", expected, in_a_line(str(error))) from error
         self._executor = llguidance.LLExecutor()
         self._words = -(-size // 32)
 
