@@ -87,7 +87,7 @@ class Forward:
         self._set_counters, self._side = np.zeros((2, len(program.decoder.layers), 0), np.int64), 0
         self._partials = np.zeros(0, np.float32)
         self._routes = np.zeros(1 + program.most_experts + 2 * program.most_pairs, np.int64)
-        self._shares = np.zeros(program.most_pairs, np.float32)
+        self._shares = np.zeros(program.most_pairs, np.float32) if program.most_pairs else None
         self._vocab_size = len(decoder.head.weight)
         self._logits = torch.empty(KEPT_LOGITS, dtype=torch.float32, device="cpu").numpy()
         self._logits_at = self._logits.ctypes.data

@@ -162,7 +162,7 @@ def run_program(
     block_size: int,
     places: Ints,
     routes: Ints,
-    shares: Floats,
+    shares: Floats | None,
 ) -> None:
     """Work on the operations, phase by phase, until all are done. Runs in every thread.
 
@@ -202,8 +202,8 @@ def run_program(
         What attention has to do, for each kind of layers. Plans of several passes grow.
     places : int64 [any]
         Of the weights, biases and factors of experts.
-    routes, shares : int64 and float32 arrays
-        Room for what `_route` finds.
+    routes, shares : int64 array, float32 array or None
+        Room for what `_route` finds; None without experts, whose code is then not compiled.
     """
     counters = borrowed(counters)
     phases = borrowed(phases)
@@ -225,7 +225,6 @@ def run_program(
     holes = borrowed(holes)
     places = borrowed(places)
     routes = borrowed(routes)
-    shares = borrowed(shares)
     block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
     copies, copied = aligned(2 * copy_size(operations), acts), np.full(2, NOWHERE)
     lines, num_phases = LINE * (1 + num_runs), len(phases) - 1
@@ -282,9 +281,10 @@ def run_program(
                 rows = _num_rows(operation, num_rows, len(picked))
                 if operation.code in (LINEAR, EXPERTS):
                     first_row, expert = 0, -1
-                    if operation.code == EXPERTS:
-                        expert, place = _expert_of(operation, place, routes)
-                        first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
+                    if shares is not None:  # an `if` of its own is one that Numba leaves out where it is None
+                        if operation.code == EXPERTS:
+                            expert, place = _expert_of(operation, place, routes)
+                            first_row, rows = routes[expert], routes[expert + 1] - routes[expert]
                     tile = tile_of(operation, place, first_row, rows)
                     up = matrix_of(operation, expert, places)
                     following, _ = _weights_of(operations, first, last, item + 1, num_rows, len(picked))
@@ -334,7 +334,8 @@ def run_program(
                             0,
                         )
                 elif operation.code == ROUTE:
-                    _route(operation, rows, floats, routes, shares)
+                    if shares is not None:
+                        _route(operation, rows, floats, routes, shares)
                 elif operation.code == GATHER:
                     _gather(operation, picked, floats, acts)
                 else:
@@ -361,7 +362,8 @@ def run_program(
                             sets,
                         )
                     elif operation.code == COMBINE:
-                        _combine(operation, begin, end, floats, routes, shares)
+                        if shares is not None:
+                            _combine(operation, begin, end, floats, routes, shares)
                     else:
                         _embed(operation, begin, end, step, num_rows, ids, positions, weights, constants, floats)
                 item = _take(counters, line, run, num_runs, count)
