@@ -216,7 +216,8 @@ def test_ends():
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}, {"beam_width": 3}])
 def test_ends_that_the_model_has_no_logit_of(options):
     texts = []
-    for eos in ([], [VOCAB, 10 * VOCAB]):
+    end = greedy([1, 2], 1)[0] - VOCAB
+    for eos in ([], [VOCAB, 10 * VOCAB, end]):
         core = engine(eos_token_ids=eos)
         core.add(request("r", [1, 2], max_tokens=9, min_tokens=3, **options))
         texts.append(tokens_of(run(core)["r"]))

@@ -81,7 +81,7 @@ class EngineCore:
         require_int("max_batch_tokens", max_batch_tokens, 1, 2**31 - 1)
         require_int("max_num_seqs", max_num_seqs, 1, 2**31 - 1)
         self.runner, self.tokenizer = runner, tokenizer
-        self.eos_token_ids = frozenset(each for each in eos_token_ids if each < runner.vocab_size)
+        self.eos_token_ids = frozenset(each for each in eos_token_ids if 0 <= each < runner.vocab_size)
         self._end_ids = np.array(sorted(self.eos_token_ids), np.int64)
         for tenant, weight in (tenant_weights or {}).items():
             if not 0 < weight < math.inf:
