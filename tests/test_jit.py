@@ -474,6 +474,55 @@ def test_a_kernel_is_kept_apart_for_python_and_as_a_part_of_others(tmp_path: Pat
         assert printed.splitlines()[0] == {"part": "21", "whole": "42"}[call]
 
 
+ENTERED = """
+import sys
+import numpy as np
+from pagedkv.jit import compiled, enter, entry_of, watch_compiles
+
+@compiled
+def inner(numbers, nothing, place):
+    if place >= len(numbers):
+        raise ValueError("beyond")
+    if nothing is None:
+        numbers[place] += 1
+
+@compiled
+def outer(entry, numbers, count):
+    for place in range(count):
+        enter(entry, numbers, None, place)
+
+compiles, numbers = [], np.zeros(3, np.float32)
+with watch_compiles(lambda name, seconds: compiles.append(name.split(".")[-1])):
+    entry = entry_of(inner, (numbers, None, 0))
+    inner(numbers, None, 2)
+    outer(entry, numbers, 3)
+    try:
+        outer(entry, numbers, 4)
+    except ValueError as error:
+        print(error)
+print(numbers.tolist(), compiles)
+try:
+    outer(entry, numbers.astype(np.float64), 1)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_a_kernel_is_entered_by_others_without_being_compiled_for_them(tmp_path: Path) -> None:
+    """And what is wrong with its arguments is an error of the compiler, not a call with other types."""
+    (tmp_path / "entered.py").write_text(ENTERED)
+    for compiles in (["inner", "outer"], []):
+        printed = run("import entered", tmp_path, PYTHONPATH=f"{PACKAGE.parent}:{tmp_path}").splitlines()
+        assert printed[:3] == ["beyond", f"[2.0, 2.0, 3.0] {compiles}", "TypingError"]
+
+
+def test_interpreted_kernels_are_entered_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "entered.py").write_text(ENTERED)
+    path = f"{PACKAGE.parent}:{tmp_path}"
+    printed = run("import entered", tmp_path, PYTHONPATH=path, NUMBA_DISABLE_JIT="1").splitlines()
+    assert printed == ["beyond", "[2.0, 2.0, 3.0] []"]
+
+
 COUNTED_PARTS = """
 import gc
 from pagedkv.jit import called, compiled, watch_compiles

@@ -13,6 +13,7 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import cgutils, types
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
+from numba.core.errors import NumbaTypeError
 from numba.core.imputils import builtin_registry
 from numba.core.pythonapi import PythonAPI
 from numba.core.registry import CPUDispatcher
@@ -28,6 +29,8 @@ __all__ = [
     "cache_directory",
     "called",
     "compiled",
+    "enter",
+    "entry_of",
     "formula",
     "inlined",
     "mix64",
@@ -451,7 +454,53 @@ def call_kernel(kernel: Callable[[Any, int], int], state: Any, number: int) -> i
     return kernel(state, number)
 
 
+# The types of the arguments of each entry, by the name of the field that holds its address.
+_entries: dict[str, tuple[Any, ...]] = {}
+
+
+def entry_of(kernel: Callable[..., None], arguments: tuple[Any, ...]) -> Any:
+    """Return what `enter` calls inside compiled functions: a `compiled` kernel, for arguments of the types of these.
+
+    So its machine code is made once, for Python and for all kernels that call it, and none of them waits for the
+    compiler anew. With ``NUMBA_DISABLE_JIT=1`` it is the kernel itself.
+    """
+    if numba.config.DISABLE_JIT:
+        return kernel
+    kinds = tuple(map(numba.typeof, arguments))
+    with uninterrupted():
+        code = kernel.get_compile_result(types.none(*kinds))
+    name = "entry_" + _digest(kinds)
+    _entries[name] = kinds
+    address = np.empty(1, [(name, np.int64)])
+    address[name] = code.library.get_pointer_to_function(code.fndesc.llvm_func_name)
+    return address
+
+
+@intrinsic
+def _enter(typing_context: Any, entry: Any, *arguments: Any) -> Any:
+    if _entries[next(iter(entry.dtype.fields))] != arguments:
+        raise NumbaTypeError(f"expected arguments of the types of the entry's, got {arguments}")
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.load(builder.bitcast(make_array(entry)(context, builder, args[0]).data, _WORDS))
+        kind = context.call_conv.get_function_type(types.none, arguments)
+        function = builder.inttoptr(address, kind.as_pointer())
+        values = cgutils.unpack_tuple(builder, args[1])
+        status, _ = context.call_conv.call_function(builder, function, types.none, arguments, values)
+        with cgutils.if_unlikely(builder, status.is_error):
+            context.call_conv.return_status_propagate(builder, status)
+        return context.get_dummy_value()
+
+    return types.void(entry, types.StarArgTuple(arguments)), generate
+
+
+def enter(entry: Any, *arguments: Any) -> None:
+    """Inside a compiled function: call the kernel of an entry. The types of the arguments must be those of its own."""
+    entry(*arguments)
+
+
 if not TYPE_CHECKING and not numba.config.DISABLE_JIT:
     borrowed = _borrowed
     stretch = _stretch
     call_kernel = _call_kernel
+    enter = _enter

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.call import AttentionCall, Batch
-from pagedkv.data.cpu_kernels import Bases, attend_items
+from pagedkv.data.cpu_kernels import Bases, Rows, attend_items
 from pagedkv.data.cpu_plan import Plan, Rules, Shape, partial_size, plan_items
 from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.simd_llvm import has_bfloat16_products
@@ -56,12 +56,12 @@ def attend(call: AttentionCall) -> None:
             num_parts,
             plan,
             _scratch(plan.num_partials * partial_size(shape.v_head_dim)),
-            flat_bits(call.queries),
+            _rows(call.queries),
             flat_bits(call.keys),
             flat_bits(call.values),
             None if call.key_scales is None else flat_bits(call.key_scales),
             None if call.value_scales is None else flat_bits(call.value_scales),
-            flat_bits(call.out),
+            _rows(call.out),
             _multiplied(call),
             _NO_FLOATS if call.sinks is None else (call.sinks.float() * LOG2_E).contiguous().numpy(),
             batch.block_tables,
@@ -72,6 +72,11 @@ def attend(call: AttentionCall) -> None:
             rules,
         )
         run_in_threads(attend_items, arguments, threads)
+
+
+def _rows(tensor: Tensor) -> Rows:
+    bits = flat_bits(tensor)
+    return Rows(bits, _NO_BFLOATS) if bits.dtype == np.float32 else Rows(_NO_FLOATS, bits)
 
 
 def _multiplied(call: AttentionCall) -> npt.NDArray[Any]:

@@ -49,7 +49,7 @@ from pagedkv.data.simd import (
     load_part,
     maximum,
     mul,
-    narrowed,
+    put,
     splat,
     splat_at,
     store,
@@ -63,6 +63,16 @@ from pagedkv.jit import called, compiled, inlined
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+
+
+class Rows(NamedTuple):
+    """Queries, or what they get: float32, or where those are none what the narrow array holds.
+
+    So models that compute in float32 over narrow keys and values attend by the code that narrow queries do.
+    """
+
+    wide: Floats
+    narrow: Array
 
 
 class Bases(NamedTuple):
@@ -217,12 +227,12 @@ def attend_items(
     num_parts: int,
     plan: Plan,
     partials: Floats,
-    queries: Array,
+    queries: Rows,
     keys: Array,
     values: Array,
     key_scales: Floats | None,
     value_scales: Floats | None,
-    out: Array,
+    out: Rows,
     like: Array,
     sinks: Floats,
     block_tables: Array,
@@ -496,7 +506,7 @@ def _gather_scales(
 
 @called
 def _pack(
-    queries: Array,
+    queries: Rows,
     bases: Bases,
     plan: Plan,
     item: int,
@@ -526,11 +536,18 @@ def _pack(
                 at = bases.query + query * strides.query + query_head * strides.query_head
                 for i in range(0, width, LANES):
                     count = min(LANES, shape.head_dim - i) if row < rows else 0
-                    value = load(queries, at + i) if count == LANES else zeros()
-                    if 0 < count < LANES:
-                        value = load_part(queries, at + i, count)
-                    store_narrowed(packed, to + i, mul(value, scale))
+                    store_narrowed(packed, to + i, mul(_read(queries, at + i, count), scale))
         first += padded_rows
+
+
+@inlined
+def _read(rows: Rows, at: int, count: int) -> Any:
+    """Return up to a vector of numbers and zeros behind."""
+    if count == 0:
+        return zeros()
+    if len(rows.wide):
+        return load(rows.wide, at) if count == LANES else load_part(rows.wide, at, count)
+    return load(rows.narrow, at) if count == LANES else load_part(rows.narrow, at, count)
 
 
 # Partial softmaxes of four rows: the maximum and the sum of each row in its lanes, then the weighted values.
@@ -586,7 +603,7 @@ def _write(
     num_quads: int,
     piece: Ints,
     head: int,
-    out: Array,
+    out: Rows,
     bases: Bases,
     shape: Shape,
     strides: Strides,
@@ -605,9 +622,16 @@ def _write(
             factor = np.float32(1) / total if total != 0 else np.float32(0)
             whole = shape.v_head_dim // LANES * LANES
             for d in range(0, whole, LANES):
-                store_narrowed(out, to + d, mul(load(states, first + d), splat(factor)))
+                result = mul(load(states, first + d), splat(factor))
+                if len(out.wide):
+                    store(out.wide, to + d, result)
+                else:
+                    store_narrowed(out.narrow, to + d, result)
             for d in range(whole, shape.v_head_dim):
-                out[to + d] = narrowed(states[first + d] * factor, out)
+                if len(out.wide):
+                    put(out.wide, to + d, states[first + d] * factor)
+                else:
+                    put(out.narrow, to + d, states[first + d] * factor)
 
 
 @called
@@ -617,7 +641,7 @@ def _combine(
     quads: Ints,
     piece: Ints,
     sinks: Floats,
-    out: Array,
+    out: Rows,
     bases: Bases,
     shape: Shape,
     strides: Strides,

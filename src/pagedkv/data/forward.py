@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,7 +11,9 @@ from torch import Tensor
 
 from pagedkv.data.call import Batch
 from pagedkv.data.cpu import NO_WINDOW
+from pagedkv.data.cpu_kernels import Bases, Rows, attend_items
 from pagedkv.data.cpu_plan import ITEM, PIECE, Plan, Rules, partial_size, plan_items, room_for_passes
+from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.decoder import Decoder, Experts
 from pagedkv.data.forward_kernels import LINE, MOST_RUNS, run_program
 from pagedkv.data.program import Program
@@ -18,6 +22,7 @@ from pagedkv.data.storage import KvStorage
 from pagedkv.data.team import num_threads, run_in_threads
 from pagedkv.data.weights import acts_dtype
 from pagedkv.errors import bad_argument
+from pagedkv.jit import entry_of
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -75,6 +80,11 @@ class Forward:
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         # Attention multiplies what products do where keys and values are that, too.
         self._like = self._acts if program.memory.dtype == np.uint16 else self._floats
+        nothing = np.zeros(0, np.uint16)
+        is_wide = self._acts.dtype == np.float32
+        self._queries = Rows(self._floats, nothing)
+        self._attended = Rows(self._acts, nothing) if is_wide else Rows(np.zeros(0, np.float32), self._acts)
+        self._attend: Any = None
         self._floats_at = self._floats.ctypes.data
         # Two of each: threads may still look at those of the pass before this one.
         self._counters = np.zeros((2, 0), np.int64)
@@ -228,6 +238,8 @@ class Forward:
             self._counters = np.empty((2, size), np.int64)
         counters = self._counters[self._side, :size]
         set_counters[:, :num_counters] = counters[:] = 0
+        if self._attend is None:
+            self._attend = self._entry(batch, plans[0])
         arguments = (
             counters,
             num_runs,
@@ -245,8 +257,11 @@ class Forward:
             self._angles,
             self._floats,
             self._acts,
+            self._queries,
+            self._attended,
             self._like,
             program.memory,
+            self._attend,
             (logits_at - self._floats_at) // 4,
             # So that models of one kind of layers and of two share their code.
             tuple(plans) if len(plans) > 2 else (*plans, plans[-1]),
@@ -261,6 +276,31 @@ class Forward:
             self._shares,
         )
         run_in_threads(run_program, arguments, threads, joins=True)
+
+    def _entry(self, batch: Batch, plan: Plan) -> Any:
+        """Return the entry of attention, which the pool's keys and values are attended to by as well."""
+        (rules, shape, _), memory = self._sets[0], self._program.memory
+        arguments = (
+            self._set_counters[0, 0],
+            1,
+            plan,
+            self._partials,
+            self._queries,
+            memory,
+            memory,
+            None,
+            None,
+            self._attended,
+            self._like,
+            self._program.constants,
+            batch.block_tables,
+            batch.holes,
+            Bases(*[0] * len(Bases._fields)),
+            shape,
+            Strides(*[0] * len(Strides._fields)),
+            rules,
+        )
+        return entry_of(attend_items, arguments)
 
     def _plan_of_picked(self, batch: Batch, plans: list[Plan], picked: Ints) -> Plan:
         """Return what the last layer attends to: for rows that each end a sequence these alone, else for all."""

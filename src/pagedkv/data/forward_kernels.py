@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pagedkv.data.cpu_kernels import Bases, aligned, attend_items
+from pagedkv.data.cpu_kernels import Bases, Rows, aligned
 from pagedkv.data.cpu_plan import Rules, Shape, see_one_more
 from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.forward_products import (
@@ -66,7 +66,7 @@ from pagedkv.data.simd import (
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
 from pagedkv.data.simd_products import PANEL
 from pagedkv.data.team import wait_until
-from pagedkv.jit import borrowed, called, compiled, inlined
+from pagedkv.jit import borrowed, called, compiled, enter, inlined, stretch
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
@@ -150,8 +150,11 @@ def run_program(
     angles: Floats,
     floats: Floats,
     acts: Array,
+    queries: Rows,
+    attended: Rows,
     like: Array,
     memory: Array,
+    attend: Any,
     logits: int,
     sets: Any,
     num_parts: int,
@@ -191,10 +194,14 @@ def run_program(
         All weights as one array, float32 [any], float32 cosines and sines.
     floats, acts : float32 and float32 or uint16 arrays
         The activations.
+    queries, attended : Rows
+        The same for attention, which reads `floats` and writes `acts`.
     like : array
         Any array of what attention multiplies.
     memory : array
         K and V of all layers as one array.
+    attend : entry
+        That of `attend_items` for arguments of these types.
     logits : int
         Where the logits of the first picked row go, from the first element of `floats`; those of a pass follow each
         other, and the passes.
@@ -218,6 +225,9 @@ def run_program(
     angles = borrowed(angles)
     floats = borrowed(floats)
     acts = borrowed(acts)
+    queries = borrowed(queries)
+    attended = borrowed(attended)
+    like = borrowed(like)
     memory = borrowed(memory)
     set_counters = borrowed(set_counters)
     partials = borrowed(partials)
@@ -242,19 +252,20 @@ def run_program(
         first, last = phases[phase], phases[phase + 1]
         if operations[first].code == ATTEND:
             operation = operations[first]
-            attend_items(
+            enter(
+                attend,
                 set_counters[step * num_layers + operation.layer],
                 num_parts,
                 sets[operation.set],
                 partials,
-                floats,
+                queries,
                 memory,
                 memory,
                 None,
                 None,
-                acts,
+                attended,
                 like,
-                constants[operation.sinks : operation.sinks + operation.num_sinks],
+                stretch(constants, operation.sinks, operation.num_sinks),
                 block_tables,
                 holes,
                 _bases(operation),
