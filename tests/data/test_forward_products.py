@@ -15,6 +15,7 @@ from pagedkv.data.forward_products import (
     copy_size,
     multiply,
 )
+from pagedkv.data.simd_llvm import IS_WIDE
 from pagedkv.data.simd_products import PANEL
 from pagedkv.data.weights import _pack
 from pagedkv.jit import compiled
@@ -65,7 +66,8 @@ def computed(x, weights, *tiles, is_packed=False, following=NOWHERE, goes=TO_FLO
     constants = np.concatenate([np.arange(count), 1 + np.arange(count), np.zeros(16)]).astype(np.float32)
     out = np.zeros((len(x), count), np.float32) if start is None else start.copy()
     sums = np.full(SUMS, np.nan, np.float32)
-    copies = np.full(2 * copy_size(operations.view(np.recarray)), np.nan, np.float32)
+    kind = np.float32 if IS_WIDE else weights.dtype
+    copies = np.full(2 * copy_size(operations.view(np.recarray)), np.nan if kind == np.float32 else 77, kind)
     routes = np.zeros(8, np.int64)
     flat = (x.ravel(), weights.ravel(), constants, out.ravel())
     products(operations, np.array(tiles), following, *flat, count, routes, sums, copies, number)

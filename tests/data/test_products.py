@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pagedkv.data.simd_llvm import has_bfloat16_products
+from pagedkv.data.simd_llvm import IS_WIDE, has_bfloat16_products
 from pagedkv.data.simd_products import (
     PANEL,
     WIDENED,
@@ -19,6 +19,7 @@ from pagedkv.data.simd_products import (
     scores_of,
     turn,
     unit_of,
+    unit_of_copy,
     unpacked,
     widen,
 )
@@ -184,13 +185,16 @@ def check(got, exact, x, y):
     assert (np.abs(got - exact) <= 2e-6 * size).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
 @pytest.mark.parametrize("right", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize(("count", "rows"), [(1, 16), (16, 5), (33, 16), (100, 1)])
-def test_rows_become_panels_as_what_is_multiplied(right, dtype, count, rows):
+def test_rows_become_panels_as_what_is_multiplied_or_as_they_are(right, dtype, count, rows):
     if dtype == torch.bfloat16 and (right not in ("bfloat16", "int8") or not has_bfloat16_products()):
         pytest.skip("is not multiplied by bfloat16")
-    unit = unit_of(dtype.itemsize, False)
+    if dtype is None and IS_WIDE:
+        pytest.skip("copies are what is multiplied")
+    dtype = getattr(torch, right) if dtype is None else dtype
+    unit = unit_of_copy(dtype.itemsize)
     y, width = random(right, count + 3, 5, rows), -(-count // 32) * 32
     panel = np.full(PANEL * width + 8, 7, bits(torch.zeros(1, dtype=dtype)).dtype)
     untouched = panel.copy()

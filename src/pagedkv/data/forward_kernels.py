@@ -64,7 +64,7 @@ from pagedkv.data.simd import (
     zeros,
 )
 from pagedkv.data.simd_llvm import CACHE_LINE, LANES
-from pagedkv.data.simd_products import PANEL
+from pagedkv.data.simd_products import PANEL, copied_as
 from pagedkv.data.team import wait_until
 from pagedkv.jit import borrowed, called, compiled, enter, inlined, stretch
 
@@ -236,7 +236,7 @@ def run_program(
     places = borrowed(places)
     routes = borrowed(routes)
     block, sums = aligned(2 * BLOCK, floats), aligned(SUMS, floats)
-    copies, copied = aligned(2 * copy_size(operations), acts), np.full(2, NOWHERE)
+    copies, copied = aligned(2 * copy_size(operations), copied_as(weights, acts)), np.full(2, NOWHERE)
     lines, num_phases = LINE * (1 + num_runs), len(phases) - 1
     num_layers = len(set_counters) // num_passes
     num_logits = len(picked) * operations[phases[num_phases - 1]].source_width

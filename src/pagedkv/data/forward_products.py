@@ -24,6 +24,7 @@ from pagedkv.data.simd_products import (
     lines_of_turn,
     pack,
     unit_of,
+    unit_of_copy,
     widen,
 )
 from pagedkv.data.team import num_threads
@@ -55,7 +56,7 @@ FEW_ROWS_COLUMNS = BLOCK // FEW_ROWS
 """The most outputs of an item of few rows that are a block: the longer the weights of an item are, the faster they are
 read."""
 FEW_ROWS_OF_INT8 = 8 if IS_WIDE else ROW_BLOCK
-"""More rows than these are worth a copy of the weights as what is multiplied, a panel at a time."""
+"""More rows than these, which may be all of a block, are worth a copy of the weights as what is multiplied."""
 FIRST_LINES = 32
 """How many lines of what few rows read next are asked for: the processor sees a stream only when some were read."""
 AHEAD, AHEAD_OF_STREAM = 32, 16
@@ -188,7 +189,7 @@ def multiply(
 
     The first rows read a panel of the weights as a stream; the others ask for the next one meanwhile, of which the last
     begins at `following`. Where there are no others its first lines are asked for. What is no panel yet, and int8 for
-    more rows, is copied as what is multiplied, to the copy of this number of ``copies``, unless these weights, whose
+    more rows, is copied, `copied_as` they are, to the copy of this number of ``copies``, unless these weights, whose
     place is in ``copied``, are there from the rows before. The block begins at a whole panel.
     """
     acts = borrowed(acts)
@@ -240,7 +241,7 @@ def multiply(
             is_there = rows > FEW_ROWS and copied[number] == first
             for begin in range(column, column if is_there else end, PANEL):
                 at, to = matrix.weight + begin * operation.row_stride, copy + (begin - column) * _padded(size)
-                if is_packed:
+                if IS_WIDE and is_packed:
                     for i in range(0, PANEL * size, WIDENED):
                         widen(weights, at + i, copies, to + i)
                 else:
@@ -272,13 +273,13 @@ def multiply(
 def _copy_rows(
     weights: Array, first: int, stride: int, count: int, size: int, copy: Array, to: int, ahead: int
 ) -> None:
-    """Copy rows of weights as a panel of what is multiplied, with zeros to whole vectors; ask for others from ahead on.
+    """Copy rows of weights as a panel, with zeros to whole vectors; ask for others from ahead on.
 
     The processor sees no stream in sixteen rows that are read side by side.
     """
     weights = borrowed(weights)
     copy = borrowed(copy)
-    unit, line = unit_of(copy.itemsize, False), CACHE_LINE // weights.itemsize
+    unit, line = unit_of_copy(copy.itemsize), CACHE_LINE // weights.itemsize
     for half in range(0, count, LANES):
         at, last = first + half * stride, min(LANES, count - half) - 1
         for i in range(0, size, LANES * unit):

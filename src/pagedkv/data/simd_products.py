@@ -143,6 +143,30 @@ def unit_of(act_bytes: int, is_int8: bool) -> int:
     return 1 if act_bytes == 4 else 4 if is_int8 else 2
 
 
+_MULTIPLIES_PAIRS = has_bfloat16_products()
+
+
+@formula
+def unit_of_copy(item_bytes: int) -> int:
+    """Return the same for a copy of weights of which a number takes so many bytes."""
+    return 2 if _MULTIPLIES_PAIRS and item_bytes == 2 else 1
+
+
+@llvm.typed(
+    lambda weights, acts: (
+        (acts if llvm.IS_WIDE else weights)(weights, acts),
+        lambda context, builder, signature, args: args[int(llvm.IS_WIDE)],
+    )
+)
+def copied_as(weights: Array, acts: Array) -> Array:
+    """Return the array of two, both `borrowed`, of whose kind a copy of weights is.
+
+    It is that of what is multiplied, so that int8 is widened once for many rows; or, where a register is half a vector
+    and widening costs less than reading twice as much, that of the weights, whose panels take the same code.
+    """
+    return acts if llvm.IS_WIDE else weights
+
+
 class _Panels:
     """Panels that are multiplied by runs of some array: of `left` by `right`, both dtypes."""
 
@@ -387,7 +411,7 @@ def unpacked(panel: Array, unit: int) -> Array:
 def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     """Build the transposition of sixteen rows of sixteen numbers, or pairs."""
     y, panel = signature.args[0], signature.args[6]
-    unit = unit_of(panel.dtype.bitwidth // 8, False)
+    unit = unit_of_copy(panel.dtype.bitwidth // 8)
     data = context.make_array(y)(context, builder, args[0]).data
     first, apart, last, offset, left = args[1:6]
     starts = []
@@ -395,7 +419,7 @@ def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         row = builder.select(builder.icmp_signed("<", last, last.type(i)), last, last.type(i))
         starts.append(builder.gep(data, [builder.add(builder.add(first, builder.mul(apart, row)), offset)]))
     targets = _places_of(context, builder, panel, args[6:], LANES, PANEL * unit)
-    _turn_piece(builder, y.dtype, starts, left, unit, targets, panel.dtype.bitwidth // 8)
+    _turn_piece(builder, y.dtype, starts, left, unit, targets, panel.dtype)
     return context.get_dummy_value()
 
 
@@ -406,12 +430,12 @@ def _pack(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     )
 )
 def pack(y: Array, first: int, apart: int, last: int, offset: int, left: int, panel: Array, to: int) -> None:
-    """Write a piece of sixteen rows of weights to half a panel, ``panel[to:]``, as what is multiplied.
+    """Write a piece of sixteen rows of weights to half a panel, ``panel[to:]``, which is `copied_as` they are.
 
     Row i begins at ``first + min(i, last) * apart``. The piece begins at `offset`: sixteen numbers, or as many pairs
-    where the panel is uint16, bfloat16; of them `left` are read, with zeros behind.
+    where bfloat16 is multiplied; of them `left` are read, with zeros behind.
     """
-    unit = unit_of(panel.itemsize, False)
+    unit = unit_of_copy(panel.itemsize)
     size, left = LANES * unit, min(left, LANES * unit)
     piece = np.zeros((LANES, size), np.float32)
     for i in range(LANES):
@@ -608,12 +632,24 @@ def _widened_halves(builder: Any, parts: list[Any], dtype: Any) -> list[Any]:
     return halves
 
 
+def _narrowed_back(builder: Any, part: Any, dtype: Any) -> Any:
+    """Return float32 numbers, which were widened from a dtype, as that again."""
+    kind, count = ir.IntType(dtype.bitwidth), part.type.count
+    if dtype == types.uint16:
+        ints = ir.VectorType(INT, count)
+        high = builder.lshr(builder.bitcast(part, ints), llvm.every_int(16, ints))
+        return builder.trunc(high, ir.VectorType(kind, count))
+    if dtype == types.int16:
+        return builder.bitcast(builder.fptrunc(part, ir.VectorType(llvm.HALF, count)), ir.VectorType(kind, count))
+    return builder.fptosi(part, ir.VectorType(kind, count)) if dtype == types.int8 else part
+
+
 def _turn_piece(
-    builder: Any, dtype: Any, starts: list[Any], left: Any, unit: int, targets: list[Any], align: int
+    builder: Any, dtype: Any, starts: list[Any], left: Any, unit: int, targets: list[Any], kind: Any
 ) -> None:
     """Build the transposition of sixteen runs of sixteen units, where fewer numbers are left with zeros behind them.
 
-    They are written as what is multiplied: float32, or where units are pairs bfloat16.
+    They are written as what is multiplied, float32 or bfloat16; or, where a register is half a vector, as they were.
     """
     size = unit * LANES
 
@@ -626,12 +662,13 @@ def _turn_piece(
         if llvm.IS_WIDE:
             parts = [widened(read(start)) for start in starts]
             for target, part in zip(targets, _turned(builder, parts), strict=True):
-                llvm.write(builder, target, part, align)
+                llvm.write(builder, target, part, kind.bitwidth // 8)
             return
         for first in (0, LANES // 2):
             parts = [read(start) for start in starts[first : first + LANES // 2]]
             for target, part in zip(targets, _widened_halves(builder, parts, dtype), strict=True):
-                llvm.write(builder, builder.gep(target, [INT(first)]), part, align)
+                narrow = _narrowed_back(builder, part, kind)
+                llvm.write(builder, builder.gep(target, [INT(first)]), narrow, kind.bitwidth // 8)
 
     with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
         with whole:
@@ -653,7 +690,7 @@ def _turn_of(rows: Any, keys: Any, places: Any, first: Any, offset: Any, count: 
             place = builder.load(builder.gep(key_at, [builder.add(begin, begin.type(i))]))
             starts.append(builder.gep(data, [builder.add(place, offset)]))
         targets = _places_of(context, builder, tile, args[6:], LANES)
-        _turn_piece(builder, keys.dtype, starts, count, unit, targets, align=4)
+        _turn_piece(builder, keys.dtype, starts, count, unit, targets, types.float32)
         return context.get_dummy_value()
 
     integer = types.int64
