@@ -299,51 +299,36 @@ def run_program(
                     tile = tile_of(operation, place, first_row, rows)
                     up = matrix_of(operation, expert, places)
                     following, _ = _weights_of(operations, first, last, item + 1, num_rows, len(picked))
+                    target, apart, out = operation.target, operation.target_width, floats
                     if operation.is_activated:
                         apart = COLUMN_BLOCK if rows > FEW_ROWS else FEW_ROWS_COLUMNS
-                        begin, gate = -(tile.first_row * apart + tile.first_column), up
-                        if operation.has_gate:
-                            gate = gate_of(operation, expert, places)
+                        target, out = -(tile.first_row * apart + tile.first_column), block
+                    elif target < 0:
+                        target = logits + step * num_logits
+                    gate, ahead = up, following
+                    if operation.has_gate:
+                        gate = gate_of(operation, expert, places)
                         ahead = gate.weight + tile.first_column * operation.row_stride
-                        for number in range(1 + operation.has_gate):
-                            multiply(
-                                operation,
-                                tile,
-                                gate if number else up,
-                                ahead if number < operation.has_gate else following,
-                                begin + number * BLOCK,
-                                apart,
-                                acts,
-                                weights,
-                                constants,
-                                block,
-                                routes,
-                                sums,
-                                copies,
-                                copied,
-                                number,
-                            )
-                        _activate(operation, tile, block, apart, acts)
-                    else:
-                        target = operation.target if operation.target >= 0 else logits + step * num_logits
-                        apart = operation.target_width
+                    for number in range(1 + operation.has_gate):
                         multiply(
                             operation,
                             tile,
-                            up,
-                            following,
-                            target,
+                            gate if number else up,
+                            following if number else ahead,
+                            target + number * BLOCK,
                             apart,
                             acts,
                             weights,
                             constants,
-                            floats,
+                            out,
                             routes,
                             sums,
                             copies,
                             copied,
-                            0,
+                            number,
                         )
+                    if operation.is_activated:
+                        _activate(operation, tile, block, apart, acts)
                 elif operation.code == ROUTE:
                     if shares is not None:
                         _route(operation, rows, floats, routes, shares)
