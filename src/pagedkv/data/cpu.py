@@ -56,12 +56,12 @@ def attend(call: AttentionCall) -> None:
             num_parts,
             plan,
             _scratch(plan.num_partials * partial_size(shape.v_head_dim)),
-            _rows(call.queries),
+            rows_of(flat_bits(call.queries)),
             flat_bits(call.keys),
             flat_bits(call.values),
             None if call.key_scales is None else flat_bits(call.key_scales),
             None if call.value_scales is None else flat_bits(call.value_scales),
-            _rows(call.out),
+            rows_of(flat_bits(call.out)),
             _multiplied(call),
             _NO_FLOATS if call.sinks is None else (call.sinks.float() * LOG2_E).contiguous().numpy(),
             batch.block_tables,
@@ -74,8 +74,8 @@ def attend(call: AttentionCall) -> None:
         run_in_threads(attend_items, arguments, threads)
 
 
-def _rows(tensor: Tensor) -> Rows:
-    bits = flat_bits(tensor)
+def rows_of(bits: npt.NDArray[Any]) -> Rows:
+    """Return an array as what attention reads or writes."""
     return Rows(bits, _NO_BFLOATS) if bits.dtype == np.float32 else Rows(_NO_FLOATS, bits)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pagedkv.data.call import Batch
-from pagedkv.data.cpu import NO_WINDOW
-from pagedkv.data.cpu_kernels import Bases, Rows, attend_items
+from pagedkv.data.cpu import NO_WINDOW, rows_of
+from pagedkv.data.cpu_kernels import Bases, attend_items
 from pagedkv.data.cpu_plan import ITEM, PIECE, Plan, Rules, partial_size, plan_items, room_for_passes
 from pagedkv.data.cpu_tiles import Strides
 from pagedkv.data.decoder import Decoder, Experts
@@ -80,10 +80,7 @@ class Forward:
         self._acts = torch.zeros(program.num_acts, dtype=of_acts, device="cpu").numpy()
         # Attention multiplies what products do where keys and values are that, too.
         self._like = self._acts if program.memory.dtype == np.uint16 else self._floats
-        nothing = np.zeros(0, np.uint16)
-        is_wide = self._acts.dtype == np.float32
-        self._queries = Rows(self._floats, nothing)
-        self._attended = Rows(self._acts, nothing) if is_wide else Rows(np.zeros(0, np.float32), self._acts)
+        self._queries, self._attended = rows_of(self._floats), rows_of(self._acts)
         self._attend: Any = None
         self._floats_at = self._floats.ctypes.data
         # Two of each: threads may still look at those of the pass before this one.

@@ -195,7 +195,7 @@ def run_program(
     floats, acts : float32 and float32 or uint16 arrays
         The activations.
     queries, attended : Rows
-        The same for attention, which reads `floats` and writes `acts`.
+        The same two for attention, which reads the first and writes the second.
     like : array
         Any array of what attention multiplies.
     memory : array
