@@ -475,7 +475,6 @@ def test_a_kernel_is_kept_apart_for_python_and_as_a_part_of_others(tmp_path: Pat
 
 
 ENTERED = """
-import sys
 import numpy as np
 from pagedkv.jit import compiled, enter, entry_of, watch_compiles
 

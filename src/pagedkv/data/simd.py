@@ -15,7 +15,6 @@ from numba.core import cgutils
 from pagedkv.data import simd_llvm as llvm
 from pagedkv.data.simd_llvm import (
     FLOAT,
-    HALVES,
     LANES,
     ROWS,
     SHORTS,
@@ -281,10 +280,8 @@ def write_narrowed(builder: Any, dtype: Any, address: Any, value: Any) -> None:
     """Write all lanes to an address, as `store_narrowed` does."""
     if dtype == types.uint16 and llvm.has_bfloat16_products():
         value = builder.bitcast(builder.fptrunc(value, ir.VectorType(llvm.Bfloat(), LANES)), SHORTS)
-    elif dtype == types.uint16:  # LLVM would call a function of a library that is not there
+    else:  # elsewhere LLVM would narrow to bfloat16 by a function of a library that is not there
         value = llvm.narrowed_to(builder, dtype, value)
-    elif dtype == types.int16:
-        value = builder.bitcast(builder.fptrunc(value, HALVES), SHORTS)
     llvm.write(builder, address, value, dtype.bitwidth // 8)
 
 

@@ -258,16 +258,22 @@ def any_greater(builder: Any, x: Any, y: Any) -> Any:
 
 
 def narrowed_to(builder: Any, dtype: Any, number: Any) -> Any:
-    """Return a float32, or a vector, as a number of a dtype, or several, rounded to the nearest."""
+    """Return a float32, or a vector, as a number of a dtype, or several, rounded to the nearest; int8 must be whole."""
     if dtype == types.float32:
         return number
+    count = number.type.count if isinstance(number.type, ir.VectorType) else 0
+
+    def of(kind: Any) -> Any:
+        return ir.VectorType(kind, count) if count else kind
+
+    if dtype == types.int8:
+        return builder.fptosi(number, of(ir.IntType(8)))
+    ints, shorts = of(INT), of(SHORT)
     if dtype == types.int16:
-        return builder.bitcast(builder.fptrunc(number, HALF), SHORT)
-    is_vector = number.type == VECTOR
-    ints, shorts = (INTS, SHORTS) if is_vector else (INT, SHORT)
+        return builder.bitcast(builder.fptrunc(number, of(HALF)), shorts)
 
     def every_one(value: int) -> Any:
-        return every_int(value, ints) if is_vector else ints(value)
+        return every_int(value, ints) if count else ints(value)
 
     bits = builder.bitcast(number, ints)
     high = builder.lshr(bits, every_one(16))

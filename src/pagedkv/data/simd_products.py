@@ -632,18 +632,6 @@ def _widened_halves(builder: Any, parts: list[Any], dtype: Any) -> list[Any]:
     return halves
 
 
-def _narrowed_back(builder: Any, part: Any, dtype: Any) -> Any:
-    """Return float32 numbers, which were widened from a dtype, as that again."""
-    kind, count = ir.IntType(dtype.bitwidth), part.type.count
-    if dtype == types.uint16:
-        ints = ir.VectorType(INT, count)
-        high = builder.lshr(builder.bitcast(part, ints), llvm.every_int(16, ints))
-        return builder.trunc(high, ir.VectorType(kind, count))
-    if dtype == types.int16:
-        return builder.bitcast(builder.fptrunc(part, ir.VectorType(llvm.HALF, count)), ir.VectorType(kind, count))
-    return builder.fptosi(part, ir.VectorType(kind, count)) if dtype == types.int8 else part
-
-
 def _turn_piece(
     builder: Any, dtype: Any, starts: list[Any], left: Any, unit: int, targets: list[Any], kind: Any
 ) -> None:
@@ -667,7 +655,7 @@ def _turn_piece(
         for first in (0, LANES // 2):
             parts = [read(start) for start in starts[first : first + LANES // 2]]
             for target, part in zip(targets, _widened_halves(builder, parts, dtype), strict=True):
-                narrow = _narrowed_back(builder, part, kind)
+                narrow = llvm.narrowed_to(builder, kind, part)
                 llvm.write(builder, builder.gep(target, [INT(first)]), narrow, kind.bitwidth // 8)
 
     with builder.if_else(builder.icmp_signed(">=", left, left.type(size))) as (whole, rest):
